@@ -1,0 +1,1 @@
+"""The trainer process: model, data, inner optimizer -> one contribution per epoch."""

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.trainer.settings import PRESETS, InnerSettings, ModelSettings, TrainingSettings
 
 FILE_BYTES_MAX = 64 * 1024  # Guess; a run.toml with all its comments has 8 kB.
 SHOWN_CHARS_MAX = 60  # of a wrong value, in an error message
+BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
 
 T = TypeVar("T")
 
@@ -92,6 +94,66 @@ class RunSpec:
         )
 
 
+def preset_spec(preset: str, name: str) -> RunSpec:
+    """The spec of a new run called `name`; raises UserError for an unknown preset or a bad name."""
+    if preset not in PRESETS:
+        raise UserError(f"{shown(preset)} is no preset; there are {', '.join(PRESETS)}")
+    model, inner = PRESETS[preset].model, PRESETS[preset].inner
+    return RunSpec.from_dict(
+        {
+            "name": name,
+            "model": {key: getattr(model, key) for key, _ in keys_of(ModelSpec) if key != "seed"}
+            | {"seed": PRESETS[preset].seed},
+            "data": {"tokenizer": model.tokenizer, "sequence_length": model.sequence_length},
+            "train": {
+                "batch_size": inner.batch_size,
+                "inner_steps": inner.steps,
+                "accumulation": inner.accumulation,
+                "optimizer": inner.optimizer,
+                "lr": inner.lr,
+                "betas": [inner.beta1, inner.beta2],
+                "eps": inner.eps,
+                "weight_decay": inner.weight_decay,
+                "warmup_steps": inner.warmup_steps,
+                "grad_clip": inner.gradient_clip,
+            },
+        },
+        "a new run",
+    )
+
+
+def training_settings(spec: RunSpec) -> TrainingSettings:
+    """The part of the spec that the trainer needs, in its own words."""
+    model, train = spec.model, spec.train
+    return TrainingSettings(
+        model=ModelSettings(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            layers=model.layers,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            sequence_length=spec.data.sequence_length,
+            architecture=model.architecture,
+            tokenizer=spec.data.tokenizer,
+            tie_embeddings=model.tie_embeddings,
+        ),
+        inner=InnerSettings(
+            steps=train.inner_steps,
+            batch_size=train.batch_size,
+            accumulation=train.accumulation,
+            optimizer=train.optimizer,
+            lr=train.lr,
+            beta1=train.betas[0],
+            beta2=train.betas[1],
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            warmup_steps=train.warmup_steps,
+            gradient_clip=train.grad_clip,
+        ),
+        seed=model.seed,
+    )
+
+
 def diff(here: RunSpec, peer: RunSpec) -> list[str]:
     """One line per key that differs, as `train.inner_steps: 50 here, 100 at the peer`."""
     ours, theirs = dict(_flat(here.to_dict())), dict(_flat(peer.to_dict()))
@@ -109,12 +171,14 @@ def diff(here: RunSpec, peer: RunSpec) -> list[str]:
 class ModelSpec:
     """[model]. The defaults are the preset `tiny`, about 0.9M parameters."""
 
-    architecture: Annotated[Literal["llama"], "Decoder-only transformer, as transformers' Llama."] = "llama"
+    architecture: Annotated[
+        Literal["llama"], "llama: decoder-only, as in transformers. The only one so far."
+    ] = "llama"
     hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = 128
-    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = 384
+    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = 432
     layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = 4
     heads: Annotated[int, Between(1, 256), "Attention heads."] = 4
-    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = 4
+    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = 2
     tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = True
     seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = 0
 
@@ -123,7 +187,9 @@ class ModelSpec:
 class DataSpec:
     """[data]."""
 
-    tokenizer: Annotated[Literal["byte"], "byte: UTF-8 bytes and three special tokens, 259 in all."] = "byte"
+    tokenizer: Annotated[
+        Literal["byte"], "byte: UTF-8 bytes and three special tokens. The only one so far."
+    ] = "byte"
     sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = 128
 
 
@@ -131,26 +197,32 @@ class DataSpec:
 class TrainSpec:
     """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
 
-    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = 8
-    accumulation: Annotated[int, Between(1, 4_096), "Forward passes whose gradients make one step."] = 1
+    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = 4
     inner_steps: Annotated[
         int,
         Between(0, 100_000),
         "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
-        "0 sends the mean gradient of one batch instead, and the inner optimizer is not used.",
-    ] = 50
-    optimizer: Annotated[Literal["adamw"], "The inner optimizer. It never leaves the member."] = "adamw"
-    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 1e-3
-    betas: Annotated[tuple[float, float], Between(0, 1, below=True), "AdamW's decay rates."] = (
+        "0 sends a mean gradient instead, and the inner optimizer is not used.",
+    ] = 64
+    accumulation: Annotated[
+        int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
+    ] = 1
+    optimizer: Annotated[
+        Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
+    ] = "adamw"
+    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 2e-3
+    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
         0.9,
         0.95,
     )
-    eps: Annotated[float, Between(0, 1, above=True), "AdamW's epsilon."] = 1e-8
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
     weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo: 0.1."] = 0.1
     warmup_steps: Annotated[
-        int, Between(0, 10_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
-    ] = 50
-    grad_clip: Annotated[float, Between(0, 1e6), "Largest norm of a step's gradient; 0 does not clip."] = 1.0
+        int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
+    ] = 30
+    grad_clip: Annotated[
+        float, Between(1e-9, 1e9), "Largest norm of a step's gradient; a large number does not clip."
+    ] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,26 +243,32 @@ class CompressionSpec:
     )
 
 
+OUTER_COMMENT = (
+    "nesterov (lr, momentum) for inner_steps > 0; "
+    "adamw (lr, betas, eps, weight_decay) for inner_steps = 0. Each takes its own keys only."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class NesterovSpec:
     """[outer] with optimizer = "nesterov": for pseudo-gradients. Defaults: DiLoCo, 2311.08105."""
 
-    optimizer: Annotated[Literal["nesterov"], "nesterov with inner_steps > 0, adamw with 0."] = "nesterov"
+    optimizer: Annotated[Literal["nesterov"], OUTER_COMMENT] = "nesterov"
     lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate. DiLoCo: 0.7."] = 0.7
-    momentum: Annotated[float, Between(0, 1, below=True), "Nesterov momentum. DiLoCo: 0.9."] = 0.9
+    momentum: Annotated[float, Between(0, BELOW_ONE), "Nesterov momentum. DiLoCo: 0.9."] = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class AdamWSpec:
     """[outer] with optimizer = "adamw": for mean gradients."""
 
-    optimizer: Annotated[Literal["adamw"], "nesterov with inner_steps > 0, adamw with 0."] = "adamw"
+    optimizer: Annotated[Literal["adamw"], OUTER_COMMENT] = "adamw"
     lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate."] = 1e-3
-    betas: Annotated[tuple[float, float], Between(0, 1, below=True), "AdamW's decay rates."] = (
+    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
         0.9,
         0.95,
     )
-    eps: Annotated[float, Between(0, 1, above=True), "AdamW's epsilon."] = 1e-8
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
     weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay."] = 0.0
 
 
@@ -272,23 +350,21 @@ def _checked(spec: RunSpec) -> RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """A number from low to high; `above` and `below` leave out the end itself."""
+    """A number from low to high; `above` leaves out low itself."""
 
     low: float
     high: float
     above: bool = False
-    below: bool = False
     multiple_of: int = 1
 
     def admits(self, value: float) -> bool:
-        inside = self.low <= value <= self.high and not (self.multiple_of > 1 and value % self.multiple_of)
-        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
+        inside = self.low <= value <= self.high and not (self.above and value == self.low)
+        return inside and not (self.multiple_of > 1 and value % self.multiple_of)
 
     def __str__(self) -> str:
-        low = f"above {_number(self.low)}," if self.above else f"from {_number(self.low)}"
-        high = f"below {_number(self.high)}" if self.below else f"to {_number(self.high)}"
+        low, high = _number(self.low), _number(self.high)
         steps = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
-        return f"{low} {high}{steps}"
+        return f"above {low}, at most {high}{steps}" if self.above else f"from {low} to {high}{steps}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +549,8 @@ def commented_toml(table: object) -> str:
 
 def _commented(name: str, key: Key, value: object) -> str:
     element = get_args(key.kind)[0] if get_origin(key.kind) is tuple else key.kind
-    bounds = f"\n# Allowed: {allowed(element, key.rule)}" if key.rule or element is not str else ""
+    self_evident = element is str or len(get_args(element)) == 1  # any text, or one choice
+    bounds = f"\n# Allowed: {allowed(element, key.rule)}" if key.rule or not self_evident else ""
     return f"{_comment(key.comment)}{bounds}\n{name} = {toml_value(_plain(value))}\n"
 
 

@@ -1,0 +1,269 @@
+"""The home directory: what one node keeps on disk, and the proof of who is using it.
+
+A lock (flock) on HOME/lock excludes a second node; the kernel drops it with the process, so a `kill -9`
+leaves nothing in the way. The lock file also names its holder by pid and start time, so that others can
+see who it is without touching the lock, and no process that happens to reuse the pid is taken for it.
+
+A process that inherits the lock's descriptor would keep the home locked. It is close-on-exec; do not fork
+without exec while it is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from tapestry.node.errors import UserError
+
+NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where everything of one node lies. Making one touches nothing."""
+
+    path: Path
+
+    @classmethod
+    def locate(cls, flag: str | None, env: Mapping[str, str]) -> Home:
+        """--home, else $TAPESTRY_HOME, else the platform's user data directory; made absolute."""
+        chosen = flag or env.get("TAPESTRY_HOME")
+        return cls(Path(chosen).expanduser().absolute() if chosen else _user_data_directory())
+
+    @property
+    def identity_key(self) -> Path:
+        return self.path / "identity.key"
+
+    @property
+    def genesis(self) -> Path:
+        return self.path / "genesis.json"
+
+    @property
+    def chain(self) -> Path:
+        return self.path / "chain.jsonl"
+
+    @property
+    def vote(self) -> Path:
+        return self.path / "vote.json"
+
+    @property
+    def updates(self) -> Path:
+        return self.path / "updates"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def trainer(self) -> Path:
+        return self.path / "trainer"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    @property
+    def node_json(self) -> Path:
+        return self.path / "node.json"
+
+    @property
+    def node_toml(self) -> Path:
+        return self.path / "node.toml"
+
+    @property
+    def run_toml(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
+    def log(self) -> Path:
+        """Where `start --detach` writes what a foreground start would print."""
+        return self.path / "node.log"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    def create(self) -> None:
+        """Make the directory if it is not there, closed to others; raises UserError."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the home {self.path}: {error.strerror}") from error
+
+    def lock(self) -> HomeLock:
+        """Take the home for this process; raises UserError with exit code 2 if a live node has it."""
+        try:
+            fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UserError(f"cannot lock the home {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {_start_ticks(os.getpid())}\n".encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise UserError(f"cannot lock the home {self.path}: {error.strerror}") from error
+            raise self._in_use() from error
+        return HomeLock(fd)
+
+    def holder(self) -> int | None:
+        """The pid of the live node that has this home, or None. Never touches the lock itself."""
+        try:
+            words = self.lock_file.read_bytes()[:64].split()
+        except OSError:
+            return None
+        if len(words) != 2 or not all(word.isdigit() for word in words):
+            return None
+        pid, start_ticks = int(words[0]), int(words[1])
+        return pid if _start_ticks(pid) == start_ticks else None
+
+    def write_node_json(self, info: NodeInfo) -> None:
+        """Say that the node is ready, atomically; raises OSError."""
+        atomic_write(self.node_json, json.dumps(dataclasses.asdict(info), indent=1).encode() + b"\n")
+
+    def remove_node_json(self) -> None:
+        """A node that stops takes its sign down."""
+        self.node_json.unlink(missing_ok=True)
+
+    def read_node_json(self) -> NodeState:
+        """Who runs here, judged by the lock's holder: a node.json that outlived its node is stale."""
+        info, pid = self._node_info(), self.holder()
+        if pid is None:
+            return NodeState(Liveness.STALE if info else Liveness.NOT_RUNNING, None, info)
+        if info is None or info.pid != pid:
+            return NodeState(Liveness.STARTING, pid, None)
+        return NodeState(Liveness.RUNNING, pid, info)
+
+    def _node_info(self) -> NodeInfo | None:
+        try:
+            with self.node_json.open("rb") as file:
+                return _node_info_from(json.loads(file.read(NODE_JSON_BYTES_MAX)))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def _in_use(self) -> UserError:
+        pid = self.holder()
+        by = f"a live node (pid {pid})" if pid else "a live node"
+        return UserError(
+            f"the home {self.path} is in use by {by}",
+            hint=f"tapestry stop --home {self.path}, or give this node another --home",
+        )
+
+
+class HomeLock:
+    """A home that is ours until `release`, or until this process ends in whatever way."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def __enter__(self) -> HomeLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go. The file stays: to remove it would let two nodes lock two files of one name."""
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        try:
+            os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """What HOME/node.json says."""
+
+    pid: int
+    peer_id: str
+    run_id: str
+    addresses: tuple[str, ...]  # full, ending in /p2p/<peer id>
+    http: str  # http://HOST:PORT
+    version: str
+    started_at: str  # UTC, 2026-11-22T04:55:51Z
+
+
+class Liveness(Enum):
+    NOT_RUNNING = "not running"
+    STARTING = "starting"  # has the lock, has not written node.json yet
+    RUNNING = "running"
+    STALE = "stale"  # died without taking its node.json away
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    liveness: Liveness
+    pid: int | None  # of the live process: STARTING and RUNNING
+    info: NodeInfo | None  # RUNNING, and the dead node's in STALE
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by a file with `data`, or leave it as it was and raise OSError (a full disk, say).
+
+    Temporary file, fsync, rename, fsync of the folder. One writer per path at a time: the temporary name
+    is fixed, so that writers which were killed leave one file behind, not many.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _user_data_directory() -> Path:
+    import platformdirs  # only here: most calls name their home
+
+    return platformdirs.user_data_path("tapestry", appauthor=False)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot; None if it is gone or a zombie. proc(5), stat."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks and parentheses
+    state, start_ticks = fields[0], int(fields[19])
+    return None if state in ("Z", "X") else start_ticks
+
+
+def _node_info_from(table: object) -> NodeInfo:
+    """Raises ValueError unless it is what `write_node_json` writes."""
+    if not isinstance(table, dict) or set(table) != {field.name for field in dataclasses.fields(NodeInfo)}:
+        raise ValueError("not a node.json")
+    pid, addresses = table["pid"], table["addresses"]
+    texts = [table[name] for name in ("peer_id", "run_id", "http", "version", "started_at")]
+    if type(pid) is not int or not isinstance(addresses, list):
+        raise ValueError("not a node.json")
+    if not all(isinstance(text, str) for text in [*texts, *addresses]):
+        raise ValueError("not a node.json")
+    return NodeInfo(**{**table, "addresses": tuple(addresses)})

@@ -31,7 +31,7 @@ _ADDRESS_CHARS_MAX = 600
 _IP = ("ip4", "ip6")
 _DNS = ("dns", "dns4", "dns6", "dnsaddr")
 _PORT = ("tcp", "udp")
-_WITH_VALUE = (*_IP, *_DNS, *_PORT, "ip6zone", "certhash", "sni", "p2p")
+_WITH_VALUE = (*_IP, *_DNS, *_PORT, "certhash", "sni", "p2p")
 _WITHOUT_VALUE = ("quic-v1", "quic", "ws", "wss", "tls", "webtransport", "p2p-circuit")
 
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
@@ -81,7 +81,7 @@ def parse_listen(text: str) -> str:
     parts = _parse(text, LISTEN_FORM)
     _refuse_peer_id(text, parts)
     _require_transport(text, parts, LISTEN_FORM)
-    if parts[0][0] not in _IP and parts[0][0] != "ip6zone":
+    if parts[0][0] not in _IP:
         raise AddressError(f"'{text}' is a name; to listen, give an IP of this machine: {LISTEN_FORM}")
     return text
 
@@ -276,8 +276,6 @@ def _refuse_peer_id(text: str, parts: Parts) -> None:
 def _require_transport(text: str, parts: Parts, form: str) -> None:
     """There must be a host and a port in front: not `/p2p/X` alone, not an IP without a port."""
     names = [name for name, _ in parts]
-    if names[:1] == ["ip6zone"]:
-        names = names[1:]
     if names[:1] == ["dnsaddr"]:
         return
     if not names or names[0] not in (*_IP, *_DNS):

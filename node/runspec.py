@@ -166,21 +166,29 @@ def diff(here: RunSpec, peer: RunSpec) -> list[str]:
 
 # ---- the sections ------------------------------------------------------------------------------------
 
+_TINY = PRESETS["tiny"]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """[model]. The defaults are the preset `tiny`, about 0.9M parameters."""
+    """[model]. The defaults here, in [data] and in [train] are those of the preset `tiny`."""
 
     architecture: Annotated[
         Literal["llama"], "llama: decoder-only, as in transformers. The only one so far."
     ] = "llama"
-    hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = 128
-    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = 432
-    layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = 4
-    heads: Annotated[int, Between(1, 256), "Attention heads."] = 4
-    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = 2
-    tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = True
-    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = 0
+    hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = (
+        _TINY.model.hidden_size
+    )
+    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = (
+        _TINY.model.intermediate_size
+    )
+    layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = _TINY.model.layers
+    heads: Annotated[int, Between(1, 256), "Attention heads."] = _TINY.model.heads
+    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = _TINY.model.kv_heads
+    tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = (
+        _TINY.model.tie_embeddings
+    )
+    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = _TINY.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,39 +198,43 @@ class DataSpec:
     tokenizer: Annotated[
         Literal["byte"], "byte: UTF-8 bytes and three special tokens. The only one so far."
     ] = "byte"
-    sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = 128
+    sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = (
+        _TINY.model.sequence_length
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSpec:
     """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
 
-    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = 4
+    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = _TINY.inner.batch_size
     inner_steps: Annotated[
         int,
         Between(0, 100_000),
         "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
         "0 sends a mean gradient instead, and the inner optimizer is not used.",
-    ] = 64
+    ] = _TINY.inner.steps
     accumulation: Annotated[
         int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
-    ] = 1
+    ] = _TINY.inner.accumulation
     optimizer: Annotated[
         Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
     ] = "adamw"
-    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 2e-3
+    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = _TINY.inner.lr
     betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
-        0.9,
-        0.95,
+        _TINY.inner.beta1,
+        _TINY.inner.beta2,
     )
-    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
-    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo: 0.1."] = 0.1
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = _TINY.inner.eps
+    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo: 0.1."] = (
+        _TINY.inner.weight_decay
+    )
     warmup_steps: Annotated[
         int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
-    ] = 30
+    ] = _TINY.inner.warmup_steps
     grad_clip: Annotated[
         float, Between(1e-9, 1e9), "Largest norm of a step's gradient; a large number does not clip."
-    ] = 1.0
+    ] = _TINY.inner.gradient_clip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,206 @@
+"""The node's Prometheus metrics: names and labels are the contract of the operator's surface.
+
+Every series exists from the start, so that a rate or an alert never waits for a first event. Labels take
+fixed values only: nothing that a peer says becomes a label, and no peer is one. The two losses are NaN
+until there is a loss, because a loss of 0 would be a lie.
+
+Must not import torch or hivemind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+ROUND_OUTCOMES = ("committed", "aborted", "missed", "forced")
+ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messages.py, Stage
+NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
+DIRECTIONS = ("sent", "received")
+BYTE_KINDS = ("control", "contribution", "result", "state")
+REFUSED_REASONS = (
+    "forged",
+    "stale",
+    "oversized",
+    "foreign",
+    "malformed",
+    "future",
+    "not_finite",
+    "wrong_length",
+    "wrong_schema",
+    "wrong_digest",
+    "wrong_weight",
+    "not_a_member",
+    "other",
+)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Guesses: a round of `nano` takes a tenth of a second on loopback, one of a large model half an hour.
+_ROUND_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800)
+_PHASE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+# Guess: 1 ms is a busy loop, 100 ms is felt by peers, 1 s threatens the stall timer.
+_LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+
+class Metrics:
+    """One node's metrics, on a registry of their own.
+
+    Arguments outside the fixed labels raise ValueError, except refusal reasons, which count as `other`:
+    they come from many places.
+    """
+
+    def __init__(self, version: str) -> None:
+        prometheus_client.disable_created_metrics()  # the _created series double every counter
+        self._version = version
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._make_round_metrics()
+        self._make_training_metrics()
+        self._make_network_metrics()
+        self._info = Info("tapestry", "Version of this node and the run it is in.", registry=self._registry)
+        self.set_run("", "")
+        self._loop_lag = Histogram(
+            "tapestry_loop_lag_seconds",
+            "How late the node's event loop ran a timer.",
+            registry=self._registry,
+            buckets=_LAG_BUCKETS_S,
+        )
+
+    def render(self) -> bytes:
+        """The Prometheus text format; serve it as CONTENT_TYPE."""
+        return prometheus_client.generate_latest(self._registry)
+
+    def set_run(self, run_id: str, run_name: str) -> None:
+        """Once the run is known."""
+        self._info.info({"version": self._version, "run_id": run_id, "run_name": run_name})
+
+    # ---- rounds --------------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.set(epoch)
+
+    def round_ended(self, outcome: str, duration_s: float | None) -> None:
+        """`duration_s` from this node's start of training to the end; None if it took no part."""
+        self._rounds[_one_of(ROUND_OUTCOMES, outcome)].inc()
+        if duration_s is not None:
+            self._round_seconds.observe(duration_s)
+
+    def round_phase_ended(self, phase: str, duration_s: float) -> None:
+        self._round_phases[_one_of(ROUND_PHASES, phase)].observe(duration_s)
+
+    def set_contribution_weight(self, weight: float) -> None:
+        self._contribution_weight.set(weight)
+
+    # ---- training ------------------------------------------------------------------------------------
+
+    def trained(self, steps: int, tokens: int, loss: float) -> None:
+        """Progress of the trainer since the last call."""
+        self._train_steps.inc(steps)
+        self._train_tokens.inc(tokens)
+        self._train_loss.set(loss)
+
+    def set_validation_loss(self, loss: float) -> None:
+        self._validation_loss.set(loss)
+
+    def set_trainer_up(self, up: bool) -> None:
+        self._trainer_up.set(up)
+
+    def trainer_restarted(self) -> None:
+        self._trainer_restarts.inc()
+
+    # ---- network and process -------------------------------------------------------------------------
+
+    def network_bytes(self, direction: str, kind: str, byte_count: int) -> None:
+        self._network_bytes[_one_of(DIRECTIONS, direction), _one_of(BYTE_KINDS, kind)].inc(byte_count)
+
+    def set_peers(self, counts: Mapping[str, int]) -> None:
+        """Live peers by the phase they say they are in; phases that are not named have none."""
+        for phase, gauge in self._peers.items():
+            gauge.set(counts.get(phase, 0))
+
+    def refused(self, reason: str) -> None:
+        """Something of a peer was refused."""
+        self._refused[reason if reason in self._refused else "other"].inc()
+
+    def loop_lag(self, lag_s: float) -> None:
+        self._loop_lag.observe(lag_s)
+
+    # ---- declarations --------------------------------------------------------------------------------
+
+    def _make_round_metrics(self) -> None:
+        registry = self._registry
+        self._epoch = Gauge("tapestry_epoch", "Committed updates in this node's state.", registry=registry)
+        rounds = Counter(
+            "tapestry_rounds", "Rounds that ended, by how.", labelnames=["outcome"], registry=registry
+        )
+        self._rounds = {outcome: rounds.labels(outcome=outcome) for outcome in ROUND_OUTCOMES}
+        self._round_seconds = Histogram(
+            "tapestry_round_seconds",
+            "Duration of a round, its training included.",
+            registry=registry,
+            buckets=_ROUND_BUCKETS_S,
+        )
+        phases = Histogram(
+            "tapestry_round_phase_seconds",
+            "Duration of the phases of a round.",
+            labelnames=["phase"],
+            registry=registry,
+            buckets=_PHASE_BUCKETS_S,
+        )
+        self._round_phases = {phase: phases.labels(phase=phase) for phase in ROUND_PHASES}
+        self._contribution_weight = Gauge(
+            "tapestry_contribution_weight",
+            "Tokens behind this node's latest contribution.",
+            registry=registry,
+        )
+
+    def _make_training_metrics(self) -> None:
+        registry = self._registry
+        self._train_loss = Gauge("tapestry_train_loss", "Latest training loss, nats.", registry=registry)
+        self._train_loss.set(math.nan)
+        self._validation_loss = Gauge(
+            "tapestry_validation_loss",
+            "Loss of the shared base on this node's held-out data.",
+            registry=registry,
+        )
+        self._validation_loss.set(math.nan)
+        self._train_tokens = Counter("tapestry_train_tokens", "Tokens trained on.", registry=registry)
+        self._train_steps = Counter("tapestry_train_steps", "Inner steps taken.", registry=registry)
+        self._trainer_up = Gauge(
+            "tapestry_trainer_up", "1 while the trainer process works.", registry=registry
+        )
+        self._trainer_restarts = Counter(
+            "tapestry_trainer_restarts", "Times the trainer process was started again.", registry=registry
+        )
+
+    def _make_network_metrics(self) -> None:
+        registry = self._registry
+        network = Counter(
+            "tapestry_network_bytes",
+            "Bytes on streams with peers.",
+            labelnames=["direction", "kind"],
+            registry=registry,
+        )
+        self._network_bytes = {
+            (direction, kind): network.labels(direction=direction, kind=kind)
+            for direction in DIRECTIONS
+            for kind in BYTE_KINDS
+        }
+        peers = Gauge("tapestry_peers", "Live peers, by phase.", labelnames=["phase"], registry=registry)
+        self._peers = {phase: peers.labels(phase=phase) for phase in NODE_PHASES}
+        refused = Counter(
+            "tapestry_refused",
+            "Records, frames and contributions of peers that were refused.",
+            labelnames=["reason"],
+            registry=registry,
+        )
+        self._refused = {reason: refused.labels(reason=reason) for reason in REFUSED_REASONS}
+
+
+def _one_of(values: tuple[str, ...], value: str) -> str:
+    if value not in values:
+        raise ValueError(f"{value!r} is not one of {', '.join(values)}")
+    return value

@@ -1,0 +1,398 @@
+"""Records, heads, electorates and fork choice: the lineage of a run (G6).
+
+State e is what e committed updates made of the genesis. Record e+1 says which contributions made state
+e+1 out of state e, and is signed by a quorum of the electorate that record e named. `head_e` is the digest
+of record e's *body*; signatures are outside it, so that two leaders who gather different signatures for one
+decision still name one head.
+
+A signature covers the head *and the ballot*. Without the ballot, accepts of one value in two ballots could
+be added up to a quorum that no ballot ever had (Lamport, "Paxos Made Simple", 2001, section 2.2: a value is
+chosen when a majority accepted *one proposal*, number included).
+
+A body carries the digest of state e, the state *before* its update: every member has had a whole epoch to
+compute it, so it costs nothing on the critical path, and a member whose arithmetic went astray is found
+before it contributes (docs/decisions/001-state-digest.md).
+
+Standard library only. Text form is canonical JSON: sorted keys, no white space, integers and strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
+WEIGHT_MAX = 2**53  # tokens; exact in JSON, in float64 and in msgpack
+EPOCH_MAX = 2**53
+BALLOT_MAX = 2**31
+
+
+class Crypto(Protocol):
+    """What the chain needs of cryptography; the simulator brings a cheap one."""
+
+    def digest(self, data: bytes) -> str:
+        """64 hex digits (blake3)."""
+        ...
+
+    def sign(self, message: bytes) -> str:
+        """This node's signature, in hex (Ed25519)."""
+        ...
+
+    def verify(self, peer: str, signature: str, message: bytes) -> bool:
+        """Whether `signature` over `message` is by `peer`. Never raises."""
+        ...
+
+
+class InvalidRecord(ValueError):
+    """A record, genesis or body that does not hold; `reason` is a short word for counters."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One line of a roster. Weight 0 and contribution "" is a voter that contributed nothing."""
+
+    peer: str
+    weight: int  # tokens, after the cap of the spec's max_influence
+    contribution: str  # 32 hex digits, chosen by the contributor; "" if none
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What is decided in a round."""
+
+    run_id: str
+    epoch: int  # of the state this record makes; >= 1
+    prev: str  # head of record epoch - 1
+    state_digest: str  # of state epoch - 1
+    members: tuple[Member, ...]  # sorted by peer; the electorate of the next round
+    result: str  # digest of the encoded mean
+    forced: bool = False  # made without a quorum, by the policy of on_quorum_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A decided body with the proof that it was decided."""
+
+    body: Body
+    head: str
+    ballot: int
+    signatures: tuple[tuple[str, str], ...]  # (peer, signature), sorted by peer
+
+
+@dataclass(frozen=True, slots=True)
+class Genesis:
+    """Where a run begins. Its digest is the run id, and the head of epoch 0."""
+
+    spec: str  # the run spec's canonical text
+    founder: str
+    state_digest: str  # of state 0
+    schema: str  # schema hash of the parameter layout
+    params: int  # length of the flat vector
+    run_id: str
+    signature: str
+
+
+# --- canonical text ---------------------------------------------------------------------------------
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def body_to_dict(body: Body) -> dict[str, Any]:
+    return {
+        "run_id": body.run_id,
+        "epoch": body.epoch,
+        "prev": body.prev,
+        "state_digest": body.state_digest,
+        "members": [[m.peer, m.weight, m.contribution] for m in body.members],
+        "result": body.result,
+        "forced": body.forced,
+    }
+
+
+def body_from_dict(raw: Any) -> Body:
+    """Strict. Raises InvalidRecord."""
+    _keys(raw, ("run_id", "epoch", "prev", "state_digest", "members", "result", "forced"), "body")
+    members = raw["members"]
+    if not isinstance(members, (list, tuple)) or not 1 <= len(members) <= MEMBERS_MAX:
+        raise InvalidRecord("malformed", f"members must be a list of 1 to {MEMBERS_MAX}")
+    body = Body(
+        run_id=_hex(raw["run_id"], 64, "run_id"),
+        epoch=_int(raw["epoch"], 1, EPOCH_MAX, "epoch"),
+        prev=_hex(raw["prev"], 64, "prev"),
+        state_digest=_hex(raw["state_digest"], 64, "state_digest"),
+        members=tuple(_member(m) for m in members),
+        result=_hex(raw["result"], 64, "result"),
+        forced=_bool(raw["forced"], "forced"),
+    )
+    peers = [m.peer for m in body.members]
+    if peers != sorted(set(peers)):
+        raise InvalidRecord("malformed", "members must be sorted by peer, each once")
+    if not any(m.weight for m in body.members):
+        raise InvalidRecord("malformed", "a record without any contribution")
+    return body
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    return {
+        "body": body_to_dict(record.body),
+        "ballot": record.ballot,
+        "signatures": [list(pair) for pair in record.signatures],
+    }
+
+
+def record_from_dict(raw: Any, crypto: Crypto) -> Record:
+    """Strict, without the signatures' check (`check_record`). Raises InvalidRecord."""
+    _keys(raw, ("body", "ballot", "signatures"), "record")
+    body = body_from_dict(raw["body"])
+    pairs = raw["signatures"]
+    if not isinstance(pairs, (list, tuple)) or len(pairs) > MEMBERS_MAX:
+        raise InvalidRecord("malformed", "signatures must be a short list")
+    signatures = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InvalidRecord("malformed", "a signature is a pair of peer and signature")
+        signatures.append((_text(pair[0], 128, "signer"), _text(pair[1], 256, "signature")))
+    if [s[0] for s in signatures] != sorted({s[0] for s in signatures}):
+        raise InvalidRecord("malformed", "signatures must be sorted by peer, each once")
+    ballot = _int(raw["ballot"], 0, BALLOT_MAX, "ballot")
+    return Record(body, head_of(body, crypto), ballot, tuple(signatures))
+
+
+def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
+    return {**_genesis_core(genesis), "signature": genesis.signature}
+
+
+def genesis_from_dict(raw: Any, crypto: Crypto) -> Genesis:
+    """Strict, signature checked. Raises InvalidRecord."""
+    _keys(raw, ("spec", "founder", "state_digest", "schema", "params", "signature"), "genesis")
+    genesis = Genesis(
+        spec=_text(raw["spec"], 64 * 1024, "spec"),
+        founder=_text(raw["founder"], 128, "founder"),
+        state_digest=_hex(raw["state_digest"], 64, "state_digest"),
+        schema=_hex(raw["schema"], 64, "schema"),
+        params=_int(raw["params"], 1, 2**40, "params"),
+        run_id="",
+        signature=_text(raw["signature"], 256, "signature"),
+    )
+    text = canonical(_genesis_core(genesis))
+    if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v1\0" + text):
+        raise InvalidRecord("signature", "the genesis is not signed by the founder it names")
+    return _with_run_id(genesis, crypto.digest(text))
+
+
+def found(spec: str, founder: str, state_digest: str, schema: str, params: int, crypto: Crypto) -> Genesis:
+    """Make and sign the genesis of a new run."""
+    genesis = Genesis(spec, founder, state_digest, schema, params, "", "")
+    text = canonical(_genesis_core(genesis))
+    signature = crypto.sign(b"tapestry genesis v1\0" + text)
+    return Genesis(spec, founder, state_digest, schema, params, crypto.digest(text), signature)
+
+
+def _genesis_core(genesis: Genesis) -> dict[str, Any]:
+    return {
+        "spec": genesis.spec,
+        "founder": genesis.founder,
+        "state_digest": genesis.state_digest,
+        "schema": genesis.schema,
+        "params": genesis.params,
+    }
+
+
+def _with_run_id(g: Genesis, run_id: str) -> Genesis:
+    return Genesis(g.spec, g.founder, g.state_digest, g.schema, g.params, run_id, g.signature)
+
+
+# --- decisions --------------------------------------------------------------------------------------
+
+
+def head_of(body: Body, crypto: Crypto) -> str:
+    return crypto.digest(canonical(body_to_dict(body)))
+
+
+def accept_message(head: str, ballot: int) -> bytes:
+    """What an ACCEPT signs."""
+    return b"tapestry accept v1\0%s\0%d" % (head.encode(), ballot)
+
+
+def quorum(electorate_count: int) -> int:
+    """A strict majority."""
+    return electorate_count // 2 + 1
+
+
+def leader_order(electorate: Iterable[str], head: str, crypto: Crypto) -> tuple[str, ...]:
+    """Who leads ballot b: entry b mod n. Another order after every head, so nobody leads by right."""
+    return tuple(sorted(electorate, key=lambda peer: (crypto.digest(f"{head}|{peer}".encode()), peer)))
+
+
+def check_record(record: Record, prev_head: str, electorate: Sequence[str], crypto: Crypto) -> None:
+    """Whether `record` follows `prev_head` by a decision of `electorate`. Raises InvalidRecord.
+
+    An ordinary record needs one ballot's signatures of a quorum, and its members must hold a quorum too, so
+    that electorates overlap from round to round. A forced one needs the signature of every member it names.
+    """
+    body = record.body
+    if body.prev != prev_head:
+        raise InvalidRecord("unlinked", f"record {body.epoch} does not follow {prev_head[:12]}")
+    members = {m.peer for m in body.members}
+    signers = {peer for peer, _ in record.signatures}
+    if body.forced:
+        if signers != members:
+            raise InvalidRecord("unsigned", f"forced record {body.epoch} lacks a member's signature")
+    else:
+        need = quorum(len(electorate))
+        voters = [peer for peer in electorate if peer in signers]
+        if len(voters) < need:
+            raise InvalidRecord("unsigned", f"record {body.epoch}: {len(voters)} signed, need {need}")
+        if sum(peer in members for peer in electorate) < need:
+            raise InvalidRecord("electorate", f"record {body.epoch} drops the quorum that made it")
+    if not signers <= members.union(electorate):
+        raise InvalidRecord("unsigned", f"record {body.epoch} is signed by a stranger")
+    message = accept_message(record.head, record.ballot)
+    for peer, signature in record.signatures:
+        if not crypto.verify(peer, signature, message):
+            raise InvalidRecord("signature", f"record {body.epoch}: bad signature of {peer}")
+
+
+def capped_weights(weights: Sequence[int], max_influence: float) -> list[int]:
+    """Weights such that none is more than `max_influence` of their sum (rounding down aside).
+
+    Solves for the cap c with c = max_influence * sum(min(w, c)): the k largest are cut to
+    c = m * rest / (1 - k * m). Where m * n <= 1 no such cap exists and all that contribute weigh the same.
+    """
+    positive = sorted((w for w in weights if w > 0), reverse=True)
+    if not positive or max_influence >= 1.0:
+        return list(weights)
+    cap, rest = positive[-1], sum(positive)
+    for k, w in enumerate(positive):
+        share = 1.0 - k * max_influence
+        if share <= 0.0:
+            break
+        if w <= int(max_influence * rest / share):
+            cap = int(max_influence * rest / share)
+            break
+        rest -= w
+    return [min(w, cap) for w in weights]
+
+
+class Chain:
+    """The records from the genesis to the head, in memory, each checked when it was added."""
+
+    def __init__(self, genesis: Genesis, records: Iterable[Record] = ()) -> None:
+        self.genesis = genesis
+        self.records: list[Record] = []  # records[i].body.epoch == i + 1
+        self.records.extend(records)  # from our own disk: checked before they were written
+
+    @property
+    def epoch(self) -> int:
+        return len(self.records)
+
+    @property
+    def head(self) -> str:
+        return self.records[-1].head if self.records else self.genesis.run_id
+
+    def head_at(self, epoch: int) -> str:
+        return self.records[epoch - 1].head if epoch else self.genesis.run_id
+
+    def electorate_at(self, epoch: int) -> tuple[str, ...]:
+        if epoch == 0:
+            return (self.genesis.founder,)
+        return tuple(m.peer for m in self.records[epoch - 1].body.members)
+
+    def state_digest_at(self, epoch: int) -> str | None:
+        """The digest of state `epoch` as signed: by the genesis or by the record after. None at the head."""
+        if epoch == 0:
+            return self.genesis.state_digest
+        return self.records[epoch].body.state_digest if epoch < self.epoch else None
+
+    def weight_since(self, epoch: int) -> int:
+        return weight_of(self.records[epoch:])
+
+    def append(self, record: Record) -> None:
+        """A checked record. Our bug if it does not follow."""
+        assert record.body.epoch == self.epoch + 1 and record.body.prev == self.head
+        self.records.append(record)
+
+    def truncate(self, epoch: int) -> None:
+        del self.records[epoch:]
+
+    def after(self, epoch: int, count_max: int) -> tuple[Record, ...]:
+        return tuple(self.records[epoch : epoch + count_max])
+
+    def check(self, record: Record, crypto: Crypto) -> None:
+        """Whether `record` may be appended. Raises InvalidRecord."""
+        if record.body.epoch != self.epoch + 1:
+            raise InvalidRecord("unlinked", f"record {record.body.epoch} at epoch {self.epoch}")
+        if record.body.run_id != self.genesis.run_id:
+            raise InvalidRecord("foreign", "a record of another run")
+        check_record(record, self.head, self.electorate_at(self.epoch), crypto)
+
+
+def weight_of(records: Iterable[Record]) -> int:
+    return sum(m.weight for r in records for m in r.body.members)
+
+
+def better(ours: Sequence[Record], theirs: Sequence[Record]) -> bool:
+    """Fork choice: whether `theirs` wins over `ours`, both since the common record.
+
+    More committed weight wins, ties go to the lower head.
+    """
+    if not theirs:
+        return False
+    if not ours:
+        return True
+    a, b = weight_of(ours), weight_of(theirs)
+    if a != b:
+        return b > a
+    return theirs[-1].head < ours[-1].head
+
+
+# --- strict fields ----------------------------------------------------------------------------------
+
+
+def _keys(raw: Any, keys: tuple[str, ...], what: str) -> None:
+    if not isinstance(raw, dict) or set(raw) != set(keys):
+        raise InvalidRecord("malformed", f"{what} must have exactly {', '.join(keys)}")
+
+
+def _int(value: Any, low: int, high: int, what: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRecord("malformed", f"{what} must be an integer from {low} to {high}")
+    return value
+
+
+def _bool(value: Any, what: str) -> bool:
+    if type(value) is not bool:
+        raise InvalidRecord("malformed", f"{what} must be true or false")
+    return value
+
+
+def _text(value: Any, length_max: int, what: str) -> str:
+    if type(value) is not str or not 0 < len(value) <= length_max:
+        raise InvalidRecord("malformed", f"{what} must be a text of at most {length_max}")
+    return value
+
+
+def _hex(value: Any, length: int, what: str) -> str:
+    if type(value) is not str or len(value) != length or value.strip("0123456789abcdef"):
+        raise InvalidRecord("malformed", f"{what} must be {length} hex digits")
+    return value
+
+
+def _member(raw: Any) -> Member:
+    if not isinstance(raw, (list, tuple)) or len(raw) != 3:
+        raise InvalidRecord("malformed", "a member is peer, weight and contribution")
+    peer, weight, contribution = raw
+    weight = _int(weight, 0, WEIGHT_MAX, "weight")
+    if (weight == 0) != (contribution == ""):
+        raise InvalidRecord("malformed", "a member has weight and contribution or neither")
+    if contribution:
+        _hex(contribution, 32, "contribution")
+    return Member(_text(peer, 128, "peer"), weight, contribution)

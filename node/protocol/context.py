@@ -1,0 +1,94 @@
+"""What the parts of the core share: who we are, the run's rules, the peers as last heard, the outputs.
+
+Imports nothing outside this package; holds no behaviour beyond questions about peers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tapestry.node.protocol.chain import Crypto
+from tapestry.node.protocol.events import Output, Send, Verdict
+from tapestry.node.protocol.messages import Control, Stage, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The part of the run spec that the protocol needs. Seconds, counts and shares."""
+
+    run_id: str
+    shard_count: int
+    straggler_wait_s: float = 5.0
+    closing_grace_s: float = 2.0
+    stall_s: float = 5.0
+    quorum_loss_s: float = 30.0
+    on_quorum_loss: Literal["continue", "wait"] = "continue"
+    min_members: int = 1
+    max_influence: float = 1.0
+    commit_grace_s: float = 1.0
+    heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
+    resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
+    peers_max: int = 64
+
+
+@dataclass(slots=True)
+class PeerView:
+    """A peer as last heard."""
+
+    up: bool = False
+    heard_at: float = -1e9
+    status: Status | None = None
+    refused: dict[str, int] = field(default_factory=dict)  # fetch failures and refusals, by reason
+
+
+@dataclass(slots=True)
+class Context:
+    me: str
+    rules: Rules
+    crypto: Crypto
+    peers: dict[str, PeerView] = field(default_factory=dict)
+    out: list[Output] = field(default_factory=list)
+    updates: dict[str, None] = field(default_factory=dict)  # heads whose update lies in the update log
+
+    def emit(self, output: Output) -> None:
+        self.out.append(output)
+
+    def send(self, peer: str, message: Control) -> None:
+        self.out.append(Send(peer, message))
+
+    def broadcast(self, message: Control) -> None:
+        for peer, view in self.peers.items():
+            if view.up:
+                self.out.append(Send(peer, message))
+
+    def refuse(self, peer: str, reason: str, text: str) -> None:
+        self.out.append(Verdict(peer, reason, text))
+
+    def heard(self, peer: str, now: float) -> bool:
+        """Up, and heard within stall_s. We always hear ourselves."""
+        if peer == self.me:
+            return True
+        view = self.peers.get(peer)
+        return view is not None and view.up and now - view.heard_at < self.rules.stall_s
+
+    def leaving(self, peer: str) -> bool:
+        """Its last word was that it is not at any head."""
+        view = self.peers.get(peer)
+        return view is not None and view.status is not None and view.status.stage == Stage.AWAY
+
+    def stage_at(self, peer: str, epoch: int, head: str) -> Stage:
+        """How far `peer` is in the round that starts from `head`; AWAY if it is elsewhere."""
+        view = self.peers.get(peer)
+        status = view.status if view is not None else None
+        if status is None or status.epoch != epoch or status.head != head:
+            return Stage.AWAY
+        return status.stage
+
+    def live_at(self, epoch: int, head: str, now: float) -> list[str]:
+        """Other peers heard of late, at this head and taking part."""
+        return [
+            peer
+            for peer in self.peers
+            if self.heard(peer, now) and self.stage_at(peer, epoch, head) != Stage.AWAY
+        ]

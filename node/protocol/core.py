@@ -1,0 +1,378 @@
+"""The protocol of one node: `Core.handle(input, now) -> outputs`.
+
+An IO-less state machine. It owns the chain, the peers as last heard, the round that is under way and the way
+to the head. The shell (node/runtime.py, or the simulator) brings it inputs with the time, executes the
+outputs in order, and calls again with Tick at `wakeup_at`. Nothing in it sleeps, draws lots or does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record
+from tapestry.node.protocol.context import Context, PeerView, Rules
+from tapestry.node.protocol.events import (
+    Applied,
+    BulkProgress,
+    Contributed,
+    EndRound,
+    FetchFailed,
+    Input,
+    Output,
+    PeerDown,
+    PeerRefused,
+    PeerUp,
+    Received,
+    Reduced,
+    Stopping,
+    Tick,
+    Train,
+    TrainerState,
+    UpdateFetched,
+    Vote,
+)
+from tapestry.node.protocol.messages import (
+    Accept,
+    Call,
+    Closing,
+    Commit,
+    GetRecords,
+    Message,
+    Need,
+    Propose,
+    Ready,
+    Records,
+    Result,
+    Roster,
+    Shard,
+    Stage,
+    Status,
+)
+from tapestry.node.protocol.round import Outcome, Round
+from tapestry.node.protocol.sync import Sync
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What the disk gave back at the start. `state_epoch` -1: no state yet."""
+
+    chain: Chain
+    state_epoch: int
+    state_digest: str
+    vote: Vote | None
+    updates: tuple[str, ...]  # heads whose update is in the update log
+    updates_from: int
+
+
+class Core:
+    """Deterministic: the same inputs at the same times give the same outputs."""
+
+    def __init__(self, me: str, rules: Rules, crypto: Crypto, restored: Restored, now: float) -> None:
+        self.ctx = Context(me, rules, crypto, updates=dict.fromkeys(restored.updates))
+        self.sync = Sync(
+            self.ctx, restored.chain, restored.state_epoch, restored.state_digest, restored.updates_from
+        )
+        self.vote = restored.vote
+        self.round: Round | None = None
+        self.trainer_up = True
+        self.trainer_reason = ""
+        self.stopping = False
+        self.told: Status | None = None
+        self.heartbeat_at = now
+
+    # --- questions -----------------------------------------------------------------------------
+
+    @property
+    def chain(self) -> Chain:
+        return self.sync.chain
+
+    def phase(self) -> str:
+        """As in /status."""
+        if self.stopping:
+            return "stopping"
+        if self.round is None:
+            return "joining"
+        if self.round.quorum_lost_at is not None or not self.trainer_up:
+            return "degraded"
+        return "training" if self.round.stage == Stage.TRAINING else "averaging"
+
+    def reason(self, now: float) -> str:
+        if self.round is None:
+            return self.sync.reason()
+        if not self.trainer_up:
+            return f"not contributing: {self.trainer_reason}"
+        return self.round.reason(now)
+
+    def wakeup_at(self, now: float) -> float:
+        if self.round is None:
+            return self.heartbeat_at
+        return min(self.heartbeat_at, self.round.wakeup_at(now))
+
+    # --- the one entry -------------------------------------------------------------------------
+
+    def handle(self, inp: Input, now: float) -> list[Output]:
+        self.ctx.out = []
+        if self.stopping:
+            return self.ctx.out
+        handler = self._HANDLERS[type(inp)]
+        handler(self, inp, now)
+        self._after(now)
+        return self.ctx.out
+
+    def _after(self, now: float) -> None:
+        """What may follow from any input: a decision, the next job, the next round, the news."""
+        round_ = self.round
+        if round_ is not None and round_.decided is not None:
+            self._decided(round_.decided)
+        self.sync.pump(now)
+        if self.round is None and self.sync.at_head and not self.stopping:
+            self._begin_round(now)
+        status = self._status()
+        if status != self.told or now >= self.heartbeat_at:
+            self.told = status
+            self.heartbeat_at = now + self.ctx.rules.heartbeat_s
+            self.ctx.broadcast(status)
+
+    # --- rounds --------------------------------------------------------------------------------
+
+    def _begin_round(self, now: float) -> None:
+        epoch, head = self.chain.epoch, self.chain.head
+        vote = self.vote
+        if vote is not None and (vote.epoch, vote.head) != (epoch, head):
+            vote = None
+        electorate = self.chain.electorate_at(epoch)
+        self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
+        self.round.trainer_up = self.trainer_up
+        if self.trainer_up:
+            self.ctx.emit(Train(epoch))
+        self.round.advance(now)
+        # Peers may have told us of this round before we were in it.
+        for view in self.ctx.peers.values():
+            if view.status is not None and (view.status.epoch, view.status.head) == (epoch, head):
+                self.round.on_ballot_seen(view.status.ballot, now)
+
+    def _decided(self, record: Record) -> None:
+        self.ctx.broadcast(Commit(record))
+        self._append(record)
+
+    def _append(self, record: Record) -> None:
+        self.sync.append(record)
+        self._end_round(record)
+
+    def _end_round(self, record: Record | None) -> None:
+        """The head moved: by `record`, or by leaving a fork."""
+        round_ = self.round
+        if round_ is None:
+            return
+        outcome = Outcome.ABORTED
+        if record is not None:
+            contributed = any(m.peer == self.ctx.me and m.weight for m in record.body.members)
+            outcome = Outcome.COMMITTED if contributed else Outcome.MISSED
+            if record.body.forced:
+                outcome = Outcome.FORCED
+        self.vote = None
+        self.ctx.emit(EndRound(round_.epoch, outcome.value))
+        self.round = None
+
+    # --- local causes --------------------------------------------------------------------------
+
+    def handle_peer_up(self, inp: PeerUp, now: float) -> None:
+        view = self.ctx.peers.get(inp.peer)
+        if view is None:
+            if len(self.ctx.peers) >= 4 * self.ctx.rules.peers_max:
+                self._forget_one_down()
+            view = self.ctx.peers[inp.peer] = PeerView()
+        view.up = True
+        view.heard_at = now
+        self.told = None  # it has to hear where we are
+
+    def _forget_one_down(self) -> None:
+        for peer, view in self.ctx.peers.items():
+            if not view.up:
+                del self.ctx.peers[peer]
+                return
+
+    def handle_peer_down(self, inp: PeerDown, now: float) -> None:
+        view = self.ctx.peers.get(inp.peer)
+        if view is None:
+            return
+        view.up = False
+        view.status = None
+        if self.round is not None:
+            self.round.handle_peer_down(inp.peer, now)
+
+    def handle_bulk_progress(self, inp: BulkProgress, now: float) -> None:
+        view = self.ctx.peers.get(inp.peer)
+        if view is not None:
+            view.heard_at = now
+        if self.round is not None:
+            self.round.exchange.progress += 1
+
+    def handle_peer_refused(self, inp: PeerRefused, now: float) -> None:
+        self.ctx.refuse(inp.peer, inp.reason, "its data cannot be used")
+        if self.round is not None:
+            self.round.handle_refused(inp.peer, inp.reason, now)
+
+    def handle_tick(self, inp: Tick, now: float) -> None:
+        if self.round is not None:
+            self.round.advance(now)
+        elif now >= self.heartbeat_at:
+            for peer, view in self.ctx.peers.items():
+                if view.status is not None and view.up:
+                    self.sync.on_status(peer, view.status, now)
+
+    def handle_contributed(self, inp: Contributed, now: float) -> None:
+        if self.round is not None and inp.epoch == self.round.epoch:
+            self.round.handle_contribution(inp, now)
+
+    def handle_trainer_state(self, inp: TrainerState, now: float) -> None:
+        was_up, self.trainer_up, self.trainer_reason = self.trainer_up, inp.up, inp.reason
+        if self.round is not None:
+            self.round.handle_trainer(inp.up, now)
+            if inp.up and not was_up and self.round.exchange.mine is None:
+                self.ctx.emit(Train(self.round.epoch))
+
+    def handle_reduced(self, inp: Reduced, now: float) -> None:
+        if self.round is not None and inp.epoch == self.round.epoch:
+            self.round.exchange.on_reduced(inp)
+            self.round.advance(now)
+
+    def handle_applied(self, inp: Applied, now: float) -> None:
+        self.sync.on_applied(inp.epoch, inp.state_digest)
+
+    def handle_update_fetched(self, inp: UpdateFetched, now: float) -> None:
+        self.sync.on_update_fetched(inp.head)
+        if self.round is not None:
+            self.round.handle_update_fetched(inp.head, now)
+
+    def handle_fetch_failed(self, inp: FetchFailed, now: float) -> None:
+        if self.round is not None:
+            self.round.handle_fetch_failed(inp.head)
+        self.sync.on_fetch_failed(inp, now)
+
+    def handle_stopping(self, inp: Stopping, now: float) -> None:
+        if self.round is not None:
+            self._end_round(None)
+        self.stopping = True
+
+    # --- the network ---------------------------------------------------------------------------
+
+    def handle_received(self, inp: Received, now: float) -> None:
+        view = self.ctx.peers.get(inp.peer)
+        if view is None or not view.up:
+            return
+        view.heard_at = now
+        refused = self._on_message(inp.peer, view, inp.message, now)
+        if refused is not None:
+            self.ctx.refuse(inp.peer, refused, type(inp.message).__name__)
+
+    def _on_message(self, peer: str, view: PeerView, message: Message, now: float) -> str | None:
+        """Returns why the message was refused, in a word; None if it was heard or is merely old."""
+        if isinstance(message, Status):
+            return self.on_status(peer, view, message, now)
+        if isinstance(message, Commit):
+            return self.on_commit(peer, message.record, now)
+        if isinstance(message, GetRecords):
+            self.sync.on_get_records(peer, message)
+            return None
+        if isinstance(message, Records):
+            return self.on_records(peer, message, now)
+        round_ = self.round
+        if round_ is None or message.epoch != round_.epoch:
+            return None
+        if isinstance(message, (Accept, Need, Shard, Result)):
+            return self._on_data(peer, round_, message, now)
+        if message.head != round_.head:
+            return None
+        if isinstance(message, Ready):
+            if view.status is None or view.status.head != message.head:
+                # READY is news too: it may overtake the STATUS that says the same.
+                view.status = Status(
+                    message.epoch, message.head, "averaging", Stage.READY, message.ballot, 0, ()
+                )
+            return round_.on_ready(peer, message, now)
+        if isinstance(message, Roster):
+            return round_.on_roster(peer, message, now)
+        if isinstance(message, Propose):
+            return round_.on_propose(peer, message, now)
+        if isinstance(message, Call):
+            return round_.on_call(peer, message, now)
+        assert isinstance(message, Closing)
+        return round_.on_closing(peer, message)
+
+    def _on_data(
+        self, peer: str, round_: Round, message: Accept | Need | Shard | Result, now: float
+    ) -> str | None:
+        if isinstance(message, Accept):
+            return round_.on_accept(peer, message, now)
+        if isinstance(message, Need):
+            round_.exchange.on_need(peer, message)
+            return None
+        if isinstance(message, Shard):
+            refused = round_.exchange.on_shard(peer, message)
+        else:
+            refused = round_.exchange.on_result(peer, message)
+        round_.advance(now)
+        return refused
+
+    def on_status(self, peer: str, view: PeerView, status: Status, now: float) -> str | None:
+        view.status = status
+        round_ = self.round
+        if round_ is not None and status.epoch == round_.epoch and status.head == round_.head:
+            round_.on_ballot_seen(status.ballot, now)
+            round_.advance(now)
+        else:
+            self.sync.on_status(peer, status, now)
+        return None
+
+    def on_commit(self, peer: str, record: Record, now: float) -> str | None:
+        body = record.body
+        if body.epoch != self.chain.epoch + 1 or body.prev != self.chain.head:
+            known = body.epoch <= self.chain.epoch and self.chain.head_at(body.epoch) == record.head
+            if not known:
+                self.sync.ask(peer, now)
+            return None
+        try:
+            self.chain.check(record, self.ctx.crypto)
+        except InvalidRecord as e:
+            return e.reason
+        self._append(record)
+        return None
+
+    def on_records(self, peer: str, message: Records, now: float) -> str | None:
+        head = self.chain.head
+        added = self.sync.on_records(peer, message, now)
+        if self.chain.head != head and added:
+            extends = added[0].body.prev == head
+            self._end_round(added[0] if extends else None)
+        return None
+
+    def _status(self) -> Status:
+        round_ = self.round
+        epoch, head, phase = self.chain.epoch, self.chain.head, self.phase()
+        if round_ is None or self.stopping:
+            return Status(max(self.sync.state_epoch, 0), self._state_head(), phase, Stage.AWAY, 0, 0, ())
+        waiting = round_.exchange.waiting_on() if round_.stage == Stage.EXCHANGING else ()
+        return Status(epoch, head, phase, round_.stage, round_.ballot, round_.exchange.progress, waiting)
+
+    def _state_head(self) -> str:
+        """The head of the state that we hold, while it is on the chain."""
+        return self.chain.head_at(min(max(self.sync.state_epoch, 0), self.chain.epoch))
+
+    _HANDLERS: ClassVar[dict[type, Callable[[Core, Any, float], None]]] = {
+        PeerUp: handle_peer_up,
+        PeerDown: handle_peer_down,
+        Received: handle_received,
+        BulkProgress: handle_bulk_progress,
+        PeerRefused: handle_peer_refused,
+        Tick: handle_tick,
+        Contributed: handle_contributed,
+        TrainerState: handle_trainer_state,
+        Reduced: handle_reduced,
+        Applied: handle_applied,
+        UpdateFetched: handle_update_fetched,
+        FetchFailed: handle_fetch_failed,
+        Stopping: handle_stopping,
+    }

@@ -1,0 +1,292 @@
+"""The core's alphabet: what goes in, what comes out.
+
+The shell executes the outputs of one `handle` call in their order, and those of an earlier call before those
+of a later one. In particular a `Send` waits for the `PersistVote` before it. Jobs (Reduce, Apply, Fetch...)
+are started in order but answer later, as inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tapestry.node.protocol.chain import Body, Record
+from tapestry.node.protocol.messages import Blob, Control, Message
+
+# --- inputs -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """A hint: every stream to the peer is gone. It may be back in a moment, or frozen without this."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class BulkProgress:
+    """Bytes of a shard came in from `peer`; the shard is not complete yet."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRefused:
+    """The shell refused what `peer` sent (not finite, wrong length...): its contribution cannot be used."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; sent at `Core.wakeup_at`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contributed:
+    """The trainer finished: its contribution lies encoded (or will be, when asked for) in the shell."""
+
+    epoch: int
+    contribution: str  # 32 hex digits, random
+    weight: int
+    norm: float
+    blobs: tuple[Blob, ...]  # one per shard
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Whether a contribution can be expected. While it is down this node votes and does not contribute."""
+
+    up: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    epoch: int
+    ballot: int
+    shard: int
+    digest: str
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """State `epoch` is reached; also the answer to Rollback and FetchState."""
+
+    epoch: int
+    state_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateFetched:
+    """The update of `head` lies in the update log, its digest checked."""
+
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """The job could not be done with this donor. `donor` is "" when our own disk failed us."""
+
+    donor: str
+    head: str  # of the update that was asked for; "" for a state
+    reason: str  # "missing" if the donor does not keep it (any more)
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """This node leaves: tell the others, so that nobody waits for it."""
+
+
+Input = (
+    PeerUp
+    | PeerDown
+    | Received
+    | BulkProgress
+    | PeerRefused
+    | Tick
+    | Contributed
+    | TrainerState
+    | Reduced
+    | Applied
+    | UpdateFetched
+    | FetchFailed
+    | Stopping
+)
+
+# --- outputs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What an acceptor must never forget within one round."""
+
+    epoch: int
+    head: str  # of the state the round starts from
+    promised: int
+    accepted_ballot: int  # -1: none
+    accepted: Body | None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: str
+    message: Control
+
+
+@dataclass(frozen=True, slots=True)
+class SendShard:
+    peer: str
+    epoch: int
+    contribution: str
+    shard: int
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class SendResult:
+    peer: str
+    epoch: int
+    ballot: int
+    shard: int
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    epoch: int
+    ballot: int  # that last changed the members; comes back in Reduced
+    shard: int
+    blobs: tuple[Blob, ...]  # in roster order, of those with weight
+    weights: tuple[int, ...]
+    peers: tuple[str, ...]  # whose they are; to name who sent what cannot be used
+
+
+@dataclass(frozen=True, slots=True)
+class PersistVote:
+    vote: Vote
+
+
+@dataclass(frozen=True, slots=True)
+class PersistResult:
+    """Write the encoded result of the body with this head to the update log, before the vote for it."""
+
+    epoch: int  # of the state it makes
+    head: str
+    blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AppendRecord:
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class TruncateChain:
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Advance state epoch - 1 by the update of this record, from the update log. Answer: Applied."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Go back to state `epoch` (checkpoint and updates of our own). Answer: Applied or FetchFailed("")."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchUpdate:
+    """Get an update into the update log. Answer: UpdateFetched or FetchFailed."""
+
+    epoch: int  # of the state it makes
+    head: str  # of its record
+    result: str  # digest that the bytes must have
+    donor: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchState:
+    """Get a checkpoint of an epoch up to `epoch_max` from `donor`, one whose digest the chain has signed.
+
+    Answer: Applied or FetchFailed.
+    """
+
+    donor: str
+    epoch_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Make a contribution from state `epoch`."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseTraining:
+    """End the inner steps of `epoch` early."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndRound:
+    """Nothing of the round that started from `epoch` is needed in memory any more."""
+
+    epoch: int
+    outcome: str  # committed | aborted | missed | forced
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Something of `peer` was refused: count it, name it."""
+
+    peer: str
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A change of state, for the log."""
+
+    text: str
+
+
+Output = (
+    Send
+    | SendShard
+    | SendResult
+    | Reduce
+    | PersistVote
+    | PersistResult
+    | AppendRecord
+    | TruncateChain
+    | Apply
+    | Rollback
+    | FetchUpdate
+    | FetchState
+    | Train
+    | CloseTraining
+    | EndRound
+    | Verdict
+    | Note
+)

@@ -1,0 +1,272 @@
+"""Scatter, reduce, gather: one member's side of the butterfly (G2).
+
+Inputs are kept for the whole round, results for as long as the roster's members stand. So when a reducer is
+lost, the next roster moves its shards to others and nothing that lies at a live reducer is sent again.
+
+The mean of a shard is a function of the members (their order, weights and contributions) and of the encoded
+inputs alone: whichever reducer computes it gets the same bits.
+
+A shard that does not come is asked for (`pull`); whoever keeps us waiting is named (`waiting_on`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tapestry.node.protocol.chain import Member, quorum
+from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.events import Contributed, Reduce, Reduced, SendResult, SendShard
+from tapestry.node.protocol.messages import WAITING_MAX, Blob, Need, Result, Roster, Shard
+
+
+@dataclass(slots=True)
+class Input:
+    """What has come of one peer's contribution."""
+
+    contribution: str
+    blobs: dict[int, Blob]  # shard -> blob
+
+
+class Exchange:
+    """The data half of a round at one node. `Round` decides; this moves."""
+
+    def __init__(self, ctx: Context, epoch: int) -> None:
+        self.ctx = ctx
+        self.epoch = epoch
+        self.mine: Contributed | None = None
+        self.roster: Roster | None = None
+        self.members_ballot = -1  # the ballot that last changed the members: names a set of results
+        self.inputs: dict[str, Input] = {}
+        self.results: dict[int, tuple[str, Blob]] = {}  # shard -> (digest, blob)
+        self.reducing: set[int] = set()  # asked of the shell; membership tests only
+        self.sent: set[tuple[str, int]] = set()  # (reducer, shard); membership tests only
+        self.unusable: dict[str, str] = {}  # contributor -> why its contribution cannot be used
+        self.progress = 0
+
+    # --- what the round tells us ---------------------------------------------------------------
+
+    def contribute(self, contributed: Contributed) -> None:
+        self.mine = contributed
+        self.sent.clear()
+        self.inputs[self.ctx.me] = Input(contributed.contribution, dict(enumerate(contributed.blobs)))
+
+    def start(self, roster: Roster) -> None:
+        """A new ballot's roster. Results survive if the same contributions are averaged."""
+        if self.roster is None or self.roster.members != roster.members:
+            self.results.clear()
+            self.reducing.clear()
+            self.members_ballot = roster.ballot
+        self.roster = roster
+        self._scatter()
+        for shard in range(len(roster.reducers)):
+            if self._reducer(shard) == self.ctx.me:
+                if shard in self.results:
+                    self._share(shard)
+                else:
+                    self._reduce_if_complete(shard)
+
+    def forget_peer(self, peer: str) -> None:
+        """The streams to `peer` broke: what was on its way may not have come."""
+        self.sent -= {pair for pair in self.sent if pair[0] == peer}
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    def on_shard(self, peer: str, shard: Shard) -> str | None:
+        """An input for us to reduce. Returns why it was refused, if it was."""
+        if not 0 <= shard.shard < self.ctx.rules.shard_count:
+            return "shard"
+        entry = self.inputs.get(peer)
+        if entry is None or entry.contribution != shard.contribution:
+            wanted = self._wanted(peer)
+            if entry is not None and wanted == entry.contribution:
+                return "stale"  # an older contribution, late
+            entry = self.inputs[peer] = Input(shard.contribution, {})
+        if shard.shard in entry.blobs:
+            return None  # doubled on the way
+        entry.blobs[shard.shard] = shard.blob
+        self.progress += 1
+        self._reduce_if_complete(shard.shard)
+        return None
+
+    def on_result(self, peer: str, result: Result) -> str | None:
+        """A reduced shard, from the reducer that the roster names."""
+        roster = self.roster
+        if roster is None or result.ballot != roster.ballot:
+            return None  # of an older ballot, or before the roster: asked for again if it is needed
+        if not 0 <= result.shard < len(roster.reducers):
+            return "shard"
+        if peer != self._reducer(result.shard):
+            return "not_reducer"
+        if result.shard not in self.results:
+            self.results[result.shard] = (result.digest, result.blob)
+            self.progress += 1
+        return None
+
+    def on_reduced(self, reduced: Reduced) -> None:
+        roster = self.roster
+        if roster is None or reduced.shard not in self.reducing or reduced.shard in self.results:
+            return
+        if reduced.ballot != self.members_ballot:
+            return  # the mean of other members
+        self.results[reduced.shard] = (reduced.digest, reduced.blob)
+        self.progress += 1
+        if self._reducer(reduced.shard) == self.ctx.me:
+            self._share(reduced.shard)
+
+    def on_need(self, peer: str, need: Need) -> None:
+        """Send again what `peer` lacks, if it is ours to give."""
+        for shard in need.shards:
+            if need.contribution:
+                mine = self.mine
+                if mine is not None and mine.contribution == need.contribution and shard < len(mine.blobs):
+                    self.ctx.emit(SendShard(peer, self.epoch, mine.contribution, shard, mine.blobs[shard]))
+            elif self.roster is not None and need.ballot == self.roster.ballot and shard in self.results:
+                self.ctx.emit(SendResult(peer, self.epoch, need.ballot, shard, self.results[shard][1]))
+
+    # --- how far we are ------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        return self.roster is not None and len(self.results) == len(self.roster.reducers)
+
+    def result_digest(self) -> str:
+        """Digest of the whole encoded mean: of its shards' digests in order."""
+        return result_digest(self.ctx, [self.results[s][0] for s in range(len(self.results))])
+
+    def result_blobs(self) -> tuple[Blob, ...]:
+        return tuple(self.results[s][1] for s in range(len(self.results)))
+
+    def pull(self) -> None:
+        """Ask for what did not come."""
+        for peer, (contribution, shards) in self._missing().items():
+            assert self.roster is not None
+            self.ctx.send(peer, Need(self.epoch, self.roster.ballot, contribution, tuple(shards)))
+
+    def waiting_on(self) -> tuple[str, ...]:
+        """Who holds us up: those whose contribution is unusable first, then those who owe us a shard."""
+        if self.roster is None:
+            return ()
+        members = {m.peer for m in self.roster.members if m.weight}
+        names = [p for p in self.unusable if p in members] or list(self._missing())
+        return tuple(names[:WAITING_MAX])
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _reducer(self, shard: int) -> str:
+        assert self.roster is not None
+        return self.roster.members[self.roster.reducers[shard]].peer
+
+    def _wanted(self, peer: str) -> str | None:
+        """The contribution of `peer` that the roster names."""
+        if self.roster is not None:
+            for member in self.roster.members:
+                if member.peer == peer:
+                    return member.contribution
+        return None
+
+    def _scatter(self) -> None:
+        roster, mine = self.roster, self.mine
+        if roster is None or mine is None or self._wanted(self.ctx.me) != mine.contribution:
+            return
+        for shard in range(len(roster.reducers)):
+            reducer = self._reducer(shard)
+            if reducer != self.ctx.me and (reducer, shard) not in self.sent:
+                self.sent.add((reducer, shard))
+                self.ctx.emit(SendShard(reducer, self.epoch, mine.contribution, shard, mine.blobs[shard]))
+
+    def _reduce_if_complete(self, shard: int) -> None:
+        roster = self.roster
+        if roster is None or shard in self.reducing or shard in self.results:
+            return
+        if self._reducer(shard) != self.ctx.me:
+            return
+        members = [m for m in roster.members if m.weight]
+        blobs = []
+        for member in members:
+            entry = self.inputs.get(member.peer)
+            if entry is None or entry.contribution != member.contribution or shard not in entry.blobs:
+                return
+            blobs.append(entry.blobs[shard])
+        self.reducing.add(shard)
+        weights = tuple(m.weight for m in members)
+        peers = tuple(m.peer for m in members)
+        self.ctx.emit(Reduce(self.epoch, self.members_ballot, shard, tuple(blobs), weights, peers))
+
+    def _share(self, shard: int) -> None:
+        assert self.roster is not None
+        blob = self.results[shard][1]
+        for member in self.roster.members:
+            if member.peer != self.ctx.me:
+                self.ctx.emit(SendResult(member.peer, self.epoch, self.roster.ballot, shard, blob))
+
+    def _missing(self) -> dict[str, tuple[str, list[int]]]:
+        """Peer -> (contribution or "" for results, shards) that we lack."""
+        missing: dict[str, tuple[str, list[int]]] = {}
+        roster = self.roster
+        if roster is None:
+            return missing
+        for shard in range(len(roster.reducers)):
+            if shard in self.results:
+                continue
+            reducer = self._reducer(shard)
+            if reducer != self.ctx.me:
+                missing.setdefault(reducer, ("", []))[1].append(shard)
+                continue
+            for member in roster.members:
+                entry = self.inputs.get(member.peer)
+                if member.weight and (
+                    entry is None or entry.contribution != member.contribution or shard not in entry.blobs
+                ):
+                    # what it owes us as a contributor comes before what it owes us as a reducer
+                    asked = missing.get(member.peer)
+                    if asked is None or not asked[0]:
+                        asked = missing[member.peer] = (member.contribution, [])
+                    asked[1].append(shard)
+        return missing
+
+
+def result_digest(ctx: Context, digests: Sequence[str]) -> str:
+    return ctx.crypto.digest("".join(digests).encode())
+
+
+def assign_reducers(
+    members: Sequence[Member], shard_count: int, before: Roster | None, alive: Sequence[str]
+) -> tuple[int, ...]:
+    """Shard -> index of its reducer: shares as even as can be, and only the lost reducers' shards move.
+
+    `before` is the roster of the ballot that failed, `alive` those of `members` that may reduce.
+    """
+    index = {m.peer: i for i, m in enumerate(members)}
+    able = [p for p in index if p in alive] or list(index)
+    load = dict.fromkeys(able, 0)
+    reducers: list[str | None] = [None] * shard_count
+    if before is not None and len(before.reducers) == shard_count:
+        for shard, position in enumerate(before.reducers):
+            peer = before.members[position].peer
+            if peer in load:
+                reducers[shard] = peer
+                load[peer] += 1
+    order = {peer: i for i, peer in enumerate(able)}
+    for shard in range(shard_count):
+        if reducers[shard] is None:
+            peer = min(able, key=lambda p: (load[p], order[p]))
+            reducers[shard] = peer
+            load[peer] += 1
+    return tuple(index[peer] for peer in reducers if peer is not None)
+
+
+def check_roster(roster: Roster, electorate: Sequence[str], shard_count: int) -> str | None:
+    """Why a roster cannot be followed, or None. What its wire form guarantees is not checked again."""
+    peers = [m.peer for m in roster.members]
+    if peers != sorted(set(peers)):
+        return "members are not sorted, or named twice"
+    if not any(m.weight for m in roster.members):
+        return "nobody contributes"
+    if len(roster.reducers) != shard_count:
+        return f"{len(roster.reducers)} shards, the run has {shard_count}"
+    if not all(0 <= r < len(peers) for r in roster.reducers):
+        return "a reducer that is no member"
+    if not roster.forced and sum(p in peers for p in electorate) < quorum(len(electorate)):
+        return "it names no quorum of the electorate"
+    return None

@@ -1,0 +1,169 @@
+"""What peers say to each other, as typed values. `node/wire.py` turns them into frames.
+
+Every message of a round names epoch and head (the state that the round starts from), so that nothing said
+in one round, or on one side of a fork, is ever heard in another. All of them may be lost, doubled, delayed
+or reordered without harm: they are repeated until their effect is seen, and repeating is idempotent.
+
+Data messages carry a `blob`: a reference to bytes that the shell keeps. The core never sees a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tapestry.node.protocol.chain import Body, Member, Record
+
+Blob = object  # opaque to the core: a key of the shell's store, or a value in the simulator
+
+RECORDS_MAX = 64  # per RECORDS message
+WAITING_MAX = 8  # peers named in a STATUS
+
+
+class Stage(IntEnum):
+    """How far a peer is in its round."""
+
+    AWAY = 0  # not at any head: starting, joining, stopping
+    TRAINING = 1
+    READY = 2
+    EXCHANGING = 3
+    ACCEPTED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The heartbeat, and the news: sent every heartbeat_s and at once on a change."""
+
+    epoch: int
+    head: str
+    phase: str  # as in /status; for people
+    stage: Stage
+    ballot: int
+    progress: int  # shards and accepts seen in this round; grows while the sender gets on
+    waiting_on: tuple[str, ...]  # peers that hold the sender up, at most WAITING_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A leader asks for READY in its ballot (Paxos phase 1a)."""
+
+    epoch: int
+    head: str
+    ballot: int
+    forced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A promise to accept nothing of a lower ballot (phase 1b), and a contribution if there is one."""
+
+    epoch: int
+    head: str
+    ballot: int
+    forced: bool
+    state_digest: str
+    contribution: str  # "" if none
+    weight: int  # tokens; 0 if none
+    norm: float
+    accepted_ballot: int  # -1 if nothing was accepted in this round
+    accepted: Body | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The round is closing: end the inner steps and contribute what there is."""
+
+    epoch: int
+    head: str
+    ballot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who is averaged in this ballot, and who averages what (phase 2a)."""
+
+    epoch: int
+    head: str
+    ballot: int
+    forced: bool
+    state_digest: str
+    members: tuple[Member, ...]  # sorted by peer
+    reducers: tuple[int, ...]  # shard index -> index in members
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """The result that some member accepted in an earlier ballot, proposed again (phase 2a)."""
+
+    epoch: int
+    head: str
+    ballot: int
+    body: Body
+    holders: tuple[str, ...]  # who has the result
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """A vote: the sender has every shard of the result, and its vote, on disk (phase 2b)."""
+
+    epoch: int
+    ballot: int
+    head: str  # of the body that is accepted: record epoch + 1
+    result: str  # its result digest, so that a leader who lacks the result can name the body
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Asks a peer for shards that did not come. `contribution` names its own; "" asks for the result."""
+
+    epoch: int
+    ballot: int
+    contribution: str
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GetRecords:
+    """Asks for the records after the newest of `known` that the receiver has too."""
+
+    known: tuple[tuple[int, str], ...]  # (epoch, head), newest first
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Answers GetRecords: consecutive records, and from which epoch on the sender keeps updates."""
+
+    epoch: int  # of the common record
+    records: tuple[Record, ...]
+    updates_from: int  # state `updates_from` and later can be advanced with the sender's update log
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A contributor's encoded shard, on its way to the reducer. The contributor is the sender."""
+
+    epoch: int
+    contribution: str
+    shard: int
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A reduced shard, on its way to all."""
+
+    epoch: int
+    ballot: int
+    shard: int
+    digest: str  # of the encoded bytes, computed by the receiver
+    blob: Blob
+
+
+Control = Status | Call | Ready | Closing | Roster | Propose | Accept | Commit | Need | GetRecords | Records
+Message = Control | Shard | Result

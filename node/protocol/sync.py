@@ -1,0 +1,275 @@
+"""Getting to the head, and choosing it: records from peers, then the state that they describe (G1, G6).
+
+Two things advance separately. The *chain* grows by records, each checked against the one before; where two
+chains meet, the one with more committed weight since the common record wins, and the other side goes back
+to that record. The *state* follows the chain one update at a time: from our own update log if we took part,
+from a donor if not; and from a donor's checkpoint if nobody keeps the updates we lack.
+
+One job is out at a time. What a donor gives is compared with what is signed, by the shell for an update
+(its digest is in the record) and here for a state; a donor that gave something else is named and left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tapestry.node.protocol.chain import Chain, InvalidRecord, Record, better, check_record, weight_of
+from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.events import (
+    AppendRecord,
+    Apply,
+    FetchFailed,
+    FetchState,
+    FetchUpdate,
+    Note,
+    Rollback,
+    TruncateChain,
+)
+from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Stage, Status
+
+BRANCH_RECORDS_MAX = 16_384  # of a fork that is being looked at; G7
+NO_STATE = -1
+
+
+class Sync:
+    """Mutable; owned by Core."""
+
+    def __init__(self, ctx: Context, chain: Chain, state_epoch: int, state_digest: str, updates_from: int):
+        self.ctx = ctx
+        self.chain = chain
+        self.state_epoch = state_epoch  # NO_STATE before a joiner has one
+        self.state_digest = state_digest
+        self.updates_from = updates_from  # our update log's reach, told to others
+        self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
+        self.job_head = ""  # of the update that is being fetched
+        self.rollback_to: int | None = None
+        self.need_state = state_epoch == NO_STATE
+        self.asked_at: dict[str, float] = {}
+        self.failed_at: dict[str, float] = {}
+        self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
+        self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
+
+    @property
+    def at_head(self) -> bool:
+        return not self.job and not self.need_state and self.state_epoch == self.chain.epoch
+
+    def reason(self) -> str:
+        if self.need_state:
+            return f"needs a state, chain at {self.chain.epoch}"
+        return f"state {self.state_epoch} of {self.chain.epoch}"
+
+    # --- records -------------------------------------------------------------------------------
+
+    def on_status(self, peer: str, status: Status, now: float) -> None:
+        """Ask a peer whose head we do not know for the way to it."""
+        if status.stage == Stage.AWAY and status.epoch <= self.chain.epoch:
+            return
+        if status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head:
+            return
+        self.ask(peer, now)
+
+    def ask(self, peer: str, now: float) -> None:
+        if now - self.asked_at.get(peer, -1e9) >= self.ctx.rules.resend_s:
+            self.asked_at[peer] = now
+            self.ctx.send(peer, GetRecords(self._locator(peer)))
+
+    def on_get_records(self, peer: str, message: GetRecords) -> None:
+        for epoch, head in message.known:
+            if 0 <= epoch <= self.chain.epoch and self.chain.head_at(epoch) == head:
+                records = self.chain.after(epoch, RECORDS_MAX)
+                self.ctx.send(peer, Records(epoch, records, self.updates_from))
+                return
+        self.ctx.refuse(peer, "no_common_record", "it knows no record of ours, not even the genesis")
+
+    def on_records(self, peer: str, message: Records, now: float) -> list[Record] | None:
+        """Check what came. Returns the records that became part of the chain; None if it was refused.
+
+        Raises nothing; the caller ends the round if the head moved.
+        """
+        self.asked_at.pop(peer, None)
+        if message.updates_from > 0:
+            self.lacks[peer] = max(self.lacks.get(peer, 0), message.updates_from)
+        common, before = message.epoch, []
+        if self.branch is not None and self.branch[0] == peer:
+            _, start, records = self.branch
+            if message.records and common == start + len(records):
+                common, before = start, records
+        if common > self.chain.epoch or not message.records:
+            return []
+        records = [*before, *message.records]
+        if len(records) > BRANCH_RECORDS_MAX:
+            self.ctx.refuse(peer, "branch", f"a fork of more than {BRANCH_RECORDS_MAX} records")
+            self.branch = None
+            return None
+        try:
+            self._check(records, common, len(before))
+        except InvalidRecord as e:
+            self.ctx.refuse(peer, e.reason, str(e))
+            self.branch = None
+            return None
+        ours = self.chain.after(common, self.chain.epoch - common)
+        same = 0
+        while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
+            same += 1
+        if better(ours[same:], records[same:]):
+            self.branch = None
+            added = self._switch(common + same, records[same:], ours[same:])
+            if len(message.records) == RECORDS_MAX:
+                self.ask(peer, now)
+            return added
+        if len(message.records) == RECORDS_MAX:
+            self.branch = (peer, common, records)
+            self.ask(peer, now)
+        else:
+            self.branch = None
+        return []
+
+    def append(self, record: Record) -> None:
+        """A record that the chain has checked."""
+        self.chain.append(record)
+        self.ctx.emit(AppendRecord(record))
+
+    def _check(self, records: Sequence[Record], common: int, checked: int) -> None:
+        for i, record in enumerate(records):
+            if i < checked:
+                continue
+            if record.body.epoch != common + i + 1 or record.body.run_id != self.chain.genesis.run_id:
+                raise InvalidRecord("unlinked", f"record {record.body.epoch} out of place")
+            if i:
+                before = records[i - 1]
+                head, electorate = before.head, tuple(m.peer for m in before.body.members)
+            else:
+                head, electorate = self.chain.head_at(common), self.chain.electorate_at(common)
+            check_record(record, head, electorate, self.ctx.crypto)
+
+    def _switch(self, common: int, theirs: Sequence[Record], ours: Sequence[Record]) -> list[Record]:
+        if ours:
+            self.ctx.emit(
+                Note(
+                    f"fork=left common_epoch={common} dropped_records={len(ours)} "
+                    f"dropped_weight={weight_of(ours)} gained_weight={weight_of(theirs)}"
+                )
+            )
+            self.chain.truncate(common)
+            self.ctx.emit(TruncateChain(common))
+            if self.state_epoch > common or self.job:
+                self.rollback_to = common if self.rollback_to is None else min(self.rollback_to, common)
+        for record in theirs:
+            self.append(record)
+        return list(theirs)
+
+    def _locator(self, peer: str) -> tuple[tuple[int, str], ...]:
+        """Our head, then further and further back to the genesis: O(log epochs) entries."""
+        known = []
+        if self.branch is not None and self.branch[0] == peer and self.branch[2]:
+            tip = self.branch[2][-1]
+            known.append((tip.body.epoch, tip.head))
+        epoch, step = self.chain.epoch, 1
+        while epoch > 0:
+            known.append((epoch, self.chain.head_at(epoch)))
+            epoch -= step
+            step *= 2
+        known.append((0, self.chain.head_at(0)))
+        return tuple(known)
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def on_applied(self, epoch: int, digest: str) -> None:
+        """A job brought the state to `epoch`. Compared with what is signed, where it is."""
+        job, self.job = self.job, ""
+        self.state_epoch, self.state_digest = epoch, digest
+        self.need_state = False
+        if self.rollback_to is not None and epoch <= self.rollback_to:
+            self.rollback_to = None
+        if self.rollback_to is not None or epoch > self.chain.epoch:
+            return  # on the way back: pump goes on
+        signed = self.chain.state_digest_at(epoch)
+        if signed is not None and signed != digest:
+            self._diverged(f"job={job}")
+
+    def on_update_fetched(self, head: str) -> None:
+        if self.job == "update" and self.job_head == head:
+            self.job = ""
+        self.ctx.updates[head] = None
+
+    def on_fetch_failed(self, failed: FetchFailed, now: float) -> None:
+        donor, reason = failed.donor, failed.reason
+        if failed.head and (self.job, self.job_head) != ("update", failed.head):
+            return  # of a round that is over
+        job, self.job = self.job, ""
+        if donor == "":
+            self.need_state = True
+            self.ctx.emit(Note(f"{job}=failed reason={reason!r} next=fetch_state"))
+            return
+        if reason == "missing" and job == "update":
+            self.lacks[donor] = max(self.lacks.get(donor, 0), self.state_epoch + 1)
+        else:
+            self.failed_at[donor] = now
+        self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
+
+    def pump(self, now: float) -> None:
+        """Start the next job, if one is due and none is out."""
+        if self.job:
+            return
+        if self.rollback_to is not None and not self.need_state:
+            if self.state_epoch > self.rollback_to:
+                self.job = "rollback"
+                self.ctx.emit(Rollback(self.rollback_to))
+                return
+            self.rollback_to = None
+        if self.need_state:
+            self._fetch_state(now)
+        elif self.state_epoch < self.chain.epoch:
+            self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        record = self.chain.records[self.state_epoch]
+        if record.body.state_digest != self.state_digest:
+            self._diverged(f"record={record.body.epoch}")
+            self._fetch_state(now)
+        elif record.head in self.ctx.updates:
+            del self.ctx.updates[record.head]
+            self.job = "apply"
+            self.ctx.emit(Apply(record))
+        else:
+            donors = [p for p in self._donors(now) if self.lacks.get(p, 0) < record.body.epoch]
+            if donors:
+                self.job, self.job_head = "update", record.head
+                epoch, head, result = record.body.epoch, record.head, record.body.result
+                donor = donors[epoch % len(donors)]
+                self.ctx.emit(FetchUpdate(epoch, head, result, donor))
+            elif self._donors(now):
+                self._fetch_state(now)
+
+    def _fetch_state(self, now: float) -> None:
+        """From anybody at our head, but not before we know where the head is."""
+        self.need_state = True
+        if any(
+            view.status is not None and view.status.epoch > self.chain.epoch and self.ctx.heard(peer, now)
+            for peer, view in self.ctx.peers.items()
+        ):
+            return
+        donors = self._donors(now)
+        if donors:
+            self.job = "state"
+            self.rollback_to = None
+            donor = donors[self.chain.epoch % len(donors)]
+            self.ctx.emit(FetchState(donor, max(0, self.chain.epoch - 1)))
+
+    def _donors(self, now: float) -> list[str]:
+        """Peers heard of late that are at a head of our chain at least as far as our state."""
+        donors = []
+        for peer in sorted(self.ctx.peers):
+            status = self.ctx.peers[peer].status
+            if status is None or status.stage == Stage.AWAY or not self.ctx.heard(peer, now):
+                continue
+            if now - self.failed_at.get(peer, -1e9) < 2 * self.ctx.rules.resend_s:
+                continue
+            known = status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head
+            if status.epoch > self.state_epoch and (known or status.epoch > self.chain.epoch):
+                donors.append(peer)
+        return donors
+
+    def _diverged(self, where: str) -> None:
+        self.need_state = True
+        self.ctx.emit(Note(f"state_digest=diverged epoch={self.state_epoch} {where} next=fetch_state"))

@@ -6,7 +6,7 @@ The dynamic data type: a sign, a run of zeros as decimal exponent, what is left 
 
     scale  = absmax of the block, f32
     code   = bitsandbytes' choice for x / scale, put right next to zero: the nearest value of the map,
-             or one so near to it that the error grows by less than 3e-5 * scale
+             or one so near to it that the error grows by less than 4e-5 * scale
     decode = f32(map[code] * scale)
 
     |x - decode(encode(x))| <= ERROR_BOUND * scale
@@ -138,7 +138,8 @@ def _correct_near_zero(
     values: Tensor,  # f32 (b * 256,)
     absmax: Tensor,  # f32 (b,)
 ) -> None:
-    near_zero = (codes >= _ZERO_CODE - _NEAR_CODES) & (codes <= _ZERO_CODE + _NEAR_CODES)
+    lowest = _ZERO_CODE - _NEAR_CODES
+    near_zero = (codes - lowest) <= 2 * _NEAR_CODES  # uint8: what is below the lowest wraps around to high
     near = torch.nonzero(near_zero & (codes != _ZERO_CODE)).view(-1)
     ratios = values[near].double() / absmax[near // BLOCK].double()
     codes[near] = torch.bucketize(ratios, _midpoints(), out_int32=True).to(torch.uint8)

@@ -1,0 +1,324 @@
+"""The inner loop: base parameters and local text -> one contribution.
+
+With `steps` = H > 0 this is DiLoCo (2311.08105, algorithm 1): H AdamW steps from the base, then the
+pseudo-gradient, base minus local. With `steps` = 0 it is the mean gradient of `accumulation` batches.
+Contribution weight = tokens trained on. A loss or vector that is not finite raises Diverged and is never
+a contribution.
+
+The model's parameters are views into one flat vector, and so are their gradients: loading the base,
+AdamW, the difference and the snapshot are each one operation on f32 (n,). AdamW's moments live on from
+epoch to epoch, as in DiLoCo. The moments with which an epoch began are kept until the next begins, so an
+epoch that is begun again, after an aborted round or a restart, gives the same bits again.
+
+Nothing here knows of processes, pipes or clocks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tapestry.compression.shards import Layout
+from tapestry.node.trainer.settings import InnerSettings
+
+STATE_VERSION = "1"
+
+
+class Diverged(ArithmeticError):
+    """A loss or a vector is not finite; there is no contribution."""
+
+
+class InnerStateError(ValueError):
+    """A saved inner state cannot be used; one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is told of a contribution; the vector itself lies in the caller's buffer."""
+
+    weight: int  # tokens trained on
+    norm: float  # L2, computed in f64
+    loss: float  # mean over the batches
+    batches: int
+
+
+class InnerLoop:
+    """One model, its flat parameters, and the inner optimizer.
+
+    Call `begin`, then `step` until `done` or until it is time to `finish`. `draw(epoch, step)` gives
+    the batch of that step, int64 (batch, sequence_length + 1).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        settings: InnerSettings,
+        draw: Callable[[int, int], np.ndarray],
+        device: torch.device,
+    ) -> None:
+        self._model = model.to(device)
+        self._settings = settings
+        self._draw = draw
+        self._device = device
+        self._schema = layout.schema_hash
+        self._local = nn.Parameter(torch.zeros(layout.n, device=device))
+        self._local.grad = torch.zeros(layout.n, device=device)
+        _make_views(model, layout, self._local.data, self._local.grad)
+        self._moments = _Moments(self._local) if settings.steps else None
+        self._snapshot: _Snapshot | None = None
+        self._epoch: int | None = None
+        self._losses: list[float] = []
+        self._tokens = 0
+
+    def begin(
+        self,
+        epoch: int,
+        base: Tensor,  # f32 (n,), CPU
+    ) -> None:
+        """Start the epoch from the base; drops whatever epoch was going on."""
+        if self._moments is not None:
+            if self._snapshot is not None and self._snapshot.epoch == epoch:
+                self._moments.restore(self._snapshot)
+            else:
+                self._snapshot = self._moments.snapshot(epoch)
+        self._local.data.copy_(base)
+        self._gradient.zero_()
+        self._epoch, self._losses, self._tokens = epoch, [], 0
+
+    def step(self) -> float:
+        """One batch; returns its loss, f32 mean over its tokens. Raises Diverged."""
+        if self._epoch is None:
+            raise RuntimeError("step before begin")
+        windows = torch.from_numpy(self._draw(self._epoch, len(self._losses))).to(self._device)
+        if self._moments is not None:
+            self._gradient.zero_()
+        self._model.train()
+        loss = _mean_loss(self._model, windows)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"epoch {self._epoch}, batch {len(self._losses) + 1}: the loss is {value}")
+        if self._moments is not None:
+            nn.utils.clip_grad_norm_([self._local], self._settings.gradient_clip)
+            self._moments.step(self._settings)
+        self._losses.append(value)
+        self._tokens += windows.shape[0] * (windows.shape[1] - 1)
+        return value
+
+    def finish(
+        self,
+        base: Tensor,  # f32 (n,), CPU: the same that was begun with
+        out: Tensor,  # f32 (n,), CPU, written
+    ) -> Outcome:
+        """Write the contribution; at least one step must have been done. Raises Diverged."""
+        batches = len(self._losses)
+        if self._epoch is None or not batches:
+            raise RuntimeError("finish before the first step")
+        if self._moments is not None:
+            torch.sub(base, self._local.detach().cpu(), out=out)
+        else:
+            torch.div(self._gradient.cpu(), batches, out=out)
+        norm = float(torch.linalg.vector_norm(out, dtype=torch.float64))
+        if not math.isfinite(norm):
+            raise Diverged(f"epoch {self._epoch}: the contribution is not finite")
+        self._epoch = None
+        return Outcome(self._tokens, norm, math.fsum(self._losses) / batches, batches)
+
+    def abandon(self) -> None:
+        """Forget the epoch that is going on, if any."""
+        self._epoch = None
+
+    def evaluate(
+        self,
+        base: Tensor,  # f32 (n,), CPU
+        windows: np.ndarray,  # int64 (count, sequence_length + 1)
+    ) -> float:
+        """Mean loss of the base on the windows; an epoch that is going on is not disturbed."""
+        aside = self._local.detach().clone() if self._epoch is not None else None
+        self._local.data.copy_(base)
+        self._model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(windows), self._settings.batch_size):
+                batch = torch.from_numpy(windows[start : start + self._settings.batch_size]).to(self._device)
+                total += _mean_loss(self._model, batch).item() * len(batch)
+        if aside is not None:
+            self._local.data.copy_(aside)
+        return total / len(windows)
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that is going on."""
+        return self._epoch
+
+    @property
+    def batches(self) -> int:
+        """Batches done in this epoch."""
+        return len(self._losses)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on in this epoch."""
+        return self._tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether the epoch has had all its batches."""
+        return len(self._losses) >= self._settings.batches
+
+    def save(self, path: Path, epoch: int) -> None:
+        """Atomically write the inner optimizer as it is, or was, at the beginning of `epoch`.
+
+        Without an inner optimizer (`steps` = 0) there is nothing to save. Raises OSError.
+        """
+        if self._moments is None:
+            return
+        kept = self._snapshot
+        if kept is None or kept.epoch != epoch:
+            kept = self._moments.snapshot(epoch)
+        _write_snapshot(path, kept, self._schema)
+
+    def load(self, path: Path) -> int | None:
+        """Take up a saved inner optimizer; its epoch, or None if there is no file. Raises InnerStateError."""
+        if self._moments is None or not path.exists():
+            return None
+        snapshot = _read_snapshot(path, self._local.numel(), self._schema)
+        self._moments.restore(snapshot)
+        self._snapshot = snapshot
+        return snapshot.epoch
+
+    @property
+    def _gradient(self) -> Tensor:
+        assert self._local.grad is not None
+        return self._local.grad
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """AdamW's state at the beginning of an epoch, on the CPU."""
+
+    epoch: int
+    steps: int
+    first: Tensor  # f32 (n,)
+    second: Tensor  # f32 (n,)
+
+
+class _Moments:
+    """torch's fused AdamW on one flat parameter, with linear warmup; then the rate is constant."""
+
+    def __init__(self, local: nn.Parameter) -> None:
+        self._optimizer = torch.optim.AdamW([local], fused=True)
+        self._state = {
+            "step": torch.zeros((), dtype=torch.float32, device=local.device),
+            "exp_avg": torch.zeros_like(local.data),
+            "exp_avg_sq": torch.zeros_like(local.data),
+        }
+        self._optimizer.state[local] = self._state
+        self._steps = 0
+
+    def step(self, settings: InnerSettings) -> None:
+        self._steps += 1
+        warm = min(1.0, self._steps / settings.warmup_steps) if settings.warmup_steps else 1.0
+        self._optimizer.param_groups[0].update(
+            lr=settings.lr * warm,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self._optimizer.step()
+
+    def snapshot(self, epoch: int) -> _Snapshot:
+        first, second = (self._state[name].to("cpu", copy=True) for name in ("exp_avg", "exp_avg_sq"))
+        return _Snapshot(epoch, self._steps, first, second)
+
+    def restore(self, snapshot: _Snapshot) -> None:
+        self._steps = snapshot.steps
+        self._state["step"].fill_(snapshot.steps)
+        self._state["exp_avg"].copy_(snapshot.first)
+        self._state["exp_avg_sq"].copy_(snapshot.second)
+
+
+def _make_views(
+    model: nn.Module,
+    layout: Layout,
+    flat: Tensor,  # f32 (n,)
+    flat_gradient: Tensor,  # f32 (n,)
+) -> None:
+    """Point every parameter and its gradient into the flat vectors; backward then adds in place."""
+    parameters = dict(model.named_parameters())
+    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
+        place = slice(offset, offset + math.prod(shape))
+        parameters[name].data = flat[place].view(shape)
+        parameters[name].grad = flat_gradient[place].view(shape)
+
+
+def _mean_loss(
+    model: nn.Module,
+    windows: Tensor,  # int64 (batch, sequence_length + 1)
+) -> Tensor:
+    """Scalar: cross entropy in nats per predicted token."""
+    logits = model(input_ids=windows[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def _write_snapshot(path: Path, snapshot: _Snapshot, schema: str) -> None:
+    metadata = {
+        "version": STATE_VERSION,
+        "epoch": str(snapshot.epoch),
+        "steps": str(snapshot.steps),
+        "schema": schema,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file({"first": snapshot.first, "second": snapshot.second}, temporary, metadata=metadata)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except SafetensorError as error:  # how the library reports a failed write, a full disk included
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_snapshot(path: Path, n: int, schema: str) -> _Snapshot:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("version") != STATE_VERSION or metadata.get("schema") != schema:
+                raise InnerStateError(f"{path}: of another version or another model")
+            epoch, steps = int(metadata["epoch"]), int(metadata["steps"])
+            tensors = [_read_moment(file, name, n) for name in ("first", "second")]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InnerStateError(f"{path}: cannot be used: {error}") from error
+    return _Snapshot(epoch, steps, tensors[0], tensors[1])
+
+
+def _read_moment(file: safe_open, name: str, n: int) -> Tensor:
+    """f32 (n,), finite; shape and dtype are looked at before anything is allocated."""
+    piece = file.get_slice(name)
+    if piece.get_shape() != [n] or piece.get_dtype() != "F32":
+        raise InnerStateError(f"{name} is not f32 ({n},)")
+    tensor = file.get_tensor(name)
+    if not torch.isfinite(tensor).all():
+        raise InnerStateError(f"{name} is not finite")
+    return tensor

@@ -1,0 +1,240 @@
+"""What the node and its trainer worker say to each other, and the frames that carry it.
+
+A frame is a 4-byte big-endian length and a msgpack map: `type` and exactly the fields of that message.
+`Command`s go to the worker, `Report`s come from it. Both ends run the same code on one machine, yet every
+frame is checked in full: a worker that went wrong must not take its node along.
+
+Must not import torch or anything of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+FRAME_BYTES_MAX = 4 << 20  # a Hello with a hundred thousand named tensors
+TEXT_CHARS_MAX = 4096
+HEADER = struct.Struct(">I")
+
+
+class MessageError(ValueError):
+    """A frame that is not one of ours; one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """The first message: settings.to_plain of the WorkerSettings."""
+
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The shared buffers now hold n elements each: map them."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Initialise:
+    """Write a random initial state into the contribution buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Train `epoch` from the parameters in shared memory; supersedes what was going on."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """End the inner steps of `epoch` early, after at least one, and contribute."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Drop what is going on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Report the validation loss of the parameters in shared memory, which are state `epoch`."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Write the inner optimizer as of the beginning of `epoch` to disk."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The model is built and the data are ready. `inner_epoch` is the saved inner state's, -1 if fresh."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    train_tokens: int
+    validation_tokens: int
+    device: str
+    inner_epoch: int
+    note: str  # why a saved inner state was not used; empty otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Initialised:
+    """The initial state lies in the contribution buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Batches done in the epoch so far; `loss` is the last batch's, `tokens` the epoch's."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """The contribution lies in its buffer. `weight` = `tokens` trained on; `loss` is the epoch's mean."""
+
+    epoch: int
+    weight: int
+    norm: float
+    loss: float
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The inner optimizer is on disk, or `error` says why not."""
+
+    epoch: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The worker gives up and exits. `reason`: data, settings, device, diverged or crashed."""
+
+    reason: str
+    text: str
+
+
+Command = Configure | Attach | Initialise | Begin | Close | Abort | Evaluate | Save | Stop
+Report = Hello | Initialised | Progress | Contribution | Validation | Saved | Failed
+
+
+def pack(message: Command | Report) -> bytes:
+    """The whole frame."""
+    fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    body = msgpack.packb({"type": type(message).__name__, **fields}, use_bin_type=True)
+    assert len(body) <= FRAME_BYTES_MAX
+    return HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Raises MessageError for a length that no frame of ours has."""
+    (length,) = HEADER.unpack(header)
+    if not 0 < length <= FRAME_BYTES_MAX:
+        raise MessageError(f"a frame of {length} bytes, the limit is {FRAME_BYTES_MAX}")
+    return int(length)
+
+
+def unpack_command(body: bytes) -> Command:
+    """Raises MessageError."""
+    return _unpack(body, _COMMANDS)
+
+
+def unpack_report(body: bytes) -> Report:
+    """Raises MessageError."""
+    return _unpack(body, _REPORTS)
+
+
+def _unpack(body: bytes, known: dict[str, Any]) -> Any:
+    try:
+        fields = msgpack.unpackb(body, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise MessageError(f"not msgpack: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
+        raise MessageError("not a map with a type")
+    cls = known.get(fields.pop("type"))
+    if cls is None:
+        raise MessageError("unknown type of message")
+    expected = dataclasses.fields(cls)
+    if set(fields) != {field.name for field in expected}:
+        raise MessageError(f"{cls.__name__} with wrong fields")
+    return cls(**{field.name: _checked(cls, field, fields[field.name]) for field in expected})
+
+
+def _checked(cls: type, field: dataclasses.Field[Any], value: Any) -> Any:
+    valid, convert = _CHECKS[str(field.type)]
+    if not valid(value):
+        raise MessageError(f"{cls.__name__}.{field.name} is not a valid {field.type}")
+    return convert(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 63
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= TEXT_CHARS_MAX
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_text(name) for name in value)
+
+
+def _is_shapes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(shape, list) and len(shape) <= 8 and all(_is_int(size) and size >= 0 for size in shape)
+        for shape in value
+    )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    "int": (_is_int, int),
+    "float": (_is_float, float),
+    "str": (_is_text, str),
+    "tuple[str, ...]": (_is_names, tuple),
+    "tuple[tuple[int, ...], ...]": (_is_shapes, lambda shapes: tuple(map(tuple, shapes))),
+    "dict[str, Any]": (_is_dict, dict),
+}
+_COMMANDS = {cls.__name__: cls for cls in Command.__args__}
+_REPORTS = {cls.__name__: cls for cls in Report.__args__}

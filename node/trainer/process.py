@@ -1,0 +1,448 @@
+"""The node's side of the trainer: start the worker, talk to it, start it again when it dies.
+
+The node owns both shared buffers, so they outlive a worker; a new one is handed the same parameters and
+the `begin` that was going on. What a worker says is dropped unless it is of the current epoch. A worker
+that breaks the message format, or is silent for too long while it has something to do, is killed and
+restarted like one that died, with back-off.
+
+What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
+contribution of the current `begin` is no longer wanted; read `contribution` before the next `begin`.
+
+Works under asyncio and uvloop. Must not import transformers; nothing here blocks the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tapestry.compression.refusals import RefusedLayout
+from tapestry.compression.shards import Layout
+from tapestry.node.trainer.messages import (
+    HEADER,
+    Abort,
+    Attach,
+    Begin,
+    Close,
+    Command,
+    Configure,
+    Contribution,
+    Evaluate,
+    Failed,
+    Hello,
+    Initialise,
+    Initialised,
+    MessageError,
+    Progress,
+    Report,
+    Save,
+    Saved,
+    Stop,
+    Validation,
+    body_length,
+    pack,
+    unpack_report,
+)
+from tapestry.node.trainer.settings import WorkerSettings, to_plain
+from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer
+
+OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
+OUTPUT_LINE_BYTES = 500
+EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
+
+
+class TrainerError(RuntimeError):
+    """The trainer could not be started; `reason` as in messages.Failed, or died or timeout."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLimits:
+    """How long to wait, and how patiently to start again."""
+
+    hello_timeout_s: float = 900.0  # imports, and tokenizing some tens of GB
+    silence_timeout_s: float = 300.0  # longer than any single inner step
+    backoff_initial_s: float = 1.0
+    backoff_max_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The worker is gone and will be started again."""
+
+    exit_code: int  # negative: minus the signal's number
+    will_restart_in_s: float
+    output: tuple[str, ...]  # its last lines
+
+
+Event = Hello | Progress | Contribution | Validation | Saved | Failed | Died
+
+
+class TrainerProcess:
+    """A running trainer. Make one with `start`; `stop` it in a finally."""
+
+    @classmethod
+    async def start(
+        cls,
+        settings: WorkerSettings,
+        on_event: Callable[[Event], None],
+        limits: ProcessLimits | None = None,
+    ) -> TrainerProcess:
+        """Returns when the first worker has said hello. Raises TrainerError if it never does."""
+        trainer = cls(settings, on_event, limits or ProcessLimits())
+        try:
+            await asyncio.wait({trainer._supervisor, trainer._ready}, return_when=asyncio.FIRST_COMPLETED)
+            if trainer._supervisor.done():
+                await trainer._supervisor  # raises what ended it
+            return trainer
+        except BaseException:
+            await trainer.stop(timeout_s=0)
+            raise
+
+    def __init__(
+        self, settings: WorkerSettings, on_event: Callable[[Event], None], limits: ProcessLimits
+    ) -> None:
+        """Only for `start`, which waits until layout and buffers are there."""
+        self.layout: Layout
+        self.params: Tensor  # f32 (n,), shared: written here, read by the worker
+        self.contribution: Tensor  # f32 (n,), shared: written by the worker, read here
+        self.restarts = 0
+        self.protocol_errors = 0
+        self.stale_reports = 0
+        self._settings = settings
+        self._on_event = on_event
+        self._limits = limits
+        self._params_fd = create_buffer("tapestry-params")
+        self._contribution_fd = create_buffer("tapestry-contribution")
+        self._begun: int | None = None
+        self._closing = False
+        self._evaluating: int | None = None
+        self._initialising: asyncio.Future[None] | None = None
+        self._worker: _Worker | None = None
+        self._failure: Failed | None = None
+        self._backoff_s = limits.backoff_initial_s
+        self._stopping = asyncio.Event()
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(), name="trainer supervisor")
+
+    def begin(self, epoch: int) -> None:
+        """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin."""
+        self._begun, self._closing = epoch, False
+        self._send(Begin(epoch))
+
+    def close_round(self, epoch: int) -> None:
+        """Have the worker contribute what it has, after at least one inner step."""
+        if epoch == self._begun:
+            self._closing = True
+            self._send(Close(epoch))
+
+    def abort(self) -> None:
+        """Drop the epoch that is going on; nothing will come of it."""
+        self._begun = None
+        self._send(Abort())
+
+    def evaluate(self, epoch: int) -> None:
+        """Ask for the validation loss of `params`; comes as a Validation event named `epoch`."""
+        self._evaluating = epoch
+        self._send(Evaluate(epoch))
+
+    def save(self, epoch: int) -> None:
+        """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
+        self._send(Save(epoch))
+
+    async def initial_state(self) -> Tensor:  # f32 (n,), a copy
+        """For a founder: the run's random initial state. Raises TrainerError."""
+        self._initialising = asyncio.get_running_loop().create_future()
+        self._send(Initialise())
+        try:
+            async with asyncio.timeout(self._limits.hello_timeout_s):
+                await self._initialising
+        except TimeoutError:
+            raise TrainerError("timeout", "the trainer did not initialise the model in time") from None
+        finally:
+            self._initialising = None
+        return self.contribution.clone()
+
+    async def closed(self) -> None:
+        """Wait for the end of supervision: returns after `stop`, raises if it broke."""
+        await asyncio.shield(self._supervisor)
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the worker: kindly, and after `timeout_s` with SIGKILL. Commands sent before are done first."""
+        self._stopping.set()
+        self._send(Stop())
+        try:
+            await asyncio.wait({self._supervisor}, timeout=timeout_s)
+            if self._worker is not None:
+                self._worker.kill()
+            await asyncio.wait({self._supervisor})
+        finally:
+            for fd in (self._params_fd, self._contribution_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._params_fd = self._contribution_fd = -1
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id; None while there is none."""
+        return self._worker.pid if self._worker is not None else None
+
+    async def _supervise(self) -> None:
+        while True:
+            exit_code, output = await self._run_worker()
+            self._fail_initialising(exit_code)
+            if self._stopping.is_set():
+                return
+            if not self._ready.done():
+                raise _start_error(self._failure, exit_code, output)
+            pause_s = self._backoff_s
+            self._backoff_s = min(2 * pause_s, self._limits.backoff_max_s)
+            self.restarts += 1
+            self._on_event(Died(exit_code, pause_s, output))
+            await _wait_for(self._stopping, pause_s)
+            if self._stopping.is_set():
+                return
+
+    async def _run_worker(self) -> tuple[int, tuple[str, ...]]:
+        """One worker from its start to its end: exit status, last lines of output."""
+        self._failure = None
+        worker = await _Worker.spawn(self._settings, self._params_fd, self._contribution_fd)
+        self._worker = worker
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                collector = tasks.create_task(worker.collect_output())
+                worker.send(Configure(to_plain(self._settings)))
+                if self._stopping.is_set():
+                    worker.kill()
+                await self._converse(worker)
+                exit_code = await worker.end()
+                output = await collector
+            return exit_code, output
+        finally:
+            self._worker = None
+            worker.close()
+
+    async def _converse(self, worker: _Worker) -> None:
+        """Until the worker hangs up, breaks the format, or is silent for too long."""
+        try:
+            async with asyncio.timeout(self._limits.hello_timeout_s) as deadline:
+                worker.deadline = deadline
+                while True:
+                    self._handle(worker, await worker.receive())
+                    self._watch_silence(worker)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        except TimeoutError:
+            self._failure = Failed("timeout", "the trainer was silent for too long")
+        except (MessageError, RefusedLayout) as error:
+            self.protocol_errors += 1
+            self._failure = Failed("protocol", f"the trainer sent what it must not: {error}")
+        finally:
+            worker.deadline = None
+        worker.kill()
+        self._on_event(self._failure)
+
+    def _handle(self, worker: _Worker, report: Report) -> None:
+        if isinstance(report, Hello):
+            self._handle_hello(worker, report)
+        elif not worker.attached and not isinstance(report, Failed):
+            raise MessageError(f"{type(report).__name__} before Hello")
+        elif isinstance(report, Initialised):
+            if self._initialising is not None and not self._initialising.done():
+                self._initialising.set_result(None)
+        elif isinstance(report, Progress | Contribution) and report.epoch != self._begun:
+            self.stale_reports += 1
+        else:
+            self._settle(report)
+            self._on_event(report)
+
+    def _handle_hello(self, worker: _Worker, hello: Hello) -> None:
+        """Size the buffers at the first hello; a later one must name the same model."""
+        if worker.attached or len(hello.names) != len(hello.shapes):
+            raise MessageError("a second Hello, or one with names and shapes of different length")
+        layout = Layout.from_named(zip(hello.names, hello.shapes, strict=True))
+        if not self._ready.done():
+            self._map_buffers(layout)
+            self._ready.set_result(None)
+        elif layout != self.layout:
+            raise MessageError("the model has changed since the first Hello")
+        worker.attached = True
+        worker.send(Attach(layout.n))
+        self._on_event(hello)
+        self._resume(worker)
+
+    def _map_buffers(self, layout: Layout) -> None:
+        for fd in (self._params_fd, self._contribution_fd):
+            size_buffer(fd, layout.n)
+        self.layout = layout
+        self.params = map_buffer(self._params_fd, layout.n, writable=True)
+        self.contribution = map_buffer(self._contribution_fd, layout.n, writable=True)
+
+    def _resume(self, worker: _Worker) -> None:
+        """Tell a worker that has just come up what is still wanted."""
+        if self._evaluating is not None:
+            worker.send(Evaluate(self._evaluating))
+        if self._begun is not None:
+            worker.send(Begin(self._begun))
+            if self._closing:
+                worker.send(Close(self._begun))
+
+    def _settle(self, report: Report) -> None:
+        if isinstance(report, Contribution):
+            self._begun = None
+            self._backoff_s = self._limits.backoff_initial_s
+        elif isinstance(report, Validation) and report.epoch == self._evaluating:
+            self._evaluating = None
+        elif isinstance(report, Failed):
+            self._failure = report
+
+    def _send(self, command: Command) -> None:
+        """To the worker if one is up; else `_resume` will tell it, or it no longer matters."""
+        worker = self._worker
+        if worker is not None and (worker.attached or isinstance(command, Stop)):
+            worker.send(command)
+            self._watch_silence(worker)
+
+    def _watch_silence(self, worker: _Worker) -> None:
+        """Only a worker that has something to do owes us a sign of life."""
+        if worker.deadline is None or not worker.attached:
+            return
+        busy = self._begun is not None or self._evaluating is not None or self._initialising is not None
+        now_s = asyncio.get_running_loop().time()
+        worker.deadline.reschedule(now_s + self._limits.silence_timeout_s if busy else None)
+
+    def _fail_initialising(self, exit_code: int) -> None:
+        if self._initialising is not None and not self._initialising.done():
+            self._initialising.set_exception(
+                TrainerError("died", f"the trainer died while initialising, exit status {exit_code}")
+            )
+
+
+class _Worker:
+    """One child process and the socket to it."""
+
+    @classmethod
+    async def spawn(cls, settings: WorkerSettings, params_fd: int, contribution_fd: int) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-P", "-m", "tapestry.node.trainer.worker"),
+                    *("--channel", str(theirs.fileno())),
+                    *("--params", str(params_fd)),
+                    *("--contribution", str(contribution_fd)),
+                    *("--parent", str(os.getpid())),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(), params_fd, contribution_fd),
+                    start_new_session=True,  # a terminal's Ctrl-C is for the node
+                    env=_environment(settings.threads),
+                )
+                reader, writer = await asyncio.open_connection(sock=ours)
+            except BaseException:
+                ours.close()
+                raise
+        return cls(process, reader, writer)
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.attached = False
+        self.deadline: asyncio.Timeout | None = None
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def receive(self) -> Report:
+        """Raises MessageError; IncompleteReadError or ConnectionError when the worker has hung up."""
+        length = body_length(await self._reader.readexactly(HEADER.size))
+        return unpack_report(await self._reader.readexactly(length))
+
+    def send(self, command: Command) -> None:
+        """Commands are few and small; the silence limit bounds what piles up before a stuck worker."""
+        if not self._writer.is_closing():
+            self._writer.write(pack(command))
+
+    async def collect_output(self) -> tuple[str, ...]:
+        """The last lines of standard output and error, until both are closed."""
+        assert self._process.stdout is not None
+        lines: deque[str] = deque(maxlen=OUTPUT_LINES)
+        rest = b""
+        while piece := await self._process.stdout.read(4096):
+            *whole, rest = (rest + piece).split(b"\n")
+            lines.extend(_readable(line) for line in whole if line.strip())
+            rest = rest[-OUTPUT_LINE_BYTES:]
+        if rest.strip():
+            lines.append(_readable(rest))
+        return tuple(lines)
+
+    async def end(self) -> int:
+        """The exit status; a worker that has hung up but lives on is killed."""
+        try:
+            async with asyncio.timeout(EXIT_GRACE_S):
+                return await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            return await self._process.wait()
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            try:
+                self._process.kill()
+            except ProcessLookupError:
+                return  # it has just gone by itself
+
+    def close(self) -> None:
+        self.kill()
+        self._writer.close()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Ours, and: nothing from a network, nothing chatty, no more threads than allowed."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+
+
+def _readable(line: bytes) -> str:
+    return line[-OUTPUT_LINE_BYTES:].decode("utf-8", errors="replace")
+
+
+def _start_error(failure: Failed | None, exit_code: int, output: tuple[str, ...]) -> TrainerError:
+    if failure is not None:
+        return TrainerError(failure.reason, failure.text)
+    last = f": {output[-1]}" if output else ""
+    return TrainerError("died", f"the trainer ended with status {exit_code} before it was ready{last}")
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,329 @@
+"""The trainer worker: a child process that turns commands into contributions.
+
+`python -P -m tapestry.node.trainer.worker` is started by process.py with three inherited descriptors: a
+socket for messages, and the two shared buffers. It does one thing at a time: it looks for commands between
+two inner steps, so a `Close` or a newer `Begin` takes effect within one step.
+
+It may die at any moment, and it never outlives its node: the kernel kills it when its parent is gone
+(PR_SET_PDEATHSIG), and a closed socket ends it too. SIGINT is the node's to handle.
+
+torch and transformers are imported only after that has been arranged: they take seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tapestry.node.trainer.messages import (
+    HEADER,
+    TEXT_CHARS_MAX,
+    Abort,
+    Attach,
+    Begin,
+    Close,
+    Command,
+    Configure,
+    Contribution,
+    Evaluate,
+    Failed,
+    Hello,
+    Initialise,
+    Initialised,
+    Progress,
+    Report,
+    Save,
+    Saved,
+    Stop,
+    Validation,
+    body_length,
+    pack,
+    unpack_command,
+)
+from tapestry.node.trainer.settings import SettingsError, WorkerSettings, worker_settings_from
+
+if TYPE_CHECKING:
+    import torch
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NICENESS = 5  # the node's loop answers its peers first; guess
+PROGRESS_INTERVAL_S = 0.2
+EXIT_FAILED = 3
+
+
+class ChannelClosed(Exception):
+    """The node has gone, or wants us gone."""
+
+
+class WorkerFailure(Exception):
+    """We cannot go on; `reason` as in messages.Failed."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def main() -> int:
+    """Serve commands until told to stop; the exit status."""
+    arguments = _parse_arguments()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent(arguments.parent)
+    os.nice(NICENESS)
+    channel = Channel(socket.socket(fileno=arguments.channel))
+    try:
+        _serve(channel, arguments.params, arguments.contribution)
+    except ChannelClosed:
+        return 0
+    except WorkerFailure as failure:
+        channel.send_last(Failed(failure.reason, str(failure)[:TEXT_CHARS_MAX]))
+        return EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        channel.send_last(Failed("crashed", f"{type(error).__name__}: {error}"[:TEXT_CHARS_MAX]))
+        return 1
+    return 0
+
+
+class Channel:
+    """Frames on a blocking socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def send(self, report: Report) -> None:
+        """Raises ChannelClosed."""
+        try:
+            self._socket.sendall(pack(report))
+        except OSError as error:
+            raise ChannelClosed from error
+
+    def send_last(self, report: Report) -> None:
+        """As `send`, when it no longer matters whether anyone listens."""
+        try:
+            self.send(report)
+        except ChannelClosed:
+            return
+
+    def receive(self, wait: bool) -> Command | None:
+        """The next command; None if there is none and we shall not wait. Raises ChannelClosed."""
+        if not wait and not select.select([self._socket], [], [], 0)[0]:
+            return None
+        return unpack_command(self._read(body_length(self._read(HEADER.size))))
+
+    def _read(self, size: int) -> bytes:
+        pieces = bytearray()
+        while len(pieces) < size:
+            try:
+                piece = self._socket.recv(size - len(pieces))
+            except OSError as error:
+                raise ChannelClosed from error
+            if not piece:
+                raise ChannelClosed
+            pieces += piece
+        return bytes(pieces)
+
+
+class Worker:
+    """What is going on, and what each command does to it."""
+
+    def __init__(self, settings: WorkerSettings, channel: Channel) -> None:
+        from tapestry.node.trainer import data, inner, model
+
+        self._settings = settings
+        self._channel = channel
+        self._device = _device(settings.device)
+        training = settings.training
+        try:
+            corpus = data.load_corpus(settings.data, Path(settings.cache_dir), training.model.sequence_length)
+        except data.DataError as error:
+            raise WorkerFailure("data", str(error)) from error
+        self._validation = corpus.validation_windows(settings.validation_windows)
+        net = model.build_model(training.model)
+        self.layout = model.model_layout(net)
+        batch_size = training.inner.batch_size
+        self._inner = inner.InnerLoop(
+            net,
+            self.layout,
+            training.inner,
+            lambda epoch, step: corpus.training_windows(settings.node_seed, epoch, step, batch_size),
+            self._device,
+        )
+        self._closing = False
+        self._began_s = self._reported_s = 0.0
+        inner_epoch, note = self._load_inner_state()
+        channel.send(
+            Hello(
+                names=self.layout.names,
+                shapes=self.layout.shapes,
+                train_tokens=corpus.train_count,
+                validation_tokens=corpus.validation_count,
+                device=str(self._device),
+                inner_epoch=inner_epoch,
+                note=note[:TEXT_CHARS_MAX],
+            )
+        )
+
+    def run(
+        self,
+        base: torch.Tensor,  # f32 (n,), shared with the node, which writes it
+        out: torch.Tensor,  # f32 (n,), shared with the node, which reads it
+    ) -> None:
+        """Until Stop. Raises ChannelClosed and WorkerFailure."""
+        self._base, self._out = base, out
+        while True:
+            command = self._channel.receive(wait=self._inner.epoch is None)
+            if isinstance(command, Stop):
+                return
+            if command is not None:
+                self._handle(command)
+            else:
+                self._advance()
+
+    def _handle(self, command: Command) -> None:
+        if isinstance(command, Begin):
+            self._inner.begin(command.epoch, self._base)
+            self._closing = False
+            self._began_s, self._reported_s = time.monotonic(), 0.0
+        elif isinstance(command, Close):
+            self._closing = self._closing or command.epoch == self._inner.epoch
+        elif isinstance(command, Abort):
+            self._inner.abandon()
+        elif isinstance(command, Evaluate):
+            self._evaluate(command.epoch)
+        elif isinstance(command, Save):
+            self._save(command.epoch)
+        elif isinstance(command, Initialise):
+            self._initialise()
+        else:
+            raise WorkerFailure("crashed", f"{type(command).__name__} makes no sense now")
+
+    def _advance(self) -> None:
+        """One inner step; the last one, or the first after a Close, is followed by the contribution."""
+        from tapestry.node.trainer.inner import Diverged
+
+        epoch = self._inner.epoch
+        assert epoch is not None
+        try:
+            if not (self._closing and self._inner.batches):
+                loss = self._inner.step()
+                self._report_progress(epoch, loss)
+            if self._inner.done or self._closing:
+                outcome = self._inner.finish(self._base, self._out)
+                self._channel.send(
+                    Contribution(
+                        epoch, outcome.weight, outcome.norm, outcome.loss, outcome.weight, outcome.batches
+                    )
+                )
+        except Diverged as error:
+            # The saved moments are part of what led here: the next worker starts with fresh ones.
+            Path(self._settings.inner_state_path).unlink(missing_ok=True)
+            raise WorkerFailure("diverged", str(error)) from error
+
+    def _report_progress(self, epoch: int, loss: float) -> None:
+        now_s = time.monotonic()
+        if now_s - self._reported_s < PROGRESS_INTERVAL_S and not self._inner.done:
+            return
+        self._reported_s = now_s
+        self._channel.send(
+            Progress(
+                epoch=epoch,
+                step=self._inner.batches,
+                steps=self._settings.training.inner.batches,
+                loss=loss,
+                tokens=self._inner.tokens,
+                tokens_per_second=self._inner.tokens / max(now_s - self._began_s, 1e-9),
+            )
+        )
+
+    def _evaluate(self, epoch: int) -> None:
+        loss = self._inner.evaluate(self._base, self._validation)
+        if not loss < float("inf"):
+            raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {loss}")
+        self._channel.send(Validation(epoch, loss))
+
+    def _save(self, epoch: int) -> None:
+        error_text = ""
+        try:
+            self._inner.save(Path(self._settings.inner_state_path), epoch)
+        except OSError as error:
+            error_text = str(error)[:TEXT_CHARS_MAX]
+        self._channel.send(Saved(epoch, error_text))
+
+    def _initialise(self) -> None:
+        from tapestry.node.trainer.model import initial_state
+
+        self._out.copy_(initial_state(self._settings.training.model, self._settings.training.seed))
+        self._channel.send(Initialised())
+
+    def _load_inner_state(self) -> tuple[int, str]:
+        from tapestry.node.trainer.inner import InnerStateError
+
+        try:
+            epoch = self._inner.load(Path(self._settings.inner_state_path))
+        except InnerStateError as error:
+            return -1, f"the inner optimizer starts afresh: {error}"
+        return (-1 if epoch is None else epoch), ""
+
+
+def _serve(channel: Channel, params_fd: int, contribution_fd: int) -> None:
+    first = channel.receive(wait=True)
+    if not isinstance(first, Configure):
+        raise WorkerFailure("crashed", "the first command is not Configure")
+    try:
+        settings = worker_settings_from(first.settings)
+    except SettingsError as error:
+        raise WorkerFailure("settings", str(error)) from error
+    import torch
+
+    from tapestry.node.trainer.shared import map_buffer
+
+    torch.set_num_threads(settings.threads)
+    worker = Worker(settings, channel)
+    attach = channel.receive(wait=True)
+    if isinstance(attach, Stop):
+        return
+    if not isinstance(attach, Attach) or attach.n != worker.layout.n:
+        raise WorkerFailure("crashed", f"expected Attach of {worker.layout.n} elements, got {attach}")
+    worker.run(
+        map_buffer(params_fd, attach.n, writable=False), map_buffer(contribution_fd, attach.n, writable=True)
+    )
+
+
+def _device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise WorkerFailure("device", "device is cuda, but torch finds none here: use --device cpu or auto")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="started by the Tapestry node, not by hand")
+    for name in ("channel", "params", "contribution", "parent"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    return parser.parse_args()
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the parent dies; if that has happened already, go at once."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

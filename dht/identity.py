@@ -145,7 +145,7 @@ def _read_private_file(path: str | os.PathLike[str]) -> bytes:
         ) from error
     except OSError as error:
         raise IdentityError(f"cannot read the identity file {path}: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise IdentityError(f"the identity {path} is not a regular file; remove it or name another")
@@ -154,7 +154,9 @@ def _read_private_file(path: str | os.PathLike[str]) -> bytes:
                 f"the identity file {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}); "
                 f"run: chmod 600 {path}"
             )
-        return file.read(_FILE_BYTES + 1)
+        return os.read(descriptor, _FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _encode_file(private_key: Ed25519PrivateKey) -> bytes:

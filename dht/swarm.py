@@ -42,7 +42,7 @@ from hivemind.utils.multiaddr import Multiaddr as HivemindMultiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from tapestry.dht.addresses import PeerAddress, full_addresses
-from tapestry.dht.identity import verify
+from tapestry.dht.identity import Identity, verify
 from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, PresenceError, decode
 
 _log = logging.getLogger("tapestry.swarm")
@@ -50,8 +50,8 @@ _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
-# Each open stream may hold twice as much. Measured under uvloop on loopback, 2 cores: 420-530 MB/s for 64 kB,
-# 256 kB, 1 MB and 4 MB alike; the selector loop of asyncio needs more than its default of 64 kB.
+# Each open stream may hold twice as much. Measured on loopback, 2 cores: 420-530 MB/s under uvloop for 64 kB,
+# 256 kB, 1 MB and 4 MB alike; asyncio's own loop loses up to a quarter at its default of 64 kB.
 STREAM_BUFFER_BYTES = 1 << 18
 # A DHT answer breaks above 4 MiB (hivemind, control.py); so many records of the largest size are half of it.
 PEERS_MAX = 1024
@@ -109,10 +109,11 @@ class Swarm:
     ) -> Swarm:
         """Start p2pd and listen. `on_refused(reason)` is called for each presence record that is refused.
 
-        Raises SwarmError when an address cannot be listened on or p2pd does not start. A cancelled or failed
-        start leaves no process and no file.
+        Raises IdentityError; SwarmError when an address cannot be listened on or p2pd does not start. A
+        cancelled or failed start leaves no process and no file.
         """
         _quiet_hivemind()
+        Identity.load(config.identity_path)  # where there is no file, hivemind would write an RSA key
         for address in config.listen:
             _require_free(address)
         async with contextlib.AsyncExitStack() as cleanup:
@@ -637,11 +638,15 @@ _DIAL_FAILURES = (
     ("protocols not supported", "unsupported", "the peer does not serve this protocol"),
     ("failed to negotiate security protocol", "not_libp2p", "what answers there is no libp2p peer"),
     ("connection refused", "refused", "refused, nothing listens there"),
-    ("no such host", "unresolved", "the name does not resolve"),
     ("network is unreachable", "unroutable", "there is no route to it"),
     ("no route to host", "unroutable", "there is no route to it"),
     ("no addresses", "unroutable", "no address of it is known"),
-    ("no good addresses", "unroutable", "none of its addresses can be dialled from here"),
+    ("routing: not found", "unroutable", "no address of it is known"),
+    (
+        "no good addresses",
+        "unroutable",
+        "its name does not resolve, or its address cannot be dialled from here",
+    ),
     ("dial backoff", "backoff", "failed a moment ago, p2pd waits before it tries again"),
     ("deadline exceeded", "timeout", "no answer"),
     ("i/o timeout", "timeout", "no answer"),

@@ -104,6 +104,18 @@ def test_halves_are_rounded_to_the_even_code() -> None:
     assert INT8_BLOCK.encode(x)[:6].view(torch.int8).tolist() == [127, 0, 2, 2, 0, -4]
 
 
+def test_values_halfway_between_codes_are_divided_not_multiplied_by_a_reciprocal() -> None:
+    rng = np.random.default_rng(4)
+    scales = (rng.uniform(1, 2, 400).astype(np.float32) / np.float32(127))[:, None]
+    x = (rng.integers(-126, 126, (400, 256)).astype(np.float32) + np.float32(0.5)) * scales
+    x[:, 0] = np.float32(127) * scales[:, 0]
+    scales = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    codes = np.rint(x / scales)
+    assert (codes != np.rint(x * (np.float32(1) / scales))).any()  # so this can fail
+    encoded = INT8_BLOCK.encode(torch.from_numpy(x.reshape(-1)))[: x.size].view(torch.int8)
+    assert (encoded.numpy() == codes.reshape(-1)).all()
+
+
 def test_zeros_have_scale_zero_and_codes_zero() -> None:
     for zero in (0.0, -0.0):
         payload = INT8_BLOCK.encode(torch.full((300,), zero))

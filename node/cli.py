@@ -9,6 +9,7 @@ that `tapestry status` answers at once.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -16,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +92,7 @@ def init(directory: Path, preset: str, name: str | None) -> None:
         home.node_toml: NodeToml().to_toml(),
     }
     for path in files:
-        if path.exists():
+        if os.path.lexists(path):
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")
     home.create()
     for path, text in files.items():
@@ -300,7 +300,7 @@ def _ask_node(home: Home, path: str) -> object:
         if len(data) > HTTP_BYTES_MAX:
             raise ValueError(f"the answer is longer than {HTTP_BYTES_MAX} bytes")
         return json.loads(data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"the node (pid {state.pid}) does not answer at {state.info.http}: {error}",
             exit_code=ExitCode.FAILED,

@@ -126,7 +126,7 @@ class _Layer:
 
 
 def _file_layer(home: Home) -> _Layer:
-    table = read_toml(home.node_toml) if home.node_toml.exists() else {}
+    table = read_toml(home.node_toml) if os.path.lexists(home.node_toml) else {}
     return _Layer(table, lambda key: f"{home.node_toml}: {key}", home.path)
 
 
@@ -197,7 +197,7 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
 
 def _run_file(text: str, where: str, home: Home) -> Path | None:
     if not text:
-        return home.run_toml if home.run_toml.exists() else None
+        return home.run_toml if os.path.lexists(home.run_toml) else None
     if not Path(text).is_file():
         raise UserError(f"{where}: there is no file {text}")
     return Path(text)

@@ -1,0 +1,185 @@
+"""node.toml, environment and flags: precedence, paths, strictness."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapestry.node.config import NodeConfig, NodeToml
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.runspec import read_table
+
+PEER = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWSahP5pFRCEfaziPEba7urXGeif6T1y8jmodzdFUvzBHj"
+GIVEN = {"data": ("stdlib",)}
+
+
+def _resolve(home: Path, env: dict[str, str] | None = None, **flags: Any) -> NodeConfig:
+    return NodeConfig.resolve(Home(home), GIVEN | flags, env or {})
+
+
+def test_with_nothing_said_the_defaults_hold(tmp_path: Path) -> None:
+    config = _resolve(tmp_path)
+    assert (config.http_host, config.http_port) == ("127.0.0.1", 9470)
+    assert config.listen == ("/ip4/0.0.0.0/tcp/0",)
+    assert config.run is None and config.run_id is None and config.epochs is None
+    assert config.peers == config.announce == ()
+    assert (config.device, config.log_format) == ("auto", "text")
+    assert config.threads == len(os.sched_getaffinity(0))
+
+
+def test_flags_override_the_environment_which_overrides_node_toml_which_overrides_defaults(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "node.toml").write_text('http = "127.0.0.1:1"\ndevice = "cpu"\nthreads = 3\n')
+    env = {"TAPESTRY_HTTP": "127.0.0.1:2", "TAPESTRY_LOG_FORMAT": "json"}
+    assert _resolve(tmp_path).http_port == 1
+    assert _resolve(tmp_path, env).http_port == 2
+    config = _resolve(tmp_path, env, http="127.0.0.1:3")
+    assert (config.http_port, config.device, config.threads, config.log_format) == (3, "cpu", 3, "json")
+
+
+def test_an_empty_variable_and_a_flag_that_is_not_given_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('http = "127.0.0.1:1"\n')
+    assert _resolve(tmp_path, {"TAPESTRY_HTTP": ""}, http=None, peers=()).http_port == 1
+
+
+def test_paths_in_node_toml_start_at_the_home_and_those_in_flags_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    (home / "spec.toml").touch(), (here / "spec.toml").touch()
+    monkeypatch.chdir(here)
+    (home / "node.toml").write_text(
+        'run = "spec.toml"\ndata = ["texts", "a.jsonl:body", "stdlib:1/3", "/d"]\n'
+    )
+    from_file = _resolve(home, data=())
+    assert from_file.run == home / "spec.toml"
+    assert from_file.data == (f"{home}/texts", f"{home}/a.jsonl:body", "stdlib:1/3", "/d")
+    from_flags = _resolve(home, run="spec.toml", data=("texts", "stdlib"))
+    assert from_flags.run == here / "spec.toml"
+    assert from_flags.data == (f"{here}/texts", "stdlib")
+
+
+def test_run_toml_in_the_home_is_found_without_being_named(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").touch()
+    assert _resolve(tmp_path).run == tmp_path / "run.toml"
+
+
+def test_a_run_file_that_is_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--run: there is no file .*/none\.toml"):
+        _resolve(tmp_path, run="/none.toml")
+
+
+def test_no_data_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data to train on") as caught:
+        NodeConfig.resolve(Home(tmp_path), {}, {})
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert caught.value.hint is not None and "--data PATH" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:0", "127.0.0.1", 0),
+        ("localhost:80", "localhost", 80),
+        ("[::1]:65535", "::1", 65535),
+        ("node-1.example.org:9470", "node-1.example.org", 9470),
+    ],
+)
+def test_http_is_host_and_port(tmp_path: Path, text: str, host: str, port: int) -> None:
+    config = _resolve(tmp_path, http=text)
+    assert (config.http_host, config.http_port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "9470", ":9470", "localhost", "::1:80", "[::1", "a:65536", "a:-1", "a:b", "http://a:1", "[:]:1"],
+)
+def test_what_is_not_host_and_port_is_refused_by_its_flag(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="--http: ") as caught:
+        _resolve(tmp_path, http=text)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("htpp = 1", "htpp: unknown key; did you mean http?"),
+        ("peer = []", "peer: unknown key; did you mean peers?"),
+        ("zzz = 1", "zzz: unknown key; known here: run, data, peers, listen"),
+        ("data = 'stdlib'", 'data: "stdlib" is not a list'),
+        ("data = [1]", "data: 1 is not a string"),
+        ("threads = -1", "threads: -1 is not an integer from 0 to 1024"),
+        ("device = 'tpu'", 'device: "tpu" is not "auto" or "cpu" or "cuda"'),
+        ("http = 9470", "http: 9470 is not a string"),
+        ("http = '9470'", "http: '9470' is not HOST:PORT"),
+        ("peers = ['/ip4/1.2.3.4/tcp/1']", "peers: '/ip4/1.2.3.4/tcp/1' does not say which peer is there"),
+        ("listen = ['127.0.0.1:4001']", "listen: '127.0.0.1:4001' is host:port; as a multiaddr it is"),
+        ("announce = ['/ip4/1.2.3.4/tcp/0']", "announce: '/ip4/1.2.3.4/tcp/0' announces port 0"),
+        ("run = 'none.toml'", "run: there is no file"),
+    ],
+)
+def test_a_mistake_in_node_toml_is_named_with_file_and_key(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        _resolve(tmp_path)
+    assert caught.value.line.startswith(f"{path}: {message}")
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_mistake_in_node_toml_is_found_also_where_a_flag_overrides_it(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text("device = 'tpu'")
+    with pytest.raises(UserError, match=r"node\.toml: device"):
+        _resolve(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"peers": ("localhost:4001",)}, "--peer: 'localhost:4001' is host:port"),
+        ({"listen": ("/ip4/1.2.3.4",)}, "--listen: '/ip4/1.2.3.4' has no port"),
+        ({"announce": ("/ip4/0.0.0.0/tcp/1",)}, "--announce: '/ip4/0.0.0.0/tcp/1' is no address"),
+        ({"run_id": "abc"}, "--run-id: 'abc' is not a run id, which has 64 hex digits"),
+        ({"epochs": 0}, "--epochs: 0 is not a positive number"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_named_by_the_flag(
+    tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        _resolve(tmp_path, **flags)
+    assert caught.value.line.startswith(message)
+
+
+def test_a_mistake_in_the_environment_is_named_by_the_variable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='TAPESTRY_DEVICE: "tpu" is not'):
+        _resolve(tmp_path, {"TAPESTRY_DEVICE": "tpu"})
+
+
+def test_addresses_run_id_and_epochs_are_kept_as_given(tmp_path: Path) -> None:
+    config = _resolve(
+        tmp_path,
+        peers=(PEER,),
+        listen=("/ip4/127.0.0.1/tcp/0",),
+        announce=("/dns4/example.org/tcp/4001",),
+        run_id="ab" * 32,
+        epochs=3,
+    )
+    assert config.peers == (PEER,)
+    assert config.listen == ("/ip4/127.0.0.1/tcp/0",)
+    assert config.announce == ("/dns4/example.org/tcp/4001",)
+    assert (config.run_id, config.epochs) == ("ab" * 32, 3)
+
+
+def test_the_commented_node_toml_reads_back_to_the_same_values() -> None:
+    written = NodeToml(run='a"b\\c\x7f.toml', data=("stdlib", "Überſicht.txt"), threads=2)
+    assert read_table(NodeToml, tomllib.loads(written.to_toml())) == written

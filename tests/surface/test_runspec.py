@@ -1,0 +1,320 @@
+"""run.toml: strict reading, the canonical form, differences, and the file that `init` writes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.runspec import (
+    FILE_BYTES_MAX,
+    AdamWSpec,
+    Between,
+    CompressionSpec,
+    DataSpec,
+    Key,
+    LimitsSpec,
+    NesterovSpec,
+    RoundSpec,
+    RunSpec,
+    TrainSpec,
+    diff,
+    is_section,
+    keys_of,
+    preset_spec,
+    training_settings,
+)
+from tapestry.node.trainer.settings import PRESETS
+
+DEFAULT = RunSpec.from_dict({"name": "demo"})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "name: missing"),
+        ({"name": ""}, 'name: "" is not a string matching'),
+        ({"name": "a\x1b[31m"}, 'name: "a\\u001b[31m" is not a string matching'),
+        ({"name": "-x"}, 'name: "-x" is not a string matching'),
+        ({"name": 3}, "name: 3 is not a string"),
+        ({"name": "x", "trian": {}}, "trian: unknown key; did you mean train?"),
+        ({"name": "x", "qqqq": 1}, "qqqq: unknown key; known here: name, model, data, train,"),
+        ({"name": "x", "train": 3}, "train: 3 is not a table"),
+        ({"name": "x", "train": [1]}, "train: [1] is not a table"),
+        (
+            {"name": "x", "train": {"inner_step": 3}},
+            "train.inner_step: unknown key; did you mean train.inner_steps?",
+        ),
+        (
+            {"name": "x", "train": {"inner_steps": -1}},
+            "train.inner_steps: -1 is not an integer from 0 to 100000",
+        ),
+        ({"name": "x", "train": {"inner_steps": 1.5}}, "train.inner_steps: 1.5 is not an integer"),
+        ({"name": "x", "train": {"inner_steps": True}}, "train.inner_steps: true is not an integer"),
+        ({"name": "x", "train": {"inner_steps": "50"}}, 'train.inner_steps: "50" is not an integer'),
+        (
+            {"name": "x", "train": {"inner_steps": 10**5000}},
+            "train.inner_steps: a number of many digits is not an integer",
+        ),
+        ({"name": "x", "train": {"inner_steps": {}}}, "train.inner_steps: a table is not an integer"),
+        ({"name": "x", "train": {"lr": 0}}, "train.lr: 0.0 is not a number above 0, at most 10"),
+        ({"name": "x", "train": {"lr": float("nan")}}, "train.lr: nan is not a number"),
+        ({"name": "x", "train": {"lr": float("inf")}}, "train.lr: inf is not a number"),
+        ({"name": "x", "train": {"lr": 10**400}}, "train.lr: inf is not a number"),
+        ({"name": "x", "train": {"lr": False}}, "train.lr: false is not a number"),
+        ({"name": "x", "train": {"betas": 0.9}}, "train.betas: 0.9 is not a list of 2"),
+        ({"name": "x", "train": {"betas": [0.9]}}, "train.betas: [0.9] is not a list of 2"),
+        ({"name": "x", "train": {"betas": [0.9, 1]}}, "train.betas: 1.0 is not a number from 0"),
+        ({"name": "x", "train": {"betas": [0.9, [[]]]}}, "train.betas: [[...]] is not a number"),
+        ({"name": "x", "model": {"tie_embeddings": 1}}, "model.tie_embeddings: 1 is not true or false"),
+        ({"name": "x", "data": {"tokenizer": ["byte"]}}, 'data.tokenizer: ["byte"] is not "byte"'),
+        (
+            {"name": "x", "compression": {"codec": "int8"}},
+            'compression.codec: "int8" is not "int8-block" or "bnb-dynamic8"',
+        ),
+        (
+            {"name": "x", "compression": {"shard_elements": 1000}},
+            "compression.shard_elements: 1000 is not an integer from 256 to 67108864, a multiple of 256",
+        ),
+        ({"name": "x", "round": {"max_influence": 0.0}}, "round.max_influence: 0.0 is not a number above 0"),
+        ({"name": "x", "outer": {"optimizer": "sgd"}}, 'outer.optimizer: "sgd" is not "nesterov" or "adamw"'),
+        ({"name": "x", "outer": {"optimizer": []}}, 'outer.optimizer: [] is not "nesterov" or "adamw"'),
+        (
+            {"name": "x", "outer": {"optimizer": "adamw", "momentum": 0.9}},
+            'outer.momentum: no key of optimizer = "adamw", which takes lr, betas, eps, weight_decay',
+        ),
+        (
+            {"name": "x", "outer": {"betas": [0.9, 0.9]}},
+            'outer.betas: no key of optimizer = "nesterov", which takes lr, momentum',
+        ),
+        (
+            {"name": "x", "model": {"hidden_size": 100, "heads": 3}},
+            "model.hidden_size: 100 with model.heads = 3; must be a multiple of 6",
+        ),
+        (
+            {"name": "x", "model": {"heads": 4, "kv_heads": 3}},
+            "model.kv_heads: 3 with model.heads = 4; must divide model.heads",
+        ),
+        (
+            {"name": "x", "round": {"min_members": 9}, "limits": {"max_peers": 8}},
+            "round.min_members: 9 with limits.max_peers = 8; must not be larger",
+        ),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        RunSpec.from_dict(table, "run.toml")
+    assert caught.value.line.startswith(f"run.toml: {message}")
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert len(caught.value.line) < 250
+
+
+def test_an_integer_will_do_for_a_number_and_makes_the_same_spec() -> None:
+    one = RunSpec.from_dict({"name": "x", "outer": {"lr": 1}})
+    assert one.canonical() == RunSpec.from_dict({"name": "x", "outer": {"lr": 1.0}}).canonical()
+
+
+def test_minus_zero_is_zero_so_that_equal_specs_have_equal_bytes() -> None:
+    minus = RunSpec.from_dict({"name": "x", "train": {"weight_decay": -0.0}})
+    assert minus.canonical() == RunSpec.from_dict({"name": "x", "train": {"weight_decay": 0}}).canonical()
+
+
+def test_each_outer_optimizer_has_its_own_keys_and_defaults() -> None:
+    assert DEFAULT.outer == NesterovSpec("nesterov", lr=0.7, momentum=0.9)
+    assert RunSpec.from_dict({"name": "x", "outer": {"optimizer": "adamw"}}).outer == AdamWSpec()
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name = ", "not valid TOML: "),
+        (b'name = "a"\nname = "b"', "not valid TOML: "),
+        (b'name = "\xff"', "not UTF-8 text"),
+        (b"x = " + b"[" * 5000, "not valid TOML: "),
+        (b"x = " + b"1" * 5000, "not valid TOML: "),
+        (b"#" * (FILE_BYTES_MAX + 1), "larger than 65536 bytes"),
+        (b'name = "x"\n[train]\nlr = 1979-05-27', "train.lr: "),
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        RunSpec.load(path)
+    assert caught.value.line.startswith(f"{path}: {message}")
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(UserError, match=str(path)):
+            RunSpec.load(path)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_survives_run_toml_and_gives_the_trainer_its_own_numbers(
+    tmp_path: Path, preset: str
+) -> None:
+    spec = preset_spec(preset, "demo")
+    path = tmp_path / "run.toml"
+    path.write_text(spec.to_toml(), encoding="utf-8")
+    assert RunSpec.load(path) == spec
+    assert training_settings(RunSpec.load(path)) == PRESETS[preset]
+
+
+def test_the_defaults_are_the_preset_tiny() -> None:
+    assert preset_spec("tiny", "demo") == DEFAULT
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match='"huge" is no preset; there are nano, tiny, small'):
+        preset_spec("huge", "demo")
+
+
+def test_every_key_of_the_file_has_a_comment_above_it() -> None:
+    lines = DEFAULT.to_toml().splitlines()
+    for index, line in enumerate(lines):
+        if line and not line.startswith("#"):
+            assert lines[index - 1].startswith("#") or lines[index - 1].startswith("["), line
+    assert max(map(len, lines)) <= 100
+
+
+# ---- the canonical form ------------------------------------------------------------------------------
+
+
+def _values(key: Key) -> st.SearchStrategy[Any]:
+    kind = key.kind
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) is tuple:
+        element = Key(get_args(kind)[0], key.rule, "")
+        return st.lists(_values(element), min_size=2, max_size=2)
+    if kind is bool:
+        return st.booleans()
+    assert isinstance(key.rule, Between)
+    if kind is int:
+        step = key.rule.multiple_of
+        return st.integers(-(-int(key.rule.low) // step), int(key.rule.high) // step).map(lambda n: n * step)
+    return st.floats(key.rule.low, key.rule.high, exclude_min=key.rule.above)
+
+
+def _section(kind: type) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({name: _values(key) for name, key in keys_of(kind)})
+
+
+@st.composite
+def _specs(draw: st.DrawFn) -> RunSpec:
+    kv_heads, group, half_width = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(4, 40))
+    heads = kv_heads * group
+    limits = draw(_section(LimitsSpec))
+    rounds = draw(_section(RoundSpec))
+    table = {
+        "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", fullmatch=True)),
+        "model": {"hidden_size": 2 * half_width * heads, "heads": heads, "kv_heads": kv_heads},
+        "data": draw(_section(DataSpec)),
+        "train": draw(_section(TrainSpec)),
+        "compression": draw(_section(CompressionSpec)),
+        "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
+        "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},
+        "limits": limits,
+    }
+    return RunSpec.from_dict(table)
+
+
+@settings(deadline=None, max_examples=100)
+@given(_specs())
+def test_any_spec_survives_canonical_bytes_dict_and_toml_unchanged(spec: RunSpec) -> None:
+    data = spec.canonical()
+    assert RunSpec.from_canonical(data) == spec
+    assert RunSpec.from_canonical(data).canonical() == data
+    assert RunSpec.from_dict(spec.to_dict()) == spec
+    assert RunSpec.from_dict(tomllib.loads(spec.to_toml())) == spec
+    assert diff(spec, spec) == []
+
+
+def test_the_canonical_form_is_sorted_ascii_json_without_blanks_and_names_every_key() -> None:
+    table = json.loads(DEFAULT.canonical())
+    assert DEFAULT.canonical() == json.dumps(table, sort_keys=True, separators=(",", ":")).encode("ascii")
+    for section, key in keys_of(RunSpec):
+        if is_section(key.kind):
+            assert set(table[section]) == {name for name, _ in keys_of(type(getattr(DEFAULT, section)))}
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_changed_byte_never_passes_for_the_same_spec(data: st.DataObject) -> None:
+    canonical = DEFAULT.canonical()
+    index = data.draw(st.integers(0, len(canonical) - 1))
+    changed = bytearray(canonical)
+    changed[index] ^= data.draw(st.integers(1, 255))
+    try:
+        spec = RunSpec.from_canonical(bytes(changed))
+    except UserError as error:
+        assert error.exit_code == ExitCode.REFUSED
+    else:
+        assert spec != DEFAULT
+
+
+def test_every_truncation_of_a_peers_spec_is_refused() -> None:
+    canonical = DEFAULT.canonical()
+    for length in range(len(canonical)):
+        with pytest.raises(UserError) as caught:
+            RunSpec.from_canonical(canonical[:length])
+        assert caught.value.exit_code == ExitCode.REFUSED
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b'{"name":"x"}',  # defaults are for people, not for peers
+        b'{"name":"x","name":"y"}',
+        DEFAULT.canonical() + b" ",
+        DEFAULT.canonical().replace(b'"lr":0.7', b'"lr":0.70'),
+        DEFAULT.canonical().replace(b'"lr":0.7', b'"lr":NaN'),
+        DEFAULT.canonical().replace(b'"lr":0.7', b'"lr":1e999'),
+        DEFAULT.canonical().replace(b'"layers":4', b'"layers":' + b"9" * 5000),
+        DEFAULT.canonical().replace(b'"layers":4', b'"layers":4.0'),
+        b'{"name":"' + b"x" * FILE_BYTES_MAX + b'"}',
+    ],
+)
+def test_what_a_peer_sends_in_another_form_is_refused_with_exit_code_4(data: bytes) -> None:
+    with pytest.raises(UserError, match="the peer's run spec cannot be used") as caught:
+        RunSpec.from_canonical(data)
+    assert caught.value.exit_code == ExitCode.REFUSED
+
+
+# ---- differences -------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_a_line_with_both_values() -> None:
+    here = RunSpec.from_dict({"name": "demo", "train": {"inner_steps": 50, "betas": [0.9, 0.95]}})
+    peer = RunSpec.from_dict({"name": "demo", "train": {"inner_steps": 100, "betas": [0.8, 0.9]}})
+    assert diff(here, peer) == [
+        "train.inner_steps: 50 here, 100 at the peer",
+        "train.betas: [0.9, 0.95] here, [0.8, 0.9] at the peer",
+    ]
+
+
+def test_a_key_that_only_one_side_has_is_a_difference() -> None:
+    peer = RunSpec.from_dict({"name": "demo", "outer": {"optimizer": "adamw", "lr": 0.7}})
+    assert diff(DEFAULT, peer) == [
+        'outer.optimizer: "nesterov" here, "adamw" at the peer',
+        "outer.momentum: 0.9 here, not at the peer",
+        "outer.betas: not here, [0.9, 0.95] at the peer",
+        "outer.eps: not here, 1e-08 at the peer",
+        "outer.weight_decay: not here, 0.0 at the peer",
+    ]

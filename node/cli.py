@@ -12,7 +12,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import click
 from tapestry.node.config import NodeConfig, NodeToml
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
-from tapestry.node.runspec import preset_spec
+from tapestry.node.runspec import RUN_NAME, preset_spec
 
 HTTP_TIMEOUT_S = 5.0
 HTTP_BYTES_MAX = 4 * 2**20  # Guess: /peers with 10,000 peers has 3 MB.
@@ -46,7 +45,7 @@ class _Cli(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
-            code = super().main(*args, **{"prog_name": "tapestry", **extra, "standalone_mode": False})
+            code = super().main(*args, **{**extra, "prog_name": "tapestry", "standalone_mode": False})
             sys.stdout.flush()
         except UserError as error:
             code = _complain(error)
@@ -205,8 +204,7 @@ def export(out: Path, home: str | None, epoch: int | None) -> None:
 
 def _name_for(directory: Path) -> str:
     """The directory's name where it can name a run."""
-    name = directory.name
-    return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", name) else "tapestry"
+    return directory.name if RUN_NAME.admits(directory.name) else "tapestry"
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -276,7 +274,7 @@ def _log_since(path: Path, begin: int) -> str:
 
 def _foreground_command(home: Home, flags: dict[str, Any]) -> list[str]:
     """The same start without --detach. -P keeps the current directory off the module path."""
-    command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", "--home", str(home.path)]
+    command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", f"--home={home.path}"]
     for name, value in flags.items():
         flag = "--peer" if name == "peers" else f"--{name.replace('_', '-')}"
         values = value if isinstance(value, tuple) else () if value is None else (value,)

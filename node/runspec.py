@@ -40,7 +40,7 @@ T = TypeVar("T")
 class RunSpec:
     """The run spec. Build one with `load`, `from_dict` or `from_canonical`: those check it."""
 
-    name: Annotated[str, Pattern(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}"), "What people call this run."]
+    name: Annotated[str, RUN_NAME, "What people call this run."]
     model: Annotated[ModelSpec, "The network that everyone trains. All sizes are part of the run id."]
     data: Annotated[DataSpec, "How text becomes training samples. The text itself is each member's own."]
     train: Annotated[TrainSpec, "What a member does between two rounds."]
@@ -381,15 +381,16 @@ class Between:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A string that the regular expression matches as a whole."""
+    """A string that the regular expression matches as a whole; `words` say the same."""
 
     regex: str
+    words: str
 
     def admits(self, value: str) -> bool:
         return re.fullmatch(self.regex, value, re.ASCII) is not None
 
     def __str__(self) -> str:
-        return f"matching {self.regex}"
+        return f"of {self.words}"
 
 
 Rule = Between | Pattern
@@ -402,6 +403,12 @@ class Key:
     kind: Any  # what typing.get_type_hints gives: int, Literal[...], tuple[float, float], a dataclass, ...
     rule: Rule | None
     comment: str
+
+
+RUN_NAME = Pattern(
+    r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}",
+    "1 to 64 letters, digits, blanks and . _ -, the first a letter or a digit",
+)
 
 
 class TableError(ValueError):

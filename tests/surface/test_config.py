@@ -52,8 +52,9 @@ def test_paths_in_node_toml_start_at_the_home_and_those_in_flags_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
-    home.mkdir(), here.mkdir()
-    (home / "spec.toml").touch(), (here / "spec.toml").touch()
+    for directory in (home, here):
+        directory.mkdir()
+        (directory / "spec.toml").touch()
     monkeypatch.chdir(here)
     (home / "node.toml").write_text(
         'run = "spec.toml"\ndata = ["texts", "a.jsonl:body", "stdlib:1/3", "/d"]\n'

@@ -39,9 +39,9 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
     ("table", "message"),
     [
         ({}, "name: missing"),
-        ({"name": ""}, 'name: "" is not a string matching'),
-        ({"name": "a\x1b[31m"}, 'name: "a\\u001b[31m" is not a string matching'),
-        ({"name": "-x"}, 'name: "-x" is not a string matching'),
+        ({"name": ""}, 'name: "" is not a string of 1 to 64 letters'),
+        ({"name": "a\x1b[31m"}, 'name: "a\\u001b[31m" is not a string of 1 to 64 letters'),
+        ({"name": "-x"}, 'name: "-x" is not a string of 1 to 64 letters'),
         ({"name": 3}, "name: 3 is not a string"),
         ({"name": "x", "trian": {}}, "trian: unknown key; did you mean train?"),
         ({"name": "x", "qqqq": 1}, "qqqq: unknown key; known here: name, model, data, train,"),

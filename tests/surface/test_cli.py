@@ -1,0 +1,514 @@
+"""The command line: through click's runner, and as a process where the process matters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import tapestry.node
+from tapestry.node.cli import cli, start_detached
+from tapestry.node.config import NodeConfig
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home, HomeLock, NodeInfo
+from tapestry.node.http import start_http
+from tapestry.node.metrics import Metrics
+from tapestry.node.runspec import RunSpec, preset_spec
+
+COMMAND = [sys.executable, "-P", "-m", "tapestry.node.cli"]
+
+# A node as far as the command line can see: takes the home, says so, ends with SIGTERM (or does not).
+NODE = """
+import os, signal, sys
+from pathlib import Path
+from tapestry.node.home import Home, NodeInfo
+home, behaviour = Home(Path(sys.argv[1])), sys.argv[2]
+signal.signal(signal.SIGTERM, lambda *_: None if behaviour == "deaf" else sys.exit(0))
+lock = home.lock()
+print("peer id  12D3KooW", flush=True)
+if behaviour == "fails":
+    print("error: no such luck", file=sys.stderr)
+    sys.exit(3)
+if behaviour != "slow":
+    home.write_node_json(NodeInfo(os.getpid(), "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))
+while True:
+    signal.pause()
+"""
+
+
+def _run(*args: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli, args, env={"TAPESTRY_HOME": None, "TAPESTRY_HTTP": None, **(env or {})})
+
+
+def _node_command(home: Home, behaviour: str) -> list[str]:
+    return [sys.executable, "-c", NODE, str(home.path), behaviour]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a NODE in tmp_path and returns when it holds the home; kills it after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(behaviour: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            _node_command(Home(tmp_path), behaviour), stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline().startswith("peer id")
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Stands in for tapestry.node.daemon; keeps what it was called with."""
+    calls = types.SimpleNamespace(config=None, exported=None, outcome=0)
+
+    def run(config: NodeConfig) -> int:
+        calls.config = config
+        if isinstance(calls.outcome, Exception):
+            raise calls.outcome
+        return int(calls.outcome)
+
+    def export(home: Home, out: Path, epoch: int | None) -> None:
+        calls.exported = (home, out, epoch)
+
+    fake = types.ModuleType("tapestry.node.daemon")
+    fake.__dict__.update(run=run, export=export)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(tapestry.node, "daemon", fake, raising=False)
+    return calls
+
+
+# ---- the frame ---------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_that_work_and_no_others() -> None:
+    result = _run("--help")
+    assert result.exit_code == 0
+    listed = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert listed == ["export", "init", "peers", "start", "status", "stop"]
+
+
+def test_start_has_the_flags_of_the_contract() -> None:
+    flags = re.findall(r"--[a-z-]+", _run("start", "--help").stdout.partition("Options:")[2])
+    assert list(dict.fromkeys(flag for flag in flags)) == [
+        "--home",
+        "--run",
+        "--run-id",
+        "--peer",
+        "--data",
+        "--listen",
+        "--announce",
+        "--http",
+        "--device",
+        "--epochs",
+        "--log-format",
+        "--detach",
+        "--help",
+    ]
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert re.fullmatch(r"tapestry \d+\.\d+\.\d+\n", _run("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["strat"], "error: No such command 'strat'. (Did you mean one of: 'start', 'status'?)"),
+        (["start", "--peers", "x"], "error: No such option '--peers'. Did you mean '--peer'?"),
+        (["start", "--epochs", "many"], "error: Invalid value for '--epochs'"),
+        (["start", "--device", "tpu"], "error: Invalid value for '--device'"),
+        (["stop", "--timeout", "-1"], "error: Invalid value for '--timeout'"),
+        (["init"], "error: Missing argument 'DIR'."),
+        (["export"], "error: Missing argument 'OUT'."),
+        ([], "error: Missing command."),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_a_hint_and_exit_code_2(args: list[str], message: str) -> None:
+    result = _run(*args)
+    assert result.exit_code == ExitCode.USAGE
+    assert result.stderr.startswith(message)
+    assert result.stderr.splitlines()[-1].startswith("hint: tapestry ")
+    assert "Traceback" not in result.output
+
+
+def test_the_entry_point_ends_with_the_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "status", "--home", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == ExitCode.FAILED
+    assert (done.stdout, done.stderr) == ("", f"error: no node is running in {tmp_path}\n")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run([*COMMAND, "--help"], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (ExitCode.FAILED, "")
+
+
+def test_no_module_of_the_surface_imports_the_heavy_packages() -> None:
+    code = (
+        "import sys\n"
+        "import tapestry.node.cli, tapestry.node.config, tapestry.node.errors, tapestry.node.home\n"
+        "import tapestry.node.http, tapestry.node.metrics, tapestry.node.runspec\n"
+        "heavy = {'torch', 'hivemind', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules)\n"
+        "print(*heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+def test_status_takes_less_than_half_a_second_of_processor_time(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*COMMAND, "status", "--home", str(tmp_path)], capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 0.5
+
+
+# ---- init --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny", "small"])
+def test_init_writes_files_that_start_can_use(
+    tmp_path: Path, preset: str, daemon: types.SimpleNamespace
+) -> None:
+    home = tmp_path / "new" / "home"
+    result = _run("init", str(home), "--preset", preset, "--name", "demo")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].strip() == f"tapestry start --home {home} --data PATH"
+    assert RunSpec.load(home / "run.toml") == preset_spec(preset, "demo")
+    assert _run("start", "--home", str(home), "--data", "stdlib").exit_code == 0
+    assert daemon.config.run == home / "run.toml"
+
+
+def test_init_names_the_run_after_the_directory_if_that_is_a_name(tmp_path: Path) -> None:
+    for directory, name in (("my-run.1", "my-run.1"), (".hidden", "tapestry"), ("häuser", "tapestry")):
+        assert _run("init", str(tmp_path / directory)).exit_code == 0
+        assert RunSpec.load(tmp_path / directory / "run.toml").name == name
+
+
+@pytest.mark.parametrize("existing", ["run.toml", "node.toml"])
+def test_init_overwrites_nothing_and_then_writes_nothing(tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_text("mine")
+    result = _run("init", str(tmp_path))
+    assert result.exit_code == ExitCode.USAGE
+    assert f"error: {tmp_path / existing} is there already" in result.stderr
+    assert os.listdir(tmp_path) == [existing]
+    assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_init_refuses_a_bad_name_and_an_unknown_preset(tmp_path: Path) -> None:
+    result = _run("init", str(tmp_path / "a"), "--name", "no/slash")
+    assert result.exit_code == ExitCode.USAGE
+    assert result.stderr.startswith('error: a new run: name: "no/slash" is not a string of 1 to 64 letters')
+    result = _run("init", str(tmp_path / "a"), "--preset", "huge")
+    assert result.exit_code == ExitCode.USAGE and "'nano', 'tiny', 'small'" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+# ---- start and export --------------------------------------------------------------------------------
+
+
+def test_start_gives_the_daemon_its_configuration_and_ends_with_its_exit_code(
+    tmp_path: Path, daemon: types.SimpleNamespace
+) -> None:
+    daemon.outcome = 4
+    args = ["--data", "stdlib", "--data", "/texts", "--http", "127.0.0.1:0", "--epochs", "2"]
+    result = _run("start", *args, env={"TAPESTRY_HOME": str(tmp_path)})
+    assert (result.exit_code, result.output) == (4, "")
+    assert daemon.config.home == Home(tmp_path)
+    assert daemon.config.data == ("stdlib", "/texts")
+    assert (daemon.config.http_port, daemon.config.epochs) == (0, 2)
+
+
+def test_an_error_of_the_daemon_is_printed_with_details_and_hint(
+    tmp_path: Path, daemon: types.SimpleNamespace
+) -> None:
+    daemon.outcome = UserError(
+        "run.toml differs from the peer's",
+        exit_code=ExitCode.REFUSED,
+        details=["train.inner_steps: 50 here, 100 at the peer"],
+        hint="use the peer's: remove run.toml",
+    )
+    result = _run("start", "--home", str(tmp_path), "--data", "stdlib")
+    assert result.exit_code == ExitCode.REFUSED
+    assert result.stderr.splitlines() == [
+        "error: run.toml differs from the peer's",
+        "  train.inner_steps: 50 here, 100 at the peer",
+        "hint: use the peer's: remove run.toml",
+    ]
+
+
+def test_a_mistake_is_found_before_the_daemon_is_imported(
+    tmp_path: Path, daemon: types.SimpleNamespace
+) -> None:
+    result = _run("start", "--home", str(tmp_path))
+    assert result.exit_code == ExitCode.USAGE and "no data to train on" in result.stderr
+    assert daemon.config is None
+
+
+def test_export_hands_home_out_and_epoch_to_the_daemon(tmp_path: Path, daemon: types.SimpleNamespace) -> None:
+    result = _run("export", "model", "--home", str(tmp_path), "--epoch", "7")
+    assert (result.exit_code, result.stdout) == (0, "wrote model\n")
+    assert daemon.exported == (Home(tmp_path), Path("model"), 7)
+
+
+def test_a_detached_start_prints_what_the_node_prints_and_leaves_it_running(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    assert start_detached(_node_command(home, "runs"), home) == ExitCode.DONE
+    pid = home.holder()
+    assert pid is not None
+    try:
+        assert capfd.readouterr() == ("peer id  12D3KooW\n", "")
+        assert os.getsid(pid) == pid
+        with pytest.raises(UserError, match=rf"in use by a live node \(pid {pid}\)"):
+            start_detached(_node_command(home, "runs"), home)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_detached_node_that_fails_shows_its_last_lines_and_gives_its_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    home.log.write_text("of an earlier start\n")
+    assert start_detached(_node_command(home, "fails"), home) == 3
+    assert capfd.readouterr() == ("", "peer id  12D3KooW\nerror: no such luck\n")
+    assert home.log.read_text().startswith("of an earlier start\n")
+
+
+def test_a_detached_node_that_is_long_in_starting_goes_on_unwatched(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    assert start_detached(command, home, wait_s=0.0) == ExitCode.DONE
+    assert f"goes on in the background; see {home.log}" in capfd.readouterr().out
+    _end_only_child()
+
+
+def test_detach_starts_the_same_command_without_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def keep(command: list[str], home: Home) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr("tapestry.node.cli.start_detached", keep)
+    flags = [
+        "--data",
+        "stdlib",
+        "--data",
+        "-x",
+        "--http",
+        "127.0.0.1:0",
+        "--epochs",
+        "3",
+        "--log-format",
+        "json",
+    ]
+    assert _run("start", "--home", str(tmp_path), *flags, "--detach").exit_code == 0
+    assert commands == [
+        [
+            *COMMAND,
+            "start",
+            f"--home={tmp_path}",
+            "--data=stdlib",
+            "--data=-x",
+            "--http=127.0.0.1:0",
+            "--epochs=3",
+            "--log-format=json",
+        ]
+    ]
+
+
+# ---- stop --------------------------------------------------------------------------------------------
+
+
+def test_stop_ends_the_node_and_says_so(tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = node("runs")
+    result = _run("stop", "--home", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (0, f"stopped the node (pid {process.pid})\n")
+    assert process.wait() == 0
+
+
+def test_stop_reaches_a_node_that_is_still_starting(
+    tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    node("slow")
+    assert _run("stop", "--home", str(tmp_path)).exit_code == 0
+
+
+def test_stop_with_nothing_to_stop_is_done(tmp_path: Path) -> None:
+    result = _run("stop", "--home", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (0, f"no node is running in {tmp_path}\n")
+
+
+def test_stop_gives_up_after_its_timeout_with_exit_code_1(
+    tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    process = node("deaf")
+    result = _run("stop", "--home", str(tmp_path), "--timeout", "0")
+    assert result.exit_code == ExitCode.FAILED
+    assert f"error: the node (pid {process.pid}) has not stopped within 0 s" in result.stderr
+
+
+def test_stop_signals_nobody_for_a_node_json_without_a_node(
+    tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    process = node("runs")
+    (tmp_path / "lock").write_text(f"{process.pid} 1\n")  # the pid lives, but began at another time
+    assert "no node is running" in _run("stop", "--home", str(tmp_path)).stdout
+    assert process.poll() is None
+
+
+# ---- status and peers --------------------------------------------------------------------------------
+
+
+class FakeView:
+    def __init__(self, status: dict[str, Any], peers: list[dict[str, Any]]) -> None:
+        self._status, self._peers = status, peers
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    def peers(self) -> list[dict[str, Any]]:
+        return self._peers
+
+    def ready(self) -> tuple[bool, str]:
+        return True, ""
+
+
+STATUS = {
+    "peer_id": "12D3KooW",
+    "run_name": "demo\x1b[31m",
+    "epoch": 12,
+    "loss": 2.34567,
+    "val_loss": None,
+    "tokens_per_second": 12345.6,
+    "addresses": ["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1"],
+    "round": {"ballot": 1, "waiting_on": []},
+}
+PEERS: list[dict[str, Any]] = [
+    {"peer_id": "12D3KooWa", "phase": "training", "epoch": 12},
+    {"peer_id": "12D3KooWlonger", "phase": None, "epoch": 9, "addresses": ["/ip4/1.2.3.4/tcp/1", "x"]},
+]
+
+
+def _ask(home: Home, *args: str, peers: list[dict[str, Any]] = PEERS) -> Result:
+    """Run the command against an endpoint of this process, which holds the home as a node would."""
+
+    async def run() -> Result:
+        server = await start_http(FakeView(STATUS, peers), Metrics("0.1.0"), "127.0.0.1", 0)
+        try:
+            home.write_node_json(NodeInfo(os.getpid(), "12D3KooW", "ab", (), server.url, "0.1.0", "now"))
+            return await asyncio.to_thread(_run, *args, "--home", str(home.path))
+        finally:
+            await server.close()
+
+    with home.lock():
+        return asyncio.run(run())
+
+
+def test_status_is_an_aligned_table_without_control_characters(tmp_path: Path) -> None:
+    result = _ask(Home(tmp_path), "status")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "peer_id            12D3KooW",
+        "run_name           demo?[31m",
+        "epoch              12",
+        "loss               2.3457",
+        "val_loss           -",
+        "tokens_per_second  12346",
+        "addresses          /ip4/127.0.0.1/tcp/1",
+        "                   /ip4/10.0.0.1/tcp/1",
+        "round              ballot=1",
+        "                   waiting_on=[]",
+    ]
+
+
+def test_status_as_json_is_what_the_node_says(tmp_path: Path) -> None:
+    assert json.loads(_ask(Home(tmp_path), "status", "--json").stdout) == STATUS
+
+
+def test_peers_are_aligned_columns_and_as_json_what_the_node_says(tmp_path: Path) -> None:
+    result = _ask(Home(tmp_path), "peers")
+    assert result.stdout.splitlines() == [
+        "peer_id         phase     epoch  addresses",
+        "12D3KooWa       training  12     -",
+        "12D3KooWlonger  -         9      /ip4/1.2.3.4/tcp/1 x",
+    ]
+    assert json.loads(_ask(Home(tmp_path), "peers", "--json").stdout) == PEERS
+    assert _ask(Home(tmp_path), "peers", peers=[]).stdout == "no peers\n"
+
+
+def test_a_proxy_in_the_environment_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert _ask(Home(tmp_path), "status").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["status", "peers"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_without_a_node_there_is_one_line_and_exit_code_1(
+    tmp_path: Path, command: str, flags: list[str]
+) -> None:
+    result = _run(command, "--home", str(tmp_path), *flags)
+    assert (result.exit_code, result.stdout) == (ExitCode.FAILED, "")
+    assert result.stderr == f"error: no node is running in {tmp_path}\n"
+
+
+def test_status_tells_a_node_that_died_from_one_that_is_starting(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.write_node_json(NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))
+    died = _run("status", "--home", str(tmp_path))
+    assert (died.exit_code, "ended without saying so" in died.stderr) == (1, True)
+    lock: HomeLock = home.lock()
+    starting = _run("status", "--home", str(tmp_path))
+    lock.release()
+    assert starting.exit_code == 1
+    assert f"is starting (pid {os.getpid()}) and does not answer yet" in starting.stderr
+
+
+def test_a_node_that_does_not_answer_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.write_node_json(NodeInfo(os.getpid(), "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))
+    with home.lock():
+        result = _run("status", "--home", str(tmp_path))
+    assert result.exit_code == ExitCode.FAILED
+    assert result.stderr.startswith(
+        f"error: the node (pid {os.getpid()}) does not answer at http://127.0.0.1:1"
+    )
+
+
+def _end_only_child() -> None:
+    """The process that start_detached left to itself is a child of ours all the same."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert len(children) == 1
+    os.kill(int(children[0]), signal.SIGKILL)
+    os.waitpid(int(children[0]), 0)

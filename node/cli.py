@@ -12,6 +12,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -98,7 +99,7 @@ def init(directory: Path, preset: str, name: str | None) -> None:
         _write_new(path, text)
         click.echo(f"wrote {path}")
     click.echo("\nFound the run with your own text, or with --data stdlib for a first trial:\n")
-    click.echo(f"  tapestry start --home {_quoted(str(directory))} --data PATH")
+    click.echo(f"  tapestry start --home {shlex.quote(str(directory))} --data PATH")
 
 
 @cli.command()
@@ -215,12 +216,6 @@ def _write_new(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
 # ---- start --detach ----------------------------------------------------------------------------------
 
 
@@ -234,7 +229,7 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
     if holder is not None:
         raise UserError(f"the home {home.path} is in use by a live node (pid {holder})")
     home.create()
-    with home.log.open("ab") as log:
+    with _opened_log(home.log) as log:
         begin = log.tell()
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -253,6 +248,13 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
         click.echo(f"not ready after {wait_s:g} s, goes on in the background; see {home.log}")
     child.returncode = 0  # it is meant to outlive us: Popen need not warn that it does
     return ExitCode.DONE
+
+
+def _opened_log(path: Path) -> BinaryIO:
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", exit_code=ExitCode.FAILED) from error
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> bool:

@@ -21,18 +21,16 @@ NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stop
 DIRECTIONS = ("sent", "received")
 BYTE_KINDS = ("control", "contribution", "result", "state")
 REFUSED_REASONS = (
-    "forged",
-    "stale",
-    "oversized",
-    "foreign",
-    "malformed",
-    "future",
-    "not_finite",
-    "wrong_length",
-    "wrong_schema",
-    "wrong_digest",
-    "wrong_weight",
-    "not_a_member",
+    # dht/presence.py
+    *("forged", "stale", "oversized", "foreign", "malformed", "future"),
+    # protocol/chain.py and sync.py: records
+    *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record"),
+    # protocol/round.py and exchange.py: messages of a round
+    *("not_leader", "not_reducer", "roster", "weight", "shard", "state_digest", "equivocation"),
+    # compression: frames and payloads; "digest" is a payload that is not the one that was announced
+    *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
+    *("magic", "version", "digest"),
+    # what nobody listed here
     "other",
 )
 

@@ -7,6 +7,7 @@ import math
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tapestry.dht import presence
 from tapestry.node.metrics import Metrics
 
 # name -> type, labels without `le`. The last four are ours, beyond the contract.
@@ -122,6 +123,13 @@ def test_a_reason_that_nobody_declared_counts_as_other() -> None:
     metrics = Metrics("0.1.0")
     metrics.refused('x"} 1\nevil{peer="12D3KooW')
     assert _samples(metrics)['tapestry_refused_total{reason="other"}'] == 1
+
+
+def test_every_reason_of_the_presence_validator_has_its_own_series() -> None:
+    metrics = Metrics("0.1.0")
+    for reason in presence.REASONS:
+        metrics.refused(reason)
+    assert _samples(metrics)['tapestry_refused_total{reason="other"}'] == 0
 
 
 def test_a_label_outside_the_contract_is_our_bug() -> None:

@@ -241,6 +241,12 @@ def test_any_spec_survives_canonical_bytes_dict_and_toml_unchanged(spec: RunSpec
     assert diff(spec, spec) == []
 
 
+@settings(deadline=None, max_examples=50)
+@given(_specs())
+def test_the_trainer_takes_every_spec_that_can_be_read(spec: RunSpec) -> None:
+    assert training_settings(spec).inner.steps == spec.train.inner_steps
+
+
 def test_the_canonical_form_is_sorted_ascii_json_without_blanks_and_names_every_key() -> None:
     table = json.loads(DEFAULT.canonical())
     assert DEFAULT.canonical() == json.dumps(table, sort_keys=True, separators=(",", ":")).encode("ascii")

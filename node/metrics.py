@@ -10,7 +10,7 @@ Must not import torch or hivemind.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -51,7 +51,8 @@ class Metrics:
     """
 
     def __init__(self, version: str) -> None:
-        prometheus_client.disable_created_metrics()  # the _created series double every counter
+        no_created_series: Callable[[], None] = prometheus_client.disable_created_metrics
+        no_created_series()  # they would double every counter; a switch of the library, for the process
         self._version = version
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)

@@ -37,74 +37,12 @@ FILES_MAX = 1_000_000
 JSONL_LINE_BYTES_MAX = 64 << 20
 HELD_OUT_DIVISOR = 50  # the last 2 %
 
-TEXT_SUFFIXES = frozenset(
-    # fmt: off
-    {
-        ".txt",
-        ".text",
-        ".md",
-        ".rst",
-        ".tex",
-        ".org",
-        ".adoc",
-        ".csv",
-        ".tsv",
-        ".html",
-        ".htm",
-        ".xml",
-        ".json",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".cfg",
-        ".conf",
-        ".py",
-        ".pyi",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cu",
-        ".java",
-        ".kt",
-        ".scala",
-        ".go",
-        ".rs",
-        ".js",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".css",
-        ".rb",
-        ".php",
-        ".pl",
-        ".lua",
-        ".r",
-        ".jl",
-        ".swift",
-        ".m",
-        ".cs",
-        ".fs",
-        ".hs",
-        ".ml",
-        ".clj",
-        ".ex",
-        ".erl",
-        ".sh",
-        ".bash",
-        ".zsh",
-        ".ps1",
-        ".sql",
-        ".proto",
-        ".zig",
-        ".nim",
-        ".f90",
-        ".asm",
-    }
-    # fmt: on
-)
+_SUFFIX_WORDS = """
+    txt text md rst tex org adoc csv tsv html htm xml json yaml yml toml ini cfg conf py pyi c h cc cpp hpp cu
+    java kt scala go rs js jsx ts tsx css rb php pl lua r jl swift m cs fs hs ml clj ex erl sh bash zsh ps1
+    sql proto zig nim f90 asm
+"""
+TEXT_SUFFIXES = frozenset(f".{word}" for word in _SUFFIX_WORDS.split())
 _STDLIB = re.compile(r"stdlib(?::(\d{1,9})/(\d{1,9}))?")
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
@@ -154,7 +92,8 @@ def load_corpus(sources: Sequence[str], cache_dir: Path, sequence_length: int) -
     """Tokenizes, or maps the cache of an earlier time. Raises DataError."""
     files = list_files(sources)
     key = _cache_key(files)
-    bin_path, manifest_path = cache_dir / f"tokens-{key}.bin", cache_dir / f"tokens-{key}.json"
+    # Neither suffix is one of text: a cache inside a data folder must not become data.
+    bin_path, manifest_path = cache_dir / f"tokens-{key}.bin", cache_dir / f"tokens-{key}.manifest"
     count = _cached_count(bin_path, manifest_path)
     if count is None:
         try:

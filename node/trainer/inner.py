@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -313,12 +314,12 @@ def _read_snapshot(path: Path, n: int, schema: str) -> _Snapshot:
     return _Snapshot(epoch, steps, tensors[0], tensors[1])
 
 
-def _read_moment(file: safe_open, name: str, n: int) -> Tensor:
+def _read_moment(file: Any, name: str, n: int) -> Tensor:
     """f32 (n,), finite; shape and dtype are looked at before anything is allocated."""
     piece = file.get_slice(name)
     if piece.get_shape() != [n] or piece.get_dtype() != "F32":
         raise InnerStateError(f"{name} is not f32 ({n},)")
-    tensor = file.get_tensor(name)
+    tensor: Tensor = file.get_tensor(name)
     if not torch.isfinite(tensor).all():
         raise InnerStateError(f"{name} is not finite")
     return tensor

@@ -155,7 +155,7 @@ Report = Hello | Initialised | Progress | Contribution | Validation | Saved | Fa
 def pack(message: Command | Report) -> bytes:
     """The whole frame."""
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    body = msgpack.packb({"type": type(message).__name__, **fields}, use_bin_type=True)
+    body: bytes = msgpack.packb({"type": type(message).__name__, **fields}, use_bin_type=True)
     assert len(body) <= FRAME_BYTES_MAX
     return HEADER.pack(len(body)) + body
 
@@ -170,12 +170,14 @@ def body_length(header: bytes) -> int:
 
 def unpack_command(body: bytes) -> Command:
     """Raises MessageError."""
-    return _unpack(body, _COMMANDS)
+    command: Command = _unpack(body, _COMMANDS)
+    return command
 
 
 def unpack_report(body: bytes) -> Report:
     """Raises MessageError."""
-    return _unpack(body, _REPORTS)
+    report: Report = _unpack(body, _REPORTS)
+    return report
 
 
 def _unpack(body: bytes, known: dict[str, Any]) -> Any:

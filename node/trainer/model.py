@@ -32,7 +32,8 @@ def build_model(settings: ModelSettings) -> nn.Module:
 
     logging.set_verbosity_error()
     config = LlamaConfig(**config_fields(settings), attn_implementation="sdpa")
-    return LlamaForCausalLM(config).float()
+    model: nn.Module = LlamaForCausalLM(config).float()
+    return model
 
 
 def model_layout(model: nn.Module) -> Layout:

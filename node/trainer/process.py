@@ -18,7 +18,7 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +53,8 @@ from tapestry.node.trainer.messages import (
 from tapestry.node.trainer.settings import WorkerSettings, to_plain
 from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer
 
+# -P: the folder we were started in must not be on sys.path; it may be this repository.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
 OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
 OUTPUT_LINE_BYTES = 500
 EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
@@ -97,9 +99,10 @@ class TrainerProcess:
         settings: WorkerSettings,
         on_event: Callable[[Event], None],
         limits: ProcessLimits | None = None,
+        command: Sequence[str] = WORKER_COMMAND,
     ) -> TrainerProcess:
         """Returns when the first worker has said hello. Raises TrainerError if it never does."""
-        trainer = cls(settings, on_event, limits or ProcessLimits())
+        trainer = cls(settings, on_event, limits or ProcessLimits(), command)
         try:
             await asyncio.wait({trainer._supervisor, trainer._ready}, return_when=asyncio.FIRST_COMPLETED)
             if trainer._supervisor.done():
@@ -110,7 +113,11 @@ class TrainerProcess:
             raise
 
     def __init__(
-        self, settings: WorkerSettings, on_event: Callable[[Event], None], limits: ProcessLimits
+        self,
+        settings: WorkerSettings,
+        on_event: Callable[[Event], None],
+        limits: ProcessLimits,
+        command: Sequence[str],
     ) -> None:
         """Only for `start`, which waits until layout and buffers are there."""
         self.layout: Layout
@@ -122,6 +129,7 @@ class TrainerProcess:
         self._settings = settings
         self._on_event = on_event
         self._limits = limits
+        self._command = command
         self._params_fd = create_buffer("tapestry-params")
         self._contribution_fd = create_buffer("tapestry-contribution")
         self._begun: int | None = None
@@ -178,19 +186,25 @@ class TrainerProcess:
         await asyncio.shield(self._supervisor)
 
     async def stop(self, timeout_s: float) -> None:
-        """End the worker: kindly, and after `timeout_s` with SIGKILL. Commands sent before are done first."""
+        """End the worker: kindly, and after `timeout_s` with SIGKILL. Commands sent before are done first.
+
+        Raises what broke the supervision, if anything did: an `on_event` that raises is our bug.
+        """
         self._stopping.set()
         self._send(Stop())
         try:
             await asyncio.wait({self._supervisor}, timeout=timeout_s)
+        finally:
             if self._worker is not None:
                 self._worker.kill()
-            await asyncio.wait({self._supervisor})
-        finally:
             for fd in (self._params_fd, self._contribution_fd):
                 if fd >= 0:
                     os.close(fd)
             self._params_fd = self._contribution_fd = -1
+        await asyncio.wait({self._supervisor})
+        error = self._supervisor.exception()
+        if error is not None and not isinstance(error, TrainerError):  # `start` has raised that one
+            raise error
 
     @property
     def pid(self) -> int | None:
@@ -216,7 +230,9 @@ class TrainerProcess:
     async def _run_worker(self) -> tuple[int, tuple[str, ...]]:
         """One worker from its start to its end: exit status, last lines of output."""
         self._failure = None
-        worker = await _Worker.spawn(self._settings, self._params_fd, self._contribution_fd)
+        worker = await _Worker.spawn(
+            self._command, self._settings.threads, self._params_fd, self._contribution_fd
+        )
         self._worker = worker
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -229,8 +245,8 @@ class TrainerProcess:
                 output = await collector
             return exit_code, output
         finally:
+            await worker.close()
             self._worker = None
-            worker.close()
 
     async def _converse(self, worker: _Worker) -> None:
         """Until the worker hangs up, breaks the format, or is silent for too long."""
@@ -332,13 +348,14 @@ class _Worker:
     """One child process and the socket to it."""
 
     @classmethod
-    async def spawn(cls, settings: WorkerSettings, params_fd: int, contribution_fd: int) -> _Worker:
+    async def spawn(
+        cls, command: Sequence[str], threads: int, params_fd: int, contribution_fd: int
+    ) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    *("-P", "-m", "tapestry.node.trainer.worker"),
+                    *command,
                     *("--channel", str(theirs.fileno())),
                     *("--params", str(params_fd)),
                     *("--contribution", str(contribution_fd)),
@@ -348,7 +365,7 @@ class _Worker:
                     stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(), params_fd, contribution_fd),
                     start_new_session=True,  # a terminal's Ctrl-C is for the node
-                    env=_environment(settings.threads),
+                    env=_environment(threads),
                 )
                 reader, writer = await asyncio.open_connection(sock=ours)
             except BaseException:
@@ -411,9 +428,11 @@ class _Worker:
             except ProcessLookupError:
                 return  # it has just gone by itself
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Whatever went before: no process and no socket is left."""
         self.kill()
         self._writer.close()
+        await self._process.wait()
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -155,33 +155,6 @@ def worker_settings_from(plain: Any) -> WorkerSettings:
     return WorkerSettings(**{**fields, "data": tuple(fields["data"])})
 
 
-# `tiny` comes from simulating 3 members with outer Nesterov (lr 0.7, momentum 0.9) on thirds of the
-# standard library's sources: an epoch is 3.5 s of one core, and the validation loss falls from 5.6 to 2.8
-# in the first and to 1.9 in seven. lr 7e-4 to 1.5e-3 are equal within 0.05, 2e-3 and 4e-3 are worse by 0.1
-# and 0.4; batches of 2 or 8 windows with the same tokens in an epoch are worse by 0.05 and 0.15.
-# `nano` is for tests. The inner numbers of `small` are guesses.
-PRESETS: dict[str, TrainingSettings] = {
-    "nano": TrainingSettings(  # 48k parameters
-        ModelSettings(
-            hidden_size=32, intermediate_size=96, layers=3, heads=2, kv_heads=2, sequence_length=32
-        ),
-        InnerSettings(steps=8, batch_size=4, lr=4e-3, warmup_steps=8),
-    ),
-    "tiny": TrainingSettings(  # 894k parameters
-        ModelSettings(
-            hidden_size=128, intermediate_size=432, layers=4, heads=4, kv_heads=2, sequence_length=128
-        ),
-        InnerSettings(steps=64, batch_size=4, lr=1e-3, warmup_steps=30),
-    ),
-    "small": TrainingSettings(  # 9.9M parameters
-        ModelSettings(
-            hidden_size=320, intermediate_size=896, layers=8, heads=5, kv_heads=5, sequence_length=256
-        ),
-        InnerSettings(steps=100, batch_size=8, lr=1e-3, warmup_steps=100),
-    ),
-}
-
-
 def _plain_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_plain(value)
@@ -220,7 +193,9 @@ def _typed(where: str, name: str, annotation: str, value: Any) -> Any:
     allowed = _TYPES[annotation]
     if not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool"):
         raise SettingsError(f"{where}: {name} must be of type {annotation}, got {value!r}")
-    return float(value) if annotation == "float" else value
+    if isinstance(value, int) and annotation == "float":
+        return float(value)
+    return value
 
 
 def _suggestion(key: str, known: list[str]) -> str:
@@ -236,3 +211,30 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not math.isfinite(value) or not low <= value <= high:
         raise SettingsError(f"{name} must be between {low} and {high}, got {value!r}")
+
+
+# `tiny` comes from simulating 3 members with outer Nesterov (lr 0.7, momentum 0.9) on thirds of the
+# standard library's sources: an epoch is 3.5 s of one core, and the validation loss falls from 5.6 to 2.8
+# in the first and to 1.9 in seven. lr 7e-4 to 1.5e-3 are equal within 0.05, 2e-3 and 4e-3 are worse by 0.1
+# and 0.4; batches of 2 or 8 windows with the same tokens in an epoch are worse by 0.05 and 0.15.
+# `nano` is for tests. The inner numbers of `small` are guesses.
+PRESETS: dict[str, TrainingSettings] = {
+    "nano": TrainingSettings(  # 48k parameters
+        ModelSettings(
+            hidden_size=32, intermediate_size=96, layers=3, heads=2, kv_heads=2, sequence_length=32
+        ),
+        InnerSettings(steps=8, batch_size=4, lr=4e-3, warmup_steps=8),
+    ),
+    "tiny": TrainingSettings(  # 894k parameters
+        ModelSettings(
+            hidden_size=128, intermediate_size=432, layers=4, heads=4, kv_heads=2, sequence_length=128
+        ),
+        InnerSettings(steps=64, batch_size=4, lr=1e-3, warmup_steps=30),
+    ),
+    "small": TrainingSettings(  # 9.9M parameters
+        ModelSettings(
+            hidden_size=320, intermediate_size=896, layers=8, heads=5, kv_heads=5, sequence_length=256
+        ),
+        InnerSettings(steps=100, batch_size=8, lr=1e-3, warmup_steps=100),
+    ),
+}

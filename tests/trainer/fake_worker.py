@@ -1,0 +1,74 @@
+"""A worker without a model, run as a child by test_process.py: one way of misbehaving per mode.
+
+fake_worker.py MODE FLAG --channel FD ...; FLAG is a file by which a mode knows that it ran before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from tapestry.node.trainer import messages
+from tapestry.node.trainer.messages import HEADER, body_length, pack, unpack_command
+
+N = 6
+
+
+def main(mode: str, flag: Path, channel: socket.socket) -> int:
+    ran_before = flag.exists()
+    flag.touch()
+    read(channel)  # Configure
+    if mode == "no data":
+        channel.sendall(pack(messages.Failed("data", "no such file: give --data")))
+        return 3
+    if mode == "dies before hello":
+        print("first line\nlast words", file=sys.stderr)  # noqa: T201
+        return 5
+    shape = (2, 3) if not (mode == "another model" and ran_before) else (3, 2)
+    channel.sendall(pack(messages.Hello(("weight",), (shape,), 100, 10, "cpu", -1, "")))
+    while True:
+        command = read(channel)
+        if isinstance(command, messages.Stop):
+            if mode == "deaf to stop":
+                signal.pause()
+            return 0
+        if isinstance(command, messages.Begin):
+            on_begin(mode, ran_before, channel, command.epoch)
+
+
+def on_begin(mode: str, ran_before: bool, channel: socket.socket, epoch: int) -> None:
+    if mode in ("crashes once", "another model") and not ran_before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "crashes always":
+        print("out of memory", file=sys.stderr)  # noqa: T201
+        sys.exit(7)
+    if mode == "garbage" and not ran_before:
+        channel.sendall(HEADER.pack(3) + b"abc")
+        signal.pause()
+    if mode == "huge frame" and not ran_before:
+        channel.sendall(HEADER.pack(2**32 - 1))
+        signal.pause()
+    if mode == "silent" and not ran_before:
+        signal.pause()
+    if mode == "stale":
+        channel.sendall(pack(contribution(epoch - 1)))
+    channel.sendall(pack(contribution(epoch)))
+
+
+def contribution(epoch: int) -> messages.Contribution:
+    return messages.Contribution(epoch=epoch, weight=5, norm=1.0, loss=2.0, tokens=5, steps=1)
+
+
+def read(channel: socket.socket) -> messages.Command:
+    header = channel.recv(HEADER.size, socket.MSG_WAITALL)
+    if not header:
+        sys.exit(0)
+    return unpack_command(channel.recv(body_length(header), socket.MSG_WAITALL))
+
+
+if __name__ == "__main__":
+    descriptor = int(sys.argv[sys.argv.index("--channel") + 1])
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), socket.socket(fileno=descriptor)))

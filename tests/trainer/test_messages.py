@@ -1,0 +1,93 @@
+"""The frames between node and worker: round trip, and strict."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapestry.node.trainer import messages
+from tapestry.node.trainer.messages import (
+    HEADER,
+    MessageError,
+    body_length,
+    pack,
+    unpack_command,
+    unpack_report,
+)
+
+HELLO = messages.Hello(("a", "b"), ((2, 3), ()), 100, 5, "cpu", -1, "")
+REPORTS = [
+    HELLO,
+    messages.Initialised(),
+    messages.Progress(3, 1, 8, 5.5, 128, 1e4),
+    messages.Contribution(3, 128, 2.5, 5.5, 128, 8),
+    messages.Validation(3, 5.5),
+    messages.Saved(3, ""),
+    messages.Failed("data", "no such file"),
+]
+COMMANDS = [
+    messages.Configure({"a": [1, {"b": 2.5}]}),
+    messages.Attach(6),
+    messages.Initialise(),
+    messages.Begin(3),
+    messages.Close(3),
+    messages.Abort(),
+    messages.Evaluate(3),
+    messages.Save(3),
+    messages.Stop(),
+]
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: type(report).__name__)
+def test_a_report_survives_the_wire(report: messages.Report) -> None:
+    frame = pack(report)
+    assert body_length(frame[: HEADER.size]) == len(frame) - HEADER.size
+    assert unpack_report(frame[HEADER.size :]) == report
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
+def test_a_command_survives_the_wire(command: messages.Command) -> None:
+    assert unpack_command(pack(command)[HEADER.size :]) == command
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_as_a_message_error(body: bytes) -> None:
+    with pytest.raises(MessageError):
+        unpack_report(body)
+
+
+@given(st.sampled_from(REPORTS), st.data())
+def test_every_truncation_is_refused(report: messages.Report, data: st.DataObject) -> None:
+    body = pack(report)[HEADER.size :]
+    with pytest.raises(MessageError):
+        unpack_report(body[: data.draw(st.integers(0, len(body) - 1))])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "Validation", "epoch": 1},
+        {"type": "Validation", "epoch": 1, "loss": 2.0, "more": 1},
+        {"type": "Validation", "epoch": "1", "loss": 2.0},
+        {"type": "Validation", "epoch": True, "loss": 2.0},
+        {"type": "Validation", "epoch": -2, "loss": 2.0},
+        {"type": "Validation", "epoch": 1, "loss": float("nan")},
+        {"type": "Validation", "epoch": 1, "loss": 2},
+        {"type": "Begin", "epoch": 1},
+        {"type": "Saved", "epoch": 1, "error": "x" * 5000},
+        {"type": ["Saved"]},
+        {"epoch": 1},
+        [1, 2],
+    ],
+)
+def test_a_report_that_is_not_exactly_right_is_refused(fields: object) -> None:
+    with pytest.raises(MessageError):
+        unpack_report(msgpack.packb(fields))
+
+
+@pytest.mark.parametrize("length", [0, messages.FRAME_BYTES_MAX + 1, 2**32 - 1])
+def test_a_length_that_no_frame_has_is_refused_before_reading(length: int) -> None:
+    with pytest.raises(MessageError):
+        body_length(HEADER.pack(length))

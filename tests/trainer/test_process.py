@@ -1,0 +1,327 @@
+"""The trainer process from the node's side: a fake worker to go wrong, the real one for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvloop
+
+from tapestry.node.trainer import process
+from tapestry.node.trainer.messages import Contribution, Failed, Hello, Progress, Saved, Validation
+from tapestry.node.trainer.process import Died, Event, ProcessLimits, TrainerError, TrainerProcess
+from tapestry.node.trainer.settings import TrainingSettings, WorkerSettings, to_plain
+
+DEADLINE_S = 60.0  # only ever waited for by a test that fails
+QUICK = ProcessLimits(backoff_initial_s=0.01, backoff_max_s=0.04)
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return asyncio.run if request.param == "asyncio" else uvloop.run
+
+
+class Events:
+    """What the trainer told, and waiting for more of it."""
+
+    def __init__(self) -> None:
+        self.all: list[Event] = []
+        self._more = asyncio.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.all.append(event)
+        self._more.set()
+
+    async def until(self, cls: type, count: int = 1) -> Any:
+        """The count-th event of its kind."""
+        async with asyncio.timeout(DEADLINE_S):
+            while len(found := self.of(cls)) < count:
+                self._more.clear()
+                await self._more.wait()
+        return found[count - 1]
+
+    def of(self, cls: type) -> list[Any]:
+        return [event for event in self.all if isinstance(event, cls)]
+
+
+class Fake:
+    """Starts the fake worker in one of its modes."""
+
+    def __init__(self, settings: WorkerSettings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+
+    async def start(self, mode: str, limits: ProcessLimits = QUICK) -> tuple[TrainerProcess, Events]:
+        events = Events()
+        script = Path(__file__).with_name("fake_worker.py")
+        command = (sys.executable, "-P", str(script), mode, str(self._folder / "flag"))
+        return await TrainerProcess.start(self._settings, events, limits, command), events
+
+
+@pytest.fixture
+def fake(worker_settings: WorkerSettings, tmp_path: Path) -> Fake:
+    return Fake(worker_settings, tmp_path)
+
+
+def test_a_killed_worker_is_restarted_and_begins_again_with_the_same_memory(run: Run, fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("crashes once")
+        try:
+            trainer.params.fill_(3.0)
+            trainer.begin(4)
+            assert (await events.until(Contribution)).epoch == 4
+            died = await events.until(Died)
+            assert (died.exit_code, died.will_restart_in_s) == (-signal.SIGKILL, 0.01)
+            assert trainer.restarts == 1 and len(events.of(Hello)) == 2
+            assert torch.equal(trainer.params, torch.full((6,), 3.0))
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    run(scenario())
+
+
+def test_the_pause_before_a_restart_doubles_up_to_its_limit_and_the_last_words_are_told(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("crashes always")
+        try:
+            trainer.begin(4)
+            await events.until(Died, 4)
+        finally:
+            await trainer.stop(DEADLINE_S)
+        died = events.of(Died)[:4]
+        assert [event.will_restart_in_s for event in died] == [0.01, 0.02, 0.04, 0.04]
+        assert {(event.exit_code, event.output) for event in died} == {(7, ("out of memory",))}
+        assert not events.of(Contribution)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("mode", ["garbage", "huge frame"])
+def test_a_malformed_message_kills_and_restarts_the_worker_and_is_counted(
+    run: Run, fake: Fake, mode: str
+) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start(mode)
+        try:
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert trainer.protocol_errors == 1
+            assert events.of(Failed)[0].reason == "protocol"
+            assert events.of(Died)[0].exit_code == -signal.SIGKILL
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    run(scenario())
+
+
+def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_not(fake: Fake) -> None:
+    async def scenario() -> None:
+        limits = dataclasses.replace(QUICK, silence_timeout_s=1.0)
+        trainer, events = await fake.start("silent", limits)
+        try:
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert events.of(Failed)[0].reason == "timeout"
+            assert trainer.restarts == 1
+            assert trainer._worker is not None and trainer._worker.deadline is not None
+            assert trainer._worker.deadline.when() is None
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_worker_with_another_model_is_refused(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("another model")
+        try:
+            trainer.begin(4)
+            failed = await events.until(Failed)
+            assert "the model has changed" in failed.text
+            assert not events.of(Contribution)
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_not_of_the_current_epoch_is_dropped_and_counted(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("stale")
+        try:
+            trainer.begin(4)
+            assert (await events.until(Contribution)).epoch == 4
+            assert trainer.stale_reports == 1
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_first_worker_that_fails_says_why_and_is_not_restarted(run: Run, fake: Fake) -> None:
+    async def scenario() -> None:
+        with pytest.raises(TrainerError, match="no such file: give --data") as caught:
+            await fake.start("no data")
+        assert caught.value.reason == "data"
+        with pytest.raises(TrainerError, match="status 5 before it was ready: last words"):
+            await fake.start("dies before hello")
+
+    run(scenario())
+
+
+def test_a_worker_deaf_to_stop_is_killed_after_the_timeout(run: Run, fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, _ = await fake.start("deaf to stop")
+        worker = os.pidfd_open(trainer.pid or -1)
+        await trainer.stop(0.05)
+        assert _gone(worker, timeout_s=0)
+
+    run(scenario())
+
+
+def test_a_callback_that_raises_is_told_by_stop_and_leaves_no_worker(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("obedient")
+        worker = os.pidfd_open(trainer.pid or -1)
+        trainer._on_event = _broken
+        trainer.begin(4)
+        with pytest.raises(ExceptionGroup) as caught:
+            await trainer.closed()
+        assert caught.group_contains(ZeroDivisionError)
+        with pytest.raises(ExceptionGroup):
+            await trainer.stop(DEADLINE_S)
+        assert _gone(worker, DEADLINE_S)
+        assert not events.of(Contribution)
+
+    asyncio.run(scenario())
+
+
+def test_stopping_leaves_no_descriptor_open(fake: Fake) -> None:
+    async def scenario() -> None:
+        gc.collect()  # what earlier tests left
+        before = len(os.listdir("/proc/self/fd"))
+        trainer, _ = await fake.start("obedient")
+        await trainer.stop(DEADLINE_S)
+        del trainer  # and with it the two mappings, each of which has a descriptor
+        await asyncio.sleep(0)  # transports close in the next turn of the loop
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(scenario())
+
+
+def test_the_real_worker_from_initial_state_to_stop(worker_settings: WorkerSettings) -> None:
+    asyncio.run(_real_worker_scenario(_with_steps(worker_settings, 6)))
+    assert Path(worker_settings.inner_state_path).exists()
+
+
+async def _real_worker_scenario(settings: WorkerSettings) -> None:
+    events = Events()
+    trainer = await TrainerProcess.start(settings, events, QUICK)
+    try:
+        assert trainer.layout.n == 48_448
+        trainer.params.copy_(await trainer.initial_state())
+        trainer.evaluate(0)
+        trainer.begin(0)
+        whole = await events.until(Contribution)
+        assert (await events.until(Validation)).loss == pytest.approx(5.55, abs=0.2)
+        first = trainer.contribution.clone()
+        assert whole.weight == whole.tokens == 6 * 4 * 32
+        assert whole.norm == pytest.approx(first.double().norm().item(), rel=1e-12)
+        assert events.of(Progress)[-1].step == events.of(Progress)[-1].steps == 6
+
+        trainer.begin(1)
+        trainer.close_round(1)
+        early = await events.until(Contribution, 2)
+        assert early.epoch == 1 and 0 < early.weight < whole.weight and early.tokens == early.weight
+
+        good = trainer.params.clone()
+        trainer.params.fill_(float("nan"))
+        trainer.begin(2)
+        assert (await events.until(Failed)).reason == "diverged"
+        trainer.params.copy_(good)
+        # The new worker has fresh moments, as the first one had, so epoch 0 gives the same bits again.
+        trainer.begin(0)
+        assert (await events.until(Contribution, 3)).epoch == 0
+        assert torch.equal(trainer.contribution, first)
+
+        trainer.save(1)
+    finally:
+        await trainer.stop(DEADLINE_S)
+    assert events.of(Saved) == [Saved(1, "")]
+    assert len(events.of(Died)) == trainer.restarts == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_worker_dies_when_its_node_is_killed(worker_settings: WorkerSettings) -> None:
+    """In the middle of an epoch that would last for hours, so not because the socket closed."""
+    settings = _with_steps(worker_settings, 1_000_000)
+    node = subprocess.Popen(
+        [sys.executable, "-P", "-c", NODE, json.dumps(to_plain(settings))], stdout=subprocess.PIPE, text=True
+    )
+    with node:
+        assert node.stdout is not None
+        worker = os.pidfd_open(int(node.stdout.readline()))
+        node.kill()
+    assert _gone(worker, DEADLINE_S)
+
+
+NODE = """
+import asyncio, json, sys
+from tapestry.node.trainer.messages import Progress
+from tapestry.node.trainer.process import TrainerProcess
+from tapestry.node.trainer.settings import worker_settings_from
+
+async def main():
+    trainer = await TrainerProcess.start(worker_settings_from(json.loads(sys.argv[1])), on_event)
+    trainer.pid_told = False
+    started.append(trainer)
+    trainer.params.fill_(0.01)
+    trainer.begin(0)
+    await trainer.closed()
+
+def on_event(event):
+    if isinstance(event, Progress) and not started[0].pid_told:
+        started[0].pid_told = True
+        print(started[0].pid, flush=True)
+
+started = []
+asyncio.run(main())
+"""
+
+
+def test_the_node_side_does_not_import_transformers() -> None:
+    code = f"import sys, {process.__name__}; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def _with_steps(settings: WorkerSettings, steps: int) -> WorkerSettings:
+    training = settings.training
+    inner = dataclasses.replace(training.inner, steps=steps)
+    return dataclasses.replace(settings, training=TrainingSettings(training.model, inner, training.seed))
+
+
+def _broken(event: Event) -> None:
+    raise ZeroDivisionError
+
+
+def _gone(pidfd: int, timeout_s: float) -> bool:
+    """Whether the process ends in time; a pidfd becomes readable when it does."""
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)

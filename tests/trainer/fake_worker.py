@@ -35,6 +35,10 @@ def main(mode: str, flag: Path, channel: socket.socket) -> int:
             if mode == "deaf to stop":
                 signal.pause()
             return 0
+        if isinstance(command, messages.Evaluate):
+            if mode == "crashes once" and not ran_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            channel.sendall(pack(messages.Validation(command.epoch, 2.5)))
         if isinstance(command, messages.Begin):
             on_begin(mode, ran_before, channel, command.epoch)
 

@@ -99,6 +99,16 @@ def test_the_cache_is_reused_until_a_file_changes(tmp_path: Path) -> None:
     assert bytes(load_corpus([str(source)], cache, T).tokens[:5].astype(np.uint8)) == b"other"
 
 
+def test_a_file_touched_is_a_file_changed(tmp_path: Path) -> None:
+    """Same path, same size, other text."""
+    source = tmp_path / "a.txt"
+    for number, word in enumerate(("some ", "else ")):
+        source.write_text(word * 40)
+        os.utime(source, (1000 + number, 1000 + number))
+        tokens = load_corpus([str(source)], tmp_path / "cache", T).tokens
+        assert bytes(tokens[:5].astype(np.uint8)).decode() == word
+
+
 def test_a_cache_inside_the_data_folder_is_not_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 20)
     before = load_corpus([str(tmp_path)], tmp_path / "cache", T).tokens.tolist()

@@ -94,6 +94,23 @@ def test_a_killed_worker_is_restarted_and_begins_again_with_the_same_memory(run:
     run(scenario())
 
 
+def test_an_evaluation_is_asked_again_of_a_new_worker_until_it_is_answered(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("crashes once")
+        try:
+            trainer.evaluate(4)
+            assert await events.until(Validation) == Validation(4, 2.5)
+            os.kill(trainer.pid or -1, signal.SIGKILL)
+            await events.until(Hello, 3)
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert len(events.of(Validation)) == 1
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_the_pause_before_a_restart_doubles_up_to_its_limit_and_the_last_words_are_told(fake: Fake) -> None:
     async def scenario() -> None:
         trainer, events = await fake.start("crashes always")
@@ -268,14 +285,16 @@ async def _real_worker_scenario(settings: WorkerSettings) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_the_worker_dies_when_its_node_is_killed(worker_settings: WorkerSettings) -> None:
-    """In the middle of an epoch that would last for hours, so not because the socket closed."""
+    """A stopped worker cannot notice that its socket has closed; only the kernel can end it."""
     settings = _with_steps(worker_settings, 1_000_000)
     node = subprocess.Popen(
         [sys.executable, "-P", "-c", NODE, json.dumps(to_plain(settings))], stdout=subprocess.PIPE, text=True
     )
     with node:
         assert node.stdout is not None
-        worker = os.pidfd_open(int(node.stdout.readline()))
+        pid = int(node.stdout.readline())
+        worker = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGSTOP)
         node.kill()
     assert _gone(worker, DEADLINE_S)
 

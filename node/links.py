@@ -1,0 +1,347 @@
+"""Long-lived libp2p streams to every peer of the run: one for control, one for bulk data, each way.
+
+We write on the streams that we opened and read from those that the peer opened. A peer is *up* while both of
+ours are open; the end of either is news at once, since a node's p2pd dies with it. A peer that is frozen
+keeps its streams open: that is for the core to notice, which hears no heartbeat.
+
+Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
+does not take what we send loses its link, and gets it back when it dials or when we try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+from tapestry.compression.refusals import Refused
+from tapestry.dht.swarm import Swarm, SwarmError, Unreachable
+from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.vocabulary import Reader, encode_message
+from tapestry.node.wire import (
+    FrameLimits,
+    RemoteProtocolError,
+    StreamEnded,
+    frame_parts,
+    read_frame,
+)
+
+HEADER_BYTES_MAX = 1024  # of a bulk frame
+WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
+PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
+
+_log = logging.getLogger("tapestry.links")
+
+
+class Listener(Protocol):
+    """Who hears of peers and their messages. Called on the event loop; must not raise."""
+
+    def on_up(self, peer: str) -> None: ...
+    def on_down(self, peer: str) -> None: ...
+    def on_message(self, peer: str, message: Control | Shard | Result) -> None: ...
+    def on_bulk_progress(self, peer: str) -> None: ...
+    def on_unusable(self, peer: str, reason: str, text: str) -> None:
+        """Its data was refused; the stream goes on."""
+
+    def on_refused(self, peer: str, reason: str, text: str) -> None:
+        """It broke the protocol; the stream was closed."""
+
+    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    control_bytes_max: int
+    payload_bytes_max: int
+    peers_max: int
+    silence_s: float  # in the middle of a frame, or of a write
+    queue_frames_max: int = 8192  # Guess: far above what one round puts in
+    dial_timeout_s: float = 10.0
+    backoff_initial_s: float = 0.2
+    backoff_max_s: float = 5.0
+    give_up_s: float = 120.0  # after this long without a sign of the peer, wait for one
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What we know of one peer, and its two queues."""
+
+    peer: str
+    addresses: tuple[str, ...] = ()
+    seen_at: float = 0.0
+    up: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
+    queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
+    inbound: int = 0
+
+
+class Links:
+    """The links of one node on one swarm. Use within `run`."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        run_id: str,
+        reader: Reader,
+        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
+        listener: Listener,
+        limits: LinkLimits,
+    ) -> None:
+        self._swarm = swarm
+        self._run_id = run_id
+        self._reader = reader
+        self._unpack_payload = unpack_payload
+        self._listener = listener
+        self._limits = limits
+        self._peers: dict[str, _Peer] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Serve and link until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            await self._swarm.serve(self._protocol("control"), self._serve_control)
+            await self._swarm.serve(self._protocol("bulk"), self._serve_bulk)
+            await asyncio.get_running_loop().create_future()
+
+    def want(self, peer: str, addresses: Sequence[str] = ()) -> None:
+        """Keep a link to this peer, found at these addresses or wherever p2pd knows it."""
+        if peer == self._swarm.peer_id or self._tasks is None:
+            return
+        known = self._peers.get(peer)
+        if known is None:
+            if len(self._peers) >= self._limits.peers_max:
+                self._listener.on_refused(peer, "peers_max", f"we have {self._limits.peers_max} peers")
+                return
+            known = self._peers[peer] = _Peer(peer)
+            self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
+        known.addresses = tuple(addresses) or known.addresses
+        known.seen_at = asyncio.get_running_loop().time()
+        known.wake.set()
+
+    @property
+    def linked(self) -> list[str]:
+        return [p.peer for p in self._peers.values() if p.up]
+
+    def send_control(self, peer: str, message: Control) -> None:
+        """Queue a message. To a peer that is not up it is lost, as on the way."""
+        link = self._peers.get(peer)
+        if link is not None and link.up:
+            if link.control.qsize() >= self._limits.queue_frames_max:
+                self._break(link, "its control queue is full")
+                return
+            link.control.put_nowait(encode_message(message))
+
+    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
+        """Queue a shard, unless the same one waits in the queue already. `kind` is for the metrics."""
+        link = self._peers.get(peer)
+        if link is None or not link.up:
+            return
+        header = encode_message(message)
+        if header in link.queued:
+            return
+        if link.bulk.qsize() >= self._limits.queue_frames_max:
+            self._break(link, "its bulk queue is full")
+            return
+        link.queued[header] = None
+        link.bulk.put_nowait((header, kind, frame_parts(header, payload)))
+
+    def drop_bulk(self) -> None:
+        """Forget what still waits to be sent: its round is over."""
+        for link in self._peers.values():
+            while not link.bulk.empty():
+                link.bulk.get_nowait()
+            link.queued.clear()
+
+    # --- outgoing ------------------------------------------------------------------------------
+
+    def _protocol(self, name: str) -> str:
+        return f"/tapestry/{self._run_id}/{name}/1"
+
+    async def _maintain(self, link: _Peer) -> None:
+        """Link, lose, wait, link again; until there has been no sign of the peer for long."""
+        loop, limits = asyncio.get_running_loop(), self._limits
+        backoff_s = limits.backoff_initial_s
+        try:
+            while loop.time() - link.seen_at < limits.give_up_s or link.inbound:
+                link.wake.clear()
+                try:
+                    if link.addresses:
+                        await self._swarm.connect_any(link.peer, link.addresses, limits.dial_timeout_s)
+                    why = await self._linked(link)
+                    backoff_s = limits.backoff_initial_s
+                    _log.info("link=down peer=%s reason=%r", link.peer[-6:], why)
+                except (Unreachable, SwarmError, OSError) as error:
+                    _log.debug("link=failed peer=%s reason=%s", link.peer[-6:], error)
+                try:
+                    async with asyncio.timeout(backoff_s):
+                        await link.wake.wait()
+                except TimeoutError:
+                    backoff_s = min(2 * backoff_s, limits.backoff_max_s)
+        finally:
+            del self._peers[link.peer]
+
+    async def _linked(self, link: _Peer) -> str:
+        """While both streams are open. Returns why they no longer are."""
+        timeout_s = self._limits.dial_timeout_s
+        streams = []
+        try:
+            for name in ("control", "bulk"):
+                streams.append(await self._swarm.open_stream(link.peer, self._protocol(name), timeout_s))
+            (control_reader, control), (bulk_reader, bulk) = streams
+            self._set_up(link)
+            jobs = [
+                asyncio.create_task(job)
+                for job in (
+                    self._write_control(link, control),
+                    self._write_bulk(link, bulk),
+                    _ended(control_reader),
+                    _ended(bulk_reader),
+                )
+            ]
+            try:
+                done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+                return next(iter(done)).result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+                await asyncio.wait(jobs)
+        finally:
+            for _, writer in streams:
+                writer.close()
+            self._set_down(link)
+
+    def _set_up(self, link: _Peer) -> None:
+        link.control = asyncio.Queue()
+        link.bulk = asyncio.Queue()
+        link.queued.clear()
+        link.up = True
+        _log.info("link=up peer=%s", link.peer[-6:])
+        self._listener.on_up(link.peer)
+
+    def _set_down(self, link: _Peer) -> None:
+        if link.up:
+            link.up = False
+            self._listener.on_down(link.peer)
+
+    def _break(self, link: _Peer, why: str) -> None:
+        """Have the writer end the link."""
+        link.up = False
+        self._listener.on_refused(link.peer, "slow", why)
+        self._listener.on_down(link.peer)
+        link.control.put_nowait(b"")
+
+    async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
+        while True:
+            header = await link.control.get()
+            if not header:
+                return "it does not take what we send"
+            parts = frame_parts(header)
+            why = await self._write(writer, parts, "control")
+            if why:
+                return why
+
+    async def _write_bulk(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
+        while True:
+            key, kind, parts = await link.bulk.get()
+            why = await self._write(writer, parts, kind)
+            link.queued.pop(key, None)
+            if why:
+                return why
+
+    async def _write(self, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
+        """Write a frame at the peer's pace. Returns why that failed, or ""."""
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                for start in range(0, view.nbytes, WRITE_BYTES):
+                    piece = view[start : start + WRITE_BYTES]
+                    writer.write(piece)
+                    async with asyncio.timeout(self._limits.silence_s):
+                        await writer.drain()
+                    self._listener.on_bytes("sent", kind, piece.nbytes)
+        except TimeoutError:
+            return f"it took nothing for {self._limits.silence_s:g} s"
+        except OSError as error:
+            return f"write failed: {error}"
+        return ""
+
+    # --- incoming ------------------------------------------------------------------------------
+
+    async def _serve_control(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        limits = FrameLimits(self._limits.control_bytes_max, 0)
+        self.want(peer)
+        link = self._peers.get(peer)
+        if link is None:
+            return  # one peer too many: counted by `want`
+        link.inbound += 1
+        try:
+            while True:
+                header, _ = await self._frame(reader, limits, None)
+                self._listener.on_bytes("received", "control", len(header))
+                self._listener.on_message(peer, self._reader.control(header))
+        except RemoteProtocolError as error:
+            self._listener.on_refused(peer, error.reason, str(error))
+        except (StreamEnded, TimeoutError, OSError):
+            return  # the link back tells the listener what there is to tell
+        finally:
+            link.inbound -= 1
+
+    async def _serve_bulk(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        limits = FrameLimits(HEADER_BYTES_MAX, self._limits.payload_bytes_max)
+        loop = asyncio.get_running_loop()
+        told_at = loop.time()
+        waiting = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal told_at, waiting
+            waiting += count
+            if loop.time() - told_at >= PROGRESS_EVERY_S:
+                told_at = loop.time()
+                self._listener.on_bulk_progress(peer)
+
+        try:
+            while True:
+                header, payload = await self._frame(reader, limits, on_bytes)
+                self._on_data(peer, header, payload, waiting)
+                waiting = 0
+        except RemoteProtocolError as error:
+            self._listener.on_refused(peer, error.reason, str(error))
+        except (StreamEnded, TimeoutError, OSError):
+            return
+
+    async def _frame(
+        self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
+    ) -> tuple[bytes, bytearray]:
+        """The next frame, however long it takes to begin; once begun it may not fall silent."""
+        return await read_frame(reader, limits, None, self._limits.silence_s, on_bytes)
+
+    def _on_data(self, peer: str, header: bytes, payload: bytearray, byte_count: int) -> None:
+        message = self._reader.data(header, None, "")
+        kind = "contribution" if isinstance(message, Shard) else "result"
+        self._listener.on_bytes("received", kind, byte_count)
+        try:
+            blob, digest = self._unpack_payload(message, payload)
+        except Refused as refused:
+            self._listener.on_unusable(peer, refused.reason, refused.detail)
+            return
+        self._listener.on_message(peer, self._reader.data(header, blob, digest))
+
+
+async def _ended(reader: asyncio.StreamReader) -> str:
+    """The peer never writes on a stream that we opened: its end is all there is to read."""
+    try:
+        data = await reader.read(1)
+    except OSError as error:
+        return f"the stream broke: {error}"
+    return "it wrote on our stream" if data else "the stream ended"

@@ -1,0 +1,89 @@
+"""The tensor half of a round: contributions to payloads, payloads to means, and the bytes that travel.
+
+Plain functions of tensors, called in worker threads by node/runtime.py; the protocol core decides what is
+called when and never sees a tensor. A *blob* in the core's words is a payload here: uint8, one shard.
+
+With `residual` on (error feedback, 1-bit SGD 2014; off by default: at 8 bits no paper found it to matter),
+what encoding rounded away is added to the next contribution, and only if this one was committed: else the
+whole of it is lost and must not be counted half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+from typing_extensions import Buffer
+
+from tapestry.compression.codecs import HEADER_BYTES, Codec, pack, unpack
+from tapestry.compression.reduce import reduce_shard
+from tapestry.compression.refusals import RefusedPayload
+from tapestry.compression.shards import Shard as Bounds
+from tapestry.compression.shards import shard_bounds
+from tapestry.node.protocol.messages import Result, Shard
+
+
+class Averaging:
+    """What a run's codec and shards make of vectors. Not thread-safe in `encode`; pure elsewhere."""
+
+    def __init__(self, codec: Codec, n: int, shard_elements: int, residual: bool) -> None:
+        self.codec = codec
+        self.shards: tuple[Bounds, ...] = shard_bounds(n, shard_elements)
+        self._residual = torch.zeros(n) if residual else None  # f32 (n,), of committed contributions
+        self._pending: Tensor | None = None  # f32 (n,), of the one that is under way
+
+    @property
+    def frame_bytes_max(self) -> int:
+        """The largest frame payload that a peer may send."""
+        return HEADER_BYTES + max(self.codec.payload_size(s.n) for s in self.shards)
+
+    def encode(
+        self,
+        vector: Tensor,  # f32 (n,)
+    ) -> tuple[Tensor, ...]:  # uint8, one per shard
+        """Raises RefusedVector if the contribution is not finite."""
+        if self._residual is not None:
+            vector = vector + self._residual
+        payloads = tuple(self.codec.encode(vector[s.start : s.stop]) for s in self.shards)
+        if self._residual is not None:
+            self._pending = vector
+            for s, payload in zip(self.shards, payloads, strict=True):
+                self._pending[s.start : s.stop] -= self.codec.decode(payload, s.n)
+        return payloads
+
+    def settle(self, committed: bool) -> None:
+        """The round is over: keep the residual of a contribution that counted, drop that of another."""
+        if committed and self._pending is not None:
+            self._residual = self._pending
+        self._pending = None
+
+    def reduce(
+        self,
+        shard: int,
+        payloads: Sequence[Tensor],  # uint8, in roster order
+        weights: Sequence[int],
+    ) -> tuple[Tensor, str]:
+        """The encoded mean and its digest. Raises Refused if there is none."""
+        mean = reduce_shard(payloads, weights, self.codec, self.shards[shard].n)
+        return mean, payload_digest(mean)
+
+    def frame(self, shard: int, payload: Tensor) -> list[Buffer]:
+        """What travels: header and payload, unjoined."""
+        return [pack(self.codec, self.shards[shard].n, payload), payload.numpy()]
+
+    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[Tensor, str]:
+        """A peer's frame, checked to the last code: payload (a view of the frame), digest of a result.
+
+        Raises Refused.
+        """
+        if message.shard >= len(self.shards):
+            raise RefusedPayload("shard", f"shard {message.shard} of {len(self.shards)}")
+        payload = unpack(frame, self.codec, self.shards[message.shard].n)
+        return payload, payload_digest(payload) if isinstance(message, Result) else ""
+
+
+def payload_digest(payload: Tensor) -> str:
+    """blake3 of the encoded bytes, as `Result.digest` names a shard."""
+    return blake3(payload.numpy()).hexdigest()

@@ -1,0 +1,225 @@
+"""One node's place in the swarm: p2pd, links, presence, and the streams that serve genesis and state.
+
+A p2pd that dies takes every link with it. It is noticed within a second, the core is told that its peers are
+down, and a new one is started on the same addresses; after RESTARTS_MAX deaths within RESTARTS_WINDOW_S the
+node gives up with an error, since something kills p2pd for a reason.
+
+Peers are found three ways: the addresses that the operator gave, presence records in the DHT, and peers that
+open a stream to us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
+from tapestry.dht.identity import Identity
+from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
+from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.links import LinkLimits, Links, Listener
+from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.vocabulary import Reader
+
+PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
+PRESENCE_REFRESH_S = 20.0  # well before it expires
+PRESENCE_LOOK_S = 5.0
+PRESENCE_MIN_S = 1.0  # between two publications when the epoch moves fast
+RESTARTS_MAX = 5
+RESTARTS_WINDOW_S = 300.0
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Handler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+_log = logging.getLogger("tapestry.network")
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What presence says of this node."""
+
+    epoch: int
+    head: str
+    phase: str
+
+
+class _P2pdDied(Exception):
+    pass
+
+
+class Network:
+    """Use: `run(swarm)` in a task; the rest from the same loop. Without a swarm, sending is losing."""
+
+    def __init__(
+        self,
+        config: SwarmConfig,
+        identity: Identity,
+        run_id: str,
+        peers: Sequence[PeerAddress],
+        reader: Reader,
+        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
+        listener: Listener,
+        limits: LinkLimits,
+        handlers: dict[str, Handler],  # protocol -> handler
+        news: Callable[[], News],
+        on_refused: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._run_id = run_id
+        self._peers = peers
+        self._reader = reader
+        self._unpack_payload = unpack_payload
+        self._listener = listener
+        self._limits = limits
+        self._handlers = handlers
+        self._news = news
+        self._on_refused = on_refused
+        self._swarm: Swarm | None = None
+        self._links: Links | None = None
+        self._moved = asyncio.Event()
+        self._expires_at = 0.0
+        self.presences: dict[str, Presence] = {}
+        self.addresses: tuple[str, ...] = ()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self, swarm: Swarm) -> None:
+        """Keep the node in the swarm until cancelled. Raises UserError if p2pd keeps dying."""
+        deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
+        config = self._config
+        if not config.announce:  # announced addresses are not ours to bind
+            config = replace(config, listen=_without_peer(await swarm.addresses()))
+        while True:
+            try:
+                await self._serve(swarm)
+            except* _P2pdDied as group:
+                reason = str(group.exceptions[0])
+            finally:
+                self._swarm = self._links = None
+                await swarm.close()
+            _log.error("p2pd=died reason=%r next=restart", reason)
+            now = time.monotonic()
+            if len(deaths) == RESTARTS_MAX and now - deaths[0] < RESTARTS_WINDOW_S:
+                raise UserError(
+                    f"p2pd died {RESTARTS_MAX + 1} times in {RESTARTS_WINDOW_S:g} s, last: {reason}",
+                    exit_code=ExitCode.FAILED,
+                    hint="look for what kills it: memory limits, a security policy",
+                )
+            deaths.append(now)
+            swarm = await Swarm.start(config, on_refused=self._on_refused)
+            _log.warning("p2pd=restarted")
+
+    async def _serve(self, swarm: Swarm) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_watch(swarm))
+            for protocol, handler in self._handlers.items():
+                await swarm.serve(protocol, handler)
+            self.addresses = await swarm.addresses()
+            self._swarm = swarm
+            self._links = Links(
+                swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
+            )
+            tasks.create_task(self._links.run())
+            await swarm.join_dht(self._run_id, self._peers)
+            tasks.create_task(self._publish_presence(swarm))
+            tasks.create_task(self._look_for_peers(swarm, self._links))
+
+    # --- for the runtime -----------------------------------------------------------------------
+
+    def send_control(self, peer: str, message: Control) -> None:
+        if self._links is not None:
+            self._links.send_control(peer, message)
+
+    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list) -> None:
+        if self._links is not None:
+            self._links.send_bulk(peer, message, kind, payload)
+
+    def drop_bulk(self) -> None:
+        if self._links is not None:
+            self._links.drop_bulk()
+
+    async def open_stream(self, peer: str, protocol: str, timeout_s: float) -> Streams:
+        """Raises SwarmError while there is no swarm, and Unreachable."""
+        if self._swarm is None:
+            raise SwarmError("p2pd is being restarted")
+        return await self._swarm.open_stream(peer, protocol, timeout_s)
+
+    def tell_moved(self) -> None:
+        """The epoch has moved: publish presence at once."""
+        self._moved.set()
+
+    @property
+    def linked(self) -> list[str]:
+        return self._links.linked if self._links is not None else []
+
+    # --- presence ------------------------------------------------------------------------------
+
+    async def _publish_presence(self, swarm: Swarm) -> None:
+        while True:
+            self._moved.clear()
+            try:
+                await self._publish(swarm)
+            except SwarmError as error:
+                _log.warning("presence=not_published reason=%r", str(error))
+            await asyncio.sleep(PRESENCE_MIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PRESENCE_REFRESH_S):
+                    await self._moved.wait()
+
+    async def _publish(self, swarm: Swarm, phase: str | None = None) -> None:
+        news, now = self._news(), time.time()
+        # A later record must expire later, or the DHT keeps the earlier one.
+        self._expires_at = max(now + PRESENCE_TTL_S, self._expires_at + 0.001)
+        presence = Presence(
+            run_id=self._run_id,
+            peer_id=swarm.peer_id,
+            epoch=news.epoch,
+            head=news.head,
+            phase=phase or news.phase,
+            addresses=tuple(ranked(self.addresses))[:ADDRESSES_MAX],
+            issued_at=now,
+            expires_at=self._expires_at,
+        )
+        await swarm.publish(encode(presence, self._identity.sign), presence.expires_at)
+
+    async def withdraw(self) -> None:
+        """Say in the DHT that we are stopping."""
+        if self._swarm is not None:
+            with contextlib.suppress(SwarmError, TimeoutError):
+                async with asyncio.timeout(2.0):
+                    await self._publish(self._swarm, phase="stopping")
+
+    async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
+        for peer in self._peers:
+            links.want(peer.peer_id, (peer.maddr,))
+        met: dict[str, None] = {}
+        while True:
+            try:
+                found = await swarm.list_presence(time.time())
+                self.presences = {p.peer_id: p for p in found}
+                for presence in found:
+                    if presence.phase != "stopping":
+                        links.want(presence.peer_id, presence.addresses)
+                new = [peer for peer in links.linked if peer not in met]
+                if new:
+                    await swarm.meet(new)  # two DHTs of one run become one where peers meet
+                    met |= dict.fromkeys(new)
+            except SwarmError as error:
+                _log.warning("presence=not_listed reason=%r", str(error))
+            await asyncio.sleep(PRESENCE_LOOK_S)
+
+
+async def _watch(swarm: Swarm) -> None:
+    raise _P2pdDied(await swarm.wait_p2pd_death())
+
+
+def _without_peer(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The addresses that p2pd is bound to, to bind the same ones again."""
+    return tuple(dict.fromkeys(parse_peer(a).maddr.rsplit("/p2p/", 1)[0] for a in addresses))

@@ -1,0 +1,115 @@
+"""Messages on the wire: what we write is read back; anything else is refused with a reason, never a crash."""
+
+import dataclasses
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapestry.node.protocol import chain, messages
+from tapestry.node.vocabulary import Reader, encode_message
+from tapestry.node.wire import RemoteProtocolError
+
+HEAD = "ab" * 32
+TOKEN = "cd" * 16
+
+
+class FakeCrypto:
+    def digest(self, data: bytes) -> str:
+        return f"{len(data):064x}"
+
+    def sign(self, message: bytes) -> str:
+        return "signature"
+
+    def verify(self, peer: str, signature: str, message: bytes) -> bool:
+        return True
+
+
+CRYPTO = FakeCrypto()
+READER = Reader(CRYPTO)
+MEMBERS = (chain.Member("a", 5, TOKEN), chain.Member("b", 0, ""))
+BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD)
+RECORD = chain.Record(BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")))
+
+CONTROL = [
+    messages.Status(6, HEAD, "training", messages.Stage.READY, 2, 9, ("a", "b")),
+    messages.Call(6, HEAD, 2, True),
+    messages.Ready(6, HEAD, 2, False, HEAD, TOKEN, 12, 1.5, 1, BODY),
+    messages.Ready(6, HEAD, 2, False, HEAD, "", 0, 0.0, -1, None),
+    messages.Closing(6, HEAD, 2),
+    messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1)),
+    messages.Propose(6, HEAD, 2, BODY, ("a",)),
+    messages.Accept(6, 2, HEAD, HEAD, "aa"),
+    messages.Commit(RECORD),
+    messages.Need(6, 2, "", (0, 3)),
+    messages.GetRecords(((6, HEAD), (0, HEAD))),
+    messages.Records(6, (RECORD,)),
+]
+DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, 1, 2, "digest", "blob")]
+
+
+@pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)
+def test_control_messages_survive_the_wire(message):
+    assert READER.control(encode_message(message)) == message
+
+
+@pytest.mark.parametrize("message", DATA, ids=lambda m: type(m).__name__)
+def test_data_messages_survive_the_wire_without_their_payload(message):
+    assert READER.data(encode_message(message), "blob", "digest") == message
+
+
+def test_every_message_of_the_protocol_is_covered():
+    here = [c for c in vars(messages).values() if dataclasses.is_dataclass(c)]
+    kinds = {c for c in here if c.__module__ == messages.__name__}
+    assert kinds == {type(m) for m in CONTROL + DATA}
+
+
+@pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)
+def test_every_field_of_a_wrong_type_is_refused(message):
+    name, *values = msgpack.unpackb(encode_message(message))
+    for index in range(len(values)):
+        for wrong in ({"x": 1}, b"bytes", -5, float("nan"), "?" * 500, True):
+            if values[index] is True or values[index] is False:
+                wrong = "not a boolean"
+            header = msgpack.packb([name, *values[:index], wrong, *values[index + 1 :]])
+            with pytest.raises(RemoteProtocolError):
+                READER.control(header)
+
+
+@pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)
+def test_every_truncation_is_refused(message):
+    header = encode_message(message)
+    for length in range(len(header)):
+        with pytest.raises(RemoteProtocolError):
+            READER.control(header[:length])
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_read_but_never_crash(data):
+    for read in (READER.control, lambda header: READER.data(header, "blob", "digest")):
+        try:
+            read(data)
+        except RemoteProtocolError as error:
+            assert error.reason
+
+
+@given(st.recursive(st.none() | st.integers() | st.text() | st.floats(), st.lists, max_leaves=8))
+def test_random_values_in_a_known_message_never_crash(value):
+    for message in CONTROL:
+        name, *values = msgpack.unpackb(encode_message(message))
+        try:
+            header = msgpack.packb([name, *([value] * len(values))])
+        except (OverflowError, ValueError):
+            return
+        try:
+            READER.control(header)
+        except RemoteProtocolError as error:
+            assert error.reason
+
+
+def test_unsorted_or_repeated_members_of_a_record_are_refused():
+    for members in ((MEMBERS[1], MEMBERS[0]), (MEMBERS[0], MEMBERS[0])):
+        record = dataclasses.replace(RECORD, body=dataclasses.replace(BODY, members=members))
+        with pytest.raises(RemoteProtocolError, match="sorted"):
+            READER.control(encode_message(messages.Commit(record)))

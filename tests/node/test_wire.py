@@ -1,0 +1,78 @@
+"""Frames: lengths are checked before anything is allocated, and silence has a limit."""
+
+import asyncio
+
+import pytest
+
+from tapestry.node.wire import (
+    FRAME,
+    FrameLimits,
+    RemoteProtocolError,
+    StreamEnded,
+    frame_parts,
+    read_frame,
+    unpack_map,
+)
+
+LIMITS = FrameLimits(header_bytes_max=100, payload_bytes_max=1000)
+
+
+def read(data: bytes, *, end: bool = True, start_s: float | None = None) -> tuple[bytes, bytearray]:
+    async def run() -> tuple[bytes, bytearray]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        if end:
+            reader.feed_eof()
+        return await read_frame(reader, LIMITS, start_s, 0.01)
+
+    return asyncio.run(run())
+
+
+def test_a_frame_is_read_back():
+    data = b"".join(frame_parts(b"header", [b"pay", b"load"]))
+    assert read(data) == (b"header", bytearray(b"payload"))
+
+
+def test_every_truncation_of_a_frame_is_an_end_and_only_the_empty_one_is_clean():
+    data = b"".join(frame_parts(b"header", [b"payload"]))
+    for length in range(len(data)):
+        with pytest.raises(StreamEnded) as ended:
+            read(data[:length])
+        assert ended.value.clean == (length == 0)
+
+
+@pytest.mark.parametrize("lengths", [(101, 0), (0, 1001), (2**32 - 1, 0), (0, 2**32 - 1)])
+def test_an_oversized_frame_is_refused_by_its_first_eight_bytes(lengths):
+    with pytest.raises(RemoteProtocolError) as refused:
+        read(FRAME.pack(*lengths), end=False)
+    assert refused.value.reason == "oversized"
+
+
+def test_silence_inside_a_frame_times_out():
+    with pytest.raises(TimeoutError):
+        read(FRAME.pack(10, 0) + b"half", end=False)
+
+
+def test_silence_before_a_frame_times_out_only_if_asked():
+    with pytest.raises(TimeoutError):
+        read(b"", end=False, start_s=0.01)
+
+
+def test_progress_is_told_for_every_byte():
+    counts = []
+
+    async def run() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"".join(frame_parts(b"header", [b"payload"])))
+        await read_frame(reader, LIMITS, None, 1.0, counts.append)
+
+    asyncio.run(run())
+    assert sum(counts) == FRAME.size + 6 + 7
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xc0", b"\x80", b"\x82\xa1a\x01\xa1b\x02", b"\x81\xa1a\xa1x", b"\x81\xa1a\xc3"]
+)
+def test_a_map_with_other_fields_or_types_is_refused(raw):
+    with pytest.raises(RemoteProtocolError):
+        unpack_map(raw, {"a": int})

@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all, and texts that know whether they were damaged.
+
+home.atomic_write is for small contents in memory; `write_file` streams one that must not be copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blake3 import blake3
+
+from tapestry.node.protocol.chain import canonical
+
+TEMPORARY = ".tmp"
+
+_log = logging.getLogger(__name__)
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Replace `path` by what `write` writes, or leave it as it was and raise OSError (a full disk, say).
+
+    Temporary file, fsync, rename, fsync of the folder. One writer per path at a time.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    done = False
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        done = True
+    finally:
+        if not done:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in the folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a writer that was killed left behind."""
+    for path in sorted(folder.glob(f"*{TEMPORARY}")):
+        _log.info("removed an unfinished file path=%s", path)
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged file to *.corrupt: out of the way, but not lost to whoever wants to look."""
+    _log.warning("damaged file set aside path=%s.corrupt reason=%r", path, why)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, path.with_name(path.name + ".corrupt"))
+
+
+def seal(value: Any) -> bytes:
+    """One line of canonical JSON that carries the digest of its value."""
+    return canonical({"digest": _digest(value), "value": value})
+
+
+def unseal(line: bytes) -> Any:
+    """The value. Raises ValueError if a single bit of it changed."""
+    try:
+        raw = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(raw, dict) or set(raw) != {"digest", "value"}:
+        raise ValueError("not a sealed value")
+    if raw["digest"] != _digest(raw["value"]):
+        raise ValueError("its digest does not match")
+    return raw["value"]
+
+
+def _digest(value: Any) -> str:
+    return blake3(canonical(value)).hexdigest()

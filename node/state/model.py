@@ -1,0 +1,159 @@
+"""The state of a run in memory: flat f32 parameters, the outer optimizer's buffers, and their digest.
+
+State e becomes state e + 1 by `apply`, in place: decode one shard of the update, take the outer step on it,
+go on to the next. So the most that is needed beyond the state is one decoded shard. In place means that a
+step that fails half-way leaves neither state: it is then *torn*, says so to whoever asks for it, and has to
+be loaded again. The disk holds checkpoint and updates, which no step touches, so nothing is lost by that.
+
+The bytes of a state are those of the parameters and then of the buffers, in the order of their names, f32
+little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest does not cover the
+epoch: it identifies the numbers, and the record that carries it says whose they are.
+
+Must not import: anything that does I/O; asyncio; hivemind.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from tapestry.compression.codecs import Codec, get_codec
+from tapestry.compression.shards import Shard, shard_bounds
+from tapestry.node.protocol.chain import canonical
+from tapestry.node.runspec import RunSpec
+from tapestry.node.state.outer import Outer, make_outer
+
+HASH_BYTES = 4 << 20  # per call, each without the GIL; Guess
+FLOAT_BYTES = 4
+
+
+class TornState(RuntimeError):
+    """A step, a load or a transfer ended half-way: these numbers are of no state. Load it again."""
+
+
+class DigestMismatch(Exception):
+    """The numbers are not those that were announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How an encoded update becomes the next state: everything that the run spec says about it."""
+
+    shards: tuple[Shard, ...]
+    codec: Codec
+    outer: Outer
+
+    @classmethod
+    def of(cls, spec: RunSpec, n: int) -> Arithmetic:
+        """For a flat vector of n parameters."""
+        shards = shard_bounds(n, spec.compression.shard_elements)
+        return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer))
+
+    @property
+    def payload_sizes(self) -> tuple[int, ...]:
+        """Bytes of each shard's payload."""
+        return tuple(self.codec.payload_size(shard.n) for shard in self.shards)
+
+
+class ModelState:
+    """State `epoch` of the run, the one that `head` names. One user at a time; any thread."""
+
+    def __init__(
+        self,
+        params: Tensor,  # f32 (n,), contiguous, on the CPU; shared memory, for the trainer
+        schema: str,  # Layout.schema_hash
+        arithmetic: Arithmetic,
+        epoch: int,
+        head: str,
+    ) -> None:
+        assert sys.byteorder == "little", "a state's bytes are its memory"
+        assert params.dtype == torch.float32 and params.dim() == 1 and params.is_contiguous()
+        self.params = params
+        self.schema = schema
+        self.arithmetic = arithmetic
+        self.buffers = {name: torch.zeros_like(params) for name in arithmetic.outer.buffer_names}
+        self.epoch = epoch
+        self.head = head
+        self.torn = False
+
+    @property
+    def n(self) -> int:
+        """Parameters."""
+        return self.params.numel()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the vectors, in the order of their bytes."""
+        return ("params", *self.arithmetic.outer.buffer_names)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of parameters and buffers together."""
+        return FLOAT_BYTES * self.n * len(self.names)
+
+    def digest(self) -> str:
+        """blake3 of what the numbers are (schema, length, names) and of their bytes. Raises TornState."""
+        self._require_whole()
+        return self._hash()
+
+    def apply(
+        self,
+        payloads: Sequence[Tensor],  # uint8 (codec.payload_size(shard.n),) for each shard
+        epoch: int,
+        head: str,
+    ) -> None:
+        """Go from state epoch - 1 to state `epoch`. Raises TornState, or what the codec refuses.
+
+        After any exception the state is torn.
+        """
+        self._require_whole()
+        shards, codec, outer = self.arithmetic.shards, self.arithmetic.codec, self.arithmetic.outer
+        assert epoch == self.epoch + 1 and len(payloads) == len(shards)
+        self.torn = True
+        scratch = torch.empty(max((shard.n for shard in shards), default=0))
+        for shard, payload in zip(shards, payloads, strict=True):
+            mean = codec.decode(payload, shard.n, out=scratch[: shard.n])
+            outer.step(self.params, self.buffers, mean, shard.start, shard.stop, epoch)
+        self.epoch, self.head, self.torn = epoch, head, False
+
+    def vectors(self) -> list[memoryview]:
+        """The bytes of parameters and buffers, without a copy. Whoever writes says `overwrite` first."""
+        tensors = (self.params, *self.buffers.values())
+        return [memoryview(tensor.numpy()).cast("B") for tensor in tensors]  # type: ignore[arg-type]
+
+    def overwrite(self) -> list[memoryview]:
+        """The bytes, to be written over; the state is torn until `adopt`."""
+        self.torn = True
+        return self.vectors()
+
+    def adopt(self, epoch: int, head: str, digest: str) -> None:
+        """The bytes are now those of state `epoch`. If not: raises DigestMismatch, and stays torn."""
+        found = self._hash()
+        if found != digest:
+            raise DigestMismatch(f"state {epoch} has the digest {found[:12]}, not {digest[:12]}")
+        self.epoch, self.head, self.torn = epoch, head, False
+
+    def _hash(self) -> str:
+        hasher = blake3(canonical(["tapestry state 1", self.schema, self.n, list(self.names)]))
+        for vector in self.vectors():
+            for start in range(0, len(vector), HASH_BYTES):
+                hasher.update(vector[start : start + HASH_BYTES])
+        return hasher.hexdigest()
+
+    def _require_whole(self) -> None:
+        if self.torn:
+            raise TornState("the state was left half-written; it has to be loaded again")
+
+
+def spans(vectors: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:
+    """The parts of the vectors that hold the bytes from start to stop of their concatenation."""
+    for vector in vectors:
+        size = len(vector)
+        if start < size and stop > 0:
+            yield vector[max(start, 0) : min(stop, size)]
+        start, stop = start - size, stop - size

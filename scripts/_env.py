@@ -32,7 +32,7 @@ PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
 def main() -> None:
-    with (ROOT / "setup.cfg").open("rb") as lock:  # a lock needs a file that nobody removes
+    with (ROOT / "setup.cfg").open("r+b") as lock:  # a lock needs a file that nobody removes
         fcntl.flock(lock, fcntl.LOCK_EX)
         make_ready()
 
@@ -82,7 +82,9 @@ def _make_venv() -> None:
     except OSError as error:
         _fail(f"cannot make {VENV}: {error}")
     except subprocess.CalledProcessError:
-        _fail("this Python cannot make virtual environments", "on Debian and Ubuntu: apt install python3-venv")
+        _fail(
+            "this Python cannot make virtual environments", "on Debian and Ubuntu: apt install python3-venv"
+        )
 
 
 def _install_project(*options: str, extra: str = "") -> None:
@@ -144,7 +146,10 @@ def _pip(*arguments: object) -> None:
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.stderr.write(done.stdout)
-        _fail(f"pip {arguments[0]} failed; its reason is above", "what is there is kept: run the same command again")
+        _fail(
+            f"pip {arguments[0]} failed; its reason is above",
+            "what is there is kept: run the same command again",
+        )
 
 
 def _stamp(path: Path) -> str:

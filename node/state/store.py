@@ -270,7 +270,7 @@ class Store:
 
     def heads_with_updates(self) -> tuple[str, ...]:
         """Oldest first."""
-        return tuple(sorted(self._updates, key=lambda head: (self._updates[head].epoch, head)))
+        return tuple(head for _, head in sorted((u.epoch, head) for head, u in [*self._updates.items()]))
 
     @property
     def updates_bytes(self) -> int:
@@ -310,16 +310,16 @@ class Store:
         """
         count, total_bytes = 0, 0
         for head in reversed(self.heads_with_updates()):
-            update = self._updates[head]
-            if update.epoch > chain.epoch:
-                continue  # of the round under way: somebody may have voted for it
+            update = self._updates.get(head)
+            if update is None or update.epoch > chain.epoch:
+                continue  # just dropped; or of the round under way: somebody may have voted for it
             on_chain = chain.head_at(update.epoch) == head
             count += on_chain
             total_bytes += update.size_bytes * on_chain
             allowed = count <= limits.updates_kept_epochs and total_bytes <= limits.updates_kept_bytes
             if not on_chain or (update.epoch <= base_epoch and not allowed):
                 with self._lock:
-                    del self._updates[head]
+                    self._updates.pop(head, None)
                     update.path.unlink(missing_ok=True)
 
     def _load_updates(self) -> None:

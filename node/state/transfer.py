@@ -79,7 +79,7 @@ _log = logging.getLogger(__name__)
 
 
 class TransferError(Exception):
-    """The donor did not serve us, without saying anything wrong. `reason`: missing, busy, ended or timeout."""
+    """The donor did not serve us, and said nothing wrong. `reason`: missing, busy, ended or timeout."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)

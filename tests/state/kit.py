@@ -1,0 +1,144 @@
+"""A small run with real signatures, real payloads and a home of its own, for the tests of node/state."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.shards import shard_bounds
+from tapestry.dht.identity import Identity
+from tapestry.node.crypto import NodeCrypto
+from tapestry.node.home import Home
+from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.runspec import NesterovSpec, OuterSpec
+from tapestry.node.state.checkpoints import Checkpoints
+from tapestry.node.state.model import Arithmetic, ModelState
+from tapestry.node.state.outer import make_outer
+from tapestry.node.state.store import Store, result_digest
+
+SCHEMA = "5c" * 32
+IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry state tests ed25519 key"))
+CRYPTO = NodeCrypto(IDENTITY)
+STALL_S = 0.2
+
+
+def arithmetic(n: int, spec: OuterSpec | None = None, shard_elements: int = 256) -> Arithmetic:
+    return Arithmetic(
+        shard_bounds(n, shard_elements), get_codec("int8-block"), make_outer(spec or NesterovSpec())
+    )
+
+
+def new_state(n: int, arith: Arithmetic | None = None, fill: float = 0.0) -> ModelState:
+    """Not of any run yet: as a node has it before it loads one."""
+    return ModelState(torch.full((n,), fill), SCHEMA, arith or arithmetic(n), 0, "0" * 64)
+
+
+def state_bytes(state: ModelState) -> bytes:
+    return b"".join(bytes(vector) for vector in state.vectors())
+
+
+@dataclass
+class Run:
+    """A founder alone: every `advance` is an epoch, written as a node writes it."""
+
+    folder: Path
+    n: int
+    kept: int = 3
+    outer: OuterSpec = field(default_factory=NesterovSpec)
+    seed: int = 0
+    shard_elements: int = 256
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.home = Home(self.folder)
+        self.rng = torch.Generator().manual_seed(self.seed)
+        self.state = new_state(self.n, arithmetic(self.n, self.outer, self.shard_elements))
+        self.state.params.copy_(torch.randn(self.n, generator=self.rng))
+        self.digest = self.state.digest()
+        genesis = found("spec", IDENTITY.peer_id, self.digest, SCHEMA, self.n, CRYPTO)
+        self.chain = Chain(genesis)
+        self.state.head = genesis.run_id
+        self.store = Store(self.home, CRYPTO)
+        self.store.load()
+        self.store.write_genesis(genesis)
+        self.checkpoints = Checkpoints(self.home.checkpoints, genesis.run_id, self.kept)
+        self.checkpoints.load()
+        self.payloads: list[list[Tensor]] = []
+        self.numbers = [state_bytes(self.state)]  # of every state there was
+        self.digests = [self.digest]
+
+    def advance(self, epochs: int = 1) -> None:
+        for _ in range(epochs):
+            payloads = self.random_payloads()
+            record = self.next_record(payloads)
+            self.store.write_update(record.body.epoch, record.head, payloads)
+            self.store.append_record(record)
+            self.chain.append(record)
+            self.state.apply(payloads, record.body.epoch, record.head)
+            self.digest = self.state.digest()
+            self.payloads.append(payloads)
+            self.numbers.append(state_bytes(self.state))
+            self.digests.append(self.digest)
+
+    def random_payloads(self) -> list[Tensor]:
+        codec = self.state.arithmetic.codec
+        return [codec.encode(torch.randn(s.n, generator=self.rng)) for s in self.state.arithmetic.shards]
+
+    def next_record(self, payloads: list[Tensor]) -> Record:
+        body = Body(
+            run_id=self.chain.genesis.run_id,
+            epoch=self.chain.epoch + 1,
+            prev=self.chain.head,
+            state_digest=self.digest,
+            members=(Member(IDENTITY.peer_id, 7, "c0" * 16),),
+            result=result_digest(payloads),
+        )
+        head = head_of(body, CRYPTO)
+        signature = CRYPTO.sign(accept_message(head, 0))
+        return Record(body, head, 0, ((IDENTITY.peer_id, signature),))
+
+    def save(self) -> Path:
+        return self.checkpoints.save(self.state, self.digest).path
+
+    def fresh(self) -> ModelState:
+        """An empty state for the same model."""
+        return new_state(self.n, arithmetic(self.n, self.outer, self.shard_elements))
+
+    def reopened(self) -> tuple[Store, Checkpoints]:
+        """As after a kill -9: what the disk alone gives."""
+        store = Store(self.home, CRYPTO)
+        store.load()
+        checkpoints = Checkpoints(self.home.checkpoints, self.chain.genesis.run_id, self.kept)
+        checkpoints.load()
+        return store, checkpoints
+
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def stream_pair() -> AsyncIterator[tuple[Stream, Stream]]:
+    """Two ends of one stream, in this process."""
+    ends = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
+    try:
+        yield ends[0], ends[1]
+    finally:
+        for _, writer in ends:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _, writer in ends), return_exceptions=True)
+
+
+def flip(path: Path, offset: int) -> None:
+    """Damage one byte; a negative offset counts from the end."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)

@@ -1,0 +1,92 @@
+"""The state in memory: its digest, its step, and what it says of itself when it is torn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+from state.kit import SCHEMA, arithmetic, new_state, state_bytes
+
+from tapestry.compression.refusals import RefusedPayload
+from tapestry.node.runspec import AdamWSpec
+from tapestry.node.state.model import DigestMismatch, ModelState, TornState, spans
+
+HEAD = "aa" * 32
+
+
+def _payloads(state: ModelState, seed: int = 0) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    codec = state.arithmetic.codec
+    return [codec.encode(torch.randn(shard.n, generator=rng)) for shard in state.arithmetic.shards]
+
+
+def test_the_digest_is_of_schema_names_and_bytes_and_not_of_the_epoch() -> None:
+    state = new_state(300, fill=1.5)
+    text = b'["tapestry state 1","%s",300,["params","momentum"]]' % SCHEMA.encode()
+    expected = blake3(text + np.full(300, 1.5, "<f4").tobytes() + bytes(4 * 300)).hexdigest()
+    assert state.digest() == expected
+    state.epoch, state.head = 5, HEAD
+    assert state.digest() == expected
+
+
+@pytest.mark.parametrize("vector", [0, 1])
+def test_one_bit_in_any_vector_changes_the_digest(vector: int) -> None:
+    state = new_state(1000)
+    before = state.digest()
+    state.vectors()[vector][-1] ^= 1
+    assert state.digest() != before
+
+
+def test_apply_is_the_outer_step_on_the_decoded_mean() -> None:
+    state, expected = new_state(700, fill=0.5), new_state(700, fill=0.5)
+    payloads = _payloads(state)
+    state.apply(payloads, 1, HEAD)
+    codec = state.arithmetic.codec
+    decoded = [codec.decode(p, s.n) for p, s in zip(payloads, state.arithmetic.shards, strict=True)]
+    expected.arithmetic.outer.step(expected.params, expected.buffers, torch.cat(decoded), 0, 700, 1)
+    assert state_bytes(state) == state_bytes(expected)
+    assert (state.epoch, state.head, state.torn) == (1, HEAD, False)
+
+
+def test_a_step_that_fails_half_way_leaves_a_torn_state_that_says_so() -> None:
+    state = new_state(700)
+    payloads = _payloads(state)
+    payloads[-1] = payloads[-1][:-1]
+    with pytest.raises(RefusedPayload):
+        state.apply(payloads, 1, HEAD)
+    with pytest.raises(TornState, match="loaded again"):
+        state.digest()
+    with pytest.raises(TornState, match="loaded again"):
+        state.apply(_payloads(state), 1, HEAD)
+
+
+def test_adopt_takes_only_the_announced_numbers() -> None:
+    source, state = new_state(10, fill=2.0), new_state(10)
+    for ours, theirs in zip(state.overwrite(), source.vectors(), strict=True):
+        ours[:] = theirs
+    with pytest.raises(DigestMismatch):
+        state.adopt(3, HEAD, "00" * 32)
+    assert state.torn
+    state.adopt(3, HEAD, source.digest())
+    assert (state.torn, state.epoch, state.head) == (False, 3, HEAD)
+
+
+def test_adamw_keeps_two_buffers_and_they_count_in_the_bytes() -> None:
+    state = new_state(10, arithmetic(10, AdamWSpec()))
+    assert state.names == ("params", "m", "v")
+    assert state.size_bytes == 120 == len(state_bytes(state))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    start=st.integers(0, 30),
+    more=st.integers(0, 30),
+)
+def test_spans_are_the_slice_of_the_concatenation(sizes: list[int], start: int, more: int) -> None:
+    vectors = [memoryview(bytearray(range(10 * i, 10 * i + size))) for i, size in enumerate(sizes)]
+    whole = b"".join(bytes(vector) for vector in vectors)
+    got = b"".join(bytes(span) for span in spans(vectors, start, start + more))
+    assert got == whole[start : start + more]

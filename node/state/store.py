@@ -122,7 +122,6 @@ class Store:
     def __init__(self, home: Home, crypto: Crypto) -> None:
         self._home = home
         self._crypto = crypto
-        self.genesis: Genesis | None = None
         self._line_ends: list[int] = []  # of chain.jsonl: byte offset behind record i + 1
         self._updates: dict[str, UpdateFile] = {}
         self._lock = threading.Lock()
@@ -130,17 +129,16 @@ class Store:
     def load(self) -> LoadedStore:
         """Read everything. Raises UserError for a damaged genesis or vote, and OSError."""
         self._home.updates.mkdir(exist_ok=True)
-        self.genesis = self._load_genesis()
-        records = self._load_chain(self.genesis) if self.genesis else ()
+        genesis = self._load_genesis()
+        records = self._load_chain(genesis) if genesis else ()
         vote = self._load_vote()
         self._load_updates()
-        return LoadedStore(self.genesis, records, vote, self.heads_with_updates())
+        return LoadedStore(genesis, records, vote, self.heads_with_updates())
 
     # --- genesis -------------------------------------------------------------------------------
 
     def write_genesis(self, genesis: Genesis) -> None:
         atomic_write(self._home.genesis, canonical(genesis_to_dict(genesis)) + b"\n")
-        self.genesis = genesis
 
     def _load_genesis(self) -> Genesis | None:
         path = self._home.genesis

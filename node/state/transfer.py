@@ -14,7 +14,7 @@ Nothing from a donor is believed: an update has the digest that its record names
 update log, a chunk the digest of the manifest, and the state the digest that the chain signed. Chunks go
 straight into the state's own memory, which is torn until that digest was right.
 
-What a fetch raises: RemoteProtocolError when the donor did or sent what it may not; TransferError when it
+What a fetch raises: RemoteProtocolError when the donor did or sent what it may not; DonorFailed when it
 cannot or will not serve, ended the stream, was silent for stall_s, or slower than BYTES_PER_SECOND_MIN;
 OSError when our own disk failed; and what opening the stream raises.
 
@@ -78,7 +78,7 @@ OnBytes = Callable[[str, int], None]  # direction ("in" or "out"), count
 _log = logging.getLogger(__name__)
 
 
-class TransferError(Exception):
+class DonorFailed(Exception):
     """The donor did not serve us, and said nothing wrong. `reason`: missing, busy, ended or timeout."""
 
     def __init__(self, reason: str, text: str) -> None:
@@ -95,16 +95,18 @@ class TransferLimits:
 # --- the donor --------------------------------------------------------------------------------------
 
 
-class StateServer:
-    """The donor's side: one home's genesis, updates and checkpoints. `serve` is a stream's handler."""
+class Donor:
+    """Serves one home's genesis, updates and checkpoints. `serve` is a stream's handler."""
 
     def __init__(
         self,
+        genesis: Genesis,
         store: Store,
         checkpoints: Checkpoints,
         limits: TransferLimits,
         on_bytes: OnBytes,
     ) -> None:
+        self._genesis = genesis
         self._store = store
         self._checkpoints = checkpoints
         self._limits = limits
@@ -134,7 +136,7 @@ class StateServer:
     async def _answer(self, stream: _Stream, request: dict[str, Any], open_file: _OpenFile) -> None:
         match request:
             case {"ask": "genesis", **rest} if not rest:
-                await self._send_genesis(stream)
+                await stream.send({"is": "genesis", "genesis": canonical(genesis_to_dict(self._genesis))})
             case {"ask": "update", "epoch": epoch, "head": head, **rest} if not rest:
                 await self._send_update(stream, _epoch(epoch), _digest(head))
             case {"ask": "checkpoint", "epoch_max": epoch_max, **rest} if not rest:
@@ -143,13 +145,6 @@ class StateServer:
                 await self._send_chunk(stream, open_file, (_epoch(epoch), _digest(head)), _epoch(index))
             case _:
                 raise RemoteProtocolError("malformed", "no request that a donor knows")
-
-    async def _send_genesis(self, stream: _Stream) -> None:
-        genesis = self._store.genesis
-        if genesis is None:
-            await stream.send({"is": "missing"})
-        else:
-            await stream.send({"is": "genesis", "genesis": canonical(genesis_to_dict(genesis))})
 
     async def _send_update(self, stream: _Stream, epoch: int, head: str) -> None:
         try:
@@ -433,10 +428,10 @@ class _Stream:
     async def answer(
         self, kind: str, fields: dict[str, type], header_bytes_max: int, payload_bytes_max: int
     ) -> tuple[dict[str, Any], bytearray]:
-        """An answer of this kind with exactly these fields. Raises TransferError if there is none."""
+        """An answer of this kind with exactly these fields. Raises DonorFailed if there is none."""
         header, payload = await self.receive(header_bytes_max, payload_bytes_max)
         if header in ({"is": "missing"}, {"is": "busy"}):
-            raise TransferError(header["is"], f"the donor says {header['is']}")
+            raise DonorFailed(header["is"], f"the donor says {header['is']}")
         if header.pop("is", None) != kind or set(header) != set(fields):
             raise RemoteProtocolError("malformed", f"no answer to a request for {kind}")
         for name, expected in fields.items():
@@ -449,14 +444,14 @@ class _Stream:
 async def _opened(
     open_stream: OpenStream, limits: TransferLimits, on_bytes: OnBytes
 ) -> AsyncIterator[_Stream]:
-    """A stream to a donor, closed at the end. Its loss, or its silence, becomes TransferError."""
+    """A stream to a donor, closed at the end. Its loss, or its silence, becomes DonorFailed."""
     reader, writer = await open_stream()
     try:
         yield _Stream(reader, writer, limits.stall_s, on_bytes)
     except (StreamEnded, ConnectionError) as error:
-        raise TransferError("ended", f"the stream ended: {error}") from error
+        raise DonorFailed("ended", f"the stream ended: {error}") from error
     except TimeoutError as error:
-        raise TransferError("timeout", f"silent for {limits.stall_s:g} s, or too slow") from error
+        raise DonorFailed("timeout", f"silent for {limits.stall_s:g} s, or too slow") from error
     finally:
         writer.close()
 

@@ -4,17 +4,19 @@ Each member names whom it waits for. Most are waiting for a reducer which itself
 blame is passed on along what the accused say, until it stays with somebody who waits for nobody, or goes
 round in a circle. A one-way cut between contributor A and reducer R makes the circle A -> R -> A: R cannot
 reduce without A, A gets no result from R. There the one with the fewer accusers is left out: the contributor,
-since everybody waits for a reducer.
+since everybody waits for a reducer. But only once: a reducer that withholds results from everybody could name
+one innocent contributor after another, so who was spared in one circle is the first to go in the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 
-def culprit(waiting_on: Mapping[str, Sequence[str]]) -> str | None:
+def culprit(waiting_on: Mapping[str, Sequence[str]], spared: Container[str] = ()) -> str | None:
     """The member to leave out, given who waits for whom; None if nobody waits.
 
+    `spared`: who was accused in an earlier ballot of this round and not left out.
     Deterministic: ties go to the smaller peer id.
     """
     accusers: dict[str, int] = {}
@@ -29,6 +31,6 @@ def culprit(waiting_on: Mapping[str, Sequence[str]]) -> str | None:
         peer = min(waiting_on[peer], key=lambda p: (-accusers[p], p))
         if peer in path:
             circle = path[path.index(peer) :]
-            return min(circle, key=lambda p: (accusers[p], p))
+            return min(circle, key=lambda p: (p not in spared, accusers[p], p))
         path.append(peer)
     return peer

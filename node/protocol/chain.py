@@ -26,7 +26,7 @@ from typing import Any, Protocol
 MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
 WEIGHT_MAX = 2**53  # tokens; exact in JSON, in float64 and in msgpack
 EPOCH_MAX = 2**53
-BALLOT_MAX = 2**31
+BALLOT_MAX = 2**53  # out of a liar's reach: see BALLOT_STEP_MAX in round.py
 
 
 class Crypto(Protocol):
@@ -236,7 +236,8 @@ def check_record(record: Record, prev_head: str, electorate: Sequence[str], cryp
     """Whether `record` follows `prev_head` by a decision of `electorate`. Raises InvalidRecord.
 
     An ordinary record needs one ballot's signatures of a quorum, and its members must hold a quorum too, so
-    that electorates overlap from round to round. A forced one needs the signature of every member it names.
+    that electorates overlap from round to round. A forced one needs the signature of every member it names,
+    one of the electorate among them: else any stranger could write the next record alone.
     """
     body = record.body
     if body.prev != prev_head:
@@ -246,6 +247,8 @@ def check_record(record: Record, prev_head: str, electorate: Sequence[str], cryp
     if body.forced:
         if signers != members:
             raise InvalidRecord("unsigned", f"forced record {body.epoch} lacks a member's signature")
+        if members.isdisjoint(electorate):
+            raise InvalidRecord("electorate", f"forced record {body.epoch} by strangers to the electorate")
     else:
         need = quorum(len(electorate))
         voters = [peer for peer in electorate if peer in signers]
@@ -299,6 +302,9 @@ class Chain:
         return self.records[-1].head if self.records else self.genesis.run_id
 
     def head_at(self, epoch: int) -> str:
+        """The head of `epoch`; "" where we have none, so that it equals nobody's."""
+        if not 0 <= epoch <= len(self.records):
+            return ""
         return self.records[epoch - 1].head if epoch else self.genesis.run_id
 
     def electorate_at(self, epoch: int) -> tuple[str, ...]:

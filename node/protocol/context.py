@@ -27,6 +27,7 @@ class Rules:
     min_members: int = 1
     max_influence: float = 1.0
     commit_grace_s: float = 1.0
+    exchange_max_s: float = 300.0  # Guess: a peer that drips bytes holds a ballot up no longer than this
     heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
     resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
     peers_max: int = 64
@@ -39,7 +40,9 @@ class PeerView:
     up: bool = False
     heard_at: float = -1e9
     status: Status | None = None
-    refused: dict[str, int] = field(default_factory=dict)  # fetch failures and refusals, by reason
+
+
+UPDATES_MAX = 4096  # heads remembered as being in the update log; a forgotten one is fetched again. G7
 
 
 @dataclass(slots=True)
@@ -61,6 +64,11 @@ class Context:
         for peer, view in self.peers.items():
             if view.up:
                 self.out.append(Send(peer, message))
+
+    def keep_update(self, head: str) -> None:
+        if len(self.updates) >= UPDATES_MAX:
+            del self.updates[next(iter(self.updates))]
+        self.updates[head] = None
 
     def refuse(self, peer: str, reason: str, text: str) -> None:
         self.out.append(Verdict(peer, reason, text))

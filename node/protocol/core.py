@@ -137,6 +137,10 @@ class Core:
     def _begin_round(self, now: float) -> None:
         epoch, head = self.chain.epoch, self.chain.head
         vote = self.vote
+        if vote is not None and vote.epoch > epoch:
+            # We were further than this: a crash took the records between leaving a fork and following the
+            # other. What we voted after this head is overwritten, so the other side must come to us.
+            return
         if vote is not None and (vote.epoch, vote.head) != (epoch, head):
             vote = None
         electorate = self.chain.electorate_at(epoch)
@@ -146,9 +150,9 @@ class Core:
             self.ctx.emit(Train(epoch))
         self.round.advance(now)
         # Peers may have told us of this round before we were in it.
-        for view in self.ctx.peers.values():
+        for peer, view in self.ctx.peers.items():
             if view.status is not None and (view.status.epoch, view.status.head) == (epoch, head):
-                self.round.on_ballot_seen(view.status.ballot, now)
+                self.round.on_ballot_seen(peer, view.status.ballot, now)
 
     def _decided(self, record: Record) -> None:
         self.ctx.broadcast(Commit(record))
@@ -178,18 +182,23 @@ class Core:
     def handle_peer_up(self, inp: PeerUp, now: float) -> None:
         view = self.ctx.peers.get(inp.peer)
         if view is None:
-            if len(self.ctx.peers) >= 4 * self.ctx.rules.peers_max:
-                self._forget_one_down()
+            if len(self.ctx.peers) >= 4 * self.ctx.rules.peers_max and not self._forget_one_down():
+                return  # the shell connects to fewer
             view = self.ctx.peers[inp.peer] = PeerView()
         view.up = True
         view.heard_at = now
-        self.told = None  # it has to hear where we are
+        if self.told is not None:
+            self.ctx.send(inp.peer, self.told)  # it has to hear where we are
 
-    def _forget_one_down(self) -> None:
+    def _forget_one_down(self) -> bool:
         for peer, view in self.ctx.peers.items():
             if not view.up:
                 del self.ctx.peers[peer]
-                return
+                self.sync.forget(peer)
+                if self.round is not None:
+                    self.round.forget_stranger(peer)
+                return True
+        return False
 
     def handle_peer_down(self, inp: PeerDown, now: float) -> None:
         view = self.ctx.peers.get(inp.peer)
@@ -318,7 +327,7 @@ class Core:
         view.status = status
         round_ = self.round
         if round_ is not None and status.epoch == round_.epoch and status.head == round_.head:
-            round_.on_ballot_seen(status.ballot, now)
+            round_.on_ballot_seen(peer, status.ballot, now)
             round_.advance(now)
         else:
             self.sync.on_status(peer, status, now)
@@ -332,7 +341,7 @@ class Core:
                 self.sync.ask(peer, now)
             return None
         try:
-            self.chain.check(record, self.ctx.crypto)
+            self.sync.check_next(record)
         except InvalidRecord as e:
             return e.reason
         self._append(record)

@@ -195,6 +195,8 @@ class AppendRecord:
 
 @dataclass(frozen=True, slots=True)
 class TruncateChain:
+    """Leave a fork. A crash before the AppendRecords that follow is noticed at the start: see Core."""
+
     epoch: int
 
 
@@ -235,7 +237,8 @@ class FetchState:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Make a contribution from state `epoch`."""
+    """Make a contribution from state `epoch`. Whatever an earlier Train was to give is void: not even a late
+    answer may come, since the state of an epoch is another on another side of a fork."""
 
     epoch: int
 

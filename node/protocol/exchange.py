@@ -70,6 +70,13 @@ class Exchange:
         """The streams to `peer` broke: what was on its way may not have come."""
         self.sent -= {pair for pair in self.sent if pair[0] == peer}
 
+    def forget_stranger(self, peer: str) -> None:
+        """`peer` has left the table of peers: keep of it only what the roster names."""
+        self.forget_peer(peer)
+        if not self._wanted(peer):
+            self.inputs.pop(peer, None)
+            self.unusable.pop(peer, None)
+
     # --- what comes in -------------------------------------------------------------------------
 
     def on_shard(self, peer: str, shard: Shard) -> str | None:
@@ -115,13 +122,18 @@ class Exchange:
             self._share(reduced.shard)
 
     def on_need(self, peer: str, need: Need) -> None:
-        """Send again what `peer` lacks, if it is ours to give."""
-        for shard in need.shards:
+        """Send again what `peer` lacks, if it is ours to give and the roster makes it the peer's to have."""
+        roster, mine = self.roster, self.mine
+        if roster is None or all(m.peer != peer for m in roster.members):
+            return
+        for shard in sorted(set(need.shards)):
+            if not 0 <= shard < len(roster.reducers):
+                continue
             if need.contribution:
-                mine = self.mine
-                if mine is not None and mine.contribution == need.contribution and shard < len(mine.blobs):
+                ours = mine is not None and mine.contribution == need.contribution
+                if mine is not None and ours and self._reducer(shard) == peer:
                     self.ctx.emit(SendShard(peer, self.epoch, mine.contribution, shard, mine.blobs[shard]))
-            elif self.roster is not None and need.ballot == self.roster.ballot and shard in self.results:
+            elif need.ballot == roster.ballot and shard in self.results:
                 self.ctx.emit(SendResult(peer, self.epoch, need.ballot, shard, self.results[shard][1]))
 
     # --- how far we are ------------------------------------------------------------------------
@@ -147,9 +159,13 @@ class Exchange:
         """Who holds us up: those whose contribution is unusable first, then those who owe us a shard."""
         if self.roster is None:
             return ()
-        members = {m.peer for m in self.roster.members if m.weight}
-        names = [p for p in self.unusable if p in members] or list(self._missing())
+        names = self.spoilt() or list(self._missing())
         return tuple(names[:WAITING_MAX])
+
+    def spoilt(self) -> list[str]:
+        """Contributors of this roster whose contribution cannot be used."""
+        members = self.roster.members if self.roster is not None else ()
+        return [m.peer for m in members if m.weight and m.peer in self.unusable]
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -267,6 +283,7 @@ def check_roster(roster: Roster, electorate: Sequence[str], shard_count: int) ->
         return f"{len(roster.reducers)} shards, the run has {shard_count}"
     if not all(0 <= r < len(peers) for r in roster.reducers):
         return "a reducer that is no member"
-    if not roster.forced and sum(p in peers for p in electorate) < quorum(len(electorate)):
-        return "it names no quorum of the electorate"
+    electors = sum(p in peers for p in electorate)
+    if electors < (1 if roster.forced else quorum(len(electorate))):
+        return f"it names {electors} of the electorate's {len(electorate)}"
     return None

@@ -19,17 +19,20 @@ when it says nothing for stall_s. Everything is repeated every resend_s until it
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 from tapestry.node.protocol.blame import culprit
 from tapestry.node.protocol.chain import (
     Body,
+    InvalidRecord,
     Member,
     Record,
     accept_message,
     capped_weights,
     head_of,
     leader_order,
+    member_from,
     quorum,
 )
 from tapestry.node.protocol.context import Context
@@ -52,6 +55,9 @@ from tapestry.node.protocol.messages import (
     Roster,
     Stage,
 )
+
+WAITING_NAMED = 3  # peers named in a reason
+BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
 class Outcome(Enum):
@@ -95,20 +101,28 @@ class Round:
         self.accepted_body: Body | None = None  # in this ballot
         self.proposal: Propose | None = None
         self.holder_index = 0
+        self.fetching = ""  # head of the update that was asked for; "" if none is out
         # the leader's half
         self.ready: dict[str, Ready] = {}
         self.accepts: dict[str, Accept] = {}  # peer -> its vote in this ballot
         self.excluded: dict[str, str] = {}  # left out of this round's next rosters, and why
+        self.spared: dict[str, None] = {}  # accused in this round, and not left out for it
+        self.renewed: dict[str, None] = {}  # changed their contribution after a roster had named it
+        self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
         self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
         self.closing_sent = False
         self.accepted_at: float | None = None  # when a quorum had accepted
         # clocks
         self.entered_at = now  # this ballot
+        self.exchange_at = now  # its phase 2
+        self.leader_claims_at: float | None = None  # since when the leader says that its phase 2 is under way
         self.progress_at = now
         self.progress_seen = 0
         self.quorum_ready_at: float | None = None
         self.quorum_lost_at: float | None = None
         self.resend_at = now + ctx.rules.resend_s
+        self.reach = self.ballot + BALLOT_STEP_MAX  # highest ballot that others may take us to
+        self.reach_until = now + ctx.rules.resend_s
 
     # --- questions -----------------------------------------------------------------------------
 
@@ -171,7 +185,16 @@ class Round:
         self.exchange.unusable[peer] = reason
         self.advance(now)
 
+    def forget_stranger(self, peer: str) -> None:
+        """`peer` has left the table of peers, for good as it seems."""
+        self.exchange.forget_stranger(peer)
+        if peer not in self.electorate:
+            for table in (self.ready, self.accepts, self.renewed, self.unserved):
+                table.pop(peer, None)
+
     def handle_update_fetched(self, head: str, now: float) -> None:
+        if self.fetching == head:
+            self.fetching = ""
         proposal = self.proposal
         wanted = proposal is not None and self.accepted_body is None
         if proposal is not None and wanted and head_of(proposal.body, self.ctx.crypto) == head:
@@ -179,15 +202,21 @@ class Round:
         self.advance(now)
 
     def handle_fetch_failed(self, head: str) -> None:
+        if self.fetching == head:
+            self.fetching = ""
         if self.proposal is not None and head_of(self.proposal.body, self.ctx.crypto) == head:
             self.holder_index += 1  # the next one is asked at the next resend
 
     # --- the network ---------------------------------------------------------------------------
 
-    def on_ballot_seen(self, ballot: int, now: float) -> None:
-        """A peer in our round is in a higher ballot: follow it, if that ballot has its ordinary leader."""
-        if ballot <= self.ballot:
+    def on_ballot_seen(self, peer: str, ballot: int, now: float) -> None:
+        """An elector is in a higher ballot of our round: follow it, if that has its ordinary leader."""
+        if ballot <= self.ballot or peer not in self.electorate:
             return
+        if self._out_of_reach(ballot, now):
+            ballot = self.reach if self.leader_of(self.reach) != self.ctx.me else self.reach - 1
+            if ballot <= self.ballot:
+                return
         if self.forced:
             if self.forced_leader == self.ctx.me and self.stage <= Stage.READY:
                 self._lead(ballot + 1, now, forced=True)
@@ -196,10 +225,19 @@ class Round:
             if self.stage == Stage.READY:
                 self._send_ready(now)
 
+    def _out_of_reach(self, ballot: int, now: float) -> bool:
+        """Whether others may not take us to `ballot` yet: they can by one step in every resend_s."""
+        if now >= self.reach_until:
+            self.reach = self.ballot + BALLOT_STEP_MAX
+            self.reach_until = now + self.ctx.rules.resend_s
+        return ballot > self.reach
+
     def on_call(self, peer: str, call: Call, now: float) -> str | None:
-        if call.ballot <= self.ballot:
+        if call.ballot <= self.ballot or self._out_of_reach(call.ballot, now):
             return None
         if call.forced:
+            if peer not in self.electorate:
+                return "not_elector"
             if not self._accepts_force(now):
                 return None
         elif self.leader_of(call.ballot) != peer:
@@ -214,8 +252,9 @@ class Round:
             return None
         if not ready.forced and self.leader_of(ready.ballot) != self.ctx.me:
             return "not_leader"
-        if ready.state_digest != self.state_digest:
-            return "state_digest"
+        fault = self._ready_fault(peer, ready)
+        if fault is not None:
+            return fault
         if ready.ballot < max(self.ballot, self.lead_from):
             if self.leading:
                 self.ctx.send(peer, Call(self.epoch, self.head, self.ballot, self.forced))
@@ -223,16 +262,50 @@ class Round:
                 self._lead_next(now)
             return None
         if ready.ballot > self.ballot:
-            if ready.forced:
+            if ready.forced or peer not in self.electorate or self._out_of_reach(ready.ballot, now):
                 return None
             self._lead(ready.ballot, now)
         known = self.ready.get(peer)
         self.ready[peer] = ready
-        changed = known is not None and known.contribution != ready.contribution
-        if changed and self._in_roster(peer) is not None:
-            self._lead_next(now)  # it restarted and lost what the roster names
+        if known is not None and known.contribution != ready.contribution:
+            self._renew(peer, now)
         self.advance(now)
         return None
+
+    def _ready_fault(self, peer: str, ready: Ready) -> str | None:
+        if ready.state_digest != self.state_digest:
+            return "state_digest"
+        if (ready.accepted is None) != (ready.accepted_ballot < 0) or ready.accepted_ballot > ready.ballot:
+            return "malformed"
+        try:
+            member_from((peer, ready.weight, ready.contribution))
+        except InvalidRecord as e:
+            return e.reason
+        return self._value_fault(ready.accepted) if ready.accepted is not None else None
+
+    def _value_fault(self, body: Body) -> str | None:
+        """Why `body` cannot have been accepted in this round."""
+        if body.run_id != self.ctx.rules.run_id or body.epoch != self.epoch + 1 or body.prev != self.head:
+            return "unlinked"
+        if body.forced:
+            return "forced"
+        if body.state_digest != self.state_digest:
+            return "state_digest"
+        peers = {m.peer for m in body.members}
+        if sum(p in peers for p in self.electorate) < quorum(len(self.electorate)):
+            return "electorate"
+        return None
+
+    def _renew(self, peer: str, now: float) -> None:
+        """It restarted and lost what the roster may name: once in a round we start over for its sake."""
+        member = self._in_roster(peer)
+        if member is None or not member.weight:
+            return
+        if peer in self.renewed:
+            self._exclude([peer], "renewed", now)
+        else:
+            self.renewed[peer] = None
+            self._lead_next(now)
 
     def on_closing(self, peer: str, closing: Closing) -> str | None:
         if closing.ballot < self.ballot:
@@ -245,13 +318,17 @@ class Round:
 
     def on_roster(self, peer: str, roster: Roster, now: float) -> str | None:
         """Follow a leader's roster, if it is the highest ballot's and says of us what we said."""
-        if roster.ballot < self.ballot:
+        if roster.ballot < self.ballot or self._out_of_reach(roster.ballot, now):
             return None
         if roster.forced:
             if not (self.forced and roster.ballot == self.ballot and peer == self.forced_leader):
                 return None  # we were not asked, or have given up
         elif self.leader_of(roster.ballot) != peer:
             return "not_leader"
+        elif self.forced and roster.ballot == self.ballot:
+            return (
+                None  # a ballot's number is of one kind for us, so that what is named by it is of one roster
+            )
         if self.stage >= Stage.EXCHANGING and roster.ballot == self.ballot:
             same = self.proposal is None and self.exchange.roster == roster
             return None if same else "equivocation"
@@ -270,22 +347,21 @@ class Round:
             return None
         if own is not None and mine.weight > own.weight:
             return "weight"
-        if roster.ballot > self.ballot or self.forced != roster.forced:
+        if roster.ballot > self.ballot:
             self._enter(roster.ballot, now)
         self._promise()
         self._follow(roster, now)
         return None
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
-        if propose.ballot < self.ballot or self.forced:
+        if propose.ballot < self.ballot or self.forced or self._out_of_reach(propose.ballot, now):
             return None
         if self.leader_of(propose.ballot) != peer:
             return "not_leader"
         body = propose.body
-        if body.epoch != self.epoch + 1 or body.prev != self.head or body.forced:
-            return "unlinked"
-        if body.state_digest != self.state_digest:
-            return "state_digest"
+        fault = self._value_fault(body)
+        if fault is not None:
+            return fault
         if propose.ballot == self.ballot and self.stage >= Stage.EXCHANGING:
             same = self.proposal is not None and self.proposal.body == body
             return None if same else "equivocation"
@@ -319,15 +395,14 @@ class Round:
         self._watch_progress(now)
         if self.stage == Stage.EXCHANGING and self.proposal is None and self.exchange.complete:
             self._accept_result(now)
-        if self.leading:
-            if self.stage <= Stage.READY:
-                self._try_roster(now)
-            else:
-                self._try_commit(now)
-                if self.decided is None:
-                    self._watch_members(now)
-        elif self.stage >= Stage.READY:
+        if self.leading and self.stage >= Stage.EXCHANGING:
+            self._try_commit(now)
+            if self.decided is None:
+                self._watch_members(now)
+        elif not self.leading and self.stage >= Stage.READY:
             self._watch_leader(now)
+        if self.leading and self.stage <= Stage.READY:  # perhaps only now
+            self._try_roster(now)
         if self.decided is None and now >= self.resend_at:
             self.resend_at = now + self.ctx.rules.resend_s
             self._resend(now)
@@ -371,6 +446,7 @@ class Round:
         self.proposal = None
         self.entered_at = self.progress_at = now
         self.quorum_ready_at = None
+        self.leader_claims_at = None
         if self.stage > Stage.READY:
             self.stage = Stage.READY if self._has_something_to_say() else Stage.TRAINING
 
@@ -455,7 +531,7 @@ class Round:
         if not self.forced:
             if self._promises() < quorum(len(self.electorate)):
                 return
-            highest = max(self.ready.values(), key=lambda r: (r.accepted_ballot, r.contribution))
+            highest = max(self._trusted(), key=lambda r: (r.accepted_ballot, r.contribution))
             if highest.accepted is not None:
                 self._propose(highest.accepted, now)
                 return
@@ -469,6 +545,14 @@ class Round:
     def _promises(self) -> int:
         return sum(peer in self.ready for peer in self.electorate)
 
+    def _trusted(self) -> list[Ready]:
+        """The promises to go by. Any quorum of them will do: if there is one, one without those who told of a
+        value that could not be got from them, so that a lie costs one ballot and not the round."""
+        served = [p for p in self.ready if p not in self.unserved]
+        if sum(p in served for p in self.electorate) < quorum(len(self.electorate)):
+            served = list(self.ready)
+        return [self.ready[p] for p in served]
+
     def _gather_gap(self, now: float) -> str | None:
         """Why the roster cannot be sent yet; None if it can."""
         need = quorum(len(self.electorate))
@@ -479,7 +563,7 @@ class Round:
             return "nobody ready has a contribution"
         if len(contributors) < self.ctx.rules.min_members:
             return f"{len(contributors)} contributions, the run asks for {self.ctx.rules.min_members}"
-        if now < self._gather_until():
+        if self.close_at is None or now < self._gather_until():
             late = [p for p in self._expected(now) if p not in self.ready]
             if late:
                 return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
@@ -487,7 +571,8 @@ class Round:
 
     def _gather_until(self) -> float:
         """Until when the leader waits for the live ones that are not ready."""
-        assert self.close_at is not None
+        if self.close_at is None:
+            return math.inf
         after_close = self.close_at + self.ctx.rules.closing_grace_s
         return max(after_close, self.entered_at + self.ctx.rules.resend_s)
 
@@ -545,7 +630,7 @@ class Round:
     def _follow(self, roster: Roster, now: float) -> None:
         self.stage = Stage.EXCHANGING
         self.proposal = None
-        self.progress_at = now
+        self.exchange_at = self.progress_at = now
         self.resend_at = now + self.ctx.rules.resend_s
         self.exchange.start(roster)
         self.advance(now)
@@ -554,7 +639,7 @@ class Round:
         self.stage = Stage.EXCHANGING
         self.proposal = propose
         self.holder_index = 0
-        self.progress_at = now
+        self.exchange_at = self.progress_at = now
         head = head_of(propose.body, self.ctx.crypto)
         if self.vote.accepted == propose.body:
             self._accept(propose.body, head, now)
@@ -565,10 +650,11 @@ class Round:
     def _fetch_proposal(self) -> None:
         propose = self.proposal
         assert propose is not None
-        holders = [p for p in propose.holders if p != self.ctx.me]
-        if holders:
+        holders = [p for p in propose.holders if p in self.ctx.peers]
+        head = head_of(propose.body, self.ctx.crypto)
+        if holders and self.fetching != head:
             donor = holders[self.holder_index % len(holders)]
-            head = head_of(propose.body, self.ctx.crypto)
+            self.fetching = head
             self.ctx.emit(FetchUpdate(propose.body.epoch, head, propose.body.result, donor))
 
     def _accept_result(self, now: float) -> None:
@@ -577,7 +663,7 @@ class Round:
         assert roster is not None
         body = self._body(roster, self.exchange.result_digest())
         head = head_of(body, self.ctx.crypto)
-        self.ctx.updates[head] = None
+        self.ctx.keep_update(head)
         self.ctx.emit(PersistResult(body.epoch, head, self.exchange.result_blobs()))
         self._accept(body, head, now)
 
@@ -588,6 +674,10 @@ class Round:
         )
 
     def _accept(self, body: Body, head: str, now: float) -> None:
+        if self.vote.accepted_ballot == self.ballot and self.vote.accepted != body and not body.forced:
+            self.ctx.refuse(self.leader, "equivocation", f"two values in ballot {self.ballot}")
+            self._next_ballot(now, "equivocation")  # before a restart we accepted the other
+            return
         self.stage = Stage.ACCEPTED
         self.accepted_body = body
         if body.forced:
@@ -669,7 +759,8 @@ class Round:
             status = self.ctx.peers[peer].status if peer in self.ctx.peers else None
             if status is not None and status.epoch == self.epoch and status.head == self.head:
                 seen += status.progress
-        if seen > self.progress_seen:
+        overdue = now - self.exchange_at >= self.ctx.rules.exchange_max_s
+        if seen > self.progress_seen and (not overdue or self.stage <= Stage.READY):
             self.progress_at = now
         self.progress_seen = seen
 
@@ -689,6 +780,8 @@ class Round:
             self.ctx.emit(Note(f"epoch={self.epoch} quorum=lost {self.reason(now)}"))
         if rules.on_quorum_loss != "continue" or self.forced:
             return
+        if self.ctx.me not in self.electorate:
+            return
         rank = self._island_order(now).index(self.ctx.me)
         if now >= self.quorum_lost_at + rules.quorum_loss_s + rank * rules.stall_s:
             self.ctx.emit(Note(f"epoch={self.epoch} forcing=true {self.reason(now)}"))
@@ -696,9 +789,9 @@ class Round:
             self._lead(max(self.ballot + 1, self.lead_from), now, forced=True)
 
     def _island_order(self, now: float) -> tuple[str, ...]:
-        """Who may force a record first: those we hear at our head, in the order that the head gives."""
-        island = [*self.ctx.live_at(self.epoch, self.head, now), self.ctx.me]
-        return leader_order(island, self.head, self.ctx.crypto)
+        """Who may force a record first: electors that we hear at our head, in the order that the head gives."""
+        live = [*self.ctx.live_at(self.epoch, self.head, now), self.ctx.me]
+        return tuple(p for p in self.order if p in live)
 
     def _accepts_force(self, now: float) -> bool:
         """We follow a forced ballot only if we too have missed the quorum for a good while."""
@@ -719,13 +812,18 @@ class Round:
             if self.accepted_at is None:  # else the quorum has it: commit goes on without them
                 self._exclude(gone, "gone", now)
             return
-        stalled = now - self.progress_at >= rules.stall_s
-        unusable = bool(self.exchange.unusable) and self.proposal is None
-        if stalled or unusable:
-            who = culprit(self._accusations()) if self.proposal is None else None
-            if who is None and not stalled:
+        spoilt = self.exchange.spoilt() if self.proposal is None else []
+        if spoilt:
+            self._exclude(spoilt, "unusable", now)
+        elif now - self.progress_at >= rules.stall_s:
+            if self.proposal is not None:
+                self.unserved.update(dict.fromkeys(p for p in self.proposal.holders if p != self.ctx.me))
+                self._exclude([], "stalled", now)
                 return
-            self._exclude([who] if who is not None else [], "stalled" if stalled else "unusable", now)
+            accusations = self._accusations()
+            who = culprit(accusations, self.spared)
+            self.spared.update(dict.fromkeys(p for named in accusations.values() for p in named))
+            self._exclude([who] if who is not None else [], "stalled", now)
 
     def _accusations(self) -> dict[str, tuple[str, ...]]:
         accusations = {self.ctx.me: self.exchange.waiting_on()}
@@ -748,11 +846,13 @@ class Round:
         if leader == self.ctx.me:  # ours before a restart: open the next one of ours
             self._lead_next(now)
             return
+        if self.ctx.me not in self.electorate and not self.forced:
+            return  # no say in who leads: the electors' ballots will be seen
         if self.forced and self.quorum_lost_at is None:
             return
         patience = rules.straggler_wait_s + rules.closing_grace_s + rules.stall_s
         view = self.ctx.peers.get(leader)
-        gone = view is None or not view.up
+        gone = not self.ctx.heard(leader, now)
         at_head = self.ctx.stage_at(leader, self.epoch, self.head) != Stage.AWAY
         heard_at = view.heard_at if view is not None and at_head else -1e9
         if gone and now - self.entered_at >= min(rules.resend_s, rules.stall_s) / 4:
@@ -768,7 +868,9 @@ class Round:
         """A quorum has been ready for all to see, for longer than any leader may wait."""
         if self.ctx.stage_at(leader, self.epoch, self.head) > Stage.READY:
             self.quorum_ready_at = None  # it has sent one; that we are not in it is no fault
-            return False
+            if self.leader_claims_at is None:
+                self.leader_claims_at = now
+            return now - self.leader_claims_at >= self.ctx.rules.exchange_max_s + patience_s
         ready = sum(
             p == self.ctx.me or self.ctx.stage_at(p, self.epoch, self.head) >= Stage.READY
             for p in self.electorate
@@ -781,6 +883,3 @@ class Round:
         if self.quorum_ready_at is None:
             self.quorum_ready_at = now
         return now - self.quorum_ready_at >= patience_s
-
-
-WAITING_NAMED = 3  # peers named in a reason

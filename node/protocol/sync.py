@@ -47,6 +47,9 @@ class Sync:
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
         self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
+        self.behind_since: tuple[int, float] | None = (
+            None  # chain epoch, and when we began to wait for records
+        )
 
     @property
     def at_head(self) -> bool:
@@ -72,6 +75,14 @@ class Sync:
             self.asked_at[peer] = now
             self.ctx.send(peer, GetRecords(self._locator(peer)))
 
+    def forget(self, peer: str) -> None:
+        for table in (self.asked_at, self.failed_at, self.lacks):
+            table.pop(peer, None)
+
+    def check_next(self, record: Record) -> None:
+        """Whether `record` may be appended. Raises InvalidRecord."""
+        self._check((record,), self.chain.epoch, 0)
+
     def on_get_records(self, peer: str, message: GetRecords) -> None:
         for epoch, head in message.known:
             if 0 <= epoch <= self.chain.epoch and self.chain.head_at(epoch) == head:
@@ -91,18 +102,18 @@ class Sync:
             _, start, records = self.branch
             if message.records and common == start + len(records):
                 common, before = start, records
-        if common > self.chain.epoch or not message.records:
+        if not 0 <= common <= self.chain.epoch or not message.records:
             return []
         records = [*before, *message.records]
         if len(records) > BRANCH_RECORDS_MAX:
             self.ctx.refuse(peer, "branch", f"a fork of more than {BRANCH_RECORDS_MAX} records")
-            self.branch = None
+            self._drop_branch(peer)
             return None
         try:
             self._check(records, common, len(before))
         except InvalidRecord as e:
             self.ctx.refuse(peer, e.reason, str(e))
-            self.branch = None
+            self._drop_branch(peer)
             return None
         ours = self.chain.after(common, self.chain.epoch - common)
         same = 0
@@ -114,12 +125,17 @@ class Sync:
             if len(message.records) == RECORDS_MAX:
                 self.ask(peer, now)
             return added
-        if len(message.records) == RECORDS_MAX:
+        free = self.branch is None or self.branch[0] == peer or not self.ctx.heard(self.branch[0], now)
+        if len(message.records) == RECORDS_MAX and free:
             self.branch = (peer, common, records)
             self.ask(peer, now)
         else:
-            self.branch = None
+            self._drop_branch(peer)
         return []
+
+    def _drop_branch(self, peer: str) -> None:
+        if self.branch is not None and self.branch[0] == peer:
+            self.branch = None
 
     def append(self, record: Record) -> None:
         """A record that the chain has checked."""
@@ -137,6 +153,8 @@ class Sync:
                 head, electorate = before.head, tuple(m.peer for m in before.body.members)
             else:
                 head, electorate = self.chain.head_at(common), self.chain.electorate_at(common)
+            if record.body.forced and self.ctx.rules.on_quorum_loss == "wait":
+                raise InvalidRecord("forced", f"record {record.body.epoch} is forced, in a run that waits")
             check_record(record, head, electorate, self.ctx.crypto)
 
     def _switch(self, common: int, theirs: Sequence[Record], ours: Sequence[Record]) -> list[Record]:
@@ -148,6 +166,7 @@ class Sync:
                 )
             )
             self.chain.truncate(common)
+            self.lacks.clear()
             self.ctx.emit(TruncateChain(common))
             if self.state_epoch > common or self.job:
                 self.rollback_to = common if self.rollback_to is None else min(self.rollback_to, common)
@@ -187,12 +206,13 @@ class Sync:
     def on_update_fetched(self, head: str) -> None:
         if self.job == "update" and self.job_head == head:
             self.job = ""
-        self.ctx.updates[head] = None
+        self.ctx.keep_update(head)
 
     def on_fetch_failed(self, failed: FetchFailed, now: float) -> None:
         donor, reason = failed.donor, failed.reason
-        if failed.head and (self.job, self.job_head) != ("update", failed.head):
-            return  # of a round that is over
+        ours = self.job == "update" and self.job_head == failed.head if failed.head else self.job != "update"
+        if not ours and not (donor == "" and self.job == "apply"):
+            return  # of a round, this one or one that is over
         job, self.job = self.job, ""
         if donor == "":
             self.need_state = True
@@ -241,10 +261,7 @@ class Sync:
     def _fetch_state(self, now: float) -> None:
         """From anybody at our head, but not before we know where the head is."""
         self.need_state = True
-        if any(
-            view.status is not None and view.status.epoch > self.chain.epoch and self.ctx.heard(peer, now)
-            for peer, view in self.ctx.peers.items()
-        ):
+        if self._head_ahead(now):
             return
         donors = self._donors(now)
         if donors:
@@ -252,6 +269,19 @@ class Sync:
             self.rollback_to = None
             donor = donors[self.chain.epoch % len(donors)]
             self.ctx.emit(FetchState(donor, max(0, self.chain.epoch - 1)))
+
+    def _head_ahead(self, now: float) -> bool:
+        """Whether records are still to come: somebody says so, and shows it, at least one in a stall_s."""
+        ahead = any(
+            view.status is not None and view.status.epoch > self.chain.epoch and self.ctx.heard(peer, now)
+            for peer, view in self.ctx.peers.items()
+        )
+        if not ahead:
+            self.behind_since = None
+            return False
+        if self.behind_since is None or self.behind_since[0] != self.chain.epoch:
+            self.behind_since = (self.chain.epoch, now)
+        return now - self.behind_since[1] < self.ctx.rules.stall_s
 
     def _donors(self, now: float) -> list[str]:
         """Peers heard of late that are at a head of our chain at least as far as our state."""

@@ -71,7 +71,7 @@ class Averaging:
 
     def frame(self, shard: int, payload: Tensor) -> list[Buffer]:
         """What travels: header and payload, unjoined."""
-        return [pack(self.codec, self.shards[shard].n, payload), payload.numpy()]
+        return [pack(self.codec, self.shards[shard].n, payload), memoryview(payload.numpy())]  # type: ignore[arg-type]
 
     def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[Tensor, str]:
         """A peer's frame, checked to the last code: payload (a view of the frame), digest of a result.
@@ -86,4 +86,4 @@ class Averaging:
 
 def payload_digest(payload: Tensor) -> str:
     """blake3 of the encoded bytes, as `Result.digest` names a shard."""
-    return blake3(payload.numpy()).hexdigest()
+    return blake3(memoryview(payload.numpy())).hexdigest()  # type: ignore[arg-type]

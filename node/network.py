@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
+from typing_extensions import Buffer
+
 from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
 from tapestry.dht.identity import Identity
 from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
@@ -137,7 +139,7 @@ class Network:
         if self._links is not None:
             self._links.send_control(peer, message)
 
-    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list) -> None:
+    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
         if self._links is not None:
             self._links.send_bulk(peer, message, kind, payload)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -51,7 +51,8 @@ def encode_message(message: Control | Shard | Result) -> bytes:
     """The frame header of a message."""
     name, fields = _TABLE[type(message)]
     values = [encode(getattr(message, field)) for field, encode, _ in fields]
-    return msgpack.packb([name, *values])
+    header: bytes = msgpack.packb([name, *values])
+    return header
 
 
 class Reader:
@@ -75,10 +76,12 @@ class Reader:
         """A SHARD or RESULT around its payload. Raises RemoteProtocolError."""
         kind, values = self._read(header, _DATA)
         if kind is Shard:
-            return Shard(*values, blob)
-        return Result(*values, digest, blob)
+            epoch, contribution, shard = values
+            return Shard(epoch, contribution, shard, blob)
+        epoch, ballot, shard = values
+        return Result(epoch, ballot, shard, digest, blob)
 
-    def _read(self, header: bytes, kinds: dict[str, type]) -> tuple[type, list[Any]]:
+    def _read(self, header: bytes, kinds: Mapping[str, type]) -> tuple[type, list[Any]]:
         raw = unpack(header)
         if not isinstance(raw, tuple) or not raw or not isinstance(raw[0], str) or raw[0] not in kinds:
             raise RemoteProtocolError("malformed", "no such message")

@@ -90,7 +90,7 @@ class Core:
         if self.stopping:
             return "stopping"
         if self.round is None:
-            return "joining"
+            return "averaging" if self.sync.taking_the_step else "joining"
         if self.round.quorum_lost_at is not None or not self.trainer_up:
             return "degraded"
         return "training" if self.round.stage == Stage.TRAINING else "averaging"

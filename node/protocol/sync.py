@@ -55,6 +55,11 @@ class Sync:
     def at_head(self) -> bool:
         return not self.job and not self.need_state and self.state_epoch == self.chain.epoch
 
+    @property
+    def taking_the_step(self) -> bool:
+        """Applying the newest update: the end of a round, not a way to catch up."""
+        return self.job == "apply" and self.state_epoch == self.chain.epoch - 1
+
     def reason(self) -> str:
         if self.need_state:
             return f"needs a state, chain at {self.chain.epoch}"

@@ -1,0 +1,354 @@
+"""The life of a node: from the command line's configuration to exit code, and everything released on the way.
+
+    lock the home -> identity -> p2pd -> genesis (home, peer, or founded) -> spec agreed -> trainer -> state
+    -> core, links, HTTP -> ready -> ... -> a signal: leave the round, checkpoint, withdraw presence, exit 0
+
+What can be wrong with the configuration is found before anything slow is started. A second signal ends the
+process at once; so does the deadline of a stop that takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from tapestry.dht.addresses import parse_peer
+from tapestry.dht.identity import Identity, IdentityError
+from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
+from tapestry.node.averaging import Averaging
+from tapestry.node.config import NodeConfig
+from tapestry.node.crypto import NodeCrypto
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home, NodeInfo
+from tapestry.node.http import start_http
+from tapestry.node.join import GENESIS_PROTOCOL, agree_on_run, state_protocol
+from tapestry.node.keeper import Keeper, found_run
+from tapestry.node.links import LinkLimits
+from tapestry.node.logs import start_logging
+from tapestry.node.metrics import Metrics
+from tapestry.node.network import Network
+from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.core import Core
+from tapestry.node.runspec import RunSpec, training_settings
+from tapestry.node.runtime import Runtime
+from tapestry.node.state.model import Arithmetic, ModelState
+from tapestry.node.state.store import Store
+from tapestry.node.status import NodeView
+from tapestry.node.trainer.data import DataError, list_files
+from tapestry.node.trainer.process import TrainerError, TrainerProcess
+from tapestry.node.trainer.settings import SettingsError, WorkerSettings
+from tapestry.node.vocabulary import Reader
+
+STOP_S = 10.0  # the contract: exit 0 within
+TRAINER_STOP_S = 4.0
+VERSION = version("tapestry-node")
+
+_log = logging.getLogger("tapestry.node")
+
+
+def run(config: NodeConfig) -> int:
+    """Run a node until it is stopped. Returns 0; raises UserError."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
+    start_logging(config.log_format)
+    config.home.create()
+    with config.home.lock():
+        try:
+            code: int = uvloop.run(_Daemon(config).run())
+            return code
+        except* UserError as group:
+            raise _first(group) from None
+        except* OSError as group:
+            raise _disk_failed(config.home, _first(group)) from group
+
+
+class _Daemon:
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.home = config.home
+        self.started_at = time.time()
+        self.metrics = Metrics(VERSION)
+        self.view = NodeView(VERSION, self.started_at)
+        self.stop = asyncio.Event()
+
+    async def run(self) -> int:
+        self._handle_signals()
+        main = asyncio.create_task(self._run())
+        stop = asyncio.create_task(self.stop.wait())
+        await asyncio.wait({main, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not main.done():
+            self.view.stopping = True
+            _log.info("stopping")
+            asyncio.get_running_loop().call_later(STOP_S, _give_up_stopping)
+            main.cancel()
+        stop.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await main
+        return int(ExitCode.DONE)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if self.stop.is_set():
+                os._exit(int(ExitCode.FAILED))  # the second one: at once
+            self.stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+
+    async def _run(self) -> None:
+        config = self.config
+        peers = [parse_peer(text) for text in config.peers]
+        identity = _identity(self.home)
+        with _as_user_error(DataError):
+            list_files(config.data)
+        async with contextlib.AsyncExitStack() as stack:
+            http = await start_http(self.view, self.metrics, config.http_host, config.http_port)
+            stack.push_async_callback(http.close)
+            swarm = await self._start_swarm()
+            # Network.run closes it too; closing twice is safe, and before that it is ours to close.
+            stack.push_async_callback(swarm.close)
+            crypto = NodeCrypto(identity)
+            store = Store(self.home, crypto)
+            loaded = await asyncio.to_thread(store.load)
+            agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
+            spec = agreed.spec
+            runtime_slot: list[Runtime] = []
+            trainer = await self._start_trainer(self._worker_settings(spec, identity), runtime_slot)
+            stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
+            arithmetic = Arithmetic.of(spec, trainer.layout.n)
+            state = ModelState(trainer.params, trainer.layout.schema_hash, arithmetic, 0, "")
+            genesis = agreed.genesis
+            if genesis is None:
+                trainer.params.copy_(await trainer.initial_state())
+                genesis = await asyncio.to_thread(
+                    found_run, spec, identity.peer_id, state, self.home, store, crypto
+                )
+            elif agreed.from_peer:
+                _check_model(genesis, state)
+                await asyncio.to_thread(store.write_genesis, genesis)
+            state.head = genesis.run_id
+            keeper = Keeper(self.home, spec, store, loaded, genesis, state)
+            restored = await asyncio.to_thread(keeper.restore)
+            rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
+            core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
+            averaging = Averaging(
+                arithmetic.codec, state.n, spec.compression.shard_elements, spec.compression.residual
+            )
+            runtime = Runtime(core, keeper, averaging, self.metrics, config.epochs)
+            network = Network(
+                self._swarm_config(),
+                identity,
+                genesis.run_id,
+                peers,
+                Reader(crypto),
+                averaging.unpack,
+                runtime,
+                _link_limits(spec, averaging),
+                {GENESIS_PROTOCOL: runtime.serve_state, state_protocol(genesis.run_id): runtime.serve_state},
+                runtime.news,
+                self.metrics.refused,
+            )
+            runtime.trainer, runtime.network = trainer, network
+            self.metrics.set_run(genesis.run_id, spec.name)
+            self.metrics.set_trainer_up(True)
+            self.view.attach(runtime, genesis.run_id, spec.name, trainer)
+            self._announce(identity, spec, genesis, await swarm.addresses(), http.url)
+            stack.callback(self.home.remove_node_json)
+            await self._serve(runtime, network, swarm, trainer, runtime_slot)
+
+    async def _serve(
+        self,
+        runtime: Runtime,
+        network: Network,
+        swarm: Swarm,
+        trainer: TrainerProcess,
+        runtime_slot: list[Runtime],
+    ) -> None:
+        """Until --epochs is reached, or cancelled; and then leave in good order."""
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(runtime.run())
+            networking = tasks.create_task(network.run(swarm))
+            training = tasks.create_task(trainer.closed())
+            runtime_slot.append(runtime)
+            try:
+                await runtime.done.wait()
+            finally:
+                self.view.stopping = True
+                await asyncio.shield(self._leave(runtime, network))
+                for task in (running, networking, training):
+                    task.cancel()
+
+    async def _leave(self, runtime: Runtime, network: Network) -> None:
+        """The orderly end: farewell, checkpoint, presence withdrawn."""
+        try:
+            await runtime.leave()
+        except OSError as error:
+            _log.error("checkpoint=failed reason=%r", str(error))
+        await network.withdraw()
+
+    # --- pieces --------------------------------------------------------------------------------
+
+    def _swarm_config(self) -> SwarmConfig:
+        loopback = all(address.startswith("/ip4/127.") for address in self.config.listen)
+        return SwarmConfig(
+            identity_path=self.home.identity_key,
+            listen=self.config.listen,
+            announce=self.config.announce,
+            nat_port_map=not loopback,
+        )
+
+    async def _start_swarm(self) -> Swarm:
+        try:
+            return await Swarm.start(self._swarm_config(), on_refused=self.metrics.refused)
+        except SwarmError as error:
+            raise UserError(str(error)) from error
+
+    def _worker_settings(self, spec: RunSpec, identity: Identity) -> WorkerSettings:
+        with _as_user_error(SettingsError):
+            return WorkerSettings(
+                training=training_settings(spec),
+                data=self.config.data,
+                cache_dir=str(self.home.cache),
+                inner_state_path=str(self.home.trainer / "inner.safetensors"),
+                node_seed=int(identity_seed(identity.peer_id)),
+                device=self.config.device,
+                threads=self.config.threads,
+            )
+
+    async def _start_trainer(self, settings: WorkerSettings, slot: list[Runtime]) -> TrainerProcess:
+        """Events before the runtime is there are the first Hello's: nothing is lost."""
+
+        def on_event(event: Any) -> None:
+            if slot:
+                slot[0].on_trainer_event(event)
+
+        try:
+            return await TrainerProcess.start(settings, on_event)
+        except TrainerError as error:
+            code = ExitCode.USAGE if error.reason in ("data", "settings", "device") else ExitCode.FAILED
+            raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
+
+    def _announce(
+        self, identity: Identity, spec: RunSpec, genesis: Genesis, addresses: tuple[str, ...], url: str
+    ) -> None:
+        """What `start` prints first, and node.json."""
+        lines = [
+            f"peer id  {identity.peer_id}",
+            f"run      {spec.name}  {genesis.run_id}",
+            *(f"address  {address}" for address in addresses),
+            f"metrics  {url}/metrics",
+            f"status   {url}/status",
+            "others join with:",
+            f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
+            f" --run-id {genesis.run_id} --data <their data>",
+        ]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
+        self.home.write_node_json(
+            NodeInfo(os.getpid(), identity.peer_id, genesis.run_id, addresses, url, VERSION, started)
+        )
+
+
+def export(home: Home, out: Path, epoch: int | None) -> None:
+    """Write the shared base of a home's run as a Hugging Face directory. Raises UserError."""
+    from tapestry.node.exporting import export_home
+
+    export_home(home, out, epoch)
+
+
+# --- helpers ----------------------------------------------------------------------------------------
+
+
+def identity_seed(peer_id: str) -> int:
+    """What makes a node's random windows its own: 63 bits of its peer id's digest."""
+    from blake3 import blake3
+
+    return int.from_bytes(blake3(peer_id.encode()).digest()[:8], "big") >> 1
+
+
+def _identity(home: Home) -> Identity:
+    try:
+        return Identity.load_or_create(home.identity_key)
+    except IdentityError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_model(genesis: Genesis, state: ModelState) -> None:
+    """What we build from the spec must be what the founder built."""
+    if (genesis.schema, genesis.params) != (state.schema, state.n):
+        raise UserError(
+            f"this version builds another model from the run's spec: {state.n} parameters here, "
+            f"{genesis.params} in the run",
+            exit_code=ExitCode.REFUSED,
+            hint="install the versions of tapestry and transformers that the run uses",
+        )
+
+
+def _rules(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
+    r = spec.round
+    return Rules(
+        run_id=run_id,
+        shard_count=shard_count,
+        straggler_wait_s=r.straggler_wait_s,
+        closing_grace_s=r.closing_grace_s,
+        stall_s=r.stall_s,
+        quorum_loss_s=r.quorum_loss_s,
+        on_quorum_loss=r.on_quorum_loss,
+        min_members=r.min_members,
+        max_influence=r.max_influence,
+        commit_grace_s=r.commit_grace_s,
+        heartbeat_s=min(1.0, r.stall_s / 5),
+        resend_s=min(1.0, r.stall_s / 5),
+        peers_max=spec.limits.max_peers,
+    )
+
+
+def _link_limits(spec: RunSpec, averaging: Averaging) -> LinkLimits:
+    return LinkLimits(
+        control_bytes_max=spec.limits.max_control_frame_bytes,
+        payload_bytes_max=averaging.frame_bytes_max,
+        peers_max=spec.limits.max_peers,
+        silence_s=3 * spec.round.stall_s,
+    )
+
+
+@contextlib.contextmanager
+def _as_user_error(*kinds: type[Exception]) -> Any:
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Any:
+    error: Any = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _disk_failed(home: Home, error: OSError) -> UserError:
+    return UserError(
+        f"cannot go on: {error.strerror or error} ({error.filename or home.path})",
+        exit_code=ExitCode.FAILED,
+        hint=f"the last committed state in {home.path} is whole; make room or mend the disk and start again",
+    )
+
+
+def _give_up_stopping() -> None:
+    _log.error("stopping took longer than %g s; ending now", STOP_S)
+    os._exit(int(ExitCode.FAILED))

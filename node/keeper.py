@@ -1,0 +1,190 @@
+"""What the core's outputs mean for disk and parameters: one place that knows chain, state and their files.
+
+The methods without `async` block, and run in the node's disk thread one after the other; those that touch
+the parameters run under the runtime's state lock as well. An OSError means that the disk cannot be written:
+it is passed on, and ends the node. The core's chain is the truth while the node runs; the keeper follows it
+with one of its own, because its thread must not read what the loop changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tapestry.node.home import Home
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found
+from tapestry.node.protocol.core import Restored
+from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.sync import NO_STATE
+from tapestry.node.runspec import RunSpec
+from tapestry.node.state.checkpoints import Checkpoints, restore
+from tapestry.node.state.model import ModelState, TornState
+from tapestry.node.state.store import LoadedStore, Store, UpdateMissing
+from tapestry.node.state.transfer import (
+    Donor,
+    DonorFailed,
+    OpenStream,
+    TransferLimits,
+    WantedUpdate,
+    fetch_state,
+    fetch_update,
+)
+from tapestry.node.wire import RemoteProtocolError
+
+_log = logging.getLogger("tapestry.keeper")
+
+
+class KeeperError(Exception):
+    """The state cannot be had from our own disk; one line that says why."""
+
+
+class Keeper:
+    """Disk and parameters of one node, of a run that has its genesis."""
+
+    def __init__(
+        self,
+        home: Home,
+        spec: RunSpec,
+        store: Store,
+        loaded: LoadedStore,
+        genesis: Genesis,
+        state: ModelState,
+    ) -> None:
+        self.store = store
+        self.state = state
+        self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+        self._limits = spec.limits
+        self._transfer = TransferLimits(stall_s=spec.round.stall_s)
+        self._chain = Chain(genesis, loaded.records)
+        self._vote = loaded.vote
+        self._digest = ""  # of the state, unless it is torn
+
+    # --- the disk thread -----------------------------------------------------------------------
+
+    def restore(self) -> Restored:
+        """As far as the disk takes us: chain, state, vote. Raises OSError."""
+        self.checkpoints.load()
+        chain = self._chain
+        restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
+        if restored is not None:
+            self._digest = restored.state_digest
+            if restored.reason:
+                _log.warning("restored epoch=%d of=%d %s", restored.epoch, chain.epoch, restored.reason)
+        return Restored(
+            Chain(chain.genesis, chain.records),
+            restored.epoch if restored is not None else NO_STATE,
+            restored.state_digest if restored is not None else "",
+            self._vote,
+            self.store.heads_with_updates(),
+        )
+
+    def write_vote(self, vote: Vote) -> None:
+        self.store.write_vote(vote)
+
+    def write_update(self, epoch: int, head: str, payloads: Sequence[Any]) -> None:
+        self.store.write_update(epoch, head, payloads)
+
+    def append_record(self, record: Record) -> None:
+        self.store.append_record(record)
+        self._chain.append(record)
+
+    def truncate(self, epoch: int) -> None:
+        self.store.truncate(epoch)
+        self._chain.truncate(epoch)
+
+    def apply(self, record: Record) -> tuple[int, str]:
+        """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
+        body = record.body
+        if self.state.torn or self.state.head != body.prev:
+            raise KeeperError(f"the state is not the one that update {body.epoch} starts from")
+        try:
+            payloads = self.store.read_update(body.epoch, record.head, body.result)
+            self.state.apply(payloads, body.epoch, record.head)
+        except (UpdateMissing, TornState) as error:
+            raise KeeperError(str(error)) from error
+        self._digest = self.state.digest()
+        return body.epoch, self._digest
+
+    def rollback(self, epoch: int) -> tuple[int, str]:
+        """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError."""
+        restored = restore(self._chain, epoch, self.store, self.checkpoints, self.state)
+        if restored is None:
+            raise KeeperError(f"no checkpoint up to epoch {epoch}")
+        self._digest = restored.state_digest
+        return restored.epoch, restored.state_digest
+
+    def checkpoint_due(self, epoch: int) -> bool:
+        return epoch % self._limits.checkpoint_every_epochs == 0
+
+    def checkpoint(self) -> None:
+        """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep."""
+        if self.state.torn or self.state.epoch > self._chain.epoch:
+            return
+        if self._chain.head_at(self.state.epoch) != self.state.head:
+            return  # on the way back from a fork
+        self.checkpoints.save(self.state, self._digest)
+        self.checkpoints.prune(self._chain)
+        self.store.prune(self._chain, self._limits, self.checkpoints.base_epoch(self._chain))
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def donor(self, on_bytes: Callable[[str, int], None]) -> Donor:
+        """What serves others from this disk."""
+        return Donor(self._chain.genesis, self.store, self.checkpoints, self._transfer, on_bytes)
+
+    async def fetch_update(
+        self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
+    ) -> str:
+        """Into the update log. Gives "" or why it failed, in a word."""
+        return await _reason(
+            fetch_update(open_stream, wanted, self.state.arithmetic, self.store, self._transfer, on_bytes)
+        )
+
+    async def fetch_state(
+        self,
+        open_stream: OpenStream,
+        epoch_max: int,
+        chain: Chain,
+        on_bytes: Callable[[str, int], None],
+    ) -> str:
+        """Into the parameters; compared with what `chain` signed. Gives "" or why it failed, in a word."""
+        why = await _reason(fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes))
+        if not why:
+            self._digest = self.state.digest()
+        return why
+
+    @property
+    def reached(self) -> tuple[int, str]:
+        """Epoch and digest of the state."""
+        return self.state.epoch, self._digest
+
+
+def found_run(
+    spec: RunSpec, founder: str, state: ModelState, home: Home, store: Store, crypto: Crypto
+) -> Genesis:
+    """Begin a run with the numbers that `state` holds. Blocks; raises OSError.
+
+    The checkpoint is written before the genesis: a home with a genesis has a state.
+    """
+    text = spec.canonical().decode()
+    digest = state.digest()
+    genesis = found(text, founder, digest, state.schema, state.n, crypto)
+    state.head = genesis.run_id
+    checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+    checkpoints.load()
+    checkpoints.save(state, digest)
+    store.write_genesis(genesis)
+    return genesis
+
+
+async def _reason(fetching: Any) -> str:
+    """Run a transfer: "" or one word, as FetchFailed wants it. The disk's own OSErrors are passed on."""
+    try:
+        await fetching
+    except RemoteProtocolError as error:
+        _log.warning("donor=refused reason=%s %s", error.reason, error)
+        return error.reason
+    except DonorFailed as error:
+        return error.reason
+    return ""

@@ -1,0 +1,499 @@
+"""The one asyncio task group that owns the core: its clock, its timer, and everything that it asks for.
+
+Inputs come from links, trainer and finished jobs; `feed` hands each to the core at once and puts the outputs
+in one queue. One task executes the queue in order, and waits for the disk where an output is a write: so what
+the core says after a vote is sent after the vote is on disk. Everything heavy runs in threads and comes back
+as an input. A disk that cannot be written ends the node: it must not go on promising.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+from tapestry.compression.refusals import Refused
+from tapestry.dht.swarm import SwarmError
+from tapestry.node.averaging import Averaging
+from tapestry.node.join import state_protocol
+from tapestry.node.keeper import Keeper, KeeperError
+from tapestry.node.metrics import Metrics
+from tapestry.node.network import Network, News
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.messages import Control, Result, Shard, Stage
+from tapestry.node.state.transfer import OpenStream, WantedUpdate
+from tapestry.node.trainer import messages as tm
+from tapestry.node.trainer.process import Died, Event, TrainerProcess
+from tapestry.node.wire import RemoteProtocolError, StreamEnded
+
+VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
+LAG_PROBE_S = 0.1
+FETCH_OPEN_S = 10.0  # to open a stream to a donor
+COMPUTE_THREADS = 2  # Guess: encode and reduce side by side; torch itself runs on one thread here
+
+_log = logging.getLogger("tapestry.node")
+
+
+class Runtime:
+    """The node's loop. Make it, give it its trainer and network, then `run`."""
+
+    def __init__(
+        self, core: Core, keeper: Keeper, averaging: Averaging, metrics: Metrics, epochs: int | None
+    ) -> None:
+        self.core = core
+        self.keeper = keeper
+        self.metrics = metrics
+        self.trainer: TrainerProcess | None = None
+        self.network: Network | None = None
+        self.view = TrainingView()
+        self.done = asyncio.Event()  # --epochs is reached
+        self._averaging = averaging
+        self._epochs = epochs
+        self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
+        self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._tasks: asyncio.TaskGroup | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._state_lock = asyncio.Lock()  # one job on the parameters at a time
+        self._encode_lock = asyncio.Lock()  # the contribution's buffer is being read
+        self._clock = PhaseClock(metrics)
+        self._epoch_told = -2
+        self._health_told = ""
+        self._state_protocol = state_protocol(core.ctx.rules.run_id)
+        self._donor = keeper.donor(self._on_state_bytes)
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled. Raises OSError when the disk fails, and our bugs."""
+        torch_on_one_thread()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._execute_all())
+                tasks.create_task(self._probe_lag())
+                self.feed(ev.Tick())
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._tasks = None
+            if self._timer is not None:
+                self._timer.cancel()
+            self._compute.shutdown(wait=False, cancel_futures=True)
+            self._disk.shutdown(wait=True)
+
+    async def leave(self) -> None:
+        """Tell everybody that we stop, and keep what must be kept. The trainer is still running."""
+        self.feed(ev.Stopping())
+        await asyncio.sleep(0)  # the farewell is queued; links write it while we save
+        async with self._state_lock:
+            if self.trainer is not None and self.core.sync.state_epoch >= 0:
+                self.trainer.save(self.core.sync.state_epoch)
+            await self._in_disk_thread(self.keeper.checkpoint)
+
+    def feed(self, inp: ev.Input) -> None:
+        """An input to the core, now. Its outputs are executed in order."""
+        if self._tasks is None:
+            return
+        for output in self.core.handle(inp, self._now()):
+            self._outbox.put_nowait(output)
+        self._after()
+
+    def _after(self) -> None:
+        """Timer, metrics and news after the core has moved."""
+        loop, core, now = asyncio.get_running_loop(), self.core, self._now()
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.001, core.wakeup_at(now) - now)
+        self._timer = loop.call_later(delay_s, self.feed, ev.Tick())
+        stage = core.round.stage if core.round is not None else Stage.AWAY
+        self._clock.stage(stage, now)
+        epoch, phase = core.sync.state_epoch, core.phase()
+        if epoch != self._epoch_told:
+            self._epoch_told = epoch
+            self.metrics.set_epoch(max(epoch, 0))
+            if self.network is not None:
+                self.network.tell_moved()
+        health = "working" if phase in ("training", "averaging") else phase
+        if health != self._health_told:
+            self._health_told = health
+            _log.info("phase=%s epoch=%d %s", phase, epoch, core.reason(now))
+        self._count_peers()
+
+    def _count_peers(self) -> None:
+        counts: dict[str, int] = {}
+        for view in self.core.ctx.peers.values():
+            if view.up and view.status is not None:
+                counts[view.status.phase] = counts.get(view.status.phase, 0) + 1
+        self.metrics.set_peers(counts)
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+    def news(self) -> News:
+        core = self.core
+        return News(core.chain.epoch, core.chain.head, core.phase())
+
+    async def _probe_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_PROBE_S
+            await asyncio.sleep(LAG_PROBE_S)
+            self.metrics.loop_lag(max(0.0, loop.time() - due))
+
+    # --- links (Listener) ----------------------------------------------------------------------
+
+    def on_up(self, peer: str) -> None:
+        self.feed(ev.PeerUp(peer))
+
+    def on_down(self, peer: str) -> None:
+        self.feed(ev.PeerDown(peer))
+
+    def on_message(self, peer: str, message: Control | Shard | Result) -> None:
+        self.feed(ev.Received(peer, message))
+
+    def on_bulk_progress(self, peer: str) -> None:
+        self.feed(ev.BulkProgress(peer))
+
+    def on_unusable(self, peer: str, reason: str, text: str) -> None:
+        _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+        self.feed(ev.PeerRefused(peer, reason))
+
+    def on_refused(self, peer: str, reason: str, text: str) -> None:
+        _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+        self.metrics.refused(reason)
+
+    def on_bytes(self, direction: str, kind: str, count: int) -> None:
+        self.metrics.network_bytes(direction, kind, count)
+
+    # --- trainer -------------------------------------------------------------------------------
+
+    def on_trainer_event(self, event: Event) -> None:
+        """What the trainer says, on the loop."""
+        self.view.on_event(event, self._now())
+        if isinstance(event, tm.Contribution):
+            self.metrics.set_contribution_weight(event.weight)
+            self._spawn(self._encode(event))
+        elif isinstance(event, tm.Progress):
+            self.metrics.trained(*self.view.take_progress(), event.loss)
+        elif isinstance(event, tm.Validation):
+            self.metrics.set_validation_loss(event.loss)
+            _log.info("epoch=%d validation_loss=%.4f", event.epoch, event.loss)
+        elif isinstance(event, tm.Hello):
+            self.metrics.set_trainer_up(True)
+            if event.note:
+                _log.warning("trainer note=%r", event.note)
+            self.feed(ev.TrainerState(True, ""))
+        elif isinstance(event, tm.Failed | Died):
+            self._trainer_down(event)
+        elif isinstance(event, tm.Saved) and event.error:
+            _log.warning("trainer inner_state=not_saved reason=%r", event.error)
+
+    def _trainer_down(self, event: tm.Failed | Died) -> None:
+        self.metrics.set_trainer_up(False)
+        if isinstance(event, Died):
+            self.metrics.trainer_restarted()
+            last = event.output[-1] if event.output else ""
+            why = f"trainer died, exit {event.exit_code}; next start in {event.will_restart_in_s:g} s {last}"
+        else:
+            why = f"trainer failed: {event.reason}: {event.text}"
+        _log.warning("%s", why)
+        self.feed(ev.TrainerState(False, why))
+
+    async def _encode(self, event: tm.Contribution) -> None:
+        trainer = self.trainer
+        if trainer is None:
+            return
+        async with self._encode_lock:
+            try:
+                payloads = await self._in_compute_thread(self._averaging.encode, trainer.contribution)
+            except Refused as refused:
+                self.metrics.refused(refused.reason)
+                self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
+                return
+        token = secrets.token_hex(16)
+        self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
+
+    # --- outputs -------------------------------------------------------------------------------
+
+    async def _execute_all(self) -> None:
+        while True:
+            output = await self._outbox.get()
+            done = self._EXECUTE[type(output)](self, output)
+            if done is not None:
+                await done
+
+    def do_send(self, out: ev.Send) -> None:
+        if self.network is not None:
+            self.network.send_control(out.peer, out.message)
+
+    def do_send_shard(self, out: ev.SendShard) -> None:
+        message = Shard(out.epoch, out.contribution, out.shard, None)
+        self._send_bulk(out.peer, message, "contribution", out.blob)
+
+    def do_send_result(self, out: ev.SendResult) -> None:
+        message = Result(out.epoch, out.ballot, out.shard, "", None)
+        self._send_bulk(out.peer, message, "result", out.blob)
+
+    def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
+        if self.network is not None:
+            self.network.send_bulk(peer, message, kind, self._averaging.frame(message.shard, blob))
+
+    def do_reduce(self, out: ev.Reduce) -> None:
+        self._spawn(self._reduce(out))
+
+    async def _reduce(self, out: ev.Reduce) -> None:
+        blobs: Any = out.blobs
+        try:
+            mean, digest = await self._in_compute_thread(
+                self._averaging.reduce, out.shard, blobs, out.weights
+            )
+        except Refused as refused:
+            _log.error("reduce=refused shard=%d %s", out.shard, refused)
+            self.feed(ev.PeerRefused(max(out.peers), refused.reason))
+            return
+        self.feed(ev.Reduced(out.epoch, out.ballot, out.shard, digest, mean))
+
+    async def do_persist_vote(self, out: ev.PersistVote) -> None:
+        await self._in_disk_thread(self.keeper.write_vote, out.vote)
+
+    async def do_persist_result(self, out: ev.PersistResult) -> None:
+        await self._in_disk_thread(self.keeper.write_update, out.epoch, out.head, out.blobs)
+
+    async def do_append_record(self, out: ev.AppendRecord) -> None:
+        body = out.record.body
+        _log.info(
+            "committed epoch=%d head=%s ballot=%d members=%d weight=%d%s",
+            body.epoch,
+            out.record.head[:12],
+            out.record.ballot,
+            len(body.members),
+            sum(m.weight for m in body.members),
+            " forced=true" if body.forced else "",
+        )
+        await self._in_disk_thread(self.keeper.append_record, out.record)
+
+    async def do_truncate_chain(self, out: ev.TruncateChain) -> None:
+        await self._in_disk_thread(self.keeper.truncate, out.epoch)
+
+    def do_apply(self, out: ev.Apply) -> None:
+        self._spawn(self._state_job(self.keeper.apply, out.record))
+
+    def do_rollback(self, out: ev.Rollback) -> None:
+        self._spawn(self._state_job(self.keeper.rollback, out.epoch))
+
+    async def _state_job(self, job: Callable[..., tuple[int, str]], *args: Any) -> None:
+        async with self._state_lock:
+            try:
+                epoch, digest = await self._in_disk_thread(job, *args)
+            except KeeperError as error:
+                self.feed(ev.FetchFailed("", "", str(error)))
+                return
+        self.feed(ev.Applied(epoch, digest))
+        if self._epochs is not None and epoch >= self._epochs and self.core.sync.at_head:
+            self.done.set()
+        if self.keeper.checkpoint_due(epoch):
+            self._spawn(self._checkpoint(epoch))
+
+    async def _checkpoint(self, epoch: int) -> None:
+        async with self._state_lock:
+            if self.trainer is not None:
+                self.trainer.save(epoch)
+            await self._in_disk_thread(self.keeper.checkpoint)
+
+    def do_fetch_update(self, out: ev.FetchUpdate) -> None:
+        self._spawn(self._fetch_update(out))
+
+    async def _fetch_update(self, out: ev.FetchUpdate) -> None:
+        wanted = WantedUpdate(out.epoch, out.head, out.result)
+        why = await self._from_donor(
+            lambda: self.keeper.fetch_update(self._opener(out.donor), wanted, self._on_state_bytes)
+        )
+        self.feed(ev.FetchFailed(out.donor, out.head, why) if why else ev.UpdateFetched(out.head))
+
+    def do_fetch_state(self, out: ev.FetchState) -> None:
+        self._spawn(self._fetch_state(out))
+
+    async def _fetch_state(self, out: ev.FetchState) -> None:
+        keeper = self.keeper
+        async with self._state_lock:
+            if self.trainer is not None:
+                self.trainer.abort()
+            why = await self._from_donor(
+                lambda: keeper.fetch_state(
+                    self._opener(out.donor), out.epoch_max, self.core.chain, self._on_state_bytes
+                )
+            )
+            if not why:
+                await self._in_disk_thread(keeper.checkpoint)
+        self.feed(ev.FetchFailed(out.donor, "", why) if why else ev.Applied(*keeper.reached))
+
+    async def _from_donor(self, fetch: Callable[[], Coroutine[Any, Any, str]]) -> str:
+        try:
+            return await fetch()
+        except SwarmError as error:
+            _log.info("fetch=failed reason=%r", str(error))
+            return "unreachable"
+
+    def _opener(self, donor: str) -> OpenStream:
+        async def open_stream() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            if self.network is None:
+                raise SwarmError("there is no network")
+            return await self.network.open_stream(donor, self._state_protocol, FETCH_OPEN_S)
+
+        return open_stream
+
+    def _on_state_bytes(self, direction: str, count: int) -> None:
+        self.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
+
+    async def serve_state(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the genesis and state protocols."""
+        try:
+            await self._donor.serve(reader, writer)
+        except RemoteProtocolError as error:
+            self.on_refused(peer, error.reason, str(error))
+        except (StreamEnded, TimeoutError, ConnectionError) as error:
+            _log.debug("serving peer=%s ended reason=%r", peer[-6:], error)
+
+    async def do_train(self, out: ev.Train) -> None:
+        if self.trainer is None or (self._epochs is not None and out.epoch >= self._epochs):
+            return
+        async with self._encode_lock:
+            if self.view.validation_due(self._now(), VALIDATION_SHARE):
+                self.view.validating(self._now())
+                self.trainer.evaluate(out.epoch)
+            self._clock.train(self._now())
+            self.trainer.begin(out.epoch)
+
+    def do_close_training(self, out: ev.CloseTraining) -> None:
+        if self.trainer is not None:
+            self.trainer.close_round(out.epoch)
+
+    def do_end_round(self, out: ev.EndRound) -> None:
+        self._averaging.settle(out.outcome in ("committed", "forced"))
+        self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
+        if self.network is not None:
+            self.network.drop_bulk()
+        if out.outcome != "committed":
+            _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
+
+    def do_verdict(self, out: ev.Verdict) -> None:
+        _log.warning("refused peer=%s reason=%s %s", out.peer[-6:], out.reason, out.text)
+        self.metrics.refused(out.reason)
+
+    def do_note(self, out: ev.Note) -> None:
+        _log.info("%s", out.text)
+
+    _EXECUTE: ClassVar[dict[type, Callable[..., Coroutine[Any, Any, None] | None]]] = {
+        ev.Send: do_send,
+        ev.SendShard: do_send_shard,
+        ev.SendResult: do_send_result,
+        ev.Reduce: do_reduce,
+        ev.PersistVote: do_persist_vote,
+        ev.PersistResult: do_persist_result,
+        ev.AppendRecord: do_append_record,
+        ev.TruncateChain: do_truncate_chain,
+        ev.Apply: do_apply,
+        ev.Rollback: do_rollback,
+        ev.FetchUpdate: do_fetch_update,
+        ev.FetchState: do_fetch_state,
+        ev.Train: do_train,
+        ev.CloseTraining: do_close_training,
+        ev.EndRound: do_end_round,
+        ev.Verdict: do_verdict,
+        ev.Note: do_note,
+    }
+
+    # --- threads -------------------------------------------------------------------------------
+
+    def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        if self._tasks is None:
+            job.close()
+        else:
+            self._tasks.create_task(job)
+
+    async def _in_compute_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
+
+    async def _in_disk_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+
+class TrainingView:
+    """What /status says of the training: kept from the trainer's reports."""
+
+    def __init__(self) -> None:
+        self.loss = math.nan
+        self.val_loss = math.nan
+        self.tokens_per_second = 0.0
+        self.tokens_total = 0
+        self._epoch_tokens = 0  # of the epoch under way
+        self._epoch_steps = 0
+        self._taken = (0, 0)  # steps and tokens that the metrics have been told
+        self._validation_began = -math.inf
+        self._validation_s = 0.0
+
+    def on_event(self, event: Event, now: float) -> None:
+        if isinstance(event, tm.Progress):
+            if event.tokens < self._epoch_tokens:  # a new epoch, or the same one again
+                self._taken = (0, 0)
+            self._epoch_tokens, self._epoch_steps = event.tokens, event.step
+            self.loss = event.loss
+            self.tokens_per_second = event.tokens_per_second
+        elif isinstance(event, tm.Validation):
+            self.val_loss = event.loss
+            self._validation_s = now - self._validation_began
+
+    def take_progress(self) -> tuple[int, int]:
+        """Steps and tokens since the last call."""
+        steps, tokens = self._epoch_steps - self._taken[0], self._epoch_tokens - self._taken[1]
+        self._taken = (self._epoch_steps, self._epoch_tokens)
+        self.tokens_total += tokens
+        return steps, tokens
+
+    def validating(self, now: float) -> None:
+        self._validation_began = now
+
+    def validation_due(self, now: float, share: float) -> bool:
+        return now - self._validation_began >= self._validation_s / share
+
+
+class PhaseClock:
+    """Times the stages of a round for the metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._stage = Stage.AWAY
+        self._since = 0.0
+        self._ready_at: float | None = None
+
+    def stage(self, stage: Stage, now: float) -> None:
+        if stage == self._stage:
+            return
+        if self._stage != Stage.AWAY:
+            self._metrics.round_phase_ended(self._stage.name.lower(), now - self._since)
+        if stage == Stage.READY and self._ready_at is None:
+            self._ready_at = now
+        self._stage, self._since = stage, now
+
+    def train(self, now: float) -> None:
+        self._ready_at = None
+
+    def round_ended(self, now: float) -> float | None:
+        """Seconds from having a contribution to the end: what averaging cost. None if there was none."""
+        ready_at, self._ready_at = self._ready_at, None
+        return None if ready_at is None else now - ready_at
+
+
+def torch_on_one_thread() -> None:
+    """Encode and reduce run in threads of ours; torch's own would only compete with the trainer."""
+    import torch
+
+    torch.set_num_threads(1)

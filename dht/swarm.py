@@ -378,6 +378,8 @@ class Swarm:
                 _log.warning("stream refused reason=too_many limit=%d", self._config.streams_max)
                 return
             await self._handle_inbound(reader, writer)
+        except asyncio.CancelledError:
+            return  # by close(): asyncio's server would report a cancelled handler as a crash
         finally:
             del self._inbound[task]
             writer.close()

@@ -104,11 +104,14 @@ class Links:
 
     async def run(self) -> None:
         """Serve and link until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            await self._swarm.serve(self._protocol("control"), self._serve_control)
-            await self._swarm.serve(self._protocol("bulk"), self._serve_bulk)
-            await asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._swarm.serve(self._protocol("control"), self._serve_control)
+                await self._swarm.serve(self._protocol("bulk"), self._serve_bulk)
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._tasks = None
 
     def want(self, peer: str, addresses: Sequence[str] = ()) -> None:
         """Keep a link to this peer, found at these addresses or wherever p2pd knows it."""

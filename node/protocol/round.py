@@ -539,8 +539,20 @@ class Round:
             self.close_at = now + self.ctx.rules.straggler_wait_s
         if now >= self.close_at and not self.closing_sent:
             self._close(now)
+        self._pardon()
         if self._gather_gap(now) is None:
             self._send_roster(now)
+
+    def _pardon(self) -> None:
+        """Where too many were left out to make a round, start over with all of them."""
+        need = max(1, self.ctx.rules.min_members)
+        if self.excluded and len(self._contributors()) < need:
+            out = [p for p in self.excluded if p in self.ready and self.ready[p].weight]
+            if len(self._contributors()) + len(out) >= need:
+                self.excluded.clear()
+
+    def _contributors(self) -> list[str]:
+        return [p for p, r in self.ready.items() if r.weight and p not in self.excluded]
 
     def _promises(self) -> int:
         return sum(peer in self.ready for peer in self.electorate)
@@ -558,7 +570,7 @@ class Round:
         need = quorum(len(self.electorate))
         if not self.forced and self._promises() < need:
             return f"{self._promises()} of {len(self.electorate)} ready, need {need}"
-        contributors = [p for p, r in self.ready.items() if r.weight and p not in self.excluded]
+        contributors = self._contributors()
         if not contributors:
             return "nobody ready has a contribution"
         if len(contributors) < self.ctx.rules.min_members:
@@ -789,7 +801,7 @@ class Round:
             self._lead(max(self.ballot + 1, self.lead_from), now, forced=True)
 
     def _island_order(self, now: float) -> tuple[str, ...]:
-        """Who may force a record first: electors that we hear at our head, in the order that the head gives."""
+        """Who may force a record first: the electors that we hear at our head, in its order."""
         live = [*self.ctx.live_at(self.epoch, self.head, now), self.ctx.me]
         return tuple(p for p in self.order if p in live)
 

@@ -4,8 +4,8 @@ One heap of events. `World.run()` lets faults happen until `fault_s`, then heals
 back, and demands that all nodes reach one head and commit on. Invariants (tests/simulation/invariants.py) are
 checked after every event that can break them.
 
-A state is the digest of its history, a contribution's shard is (peer, contribution, shard), a reduced shard is
-the tuple of what was averaged: so a wrong mixture is visible in the values themselves.
+A state is the digest of its history, a contribution's shard is (peer, contribution, shard), a reduced shard
+is the tuple of what was averaged: so a wrong mixture is visible in the values themselves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from simulation.invariants import Invariants
+from simulation.lies import STRANGER, draw_lie
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Chain, Genesis, Record, found
@@ -61,6 +63,9 @@ class Faults:
     island_per_s: float = 0.0  # the swarm falls into two parts
     blackout_per_s: float = 0.0  # a majority, or everybody, crashes at once
     crash_at_vote: float = 0.0  # probability that a node dies just before or after it wrote a vote
+    crash_at_fork: float = 0.0  # probability that it dies when it has left a fork and not followed the other
+    lies_per_s: float = 0.0  # messages of random values in the name of a stranger or a member
+    drip_per_s: float = 0.0  # a peer drips bytes, of which no shard ever comes
 
     @classmethod
     def draw(cls, rng: random.Random) -> Faults:
@@ -79,6 +84,9 @@ class Faults:
             island_per_s=maybe(0.4, 0.01),
             blackout_per_s=maybe(0.2, 0.01),
             crash_at_vote=maybe(0.4, 0.1),
+            crash_at_fork=maybe(0.3, 0.3),
+            lies_per_s=maybe(0.3, 0.5),
+            drip_per_s=maybe(0.2, 0.02),
         )
 
 
@@ -139,7 +147,7 @@ class Node:
         self.frozen = False
         for other in self.world.nodes.values():
             if other.core is not None:
-                self.world.later(self.world.delay(), other, ev.PeerDown(self.name))
+                self.world.link_down(self.name, other)
 
     def feed(self, inp: ev.Input) -> None:
         if self.core is None:
@@ -204,6 +212,8 @@ class Node:
 
     def do_truncate_chain(self, out: ev.TruncateChain) -> None:
         del self.disk.records[out.epoch :]
+        if not self.world.healed and self.world.rng.random() < self.world.faults.crash_at_fork:
+            self.world.crash_for_a_while(self)
 
     def do_apply(self, out: ev.Apply) -> None:
         self.world.later(self.world.rng.uniform(0.01, 0.1), self, lambda: self.apply(out.record))
@@ -235,10 +245,10 @@ class Node:
         self.world.later(0.05, self, ev.Applied(epoch, state))
 
     def do_fetch_update(self, out: ev.FetchUpdate) -> None:
-        donor = self.world.nodes[out.donor]
+        donor = self.world.nodes.get(out.donor)
 
         def arrive() -> None:
-            if donor.core is None or donor.frozen or self.world.is_cut(donor, self):
+            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
                 self.feed(ev.FetchFailed(out.donor, out.head, "timeout"))
             elif out.head not in donor.disk.updates:
                 self.feed(ev.FetchFailed(out.donor, out.head, "missing"))
@@ -249,12 +259,12 @@ class Node:
         self.world.later(self.world.delay(bulk=True), self, arrive)
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
-        donor = self.world.nodes[out.donor]
+        donor = self.world.nodes.get(out.donor)
 
         def arrive() -> None:
             assert self.core is not None
             chain = self.core.chain
-            if donor.core is None or donor.frozen or self.world.is_cut(donor, self):
+            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
                 self.feed(ev.FetchFailed(out.donor, "", "timeout"))
                 return
             for epoch in range(min(out.epoch_max, chain.epoch), -1, -1):
@@ -299,7 +309,7 @@ class Node:
     def do_end_round(self, out: ev.EndRound) -> None:
         self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
 
-    _EXECUTE = {
+    _EXECUTE: ClassVar[dict[type, Callable[..., None]]] = {
         ev.Send: do_send,
         ev.SendShard: do_send_shard,
         ev.SendResult: do_send_result,
@@ -344,6 +354,7 @@ class World:
         self.outcomes: dict[str, int] = {}
         self.refused: dict[str, int] = {}
         self.cuts: dict[tuple[str, str], float] = {}  # (from, to) -> until
+        self.links: dict[tuple[str, str], int] = {}  # (from, to) -> which link of theirs it is
         self.updates_kept = updates_kept
         self.checkpoint_every = checkpoint_every
         self.train_s = (0.5, self.rng.choice([0.8, 2.0, 6.0]))
@@ -364,6 +375,7 @@ class World:
             stall_s=3.0,
             quorum_loss_s=self.rng.choice([8.0, 15.0]),
             on_quorum_loss=policy,
+            exchange_max_s=20.0,
             max_influence=self.rng.choice([1.0, 1.0, 0.6]),
         )
         self.invariants = Invariants(self)
@@ -394,6 +406,29 @@ class World:
             if self.settled(goal):
                 return self
         raise AssertionError(f"seed {self.seed}: no common head at epoch {goal}: {self.where()}")
+
+    def start_all(self) -> World:
+        """For directed scenarios: everybody at once, and no fault but those that the test makes."""
+        for node in self.nodes.values():
+            node.start()
+        return self
+
+    def until(self, holds: Callable[[], bool], limit_s: float) -> float:
+        """Run until `holds()`, asked after every event. Returns how long that took; fails after limit_s."""
+        start = self.now
+        while not holds():
+            if self.now - start > limit_s or not self.heap:
+                raise AssertionError(f"t={self.now:.2f}, not within {limit_s} s: {self.where()}")
+            self.step()
+        return self.now - start
+
+    def epoch(self) -> int:
+        """The furthest that any living node has come."""
+        return max((n.core.chain.epoch for n in self.nodes.values() if n.core is not None), default=0)
+
+    def cut(self, a: str, b: str, for_s: float = 1e9) -> None:
+        """Nothing of what `a` says reaches `b`."""
+        self.cuts[a, b] = self.now + for_s
 
     def settled(self, goal: int) -> bool:
         cores = [n.core for n in self.nodes.values()]
@@ -449,9 +484,9 @@ class World:
         return self.cuts.get((a.name, b.name), 0.0) > self.now
 
     def send(self, sender: Node, to: str, message: Message, bulk: bool = False) -> None:
-        receiver = self.nodes[to]
+        receiver = self.nodes.get(to)  # None: the stranger that tells lies
         self.messages += 1
-        if receiver.core is None or self.is_cut(sender, receiver):
+        if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
         rng, faults = self.rng, self.faults
         if not self.healed and faults.loss and rng.random() < faults.loss:
@@ -464,7 +499,18 @@ class World:
 
     def link_up(self, a: Node, b: Node) -> None:
         for one, other in ((a, b), (b, a)):
+            self.links[other.name, one.name] = self.count
             self.later(self.delay(), one, ev.PeerUp(other.name))
+
+    def link_down(self, name: str, at: Node) -> None:
+        """`at` hears that its link to `name` is gone, unless a new one is there by then."""
+        link = self.links.get((name, at.name))
+
+        def tell() -> None:
+            if self.links.get((name, at.name)) == link:
+                at.feed(ev.PeerDown(name))
+
+        self.later(self.delay(), at, tell)
 
     # --- faults --------------------------------------------------------------------------------
 
@@ -477,6 +523,8 @@ class World:
             (self.faults.trainer_down_per_s, self._trainer_down),
             (self.faults.island_per_s, self._island),
             (self.faults.blackout_per_s, self._blackout),
+            (self.faults.lies_per_s, self._lie),
+            (self.faults.drip_per_s, self._drip),
         ):
             at = 0.0
             while rate:
@@ -536,7 +584,7 @@ class World:
         a, b = self._pick(), self._pick()
         if a is not b and a.core is not None and b.core is not None:
             for one, other in ((a, b), (b, a)):
-                self.later(self.delay(), one, ev.PeerDown(other.name))
+                self.link_down(other.name, one)
             self.later(0.5, None, lambda: a.core and b.core and self.link_up(a, b))
 
     def _trainer_down(self) -> None:
@@ -546,6 +594,23 @@ class World:
         life = node.life
         up = ev.TrainerState(True, "")
         self.later(self.rng.uniform(0.5, 8), None, lambda: node.life == life and node.feed(up))
+
+    def _lie(self) -> None:
+        """One message of random values, in the name of a member or of somebody who is none."""
+        victim, liar = self._pick(), self.rng.choice([STRANGER, self._pick().name])
+        if victim.core is None or liar == victim.name:
+            return
+        if liar == STRANGER:
+            victim.feed(ev.PeerUp(liar))
+        lie = draw_lie(self.rng, victim.core, member=liar != STRANGER)
+        self.tell(liar, f"LIES to {victim.name}: {lie}")
+        victim.feed(ev.Received(liar, lie))
+
+    def _drip(self) -> None:
+        victim, peer = self._pick(), self._pick().name
+        self.tell(peer, f"DRIPS to {victim.name}")
+        for i in range(200):
+            self.later(0.2 * i, victim, ev.BulkProgress(peer))
 
     def heal(self) -> None:
         self.tell("world", "HEAL")
@@ -557,7 +622,7 @@ class World:
             elif node.frozen:
                 node.thaw()
             node.feed(ev.TrainerState(True, ""))
-        nodes = [n for n in self.nodes.values()]
+        nodes = list(self.nodes.values())
         for i, a in enumerate(nodes):
             for b in nodes[:i]:
                 self.link_up(a, b)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -108,6 +110,18 @@ class Run:
 
     def save(self) -> Path:
         return self.checkpoints.save(self.state, self.digest).path
+
+    def copy(self, folder: Path) -> Run:
+        """The same run in another home, its own to damage."""
+        shutil.copytree(self.folder, folder)
+        copied = copy.copy(self)
+        copied.folder, copied.home = folder, Home(folder)
+        copied.state = self.fresh()
+        for ours, theirs in zip(copied.state.overwrite(), self.state.vectors(), strict=True):
+            ours[:] = theirs
+        copied.state.adopt(self.state.epoch, self.state.head, self.digest)
+        copied.store, copied.checkpoints = copied.reopened()
+        return copied
 
     def fresh(self) -> ModelState:
         """An empty state for the same model."""

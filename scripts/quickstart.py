@@ -33,12 +33,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from blake3 import blake3
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from tapestry.node.protocol.chain import body_from_dict, body_to_dict, canonical
+from tapestry.node.state.files import unseal
 
 NODES = 3
 SWEEP_S = 0.5  # between two looks at the nodes
@@ -131,8 +133,8 @@ def parsed(arguments: Sequence[str]) -> Options:
     parser.add_argument(
         "--seed",
         type=int,
-        default=1,
-        help="of the model, of who is killed and when (default: 1, kills node 2)",
+        default=0,
+        help="of the model, of who is killed and when (default: 0, kills node 2)",
     )
     parser.add_argument("--plain", action="store_true", help="plain lines also on a terminal")
     parser.add_argument(
@@ -522,7 +524,10 @@ class Node:
             lines = (self.home / "chain.jsonl").read_bytes().split(b"\n")[:-1]
         except OSError:
             return []
-        return [chain_record(json.loads(line)) for line in lines if line]
+        try:
+            return [chain_record(line) for line in lines]
+        except ValueError as error:
+            raise Failed(f"{self.home / 'chain.jsonl'}: {error}") from error
 
     def log_tail(self, count: int = 15) -> list[str]:
         with contextlib.suppress(OSError):
@@ -531,10 +536,9 @@ class Node:
         return []
 
 
-def chain_record(line: dict[str, Any]) -> ChainRecord:
-    from blake3 import blake3
-
-    body = body_from_dict(line["body"])
+def chain_record(line: bytes) -> ChainRecord:
+    """Raises ValueError for a line that is not whole, or holds no record."""
+    body = body_from_dict(unseal(line)["body"])
     return ChainRecord(
         epoch=body.epoch,
         prev=body.prev,
@@ -692,7 +696,7 @@ def report(swarm: Swarm, chains: dict[int, list[ChainRecord]]) -> None:
         losses = " -> ".join(f"{loss:.3f} (epoch {epoch})" for epoch, loss in node.losses)
         show.event(f"node {node.number}: validation loss {losses or 'never shown'}")
         show.event(f"        state digest {node.digest} at epoch {node.epoch}")
-        show.event(f"        contributed to {contributed} of {len(chain)} epochs, chain.jsonl has them all")
+        show.event(f"        contributed to {contributed} of the {len(chain)} epochs in its chain")
         show.event(f"        sent {bytes_text(node.bytes_sent)}")
     forced = sum(record.forced for record in chains[1])
     show.event(f"epochs  {len(chains[1])} committed, {forced} of them without a quorum")

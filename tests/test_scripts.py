@@ -1,0 +1,260 @@
+"""scripts/quickstart and scripts/_env.py, as processes. The quickstart's nodes are tests/fake_tapestry.py.
+
+That the real nodes pass the quickstart is the quickstart's own business; here is what it makes of nodes
+that do not keep their promises, and that it leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE = f"{shlex.quote(sys.executable)} -P {shlex.quote(str(ROOT / 'tests' / 'fake_tapestry.py'))}"
+LIMIT_S = 60.0
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts scripts/quickstart.py with fake nodes; its temporary files go into tmp_path/tmp."""
+    (tmp_path / "tmp").mkdir()
+    started = []
+
+    def start(*flags: str, fault: str = "") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-P", ROOT / "scripts" / "quickstart.py", "--tapestry", FAKE, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "FAKE_FAULT": fault},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# ---- the quickstart as a process ---------------------------------------------------------------------
+
+
+def test_the_story_is_told_to_its_end(quickstart: Any, tmp_path: Path) -> None:
+    process = quickstart("--minutes", "0", "--keep", str(tmp_path / "kept"))
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 0, output
+    for part in (
+        r"node 2: killed with SIGKILL at epoch \d+",
+        r"nodes 1 and 3: went on by themselves to epoch \d+",
+        r"node 2: caught up at epoch \d+",
+        r"node 2: contributes again",
+        r"node 1: validation loss \d\.\d{3} \(epoch \d+\) -> \d\.\d{3} \(epoch \d+\)",
+        r"contributions and results: [\d.]+ MB sent in 8 bits; .* [\d.]+ MB \(x 3\.94\)",
+        r"200 bytes of the exported model after 'def ':",
+        r"OK: epoch \d+ has the same bits on all three nodes",
+    ):
+        assert re.search(part, output), part
+    assert (tmp_path / "kept" / "node2" / "chain.jsonl").exists()
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("digest:3", r"FAILED: epoch \d+ has two state digests: \w+ \(node \d\) and \w+ \(node \d\)"),
+        ("gap:2", r"FAILED: node 2: the epochs of its chain are not 1, 2, 3 \.\.\.: \[1, 3"),
+        ("loss:3", r"FAILED: node 3: validation loss 5\.500 is not 30% below \d\.\d{3}"),
+        ("dies:3", r"FAILED: node 3 ended with exit code 3\n  node 3 \| error: no peer could be reached"),
+        ("orphan:2", r"FAILED: waited \d+ s in vain for the children of node 2 to be gone"),
+    ],
+)
+def test_a_broken_promise_ends_it_with_1_and_nothing_left(
+    quickstart: Any, tmp_path: Path, fault: str, line: str
+) -> None:
+    process = quickstart("--minutes", "0", fault=fault)
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 1 and re.search(line, output), output
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_nodes_and_removes_their_homes(
+    quickstart: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = quickstart()
+    _wait_for_nodes(tmp_path, 3)
+    process.send_signal(number)
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 128 + number and number.name in output
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+def test_a_second_signal_does_not_wait_for_a_deaf_node(quickstart: Any, tmp_path: Path) -> None:
+    process = quickstart(fault="deaf:1")
+    _wait_for_nodes(tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)  # until it waits for the nodes
+    began_s = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert time.monotonic() - began_s < 6 and "node 1: does not end, killed with SIGKILL" in output
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+def test_the_nodes_end_also_when_the_quickstart_is_killed(quickstart: Any, tmp_path: Path) -> None:
+    process = quickstart()
+    _wait_for_nodes(tmp_path, 3)
+    process.kill()
+    _wait_for_nodes(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--minutes", "nan"], "--minutes: from 0 to 1440"),
+        (["--seed", "-1"], "--seed: from 0 to"),
+        (["--keep", str(ROOT / "scripts")], "name a new or an empty folder"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_a_wrong_command_line_ends_it_with_2(quickstart: Any, flags: list[str], line: str) -> None:
+    process = quickstart(*flags)
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 2 and line in output and "Traceback" not in output
+
+
+# ---- its judgement -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return _module_from(ROOT / "scripts" / "quickstart.py")
+
+
+def _chain(script: ModuleType, count: int) -> list[Any]:
+    heads = ["run", *(f"head{epoch}" for epoch in range(1, count + 1))]
+    return [
+        script.ChainRecord(epoch, heads[epoch - 1], heads[epoch], f"s{epoch - 1}", frozenset(), False)
+        for epoch in range(1, count + 1)
+    ]
+
+
+def _swarm_that_showed(epochs: int) -> Any:
+    digests = {epoch: {f"s{epoch}": 1} for epoch in range(epochs + 1)}
+    return SimpleNamespace(digests=digests, nodes=[SimpleNamespace(info={"run_id": "run"})])
+
+
+def test_a_whole_chain_has_no_fault(script: ModuleType) -> None:
+    assert script.chain_faults(1, _chain(script, 5), _swarm_that_showed(5)) == []
+
+
+def test_an_epoch_that_was_shown_but_is_not_in_the_chain_is_lost(script: ModuleType) -> None:
+    faults = script.chain_faults(1, _chain(script, 4), _swarm_that_showed(5))
+    assert faults == ["node 1: its chain ends at epoch 4, epoch 5 was shown"]
+
+
+def test_a_record_that_does_not_follow_is_found(script: ModuleType) -> None:
+    chain = _chain(script, 5)
+    chain[2] = dataclasses.replace(chain[2], prev="another")
+    assert script.chain_faults(1, chain, _swarm_that_showed(5)) == [
+        "node 1: record 3 does not follow the one before"
+    ]
+
+
+def test_a_signed_digest_that_is_not_the_shown_one_is_found(script: ModuleType) -> None:
+    chain = _chain(script, 5)
+    chain[2] = dataclasses.replace(chain[2], state_digest="another")
+    assert script.chain_faults(1, chain, _swarm_that_showed(5)) == [
+        "node 1: state 2 was shown with another digest than the signed one"
+    ]
+
+
+@pytest.mark.parametrize(("last", "falls"), [(3.5, True), (3.51, False), (float("nan"), False)])
+def test_the_loss_must_fall_by_30_percent_of_where_the_run_started(
+    script: ModuleType, last: float, falls: bool
+) -> None:
+    first, late = SimpleNamespace(number=1, losses=[(0, 5.0), (9, 1.0)]), SimpleNamespace(number=2)
+    late.losses = [(2, 4.0), (9, last)]
+    assert (script.loss_faults([first, late]) == []) is falls
+
+
+def test_a_node_without_a_loss_is_a_fault(script: ModuleType) -> None:
+    assert script.loss_faults([SimpleNamespace(number=2, losses=[])]) == [
+        "node 2: never showed a validation loss"
+    ]
+
+
+# ---- the environment ---------------------------------------------------------------------------------
+
+
+def test_the_project_is_installed_from_every_file_it_has() -> None:
+    env = _module_from(ROOT / "scripts" / "_env.py")
+    names = {str(path.relative_to(ROOT)) for path in env._project_sources()}
+    assert {"setup.cfg", "compression/codecs.py", "dht/py.typed", "node/protocol/core.py"} <= names
+    assert not any("__pycache__" in name or name.startswith("tests") for name in names)
+
+
+def test_a_python_that_is_too_old_is_refused_in_one_line(tmp_path: Path) -> None:
+    old = tmp_path / "python-old"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "test"],
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: PYTHON={old} is not a Python 3.11 or newer\n"
+
+
+# ---- helpers -----------------------------------------------------------------------------------------
+
+
+def _module_from(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"scripts_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _left_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith("tapestry-quickstart-")]
+
+
+def _processes_in(tmp_path: Path) -> list[str]:
+    """The command lines that name a path in tmp_path: the fake nodes, by their --home."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"start" in words and any(word.startswith(os.fsencode(tmp_path)) for word in words):
+            found.append(" ".join(os.fsdecode(word) for word in words))
+    return found
+
+
+def _wait_for_nodes(tmp_path: Path, count: int) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    while len(_processes_in(tmp_path)) != count:
+        assert time.monotonic() < deadline_s, f"no {count} nodes within {LIMIT_S:.0f} s"
+        time.sleep(0.05)

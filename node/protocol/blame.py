@@ -4,7 +4,8 @@ Each member names whom it waits for. Most are waiting for a reducer which itself
 blame is passed on along what the accused say, until it stays with somebody who waits for nobody, or goes
 round in a circle. A one-way cut between contributor A and reducer R makes the circle A -> R -> A: R cannot
 reduce without A, A gets no result from R. There the one with the fewer accusers is left out: the contributor,
-since everybody waits for a reducer. But only once: a reducer that withholds results from everybody could name
+since everybody waits for a reducer. Unless one of the two is at odds with more members than this one: then it is
+the one. And a reducer is spared only once: a reducer that withholds results from everybody could name
 one innocent contributor after another, so who was spared in one circle is the first to go in the next.
 """
 
@@ -31,6 +32,11 @@ def culprit(waiting_on: Mapping[str, Sequence[str]], spared: Container[str] = ()
         peer = min(waiting_on[peer], key=lambda p: (-accusers[p], p))
         if peer in path:
             circle = path[path.index(peer) :]
-            return min(circle, key=lambda p: (p not in spared, accusers[p], p))
+            return min(circle, key=lambda p: (-_at_odds(p, waiting_on), p not in spared, accusers[p], p))
         path.append(peer)
     return peer
+
+
+def _at_odds(peer: str, waiting_on: Mapping[str, Sequence[str]]) -> int:
+    """How many wait for `peer` while it waits for them."""
+    return sum(peer in waiting_on.get(other, ()) for other in waiting_on.get(peer, ()))

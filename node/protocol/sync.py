@@ -47,9 +47,7 @@ class Sync:
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
         self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
-        self.behind_since: tuple[int, float] | None = (
-            None  # chain epoch, and when we began to wait for records
-        )
+        self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
 
     @property
     def at_head(self) -> bool:
@@ -81,7 +79,7 @@ class Sync:
             self.ctx.send(peer, GetRecords(self._locator(peer)))
 
     def forget(self, peer: str) -> None:
-        for table in (self.asked_at, self.failed_at, self.lacks):
+        for table in (self.asked_at, self.failed_at, self.lacks, self.ahead_since):
             table.pop(peer, None)
 
     def check_next(self, record: Record) -> None:
@@ -127,6 +125,7 @@ class Sync:
         if better(ours[same:], records[same:]):
             self.branch = None
             added = self._switch(common + same, records[same:], ours[same:])
+            self.ahead_since.pop(peer, None)
             if len(message.records) == RECORDS_MAX:
                 self.ask(peer, now)
             return added
@@ -276,17 +275,14 @@ class Sync:
             self.ctx.emit(FetchState(donor, max(0, self.chain.epoch - 1)))
 
     def _head_ahead(self, now: float) -> bool:
-        """Whether records are still to come: somebody says so, and shows it, at least one in a stall_s."""
-        ahead = any(
-            view.status is not None and view.status.epoch > self.chain.epoch and self.ctx.heard(peer, now)
-            for peer, view in self.ctx.peers.items()
-        )
-        if not ahead:
-            self.behind_since = None
-            return False
-        if self.behind_since is None or self.behind_since[0] != self.chain.epoch:
-            self.behind_since = (self.chain.epoch, now)
-        return now - self.behind_since[1] < self.ctx.rules.stall_s
+        """Whether records are still to come: somebody says so, and in every stall_s gives some."""
+        ahead = False
+        for peer, view in self.ctx.peers.items():
+            if view.status is None or view.status.epoch <= self.chain.epoch or not self.ctx.heard(peer, now):
+                self.ahead_since.pop(peer, None)
+            elif now - self.ahead_since.setdefault(peer, now) < self.ctx.rules.stall_s:
+                ahead = True
+        return ahead
 
     def _donors(self, now: float) -> list[str]:
         """Peers heard of late that are at a head of our chain at least as far as our state."""

@@ -1,0 +1,453 @@
+"""One malicious peer: whatever it says, the core neither raises nor stops, and no table grows without bound."""
+
+import random
+
+import pytest
+from simulation.lies import STRANGER, draw_lie
+from simulation.world import Faults, SimCrypto, World, digest
+
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import (
+    BALLOT_MAX,
+    EPOCH_MAX,
+    WEIGHT_MAX,
+    Body,
+    Member,
+    Record,
+    accept_message,
+    head_of,
+)
+from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.messages import (
+    Accept,
+    Call,
+    Commit,
+    GetRecords,
+    Need,
+    Propose,
+    Ready,
+    Records,
+    Roster,
+    Shard,
+    Stage,
+    Status,
+)
+
+HEX = "ab" * 32
+
+
+def swarm(peers: int = 4, **rules) -> World:
+    """A healthy swarm in the middle of its fourth round or later, all of them electors."""
+    world = World(7, peers=peers, faults=Faults(), rules=quick(**rules)).start_all()
+    world.until(lambda: all(n.core.round and len(n.core.round.electorate) == peers for n in nodes(world)), 30)
+    return world
+
+
+def quick(**rules) -> Rules:
+    run_id = World(7, peers=1, faults=Faults()).genesis.run_id
+    waits = {"straggler_wait_s": 1.0, "closing_grace_s": 0.5, "stall_s": 3.0, "quorum_loss_s": 8.0}
+    return Rules(run_id=run_id, shard_count=3, **{**waits, "exchange_max_s": 12.0, **rules})
+
+
+def nodes(world: World):
+    return list(world.nodes.values())
+
+
+def says(world: World, liar: str, message) -> None:
+    for node in nodes(world):
+        if node.name != liar and node.core is not None:
+            if liar not in node.core.ctx.peers:
+                node.feed(ev.PeerUp(liar))
+            node.feed(ev.Received(liar, message))
+
+
+def goes_on(world: World, epochs: int = 3, limit_s: float = 60.0) -> float:
+    goal = world.epoch() + epochs
+    return world.until(
+        lambda: all(n.core is None or n.core.chain.epoch >= goal for n in nodes(world)), limit_s
+    )
+
+
+def forced_record(core: Core, signer: str, weight: int = WEIGHT_MAX) -> Record:
+    crypto = SimCrypto(signer)
+    body = Body(
+        core.chain.genesis.run_id,
+        core.chain.epoch + 1,
+        core.chain.head,
+        core.sync.state_digest,
+        (Member(signer, weight, "cd" * 16),),
+        HEX,
+        True,
+    )
+    head = head_of(body, crypto)
+    return Record(body, head, 1, ((signer, crypto.sign(accept_message(head, 1))),))
+
+
+# --- records ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carrier", ["commit", "records"])
+def test_a_stranger_cannot_force_a_record(carrier):
+    world = swarm()
+    core = nodes(world)[0].core
+    record = forced_record(core, STRANGER)
+    says(world, STRANGER, Commit(record) if carrier == "commit" else Records(core.chain.epoch, (record,)))
+    assert all(n.core.chain.head != record.head for n in nodes(world))
+    assert world.refused["electorate"] == len(nodes(world))
+    goes_on(world)
+
+
+def test_a_run_that_waits_refuses_forced_records_even_by_an_elector():
+    world = swarm(on_quorum_loss="wait")
+    record = forced_record(nodes(world)[0].core, "p3")
+    says(world, "p3", Commit(record))
+    assert all(n.core.chain.head != record.head for n in nodes(world))
+    assert world.refused["forced"] == 3
+
+
+def test_records_that_extend_nothing_we_have_are_ignored():
+    world = swarm()
+    record = nodes(world)[0].core.chain.records[-1]
+    for epoch in (-1, -(10**9), EPOCH_MAX):
+        says(world, STRANGER, Records(epoch, (record,)))
+        says(world, STRANGER, Status(epoch, HEX, "x", Stage.READY, 0, 0, ()))
+        says(world, STRANGER, GetRecords(((epoch, HEX),)))
+    goes_on(world)
+
+
+def test_one_peers_records_do_not_drop_anothers_branch():
+    world = swarm()
+    sync = nodes(world)[0].core.sync
+    sync.branch = ("p1", 0, [])
+    says(world, STRANGER, Records(0, (sync.chain.records[0],)))
+    assert sync.branch == ("p1", 0, [])
+
+
+def test_a_liar_about_its_epoch_keeps_no_joiner_from_a_state():
+    world = World(7, peers=4, faults=Faults(), rules=quick(), updates_kept=2)
+    late = world.nodes["p3"]
+    for node in nodes(world)[:3]:
+        node.start()
+    world.until(lambda: world.epoch() >= 12, 60)
+    late.start()
+    late.feed(ev.PeerUp(STRANGER))
+
+    def lie() -> None:
+        late.feed(ev.Received(STRANGER, Status(EPOCH_MAX, HEX, "x", Stage.READY, 0, 0, ())))
+        world.later(0.5, late, lie)
+
+    lie()
+    assert world.until(lambda: late.core.sync.at_head, 30) < world.rules.stall_s + 6.0
+
+
+# --- ballots ----------------------------------------------------------------------------------------
+
+
+def test_a_strangers_ballot_is_nobodys():
+    world = swarm()
+    core = nodes(world)[0].core
+    before = [n.core.round.ballot for n in nodes(world)]
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    says(world, STRANGER, Status(epoch, head, "x", Stage.READY, BALLOT_MAX, 0, ()))
+    for ballot in range(BALLOT_MAX - 8, BALLOT_MAX):
+        says(world, STRANGER, Call(epoch, head, ballot, False))
+        says(world, STRANGER, Ready(epoch, head, ballot, False, state, "", 0, 0.0, -1, None))
+    assert [n.core.round.ballot for n in nodes(world)] == before
+
+
+def test_an_elector_cannot_use_up_the_ballots_of_a_round():
+    world = swarm()
+    core = nodes(world)[0].core
+    epoch, head = core.chain.epoch, core.chain.head
+    for _ in range(50):
+        says(world, "p3", Status(epoch, head, "x", Stage.READY, BALLOT_MAX, 0, ()))
+        for ballot in range(BALLOT_MAX - 4, BALLOT_MAX + 1):
+            says(world, "p3", Call(epoch, head, ballot, False))
+    assert max(n.core.round.ballot for n in nodes(world)) < 2**17
+    goes_on(world, limit_s=20)
+
+
+def test_ballots_far_apart_meet_step_by_step():
+    world = swarm()
+    for node in nodes(world)[:3]:
+        node.core.round._enter(10 * 2**16, world.now)
+    goes_on(world, epochs=1, limit_s=30)
+
+
+def test_a_stranger_that_is_asked_by_nobody_leads_no_forced_ballot():
+    world = swarm()
+    for name in ("p1", "p2", "p3"):
+        world.nodes[name].crash()
+    lone = world.nodes["p0"]
+    world.until(lambda: lone.core.round.quorum_lost_at is not None, 5)
+    world.until(lambda: world.now - lone.core.round.quorum_lost_at > 5.0, 10)
+    core = lone.core
+    says(world, STRANGER, Call(core.chain.epoch, core.chain.head, core.round.ballot + 1, True))
+    assert world.refused["not_elector"] == 1
+
+
+# --- a round ----------------------------------------------------------------------------------------
+
+
+def test_a_ready_that_would_poison_the_record_is_refused():
+    world = swarm()
+    core = nodes(world)[0].core
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    for weight, contribution in (
+        (5, ""),
+        (0, "cd" * 16),
+        (-5, "cd" * 16),
+        (2 * WEIGHT_MAX, "cd" * 16),
+        (5, "zz"),
+    ):
+        for ballot in range(core.round.ballot, core.round.ballot + 4):
+            says(world, "p3", Ready(epoch, head, ballot, False, state, contribution, weight, 0.0, -1, None))
+    assert world.refused["malformed"] >= 3
+    assert all(r.weight >= 0 for n in nodes(world) for r in n.core.round.ready.values())
+    goes_on(world)
+
+
+def test_a_ready_is_of_one_mind_about_what_it_accepted():
+    """Else a huge accepted_ballot without a value hides the value that a quorum may have chosen."""
+    world = swarm()
+    core = nodes(world)[0].core
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    leader = world.nodes[core.round.leader_of(core.round.ballot)]
+    for liar in (n.name for n in nodes(world) if n is not leader):
+        ready = Ready(epoch, head, leader.core.round.ballot, False, state, "", 0, 0.0, 99, None)
+        leader.feed(ev.Received(liar, ready))
+    assert world.refused["malformed"] == 3
+
+
+def test_an_accepted_value_that_nobody_serves_costs_a_ballot_not_the_round():
+    world = swarm()
+    liar = "p3"
+    world.nodes[liar].crash()
+    core = nodes(world)[0].core
+    members = tuple(Member(p, 1, "cd" * 16) for p in ("p0", "p1", "p2", "p3"))
+
+    def lie() -> None:
+        for node in nodes(world):
+            if node.core is None or node.core.round is None:
+                continue
+            if liar not in node.core.ctx.peers or not node.core.ctx.peers[liar].up:
+                node.feed(ev.PeerUp(liar))
+            round_ = node.core.round
+            if round_ is not None and round_.leading:
+                body = Body(
+                    world.genesis.run_id, round_.epoch + 1, round_.head, round_.state_digest, members, HEX
+                )
+                ready = Ready(
+                    round_.epoch, round_.head, round_.ballot, False, round_.state_digest, "", 0, 0.0, 0, body
+                )
+                if round_.ballot > 0:
+                    node.feed(ev.Received(liar, ready))
+        world.later(0.2, None, lie)
+
+    for node in nodes(world)[:3]:
+        node.core.round._next_ballot(world.now, "test")
+    goal = core.chain.epoch + 1
+    lie()
+    world.until(lambda: all(n.core is None or n.core.chain.epoch >= goal for n in nodes(world)), 30)
+
+
+@pytest.mark.parametrize("shards", [(-1,), (-(10**9),), (10**9,), (0, 0, 0, 0)])
+def test_need_gives_only_what_is_there_and_only_to_whom_it_is_due(shards):
+    world = swarm()
+    for node in nodes(world):
+        world.until(lambda node=node: node.core.round and node.core.round.exchange.mine, 20)
+        core = node.core
+        mine = core.round.exchange.mine.contribution
+        core.handle(ev.PeerUp(STRANGER), world.now)
+        for peer in (STRANGER, *(n.name for n in nodes(world) if n is not node)):
+            for contribution in (mine, ""):
+                need = Need(core.chain.epoch, core.round.ballot, contribution, shards)
+                out = core.handle(ev.Received(peer, need), world.now)
+                sent = [o for o in out if isinstance(o, (ev.SendShard, ev.SendResult))]
+                assert len(sent) <= 1 and all(o.shard == 0 for o in sent)
+                assert not (sent and peer == STRANGER)
+
+
+def test_rosters_with_odd_reducers_are_refused():
+    world = swarm()
+    core = nodes(world)[0].core
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
+    for ballot in range(core.round.ballot + 1, core.round.ballot + 5):
+        for reducers in ((-1, 0, 0), (4, 0, 0), (0,), (0,) * 1000):
+            leader = core.round.leader_of(ballot)
+            says(world, leader, Roster(epoch, head, ballot, False, state, members, reducers))
+    assert world.refused["roster"] >= 4
+    goes_on(world)
+
+
+def test_holders_that_nobody_knows_are_asked_for_nothing():
+    world = swarm()
+    core = nodes(world)[0].core
+    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.leader_of(b) == "p3")
+    members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    body = Body(world.genesis.run_id, epoch + 1, head, state, members, HEX)
+    out = core.handle(ev.Received("p3", Propose(epoch, head, ballot, body, ("nobody", "p0"))), world.now)
+    assert not [o for o in out if isinstance(o, ev.FetchUpdate)]
+
+
+def test_a_body_of_another_run_is_never_accepted():
+    world = swarm()
+    core = nodes(world)[0].core
+    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.leader_of(b) == "p3")
+    members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
+    epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
+    body = Body(HEX, epoch + 1, head, state, members, HEX)
+    out = core.handle(ev.Received("p3", Propose(epoch, head, ballot, body, ("p3",))), world.now)
+    assert [o.reason for o in out if isinstance(o, ev.Verdict)] == ["unlinked"]
+
+
+def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
+    world = swarm()
+    rng = random.Random(0)
+
+    def flap() -> None:
+        for node in nodes(world):
+            round_ = node.core.round
+            if round_ is not None and round_.leading and node.name != "p3":
+                token = f"{rng.getrandbits(128):032x}"
+                args = (round_.epoch, round_.head, round_.ballot, False, round_.state_digest, token, 5)
+                node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None)))
+        world.later(0.02, None, flap)
+
+    flap()
+    goes_on(world, epochs=3, limit_s=60)
+
+
+def test_one_unusable_contribution_blames_nobody_else():
+    world = swarm()
+    world.until(lambda: any(n.core.round and n.core.round.leading for n in nodes(world)), 10)
+    leader = next(n for n in nodes(world) if n.core.round and n.core.round.leading)
+    bad = next(n.name for n in nodes(world) if n is not leader)
+    round_ = leader.core.round
+    leader.feed(ev.PeerRefused(bad, "not_finite"))
+    world.until(lambda: leader.core.round is not round_, 20)
+    assert list(round_.excluded) == [bad]
+
+
+def test_a_reducer_that_withholds_results_is_left_out_within_two_stalls():
+    """It reduces, answers heartbeats, and sends its results to nobody."""
+    world = swarm()
+    rogue = world.nodes["p3"]
+    rogue.do_send_result = lambda out: None
+    rogue._EXECUTE = {**rogue._EXECUTE, ev.SendResult: lambda self, out: None}
+    took = goes_on(world, epochs=1, limit_s=60)
+    assert took < 2 * world.rules.stall_s + 8.0
+
+
+def test_a_dripping_peer_holds_a_round_up_no_longer_than_exchange_max_s():
+    world = swarm()
+    rogue = world.nodes["p3"]
+    rogue._EXECUTE = {
+        **rogue._EXECUTE,
+        ev.SendShard: lambda self, out: None,
+        ev.SendResult: lambda s, o: None,
+    }
+
+    def drip() -> None:
+        for node in nodes(world):
+            node.feed(ev.BulkProgress("p3"))
+        world.later(0.5, None, drip)
+
+    drip()
+    took = goes_on(world, epochs=1, limit_s=200)
+    # Worst: a ballot that the dripping peer leads (two stalls more), then one of an honest leader.
+    assert took < 2 * world.rules.exchange_max_s + 3 * world.rules.stall_s + 10.0
+
+
+def test_a_leader_that_only_says_that_it_exchanges_is_given_up():
+    world = swarm()
+    rounds = {n.core.round.leader for n in nodes(world) if n.core.round}
+    rogue = world.nodes[sorted(rounds)[0]]
+    core = rogue.core
+    goal = core.chain.epoch + 1
+    rogue.core = None  # silent but for its lie
+
+    def lie() -> None:
+        status = Status(core.chain.epoch, core.chain.head, "x", Stage.EXCHANGING, 0, world.count, ())
+        for node in nodes(world):
+            if node is not rogue:
+                node.feed(ev.Received(rogue.name, status))
+        world.later(0.5, None, lie)
+
+    lie()
+    took = world.until(lambda: world.epoch() >= goal, 120)
+    assert took < 2 * world.rules.exchange_max_s + 10
+
+
+# --- tables and exceptions --------------------------------------------------------------------------
+
+
+def test_a_thousand_identities_leave_the_tables_bounded():
+    world = swarm(peers_max=8)
+    node = nodes(world)[0]
+    core = node.core
+    for i in range(1000):
+        peer = f"sybil{i}"
+        node.feed(ev.PeerUp(peer))
+        node.feed(ev.Received(peer, Status(10**6, HEX, "x", Stage.READY, 0, 0, ())))
+        node.feed(ev.Received(peer, Shard(core.chain.epoch, "cd" * 16, 0, "blob")))
+        round_ = core.round
+        ready = Ready(
+            round_.epoch, round_.head, round_.ballot, False, round_.state_digest, "", 0, 0.0, -1, None
+        )
+        node.feed(ev.Received(peer, ready))
+        node.feed(ev.Received(peer, Accept(round_.epoch, round_.ballot, HEX, HEX, HEX)))
+        if i % 2:
+            node.feed(ev.PeerDown(peer))
+    tables = (
+        core.ctx.peers,
+        core.sync.asked_at,
+        core.round.exchange.inputs,
+        core.round.ready,
+        core.round.accepts,
+    )
+    assert max(len(t) for t in tables) <= 4 * 8
+
+
+def test_an_applied_state_that_the_disk_lost_does_not_end_the_waiting_for_it():
+    world = swarm()
+    sync = nodes(world)[0].core.sync
+    sync.job = "apply"
+    sync.on_fetch_failed(ev.FetchFailed("", "ab" * 32, "disk"), world.now)
+    assert sync.job == "" and sync.need_state
+
+
+def test_a_vote_beyond_the_chain_keeps_a_node_from_voting_again():
+    """It crashed when it had left a fork: its vote after the common record is overwritten."""
+    world = swarm()
+    goes_on(world)
+    node = nodes(world)[0]
+    records = node.core.chain.records
+    node.disk.vote = ev.Vote(len(records), records[-1].head, 3, -1, None)
+    records = list(records)
+    del node.disk.records[-1:]
+    common = node.disk.records[-1]
+    node.disk.state_head = common.head
+    node.crash()
+    node.start()
+    assert node.core.round is None and node.core.chain.head == common.head
+    world.until(lambda: node.core.sync.at_head and node.core.chain.epoch > len(records), 30)
+
+
+def test_random_values_raise_nothing_and_stop_nobody():
+    for seed in range(20):
+        world = swarm()
+        rng = random.Random(seed)
+        for _ in range(300):
+            for node in nodes(world):
+                member = rng.random() < 0.5
+                lie = draw_lie(rng, node.core, member)
+                peer = "p3" if member and node.name != "p3" else STRANGER
+                if peer not in node.core.ctx.peers:
+                    node.feed(ev.PeerUp(peer))
+                node.feed(ev.Received(peer, lie))
+        goes_on(world, limit_s=60)
+    assert digest(b"")  # the simulator's own

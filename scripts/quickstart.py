@@ -623,6 +623,7 @@ def stat_fields(pid: int) -> list[str]:
 def conclude(swarm: Swarm, signals: Signals) -> int:
     """Stop the nodes, say what became of them, and judge."""
     agreed = swarm.nodes[0].epoch, swarm.nodes[0].digest
+    swarm.show.event("stopping the nodes")
     swarm.stop_all(signals)
     signals.ending = False
     chains = {node.number: node.records() for node in swarm.nodes}
@@ -722,8 +723,11 @@ def sample_fault(swarm: Swarm) -> list[str]:
         return [f"tapestry export took more than {READY_S:.0f} s"]
     if done.returncode:
         return [f"tapestry export ended with exit code {done.returncode}", *done.stderr.splitlines()]
-    from tapestry.node.export import sample  # imports torch and transformers: 6 s
+    import torch
 
+    from tapestry.node.export import sample  # with torch and transformers 3 s to import
+
+    torch.set_num_threads(1)  # for one byte after another, more threads cost more than they bring
     prompt = "def "
     text = sample(out, prompt, SAMPLE_BYTES, swarm.options.seed)
     swarm.show.event(f"\n{SAMPLE_BYTES} bytes of the exported model after {prompt!r}:\n\n{prompt}{text}\n")

@@ -156,10 +156,12 @@ class Exchange:
             self.ctx.send(peer, Need(self.epoch, self.roster.ballot, contribution, tuple(shards)))
 
     def waiting_on(self) -> tuple[str, ...]:
-        """Who holds us up: those whose contribution is unusable first, then those who owe us a shard."""
+        """Who holds us up: those whose contribution is unusable; else those who owe us theirs, since of our
+        reducers some may wait for the same; else the reducers that owe us a result."""
         if self.roster is None:
             return ()
-        names = self.spoilt() or list(self._missing())
+        missing = self._missing()
+        names = self.spoilt() or [p for p, (owed, _) in missing.items() if owed] or list(missing)
         return tuple(names[:WAITING_MAX])
 
     def spoilt(self) -> list[str]:

@@ -76,7 +76,7 @@ class Core:
         self.trainer_up = True
         self.trainer_reason = ""
         self.stopping = False
-        self.told: Status | None = None
+        self.told: tuple[object, ...] = ()  # the news that was sent last
         self.heartbeat_at = now
 
     # --- questions -----------------------------------------------------------------------------
@@ -126,11 +126,11 @@ class Core:
         self.sync.pump(now)
         if self.round is None and self.sync.at_head and not self.stopping:
             self._begin_round(now)
-        status = self._status()
-        if status != self.told or now >= self.heartbeat_at:
-            self.told = status
+        news = self._news()
+        if news != self.told or now >= self.heartbeat_at:
+            self.told = news
             self.heartbeat_at = now + self.ctx.rules.heartbeat_s
-            self.ctx.broadcast(status)
+            self.ctx.broadcast(self._status())
 
     # --- rounds --------------------------------------------------------------------------------
 
@@ -187,8 +187,8 @@ class Core:
             view = self.ctx.peers[inp.peer] = PeerView()
         view.up = True
         view.heard_at = now
-        if self.told is not None:
-            self.ctx.send(inp.peer, self.told)  # it has to hear where we are
+        if self.told:  # else all are about to hear
+            self.ctx.send(inp.peer, self._status())
 
     def _forget_one_down(self) -> bool:
         for peer, view in self.ctx.peers.items():
@@ -355,13 +355,21 @@ class Core:
             self._end_round(added[0] if extends else None)
         return None
 
+    def _news(self) -> tuple[object, ...]:
+        """What others hear at once when it changes; progress can wait for the next heartbeat."""
+        round_ = self.round
+        if round_ is None or self.stopping:
+            return (self.sync.state_epoch, self._state_head(), self.phase(), Stage.AWAY)
+        return (round_.epoch, round_.head, self.phase(), round_.stage, round_.ballot)
+
     def _status(self) -> Status:
         round_ = self.round
-        epoch, head, phase = self.chain.epoch, self.chain.head, self.phase()
         if round_ is None or self.stopping:
-            return Status(max(self.sync.state_epoch, 0), self._state_head(), phase, Stage.AWAY, 0, 0, ())
+            epoch = max(self.sync.state_epoch, 0)
+            return Status(epoch, self._state_head(), self.phase(), Stage.AWAY, 0, 0, ())
         waiting = round_.exchange.waiting_on() if round_.stage == Stage.EXCHANGING else ()
-        return Status(epoch, head, phase, round_.stage, round_.ballot, round_.exchange.progress, waiting)
+        epoch, head, progress = round_.epoch, round_.head, round_.exchange.progress
+        return Status(epoch, head, self.phase(), round_.stage, round_.ballot, progress, waiting)
 
     def _state_head(self) -> str:
         """The head of the state that we hold, while it is on the chain."""

@@ -32,7 +32,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The heartbeat, and the news: sent every heartbeat_s and at once on a change."""
+    """The heartbeat, and the news: sent every heartbeat_s, and at once when head, stage or ballot change."""
 
     epoch: int
     head: str

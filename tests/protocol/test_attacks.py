@@ -1,4 +1,4 @@
-"""One malicious peer: whatever it says, the core neither raises nor stops, and no table grows without bound."""
+"""One malicious peer: whatever it says, the core neither raises nor stops, and its tables stay small."""
 
 import random
 

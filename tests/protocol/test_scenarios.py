@@ -1,0 +1,196 @@
+"""Directed faults, and how long each may cost, in virtual seconds. Training takes 0.5 to 2 s here."""
+
+import pytest
+from simulation.world import Faults, Node, World
+
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.messages import Stage
+
+SEEDS = range(12)
+STALL_S = 3.0
+EPOCH_S = 3.0  # a healthy round at the most: training, one gathering, one exchange
+
+
+def swarm(seed: int, peers: int = 5, **rules) -> World:
+    """Everybody is up, an elector, and in a round."""
+    waits = {"straggler_wait_s": 1.0, "closing_grace_s": 0.5, "stall_s": STALL_S, "quorum_loss_s": 8.0}
+    world = World(seed, peers=peers, faults=Faults())
+    run_id = world.genesis.run_id
+    world.rules = Rules(run_id=run_id, shard_count=4, **{**waits, **rules})
+    world.train_s = (0.5, 2.0)
+    world.start_all()
+    world.until(lambda: all(n.core.round and len(n.core.round.electorate) == peers for n in alive(world)), 60)
+    return world
+
+
+def alive(world: World) -> list[Node]:
+    return [n for n in world.nodes.values() if n.core is not None]
+
+
+def rounds(world: World):
+    return [n.core.round for n in alive(world) if n.core.round is not None]
+
+
+def at_stage(world: World, stage: Stage) -> float:
+    """Until somebody is in this stage of the newest round."""
+    return world.until(lambda: any(r.stage == stage and r.epoch == world.epoch() for r in rounds(world)), 30)
+
+
+def leader(world: World) -> Node:
+    return next(n for n in alive(world) if n.core.round is not None and n.core.round.leading)
+
+
+def follower(world: World) -> Node:
+    return next(n for n in alive(world) if n.core.round is not None and not n.core.round.leading)
+
+
+def all_at(world: World, epoch: int, limit_s: float) -> float:
+    return world.until(lambda: all(n.core.chain.epoch >= epoch for n in alive(world)), limit_s)
+
+
+@pytest.mark.parametrize("stage", [Stage.READY, Stage.EXCHANGING, Stage.ACCEPTED])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_survivors_commit_the_round_in_which_a_member_was_killed(seed, stage):
+    world = swarm(seed)
+    at_stage(world, stage)
+    epoch = world.epoch()
+    follower(world).crash()
+    # Those that are in it already need no more than 2 s; at READY the others train on first.
+    assert all_at(world, epoch + 1, 20) < 2.0 + (EPOCH_S if stage == Stage.READY else 0.0)
+
+
+@pytest.mark.parametrize("stage", [Stage.READY, Stage.EXCHANGING, Stage.ACCEPTED])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_survivors_commit_the_round_in_which_the_leader_was_killed(seed, stage):
+    world = swarm(seed)
+    at_stage(world, stage)
+    epoch = world.epoch()
+    leader(world).crash()
+    assert all_at(world, epoch + 1, 20) < 2.0 + (EPOCH_S if stage == Stage.READY else 0.0)
+
+
+@pytest.mark.parametrize("who", [leader, follower])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_frozen_peer_costs_one_stall_once(seed, who):
+    """Its links stand, it says nothing."""
+    world = swarm(seed)
+    at_stage(world, Stage.EXCHANGING)
+    epoch = world.epoch()
+    frozen = who(world)
+    frozen.frozen = True
+    others = [n for n in alive(world) if n is not frozen]
+    five = world.until(lambda: all(n.core.chain.epoch >= epoch + 5 for n in others), 60)
+    assert five < STALL_S + 1.0 + 5 * EPOCH_S
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_whole_swarm_that_is_killed_goes_on_where_it_was(seed):
+    world = swarm(seed)
+    at_stage(world, Stage.EXCHANGING)
+    epoch, state = world.epoch(), {n.name: len(n.disk.records) for n in alive(world)}
+    nodes = alive(world)
+    for node in nodes:
+        node.crash()
+    world.later(1.0, None, lambda: [n.start() for n in nodes])
+    world.until(lambda: len(alive(world)) == len(nodes), 2)
+    assert all(len(n.disk.records) >= state[n.name] for n in nodes)
+    assert all_at(world, epoch + 1, 20) < 2.0 + EPOCH_S
+    assert "forced" not in world.outcomes
+
+
+@pytest.mark.parametrize("policy", ["continue", "wait"])
+def test_a_lone_survivor_follows_the_policy(policy):
+    world = swarm(3, on_quorum_loss=policy)
+    lone, *others = alive(world)
+    epoch = lone.core.chain.epoch
+    for node in others:
+        node.crash()
+    if policy == "continue":
+        world.until(lambda: lone.core.chain.epoch >= epoch + 5, 8.0 + 1.0 + 5 * EPOCH_S)
+        assert world.outcomes["forced"] >= 1
+        assert lone.core.chain.records[-1].body.forced is False  # its own electorate's majority by then
+    else:
+        world.until(lambda: world.now > 60, 60)
+        assert lone.core.chain.epoch <= epoch + 1 and "forced" not in world.outcomes
+        assert "alive, need" in lone.core.reason(world.now) and lone.core.phase() == "degraded"
+    for node in others:
+        node.start()
+    all_at(world, lone.core.chain.epoch + 2, 10 + 3 * EPOCH_S)
+    assert len({n.core.chain.head_at(epoch + 2) for n in alive(world)}) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_islands_that_meet_again_are_one_within_seconds(seed):
+    world = swarm(seed, on_quorum_loss="continue")
+    names = list(world.nodes)
+    for a in names[:2]:
+        for b in names[2:]:
+            world.cut(a, b, 25.0)
+            world.cut(b, a, 25.0)
+    world.until(lambda: world.now > min(world.cuts.values()), 30)
+    heads = {n.core.chain.head for n in alive(world)}
+    assert len(heads) >= 2 and world.outcomes["forced"] >= 1
+    goal = world.epoch() + 2
+    took = world.until(
+        lambda: (
+            all(n.core.chain.epoch >= goal for n in alive(world))
+            and len({n.core.chain.head_at(goal) for n in alive(world)}) == 1
+        ),
+        60,
+    )
+    assert took < 2 * STALL_S + 3 * EPOCH_S + 5.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_joiner_is_named_within_a_few_rounds_and_delays_none(seed):
+    world = World(seed, peers=5, faults=Faults())
+    world.rules = swarm(seed).rules
+    world.train_s = (0.5, 2.0)
+    late = world.nodes["p4"]
+    for node in list(world.nodes.values())[:4]:
+        node.start()
+    world.until(lambda: world.epoch() >= 15, 90)
+    late.start()
+    start, before = world.now, world.epoch()
+    named = world.until(lambda: "p4" in late.core.chain.electorate_at(late.core.chain.epoch), 60)
+    assert named < 5.0 + 3 * EPOCH_S
+    assert world.now - start < (world.epoch() - before + 1) * (EPOCH_S + 1.5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_one_way_cut_costs_a_stall_and_one_members_contribution(seed):
+    world = swarm(seed)
+    at_stage(world, Stage.READY)
+    epoch = world.epoch()
+    names = sorted(world.nodes)
+    world.cut(names[0], names[1])
+    took = all_at(world, epoch + 1, 60)
+    assert took < 4 * STALL_S + EPOCH_S + 2.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_healthy_swarm_needs_one_ballot_a_round_and_few_messages(seed):
+    world = swarm(seed)
+    epoch, messages, start = world.epoch(), world.messages, world.now
+    all_at(world, epoch + 20, 20 * EPOCH_S)
+    later = alive(world)[0].core.chain.records[epoch + 1 :]
+    assert all(r.ballot == 0 for r in later)
+    # n(n-1) heartbeats a second; per round: news, shards, results, votes
+    per_round = (world.messages - messages - 20 * (world.now - start)) / 20
+    assert per_round < 150
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_lone_founder_that_restarts_loses_no_second(seed):
+    world = swarm(seed, peers=1)
+    at_stage(world, Stage.TRAINING)
+    node, epoch = alive(world)[0], world.epoch()
+    node.crash()
+    node.start()
+    node.feed(ev.TrainerState(True, ""))
+    assert node.core.reason(world.now)
+    while node.core.chain.epoch == epoch:
+        assert node.core.reason(world.now)  # answers at any moment
+        world.step()
+    assert all_at(world, epoch + 3, 30) < 3 * EPOCH_S

@@ -4,9 +4,9 @@ Each member names whom it waits for. Most are waiting for a reducer which itself
 blame is passed on along what the accused say, until it stays with somebody who waits for nobody, or goes
 round in a circle. A one-way cut between contributor A and reducer R makes the circle A -> R -> A: R cannot
 reduce without A, A gets no result from R. There the one with the fewer accusers is left out: the contributor,
-since everybody waits for a reducer. Unless one of the two is at odds with more members than the other is: then
-it is the one. And a reducer is spared only once: one that withholds results from everybody could name one
-innocent contributor after another, so who was spared in one circle is the first to go in the next.
+since everybody waits for a reducer. Unless one of the two is at odds with more members than the other is:
+then it is the one. And a reducer is spared only once: one that withholds results from everybody could name
+one innocent contributor after another, so who was spared in one circle is the first to go in the next.
 """
 
 from __future__ import annotations

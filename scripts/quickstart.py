@@ -623,6 +623,7 @@ def stat_fields(pid: int) -> list[str]:
 def conclude(swarm: Swarm, signals: Signals) -> int:
     """Stop the nodes, say what became of them, and judge."""
     agreed = swarm.nodes[0].epoch, swarm.nodes[0].digest
+    swarm.show.finish()
     swarm.show.event("stopping the nodes")
     swarm.stop_all(signals)
     signals.ending = False
@@ -749,6 +750,7 @@ def megabytes(count: float) -> str:
 class Show(Protocol):
     def update(self, nodes: Sequence[Node], elapsed_s: float) -> None: ...
     def event(self, text: str, *, bad: bool = False) -> None: ...
+    def finish(self) -> None: ...
 
 
 @contextlib.contextmanager
@@ -781,6 +783,10 @@ class LiveTable:
     def event(self, text: str, *, bad: bool = False) -> None:
         self._live.console.print(Text(text, style="bold red" if bad else ""), soft_wrap=True)
 
+    def finish(self) -> None:
+        """The table stays as it is; what is said from now on comes below it."""
+        self._live.stop()
+
 
 class Lines:
     """A line for a node whenever its epoch moves or it appears, for logs and pipes."""
@@ -802,6 +808,9 @@ class Lines:
 
     def event(self, text: str, *, bad: bool = False) -> None:
         print(text, flush=True)
+
+    def finish(self) -> None:
+        pass
 
 
 def cells(node: Node) -> list[str]:

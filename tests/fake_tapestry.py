@@ -77,13 +77,14 @@ class FakeNode:
 
     def _commit(self) -> None:
         """Write the next record, unless another node is first or the tick is not over."""
-        last = self.shared / f"{self._latest()}.json"
+        epoch = self._latest() + 1
+        last = self.shared / f"{epoch - 1}.json"
         if time.time() - (last if last.exists() else self.shared / "live1").stat().st_mtime < TICK_S:
             return
         temporary = self.shared / f"temporary{self.number}"
-        temporary.write_text(self._record(self._latest() + 1))
+        temporary.write_text(self._record(epoch))
         with contextlib.suppress(FileExistsError):
-            os.link(temporary, self.shared / f"{self._latest() + 1}.json")
+            os.link(temporary, self.shared / f"{epoch}.json")
         temporary.unlink()
 
     def _record(self, epoch: int) -> str:
@@ -97,12 +98,13 @@ class FakeNode:
         path = self.home / "chain.jsonl"
         have = len(path.read_text().splitlines()) if path.exists() else 0
         skipped = self.fault == "gap" and have >= 1
-        for epoch in range(have + 1 + skipped, self._latest() + 1):
+        latest = self._latest()
+        for epoch in range(have + 1 + skipped, latest + 1):
             if self.fault == "gap" and epoch == 2:
                 continue
             with path.open("a") as file:
                 file.write((self.shared / f"{epoch}.json").read_text() + "\n")
-        self.epoch = self._latest()
+        self.epoch = latest
 
     def _latest(self) -> int:
         return max((int(path.stem) for path in self.shared.glob("*.json")), default=0)

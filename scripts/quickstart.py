@@ -102,14 +102,20 @@ class Signals:
 
     def __init__(self) -> None:
         self.count = 0
+        self.raised = 0
         self.ending = False  # the nodes are being stopped: a signal hastens that and no more
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.count += 1
-        if self.count == 1 and not self.ending:
+        if not self.raised and not self.ending:
+            self.raised = 1
             raise Ended(number)
+
+    @property
+    def hasten(self) -> bool:
+        return self.count > self.raised
 
 
 @dataclass(frozen=True)
@@ -323,12 +329,9 @@ class Swarm:
         for node in self.nodes:
             node.terminate()
         deadline_s = time.monotonic() + STOP_S
-        hurry = signals.count + 1
-        while (
-            any(node.running for node in self.nodes)
-            and time.monotonic() < deadline_s
-            and signals.count < hurry
-        ):
+        while any(node.running for node in self.nodes) and time.monotonic() < deadline_s:
+            if signals.hasten:
+                break
             time.sleep(0.05)
         for node in self.nodes:
             if node.running:

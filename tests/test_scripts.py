@@ -107,7 +107,8 @@ def test_a_second_signal_does_not_wait_for_a_deaf_node(quickstart: Any, tmp_path
     process = quickstart(fault="deaf:1")
     _wait_for_nodes(tmp_path, 3)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.0)  # until it waits for the nodes
+    while "ended by SIGINT" not in process.stdout.readline():
+        pass
     began_s = time.monotonic()
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=LIMIT_S)[0]

@@ -217,10 +217,12 @@ class Swarm:
 
         Zero is no error: the first node of a run has nobody to ask, and a node whose peers are away can
         `meet` them later. Each peer may be a member or a stock `hivemind-dht` process. Raises SwarmError when
-        p2pd does not answer.
+        p2pd does not answer. Called again for the same run, it only enters through the peers once more.
         """
-        assert self._dht is None, "join_dht is called once"
+        assert self._dht is None or self._run_id == run_id, "a swarm is of one run"
         reached = await self._reach(peers, timeout_s)
+        if self._dht is not None:
+            return await self.meet(reached, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 self._dht = await _create_dht_node(self._p2p, run_id, self._on_refused)

@@ -35,7 +35,7 @@ from tapestry.node.http import start_http
 from tapestry.node.join import GENESIS_PROTOCOL, agree_on_run, state_protocol
 from tapestry.node.keeper import Keeper, found_run
 from tapestry.node.links import LinkLimits
-from tapestry.node.logs import start_logging
+from tapestry.node.logs import LiveLine, start_logging
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network
 from tapestry.node.protocol.chain import Genesis
@@ -61,21 +61,27 @@ _log = logging.getLogger("tapestry.node")
 def run(config: NodeConfig) -> int:
     """Run a node until it is stopped. Returns 0; raises UserError."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
-    start_logging(config.log_format)
+    live = start_logging(config.log_format)
     config.home.create()
     with config.home.lock():
         try:
-            code: int = uvloop.run(_Daemon(config).run())
+            code: int = uvloop.run(_Daemon(config, live).run())
             return code
-        except* UserError as group:
-            raise _first(group) from None
-        except* OSError as group:
-            raise _disk_failed(config.home, _first(group)) from group
+        except (UserError, OSError, SwarmError, ExceptionGroup) as error:
+            first = _first(error)
+            if isinstance(first, UserError):
+                raise first from None
+            if isinstance(first, SwarmError):
+                raise UserError(str(first), exit_code=ExitCode.FAILED) from error
+            if isinstance(first, OSError):
+                raise _disk_failed(config.home, first) from error
+            raise
 
 
 class _Daemon:
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, live: LiveLine) -> None:
         self.config = config
+        self.live = live
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
@@ -147,7 +153,7 @@ class _Daemon:
             averaging = Averaging(
                 arithmetic.codec, state.n, spec.compression.shard_elements, spec.compression.residual
             )
-            runtime = Runtime(core, keeper, averaging, self.metrics, config.epochs)
+            runtime = Runtime(core, keeper, averaging, self.metrics, self.live, config.epochs)
             network = Network(
                 self._swarm_config(),
                 identity,
@@ -334,9 +340,9 @@ def _as_user_error(*kinds: type[Exception]) -> Any:
         raise UserError(str(error)) from error
 
 
-def _first(group: BaseExceptionGroup[Any]) -> Any:
-    error: Any = group
-    while isinstance(error, BaseExceptionGroup):
+def _first(error: Exception) -> Exception:
+    """What went wrong first, out of the groups that task groups make."""
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
 

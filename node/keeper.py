@@ -23,14 +23,12 @@ from tapestry.node.state.model import ModelState, TornState
 from tapestry.node.state.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.state.transfer import (
     Donor,
-    DonorFailed,
     OpenStream,
     TransferLimits,
     WantedUpdate,
     fetch_state,
     fetch_update,
 )
-from tapestry.node.wire import RemoteProtocolError
 
 _log = logging.getLogger("tapestry.keeper")
 
@@ -135,24 +133,16 @@ class Keeper:
 
     async def fetch_update(
         self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
-    ) -> str:
-        """Into the update log. Gives "" or why it failed, in a word."""
-        return await _reason(
-            fetch_update(open_stream, wanted, self.state.arithmetic, self.store, self._transfer, on_bytes)
-        )
+    ) -> None:
+        """Into the update log. Raises as transfer.py says."""
+        arithmetic = self.state.arithmetic
+        await fetch_update(open_stream, wanted, arithmetic, self.store, self._transfer, on_bytes)
 
     async def fetch_state(
-        self,
-        open_stream: OpenStream,
-        epoch_max: int,
-        chain: Chain,
-        on_bytes: Callable[[str, int], None],
-    ) -> str:
-        """Into the parameters; compared with what `chain` signed. Gives "" or why it failed, in a word."""
-        why = await _reason(fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes))
-        if not why:
-            self._digest = self.state.digest()
-        return why
+        self, open_stream: OpenStream, epoch_max: int, chain: Chain, on_bytes: Callable[[str, int], None]
+    ) -> None:
+        """Into the parameters; compared with what `chain` signed. Raises as transfer.py says."""
+        self._digest = await fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes)
 
     @property
     def reached(self) -> tuple[int, str]:
@@ -176,15 +166,3 @@ def found_run(
     checkpoints.save(state, digest)
     store.write_genesis(genesis)
     return genesis
-
-
-async def _reason(fetching: Any) -> str:
-    """Run a transfer: "" or one word, as FetchFailed wants it. The disk's own OSErrors are passed on."""
-    try:
-        await fetching
-    except RemoteProtocolError as error:
-        _log.warning("donor=refused reason=%s %s", error.reason, error)
-        return error.reason
-    except DonorFailed as error:
-        return error.reason
-    return ""

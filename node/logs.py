@@ -1,21 +1,64 @@
-"""Logs: changes of state, one line each, to stderr; text for people or JSON for collectors."""
+"""What a node prints while it runs, to stderr: changes of state, one line each; in a terminal one live line.
+
+Text for people or JSON for collectors. The live line is rewritten in place and gives way to log lines.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
+from typing import TextIO
 
 
-def start_logging(log_format: str) -> None:
+def start_logging(log_format: str) -> LiveLine:
     """Send the log of `tapestry.*` to stderr. Called once, by the daemon."""
-    handler = logging.StreamHandler(sys.stderr)
+    live = LiveLine(sys.stderr, enabled=log_format == "text" and sys.stderr.isatty())
+    handler = _Handler(live)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     root = logging.getLogger("tapestry")
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
+    return live
+
+
+class LiveLine:
+    """The last line of the terminal."""
+
+    def __init__(self, stream: TextIO, enabled: bool) -> None:
+        self._stream = stream
+        self._enabled = enabled
+        self._text = ""
+
+    def show(self, text: str) -> None:
+        """Put `text` in place of what stands there."""
+        if self._enabled:
+            self._text = text[: shutil.get_terminal_size().columns - 1]
+            self._write("\r\x1b[K" + self._text)
+
+    def print(self, line: str) -> None:
+        """A line that stays, above the live one."""
+        clear = "\r\x1b[K" if self._text else ""
+        self._write(f"{clear}{line}\n{self._text}")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._enabled = False  # the terminal is gone; the node goes on
+
+
+class _Handler(logging.Handler):
+    def __init__(self, live: LiveLine) -> None:
+        super().__init__()
+        self._live = live
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._live.print(self.format(record))
 
 
 class _Text(logging.Formatter):

@@ -22,12 +22,13 @@ from tapestry.dht.swarm import SwarmError
 from tapestry.node.averaging import Averaging
 from tapestry.node.join import state_protocol
 from tapestry.node.keeper import Keeper, KeeperError
+from tapestry.node.logs import LiveLine
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network, News
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
-from tapestry.node.state.transfer import OpenStream, WantedUpdate
+from tapestry.node.state.transfer import DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Died, Event, TrainerProcess
 from tapestry.node.wire import RemoteProtocolError, StreamEnded
@@ -44,7 +45,13 @@ class Runtime:
     """The node's loop. Make it, give it its trainer and network, then `run`."""
 
     def __init__(
-        self, core: Core, keeper: Keeper, averaging: Averaging, metrics: Metrics, epochs: int | None
+        self,
+        core: Core,
+        keeper: Keeper,
+        averaging: Averaging,
+        metrics: Metrics,
+        live: LiveLine,
+        epochs: int | None,
     ) -> None:
         self.core = core
         self.keeper = keeper
@@ -54,6 +61,7 @@ class Runtime:
         self.view = TrainingView()
         self.done = asyncio.Event()  # --epochs is reached
         self._averaging = averaging
+        self._live = live
         self._epochs = epochs
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
@@ -181,6 +189,7 @@ class Runtime:
             self._spawn(self._encode(event))
         elif isinstance(event, tm.Progress):
             self.metrics.trained(*self.view.take_progress(), event.loss)
+            self._show(event)
         elif isinstance(event, tm.Validation):
             self.metrics.set_validation_loss(event.loss)
             _log.info("epoch=%d validation_loss=%.4f", event.epoch, event.loss)
@@ -193,6 +202,13 @@ class Runtime:
             self._trainer_down(event)
         elif isinstance(event, tm.Saved) and event.error:
             _log.warning("trainer inner_state=not_saved reason=%r", event.error)
+
+    def _show(self, event: tm.Progress) -> None:
+        peers = sum(view.up for view in self.core.ctx.peers.values())
+        self._live.show(
+            f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {event.loss:.4f}  "
+            f"{event.tokens_per_second:,.0f} tokens/s  {peers} peers  {self.core.phase()}"
+        )
 
     def _trainer_down(self, event: tm.Failed | Died) -> None:
         self.metrics.set_trainer_up(False)
@@ -268,12 +284,14 @@ class Runtime:
     async def do_append_record(self, out: ev.AppendRecord) -> None:
         body = out.record.body
         _log.info(
-            "committed epoch=%d head=%s ballot=%d members=%d weight=%d%s",
+            "committed epoch=%d head=%s ballot=%d members=%d weight=%d loss=%.4f tokens_per_second=%.0f%s",
             body.epoch,
             out.record.head[:12],
             out.record.ballot,
             len(body.members),
             sum(m.weight for m in body.members),
+            self.view.loss,
+            self.view.tokens_per_second,
             " forced=true" if body.forced else "",
         )
         await self._in_disk_thread(self.keeper.append_record, out.record)
@@ -311,34 +329,38 @@ class Runtime:
 
     async def _fetch_update(self, out: ev.FetchUpdate) -> None:
         wanted = WantedUpdate(out.epoch, out.head, out.result)
-        why = await self._from_donor(
-            lambda: self.keeper.fetch_update(self._opener(out.donor), wanted, self._on_state_bytes)
-        )
+        opener = self._opener(out.donor)
+        fetching = self.keeper.fetch_update(opener, wanted, self._on_state_bytes)
+        why = await self._failure_of(out.donor, fetching)
         self.feed(ev.FetchFailed(out.donor, out.head, why) if why else ev.UpdateFetched(out.head))
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         self._spawn(self._fetch_state(out))
 
     async def _fetch_state(self, out: ev.FetchState) -> None:
-        keeper = self.keeper
+        keeper, opener = self.keeper, self._opener(out.donor)
         async with self._state_lock:
             if self.trainer is not None:
                 self.trainer.abort()
-            why = await self._from_donor(
-                lambda: keeper.fetch_state(
-                    self._opener(out.donor), out.epoch_max, self.core.chain, self._on_state_bytes
-                )
-            )
+            fetching = keeper.fetch_state(opener, out.epoch_max, self.core.chain, self._on_state_bytes)
+            why = await self._failure_of(out.donor, fetching)
             if not why:
                 await self._in_disk_thread(keeper.checkpoint)
         self.feed(ev.FetchFailed(out.donor, "", why) if why else ev.Applied(*keeper.reached))
 
-    async def _from_donor(self, fetch: Callable[[], Coroutine[Any, Any, str]]) -> str:
+    async def _failure_of(self, donor: str, fetching: Coroutine[Any, Any, None]) -> str:
+        """Run a fetch: "" or why it failed, in a word. What our own disk raises is passed on."""
         try:
-            return await fetch()
+            await fetching
+        except RemoteProtocolError as error:
+            self.on_refused(donor, error.reason, str(error))
+            return error.reason
+        except DonorFailed as error:
+            return error.reason
         except SwarmError as error:
-            _log.info("fetch=failed reason=%r", str(error))
+            _log.info("fetch=failed donor=%s reason=%r", donor[-6:], str(error))
             return "unreachable"
+        return ""
 
     def _opener(self, donor: str) -> OpenStream:
         async def open_stream() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -1,0 +1,202 @@
+"""Real daemons on loopback for the end-to-end tests: start, watch, kill, and leave nothing behind.
+
+The nodes are subprocesses of the installed command; what is asserted is what they print, serve and leave on
+disk. Every wait has a deadline; a test that times out shows the node's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
+LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
+DEADLINE_S = 90.0  # on two cores that other tests use as well
+
+
+def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [*TAPESTRY, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(),
+        check=False,
+    )
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("TAPESTRY_")} | {"OMP_NUM_THREADS": "1"}
+
+
+def init(folder: Path, **changes: str) -> Path:
+    """A home with a run.toml of preset nano, in which `key = value` lines are replaced."""
+    done = tapestry("init", folder, "--preset", "nano", "--name", "test")
+    assert done.returncode == 0, done.stderr
+    run = folder / "run.toml"
+    lines = run.read_text().splitlines()
+    for key, value in changes.items():
+        assert any(line.startswith(f"{key} = ") for line in lines), key
+        lines = [f"{key} = {value}" if line.startswith(f"{key} = ") else line for line in lines]
+    run.write_text("\n".join(lines) + "\n")
+    node = folder / "node.toml"
+    node.write_text(node.read_text().replace("threads = 0", "threads = 1"))
+    return folder
+
+
+class Node:
+    """One daemon and its home. Use as a context manager, or call `end`."""
+
+    def __init__(self, home: Path, *flags: object, data: str = "stdlib:1/3") -> None:
+        self.home = home
+        self.flags = [str(f) for f in flags]
+        self.data = data
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = home.with_name(home.name + ".log")
+
+    def start(self, *more: object) -> Node:
+        command = [*TAPESTRY, "start", "--home", str(self.home), "--data", self.data, *LOOPBACK]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.flags, *map(str, more)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+            )
+        return self
+
+    def __enter__(self) -> Node:
+        return self.start() if self.process is None else self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def wait_ready(self) -> Node:
+        """Until node.json is this process's."""
+        self.wait("node.json", lambda: self.json()["pid"] == self.pid)
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def address(self) -> str:
+        address: str = self.json()["addresses"][0]
+        return address
+
+    def json(self) -> dict[str, Any]:
+        table: dict[str, Any] = json.loads((self.home / "node.json").read_text())
+        return table
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.json()["http"].rstrip("/") + path, timeout=5) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def status(self) -> dict[str, Any]:
+        table: dict[str, Any] = json.loads(self.get("/status"))
+        return table
+
+    def wait(self, what: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+        """Poll until `condition` holds; what cannot be read yet does not hold."""
+        end = time.monotonic() + deadline_s
+        while True:
+            assert self.process is not None
+            try:
+                if condition():
+                    return
+            except (OSError, ValueError, KeyError):
+                pass
+            ended = self.process.poll()
+            if ended is not None or time.monotonic() > end:
+                raise AssertionError(f"{self.home.name}: no {what} (exit {ended}):\n{self.tail()}")
+            time.sleep(0.05)
+
+    def wait_epoch(self, epoch: int, deadline_s: float = DEADLINE_S) -> None:
+        self.wait(f"epoch {epoch}", lambda: self.status()["epoch"] >= epoch, deadline_s)
+
+    def tail(self, count: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def p2pd(self) -> psutil.Process | None:
+        """The live p2pd of this node, if there is one."""
+        for child in self.children():
+            try:
+                if "p2pd" in " ".join(child.cmdline()):
+                    return child
+            except psutil.Error:
+                continue  # gone, or waiting to be reaped
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until nothing of it is left."""
+        children = self.children()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive, f"left behind: {alive}"
+
+    def stop(self, deadline_s: float = 15.0) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        children = self.children()
+        self.process.terminate()
+        code = self.process.wait(deadline_s)
+        _, alive = psutil.wait_procs(children, timeout=2)
+        assert not alive, f"left behind: {alive}"
+        return code
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Digests:
+    """Epoch -> state digest, as every node said it: no epoch may have two."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.nodes = nodes
+        self.seen: dict[int, tuple[str, str]] = {}
+        self.shared: dict[int, set[str]] = {}
+
+    def poll(self) -> None:
+        for node in self.nodes:
+            try:
+                status = node.status()
+            except (OSError, ValueError):
+                continue
+            epoch, digest = status["epoch"], status["state_digest"]
+            if not digest:
+                continue
+            known = self.seen.setdefault(epoch, (digest, node.home.name))
+            assert known[0] == digest, f"epoch {epoch}: {known} and {(digest, node.home.name)}"
+            self.shared.setdefault(epoch, set()).add(node.home.name)
+
+    def wait(self, what: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+        """Poll all nodes until `condition` holds."""
+
+        def holds() -> object:
+            self.poll()
+            return condition()
+
+        running = next(n for n in self.nodes if n.process is not None and n.process.poll() is None)
+        running.wait(what, holds, deadline_s)

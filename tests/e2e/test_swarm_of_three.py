@@ -1,0 +1,122 @@
+"""The main job with real daemons: join by one address, commit the same bits, lose one node, get it back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from e2e.harness import Digests, Node, init, tapestry
+
+pytestmark = pytest.mark.e2e
+
+
+def chain_of(home: Path) -> list[dict]:
+    """The bodies in a home's chain.jsonl, whatever they are sealed with."""
+
+    def body(value: object) -> dict | None:
+        if isinstance(value, dict):
+            if "prev" in value and "members" in value:
+                return value
+            value = list(value.values())
+        if isinstance(value, list):
+            return next((found for found in map(body, value) if found), None)
+        return None
+
+    bodies = [body(json.loads(line)) for line in (home / "chain.jsonl").read_text().splitlines()]
+    assert None not in bodies
+    return [b for b in bodies if b]
+
+
+def members_of(record: dict) -> int:
+    return len(record["members"])
+
+
+def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path) -> None:
+    founder = Node(init(tmp_path / "a", inner_steps="30"))
+    with founder:
+        founder.wait_ready()
+        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
+        third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        with second, third:
+            nodes = (founder, second, third)
+            digests = Digests(*nodes)
+            second.wait_ready()
+            third.wait_ready()
+
+            def all_members() -> bool:
+                return members_of(chain_of(founder.home)[-1]) == 3
+
+            digests.wait("a record of three members", all_members)
+            start = founder.status()["epoch"]
+            digests.wait("three more epochs", lambda: founder.status()["epoch"] >= start + 3)
+            assert all(json.loads(n.get("/status"))["run_id"] == founder.json()["run_id"] for n in nodes)
+            assert founder.get("/readyz").strip()
+            assert 'tapestry_rounds_total{outcome="committed"}' in founder.get("/metrics")
+
+            third.kill()
+            killed_at = founder.status()["epoch"]
+            digests.wait("two epochs without it", lambda: founder.status()["epoch"] >= killed_at + 2)
+            third.start().wait_ready()
+            again = founder.status()["epoch"]
+            digests.wait("its return", lambda: third.status()["epoch"] >= again)
+            digests.wait(
+                "a record with it again",
+                lambda: members_of(chain_of(founder.home)[-1]) == 3 and founder.status()["epoch"] > again,
+            )
+            assert [n.stop() for n in nodes] == [0, 0, 0], third.tail()
+    assert any(len(names) == 3 for names in digests.shared.values()), "no epoch was seen on all three"
+    for node in nodes:
+        chain = chain_of(node.home)
+        assert [r["epoch"] for r in chain] == list(range(1, len(chain) + 1))
+        assert not any(r["forced"] for r in chain)
+        assert not (node.home / "node.json").exists()
+    shortest = min((chain_of(n.home) for n in nodes), key=len)
+    assert all(chain_of(n.home)[: len(shortest)] == shortest for n in nodes)
+    assert len(
+        {c["contribution"] if isinstance(c, dict) else c[2] for r in shortest for c in r["members"]}
+    ) == sum(members_of(r) for r in shortest), "a contribution counted twice"
+
+    out = tmp_path / "model"
+    assert tapestry("export", out, "--home", founder.home).returncode == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+
+
+def test_a_restarted_founder_resumes_where_it_stopped(tmp_path: Path) -> None:
+    with Node(init(tmp_path / "a")) as node:
+        node.wait_ready()
+        node.wait_epoch(3)
+        assert node.stop() == 0
+        epoch = len(chain_of(node.home))
+        node.start().wait_ready()
+        status = node.status()
+        assert status["epoch"] >= epoch
+        node.kill()
+        node.start().wait_ready()
+        node.wait_epoch(epoch + 1)
+        assert node.stop() == 0
+    epochs = [r["epoch"] for r in chain_of(node.home)]
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_dead_p2pd_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
+    with Node(init(tmp_path / "a")) as node:
+        node.wait_ready()
+        address = node.address
+        first = node.p2pd()
+        assert first is not None
+        first.kill()
+        node.wait("a new p2pd", lambda: node.p2pd() not in (None, first), deadline_s=5.0)
+        epoch = node.status()["epoch"]
+        node.wait_epoch(epoch + 2)
+        with Node(tmp_path / "b", "--peer", address, data="stdlib:2/3") as second:
+            second.wait_ready()
+            second.wait_epoch(epoch)
+        assert node.stop() == 0
+
+
+def test_epochs_ends_the_node_by_itself(tmp_path: Path) -> None:
+    with Node(init(tmp_path / "a"), "--epochs", 3) as node:
+        assert node.process is not None
+        assert node.process.wait(60) == 0, node.tail()
+    assert len(chain_of(node.home)) == 3

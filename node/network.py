@@ -101,7 +101,7 @@ class Network:
         while True:
             try:
                 await self._serve(swarm)
-            except* _P2pdDied as group:
+            except* (_P2pdDied, SwarmError) as group:
                 reason = str(group.exceptions[0])
             finally:
                 self._swarm = self._links = None

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from blake3 import blake3
 
-from tapestry.dht.addresses import parse_peer
+from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.averaging import Averaging
@@ -32,7 +33,7 @@ from tapestry.node.crypto import NodeCrypto
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.http import start_http
-from tapestry.node.join import GENESIS_PROTOCOL, agree_on_run, state_protocol
+from tapestry.node.join import GENESIS_PROTOCOL, Agreed, agree_on_run, state_protocol
 from tapestry.node.keeper import Keeper, found_run
 from tapestry.node.links import LinkLimits
 from tapestry.node.logs import LiveLine, start_logging
@@ -44,10 +45,10 @@ from tapestry.node.protocol.core import Core
 from tapestry.node.runspec import RunSpec, training_settings
 from tapestry.node.runtime import Runtime
 from tapestry.node.state.model import Arithmetic, ModelState
-from tapestry.node.state.store import Store
+from tapestry.node.state.store import LoadedStore, Store
 from tapestry.node.status import NodeView
 from tapestry.node.trainer.data import DataError, list_files
-from tapestry.node.trainer.process import TrainerError, TrainerProcess
+from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings
 from tapestry.node.vocabulary import Reader
 
@@ -87,6 +88,7 @@ class _Daemon:
         self.metrics = Metrics(VERSION)
         self.view = NodeView(VERSION, self.started_at)
         self.stop = asyncio.Event()
+        self._runtime: Runtime | None = None  # once it runs
 
     async def run(self) -> int:
         self._handle_signals()
@@ -117,63 +119,88 @@ class _Daemon:
     async def _run(self) -> None:
         config = self.config
         peers = [parse_peer(text) for text in config.peers]
-        identity = _identity(self.home)
-        with _as_user_error(DataError):
+        with _as_user_error(IdentityError, DataError):
+            identity = Identity.load_or_create(self.home.identity_key)
             list_files(config.data)
+        crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
             http = await start_http(self.view, self.metrics, config.http_host, config.http_port)
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
-            # Network.run closes it too; closing twice is safe, and before that it is ours to close.
-            stack.push_async_callback(swarm.close)
-            crypto = NodeCrypto(identity)
+            stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
-            spec = agreed.spec
-            runtime_slot: list[Runtime] = []
-            trainer = await self._start_trainer(self._worker_settings(spec, identity), runtime_slot)
+            trainer = await self._start_trainer(self._worker_settings(agreed.spec, identity))
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
-            arithmetic = Arithmetic.of(spec, trainer.layout.n)
-            state = ModelState(trainer.params, trainer.layout.schema_hash, arithmetic, 0, "")
-            genesis = agreed.genesis
-            if genesis is None:
-                trainer.params.copy_(await trainer.initial_state())
-                genesis = await asyncio.to_thread(
-                    found_run, spec, identity.peer_id, state, self.home, store, crypto
-                )
-            elif agreed.from_peer:
-                _check_model(genesis, state)
-                await asyncio.to_thread(store.write_genesis, genesis)
-            state.head = genesis.run_id
-            keeper = Keeper(self.home, spec, store, loaded, genesis, state)
-            restored = await asyncio.to_thread(keeper.restore)
-            rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
-            core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
-            averaging = Averaging(
-                arithmetic.codec, state.n, spec.compression.shard_elements, spec.compression.residual
-            )
-            runtime = Runtime(core, keeper, averaging, self.metrics, self.live, config.epochs)
-            network = Network(
-                self._swarm_config(),
-                identity,
-                genesis.run_id,
-                peers,
-                Reader(crypto),
-                averaging.unpack,
-                runtime,
-                _link_limits(spec, averaging),
-                {GENESIS_PROTOCOL: runtime.serve_state, state_protocol(genesis.run_id): runtime.serve_state},
-                runtime.news,
-                self.metrics.refused,
-            )
+            keeper, genesis = await self._open_state(agreed, store, loaded, trainer, identity, crypto)
+            runtime = await self._make_runtime(agreed.spec, genesis, keeper, identity, crypto)
+            network = self._make_network(agreed.spec, genesis, runtime, identity, peers, crypto)
             runtime.trainer, runtime.network = trainer, network
-            self.metrics.set_run(genesis.run_id, spec.name)
+            self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
-            self.view.attach(runtime, genesis.run_id, spec.name, trainer)
-            self._announce(identity, spec, genesis, await swarm.addresses(), http.url)
+            self.view.attach(runtime, genesis.run_id, agreed.spec.name)
+            self._announce(identity, agreed.spec, genesis, await swarm.addresses(), http.url)
             stack.callback(self.home.remove_node_json)
-            await self._serve(runtime, network, swarm, trainer, runtime_slot)
+            await self._serve(runtime, network, swarm, trainer)
+
+    async def _open_state(
+        self,
+        agreed: Agreed,
+        store: Store,
+        loaded: LoadedStore,
+        trainer: TrainerProcess,
+        identity: Identity,
+        crypto: NodeCrypto,
+    ) -> tuple[Keeper, Genesis]:
+        """The keeper of the run's state; for a new run, the initial state and the genesis that names it."""
+        spec, genesis = agreed.spec, agreed.genesis
+        arithmetic = Arithmetic.of(spec, trainer.layout.n)
+        state = ModelState(trainer.params, trainer.layout.schema_hash, arithmetic, 0, "")
+        if genesis is None:
+            trainer.params.copy_(await trainer.initial_state())
+            genesis = await asyncio.to_thread(
+                found_run, spec, identity.peer_id, state, self.home, store, crypto
+            )
+        elif agreed.from_peer:
+            _check_model(genesis, state)
+            await asyncio.to_thread(store.write_genesis, genesis)
+        state.head = genesis.run_id
+        return Keeper(self.home, spec, store, loaded, genesis, state), genesis
+
+    async def _make_runtime(
+        self, spec: RunSpec, genesis: Genesis, keeper: Keeper, identity: Identity, crypto: NodeCrypto
+    ) -> Runtime:
+        restored = await asyncio.to_thread(keeper.restore)
+        state, arithmetic = keeper.state, keeper.state.arithmetic
+        rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
+        core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
+        compression = spec.compression
+        averaging = Averaging(arithmetic.codec, state.n, compression.shard_elements, compression.residual)
+        return Runtime(core, keeper, averaging, self.metrics, self.live, self.config.epochs)
+
+    def _make_network(
+        self,
+        spec: RunSpec,
+        genesis: Genesis,
+        runtime: Runtime,
+        identity: Identity,
+        peers: list[PeerAddress],
+        crypto: NodeCrypto,
+    ) -> Network:
+        return Network(
+            self._swarm_config(),
+            identity,
+            genesis.run_id,
+            peers,
+            Reader(crypto),
+            runtime.averaging.unpack,
+            runtime,
+            _link_limits(spec, runtime.averaging),
+            {GENESIS_PROTOCOL: runtime.serve_state, state_protocol(genesis.run_id): runtime.serve_state},
+            runtime.news,
+            self.metrics.refused,
+        )
 
     async def _serve(
         self,
@@ -181,14 +208,13 @@ class _Daemon:
         network: Network,
         swarm: Swarm,
         trainer: TrainerProcess,
-        runtime_slot: list[Runtime],
     ) -> None:
         """Until --epochs is reached, or cancelled; and then leave in good order."""
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(runtime.run())
             networking = tasks.create_task(network.run(swarm))
             training = tasks.create_task(trainer.closed())
-            runtime_slot.append(runtime)
+            self._runtime = runtime
             try:
                 await runtime.done.wait()
             finally:
@@ -229,20 +255,19 @@ class _Daemon:
                 data=self.config.data,
                 cache_dir=str(self.home.cache),
                 inner_state_path=str(self.home.trainer / "inner.safetensors"),
-                node_seed=int(identity_seed(identity.peer_id)),
+                node_seed=node_seed(identity.peer_id),
                 device=self.config.device,
                 threads=self.config.threads,
             )
 
-    async def _start_trainer(self, settings: WorkerSettings, slot: list[Runtime]) -> TrainerProcess:
-        """Events before the runtime is there are the first Hello's: nothing is lost."""
+    def _on_trainer_event(self, event: Event) -> None:
+        """Before the runtime is there only the first Hello can come, and that is `start`'s affair."""
+        if self._runtime is not None:
+            self._runtime.on_trainer_event(event)
 
-        def on_event(event: Any) -> None:
-            if slot:
-                slot[0].on_trainer_event(event)
-
+    async def _start_trainer(self, settings: WorkerSettings) -> TrainerProcess:
         try:
-            return await TrainerProcess.start(settings, on_event)
+            return await TrainerProcess.start(settings, self._on_trainer_event)
         except TrainerError as error:
             code = ExitCode.USAGE if error.reason in ("data", "settings", "device") else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
@@ -279,18 +304,9 @@ def export(home: Home, out: Path, epoch: int | None) -> None:
 # --- helpers ----------------------------------------------------------------------------------------
 
 
-def identity_seed(peer_id: str) -> int:
+def node_seed(peer_id: str) -> int:
     """What makes a node's random windows its own: 63 bits of its peer id's digest."""
-    from blake3 import blake3
-
     return int.from_bytes(blake3(peer_id.encode()).digest()[:8], "big") >> 1
-
-
-def _identity(home: Home) -> Identity:
-    try:
-        return Identity.load_or_create(home.identity_key)
-    except IdentityError as error:
-        raise UserError(str(error)) from error
 
 
 def _check_model(genesis: Genesis, state: ModelState) -> None:

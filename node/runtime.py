@@ -60,7 +60,7 @@ class Runtime:
         self.network: Network | None = None
         self.view = TrainingView()
         self.done = asyncio.Event()  # --epochs is reached
-        self._averaging = averaging
+        self.averaging = averaging
         self._live = live
         self._epochs = epochs
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
@@ -227,7 +227,7 @@ class Runtime:
             return
         async with self._encode_lock:
             try:
-                payloads = await self._in_compute_thread(self._averaging.encode, trainer.contribution)
+                payloads = await self._in_compute_thread(self.averaging.encode, trainer.contribution)
             except Refused as refused:
                 self.metrics.refused(refused.reason)
                 self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
@@ -258,7 +258,7 @@ class Runtime:
 
     def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
         if self.network is not None:
-            self.network.send_bulk(peer, message, kind, self._averaging.frame(message.shard, blob))
+            self.network.send_bulk(peer, message, kind, self.averaging.frame(message.shard, blob))
 
     def do_reduce(self, out: ev.Reduce) -> None:
         self._spawn(self._reduce(out))
@@ -266,9 +266,7 @@ class Runtime:
     async def _reduce(self, out: ev.Reduce) -> None:
         blobs: Any = out.blobs
         try:
-            mean, digest = await self._in_compute_thread(
-                self._averaging.reduce, out.shard, blobs, out.weights
-            )
+            mean, digest = await self._in_compute_thread(self.averaging.reduce, out.shard, blobs, out.weights)
         except Refused as refused:
             _log.error("reduce=refused shard=%d %s", out.shard, refused)
             self.feed(ev.PeerRefused(max(out.peers), refused.reason))
@@ -399,7 +397,7 @@ class Runtime:
             self.trainer.close_round(out.epoch)
 
     def do_end_round(self, out: ev.EndRound) -> None:
-        self._averaging.settle(out.outcome in ("committed", "forced"))
+        self.averaging.settle(out.outcome in ("committed", "forced"))
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
             self.network.drop_bulk()

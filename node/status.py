@@ -9,7 +9,6 @@ from tapestry.node.protocol.messages import Stage
 
 if TYPE_CHECKING:
     from tapestry.node.runtime import Runtime
-    from tapestry.node.trainer.process import TrainerProcess
 
 
 class NodeView:
@@ -20,13 +19,12 @@ class NodeView:
         self._version = version
         self._started_at = started_at
         self._runtime: Runtime | None = None
-        self._trainer: TrainerProcess | None = None
         self._run_id = ""
         self._run_name = ""
 
-    def attach(self, runtime: Runtime, run_id: str, run_name: str, trainer: TrainerProcess) -> None:
+    def attach(self, runtime: Runtime, run_id: str, run_name: str) -> None:
+        """From now on there is something to show."""
         self._runtime, self._run_id, self._run_name = runtime, run_id, run_name
-        self._trainer = trainer
 
     def status(self) -> dict[str, Any]:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""

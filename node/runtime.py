@@ -253,7 +253,7 @@ class Runtime:
         self._send_bulk(out.peer, message, "contribution", out.blob)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        message = Result(out.epoch, out.ballot, out.shard, "", None)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None)
         self._send_bulk(out.peer, message, "result", out.blob)
 
     def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
@@ -271,7 +271,7 @@ class Runtime:
             _log.error("reduce=refused shard=%d %s", out.shard, refused)
             self.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
-        self.feed(ev.Reduced(out.epoch, out.ballot, out.shard, digest, mean))
+        self.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean))
 
     async def do_persist_vote(self, out: ev.PersistVote) -> None:
         await self._in_disk_thread(self.keeper.write_vote, out.vote)

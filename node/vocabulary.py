@@ -78,8 +78,8 @@ class Reader:
         if kind is Shard:
             epoch, contribution, shard = values
             return Shard(epoch, contribution, shard, blob)
-        epoch, ballot, shard = values
-        return Result(epoch, ballot, shard, digest, blob)
+        epoch, head, ballot, shard = values
+        return Result(epoch, head, ballot, shard, digest, blob)
 
     def _read(self, header: bytes, kinds: Mapping[str, type]) -> tuple[type, list[Any]]:
         raw = unpack(header)
@@ -245,6 +245,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     Commit: {"record": (chain.record_to_dict, _same)},
     Need: {
         "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
         "contribution": (_same, _hex(0, 32)),
         "shards": (_same, _tuple_of(_SHARD, SHARDS_MAX)),
@@ -252,7 +253,12 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     GetRecords: {"known": (_same, _tuple_of(_known, LOCATOR_MAX))},
     Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_same, RECORDS_MAX))},
     Shard: {"epoch": (_same, _EPOCH), "contribution": (_same, _hex(32)), "shard": (_same, _SHARD)},
-    Result: {"epoch": (_same, _EPOCH), "ballot": (_same, _BALLOT), "shard": (_same, _SHARD)},
+    Result: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "shard": (_same, _SHARD),
+    },
 }
 _NOT_IN_HEADER = {"blob", "digest"}  # the payload, and what the receiver computes of it
 

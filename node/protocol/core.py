@@ -241,7 +241,7 @@ class Core:
                 self.ctx.emit(Train(self.round.epoch))
 
     def handle_reduced(self, inp: Reduced, now: float) -> None:
-        if self.round is not None and inp.epoch == self.round.epoch:
+        if self.round is not None and (inp.epoch, inp.head) == (self.round.epoch, self.round.head):
             self.round.exchange.on_reduced(inp)
             self.round.advance(now)
 
@@ -288,10 +288,12 @@ class Core:
         round_ = self.round
         if round_ is None or message.epoch != round_.epoch:
             return None
-        if isinstance(message, (Accept, Need, Shard, Result)):
+        if isinstance(message, (Accept, Shard)):  # these name the record and the contribution
             return self._on_data(peer, round_, message, now)
         if message.head != round_.head:
             return None
+        if isinstance(message, (Need, Result)):
+            return self._on_data(peer, round_, message, now)
         if isinstance(message, Ready):
             if view.status is None or view.status.head != message.head:
                 # READY is news too: it may overtake the STATUS that says the same.

@@ -75,6 +75,7 @@ class TrainerState:
 @dataclass(frozen=True, slots=True)
 class Reduced:
     epoch: int
+    head: str  # as in Reduce
     ballot: int
     shard: int
     digest: str
@@ -159,6 +160,7 @@ class SendShard:
 class SendResult:
     peer: str
     epoch: int
+    head: str  # of the state the round starts from
     ballot: int
     shard: int
     blob: Blob
@@ -167,6 +169,7 @@ class SendResult:
 @dataclass(frozen=True, slots=True)
 class Reduce:
     epoch: int
+    head: str  # of the state the round starts from; comes back in Reduced
     ballot: int  # that last changed the members; comes back in Reduced
     shard: int
     blobs: tuple[Blob, ...]  # in roster order, of those with weight

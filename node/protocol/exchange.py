@@ -31,9 +31,10 @@ class Input:
 class Exchange:
     """The data half of a round at one node. `Round` decides; this moves."""
 
-    def __init__(self, ctx: Context, epoch: int) -> None:
+    def __init__(self, ctx: Context, epoch: int, head: str) -> None:
         self.ctx = ctx
         self.epoch = epoch
+        self.head = head
         self.mine: Contributed | None = None
         self.roster: Roster | None = None
         self.members_ballot = -1  # the ballot that last changed the members: names a set of results
@@ -134,7 +135,9 @@ class Exchange:
                 if mine is not None and ours and self._reducer(shard) == peer:
                     self.ctx.emit(SendShard(peer, self.epoch, mine.contribution, shard, mine.blobs[shard]))
             elif need.ballot == roster.ballot and shard in self.results:
-                self.ctx.emit(SendResult(peer, self.epoch, need.ballot, shard, self.results[shard][1]))
+                self.ctx.emit(
+                    SendResult(peer, self.epoch, self.head, need.ballot, shard, self.results[shard][1])
+                )
 
     # --- how far we are ------------------------------------------------------------------------
 
@@ -153,7 +156,7 @@ class Exchange:
         """Ask for what did not come."""
         for peer, (contribution, shards) in self._missing().items():
             assert self.roster is not None
-            self.ctx.send(peer, Need(self.epoch, self.roster.ballot, contribution, tuple(shards)))
+            self.ctx.send(peer, Need(self.epoch, self.head, self.roster.ballot, contribution, tuple(shards)))
 
     def waiting_on(self) -> tuple[str, ...]:
         """Who holds us up: those whose contribution is unusable; else those who owe us theirs, since of our
@@ -209,14 +212,14 @@ class Exchange:
         self.reducing.add(shard)
         weights = tuple(m.weight for m in members)
         peers = tuple(m.peer for m in members)
-        self.ctx.emit(Reduce(self.epoch, self.members_ballot, shard, tuple(blobs), weights, peers))
+        self.ctx.emit(Reduce(self.epoch, self.head, self.members_ballot, shard, tuple(blobs), weights, peers))
 
     def _share(self, shard: int) -> None:
         assert self.roster is not None
         blob = self.results[shard][1]
         for member in self.roster.members:
             if member.peer != self.ctx.me:
-                self.ctx.emit(SendResult(member.peer, self.epoch, self.roster.ballot, shard, blob))
+                self.ctx.emit(SendResult(member.peer, self.epoch, self.head, self.roster.ballot, shard, blob))
 
     def _missing(self) -> dict[str, tuple[str, list[int]]]:
         """Peer -> (contribution or "" for results, shards) that we lack."""

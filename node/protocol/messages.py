@@ -123,6 +123,7 @@ class Need:
     """Asks a peer for shards that did not come. `contribution` names its own; "" asks for the result."""
 
     epoch: int
+    head: str  # of the state the round starts from
     ballot: int
     contribution: str
     shards: tuple[int, ...]
@@ -158,6 +159,7 @@ class Result:
     """A reduced shard, on its way to all."""
 
     epoch: int
+    head: str  # of the state the round starts from
     ballot: int
     shard: int
     digest: str  # of the encoded bytes, computed by the receiver

@@ -88,7 +88,7 @@ class Round:
         self.state_digest = state_digest
         self.electorate = electorate
         self.order = leader_order(electorate, head, ctx.crypto)
-        self.exchange = Exchange(ctx, epoch)
+        self.exchange = Exchange(ctx, epoch, head)
         self.vote = vote or Vote(epoch, head, -1, -1, None)
         # After a restart we may have led the promised ballot already: never lead the same one twice.
         self.lead_from = self.vote.promised + 1

@@ -42,11 +42,11 @@ CONTROL = [
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
     messages.Accept(6, 2, HEAD, HEAD, "aa"),
     messages.Commit(RECORD),
-    messages.Need(6, 2, "", (0, 3)),
+    messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),
     messages.Records(6, (RECORD,)),
 ]
-DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, 1, 2, "digest", "blob")]
+DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, HEAD, 1, 2, "digest", "blob")]
 
 
 @pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)

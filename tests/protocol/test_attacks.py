@@ -262,7 +262,7 @@ def test_need_gives_only_what_is_there_and_only_to_whom_it_is_due(shards):
         core.handle(ev.PeerUp(STRANGER), world.now)
         for peer in (STRANGER, *(n.name for n in nodes(world) if n is not node)):
             for contribution in (mine, ""):
-                need = Need(core.chain.epoch, core.round.ballot, contribution, shards)
+                need = Need(core.chain.epoch, core.chain.head, core.round.ballot, contribution, shards)
                 out = core.handle(ev.Received(peer, need), world.now)
                 sent = [o for o in out if isinstance(o, (ev.SendShard, ev.SendResult))]
                 assert len(sent) <= 1 and all(o.shard == 0 for o in sent)

@@ -118,7 +118,7 @@ class _Liar:
 
     def need(self) -> Need:
         shards = tuple(self.shard_index() for _ in range(20))
-        return Need(self.epoch(), self.ballot(), self.contribution(), shards)
+        return Need(self.epoch(), self.head(), self.ballot(), self.contribution(), shards)
 
     def shard(self) -> Shard:
         return Shard(self.epoch(), self.hex(32), self.shard_index(), "blob of a liar")
@@ -127,7 +127,7 @@ class _Liar:
         ballot = self.rng.choice(
             [-1, BALLOT_MAX]
         )  # a reducer's wrong mean is a wrong contribution by any name
-        return Result(self.epoch(), ballot, self.shard_index(), self.hex(64), "mean of a liar")
+        return Result(self.epoch(), self.head(), ballot, self.shard_index(), self.hex(64), "mean of a liar")
 
     def closing(self) -> Closing:
         return Closing(self.epoch(), self.head(), self.ballot())

@@ -187,12 +187,12 @@ class Node:
 
     def do_send_result(self, out: ev.SendResult) -> None:
         result = digest(repr(out.blob).encode())
-        message = Result(out.epoch, out.ballot, out.shard, result, out.blob)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, result, out.blob)
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_reduce(self, out: ev.Reduce) -> None:
         blob = (out.shard, tuple(zip(out.blobs, out.weights, strict=True)))
-        reduced = ev.Reduced(out.epoch, out.ballot, out.shard, digest(repr(blob).encode()), blob)
+        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest(repr(blob).encode()), blob)
         self.world.later(self.world.rng.uniform(0.005, 0.05), self, reduced)
 
     def do_persist_vote(self, out: ev.PersistVote) -> None:

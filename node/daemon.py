@@ -328,6 +328,7 @@ def _rules(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
         straggler_wait_s=r.straggler_wait_s,
         closing_grace_s=r.closing_grace_s,
         stall_s=r.stall_s,
+        exchange_max_s=r.exchange_max_s,
         quorum_loss_s=r.quorum_loss_s,
         on_quorum_loss=r.on_quorum_loss,
         min_members=r.min_members,

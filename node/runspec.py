@@ -305,6 +305,11 @@ class RoundSpec:
     stall_s: Annotated[
         float, Between(0.1, 3_600), "A member that makes no progress for so long has failed in this round."
     ] = 5.0
+    exchange_max_s: Annotated[
+        float,
+        Between(1, 604_800),
+        "Longest exchange of a round, even if it makes progress: raise it for large models on slow links.",
+    ] = 300.0
     quorum_loss_s: Annotated[
         float, Between(1, 604_800), "After so long without a quorum, on_quorum_loss decides."
     ] = 30.0

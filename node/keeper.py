@@ -95,7 +95,7 @@ class Keeper:
         """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
         body = record.body
         if self.state.torn or self.state.head != body.prev:
-            raise KeeperError(f"the state is not the one that update {body.epoch} starts from")
+            self._reload(body.epoch - 1)
         try:
             payloads = self.store.read_update(body.epoch, record.head, body.result)
             self.state.apply(payloads, body.epoch, record.head)
@@ -103,6 +103,11 @@ class Keeper:
             raise KeeperError(str(error)) from error
         self._digest = self.state.digest()
         return body.epoch, self._digest
+
+    def _reload(self, epoch: int) -> None:
+        """A step was broken off: take it again from what lies on disk. Raises KeeperError."""
+        if self.rollback(epoch)[0] != epoch:
+            raise KeeperError(f"our disk no longer leads to state {epoch}")
 
     def rollback(self, epoch: int) -> tuple[int, str]:
         """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError."""

@@ -138,7 +138,7 @@ class Metrics:
         self._rounds = {outcome: rounds.labels(outcome=outcome) for outcome in ROUND_OUTCOMES}
         self._round_seconds = Histogram(
             "tapestry_round_seconds",
-            "Duration of a round, its training included.",
+            "From having a contribution to the commit: what averaging cost.",
             registry=registry,
             buckets=_ROUND_BUCKETS_S,
         )

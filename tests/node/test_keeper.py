@@ -1,0 +1,115 @@
+"""Disk and parameters: the state follows the chain, and a torn one is loaded again from what lies on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tapestry.dht.identity import Identity
+from tapestry.node.crypto import NodeCrypto
+from tapestry.node.home import Home
+from tapestry.node.keeper import Keeper, KeeperError, found_run
+from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.runspec import RunSpec, preset_spec
+from tapestry.node.state.model import Arithmetic, ModelState
+from tapestry.node.state.store import Store, result_digest
+
+N = 700
+SPEC: RunSpec = preset_spec("nano", "test")
+
+
+class Run:
+    """A founder's keeper, and records made by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = Home(folder)
+        self.home.create()
+        self.identity = Identity.load_or_create(self.home.identity_key)
+        self.crypto = NodeCrypto(self.identity)
+        self.keeper = self.open(found=True)
+
+    def open(self, found: bool = False) -> Keeper:
+        store = Store(self.home, self.crypto)
+        loaded = store.load()
+        params = torch.arange(N, dtype=torch.float32) / N
+        state = ModelState(params, "ef" * 32, Arithmetic.of(SPEC, N), 0, "")
+        genesis = loaded.genesis
+        if found:
+            genesis = found_run(SPEC, self.identity.peer_id, state, self.home, store, self.crypto)
+        assert genesis is not None
+        state.head = genesis.run_id
+        return Keeper(self.home, SPEC, store, loaded, genesis, state)
+
+    def commit(self, keeper: Keeper, seed: int) -> Record:
+        """The next record, with an update, on disk; not yet applied."""
+        chain = keeper.restore().chain
+        codec = keeper.state.arithmetic.codec
+        x = torch.randn(N, generator=torch.Generator().manual_seed(seed))
+        payloads = [codec.encode(x)]
+        members = (Member(self.identity.peer_id, 1, f"{seed:032x}"),)
+        body = Body(
+            chain.genesis.run_id,
+            chain.epoch + 1,
+            chain.head,
+            keeper.reached[1],
+            members,
+            result_digest(payloads),
+        )
+        head = head_of(body, self.crypto)
+        signature = self.crypto.sign(accept_message(head, 0))
+        record = Record(body, head, 0, ((self.identity.peer_id, signature),))
+        chain.check(record, self.crypto)
+        keeper.write_update(body.epoch, head, payloads)
+        keeper.append_record(record)
+        return record
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "home")
+
+
+def test_a_restart_comes_back_to_the_same_bits(run: Run) -> None:
+    run.keeper.restore()
+    for seed in range(7):
+        epoch, digest = run.keeper.apply(run.commit(run.keeper, seed))
+    run.keeper.checkpoint()
+    again = run.open().restore()
+    assert (again.state_epoch, again.state_digest) == (epoch, digest) == (7, run.keeper.state.digest())
+    assert again.chain.epoch == 7
+
+
+def test_a_kill_between_record_and_step_loses_nothing(run: Run) -> None:
+    run.keeper.restore()
+    record = run.commit(run.keeper, 1)
+    killed = run.open().restore()
+    assert (killed.chain.epoch, killed.state_epoch) == (1, 1)
+    assert killed.state_digest == run.keeper.apply(record)[1]
+
+
+def test_a_torn_state_is_loaded_again_before_the_next_step(run: Run) -> None:
+    run.keeper.restore()
+    run.keeper.apply(run.commit(run.keeper, 1))
+    record = run.commit(run.keeper, 2)
+    expected = run.open().restore().state_digest
+    run.keeper.state.overwrite()[0][:4] = b"\xff\xff\xff\xff"
+    assert run.keeper.apply(record) == (2, expected)
+
+
+def test_an_update_that_is_gone_is_an_error_of_ours_not_a_crash(run: Run) -> None:
+    run.keeper.restore()
+    record = run.commit(run.keeper, 1)
+    for path in run.home.updates.iterdir():
+        path.write_bytes(b"damaged")
+    with pytest.raises(KeeperError):
+        run.keeper.apply(record)
+
+
+def test_a_rollback_gives_the_state_as_it_was(run: Run) -> None:
+    run.keeper.restore()
+    digests = [run.keeper.reached[1]]
+    for seed in range(4):
+        digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
+    run.keeper.truncate(2)
+    assert run.keeper.rollback(2) == (2, digests[2])
+    assert run.open().restore().state_digest == digests[2]

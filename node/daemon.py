@@ -131,6 +131,7 @@ class _Daemon:
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
+            _log.info("starting trainer: it reads the data and builds the model")
             trainer = await self._start_trainer(self._worker_settings(agreed.spec, identity))
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
             keeper, genesis = await self._open_state(agreed, store, loaded, trainer, identity, crypto)

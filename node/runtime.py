@@ -90,6 +90,7 @@ class Runtime:
                 await asyncio.get_running_loop().create_future()
         finally:
             self._tasks = None
+            self._live.show("")
             if self._timer is not None:
                 self._timer.cancel()
             self._compute.shutdown(wait=False, cancel_futures=True)
@@ -401,7 +402,7 @@ class Runtime:
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
             self.network.drop_bulk()
-        if out.outcome != "committed":
+        if out.outcome != "committed" and not self.core.stopping:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
     def do_verdict(self, out: ev.Verdict) -> None:

@@ -40,9 +40,9 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TAPESTRY_")} | {"OMP_NUM_THREADS": "1"}
 
 
-def init(folder: Path, **changes: str) -> Path:
-    """A home with a run.toml of preset nano, in which `key = value` lines are replaced."""
-    done = tapestry("init", folder, "--preset", "nano", "--name", "test")
+def init(folder: Path, preset: str = "nano", **changes: str) -> Path:
+    """A home with a run.toml of the preset, in which `key = value` lines are replaced."""
+    done = tapestry("init", folder, "--preset", preset, "--name", "test")
     assert done.returncode == 0, done.stderr
     run = folder / "run.toml"
     lines = run.read_text().splitlines()

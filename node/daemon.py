@@ -24,7 +24,7 @@ from typing import Any
 import uvloop
 from blake3 import blake3
 
-from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.averaging import Averaging
@@ -141,9 +141,11 @@ class _Daemon:
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
             self.view.attach(runtime, genesis.run_id, agreed.spec.name)
-            self._announce(identity, agreed.spec, genesis, await swarm.addresses(), http.url)
+            addresses = ranked(await swarm.addresses())
+            _print_banner(identity.peer_id, agreed.spec.name, genesis.run_id, addresses, http.url)
+            info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)
             stack.callback(self.home.remove_node_json)
-            await self._serve(runtime, network, swarm, trainer)
+            await self._serve(runtime, network, swarm, trainer, info)
 
     async def _open_state(
         self,
@@ -209,6 +211,7 @@ class _Daemon:
         network: Network,
         swarm: Swarm,
         trainer: TrainerProcess,
+        info: NodeInfo,
     ) -> None:
         """Until --epochs is reached, or cancelled; and then leave in good order."""
         async with asyncio.TaskGroup() as tasks:
@@ -217,6 +220,8 @@ class _Daemon:
             training = tasks.create_task(trainer.closed())
             self._runtime = runtime
             try:
+                await network.up.wait()
+                self.home.write_node_json(info)
                 await runtime.done.wait()
             finally:
                 self.view.stopping = True
@@ -273,26 +278,25 @@ class _Daemon:
             code = ExitCode.USAGE if error.reason in ("data", "settings", "device") else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
 
-    def _announce(
-        self, identity: Identity, spec: RunSpec, genesis: Genesis, addresses: tuple[str, ...], url: str
-    ) -> None:
-        """What `start` prints first, and node.json."""
-        lines = [
-            f"peer id  {identity.peer_id}",
-            f"run      {spec.name}  {genesis.run_id}",
-            *(f"address  {address}" for address in addresses),
-            f"metrics  {url}/metrics",
-            f"status   {url}/status",
-            "others join with:",
-            f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
-            f" --run-id {genesis.run_id} --data <their data>",
-        ]
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
+    def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:
         started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
-        self.home.write_node_json(
-            NodeInfo(os.getpid(), identity.peer_id, genesis.run_id, addresses, url, VERSION, started)
-        )
+        return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
+
+
+def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str, ...], url: str) -> None:
+    """What `start` prints first."""
+    lines = [
+        f"peer id  {peer_id}",
+        f"run      {run_name}  {run_id}",
+        *(f"address  {address}" for address in addresses),
+        f"metrics  {url}/metrics",
+        f"status   {url}/status",
+        "others join with:",
+        f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
+        f" --run-id {run_id} --data <their data>",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
 
 
 def export(home: Home, out: Path, epoch: int | None) -> None:

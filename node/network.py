@@ -85,6 +85,7 @@ class Network:
         self._on_refused = on_refused
         self._swarm: Swarm | None = None
         self._links: Links | None = None
+        self.up = asyncio.Event()  # we serve, and are in the DHT
         self._moved = asyncio.Event()
         self._expires_at = 0.0
         self.presences: dict[str, Presence] = {}
@@ -123,13 +124,14 @@ class Network:
             tasks.create_task(_watch(swarm))
             for protocol, handler in self._handlers.items():
                 await swarm.serve(protocol, handler)
-            self.addresses = await swarm.addresses()
+            self.addresses = ranked(await swarm.addresses())
             self._swarm = swarm
             self._links = Links(
                 swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
             )
             tasks.create_task(self._links.run())
             await swarm.join_dht(self._run_id, self._peers)
+            self.up.set()
             tasks.create_task(self._publish_presence(swarm))
             tasks.create_task(self._look_for_peers(swarm, self._links))
 
@@ -185,7 +187,7 @@ class Network:
             epoch=news.epoch,
             head=news.head,
             phase=phase or news.phase,
-            addresses=tuple(ranked(self.addresses))[:ADDRESSES_MAX],
+            addresses=self.addresses[:ADDRESSES_MAX],
             issued_at=now,
             expires_at=self._expires_at,
         )

@@ -249,7 +249,7 @@ class CompressionSpec:
         int,
         Between(256, 2**26, multiple_of=256),
         "Parameters that are sent and averaged as one piece. Guess; see scripts/bench_averaging.py.",
-    ] = 1_048_576
+    ] = 262_144
     residual: Annotated[bool, "Error feedback: add what the codec rounded away to the next contribution."] = (
         False
     )

@@ -131,7 +131,8 @@ class Runtime:
         health = "working" if phase in ("training", "averaging") else phase
         if health != self._health_told:
             self._health_told = health
-            _log.info("phase=%s epoch=%d %s", phase, epoch, core.reason(now))
+            if not core.stopping:  # the daemon says that
+                _log.info("phase=%s epoch=%d %s", phase, max(epoch, 0), core.reason(now))
         self._count_peers()
 
     def _count_peers(self) -> None:

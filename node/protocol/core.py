@@ -145,7 +145,7 @@ class Core:
             vote = None
         electorate = self.chain.electorate_at(epoch)
         self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
-        self.round.trainer_up = self.trainer_up
+        self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
             self.ctx.emit(Train(epoch))
         self.round.advance(now)

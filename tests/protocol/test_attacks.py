@@ -171,7 +171,7 @@ def test_an_elector_cannot_use_up_the_ballots_of_a_round():
 def test_ballots_far_apart_meet_step_by_step():
     world = swarm()
     for node in nodes(world)[:3]:
-        node.core.round._enter(10 * 2**16, world.now)
+        node.core.round.acceptor.enter(10 * 2**16, world.now)
     goes_on(world, epochs=1, limit_s=30)
 
 
@@ -204,7 +204,7 @@ def test_a_ready_that_would_poison_the_record_is_refused():
         for ballot in range(core.round.ballot, core.round.ballot + 4):
             says(world, "p3", Ready(epoch, head, ballot, False, state, contribution, weight, 0.0, -1, None))
     assert world.refused["malformed"] >= 3
-    assert all(r.weight >= 0 for n in nodes(world) for r in n.core.round.ready.values())
+    assert all(r.weight >= 0 for n in nodes(world) for r in n.core.round.state.ready.values())
     goes_on(world)
 
 
@@ -213,7 +213,7 @@ def test_a_ready_is_of_one_mind_about_what_it_accepted():
     world = swarm()
     core = nodes(world)[0].core
     epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
-    leader = world.nodes[core.round.leader_of(core.round.ballot)]
+    leader = world.nodes[core.round.state.leader_of(core.round.ballot)]
     for liar in (n.name for n in nodes(world) if n is not leader):
         ready = Ready(epoch, head, leader.core.round.ballot, False, state, "", 0, 0.0, 99, None)
         leader.feed(ev.Received(liar, ready))
@@ -234,12 +234,26 @@ def test_an_accepted_value_that_nobody_serves_costs_a_ballot_not_the_round():
             if liar not in node.core.ctx.peers or not node.core.ctx.peers[liar].up:
                 node.feed(ev.PeerUp(liar))
             round_ = node.core.round
-            if round_ is not None and round_.leading:
+            if round_ is not None and round_.state.leading:
                 body = Body(
-                    world.genesis.run_id, round_.epoch + 1, round_.head, round_.state_digest, members, HEX
+                    world.genesis.run_id,
+                    round_.epoch + 1,
+                    round_.head,
+                    round_.state.state_digest,
+                    members,
+                    HEX,
                 )
                 ready = Ready(
-                    round_.epoch, round_.head, round_.ballot, False, round_.state_digest, "", 0, 0.0, 0, body
+                    round_.epoch,
+                    round_.head,
+                    round_.ballot,
+                    False,
+                    round_.state.state_digest,
+                    "",
+                    0,
+                    0.0,
+                    0,
+                    body,
                 )
                 if round_.ballot > 0:
                     node.feed(ev.Received(liar, ready))
@@ -276,7 +290,7 @@ def test_rosters_with_odd_reducers_are_refused():
     members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
     for ballot in range(core.round.ballot + 1, core.round.ballot + 5):
         for reducers in ((-1, 0, 0), (4, 0, 0), (0,), (0,) * 1000):
-            leader = core.round.leader_of(ballot)
+            leader = core.round.state.leader_of(ballot)
             says(world, leader, Roster(epoch, head, ballot, False, state, members, reducers))
     assert world.refused["roster"] >= 4
     goes_on(world)
@@ -285,7 +299,7 @@ def test_rosters_with_odd_reducers_are_refused():
 def test_holders_that_nobody_knows_are_asked_for_nothing():
     world = swarm()
     core = nodes(world)[0].core
-    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.leader_of(b) == "p3")
+    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.state.leader_of(b) == "p3")
     members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
     epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
     body = Body(world.genesis.run_id, epoch + 1, head, state, members, HEX)
@@ -296,7 +310,7 @@ def test_holders_that_nobody_knows_are_asked_for_nothing():
 def test_a_body_of_another_run_is_never_accepted():
     world = swarm()
     core = nodes(world)[0].core
-    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.leader_of(b) == "p3")
+    ballot = next(b for b in range(core.round.ballot + 1, 99) if core.round.state.leader_of(b) == "p3")
     members = tuple(Member(f"p{i}", 1, "cd" * 16) for i in range(4))
     epoch, head, state = core.chain.epoch, core.chain.head, core.sync.state_digest
     body = Body(HEX, epoch + 1, head, state, members, HEX)
@@ -311,9 +325,9 @@ def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
     def flap() -> None:
         for node in nodes(world):
             round_ = node.core.round
-            if round_ is not None and round_.leading and node.name != "p3":
+            if round_ is not None and round_.state.leading and node.name != "p3":
                 token = f"{rng.getrandbits(128):032x}"
-                args = (round_.epoch, round_.head, round_.ballot, False, round_.state_digest, token, 5)
+                args = (round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, token, 5)
                 node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None)))
         world.later(0.02, None, flap)
 
@@ -323,13 +337,13 @@ def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
 
 def test_one_unusable_contribution_blames_nobody_else():
     world = swarm()
-    world.until(lambda: any(n.core.round and n.core.round.leading for n in nodes(world)), 10)
-    leader = next(n for n in nodes(world) if n.core.round and n.core.round.leading)
+    world.until(lambda: any(n.core.round and n.core.round.state.leading for n in nodes(world)), 10)
+    leader = next(n for n in nodes(world) if n.core.round and n.core.round.state.leading)
     bad = next(n.name for n in nodes(world) if n is not leader)
     round_ = leader.core.round
     leader.feed(ev.PeerRefused(bad, "not_finite"))
     world.until(lambda: leader.core.round is not round_, 20)
-    assert list(round_.excluded) == [bad]
+    assert list(round_.lead.excluded) == [bad]
 
 
 def test_a_reducer_that_withholds_results_is_left_out_within_two_stalls():
@@ -396,7 +410,7 @@ def test_a_thousand_identities_leave_the_tables_bounded():
         node.feed(ev.Received(peer, Shard(core.chain.epoch, "cd" * 16, 0, "blob")))
         round_ = core.round
         ready = Ready(
-            round_.epoch, round_.head, round_.ballot, False, round_.state_digest, "", 0, 0.0, -1, None
+            round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, "", 0, 0.0, -1, None
         )
         node.feed(ev.Received(peer, ready))
         node.feed(ev.Received(peer, Accept(round_.epoch, round_.ballot, HEX, HEX, HEX)))
@@ -406,8 +420,8 @@ def test_a_thousand_identities_leave_the_tables_bounded():
         core.ctx.peers,
         core.sync.asked_at,
         core.round.exchange.inputs,
-        core.round.ready,
-        core.round.accepts,
+        core.round.state.ready,
+        core.round.state.accepts,
     )
     assert max(len(t) for t in tables) <= 4 * 8
 

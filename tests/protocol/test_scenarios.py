@@ -38,11 +38,11 @@ def at_stage(world: World, stage: Stage) -> float:
 
 
 def leader(world: World) -> Node:
-    return next(n for n in alive(world) if n.core.round is not None and n.core.round.leading)
+    return next(n for n in alive(world) if n.core.round is not None and n.core.round.state.leading)
 
 
 def follower(world: World) -> Node:
-    return next(n for n in alive(world) if n.core.round is not None and not n.core.round.leading)
+    return next(n for n in alive(world) if n.core.round is not None and not n.core.round.state.leading)
 
 
 def all_at(world: World, epoch: int, limit_s: float) -> float:

@@ -86,8 +86,8 @@ class Invariants:
         if round_ is not None:
             if (
                 len(round_.exchange.inputs) > limit
-                or len(round_.accepts) > limit
-                or len(round_.ready) > limit
+                or len(round_.state.accepts) > limit
+                or len(round_.state.ready) > limit
             ):
                 self.fail(node, "G7: a round's table outgrew its limit")
             if round_.epoch != core.chain.epoch or round_.head != core.chain.head:

@@ -1,0 +1,169 @@
+"""The acceptor's half of a round: promises and votes, written down before they are told (Paxos 1b and 2b).
+
+It follows the ballot it is told to follow; whose ballot that may be, `round.py` decides. It sees to it that
+what it promised or accepted is on disk before anybody hears of it, and that no ballot gets two votes of it.
+"""
+
+from __future__ import annotations
+
+from tapestry.node.protocol.chain import Body, accept_message, head_of
+from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote, Vote
+from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.round_state import RoundState
+
+
+class Acceptor:
+    """Mutable; owned by Round, which shares its state."""
+
+    def __init__(self, state: RoundState) -> None:
+        self.state = state
+        self.ctx = state.ctx
+        self.holder_index = 0
+        self.fetching = ""  # head of the update that was asked for; "" if none is out
+
+    # --- ballots -------------------------------------------------------------------------------
+
+    def enter(self, ballot: int, now: float, forced: bool = False, leader: str = "") -> None:
+        """Leave the current ballot for a higher one. Nothing is promised by this alone."""
+        state = self.state
+        state.ballot = ballot
+        state.forced = forced
+        state.forced_leader = leader if forced else ""
+        state.ready.clear()
+        state.accepts.clear()
+        state.accepted_at = None
+        state.accepted_body = None
+        state.proposal = None
+        state.entered_at = state.progress_at = now
+        state.quorum_ready_at = None
+        state.leader_claims_at = None
+        if state.stage > Stage.READY:
+            state.stage = Stage.READY if state.speaks else Stage.TRAINING
+
+    def promise(self) -> None:
+        """Write down that nothing of a lower ballot will be accepted, before anybody is told."""
+        state, vote = self.state, self.state.vote
+        if state.ballot > vote.promised:
+            state.vote = Vote(state.epoch, state.head, state.ballot, vote.accepted_ballot, vote.accepted)
+            self.ctx.emit(PersistVote(state.vote))
+
+    def send_ready(self) -> None:
+        self.promise()
+        state = self.state
+        mine = state.exchange.mine
+        if state.stage < Stage.READY:
+            state.stage = Stage.READY
+        ready = Ready(
+            state.epoch,
+            state.head,
+            state.ballot,
+            state.forced,
+            state.state_digest,
+            mine.contribution if mine is not None else "",
+            mine.weight if mine is not None else 0,
+            mine.norm if mine is not None else 0.0,
+            state.vote.accepted_ballot,
+            state.vote.accepted,
+        )
+        if state.leading:
+            state.ready[self.ctx.me] = ready
+        elif state.leader != self.ctx.me:
+            self.ctx.send(state.leader, ready)
+
+    # --- phase 2 -------------------------------------------------------------------------------
+
+    def follow(self, roster: Roster, now: float) -> None:
+        self._begin_phase_2(None, now)
+        self.state.resend_at = now + self.ctx.rules.resend_s
+        self.state.exchange.start(roster)
+
+    def follow_proposal(self, propose: Propose, now: float) -> str | None:
+        """Vote for a value that was accepted before, once we have it. Returns as `accept`."""
+        self._begin_phase_2(propose, now)
+        self.holder_index = 0
+        if self.state.vote.accepted == propose.body:
+            return self.accept(propose.body, head_of(propose.body, self.ctx.crypto))
+        self.fetch_proposal()
+        return None
+
+    def _begin_phase_2(self, proposal: Propose | None, now: float) -> None:
+        state = self.state
+        state.stage = Stage.EXCHANGING
+        state.proposal = proposal
+        state.exchange_at = state.progress_at = now
+
+    def fetch_proposal(self) -> None:
+        propose = self.state.proposal
+        assert propose is not None
+        holders = [p for p in propose.holders if p in self.ctx.peers]
+        head = head_of(propose.body, self.ctx.crypto)
+        if holders and self.fetching != head:
+            donor = holders[self.holder_index % len(holders)]
+            self.fetching = head
+            self.ctx.emit(FetchUpdate(propose.body.epoch, head, propose.body.result, donor))
+
+    def on_update_fetched(self, head: str) -> str | None:
+        """Returns as `accept`."""
+        if self.fetching == head:
+            self.fetching = ""
+        proposal = self.state.proposal
+        if proposal is None or self.state.accepted_body is not None:
+            return None
+        if head_of(proposal.body, self.ctx.crypto) != head:
+            return None
+        return self.accept(proposal.body, head)
+
+    def on_fetch_failed(self, head: str) -> None:
+        if self.fetching == head:
+            self.fetching = ""
+        proposal = self.state.proposal
+        if proposal is not None and head_of(proposal.body, self.ctx.crypto) == head:
+            self.holder_index += 1  # the next one is asked at the next resend
+
+    def accept_result(self) -> str | None:
+        """All shards are here: they and the roster are the value. Write it down, then vote. As `accept`."""
+        exchange = self.state.exchange
+        assert exchange.roster is not None
+        body = body_of(self.state, exchange.roster, exchange.result_digest())
+        head = head_of(body, self.ctx.crypto)
+        self.ctx.keep_update(head)
+        self.ctx.emit(PersistResult(body.epoch, head, exchange.result_blobs()))
+        return self.accept(body, head)
+
+    def accept(self, body: Body, head: str) -> str | None:
+        """Vote for `body` in this ballot. Returns why not, if its leader has had our vote for another."""
+        state = self.state
+        if state.vote.accepted_ballot == state.ballot and state.vote.accepted != body and not body.forced:
+            return "equivocation"  # before a restart we accepted the other
+        state.stage = Stage.ACCEPTED
+        state.accepted_body = body
+        if body.forced:
+            # Not in the vote: it must not displace an ordinary value, which a quorum may have chosen.
+            self.promise()
+        else:
+            state.vote = Vote(state.epoch, state.head, state.ballot, state.ballot, body)
+            self.ctx.emit(PersistVote(state.vote))
+        state.exchange.progress += 1
+        vote = self._vote_for(body, head)
+        if state.leading:
+            state.accepts[self.ctx.me] = vote
+        else:
+            self.ctx.send(state.leader, vote)
+        return None
+
+    def resend_accept(self) -> None:
+        body = self.state.accepted_body
+        if body is not None and not self.state.leading:
+            self.ctx.send(self.state.leader, self._vote_for(body, head_of(body, self.ctx.crypto)))
+
+    def _vote_for(self, body: Body, head: str) -> Accept:
+        signature = self.ctx.crypto.sign(accept_message(head, self.state.ballot))
+        return Accept(self.state.epoch, self.state.ballot, head, body.result, signature)
+
+
+def body_of(state: RoundState, roster: Roster, result: str) -> Body:
+    """The value that `roster` and the mean it determines are."""
+    run_id = state.ctx.rules.run_id
+    return Body(
+        run_id, state.epoch + 1, state.head, state.state_digest, roster.members, result, roster.forced
+    )

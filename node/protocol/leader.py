@@ -1,0 +1,295 @@
+"""The leader's half of a round: gather promises, name a roster or an accepted value, count votes.
+
+Every node has one; it acts in the ballots that are this node's. What is cleared with a ballot lies in the
+round's state, what lasts for the round here: who is left out of the next rosters, and why.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tapestry.node.protocol.acceptor import Acceptor, body_of
+from tapestry.node.protocol.blame import culprit
+from tapestry.node.protocol.chain import Body, Member, Record, capped_weights, head_of, quorum
+from tapestry.node.protocol.events import CloseTraining, Note
+from tapestry.node.protocol.exchange import assign_reducers, check_roster
+from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.round_state import RoundState
+
+WAITING_NAMED = 3  # peers named in a reason
+
+
+class Leader:
+    """Mutable; owned by Round, which shares its state and calls `advance` after every input."""
+
+    def __init__(self, state: RoundState, acceptor: Acceptor) -> None:
+        self.state = state
+        self.ctx = state.ctx
+        self.acceptor = acceptor
+        self.excluded: dict[str, str] = {}  # left out of this round's next rosters, and why
+        self.spared: dict[str, None] = {}  # accused in this round, and not left out for it
+        self.renewed: dict[str, None] = {}  # changed their contribution after a roster had named it
+        self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
+        self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
+        self.closing_sent = False
+
+    # --- ballots of ours -----------------------------------------------------------------------
+
+    def open(self, ballot: int, now: float, forced: bool = False) -> None:
+        state = self.state
+        self.acceptor.enter(ballot, now, forced=forced, leader=self.ctx.me)
+        self.acceptor.promise()
+        for peer in self.ctx.live_at(state.epoch, state.head, now):
+            self.ctx.send(peer, Call(state.epoch, state.head, ballot, forced))
+        if state.speaks:
+            self.acceptor.send_ready()
+
+    def open_next(self, now: float) -> None:
+        """Open the next ballot that is ours."""
+        state = self.state
+        ballot = max(state.ballot + 1, state.lead_from)
+        if not state.forced and self.ctx.me in state.order:
+            while state.leader_of(ballot) != self.ctx.me:
+                ballot += 1
+        self.open(ballot, now, forced=state.forced)
+
+    def exclude(self, peers: list[str], why: str, now: float) -> None:
+        """Open our next ballot without `peers`."""
+        state = self.state
+        for peer in peers:
+            self.excluded[peer] = why
+        self.ctx.emit(
+            Note(f"epoch={state.epoch} ballot={state.ballot} failed={why} without={','.join(peers)}")
+        )
+        self.open_next(now)
+
+    def add_ready(self, peer: str, ready: Ready, now: float) -> None:
+        """A checked READY of our ballot."""
+        known = self.state.ready.get(peer)
+        self.state.ready[peer] = ready
+        if known is not None and known.contribution != ready.contribution:
+            self._renew(peer, now)
+
+    def _renew(self, peer: str, now: float) -> None:
+        """It restarted and lost what the roster may name: once in a round we start over for its sake."""
+        member = self.state.in_roster(peer)
+        if member is None or not member.weight:
+            return
+        if peer in self.renewed:
+            self.exclude([peer], "renewed", now)
+        else:
+            self.renewed[peer] = None
+            self.open_next(now)
+
+    def forget_stranger(self, peer: str) -> None:
+        for table in (self.state.ready, self.state.accepts, self.renewed, self.unserved):
+            table.pop(peer, None)
+
+    # --- phase 1: who is in --------------------------------------------------------------------
+
+    def try_roster(self, now: float) -> Roster | Propose | None:
+        """ROSTER or PROPOSE as soon as the promises allow it: sent to the others, for us to follow too."""
+        state = self.state
+        if not state.forced:
+            if self._promises() < quorum(len(state.electorate)):
+                return None
+            highest = max(self._trusted(), key=lambda r: (r.accepted_ballot, r.contribution))
+            if highest.accepted is not None:
+                return self._propose(highest.accepted)
+        if self.close_at is None:
+            self.close_at = now + self.ctx.rules.straggler_wait_s
+        if now >= self.close_at and not self.closing_sent:
+            self._close(now)
+        self._pardon()
+        return self._send_roster(now) if self.gather_gap(now) is None else None
+
+    def gather_gap(self, now: float) -> str | None:
+        """Why the roster cannot be sent yet; None if it can."""
+        state = self.state
+        promises, need = self._promises(), quorum(len(state.electorate))
+        if not state.forced and promises < need:
+            return f"{promises} of {len(state.electorate)} ready, need {need}"
+        contributors = self._contributors()
+        if not contributors:
+            return "nobody ready has a contribution"
+        if len(contributors) < self.ctx.rules.min_members:
+            return f"{len(contributors)} contributions, the run asks for {self.ctx.rules.min_members}"
+        if self.close_at is None or now < self.gather_until():
+            late = [p for p in self._expected(now) if p not in state.ready]
+            if late:
+                return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
+        return None
+
+    def gather_until(self) -> float:
+        """Until when we wait for the live ones that are not ready."""
+        if self.close_at is None:
+            return math.inf
+        after_close = self.close_at + self.ctx.rules.closing_grace_s
+        return max(after_close, self.state.entered_at + self.ctx.rules.resend_s)
+
+    def _promises(self) -> int:
+        ready = self.state.ready
+        return sum(peer in ready for peer in self.state.electorate)
+
+    def _trusted(self) -> list[Ready]:
+        """The promises to go by. Any quorum of them will do: if there is one, one without those who told of a
+        value that could not be got from them, so that a lie costs one ballot and not the round."""
+        ready, electorate = self.state.ready, self.state.electorate
+        served = [p for p in ready if p not in self.unserved]
+        if sum(p in served for p in electorate) < quorum(len(electorate)):
+            served = list(ready)
+        return [ready[p] for p in served]
+
+    def _contributors(self) -> list[str]:
+        return [p for p, r in self.state.ready.items() if r.weight and p not in self.excluded]
+
+    def _pardon(self) -> None:
+        """Where too many were left out to make a round, start over with all of them."""
+        if not self.excluded:
+            return
+        ready = self.state.ready
+        count, need = len(self._contributors()), max(1, self.ctx.rules.min_members)
+        out = sum(p in ready and ready[p].weight > 0 for p in self.excluded)
+        if count < need <= count + out:
+            self.excluded.clear()
+
+    def _expected(self, now: float) -> list[str]:
+        state = self.state
+        live = [p for p in self.ctx.live_at(state.epoch, state.head, now) if p not in self.excluded]
+        return live if state.stage >= Stage.READY else [*live, self.ctx.me]
+
+    def _close(self, now: float) -> None:
+        state = self.state
+        self.closing_sent = True
+        for peer in self._expected(now):
+            if peer in state.ready:
+                continue
+            if peer == self.ctx.me:
+                self.ctx.emit(CloseTraining(state.epoch))
+            else:
+                self.ctx.send(peer, Closing(state.epoch, state.head, state.ballot))
+
+    # --- phase 2: the value --------------------------------------------------------------------
+
+    def _send_roster(self, now: float) -> Roster | None:
+        """Everybody ready, the excluded as voters only; self as a voter if nothing came of it."""
+        state, ctx = self.state, self.ctx
+        if ctx.me not in state.ready:
+            self.acceptor.send_ready()
+        peers = sorted(state.ready)
+        wanted = [0 if p in self.excluded else state.ready[p].weight for p in peers]
+        weights = capped_weights(wanted, ctx.rules.max_influence)
+        members = tuple(
+            Member(p, w, state.ready[p].contribution if w else "")
+            for p, w in zip(peers, weights, strict=True)
+            if p not in self.excluded or (p in state.electorate and ctx.heard(p, now))
+        )
+        able = [p for p in peers if p not in self.excluded]
+        reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
+        roster = Roster(
+            state.epoch, state.head, state.ballot, state.forced, state.state_digest, members, reducers
+        )
+        why = check_roster(roster, state.electorate, ctx.rules.shard_count)
+        if why is not None:
+            self.excluded.clear()  # too many left out to decide anything: start over with all of them
+            ctx.emit(Note(f"epoch={state.epoch} roster_impossible={why!r}"))
+            return None
+        self.acceptor.promise()
+        for member in members:
+            if member.peer != ctx.me:
+                ctx.send(member.peer, roster)
+        return roster
+
+    def _propose(self, body: Body) -> Propose:
+        state = self.state
+        holders = tuple(p for p, r in state.ready.items() if r.accepted == body)
+        propose = Propose(state.epoch, state.head, state.ballot, body, holders)
+        self.acceptor.promise()
+        for peer in state.ready:
+            if peer != self.ctx.me:
+                self.ctx.send(peer, propose)
+        return propose
+
+    def resend_phase_2(self) -> None:
+        state = self.state
+        message = state.proposal or state.exchange.roster
+        if message is None:
+            return
+        for peer in state.addressees():
+            if self.ctx.stage_at(peer, state.epoch, state.head) <= Stage.READY:
+                self.ctx.send(peer, message)
+
+    # --- phase 2: who holds it up --------------------------------------------------------------
+
+    def watch_members(self, now: float) -> None:
+        """Leave out who is gone, or who holds the others up."""
+        state, rules = self.state, self.ctx.rules
+        waiting = [p for p in state.addressees() if p not in state.accepts]
+        gone = [p for p in waiting if not self.ctx.heard(p, now) or self.ctx.leaving(p)]
+        if gone and state.proposal is None:
+            if state.accepted_at is None:  # else the quorum has it: commit goes on without them
+                self.exclude(gone, "gone", now)
+            return
+        spoilt = state.exchange.spoilt() if state.proposal is None else []
+        if spoilt:
+            self.exclude(spoilt, "unusable", now)
+        elif now - state.progress_at >= rules.stall_s:
+            if state.proposal is not None:
+                self.unserved.update(dict.fromkeys(p for p in state.proposal.holders if p != self.ctx.me))
+                self.exclude([], "stalled", now)
+                return
+            accusations = self._accusations()
+            who = culprit(accusations, self.spared)
+            self.spared.update(dict.fromkeys(p for named in accusations.values() for p in named))
+            self.exclude([who] if who is not None else [], "stalled", now)
+
+    def _accusations(self) -> dict[str, tuple[str, ...]]:
+        accusations = {self.ctx.me: self.state.exchange.waiting_on()}
+        for peer in self.state.addressees():
+            view = self.ctx.peers.get(peer)
+            if view is not None and view.status is not None and view.status.ballot == self.state.ballot:
+                accusations[peer] = view.status.waiting_on
+        return accusations
+
+    # --- commit --------------------------------------------------------------------------------
+
+    def try_commit(self, now: float) -> None:
+        """A record, as soon as a quorum's votes are equal; the late get a short grace."""
+        state, accepts = self.state, self.state.accepts
+        for head in dict.fromkeys(vote.head for vote in accepts.values()):
+            votes = {p: vote for p, vote in accepts.items() if vote.head == head}
+            body = self._named_by(head, votes)
+            if body is None or commit_gap(body, votes, state.electorate) is not None:
+                continue
+            if state.accepted_at is None:
+                state.accepted_at = now
+            late = [p for p in state.addressees() if p not in votes and self.ctx.heard(p, now)]
+            if late and now < state.accepted_at + self.ctx.rules.commit_grace_s:
+                return
+            named = {m.peer for m in body.members} | set(state.electorate)
+            signatures = tuple((p, votes[p].signature) for p in sorted(votes) if p in named)
+            state.decided = Record(body, head, state.ballot, signatures)
+            return
+
+    def _named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:
+        """The body that these votes are for: ours, or the one our own roster makes with their result."""
+        state, crypto = self.state, self.ctx.crypto
+        if state.accepted_body is not None and head_of(state.accepted_body, crypto) == head:
+            return state.accepted_body
+        if state.proposal is not None:
+            body = state.proposal.body
+            return body if head_of(body, crypto) == head else None
+        roster = state.exchange.roster
+        if roster is None or roster.ballot != state.ballot:
+            return None
+        body = body_of(state, roster, next(iter(votes.values())).result)
+        return body if head_of(body, crypto) == head else None
+
+
+def commit_gap(body: Body, votes: dict[str, Accept], electorate: tuple[str, ...]) -> str | None:
+    """Why `body` is not decided by these votes for it in one ballot; None if it is."""
+    if body.forced:
+        missing = [m.peer for m in body.members if m.peer not in votes]
+        return f"{len(missing)} of the forced record's members have not accepted" if missing else None
+    count, need = sum(p in votes for p in electorate), quorum(len(electorate))
+    return f"{count} accepted, need {need}" if count < need else None

@@ -1,0 +1,99 @@
+"""Where one node stands in one round: what its acceptor, its leader and its watch all read.
+
+Data and questions only. The acceptor moves ballot, stage, vote and proposal; the leader keeps the tables of
+READY and ACCEPT; the watch keeps the clocks. `round.py` puts them together.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from tapestry.node.protocol.chain import Body, Member, Record, leader_order
+from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.messages import Accept, Propose, Ready, Stage
+
+
+class Outcome(Enum):
+    """How a round ended for this node."""
+
+    COMMITTED = "committed"
+    FORCED = "forced"
+    MISSED = "missed"  # the others committed it without our contribution
+    ABORTED = "aborted"  # left behind by a fork or by stopping
+
+
+class RoundState:
+    """Mutable; one per round."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        epoch: int,
+        head: str,
+        state_digest: str,
+        electorate: tuple[str, ...],
+        vote: Vote | None,
+        now: float,
+    ) -> None:
+        self.ctx = ctx
+        self.epoch = epoch
+        self.head = head
+        self.state_digest = state_digest
+        self.electorate = electorate
+        self.order = leader_order(electorate, head, ctx.crypto)
+        self.exchange = Exchange(ctx, epoch, head)
+        self.vote = vote or Vote(epoch, head, -1, -1, None)
+        # After a restart we may have led the promised ballot already: never lead the same one twice.
+        self.lead_from = self.vote.promised + 1
+        self.ballot = max(self.vote.promised, 0)
+        self.forced = False
+        self.forced_leader = ""
+        self.stage = Stage.TRAINING
+        self.trainer_up = True
+        self.proposal: Propose | None = None
+        self.accepted_body: Body | None = None  # in this ballot
+        self.decided: Record | None = None
+        # the leader's tables, of this ballot
+        self.ready: dict[str, Ready] = {}
+        self.accepts: dict[str, Accept] = {}
+        self.accepted_at: float | None = None  # when a quorum had accepted
+        # clocks
+        self.entered_at = now  # this ballot
+        self.exchange_at = now  # its phase 2
+        self.progress_at = now
+        self.quorum_ready_at: float | None = None
+        self.leader_claims_at: float | None = None  # since when the leader says that its phase 2 is under way
+        self.quorum_lost_at: float | None = None
+        self.resend_at = now + ctx.rules.resend_s
+
+    @property
+    def leader(self) -> str:
+        return self.forced_leader if self.forced else self.leader_of(self.ballot)
+
+    def leader_of(self, ballot: int) -> str:
+        return self.order[ballot % len(self.order)]
+
+    @property
+    def leading(self) -> bool:
+        return self.leader == self.ctx.me and self.ballot >= self.lead_from
+
+    @property
+    def speaks(self) -> bool:
+        """A contribution, an accepted value, or the news that no contribution will come."""
+        return self.exchange.mine is not None or self.vote.accepted is not None or not self.trainer_up
+
+    def addressees(self) -> list[str]:
+        """The other peers that this ballot's phase 2 concerns."""
+        if self.proposal is not None:
+            return [p for p in self.ready if p != self.ctx.me]
+        roster = self.exchange.roster
+        return [] if roster is None else [m.peer for m in roster.members if m.peer != self.ctx.me]
+
+    def in_roster(self, peer: str) -> Member | None:
+        """What this ballot's roster says of `peer`."""
+        roster = self.exchange.roster
+        if roster is None or roster.ballot != self.ballot or self.proposal is not None:
+            return None
+        return next((m for m in roster.members if m.peer == peer), None)

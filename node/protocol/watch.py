@@ -1,0 +1,113 @@
+"""What a node sees without being told: no progress, no quorum, no leader. Questions and clocks only.
+
+`Watch` says what is due; `round.py` does it. Times without progress count, not broken links: a link may
+break and come back, and a frozen peer's stands.
+"""
+
+from __future__ import annotations
+
+from tapestry.node.protocol.chain import quorum
+from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.round_state import RoundState
+
+
+class Watch:
+    """Mutable; owned by Round, which shares its state."""
+
+    def __init__(self, state: RoundState) -> None:
+        self.state = state
+        self.ctx = state.ctx
+        self.progress_seen = 0
+
+    # --- progress ------------------------------------------------------------------------------
+
+    def progress(self, now: float) -> None:
+        """Anybody's progress in this ballot counts: a slow link is not a stall."""
+        state = self.state
+        seen = state.exchange.progress
+        for peer in state.addressees() if state.leading else list(self.ctx.peers):
+            status = self.ctx.peers[peer].status if peer in self.ctx.peers else None
+            if status is not None and status.epoch == state.epoch and status.head == state.head:
+                seen += status.progress
+        overdue = now - state.exchange_at >= self.ctx.rules.exchange_max_s
+        if seen > self.progress_seen and (not overdue or state.stage <= Stage.READY):
+            state.progress_at = now
+        self.progress_seen = seen
+
+    # --- the quorum ----------------------------------------------------------------------------
+
+    def alive(self, now: float) -> int:
+        return sum(self.ctx.heard(p, now) for p in self.state.electorate)
+
+    def quorum_there(self, now: float) -> bool:
+        return self.alive(now) >= quorum(len(self.state.electorate))
+
+    def force_due(self, now: float) -> bool:
+        """Whether it is on us to go on without a quorum."""
+        state, rules = self.state, self.ctx.rules
+        if rules.on_quorum_loss != "continue" or state.forced or state.quorum_lost_at is None:
+            return False
+        if self.ctx.me not in state.electorate:
+            return False
+        rank = self._island_order(now).index(self.ctx.me)
+        return now >= state.quorum_lost_at + rules.quorum_loss_s + rank * rules.stall_s
+
+    def _island_order(self, now: float) -> tuple[str, ...]:
+        """Who may force a record first: the electors that we hear at our head, in its order."""
+        state = self.state
+        live = [*self.ctx.live_at(state.epoch, state.head, now), self.ctx.me]
+        return tuple(p for p in state.order if p in live)
+
+    def accepts_force(self, now: float) -> bool:
+        """We follow a forced ballot only if we too have missed the quorum for a good while."""
+        rules, lost_at = self.ctx.rules, self.state.quorum_lost_at
+        return (
+            rules.on_quorum_loss == "continue"
+            and lost_at is not None
+            and now - lost_at >= rules.quorum_loss_s / 2
+        )
+
+    # --- the leader ----------------------------------------------------------------------------
+
+    def leader_fault(self, now: float) -> str | None:
+        """A follower with something to say: why this ballot's leader is to be given up."""
+        state, rules = self.state, self.ctx.rules
+        if self.ctx.me not in state.electorate and not state.forced:
+            return None  # no say in who leads: the electors' ballots will be seen
+        if state.forced and state.quorum_lost_at is None:
+            return None
+        leader = state.leader
+        view = self.ctx.peers.get(leader)
+        gone = not self.ctx.heard(leader, now)
+        at_head = self.ctx.stage_at(leader, state.epoch, state.head) != Stage.AWAY
+        heard_at = view.heard_at if view is not None and at_head else -1e9
+        if gone and now - state.entered_at >= min(rules.resend_s, rules.stall_s) / 4:
+            return "leader_gone"
+        if now - max(heard_at, state.entered_at) >= rules.stall_s:
+            return "leader_silent"
+        if state.stage == Stage.READY and self._roster_overdue(leader, now):
+            return "roster_overdue"
+        if state.stage >= Stage.EXCHANGING and now - state.progress_at >= 2 * rules.stall_s:
+            return "no_progress"
+        return None
+
+    def _roster_overdue(self, leader: str, now: float) -> bool:
+        """A quorum has been ready for all to see, for longer than any leader may wait."""
+        state, ctx, rules = self.state, self.ctx, self.ctx.rules
+        patience_s = rules.straggler_wait_s + rules.closing_grace_s + rules.stall_s
+        if ctx.stage_at(leader, state.epoch, state.head) > Stage.READY:
+            state.quorum_ready_at = None  # it has sent one; that we are not in it is no fault
+            if state.leader_claims_at is None:
+                state.leader_claims_at = now
+            return now - state.leader_claims_at >= rules.exchange_max_s + patience_s
+        ready = sum(
+            p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.electorate
+        )
+        others = ctx.live_at(state.epoch, state.head, now)
+        count = 1 + sum(ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in others)
+        if ready < quorum(len(state.electorate)) or count < rules.min_members:
+            state.quorum_ready_at = None
+            return False
+        if state.quorum_ready_at is None:
+            state.quorum_ready_at = now
+        return now - state.quorum_ready_at >= patience_s

@@ -91,14 +91,15 @@ class Round:
 
     @property
     def quorum_lost_at(self) -> float | None:
-        return self.state.quorum_lost_at
+        """Since when a majority of the electorate is gone, once it has been for stall_s."""
+        return self.state.quorum_missed_at if self.state.quorum_lost else None
 
     def reason(self, now: float) -> str:
         """What this node waits for, in words."""
         state, roster = self.state, self.exchange.roster
         if state.stage == Stage.TRAINING:
             return "training"
-        if state.quorum_lost_at is not None:
+        if state.quorum_lost:
             return self._quorum_reason(now)
         if state.stage == Stage.READY:
             if state.leading:
@@ -346,17 +347,21 @@ class Round:
         """Notice that a majority of the electorate is gone, or back; go on alone if the policy says so."""
         state = self.state
         if self.watch.quorum_there(now):
-            if state.quorum_lost_at is not None:
-                state.quorum_lost_at = None
-                self.ctx.emit(Note(f"epoch={self.epoch} quorum=back"))
+            if state.quorum_missed_at is not None:
+                state.quorum_missed_at = None
+                if state.quorum_lost:
+                    self.ctx.emit(Note(f"epoch={self.epoch} quorum=back"))
+                state.quorum_lost = False
                 if state.forced:
                     self._next_ballot(now, "quorum_back")
             return
-        if state.quorum_lost_at is None:
-            state.quorum_lost_at = now
-            self.ctx.emit(Note(f"epoch={self.epoch} quorum=lost {self.reason(now)}"))
+        if state.quorum_missed_at is None:
+            state.quorum_missed_at = now
+        if not state.quorum_lost and now - state.quorum_missed_at >= self.ctx.rules.stall_s:
+            state.quorum_lost = True
+            self.ctx.emit(Note(f"epoch={self.epoch} quorum=lost {self._quorum_reason(now)}"))
         if self.watch.force_due(now):
-            self.ctx.emit(Note(f"epoch={self.epoch} forcing=true {self.reason(now)}"))
+            self.ctx.emit(Note(f"epoch={self.epoch} forcing=true {self._quorum_reason(now)}"))
             self.lead.excluded.clear()
             self.lead.open(max(state.ballot + 1, state.lead_from), now, forced=True)
 

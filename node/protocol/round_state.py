@@ -65,7 +65,8 @@ class RoundState:
         self.progress_at = now
         self.quorum_ready_at: float | None = None
         self.leader_claims_at: float | None = None  # since when the leader says that its phase 2 is under way
-        self.quorum_lost_at: float | None = None
+        self.quorum_missed_at: float | None = None  # since when no quorum is heard
+        self.quorum_lost = False  # and that for stall_s: nobody has just started or changed its link
         self.resend_at = now + ctx.rules.resend_s
 
     @property

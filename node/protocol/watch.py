@@ -45,12 +45,12 @@ class Watch:
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""
         state, rules = self.state, self.ctx.rules
-        if rules.on_quorum_loss != "continue" or state.forced or state.quorum_lost_at is None:
+        if rules.on_quorum_loss != "continue" or state.forced or state.quorum_missed_at is None:
             return False
         if self.ctx.me not in state.electorate:
             return False
         rank = self._island_order(now).index(self.ctx.me)
-        return now >= state.quorum_lost_at + rules.quorum_loss_s + rank * rules.stall_s
+        return now >= state.quorum_missed_at + rules.quorum_loss_s + rank * rules.stall_s
 
     def _island_order(self, now: float) -> tuple[str, ...]:
         """Who may force a record first: the electors that we hear at our head, in its order."""
@@ -60,7 +60,7 @@ class Watch:
 
     def accepts_force(self, now: float) -> bool:
         """We follow a forced ballot only if we too have missed the quorum for a good while."""
-        rules, lost_at = self.ctx.rules, self.state.quorum_lost_at
+        rules, lost_at = self.ctx.rules, self.state.quorum_missed_at
         return (
             rules.on_quorum_loss == "continue"
             and lost_at is not None
@@ -74,7 +74,7 @@ class Watch:
         state, rules = self.state, self.ctx.rules
         if self.ctx.me not in state.electorate and not state.forced:
             return None  # no say in who leads: the electors' ballots will be seen
-        if state.forced and state.quorum_lost_at is None:
+        if state.forced and state.quorum_missed_at is None:
             return None
         leader = state.leader
         view = self.ctx.peers.get(leader)

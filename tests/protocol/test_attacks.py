@@ -180,7 +180,7 @@ def test_a_stranger_that_is_asked_by_nobody_leads_no_forced_ballot():
     for name in ("p1", "p2", "p3"):
         world.nodes[name].crash()
     lone = world.nodes["p0"]
-    world.until(lambda: lone.core.round.quorum_lost_at is not None, 5)
+    world.until(lambda: lone.core.round.quorum_lost_at is not None, 8)
     world.until(lambda: world.now - lone.core.round.quorum_lost_at > 5.0, 10)
     core = lone.core
     says(world, STRANGER, Call(core.chain.epoch, core.chain.head, core.round.ballot + 1, True))

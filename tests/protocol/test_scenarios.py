@@ -194,3 +194,26 @@ def test_a_lone_founder_that_restarts_loses_no_second(seed):
         assert node.core.reason(world.now)  # answers at any moment
         world.step()
     assert all_at(world, epoch + 3, 30) < 3 * EPOCH_S
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_starts_is_not_degraded_before_its_links_are_up(seed):
+    world = swarm(seed)
+    node = follower(world)
+    node.crash()
+    node.start()
+    phases = set()
+    while len(phases) < 3 and world.now < 60:
+        phases.add(node.core.phase())
+        world.step()
+    assert "degraded" not in phases and "training" in phases
+
+
+def test_a_quorum_is_lost_when_it_was_missed_for_stall_s():
+    world = swarm(1, on_quorum_loss="wait")
+    lone, *others = alive(world)
+    for node in others:
+        node.crash()
+    assert lone.core.phase() != "degraded"
+    took = world.until(lambda: lone.core.phase() == "degraded", 10)
+    assert STALL_S <= took < STALL_S + 1.5

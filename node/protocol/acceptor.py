@@ -26,9 +26,7 @@ class Acceptor:
     def enter(self, ballot: int, now: float, forced: bool = False, leader: str = "") -> None:
         """Leave the current ballot for a higher one. Nothing is promised by this alone."""
         state = self.state
-        state.ballot = ballot
-        state.forced = forced
-        state.forced_leader = leader if forced else ""
+        state.set_ballot(ballot, forced, leader)
         state.ready.clear()
         state.accepts.clear()
         state.accepted_at = None
@@ -136,7 +134,7 @@ class Acceptor:
         if state.vote.accepted_ballot == state.ballot and state.vote.accepted != body and not body.forced:
             return "equivocation"  # before a restart we accepted the other
         state.stage = Stage.ACCEPTED
-        state.accepted_body = body
+        state.accepted_body, state.accepted_head = body, head
         if body.forced:
             # Not in the vote: it must not displace an ordinary value, which a quorum may have chosen.
             self.promise()
@@ -154,7 +152,7 @@ class Acceptor:
     def resend_accept(self) -> None:
         body = self.state.accepted_body
         if body is not None and not self.state.leading:
-            self.ctx.send(self.state.leader, self._vote_for(body, head_of(body, self.ctx.crypto)))
+            self.ctx.send(self.state.leader, self._vote_for(body, self.state.accepted_head))
 
     def _vote_for(self, body: Body, head: str) -> Accept:
         signature = self.ctx.crypto.sign(accept_message(head, self.state.ballot))

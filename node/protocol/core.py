@@ -72,6 +72,10 @@ class Core:
         self.ctx = Context(me, rules, crypto, updates=dict.fromkeys(restored.updates))
         self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
         self.vote = restored.vote
+        # Whether this disk knows all that we ever promised. Any READY leaves a vote there: a member without
+        # one has lost its disk. Only who has just founded the run has had nothing to promise.
+        founding = restored.chain.epoch == 0 and restored.state_epoch == 0
+        self.remembers = restored.vote is not None or founding
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = ""
@@ -97,6 +101,8 @@ class Core:
 
     def reason(self, now: float) -> str:
         if self.round is None:
+            if self.sync.at_head and not self.remembers:
+                return "our disk was lost: no vote before the next record"
             return self.sync.reason()
         if not self.trainer_up:
             return f"not contributing: {self.trainer_reason}"
@@ -121,11 +127,12 @@ class Core:
     def _after(self, now: float) -> None:
         """What may follow from any input: a decision, the next job, the next round, the news."""
         round_ = self.round
-        if round_ is not None and round_.decided is not None:
-            self._decided(round_.decided)
-        self.sync.pump(now)
-        if self.round is None and self.sync.at_head and not self.stopping:
-            self._begin_round(now)
+        if round_ is not None and round_.state.decided is not None:
+            self._decided(round_.state.decided)
+        if self.round is None:  # in a round we are at the head
+            self.sync.pump(now)
+            if self.sync.at_head and not self.stopping:
+                self._begin_round(now)
         news = self._news()
         if news != self.told or now >= self.heartbeat_at:
             self.told = news
@@ -144,6 +151,11 @@ class Core:
         if vote is not None and (vote.epoch, vote.head) != (epoch, head):
             vote = None
         electorate = self.chain.electorate_at(epoch)
+        if not self.remembers and self.ctx.me in electorate:
+            # Named by a record, and our disk was lost since: we may have voted in this round. The others
+            # decide it, and from the next record on, which does not name us, we are as new.
+            return
+        self.remembers = True
         self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
@@ -326,11 +338,13 @@ class Core:
         return refused
 
     def on_status(self, peer: str, view: PeerView, status: Status, now: float) -> str | None:
-        view.status = status
+        known, view.status = view.status, status
         round_ = self.round
         if round_ is not None and status.epoch == round_.epoch and status.head == round_.head:
-            round_.on_ballot_seen(peer, status.ballot, now)
-            round_.advance(now)
+            if status.ballot > round_.ballot:
+                round_.on_ballot_seen(peer, status.ballot, now)
+            if status != known or round_.state.quorum_missed_at is not None:
+                round_.advance(now)  # else a mere heartbeat: what time brings comes with Tick
         else:
             self.sync.on_status(peer, status, now)
         return None
@@ -358,11 +372,15 @@ class Core:
         return None
 
     def _news(self) -> tuple[object, ...]:
-        """What others hear at once when it changes; progress can wait for the next heartbeat."""
+        """What others act upon, and so hear at once when it changes. The rest waits for the next heartbeat:
+        progress, the phase, and ACCEPTED, since who watches us is content to know that we exchange."""
         round_ = self.round
-        if round_ is None or self.stopping:
-            return (self.sync.state_epoch, self._state_head(), self.phase(), Stage.AWAY)
-        return (round_.epoch, round_.head, self.phase(), round_.stage, round_.ballot)
+        if round_ is not None and not self.stopping:
+            state = round_.state
+            return (state.epoch, state.head, min(state.stage, Stage.EXCHANGING), state.ballot)
+        if self.sync.taking_the_step and not self.stopping:
+            return self.told  # in a moment we are in the next round
+        return (self.sync.state_epoch, self._state_head(), Stage.AWAY)
 
     def _status(self) -> Status:
         round_ = self.round

@@ -167,6 +167,12 @@ class Exchange:
         names = self.spoilt() or [p for p, (owed, _) in missing.items() if owed] or list(missing)
         return tuple(names[:WAITING_MAX])
 
+    def reduces(self, peer: str) -> bool:
+        """Whether the roster makes it the reducer of a shard."""
+        return self.roster is not None and any(
+            self.roster.members[index].peer == peer for index in self.roster.reducers
+        )
+
     def spoilt(self) -> list[str]:
         """Contributors of this roster whose contribution cannot be used."""
         members = self.roster.members if self.roster is not None else ()

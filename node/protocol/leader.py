@@ -224,8 +224,13 @@ class Leader:
     def watch_members(self, now: float) -> None:
         """Leave out who is gone, or who holds the others up."""
         state, rules = self.state, self.ctx.rules
-        waiting = [p for p in state.addressees() if p not in state.accepts]
-        gone = [p for p in waiting if not self.ctx.heard(p, now) or self.ctx.leaving(p)]
+        gone = [
+            p
+            for p in state.addressees()
+            if (p not in state.accepts and (not self.ctx.heard(p, now) or self.ctx.leaving(p)))
+            # A reducer may have voted and died before the others had its results.
+            or (not self.ctx.heard(p, now) and state.exchange.reduces(p))
+        ]
         if gone and state.proposal is None:
             if state.accepted_at is None:  # else the quorum has it: commit goes on without them
                 self.exclude(gone, "gone", now)
@@ -274,7 +279,7 @@ class Leader:
     def _named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:
         """The body that these votes are for: ours, or the one our own roster makes with their result."""
         state, crypto = self.state, self.ctx.crypto
-        if state.accepted_body is not None and head_of(state.accepted_body, crypto) == head:
+        if state.accepted_body is not None and state.accepted_head == head:
             return state.accepted_body
         if state.proposal is not None:
             body = state.proposal.body

@@ -116,12 +116,16 @@ class Round:
     def wakeup_at(self, now: float) -> float:
         """When `advance` has something to do if nothing happens before: later than `now`."""
         state = self.state
-        times = [max(state.resend_at, now)]
+        wakeup_at = max(state.resend_at, now)
         if state.leading and state.stage <= Stage.READY and self.lead.close_at is not None:
-            times += [self.lead.close_at, self.lead.gather_until()]
+            for due_at in (self.lead.close_at, self.lead.gather_until()):
+                if now < due_at < wakeup_at:
+                    wakeup_at = due_at
         if state.accepted_at is not None:
-            times.append(state.accepted_at + self.ctx.rules.commit_grace_s)
-        return min(t for t in times if t > now or t == times[0])
+            due_at = state.accepted_at + self.ctx.rules.commit_grace_s
+            if now < due_at < wakeup_at:
+                wakeup_at = due_at
+        return wakeup_at
 
     # --- local causes --------------------------------------------------------------------------
 
@@ -306,7 +310,8 @@ class Round:
         if state.decided is not None:
             return
         self._watch_quorum(now)
-        self.watch.progress(now)
+        if state.stage >= Stage.EXCHANGING:
+            self.watch.progress(now)
         if state.stage == Stage.EXCHANGING and state.proposal is None and self.exchange.complete:
             self._voted(self.acceptor.accept_result(), now)
         if state.leading and state.stage >= Stage.EXCHANGING:
@@ -385,8 +390,7 @@ class Round:
                 break
         ctx.emit(Note(f"ballot={state.ballot} given_up={why} next={ballot} epoch={self.epoch}"))
         if state.leader_of(ballot) == ctx.me:
-            state.ballot = ballot - 1  # open_next looks from the one after
-            state.forced = False
+            state.set_ballot(ballot - 1)  # open_next looks from the one after
             self.lead.open_next(now)
         else:
             self._enter_as_follower(ballot, now)

@@ -47,13 +47,12 @@ class RoundState:
         self.vote = vote or Vote(epoch, head, -1, -1, None)
         # After a restart we may have led the promised ballot already: never lead the same one twice.
         self.lead_from = self.vote.promised + 1
-        self.ballot = max(self.vote.promised, 0)
-        self.forced = False
-        self.forced_leader = ""
+        self.set_ballot(max(self.vote.promised, 0))
         self.stage = Stage.TRAINING
         self.trainer_up = True
         self.proposal: Propose | None = None
         self.accepted_body: Body | None = None  # in this ballot
+        self.accepted_head = ""  # of accepted_body
         self.decided: Record | None = None
         # the leader's tables, of this ballot
         self.ready: dict[str, Ready] = {}
@@ -69,16 +68,15 @@ class RoundState:
         self.quorum_lost = False  # and that for stall_s: nobody has just started or changed its link
         self.resend_at = now + ctx.rules.resend_s
 
-    @property
-    def leader(self) -> str:
-        return self.forced_leader if self.forced else self.leader_of(self.ballot)
+    def set_ballot(self, ballot: int, forced: bool = False, forced_leader: str = "") -> None:
+        self.ballot = ballot
+        self.forced = forced
+        self.forced_leader = forced_leader if forced else ""
+        self.leader = self.forced_leader if forced else self.leader_of(ballot)
+        self.leading = self.leader == self.ctx.me and ballot >= self.lead_from
 
     def leader_of(self, ballot: int) -> str:
         return self.order[ballot % len(self.order)]
-
-    @property
-    def leading(self) -> bool:
-        return self.leader == self.ctx.me and self.ballot >= self.lead_from
 
     @property
     def speaks(self) -> bool:

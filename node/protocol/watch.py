@@ -22,15 +22,15 @@ class Watch:
     # --- progress ------------------------------------------------------------------------------
 
     def progress(self, now: float) -> None:
-        """Anybody's progress in this ballot counts: a slow link is not a stall."""
-        state = self.state
+        """In phase 2, anybody's progress in this ballot counts: a slow link is not a stall."""
+        state, peers = self.state, self.ctx.peers
         seen = state.exchange.progress
-        for peer in state.addressees() if state.leading else list(self.ctx.peers):
-            status = self.ctx.peers[peer].status if peer in self.ctx.peers else None
+        for peer in state.addressees() if state.leading else peers:
+            status = peers[peer].status if peer in peers else None
             if status is not None and status.epoch == state.epoch and status.head == state.head:
                 seen += status.progress
         overdue = now - state.exchange_at >= self.ctx.rules.exchange_max_s
-        if seen > self.progress_seen and (not overdue or state.stage <= Stage.READY):
+        if seen > self.progress_seen and not overdue:
             state.progress_at = now
         self.progress_seen = seen
 
@@ -40,7 +40,13 @@ class Watch:
         return sum(self.ctx.heard(p, now) for p in self.state.electorate)
 
     def quorum_there(self, now: float) -> bool:
-        return self.alive(now) >= quorum(len(self.state.electorate))
+        need = quorum(len(self.state.electorate))
+        for peer in self.state.electorate:
+            if self.ctx.heard(peer, now):
+                need -= 1
+                if not need:
+                    return True
+        return False
 
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""

@@ -33,7 +33,7 @@ def members_of(record: dict) -> int:
 
 
 def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path) -> None:
-    founder = Node(init(tmp_path / "a", inner_steps="30"))
+    founder = Node(init(tmp_path / "a", inner_steps="30", shard_elements="4096"))
     with founder:
         founder.wait_ready()
         second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")

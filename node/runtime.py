@@ -26,6 +26,7 @@ from tapestry.node.logs import LiveLine
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network, News
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
 from tapestry.node.state.transfer import DonorFailed, OpenStream, WantedUpdate
@@ -282,19 +283,21 @@ class Runtime:
         await self._in_disk_thread(self.keeper.write_update, out.epoch, out.head, out.blobs)
 
     async def do_append_record(self, out: ev.AppendRecord) -> None:
-        body = out.record.body
-        _log.info(
-            "committed epoch=%d head=%s ballot=%d members=%d weight=%d loss=%.4f tokens_per_second=%.0f%s",
-            body.epoch,
-            out.record.head[:12],
-            out.record.ballot,
-            len(body.members),
-            sum(m.weight for m in body.members),
-            self.view.loss,
-            self.view.tokens_per_second,
-            " forced=true" if body.forced else "",
-        )
         await self._in_disk_thread(self.keeper.append_record, out.record)
+        if out.record.head == self.core.chain.head:  # of many that come at once, the newest is news
+            self._tell_committed(out.record)
+
+    def _tell_committed(self, record: Record) -> None:
+        body = record.body
+        weight = sum(m.weight for m in body.members)
+        contributors = sum(m.weight > 0 for m in body.members)
+        text = f"committed epoch={body.epoch} head={record.head[:12]}"
+        text += f" contributions={contributors} weight={weight}"
+        if math.isfinite(self.view.loss):
+            text += f" loss={self.view.loss:.4f} tokens_per_second={self.view.tokens_per_second:.0f}"
+        if record.ballot:
+            text += f" ballot={record.ballot}"
+        _log.info("%s%s", text, " forced=true" if body.forced else "")
 
     async def do_truncate_chain(self, out: ev.TruncateChain) -> None:
         await self._in_disk_thread(self.keeper.truncate, out.epoch)

@@ -106,9 +106,10 @@ class Chaos:
         self.nodes[0].start().wait_ready()
         for node in self.nodes[1:]:
             node.start("--peer", self.nodes[0].address)
+        founder, count = self.nodes[0], len(self.nodes)
         for node in self.nodes[1:]:
             node.wait_ready()
-            node.wait_epoch(1)
+        founder.wait("an electorate of all", lambda: founder.status()["round"]["electorate"] == count)
 
     def restart(self, node: Node) -> None:
         """Start it again, towards some node that is up; alone, as its home's run, if none is."""
@@ -323,9 +324,8 @@ def report(chaos: Chaos, path: Path | None) -> None:
             for name, times in sorted(chaos.times.items())
         },
     }
-    print(
-        f"{'fault':20} {'count':>5} {'median s':>9} {'worst s':>8}   (an epoch: {figures['median_epoch_s']} s)"
-    )
+    print(f"{figures['epochs']} epochs, one every {figures['median_epoch_s']} s (median)")
+    print(f"{'fault':20} {'count':>5} {'median s':>9} {'worst s':>8}")
     for name, row in figures["faults"].items():
         print(f"{name:20} {row['count']:5} {row['median_s']:9.2f} {row['worst_s']:8.2f}")
     if path is not None:

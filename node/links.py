@@ -5,14 +5,17 @@ ours are open; the end of either is news at once, since a node's p2pd dies with 
 keeps its streams open: that is for the core to notice, which hears no heartbeat.
 
 Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
-does not take what we send loses its link, and gets it back when it dials or when we try again.
+does not take what we send loses its link, and gets it back when it dials or when we try again. Of the streams
+of one kind that a peer opens only the newest is read, and no peer gets more than a share of the loop's time:
+whoever sends faster than that waits, and the others do not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +36,11 @@ from tapestry.node.wire import (
 HEADER_BYTES_MAX = 1024  # of a bulk frame
 WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
+CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
+BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
+BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
+STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
+BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
 
 _log = logging.getLogger("tapestry.links")
 
@@ -60,10 +68,48 @@ class LinkLimits:
     peers_max: int
     silence_s: float  # in the middle of a frame, or of a write
     queue_frames_max: int = 8192  # Guess: far above what one round puts in
+    queue_bytes_max: int = 16 << 20  # of control messages, or four of the longest. Guess
     dial_timeout_s: float = 10.0
     backoff_initial_s: float = 0.2
     backoff_max_s: float = 5.0
     give_up_s: float = 120.0  # after this long without a sign of the peer, wait for one
+
+
+class Pace:
+    """How long a peer may occupy the loop: a burst, and a share of the time that passes."""
+
+    def __init__(self, share: float, clock: Callable[[], float]) -> None:
+        self._share = share
+        self._clock = clock
+        self._spent_s = 0.0
+        self._at = clock()
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """What is done inside counts."""
+        began_at = self._clock()
+        try:
+            yield
+        finally:
+            self.spend(self._clock() - began_at)
+
+    def spend(self, seconds: float) -> None:
+        self._spent_s += seconds
+
+    def pause_s(self) -> float:
+        """How long to wait before the next message is read."""
+        now = self._clock()
+        self._spent_s = max(0.0, self._spent_s - self._share * (now - self._at))
+        self._at = now
+        return max(0.0, self._spent_s - BURST_S) / self._share
+
+    async def wait(self) -> None:
+        """At least one turn for everybody else: a full buffer is thousands of messages."""
+        await asyncio.sleep(self.pause_s())
+
+
+def _pace(share: float) -> Pace:
+    return Pace(share, asyncio.get_running_loop().time)
 
 
 @dataclass(slots=True)
@@ -78,7 +124,12 @@ class _Peer:
     control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
     queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
-    inbound: int = 0
+    control_bytes: int = 0  # of what is in `control`
+    broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
+    why_broken: str = ""
+    inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk -> its reader
+    control_pace: Pace = field(default_factory=lambda: _pace(CONTROL_SHARE))
+    bulk_pace: Pace = field(default_factory=lambda: _pace(BULK_SHARE))
 
 
 class Links:
@@ -135,11 +186,17 @@ class Links:
     def send_control(self, peer: str, message: Control) -> None:
         """Queue a message. To a peer that is not up it is lost, as on the way."""
         link = self._peers.get(peer)
-        if link is not None and link.up:
-            if link.control.qsize() >= self._limits.queue_frames_max:
-                self._break(link, "its control queue is full")
-                return
-            link.control.put_nowait(encode_message(message))
+        if link is None or not link.up:
+            return
+        with link.control_pace.spending():
+            header = encode_message(message)
+        bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
+        full = link.control.qsize() >= self._limits.queue_frames_max
+        if full or link.control_bytes + len(header) > bytes_max:
+            self._break(link, "its control queue is full")
+            return
+        link.control_bytes += len(header)
+        link.control.put_nowait(header)
 
     def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
         """Queue a shard, unless the same one waits in the queue already. `kind` is for the metrics."""
@@ -174,19 +231,26 @@ class Links:
         try:
             while loop.time() - link.seen_at < limits.give_up_s or link.inbound:
                 link.wake.clear()
+                pause_s = limits.backoff_initial_s
                 try:
                     if link.addresses:
                         await self._swarm.connect_any(link.peer, link.addresses, limits.dial_timeout_s)
+                    began_at = loop.time()
                     why = await self._linked(link)
-                    backoff_s = limits.backoff_initial_s
                     _log.info("link=down peer=%s reason=%r", link.peer[-6:], why)
+                    if loop.time() - began_at >= limits.backoff_max_s:
+                        backoff_s = limits.backoff_initial_s
+                    else:
+                        pause_s = backoff_s  # it comes and goes: its dialling is no reason to hurry
                 except (Unreachable, SwarmError, OSError) as error:
                     _log.debug("link=failed peer=%s reason=%s", link.peer[-6:], error)
+                await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(backoff_s):
                         await link.wake.wait()
                 except TimeoutError:
-                    backoff_s = min(2 * backoff_s, limits.backoff_max_s)
+                    pass
+                backoff_s = min(2 * backoff_s, limits.backoff_max_s)
         finally:
             del self._peers[link.peer]
 
@@ -206,6 +270,7 @@ class Links:
                     self._write_bulk(link, bulk),
                     _ended(control_reader),
                     _ended(bulk_reader),
+                    _broken(link),
                 )
             ]
             try:
@@ -224,6 +289,8 @@ class Links:
         link.control = asyncio.Queue()
         link.bulk = asyncio.Queue()
         link.queued.clear()
+        link.control_bytes = 0
+        link.broken.clear()
         link.up = True
         _log.info("link=up peer=%s", link.peer[-6:])
         self._listener.on_up(link.peer)
@@ -234,17 +301,17 @@ class Links:
             self._listener.on_down(link.peer)
 
     def _break(self, link: _Peer, why: str) -> None:
-        """Have the writer end the link."""
+        """End the link, now: what waits in its queues is lost, as on the way."""
         link.up = False
+        link.why_broken = why
+        link.broken.set()
         self._listener.on_refused(link.peer, "slow", why)
         self._listener.on_down(link.peer)
-        link.control.put_nowait(b"")
 
     async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         while True:
             header = await link.control.get()
-            if not header:
-                return "it does not take what we send"
+            link.control_bytes -= len(header)
             parts = frame_parts(header)
             why = await self._write(writer, parts, "control")
             if why:
@@ -264,6 +331,8 @@ class Links:
             for part in parts:
                 view = memoryview(part).cast("B")
                 for start in range(0, view.nbytes, WRITE_BYTES):
+                    if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
+                        return "the stream broke"
                     piece = view[start : start + WRITE_BYTES]
                     writer.write(piece)
                     async with asyncio.timeout(self._limits.silence_s):
@@ -280,28 +349,51 @@ class Links:
     async def _serve_control(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        limits = FrameLimits(self._limits.control_bytes_max, 0)
+        await self._serve("control", peer, reader, self._read_control)
+
+    async def _serve_bulk(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self._serve("bulk", peer, reader, self._read_bulk)
+
+    async def _serve(
+        self,
+        name: str,
+        peer: str,
+        reader: asyncio.StreamReader,
+        read: Callable[[_Peer, asyncio.StreamReader], Awaitable[None]],
+    ) -> None:
+        """Read a stream that the peer opened, until it ends or the peer opens another of its kind."""
         self.want(peer)
-        link = self._peers.get(peer)
-        if link is None:
+        link, task = self._peers.get(peer), asyncio.current_task()
+        if link is None or task is None:
             return  # one peer too many: counted by `want`
-        link.inbound += 1
+        if name in link.inbound:
+            link.inbound[name].cancel()
+        link.inbound[name] = task
         try:
-            while True:
-                header, _ = await self._frame(reader, limits, None)
-                self._listener.on_bytes("received", "control", len(header))
-                self._listener.on_message(peer, self._reader.control(header))
+            link.control_pace.spend(STREAM_COST_S)
+            await link.control_pace.wait()
+            await read(link, reader)
         except RemoteProtocolError as error:
             self._listener.on_refused(peer, error.reason, str(error))
         except (StreamEnded, TimeoutError, OSError):
             return  # the link back tells the listener what there is to tell
         finally:
-            link.inbound -= 1
+            if link.inbound.get(name) is task:
+                del link.inbound[name]
 
-    async def _serve_bulk(
-        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        limits = FrameLimits(HEADER_BYTES_MAX, self._limits.payload_bytes_max)
+    async def _read_control(self, link: _Peer, reader: asyncio.StreamReader) -> None:
+        limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN)
+        while True:
+            header, _ = await self._frame(reader, limits, None)
+            self._listener.on_bytes("received", "control", len(header))
+            with link.control_pace.spending():
+                self._listener.on_message(link.peer, self._reader.control(header))
+            await link.control_pace.wait()
+
+    async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
+        limits = FrameLimits(HEADER_BYTES_MAX, self._limits.payload_bytes_max, BYTES_PER_SECOND_MIN)
         loop = asyncio.get_running_loop()
         told_at = loop.time()
         waiting = 0
@@ -311,17 +403,14 @@ class Links:
             waiting += count
             if loop.time() - told_at >= PROGRESS_EVERY_S:
                 told_at = loop.time()
-                self._listener.on_bulk_progress(peer)
+                self._listener.on_bulk_progress(link.peer)
 
-        try:
-            while True:
-                header, payload = await self._frame(reader, limits, on_bytes)
-                self._on_data(peer, header, payload, waiting)
-                waiting = 0
-        except RemoteProtocolError as error:
-            self._listener.on_refused(peer, error.reason, str(error))
-        except (StreamEnded, TimeoutError, OSError):
-            return
+        while True:
+            header, payload = await self._frame(reader, limits, on_bytes)
+            with link.bulk_pace.spending():
+                self._on_data(link.peer, header, payload, waiting)
+            waiting = 0
+            await link.bulk_pace.wait()
 
     async def _frame(
         self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
@@ -348,3 +437,8 @@ async def _ended(reader: asyncio.StreamReader) -> str:
     except OSError as error:
         return f"the stream broke: {error}"
     return "it wrote on our stream" if data else "the stream ended"
+
+
+async def _broken(link: _Peer) -> str:
+    await link.broken.wait()
+    return link.why_broken

@@ -42,6 +42,7 @@ class StreamEnded(Exception):
 class FrameLimits:
     header_bytes_max: int
     payload_bytes_max: int
+    bytes_per_second_min: float | None = None  # of a frame that has begun; None: whoever waits sees to it
 
 
 async def read_frame(
@@ -53,18 +54,22 @@ async def read_frame(
 ) -> tuple[bytes, bytearray]:
     """The next frame: header, payload.
 
-    `start_s` bounds the wait for the frame's first bytes (None: as long as the stream lives), `silence_s`
-    every silence after them; `on_bytes` hears of every piece that came. Raises StreamEnded,
-    RemoteProtocolError and TimeoutError.
+    `start_s` bounds the wait for the frame's first byte (None: as long as the stream lives), `silence_s`
+    every silence after it, and `limits` how long drops may make an ocean; `on_bytes` hears of every piece
+    that came. Raises StreamEnded, RemoteProtocolError and TimeoutError.
     """
-    start = await _read_exactly(reader, FRAME.size, start_s, on_bytes, at_start=True)
+    first = await _read_exactly(reader, 1, start_s, on_bytes, at_start=True)
+    async with asyncio.timeout(silence_s):
+        start = first + await _read_exactly(reader, FRAME.size - 1, None, on_bytes)
     header_bytes, payload_bytes = FRAME.unpack(start)
     if header_bytes > limits.header_bytes_max:
         raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
     if payload_bytes > limits.payload_bytes_max:
         raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
-    header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
-    payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes)
+    slowest = limits.bytes_per_second_min
+    async with asyncio.timeout(silence_s + (header_bytes + payload_bytes) / slowest if slowest else None):
+        header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
+        payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes)
     return bytes(header), payload
 
 

@@ -58,6 +58,32 @@ def test_silence_before_a_frame_times_out_only_if_asked():
         read(b"", end=False, start_s=0.01)
 
 
+def test_silence_after_the_first_byte_times_out_even_if_the_wait_for_it_has_no_end():
+    with pytest.raises(TimeoutError):
+        read(b"\0", end=False)
+
+
+def test_a_frame_that_comes_in_drops_has_an_end():
+    async def run() -> None:
+        reader = asyncio.StreamReader()
+        limits = FrameLimits(100, 1000, bytes_per_second_min=1e6)
+        reader.feed_data(FRAME.pack(0, 1000))
+
+        async def drip() -> None:
+            while True:
+                reader.feed_data(b"x")
+                await asyncio.sleep(0)
+
+        dripping = asyncio.create_task(drip())
+        try:
+            await read_frame(reader, limits, None, 0.0)
+        finally:
+            dripping.cancel()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+
+
 def test_progress_is_told_for_every_byte():
     counts = []
 

@@ -1,0 +1,294 @@
+"""Links under attack: what one peer may cost us is bounded, whatever it sends and however often it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from tapestry.compression.refusals import RefusedPayload
+from tapestry.dht.swarm import Unreachable
+from tapestry.node import links as links_module
+from tapestry.node.links import BURST_S, LinkLimits, Links, Pace
+from tapestry.node.protocol.messages import Control, Records, Result, Shard, Stage, Status
+from tapestry.node.vocabulary import Reader, encode_message
+from tapestry.node.wire import FRAME, frame_parts
+
+PEER = "12D3KooWPeer"
+RUN = "ab" * 32
+STATUS = Status(3, "cd" * 32, "training", Stage.TRAINING, 0, 0, ())
+PAYLOAD_BYTES = 1000
+
+
+class FakeWriter:
+    """A stream that takes everything, or nothing, or is broken as uvloop has it."""
+
+    def __init__(self, takes: bool = True) -> None:
+        self.takes, self.closing, self.written = takes, False, bytearray()
+
+    def write(self, data: Any) -> None:
+        if self.closing:
+            raise RuntimeError("unable to perform operation on <UnixTransport>; the handler is closed")
+        self.written += data
+
+    async def drain(self) -> None:
+        if not self.takes:
+            await asyncio.get_running_loop().create_future()
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+
+class FakeSwarm:
+    """Serves handlers that a test calls itself, and opens streams that lead nowhere."""
+
+    peer_id = "12D3KooWMe"
+
+    def __init__(self, reachable: bool = True, takes: bool = True) -> None:
+        self.reachable, self.takes = reachable, takes
+        self.handlers: dict[str, Callable[..., Awaitable[None]]] = {}
+        self.opened: list[tuple[asyncio.StreamReader, FakeWriter]] = []
+
+    async def serve(self, protocol: str, handler: Callable[..., Awaitable[None]]) -> None:
+        self.handlers[protocol.split("/")[-2]] = handler
+
+    async def connect_any(self, *_: object) -> None: ...
+
+    async def open_stream(self, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:
+        if not self.reachable:
+            raise Unreachable("refused", "nothing listens there")
+        self.opened.append((asyncio.StreamReader(), FakeWriter(self.takes)))
+        return self.opened[-1]
+
+
+class Heard:
+    """A listener that counts."""
+
+    def __init__(self) -> None:
+        self.ups: list[str] = []
+        self.messages: list[Control | Shard | Result] = []
+        self.refused: Counter[str] = Counter()
+        self.unusable = 0
+        self.progress = 0
+
+    def on_up(self, peer: str) -> None:
+        self.ups.append("up")
+
+    def on_down(self, peer: str) -> None:
+        self.ups.append("down")
+
+    def on_message(self, peer: str, message: Control | Shard | Result) -> None:
+        self.messages.append(message)
+
+    def on_bulk_progress(self, peer: str) -> None:
+        self.progress += 1
+
+    def on_unusable(self, peer: str, reason: str, text: str) -> None:
+        self.unusable += 1
+
+    def on_refused(self, peer: str, reason: str, text: str) -> None:
+        self.refused[reason] += 1
+
+    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+
+
+class Bench:
+    """Links on a fake swarm, within a running loop."""
+
+    def __init__(self, swarm: FakeSwarm | None = None, **limits: Any) -> None:
+        self.swarm = swarm or FakeSwarm()
+        self.heard = Heard()
+        values = {
+            "control_bytes_max": 4096,
+            "payload_bytes_max": PAYLOAD_BYTES,
+            "peers_max": 4,
+            "silence_s": 5.0,
+            "backoff_initial_s": 0.001,
+        }
+        self.links = Links(
+            self.swarm,  # type: ignore[arg-type]
+            RUN,
+            Reader(None),  # type: ignore[arg-type]  # no records here
+            unpack,
+            self.heard,
+            LinkLimits(**(values | limits)),
+        )
+        self.streams: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Bench:
+        self.task = asyncio.create_task(self.links.run())
+        await turns()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in (*self.streams, self.task):
+            task.cancel()
+        await asyncio.wait([*self.streams, self.task])
+
+    def stream(self, name: str, data: bytes = b"", peer: str = PEER) -> asyncio.Task[None]:
+        """A stream that the peer opened and wrote `data` on."""
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+
+        async def serve() -> None:
+            await self.swarm.handlers[name](peer, reader, FakeWriter())
+
+        self.streams.append(asyncio.create_task(serve()))
+        return self.streams[-1]
+
+    async def linked(self) -> None:
+        self.links.want(PEER)
+        await until(lambda: PEER in self.links.linked)
+
+
+def unpack(message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+    if len(frame) != PAYLOAD_BYTES:
+        raise RefusedPayload("length", f"{len(frame)} bytes")
+    return torch.frombuffer(frame, dtype=torch.uint8), ""
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # what is awaited is the loop's own work
+            await asyncio.sleep(0)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(main())
+
+
+def framed(header: bytes, payload: bytes = b"") -> bytes:
+    return b"".join(bytes(part) for part in frame_parts(header, [payload] if payload else ()))
+
+
+def test_of_many_streams_of_a_kind_only_the_newest_is_read():
+    async def main() -> None:
+        async with Bench() as bench:
+            streams = []
+            for _ in range(200):
+                streams.append(bench.stream("bulk", FRAME.pack(10, PAYLOAD_BYTES)))
+                await asyncio.sleep(0)
+            await turns()
+            assert [task for task in streams if not task.done()] == streams[-1:]
+
+    run(main)
+
+
+def test_a_peer_beyond_peers_max_gets_no_bulk_stream_read():
+    async def main() -> None:
+        async with Bench(peers_max=1) as bench:
+            bench.links.want("12D3KooWFirst")
+            frame = framed(encode_message(Shard(3, "cd" * 16, 0, None)), bytes(PAYLOAD_BYTES))
+            stream = bench.stream("bulk", frame)
+            await until(stream.done)
+            assert not bench.heard.messages and bench.heard.refused == {"peers_max": 1}
+
+    run(main)
+
+
+def test_a_full_buffer_of_messages_leaves_turns_to_others():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.stream("control", framed(encode_message(STATUS)) * 1000)
+            most, before = 0, 0
+            while len(bench.heard.messages) < 1000:
+                await asyncio.sleep(0)
+                most, before = max(most, len(bench.heard.messages) - before), len(bench.heard.messages)
+            assert most <= 2
+
+    run(main)
+
+
+def test_a_flood_gets_its_share_of_the_loop_and_no_more():
+    now = 0.0
+    pace = Pace(0.25, lambda: now)
+    pace.spend(BURST_S)
+    assert pace.pause_s() == 0
+    pace.spend(0.5)
+    assert pace.pause_s() == pytest.approx(2.0)
+    now = 2.0
+    assert pace.pause_s() == pytest.approx(0)
+    now = 100.0
+    pace.spend(BURST_S)
+    assert pace.pause_s() == 0, "what was not used is not saved up, and old debts are paid"
+
+
+def test_a_peer_that_costs_more_than_its_burst_waits_and_others_do_not(monkeypatch):
+    async def main() -> None:
+        async with Bench() as bench:
+            monkeypatch.setattr(links_module, "BURST_S", -1000.0)
+            bench.stream("control", framed(encode_message(STATUS)))
+            await turns()
+            assert not bench.heard.messages
+            monkeypatch.setattr(links_module, "BURST_S", BURST_S)
+            bench.stream("control", framed(encode_message(STATUS)), peer="12D3KooWOther")
+            await until(lambda: bench.heard.messages)
+
+    run(main)
+
+
+def test_answers_that_are_not_taken_end_the_link_at_once_and_up_and_down_alternate():
+    async def main() -> None:
+        bench = Bench(FakeSwarm(takes=False), queue_bytes_max=10_000, control_bytes_max=2_000)
+        async with bench:
+            await bench.linked()
+            for _ in range(1000):
+                bench.links.send_control(PEER, Records(0, ()))
+                bench.links.send_control(PEER, STATUS)
+            assert bench.heard.refused == {"slow": 1} and bench.heard.ups == ["up", "down"]
+            await until(lambda: bench.heard.ups == ["up", "down", "up"])
+            assert all(writer.closing for _, writer in bench.swarm.opened[:2])
+        assert bench.heard.ups == ["up", "down", "up", "down"]
+
+    run(main)
+
+
+def test_a_stream_that_broke_before_we_wrote_is_no_error_of_ours():
+    async def main() -> None:
+        async with Bench() as bench:
+            await bench.linked()
+            for _, writer in bench.swarm.opened:
+                writer.closing = True
+            bench.links.send_control(PEER, STATUS)
+            await until(lambda: "down" in bench.heard.ups)
+            assert not bench.task.done()
+
+    run(main)
+
+
+def test_a_peer_that_comes_and_goes_does_not_make_us_hurry():
+    async def main() -> None:
+        async with Bench(backoff_initial_s=0.001, backoff_max_s=5.0) as bench:
+            bench.links.want(PEER)
+            for _ in range(2000):
+                for reader, _ in bench.swarm.opened:
+                    if not reader.at_eof():
+                        reader.feed_eof()
+                bench.links.want(PEER)
+                await asyncio.sleep(0)
+            assert bench.heard.ups.count("up") < 12  # the pause doubles each time
+
+    run(main)
+
+
+def test_unusable_data_is_told_and_the_stream_goes_on():
+    async def main() -> None:
+        async with Bench() as bench:
+            header = encode_message(Shard(3, "cd" * 16, 0, None))
+            bench.stream("bulk", framed(header, b"short") + framed(header, bytes(PAYLOAD_BYTES)))
+            await until(lambda: bench.heard.messages)
+            assert bench.heard.unusable == 1 and not bench.heard.refused
+
+    run(main)

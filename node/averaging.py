@@ -26,13 +26,13 @@ from tapestry.node.protocol.messages import Result, Shard
 
 
 class Averaging:
-    """What a run's codec and shards make of vectors. Not thread-safe in `encode`; pure elsewhere."""
+    """What a run's codec and shards make of vectors. One `encode` at a time; `settle` at any time."""
 
     def __init__(self, codec: Codec, n: int, shard_elements: int, residual: bool) -> None:
         self.codec = codec
         self.shards: tuple[Bounds, ...] = shard_bounds(n, shard_elements)
         self._residual = torch.zeros(n) if residual else None  # f32 (n,), of committed contributions
-        self._pending: Tensor | None = None  # f32 (n,), of the one that is under way
+        self._pending: tuple[str, Tensor] | None = None  # contribution, f32 (n,); of the newest encoded
 
     @property
     def frame_bytes_max(self) -> int:
@@ -42,22 +42,29 @@ class Averaging:
     def encode(
         self,
         vector: Tensor,  # f32 (n,)
+        contribution: str = "",  # its name, for `settle`
     ) -> tuple[Tensor, ...]:  # uint8, one per shard
         """Raises RefusedVector if the contribution is not finite."""
         if self._residual is not None:
             vector = vector + self._residual
         payloads = tuple(self.codec.encode(vector[s.start : s.stop]) for s in self.shards)
         if self._residual is not None:
-            self._pending = vector
             for s, payload in zip(self.shards, payloads, strict=True):
-                self._pending[s.start : s.stop] -= self.codec.decode(payload, s.n)
+                vector[s.start : s.stop] -= self.codec.decode(payload, s.n)
+            self._pending = contribution, vector  # at once: `settle` may come meanwhile
         return payloads
 
-    def settle(self, committed: bool) -> None:
-        """The round is over: keep the residual of a contribution that counted, drop that of another."""
-        if committed and self._pending is not None:
-            self._residual = self._pending
-        self._pending = None
+    def settle(self, counted: str | None) -> None:
+        """A round is over, in which this contribution of ours counted; None: none did.
+
+        The residual of what counted is kept. If another has been encoded since, it is gone; what it had been
+        added to has counted, so it must not stay either.
+        """
+        pending, self._pending = self._pending, None
+        if self._residual is None or counted is None:
+            return
+        matches = pending is not None and pending[0] == counted
+        self._residual = pending[1] if pending is not None and matches else torch.zeros_like(self._residual)
 
     def reduce(
         self,

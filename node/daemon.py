@@ -200,7 +200,7 @@ class _Daemon:
             runtime.averaging.unpack,
             runtime,
             _link_limits(spec, runtime.averaging),
-            {GENESIS_PROTOCOL: runtime.serve_state, state_protocol(genesis.run_id): runtime.serve_state},
+            {GENESIS_PROTOCOL: runtime.serve_genesis, state_protocol(genesis.run_id): runtime.serve_state},
             runtime.news,
             self.metrics.refused,
         )

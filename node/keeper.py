@@ -110,7 +110,11 @@ class Keeper:
             raise KeeperError(f"our disk no longer leads to state {epoch}")
 
     def rollback(self, epoch: int) -> tuple[int, str]:
-        """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError."""
+        """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError.
+
+        All there is may be less than was asked: the chain may have been truncated further since.
+        """
+        epoch = min(epoch, self._chain.epoch)
         restored = restore(self._chain, epoch, self.store, self.checkpoints, self.state)
         if restored is None:
             raise KeeperError(f"no checkpoint up to epoch {epoch}")

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 import time
 from typing import TextIO
+
+REPEATS_KEPT = 1024
 
 
 def start_logging(log_format: str) -> LiveLine:
@@ -52,6 +55,22 @@ class LiveLine:
             self._enabled = False  # the terminal is gone; the node goes on
 
 
+class Repeats:
+    """Which of many like events may be told: the first, and one in every `every_s`."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._told_at: dict[object, float] = {}
+
+    def may_tell(self, key: object, now: float) -> bool:
+        if now - self._told_at.get(key, -math.inf) < self._every_s:
+            return False
+        if len(self._told_at) >= REPEATS_KEPT:
+            self._told_at.clear()
+        self._told_at[key] = now
+        return True
+
+
 class _Handler(logging.Handler):
     def __init__(self, live: LiveLine) -> None:
         super().__init__()
@@ -65,8 +84,13 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno <= logging.INFO else f" {record.levelname.lower()}"
-        text = f"{clock}.{int(record.msecs):03d}{level} {record.getMessage()}"
+        text = f"{clock}.{int(record.msecs):03d}{level} {printable(record.getMessage())}"
         return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def printable(text: str) -> str:
+    """One line, whatever a peer has put into it: no line of its own, nothing that moves a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Json(logging.Formatter):

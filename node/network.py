@@ -203,7 +203,7 @@ class Network:
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
         for peer in self._peers:
             links.want(peer.peer_id, (peer.maddr,))
-        met: dict[str, None] = {}
+        met: list[str] = []
         while True:
             try:
                 found = await swarm.list_presence(time.time())
@@ -214,7 +214,7 @@ class Network:
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
                     await swarm.meet(new)  # two DHTs of one run become one where peers meet
-                    met |= dict.fromkeys(new)
+                met = links.linked  # who comes back is met again
             except SwarmError as error:
                 _log.warning("presence=not_listed reason=%r", str(error))
             await asyncio.sleep(PRESENCE_LOOK_S)

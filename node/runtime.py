@@ -22,14 +22,14 @@ from tapestry.dht.swarm import SwarmError
 from tapestry.node.averaging import Averaging
 from tapestry.node.join import state_protocol
 from tapestry.node.keeper import Keeper, KeeperError
-from tapestry.node.logs import LiveLine
+from tapestry.node.logs import LiveLine, Repeats
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network, News
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
-from tapestry.node.state.transfer import DonorFailed, OpenStream, WantedUpdate
+from tapestry.node.state.transfer import Donor, DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Died, Event, TrainerProcess
 from tapestry.node.wire import RemoteProtocolError, StreamEnded
@@ -37,6 +37,10 @@ from tapestry.node.wire import RemoteProtocolError, StreamEnded
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
 LAG_PROBE_S = 0.1
 FETCH_OPEN_S = 10.0  # to open a stream to a donor
+REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
+STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
+GENESIS_STREAMS_MAX = 1
+GENESIS_STREAM_S = 10.0  # as long as a joiner waits: node/join.py
 COMPUTE_THREADS = 2  # Guess: encode and reduce side by side; torch itself runs on one thread here
 
 _log = logging.getLogger("tapestry.node")
@@ -68,6 +72,9 @@ class Runtime:
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._tasks: asyncio.TaskGroup | None = None
+        self._broken: asyncio.Future[None] | None = None  # ends `run` with what the core raised
+        self._fetching: asyncio.Task[Any] | None = None  # a whole state, from a donor
+        self._refusals = Repeats(REFUSAL_LOG_S)
         self._timer: asyncio.TimerHandle | None = None
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
         self._encode_lock = asyncio.Lock()  # the contribution's buffer is being read
@@ -75,7 +82,9 @@ class Runtime:
         self._epoch_told = -2
         self._health_told = ""
         self._state_protocol = state_protocol(core.ctx.rules.run_id)
-        self._donor = keeper.donor(self._on_state_bytes)
+        # Two, so that a joiner learns what the run is while all that give state are busy.
+        self._genesis_door = _Door(keeper.donor(self._on_state_bytes), GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
+        self._state_door = _Door(keeper.donor(self._on_state_bytes), STATE_STREAMS_MAX, None)
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -85,34 +94,45 @@ class Runtime:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
+                self._broken = asyncio.get_running_loop().create_future()
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe_lag())
                 self.feed(ev.Tick())
-                await asyncio.get_running_loop().create_future()
+                await self._broken
         finally:
             self._tasks = None
             self._live.show("")
             if self._timer is not None:
                 self._timer.cancel()
             self._compute.shutdown(wait=False, cancel_futures=True)
-            self._disk.shutdown(wait=True)
+            # Not on the loop, which has signals to hear: a second one must find it listening.
+            await asyncio.get_running_loop().run_in_executor(None, self._disk.shutdown)
 
     async def leave(self) -> None:
         """Tell everybody that we stop, and keep what must be kept. The trainer is still running."""
         self.feed(ev.Stopping())
         await asyncio.sleep(0)  # the farewell is queued; links write it while we save
+        if self._fetching is not None:
+            self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
         async with self._state_lock:
             if self.trainer is not None and self.core.sync.state_epoch >= 0:
                 self.trainer.save(self.core.sync.state_epoch)
             await self._in_disk_thread(self.keeper.checkpoint)
 
     def feed(self, inp: ev.Input) -> None:
-        """An input to the core, now. Its outputs are executed in order."""
-        if self._tasks is None:
+        """An input to the core, now. Its outputs are executed in order.
+
+        What the core raises ends the node and not only who called, be it a stream's handler or the timer: a
+        core that broke off half-way has moved, and nothing of that was written or sent.
+        """
+        if self._tasks is None or self._broken is None or self._broken.done():
             return
-        for output in self.core.handle(inp, self._now()):
-            self._outbox.put_nowait(output)
-        self._after()
+        try:
+            for output in self.core.handle(inp, self._now()):
+                self._outbox.put_nowait(output)
+            self._after()
+        except Exception as error:
+            self._broken.set_exception(error)
 
     def _after(self) -> None:
         """Timer, metrics and news after the core has moved."""
@@ -172,12 +192,17 @@ class Runtime:
         self.feed(ev.BulkProgress(peer))
 
     def on_unusable(self, peer: str, reason: str, text: str) -> None:
-        _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+        self._log_refusal(peer, reason, text)
         self.feed(ev.PeerRefused(peer, reason))
 
     def on_refused(self, peer: str, reason: str, text: str) -> None:
-        _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+        self._log_refusal(peer, reason, text)
         self.metrics.refused(reason)
+
+    def _log_refusal(self, peer: str, reason: str, text: str) -> None:
+        """All are counted, but a peer must not fill the disk with what it did."""
+        if self._refusals.may_tell((peer, reason), self._now()):
+            _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
 
     def on_bytes(self, direction: str, kind: str, count: int) -> None:
         self.metrics.network_bytes(direction, kind, count)
@@ -228,14 +253,14 @@ class Runtime:
         trainer = self.trainer
         if trainer is None:
             return
+        token = secrets.token_hex(16)
         async with self._encode_lock:
             try:
-                payloads = await self._in_compute_thread(self.averaging.encode, trainer.contribution)
+                payloads = await self._in_compute_thread(self.averaging.encode, trainer.contribution, token)
             except Refused as refused:
                 self.metrics.refused(refused.reason)
                 self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
-        token = secrets.token_hex(16)
         self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
 
     # --- outputs -------------------------------------------------------------------------------
@@ -343,10 +368,16 @@ class Runtime:
     async def _fetch_state(self, out: ev.FetchState) -> None:
         keeper, opener = self.keeper, self._opener(out.donor)
         async with self._state_lock:
+            if self.core.stopping:
+                return
             if self.trainer is not None:
                 self.trainer.abort()
             fetching = keeper.fetch_state(opener, out.epoch_max, self.core.chain, self._on_state_bytes)
-            why = await self._failure_of(out.donor, fetching)
+            self._fetching = asyncio.current_task()
+            try:
+                why = await self._failure_of(out.donor, fetching)
+            finally:
+                self._fetching = None
             if not why:
                 await self._in_disk_thread(keeper.checkpoint)
         self.feed(ev.FetchFailed(out.donor, "", why) if why else ev.Applied(*keeper.reached))
@@ -376,12 +407,23 @@ class Runtime:
     def _on_state_bytes(self, direction: str, count: int) -> None:
         self.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
 
+    async def serve_genesis(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the genesis protocol."""
+        await self._serve_through(self._genesis_door, peer, reader, writer)
+
     async def serve_state(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """The handler of the genesis and state protocols."""
+        """The handler of the state protocol."""
+        await self._serve_through(self._state_door, peer, reader, writer)
+
+    async def _serve_through(
+        self, door: _Door, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         try:
-            await self._donor.serve(reader, writer)
+            await door.serve(peer, reader, writer)
         except RemoteProtocolError as error:
             self.on_refused(peer, error.reason, str(error))
         except (StreamEnded, TimeoutError, ConnectionError) as error:
@@ -402,16 +444,21 @@ class Runtime:
             self.trainer.close_round(out.epoch)
 
     def do_end_round(self, out: ev.EndRound) -> None:
-        self.averaging.settle(out.outcome in ("committed", "forced"))
+        self.averaging.settle(self._counted(out.epoch))
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
             self.network.drop_bulk()
         if out.outcome != "committed" and not self.core.stopping:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
+    def _counted(self, epoch: int) -> str | None:
+        """The contribution of ours that the record of this round names, if there is one."""
+        chain, me = self.core.chain, self.core.ctx.me
+        members = chain.records[epoch].body.members if epoch < chain.epoch else ()
+        return next((m.contribution for m in members if m.peer == me and m.weight), None)
+
     def do_verdict(self, out: ev.Verdict) -> None:
-        _log.warning("refused peer=%s reason=%s %s", out.peer[-6:], out.reason, out.text)
-        self.metrics.refused(out.reason)
+        self.on_refused(out.peer, out.reason, out.text)
 
     def do_note(self, out: ev.Note) -> None:
         _log.info("%s", out.text)
@@ -449,6 +496,30 @@ class Runtime:
 
     async def _in_disk_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+
+class _Door:
+    """A donor's streams: of each peer so many at a time, and if they must be short, so long."""
+
+    def __init__(self, donor: Donor, streams_max: int, stream_s: float | None) -> None:
+        self._donor = donor
+        self._streams_max = streams_max
+        self._stream_s = stream_s
+        self._streams: dict[str, int] = {}
+
+    async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As Donor.serve. Without this one peer could take all the streams that a donor serves at once."""
+        count = self._streams.get(peer, 0)
+        if count >= self._streams_max:
+            raise RemoteProtocolError("streams", f"more than {self._streams_max} streams at a time")
+        self._streams[peer] = count + 1
+        try:
+            async with asyncio.timeout(self._stream_s):
+                await self._donor.serve(reader, writer)
+        finally:
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
 
 
 class TrainingView:

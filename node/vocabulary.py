@@ -162,6 +162,17 @@ def _stage(value: Any) -> Stage:
     return Stage(_integer(0, len(Stage) - 1)(value))
 
 
+def _word(length_max: int) -> Decode:
+    """A word that may be shown anywhere, as phases and peer ids are: ASCII letters and digits."""
+
+    def decode(value: Any) -> str:
+        if type(value) is not str or len(value) > length_max or not (value.isascii() and value.isalnum()):
+            raise ValueError(f"not a word of at most {length_max}")
+        return value
+
+    return decode
+
+
 def _known(value: Any) -> tuple[int, str]:
     if not isinstance(value, tuple) or len(value) != 2:
         raise ValueError("not a pair of epoch and head")
@@ -188,17 +199,17 @@ _EPOCH = _integer(0, EPOCH_MAX)
 _BALLOT = _integer(0, BALLOT_MAX)
 _SHARD = _integer(0, SHARDS_MAX - 1)
 _HEAD = _hex(64)
-_PEERS = _tuple_of(_text(128), MEMBERS_MAX)
+_PEERS = _tuple_of(_word(128), MEMBERS_MAX)
 
 _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     Status: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
-        "phase": (_same, _text(PHASE_LENGTH_MAX)),
+        "phase": (_same, _word(PHASE_LENGTH_MAX)),
         "stage": (int, _stage),
         "ballot": (_same, _BALLOT),
         "progress": (_same, _integer(0, 2**53)),
-        "waiting_on": (_same, _tuple_of(_text(128), WAITING_MAX)),
+        "waiting_on": (_same, _tuple_of(_word(128), WAITING_MAX)),
     },
     Call: {
         "epoch": (_same, _EPOCH),

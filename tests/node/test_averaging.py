@@ -70,16 +70,16 @@ def test_the_mean_is_the_same_whoever_computes_it():
 
 def test_the_residual_of_a_committed_contribution_is_added_to_the_next():
     a, x = averaging(residual=True), vector(1)
-    lost = x - decoded(a, a.encode(x))
-    a.settle(committed=True)
+    lost = x - decoded(a, a.encode(x, "one"))
+    a.settle("one")
     y = vector(2)
     assert torch.equal(decoded(a, a.encode(y)), decoded(averaging(), averaging().encode(y + lost)))
 
 
 def test_the_residual_of_a_contribution_that_did_not_count_is_dropped():
     a = averaging(residual=True)
-    a.encode(vector(1))
-    a.settle(committed=False)
+    a.encode(vector(1), "one")
+    a.settle(None)
     y = vector(2)
     assert torch.equal(decoded(a, a.encode(y)), decoded(averaging(), averaging().encode(y)))
 
@@ -87,7 +87,30 @@ def test_the_residual_of_a_contribution_that_did_not_count_is_dropped():
 def test_the_callers_vector_is_left_alone():
     a, x = averaging(residual=True), vector(1)
     before = x.clone()
-    a.encode(x)
-    a.settle(committed=True)
-    a.encode(x)
+    a.encode(x, "one")
+    a.settle("one")
+    a.encode(x, "two")
     assert torch.equal(x, before)
+
+
+def test_a_residual_is_kept_only_by_the_contribution_that_the_record_names():
+    a, y = averaging(residual=True), vector(3)
+    a.encode(vector(1), "one")
+    a.encode(vector(2), "two")
+    a.settle("one")
+    assert torch.equal(decoded(a, a.encode(y)), decoded(averaging(), averaging().encode(y)))
+
+
+def test_a_round_may_end_while_its_contribution_is_encoded(monkeypatch):
+    a, y = averaging(residual=True), vector(3)
+    decode = a.codec.decode
+
+    def decode_late(*args, **kwargs):
+        a.settle(None)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(type(a.codec), "decode", lambda self, *args, **kwargs: decode_late(*args, **kwargs))
+    a.encode(vector(1), "late")
+    monkeypatch.undo()
+    a.settle(None)
+    assert torch.equal(decoded(a, a.encode(y)), decoded(averaging(), averaging().encode(y)))

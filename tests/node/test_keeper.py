@@ -113,3 +113,12 @@ def test_a_rollback_gives_the_state_as_it_was(run: Run) -> None:
     run.keeper.truncate(2)
     assert run.keeper.rollback(2) == (2, digests[2])
     assert run.open().restore().state_digest == digests[2]
+
+
+def test_a_rollback_goes_no_further_than_a_chain_that_was_truncated_meanwhile(run: Run) -> None:
+    run.keeper.restore()
+    digests = [run.keeper.reached[1]]
+    for seed in range(4):
+        digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
+    run.keeper.truncate(1)
+    assert run.keeper.rollback(3) == (1, digests[1])

@@ -113,3 +113,10 @@ def test_unsorted_or_repeated_members_of_a_record_are_refused():
         record = dataclasses.replace(RECORD, body=dataclasses.replace(BODY, members=members))
         with pytest.raises(RemoteProtocolError, match="sorted"):
             READER.control(encode_message(messages.Commit(record)))
+
+
+@pytest.mark.parametrize("phase", ["\x1b[2J", "a\nb", "", "\u202egniniart"])
+def test_a_phase_that_is_no_word_is_refused(phase):
+    status = messages.Status(3, "ab" * 32, phase, messages.Stage.TRAINING, 0, 0, ())
+    with pytest.raises(RemoteProtocolError):
+        READER.control(encode_message(status))

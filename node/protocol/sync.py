@@ -42,7 +42,9 @@ class Sync:
         self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
         self.job_head = ""  # of the update that is being fetched
         self.rollback_to: int | None = None
-        self.need_state = state_epoch == NO_STATE
+        # What lies on our disk may be what a donor gave just before a crash, not compared yet.
+        signed = chain.state_digest_at(state_epoch) if 0 <= state_epoch <= chain.epoch else None
+        self.need_state = state_epoch == NO_STATE or (signed is not None and signed != state_digest)
         self.asked_at: dict[str, float] = {}
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not

@@ -37,12 +37,20 @@ class Watch:
     # --- the quorum ----------------------------------------------------------------------------
 
     def alive(self, now: float) -> int:
-        return sum(self.ctx.heard(p, now) for p in self.state.electorate)
+        return sum(self._votes(p, now) for p in self.state.electorate)
+
+    def _votes(self, peer: str, now: float) -> bool:
+        """Heard, and not standing by at our head: who has lost its disk takes no part in this round."""
+        if not self.ctx.heard(peer, now):
+            return False
+        view = self.ctx.peers.get(peer)
+        status = view.status if view is not None else None
+        return status is None or status.stage != Stage.AWAY or status.head != self.state.head
 
     def quorum_there(self, now: float) -> bool:
         need = quorum(len(self.state.electorate))
         for peer in self.state.electorate:
-            if self.ctx.heard(peer, now):
+            if self._votes(peer, now):
                 need -= 1
                 if not need:
                     return True

@@ -9,13 +9,28 @@ G4/consensus: without forced records there is one record for an epoch after a he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from tapestry.node.protocol.chain import Record, quorum
+from tapestry.node.protocol.chain import Record, accept_message
+from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.messages import Accept, Message, Ready
 
 if TYPE_CHECKING:
-    from simulation.world import Node, World
+    from simulation.shell import Node
+    from simulation.world import World
+
+
+class Violation(AssertionError):
+    """An invariant is broken: our bug, or a planted one."""
+
+    def __init__(self, seed: int, now: float, name: str, text: str) -> None:
+        super().__init__(f"seed {seed} t={now:.3f} {name}: {text}")
+
+
+def majority(count: int) -> int:
+    """The checker's own arithmetic, so that a bug in the protocol's is seen."""
+    return count // 2 + 1
 
 
 class Invariants:
@@ -23,17 +38,50 @@ class Invariants:
         self.world = world
         self.state_of: dict[str, str] = {}  # head -> state digest
         self.next_of: dict[str, str] = {}  # head -> head of the ordinary record after it
+        self.table_max = 4 * world.rules.peers_max
+        # A leader that tells members different things may cause a fork, but never two states under a head.
+        self.liar_leads = world.faults.split_roster > 0
 
-    def fail(self, node: Node, text: str) -> None:
-        raise AssertionError(f"seed {self.world.seed} t={self.world.now:.3f} {node.name}: {text}")
+    def fail(self, node: Node, text: str) -> NoReturn:
+        self.world.fail(node.name, text)
 
     def on_state(self, node: Node, head: str, state: str) -> None:
         if self.state_of.setdefault(head, state) != state:
             self.fail(node, f"G1: two states under head {head[:8]}")
 
+    def on_train(self, node: Node, epoch: int) -> None:
+        """G1, G3: what is trained from is the state of the head. Wrong arithmetic is found a round later."""
+        head, disk = node.disk.state_head, node.disk
+        if head != node.astray and disk.states[head][1] != self.state_of.get(head):
+            self.fail(node, f"G1: trains from another state than that of head {head[:8]}")
+
+    def on_send(self, node: Node, message: Message) -> None:
+        """Promises and votes lie on disk before they are sent (section 5)."""
+        if type(message) is Ready:
+            vote = node.disk.vote
+            if vote is None or vote.head != message.head or vote.promised < message.ballot:
+                self.fail(node, f"durability: a promise of ballot {message.ballot} is not on disk")
+            if vote.accepted is not None and message.accepted is None:
+                self.fail(node, "consensus: what was accepted is kept from the next leader")
+        elif type(message) is Accept:
+            vote = node.disk.vote
+            if vote is None or vote.promised < message.ballot or message.head not in node.disk.updates:
+                self.fail(
+                    node, f"durability: the vote in ballot {message.ballot} or its result is not on disk"
+                )
+            core = node.core
+            body = core.round.state.accepted_body if core is not None and core.round is not None else None
+            if body is not None and not body.forced and vote.accepted != body:
+                self.fail(node, f"durability: the vote in ballot {message.ballot} is not on disk")
+
     def on_record(self, node: Node, record: Record) -> None:
         body = record.body
-        if not body.forced:
+        self.world.furthest = max(self.world.furthest, body.epoch)
+        if body.forced and self.world.rules.on_quorum_loss == "wait":
+            self.fail(node, "policy: a forced record in a run that waits")
+        if body.state_digest != self.state_of.get(body.prev, body.state_digest):
+            self.fail(node, f"G1: record {body.epoch} names another state than that of its head")
+        if not body.forced and not self.liar_leads:
             known = self.next_of.setdefault(body.prev, record.head)
             if known != record.head:
                 self.fail(node, f"consensus: two decisions after {body.prev[:8]}: epoch {body.epoch}")
@@ -43,8 +91,11 @@ class Invariants:
         )
         if not body.forced:
             signed = {peer for peer, _ in record.signatures}
-            if sum(p in signed for p in electorate) < quorum(len(electorate)):
+            if sum(p in signed for p in electorate) < majority(len(electorate)):
                 self.fail(node, "consensus: a record without a quorum's signatures")
+        message = accept_message(record.head, record.ballot)
+        if not all(node.crypto.verify(peer, signature, message) for peer, signature in record.signatures):
+            self.fail(node, f"G6: record {body.epoch} bears a false signature")
         mine = {m.contribution for m in body.members if m.weight}
         for earlier in records[-12:-1]:
             if mine & {m.contribution for m in earlier.body.members}:
@@ -54,18 +105,31 @@ class Invariants:
         if influence * len(weights) > 1 and max(weights) > influence * sum(weights) + 1:
             self.fail(node, f"weight cap: {weights}")
 
-    def on_apply(self, node: Node, record: Record, shards: tuple[object, ...]) -> None:
+    def on_apply(self, node: Node, record: Record) -> tuple[int, tuple[object, ...]]:
+        """Returns the update: (epoch, shards)."""
+        body, disk = record.body, node.disk
+        if record.head not in disk.updates:
+            self.fail(node, f"G3: record {body.epoch} is applied without its update")
+        if disk.state_head != body.prev:
+            self.fail(node, f"G3: record {body.epoch} applied to another state")
+        if disk.states[body.prev][1] != self.state_of.get(body.prev):
+            self.fail(node, f"G1: record {body.epoch} applied to a state that is not its head's")
+        epoch, shards = disk.updates[record.head]
+        if not self.liar_leads:
+            self._check_mean(node, record, shards)
+        return epoch, shards
+
+    def _check_mean(self, node: Node, record: Record, shards: tuple[object, ...]) -> None:
         expected = [(m.peer, m.contribution, m.weight) for m in record.body.members if m.weight]
         if len(shards) != self.world.rules.shard_count:
             self.fail(node, f"G2: {len(shards)} shards applied")
         for index, blob in enumerate(shards):
+            if isinstance(blob, str):
+                self.fail(node, f"G1: shard {index} is not what the record names")
             shard, inputs = blob  # type: ignore[misc]
             got = [(peer, contribution, weight) for (peer, contribution, s), weight in inputs if s == index]
             if shard != index or got != expected:
                 self.fail(node, f"G2: shard {index} averages {got}, the record says {expected}")
-        prev = node.disk.state_head
-        if prev != record.body.prev:
-            self.fail(node, f"G3: record {record.body.epoch} applied to another state")
 
     def on_vote(self, node: Node, before: Vote | None, after: Vote) -> None:
         if before is None or (before.epoch, before.head) != (after.epoch, after.head):
@@ -74,21 +138,27 @@ class Invariants:
             self.fail(node, f"a vote went back: {before} -> {after}")
         if after.accepted_ballot == before.accepted_ballot and after.accepted != before.accepted:
             self.fail(node, f"two values accepted in ballot {after.accepted_ballot}")
+        if after.accepted is not None and after.accepted.forced:
+            self.fail(node, "consensus: a forced value displaces what a quorum may have chosen")
 
-    def after_event(self, node: Node) -> None:
-        core = node.core
-        if core is None:
-            return
-        limit = 4 * core.ctx.rules.peers_max
+    def after_event(self, node: Node, core: Core) -> None:
+        limit, round_ = self.table_max, core.round
         if len(core.ctx.peers) > limit or len(core.sync.asked_at) > limit:
             self.fail(node, "G7: a table outgrew its limit")
-        round_ = core.round
-        if round_ is not None:
-            if (
-                len(round_.exchange.inputs) > limit
-                or len(round_.state.accepts) > limit
-                or len(round_.state.ready) > limit
-            ):
-                self.fail(node, "G7: a round's table outgrew its limit")
-            if round_.epoch != core.chain.epoch or round_.head != core.chain.head:
-                self.fail(node, "a round that does not start from the head")
+        if round_ is None:
+            return
+        state = round_.state
+        if len(state.exchange.inputs) > limit or len(state.accepts) > limit or len(state.ready) > limit:
+            self.fail(node, "G7: a round's table outgrew its limit")
+        records = core.sync.chain.records
+        if state.epoch != len(records) or (records and state.head != records[-1].head):
+            self.fail(node, "a round that does not start from the head")
+        if state is not node.checked:
+            node.checked = state
+            if state.electorate != self._electorate(records):
+                self.fail(node, "an electorate changed without a record")
+
+    def _electorate(self, records: list[Record]) -> tuple[str, ...]:
+        if not records:
+            return (self.world.genesis.founder,)
+        return tuple(m.peer for m in records[-1].body.members)

@@ -1,0 +1,242 @@
+"""What goes wrong: every fault is drawn from the seed of its world.
+
+What has no meaning for the core is not drawn: it is given links, not addresses, so a stale, empty or lying
+DHT is to it a peer that comes late, never, or as a stranger; and it only ever compares its own clock with
+itself, so that skew (which is drawn all the same) must change nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from simulation.lies import STRANGER, draw_lie
+from simulation.shell import Disk, Node, digest
+
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.messages import Message, Ready, Roster
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+
+@dataclass
+class Faults:
+    """Probabilities per message, and rates per second of virtual time and node, while faults are on."""
+
+    loss: float = 0.0
+    duplicate: float = 0.0
+    tail: float = 0.0  # share of messages that take up to tail_s
+    tail_s: float = 4.0
+    crash_per_s: float = 0.0
+    freeze_per_s: float = 0.0
+    cut_per_s: float = 0.0  # one-way cuts
+    link_drop_per_s: float = 0.0  # streams that break and come back
+    trainer_down_per_s: float = 0.0
+    island_per_s: float = 0.0  # the swarm falls into two parts
+    blackout_per_s: float = 0.0  # a majority, or everybody, crashes at once
+    crash_at_write: float = 0.0  # probability that a node dies of a write, which may be torn: it is not there
+    crash_at_fork: float = 0.0  # probability that it dies when it has left a fork and not followed the other
+    lies_per_s: float = 0.0  # messages of random values in the name of a stranger or a member
+    drip_per_s: float = 0.0  # a peer drips bytes, of which no shard ever comes
+    corrupt: float = 0.0  # share of data frames that are damaged: the wire refuses them, and says of whom
+    donor_lies: float = 0.0  # share of updates and states that are not what was asked for
+    false_ready: float = 0.0  # share of READYs that lie about weight or state digest
+    split_roster: float = 0.0  # share of ROSTERs that tell one member something else than the others
+    skew_s: float = 0.0  # clocks are up to this much apart
+    disk_lost: bool = False  # one node comes back without its disk
+    astray: bool = False  # one node's arithmetic goes wrong, once
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Faults:
+        def maybe(p: float, high: float) -> float:
+            return rng.random() * high if rng.random() < p else 0.0
+
+        return cls(
+            loss=maybe(0.5, 0.15),
+            duplicate=maybe(0.4, 0.2),
+            tail=maybe(0.5, 0.1),
+            crash_per_s=maybe(0.6, 0.06),
+            freeze_per_s=maybe(0.3, 0.03),
+            cut_per_s=maybe(0.4, 0.06),
+            link_drop_per_s=maybe(0.3, 0.06),
+            trainer_down_per_s=maybe(0.3, 0.04),
+            island_per_s=maybe(0.4, 0.01),
+            blackout_per_s=maybe(0.2, 0.01),
+            crash_at_write=maybe(0.4, 0.06),
+            crash_at_fork=maybe(0.3, 0.3),
+            lies_per_s=maybe(0.3, 0.5),
+            drip_per_s=maybe(0.2, 0.02),
+            corrupt=maybe(0.2, 0.01),
+            donor_lies=maybe(0.3, 0.3),
+            false_ready=maybe(0.15, 0.1),
+            split_roster=maybe(0.1, 0.2),
+            skew_s=maybe(0.3, 600.0),
+            disk_lost=rng.random() < 0.2,
+            astray=rng.random() < 0.1,
+        )
+
+
+def electorate_of(node: Node) -> list[str]:
+    """As its disk has it."""
+    records = node.disk.records
+    return [m.peer for m in records[-1].body.members] if records else [node.world.genesis.founder]
+
+
+class Chaos:
+    """Makes a world's faults happen, until it is healed."""
+
+    def __init__(self, world: World, faults: Faults) -> None:
+        self.world = world
+        self.faults = faults
+        self.rng = world.rng
+        self.disk_was_lost = False
+        self.went_astray = False
+
+    def plan(self, until_s: float) -> None:
+        faults, world = self.faults, self.world
+        for rate, fault in (
+            (faults.crash_per_s, self._crash),
+            (faults.freeze_per_s, self._freeze),
+            (faults.cut_per_s, self._cut),
+            (faults.link_drop_per_s, self._drop_link),
+            (faults.trainer_down_per_s, self._trainer_down),
+            (faults.island_per_s, self._island),
+            (faults.blackout_per_s, self._blackout),
+            (faults.lies_per_s, self._lie),
+            (faults.drip_per_s, self._drip),
+        ):
+            at = 0.0
+            while rate:
+                at += self.rng.expovariate(rate * len(world.nodes))
+                if at >= until_s:
+                    break
+                world.later(at, None, fault)
+
+    def _pick(self) -> Node:
+        return self.rng.choice(list(self.world.nodes.values()))
+
+    def _crash(self) -> None:
+        self.crash_for_a_while(self._pick())
+
+    def crash_for_a_while(self, node: Node) -> None:
+        if node.core is not None:
+            self.world.tell(node.name, "CRASH")
+            node.crash()
+            self.world.later(self.rng.choice([0.2, 0.5, 3.0, 20.0]), None, lambda: self._restart(node))
+
+    def _blackout(self) -> None:
+        nodes = list(self.world.nodes.values())
+        for node in self.rng.sample(nodes, self.rng.randint(len(nodes) // 2 + 1, len(nodes))):
+            self.crash_for_a_while(node)
+
+    def _island(self) -> None:
+        names = list(self.world.nodes)
+        island = self.rng.sample(names, self.rng.randint(1, len(names)))
+        until = self.world.now + self.rng.uniform(1.0, 40.0)
+        self.world.tell("world", f"ISLAND {island}")
+        for a in names:
+            for b in names:
+                if (a in island) != (b in island):
+                    self.world.cuts[a, b] = until
+
+    def _restart(self, node: Node) -> None:
+        if node.core is None:
+            lost = self._loses_disk(node)
+            self.world.tell(node.name, "RESTART without its disk" if lost else "RESTART")
+            if lost:
+                node.disk = Disk()
+            node.start()
+
+    def _loses_disk(self, node: Node) -> bool:
+        """One in a world, and only where the others can go on: as good as killed, and another one joins.
+
+        They must know all that it knew, and none of their electorates may be this node alone. A run that
+        waits for its quorum waits for good if the disk of one of two is lost: not drawn.
+        """
+        world = self.world
+        if not self.faults.disk_lost or self.disk_was_lost or world.rules.on_quorum_loss == "wait":
+            return False
+        others = [n for n in world.nodes.values() if n is not node and n.disk.state_head]
+        if len(others) < 2 or any(electorate_of(n) == [node.name] for n in others):
+            return False
+        if all(len(n.disk.records) < len(node.disk.records) for n in others):
+            return False
+        self.disk_was_lost = True
+        return True
+
+    def goes_astray(self, node: Node) -> bool:
+        """Where a quorum of others would notice: a lone node's mistake is the truth for all who follow it."""
+        if self.went_astray or not self.faults.astray or self.world.healed:
+            return False
+        if self.world.rules.on_quorum_loss != "wait" or len(electorate_of(node)) < 3:
+            return False
+        self.went_astray = self.rng.random() < 0.1
+        return self.went_astray
+
+    def donor_lies(self) -> bool:
+        return (
+            bool(self.faults.donor_lies)
+            and not self.world.healed
+            and self.rng.random() < self.faults.donor_lies
+        )
+
+    def falsify(self, message: Message) -> Message:
+        """What a lying sender makes of its own message."""
+        faults, rng = self.faults, self.rng
+        if isinstance(message, Ready) and faults.false_ready and rng.random() < faults.false_ready:
+            if rng.random() < 0.5:
+                return replace(message, weight=2 * message.weight)
+            return replace(message, state_digest=digest(b"a lie"))
+        if isinstance(message, Roster) and faults.split_roster and rng.random() < faults.split_roster:
+            members = tuple(replace(m, weight=max(m.weight - 1, min(m.weight, 1))) for m in message.members)
+            return replace(message, members=members)
+        return message
+
+    def _freeze(self) -> None:
+        node = self._pick()
+        if node.core is not None and not node.frozen:
+            self.world.tell(node.name, "FREEZE")
+            node.frozen = True
+            life = node.life
+            self.world.later(self.rng.uniform(1, 15), None, lambda: node.life == life and node.thaw())
+
+    def _cut(self) -> None:
+        a, b = self._pick(), self._pick()
+        self.world.tell(a.name, f"CUT -> {b.name}")
+        self.world.cuts[a.name, b.name] = self.world.now + self.rng.uniform(0.5, 20)
+        if self.rng.random() < 0.5:
+            self.world.cuts[b.name, a.name] = self.world.cuts[a.name, b.name]
+
+    def _drop_link(self) -> None:
+        a, b = self._pick(), self._pick()
+        if a is not b and a.core is not None and b.core is not None:
+            for one, other in ((a, b), (b, a)):
+                self.world.link_down(other.name, one)
+            self.world.later(0.5, None, lambda: a.core and b.core and self.world.link_up(a, b))
+
+    def _trainer_down(self) -> None:
+        node = self._pick()
+        node.training += 1
+        node.feed(ev.TrainerState(False, "killed"))
+        life = node.life
+        up = ev.TrainerState(True, "")
+        self.world.later(self.rng.uniform(0.5, 8), None, lambda: node.life == life and node.feed(up))
+
+    def _lie(self) -> None:
+        """One message of random values, in the name of a member or of somebody who is none."""
+        victim, liar = self._pick(), self.rng.choice([STRANGER, self._pick().name])
+        if victim.core is None or liar == victim.name:
+            return
+        if liar == STRANGER:
+            victim.feed(ev.PeerUp(liar))
+        lie = draw_lie(self.rng, victim.core, member=liar != STRANGER)
+        self.world.tell(liar, f"LIES to {victim.name}: {lie}")
+        victim.feed(ev.Received(liar, lie))
+
+    def _drip(self) -> None:
+        victim, peer = self._pick(), self._pick().name
+        self.world.tell(peer, f"DRIPS to {victim.name}")
+        for i in range(200):
+            self.world.later(0.2 * i, victim, ev.BulkProgress(peer))

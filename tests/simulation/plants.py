@@ -1,0 +1,368 @@
+"""Bugs on purpose: each patches the protocol, in this process only, and the simulator must catch it.
+
+A simulator that finds nothing proves nothing until it is seen to find something. `planted(name)` is a
+context: inside it the protocol has the bug, after it no more. Beside each: the seed that is known to catch it, the first
+one from 0 on (`scripts/simulate.py --seeds 0:2000 --plant NAME`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from simulation.shell import Node
+
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol import leader as leader_module
+from tapestry.node.protocol import sync as sync_module
+from tapestry.node.protocol import validity as validity_module
+from tapestry.node.protocol.acceptor import Acceptor
+from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.leader import Leader
+from tapestry.node.protocol.messages import Need, Result, Stage
+from tapestry.node.protocol.round import Round
+from tapestry.node.protocol.round_state import RoundState
+from tapestry.node.protocol.sync import Sync
+from tapestry.node.protocol.watch import Watch
+
+Patch = tuple[object, str, Any]  # (owner, attribute, what it is instead)
+
+
+@dataclass(frozen=True)
+class Plant:
+    claim: str  # what the bug is, in words
+    caught_by: int  # a seed
+    patches: Callable[[], list[Patch]]
+
+
+PLANTS: dict[str, Plant] = {}
+
+
+def plant(claim: str, caught_by: int) -> Callable[[Callable[[], list[Patch]]], Callable[[], list[Patch]]]:
+    def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
+        PLANTS[patches.__name__] = Plant(claim, caught_by, patches)
+        return patches
+
+    return register
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """The protocol with the bug `name` in it. Raises KeyError for a name that is none."""
+    patches = [patch.object(owner, attribute, new) for owner, attribute, new in PLANTS[name].patches()]
+    for one in patches:
+        one.start()
+    try:
+        yield
+    finally:
+        for one in reversed(patches):
+            one.stop()
+
+
+# --- votes ------------------------------------------------------------------------------------------
+
+
+@plant("any one vote is a quorum", 0)
+def no_quorum_check() -> list[Patch]:
+    modules = (leader_module, sync_module, validity_module)
+    return [(m, "quorum", lambda count: 1) for m in modules if hasattr(m, "quorum")]
+
+
+@plant("a vote is sent, and never written down", 0)
+def vote_not_on_disk() -> list[Patch]:
+    return [(Node, "_EXECUTE", {**Node._EXECUTE, ev.PersistVote: Node.do_nothing})]
+
+
+@plant("a vote is sent before its result is written down", 0)
+def result_not_on_disk() -> list[Patch]:
+    return [(Node, "_EXECUTE", {**Node._EXECUTE, ev.PersistResult: Node.do_nothing})]
+
+
+@plant("the leader commits when it has voted itself", 0)
+def commit_before_accept() -> list[Patch]:
+    return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
+
+
+@plant("a vote that comes twice counts twice", 0)
+def sender_counted_twice() -> list[Patch]:
+    counted: dict[tuple[str, str, int], int] = {}
+    on_accept = Round.on_accept
+
+    def count(self: Round, peer: str, accept: Any, now: float) -> str | None:
+        key = (peer, accept.head, accept.ballot)
+        counted[key] = counted.get(key, 0) + 1
+        return on_accept(self, peer, accept, now)
+
+    def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
+        total = sum(max(1, counted.get((p, v.head, v.ballot), 1)) for p, v in votes.items())
+        return None if total >= len(electorate) // 2 + 1 else "not yet"
+
+    return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
+
+
+@plant("votes of who is no elector count", 0)
+def strangers_vote() -> list[Patch]:
+    def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
+        return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
+
+    return [(leader_module, "commit_gap", gap)]
+
+
+@plant("a lower ballot is followed after a higher one was promised", 0)
+def promise_not_kept() -> list[Patch]:
+    on_roster = Round.on_roster
+
+    def obey(self: Round, peer: str, roster: Any, now: float) -> str | None:
+        if roster.ballot < self.state.ballot and not roster.forced and not self.state.forced:
+            self.state.set_ballot(roster.ballot)
+        return on_roster(self, peer, roster, now)
+
+    return [(Round, "on_roster", obey)]
+
+
+@plant("a ballot is led again after a restart", 0)
+def ballot_led_twice() -> list[Patch]:
+    init = RoundState.__init__
+
+    def forgetful(self: RoundState, *args: Any) -> None:
+        init(self, *args)
+        self.lead_from = 0
+        self.set_ballot(self.ballot)
+
+    return [(RoundState, "__init__", forgetful)]
+
+
+@plant("a new leader makes a new value, whatever was accepted", 0)
+def accepted_value_ignored() -> list[Patch]:
+    trusted = Leader._trusted
+
+    def ignore(self: Leader) -> list[Any]:
+        return [replace(r, accepted=None, accepted_ballot=-1) for r in trusted(self)]
+
+    return [(Leader, "_trusted", ignore)]
+
+
+@plant("a new leader takes the accepted value of the lowest ballot", 0)
+def lowest_value_wins() -> list[Patch]:
+    trusted = Leader._trusted
+
+    def reverse(self: Leader) -> list[Any]:
+        some = [r for r in trusted(self) if r.accepted is not None]
+        return [min(some, key=lambda r: r.accepted_ballot)] if some else trusted(self)
+
+    return [(Leader, "_trusted", reverse)]
+
+
+@plant("a forced value overwrites the vote for an ordinary one", 0)
+def forced_displaces_vote() -> list[Patch]:
+    accept = Acceptor.accept
+
+    def displace(self: Acceptor, body: Any, head: str) -> str | None:
+        fault = accept(self, body, head)
+        if body.forced and fault is None:
+            state = self.state
+            state.vote = ev.Vote(state.epoch, state.head, state.ballot, state.ballot, body)
+            self.ctx.emit(ev.PersistVote(state.vote))
+        return fault
+
+    return [(Acceptor, "accept", displace)]
+
+
+@plant("a member that lost its disk votes at once", 0)
+def lost_disk_votes() -> list[Patch]:
+    init = Core.__init__
+
+    def forgetful(self: Core, *args: Any) -> None:
+        init(self, *args)
+        self.remembers = True
+
+    return [(Core, "__init__", forgetful)]
+
+
+@plant("a crash between leaving a fork and following the other is not noticed", 0)
+def vote_beyond_chain_ignored() -> list[Patch]:
+    begin = Core._begin_round
+
+    def ignore(self: Core, now: float) -> None:
+        if self.vote is not None and self.vote.epoch > self.chain.epoch:
+            self.vote = None
+        begin(self, now)
+
+    return [(Core, "_begin_round", ignore)]
+
+
+# --- records ----------------------------------------------------------------------------------------
+
+
+@plant("records are taken as they come", 0)
+def records_unchecked() -> list[Patch]:
+    return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
+
+
+@plant("of two chains the lighter one wins", 0)
+def fork_choice_reversed() -> list[Patch]:
+    better = sync_module.better
+    reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
+    return [(sync_module, "better", reverse)]
+
+
+@plant("who is connected is an elector, without a record", 0)
+def electorate_grows_by_itself() -> list[Patch]:
+    init = RoundState.__init__
+
+    def grow(self: RoundState, ctx: Any, epoch: int, head: str, state: str, electorate: Any, *a: Any) -> None:
+        live = sorted({*electorate, *ctx.live_at(epoch, head, a[-1])})
+        init(self, ctx, epoch, head, state, tuple(live), *a)
+
+    return [(RoundState, "__init__", grow)]
+
+
+@plant("a run that waits for its quorum forces records all the same", 0)
+def forces_though_told_to_wait() -> list[Patch]:
+    due, accepts = Watch.force_due, Watch.accepts_force
+
+    def continues(question: Any) -> Any:
+        def ask(self: Watch, now: float) -> bool:
+            rules = self.ctx.rules
+            self.ctx.rules = replace(rules, on_quorum_loss="continue")
+            try:
+                return bool(question(self, now))
+            finally:
+                self.ctx.rules = rules
+
+        return ask
+
+    return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
+
+
+@plant("nobody's weight is capped", 0)
+def weight_cap_ignored() -> list[Patch]:
+    return [(leader_module, "capped_weights", lambda weights, max_influence: list(weights))]
+
+
+# --- shards -----------------------------------------------------------------------------------------
+
+
+@plant("a shard of an older contribution is taken for the newer one's", 0)
+def stale_contribution_accepted() -> list[Patch]:
+    on_shard = Exchange.on_shard
+
+    def accept(self: Exchange, peer: str, shard: Any) -> str | None:
+        wanted = self._wanted(peer)
+        return on_shard(self, peer, replace(shard, contribution=wanted) if wanted else shard)
+
+    return [(Exchange, "on_shard", accept)]
+
+
+@plant("a shard is averaged in the order in which inputs came", 0)
+def roster_order_not_fixed() -> list[Patch]:
+    reduce = Exchange._reduce_if_complete
+
+    def unordered(self: Exchange, shard: int) -> None:
+        roster = self.roster
+        if roster is not None:
+            order = {p: i for i, p in enumerate(self.inputs)}
+            members = sorted(roster.members, key=lambda m: order.get(m.peer, len(order)))
+            index = {m.peer: i for i, m in enumerate(members)}
+            reducers = tuple(index[roster.members[r].peer] for r in roster.reducers)
+            self.roster = replace(roster, members=tuple(members), reducers=reducers)
+        try:
+            reduce(self, shard)
+        finally:
+            self.roster = roster
+
+    return [(Exchange, "_reduce_if_complete", unordered)]
+
+
+@plant("results of other members are kept for the next roster", 0)
+def mixture_of_members() -> list[Patch]:
+    start = Exchange.start
+
+    def keep(self: Exchange, roster: Any) -> None:
+        if self.roster is not None:
+            self.roster = replace(self.roster, members=roster.members)
+        start(self, roster)
+
+    return [(Exchange, "start", keep)]
+
+
+@plant("a contribution is offered again in the next round", 0)
+def contribution_used_twice() -> list[Patch]:
+    last: dict[str, Any] = {}
+    init, contribute = Exchange.__init__, Exchange.contribute
+
+    def again(self: Exchange, ctx: Any, epoch: int, head: str) -> None:
+        init(self, ctx, epoch, head)
+        if ctx.me in last:
+            contribute(self, last.pop(ctx.me))
+
+    def remember(self: Exchange, contributed: Any) -> None:
+        last[self.ctx.me] = contributed
+        contribute(self, contributed)
+
+    return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
+
+
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 0)
+def reducers_death_ignored() -> list[Patch]:
+    exclude = Leader.exclude
+
+    def spare(self: Leader, peers: list[str], why: str, now: float) -> None:
+        if why != "gone":
+            exclude(self, [], why, now)
+            self.excluded.clear()
+
+    return [(Leader, "exclude", spare)]
+
+
+@plant("messages of the other side of a fork are heard", 0)
+def head_not_checked() -> list[Patch]:
+    on_message = Core._on_message
+
+    def deaf(self: Core, peer: str, view: Any, message: Any, now: float) -> str | None:
+        if self.round is not None and isinstance(message, (Need, Result)):
+            message = replace(message, head=self.round.head)
+        return on_message(self, peer, view, message, now)
+
+    return [(Core, "_on_message", deaf)]
+
+
+# --- states -----------------------------------------------------------------------------------------
+
+
+@plant("nobody compares a state with what is signed", 0)
+def state_digest_not_compared() -> list[Patch]:
+    applied, advance = Sync.on_applied, Sync._advance
+
+    def trust(self: Sync, epoch: int, digest: str) -> None:
+        with patch.object(type(self.chain), "state_digest_at", lambda chain, at: None):
+            applied(self, epoch, digest)
+
+    def go_on(self: Sync, now: float) -> None:
+        self.state_digest = self.chain.records[self.state_epoch].body.state_digest
+        advance(self, now)
+
+    return [(Sync, "on_applied", trust), (Sync, "_advance", go_on)]
+
+
+@plant("an update is applied whatever its digest", 0)
+def update_unchecked() -> list[Patch]:
+    return [(Node, "update_holds", lambda self, result, shards: True)]
+
+
+@plant("a node begins a round before its state is at the head", 0)
+def begins_before_the_head() -> list[Patch]:
+    return [(Sync, "at_head", property(lambda self: not self.need_state))]
+
+
+@plant("a leader that says nothing is waited for", 0)
+def leader_never_given_up() -> list[Patch]:
+    def wait(self: Round, now: float) -> None:
+        if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:
+            self.lead.open_next(now)
+
+    return [(Round, "_watch_leader", wait)]

@@ -1,0 +1,319 @@
+"""The shell around a core, as the simulator plays it: disk, jobs and trainer, all in virtual time.
+
+A state is the digest of its history, a contribution's shard is (peer, contribution, shard), a reduced shard
+is the tuple of what was averaged: so a wrong mixture is visible in the values themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Chain, Record
+from tapestry.node.protocol.core import Core, Restored
+from tapestry.node.protocol.messages import Result, Shard
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+TICK = ev.Tick()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+class SimCrypto:
+    """A signature is a digest that only the simulator's honest nodes compute for themselves."""
+
+    def __init__(self, me: str) -> None:
+        self.me = me
+
+    def digest(self, data: bytes) -> str:
+        return digest(data)
+
+    def sign(self, message: bytes) -> str:
+        return digest(self.me.encode() + message)
+
+    def verify(self, peer: str, signature: str, message: bytes) -> bool:
+        return signature == digest(peer.encode() + message)
+
+
+@dataclass
+class Disk:
+    """What survives a crash."""
+
+    records: list[Record] = field(default_factory=list)
+    vote: ev.Vote | None = None
+    updates: dict[str, tuple[int, tuple[object, ...]]] = field(
+        default_factory=dict
+    )  # head -> (epoch, shards)
+    states: dict[str, tuple[int, str]] = field(default_factory=dict)  # head -> (epoch, state digest)
+    state_head: str = ""
+
+
+class Node:
+    """A core and the shell around it, as the simulator plays it."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.disk = Disk()
+        self.core: Core | None = None
+        self.frozen = False
+        self.life = 0  # counts starts; events of an earlier life are dropped
+        self.timer_at = -1.0
+        self.backlog: list[ev.Input] = []  # what came while frozen
+        self.training = 0  # counts Train outputs; an older one's contribution is dropped
+        self.dying = False  # of its last write
+        self.crypto = SimCrypto(name)
+        self.checked: object = None  # the round whose electorate was checked
+        self.skew_s = 0.0  # what its clock says more than the world's
+        self.astray = ""  # the head whose state its arithmetic got wrong; "" if none
+
+    def start(self) -> None:
+        world, disk = self.world, self.disk
+        self.life += 1
+        self.frozen = False
+        self.backlog.clear()
+        self.timer_at = -1.0
+        state = disk.states.get(disk.state_head)
+        chain = Chain(world.genesis, disk.records)
+        on_chain = (
+            state is not None and state[0] <= chain.epoch and chain.head_at(state[0]) == disk.state_head
+        )
+        restored = Restored(
+            chain,
+            state[0] if on_chain and state is not None else -1,
+            state[1] if on_chain and state is not None else "",
+            disk.vote,
+            tuple(disk.updates),
+        )
+        self.core = Core(self.name, world.rules, self.crypto, restored, world.now + self.skew_s)
+        self.feed(TICK)
+        for other in world.nodes.values():
+            if other is not self and other.core is not None:
+                world.link_up(self, other)
+
+    def crash(self) -> None:
+        self.life += 1
+        self.core = None
+        self.frozen = False
+        for other in self.world.nodes.values():
+            if other.core is not None:
+                self.world.link_down(self.name, other)
+
+    def feed(self, inp: ev.Input) -> None:
+        core, world = self.core, self.world
+        if core is None:
+            return
+        if self.frozen:
+            self.backlog.append(inp)
+            return
+        world.trace(self.name, inp)
+        life, now = self.life, world.now
+        for output in core.handle(inp, now + self.skew_s):
+            world.trace(self.name, output)
+            self._EXECUTE[type(output)](self, output)
+            if self.dying:
+                self.dying = False
+                world.chaos.crash_for_a_while(self)
+            if self.life != life:
+                return  # it crashed between two outputs
+        world.invariants.after_event(self, core)
+        at = max(core.wakeup_at(now + self.skew_s) - self.skew_s, now + 0.001)
+        if self.timer_at <= now or at < self.timer_at:
+            self.timer_at = at
+            world.wake(at, self)
+
+    def thaw(self) -> None:
+        self.frozen = False
+        backlog, self.backlog = self.backlog, []
+        for inp in backlog:
+            self.feed(inp)
+        self.feed(TICK)
+
+    # --- outputs -------------------------------------------------------------------------------
+
+    def do_send(self, out: ev.Send) -> None:
+        self.world.invariants.on_send(self, out.message)
+        self.world.send(self, out.peer, out.message)
+
+    def do_send_shard(self, out: ev.SendShard) -> None:
+        message = Shard(out.epoch, out.contribution, out.shard, out.blob)
+        self.world.send(self, out.peer, message, bulk=True)
+
+    def do_send_result(self, out: ev.SendResult) -> None:
+        result = digest(repr(out.blob).encode())
+        message = Result(out.epoch, out.head, out.ballot, out.shard, result, out.blob)
+        self.world.send(self, out.peer, message, bulk=True)
+
+    def do_reduce(self, out: ev.Reduce) -> None:
+        blob = (out.shard, tuple(zip(out.blobs, out.weights, strict=True)))
+        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest(repr(blob).encode()), blob)
+        self.world.later(self.world.draw(0.005, 0.05), self, reduced)
+
+    def do_persist_vote(self, out: ev.PersistVote) -> None:
+        self.world.invariants.on_vote(self, self.disk.vote, out.vote)
+        if self.writes():
+            self.disk.vote = out.vote
+
+    def writes(self) -> bool:
+        """Whether a write reaches the disk. If the node dies of it, it was the last, and may be torn: a torn
+        file is as good as none, since the store reads back only what is whole."""
+        world = self.world
+        if world.healed or not world.faults.crash_at_write:
+            return True
+        if world.rng.random() >= world.faults.crash_at_write:
+            return True
+        written = world.rng.random() < 0.6
+        self.dying = True
+        return written
+
+    def do_persist_result(self, out: ev.PersistResult) -> None:
+        if self.writes():
+            self.disk.updates[out.head] = (out.epoch, out.blobs)
+
+    def do_append_record(self, out: ev.AppendRecord) -> None:
+        if self.writes():
+            self.disk.records.append(out.record)
+            self.world.invariants.on_record(self, out.record)
+
+    def do_truncate_chain(self, out: ev.TruncateChain) -> None:
+        del self.disk.records[out.epoch :]
+        if not self.world.healed and self.world.rng.random() < self.world.faults.crash_at_fork:
+            self.world.chaos.crash_for_a_while(self)
+
+    def do_apply(self, out: ev.Apply) -> None:
+        self.world.later(self.world.draw(0.01, 0.1), self, lambda: self.apply(out.record))
+
+    def apply(self, record: Record) -> None:
+        epoch, shards = self.world.invariants.on_apply(self, record)
+        before = self.disk.states[record.body.prev][1]
+        after = digest(f"{before}|{shards!r}".encode())
+        self.world.invariants.on_state(self, record.head, after)
+        if self.world.chaos.goes_astray(self):
+            self.astray, after = record.head, digest(b"astray" + after.encode())
+        self.set_state(record.head, epoch, after)
+        self.forget_old(epoch)
+        self.feed(ev.Applied(epoch, after))
+
+    def set_state(self, head: str, epoch: int, state: str) -> None:
+        self.disk.states[head] = (epoch, state)
+        self.disk.state_head = head
+
+    def forget_old(self, epoch: int) -> None:
+        keep = self.world.updates_kept
+        for head in [h for h, (e, _) in self.disk.updates.items() if e <= epoch - keep]:
+            del self.disk.updates[head]
+
+    def do_rollback(self, out: ev.Rollback) -> None:
+        assert self.core is not None
+        head = self.core.chain.head_at(out.epoch)
+        if head not in self.disk.states:  # its checkpoint and updates were of another life
+            self.world.later(0.05, self, ev.FetchFailed("", "", "missing"))
+            return
+        epoch, state = self.disk.states[head]
+        self.disk.state_head = head
+        self.world.later(0.05, self, ev.Applied(epoch, state))
+
+    def do_fetch_update(self, out: ev.FetchUpdate) -> None:
+        donor = self.world.nodes.get(out.donor)
+
+        def arrive() -> None:
+            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
+                self.feed(ev.FetchFailed(out.donor, out.head, "timeout"))
+            elif out.head not in donor.disk.updates:
+                self.feed(ev.FetchFailed(out.donor, out.head, "missing"))
+            else:
+                epoch, shards = donor.disk.updates[out.head]
+                if self.world.chaos.donor_lies():
+                    shards = ("a lie", *shards[1:])
+                if not self.update_holds(out.result, shards):
+                    self.feed(ev.FetchFailed(out.donor, out.head, "digest"))
+                    return
+                self.disk.updates[out.head] = (epoch, shards)
+                self.feed(ev.UpdateFetched(out.head))
+
+        self.world.later(self.world.delay(bulk=True), self, arrive)
+
+    def update_holds(self, result: str, shards: tuple[object, ...]) -> bool:
+        """Whether an update is the one that the record names: the shell's check, as node/state has it."""
+        return digest("".join(digest(repr(b).encode()) for b in shards).encode()) == result
+
+    def do_fetch_state(self, out: ev.FetchState) -> None:
+        donor = self.world.nodes.get(out.donor)
+
+        def arrive() -> None:
+            assert self.core is not None
+            chain = self.core.chain
+            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
+                self.feed(ev.FetchFailed(out.donor, "", "timeout"))
+                return
+            for epoch in range(min(out.epoch_max, chain.epoch), -1, -1):
+                head = chain.head_at(epoch)
+                if head in donor.disk.states and epoch % self.world.checkpoint_every == 0:
+                    state = donor.disk.states[head][1]
+                    if self.world.chaos.donor_lies():
+                        state = digest(b"a lie")
+                    self.set_state(head, epoch, state)
+                    self.feed(ev.Applied(epoch, state))
+                    return
+            self.feed(ev.FetchFailed(out.donor, "", "missing"))
+
+        self.world.later(self.world.delay(bulk=True), self, arrive)
+
+    def do_train(self, out: ev.Train) -> None:
+        self.world.invariants.on_train(self, out.epoch)
+        self.training += 1
+        self._finish_training(out.epoch, self.training, self.world.draw(*self.world.train_s))
+
+    def do_close_training(self, out: ev.CloseTraining) -> None:
+        self._finish_training(out.epoch, self.training, self.world.draw(0.01, 0.3))
+
+    def _finish_training(self, epoch: int, training: int, after_s: float) -> None:
+        def finish() -> None:
+            if training != self.training:
+                return
+            self.training += 1
+            contribution = self.world.token()
+            blobs = tuple((self.name, contribution, s) for s in range(self.world.rules.shard_count))
+            self.feed(ev.Contributed(epoch, contribution, self.world.rng.randint(1, 1000), 1.0, blobs))
+
+        self.world.later(after_s, self, finish)
+
+    def do_nothing(self, out: ev.Output) -> None:
+        pass
+
+    def do_note(self, out: ev.Note) -> None:
+        self.world.tell(self.name, out.text)
+
+    def do_verdict(self, out: ev.Verdict) -> None:
+        self.world.tell(self.name, f"refused peer={out.peer} reason={out.reason} {out.text}")
+        self.world.refused[out.reason] = self.world.refused.get(out.reason, 0) + 1
+
+    def do_end_round(self, out: ev.EndRound) -> None:
+        self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
+
+    _EXECUTE: ClassVar[dict[type, Callable[..., None]]] = {
+        ev.Send: do_send,
+        ev.SendShard: do_send_shard,
+        ev.SendResult: do_send_result,
+        ev.Reduce: do_reduce,
+        ev.PersistVote: do_persist_vote,
+        ev.PersistResult: do_persist_result,
+        ev.AppendRecord: do_append_record,
+        ev.TruncateChain: do_truncate_chain,
+        ev.Apply: do_apply,
+        ev.Rollback: do_rollback,
+        ev.FetchUpdate: do_fetch_update,
+        ev.FetchState: do_fetch_state,
+        ev.Train: do_train,
+        ev.CloseTraining: do_close_training,
+        ev.EndRound: do_end_round,
+        ev.Verdict: do_verdict,
+        ev.Note: do_note,
+    }

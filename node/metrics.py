@@ -30,6 +30,8 @@ REFUSED_REASONS = (
     # compression: frames and payloads; "digest" is a payload that is not the one that was announced
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
     *("magic", "version", "digest"),
+    # links.py and runtime.py: more than a peer may have of us
+    *("streams", "slow", "peers_max"),
     # what nobody listed here
     "other",
 )

@@ -1,0 +1,308 @@
+"""A peer that breaks every rule it can reach: it is counted, and the node stays small, quick and at work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import psutil
+import pytest
+import torch
+import uvloop
+from e2e.harness import Node, init
+
+from tapestry.compression.codecs import get_codec, pack
+from tapestry.compression.shards import shard_bounds
+from tapestry.dht.addresses import parse_peer
+from tapestry.dht.identity import Identity
+from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
+from tapestry.node.crypto import NodeCrypto
+from tapestry.node.join import GENESIS_PROTOCOL, state_protocol
+from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.protocol.messages import (
+    Accept,
+    Commit,
+    Control,
+    GetRecords,
+    Ready,
+    Records,
+    Shard,
+    Stage,
+    Status,
+)
+from tapestry.node.runspec import RunSpec
+from tapestry.node.vocabulary import encode_message
+from tapestry.node.wire import FRAME, frame_parts
+
+pytestmark = [
+    pytest.mark.e2e,
+    # P2P.create finds its p2pd by an old function of importlib.resources.
+    pytest.mark.filterwarnings("ignore:path is deprecated. Use files:DeprecationWarning"),
+]
+
+RSS_GROWTH_MAX = 50 << 20
+ANSWER_S_MAX = 1.0
+TOKEN = "cd" * 16
+
+
+class Enemy:
+    """A real peer of the node's run, linked to it both ways as a member is."""
+
+    def __init__(self, swarm: Swarm, identity: Identity, node: Node) -> None:
+        self.swarm, self.crypto, self.node = swarm, NodeCrypto(identity), node
+        about = node.json()
+        self.victim, self.run_id = about["peer_id"], about["run_id"]
+        self.protocols = {
+            "control": f"/tapestry/{self.run_id}/control/1",
+            "bulk": f"/tapestry/{self.run_id}/bulk/1",
+            "state": state_protocol(self.run_id),
+            "genesis": GENESIS_PROTOCOL,
+        }
+        self.writers: list[asyncio.StreamWriter] = []
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def of(cls, node: Node, folder: Path) -> AsyncIterator[Enemy]:
+        identity = Identity.load_or_create(folder / "enemy.key")
+        config = SwarmConfig(folder / "enemy.key", ("/ip4/127.0.0.1/tcp/0",), nat_port_map=False)
+        swarm = await Swarm.start(config)
+        try:
+            enemy = cls(swarm, identity, node)
+            for name in ("control", "bulk"):
+                await swarm.serve(enemy.protocols[name], _swallow)
+            await swarm.connect(parse_peer(node.address), 10.0)
+            yield enemy
+        finally:
+            await swarm.close()
+
+    async def open(self, name: str, data: bytes) -> asyncio.StreamWriter | None:
+        """A stream with `data` on it. The node may close it at any moment: that is its right."""
+        try:
+            _, writer = await self.swarm.open_stream(self.victim, self.protocols[name], 10.0)
+        except SwarmError:
+            return None
+        self.writers.append(writer)
+        with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+            writer.write(data)
+            async with asyncio.timeout(1.0):
+                await writer.drain()
+        return writer
+
+    def close_all(self) -> None:
+        for writer in self.writers:
+            writer.close()
+        self.writers.clear()
+
+    async def status(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self.node.status)
+
+
+async def _swallow(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(1 << 16):
+        pass
+
+
+def framed(header: bytes, payload: bytes = b"") -> bytes:
+    return b"".join(bytes(part) for part in frame_parts(header, [payload] if payload else ()))
+
+
+def said(*messages: Control) -> bytes:
+    return b"".join(framed(encode_message(message)) for message in messages)
+
+
+# --- attacks ----------------------------------------------------------------------------------------
+
+
+async def garbage(enemy: Enemy) -> None:
+    for name in enemy.protocols:
+        await enemy.open(name, framed(b"\xc1garbage"))
+        await enemy.open(name, b"GET / HTTP/1.1\r\n\r\n")
+
+
+async def oversized_lengths(enemy: Enemy) -> None:
+    for name in enemy.protocols:
+        await enemy.open(name, FRAME.pack(2**32 - 1, 0))
+        await enemy.open(name, FRAME.pack(0, 2**32 - 1))
+
+
+async def a_header_and_silence(enemy: Enemy) -> None:
+    for name in enemy.protocols:
+        await enemy.open(name, FRAME.pack(10, 0))
+        await enemy.open(name, b"\0\0\0")
+
+
+async def wrong_types(enemy: Enemy) -> None:
+    for raw in (["status", "three"], ["status"], {"a": 1}, ["status", *[[]] * 7], ["x" * 50], [None], 7, []):
+        await enemy.open("control", framed(msgpack.packb(raw)))
+    await enemy.open("control", framed(b"\x91" * 5000))
+    bad_phase = Status(3, "ab" * 32, "\x1b[2J\nforged", Stage.AWAY, 0, 0, ())
+    await enemy.open("control", said(bad_phase))
+
+
+async def unknown_requests(enemy: Enemy) -> None:
+    for raw in ({"ask": "everything"}, {"ask": "chunk", "epoch": -1, "head": "x", "index": 2**62}, {}, [1]):
+        await enemy.open("state", framed(msgpack.packb(raw)))
+        await enemy.open("genesis", framed(msgpack.packb(raw)))
+
+
+async def shards_that_cannot_be_used(enemy: Enemy) -> None:
+    """NaN scales, codes that no encoder makes, a length that lies, rubbish; all of the round under way."""
+    spec = RunSpec.load(enemy.node.home / "run.toml")
+    status = await enemy.status()
+    codec = get_codec(spec.compression.codec)
+    bounds = shard_bounds(status["params"], spec.compression.shard_elements)[0]
+    good = codec.encode(torch.ones(bounds.n))
+    head = pack(codec, bounds.n, good)
+    size = good.numel()
+    header = encode_message(Shard(status["epoch"], TOKEN, 0, None))
+    frames = [head + b"\xff" * size, head + b"\x80" * size, head + bytes(size - 1), bytes(size), b""]
+    await enemy.open("bulk", b"".join(framed(header, frame) for frame in frames) * 20)
+    header = encode_message(Shard(status["epoch"], TOKEN, 2**20 - 1, None))
+    await enemy.open("bulk", framed(header, head + bytes(good.numpy())))
+
+
+async def forged_votes(enemy: Enemy) -> None:
+    """A wrong state, a signature of nothing, and a record that only we have signed: for the present head."""
+    me = enemy.swarm.peer_id
+    for _ in range(5):
+        status = await enemy.status()
+        epoch, head = status["epoch"], status["head"]
+        body = Body(enemy.run_id, epoch + 1, head, status["state_digest"], (Member(me, 1, TOKEN),), "ab" * 32)
+        new_head = head_of(body, enemy.crypto)
+        signature = enemy.crypto.sign(accept_message(new_head, 0))
+        record = Record(body, new_head, 0, ((me, signature),))
+        stolen = Record(body, new_head, 0, ((enemy.victim, signature),))
+        await enemy.open(
+            "control",
+            said(
+                Ready(epoch, head, 0, False, "00" * 32, TOKEN, 2**40, 1.0, -1, None),
+                Accept(epoch, 0, new_head, "ab" * 32, signature),
+                Accept(epoch, 0, new_head, "ab" * 32, "00"),
+                Commit(record),
+                Commit(stolen),
+                Records(epoch, (record,)),
+                Records(epoch, (stolen,)),
+                GetRecords(((0, "ab" * 32),)),
+            ),
+        )
+        await asyncio.sleep(0.1)
+
+
+async def two_hundred_streams_at_once(enemy: Enemy) -> None:
+    """Each with the header of a largest frame: what it announces must not be allocated 200 times."""
+    spec = RunSpec.load(enemy.node.home / "run.toml")
+    announced = FRAME.pack(100, spec.compression.shard_elements)
+    for name in ("bulk", "state", "control", "genesis"):
+        data = announced if name == "bulk" else FRAME.pack(1000, 0)
+        await asyncio.gather(*(enemy.open(name, data) for _ in range(50)))
+
+
+async def floods(enemy: Enemy) -> None:
+    """Valid messages as fast as they go, and questions whose answers are long and not taken."""
+    genesis = ((0, enemy.run_id),)
+    calm = Status(0, "ab" * 32, "training", Stage.AWAY, 0, 0, ())
+    for message in (calm, GetRecords(genesis)):
+        await enemy.open("control", said(message) * 20_000)
+        await asyncio.sleep(1.0)
+
+
+async def sudden_closes(enemy: Enemy) -> None:
+    for _ in range(10):
+        for name in enemy.protocols:
+            writer = await enemy.open(name, FRAME.pack(10, 0) + b"half")
+            if writer is not None:
+                writer.transport.abort()
+
+
+ATTACKS: tuple[Callable[[Enemy], Awaitable[None]], ...] = (
+    garbage,
+    oversized_lengths,
+    a_header_and_silence,
+    wrong_types,
+    unknown_requests,
+    shards_that_cannot_be_used,
+    forged_votes,
+    two_hundred_streams_at_once,
+    floods,
+    sudden_closes,
+)
+
+
+# --- the test ---------------------------------------------------------------------------------------
+
+
+class Watcher:
+    """Asks /healthz all the time, and remembers the slowest answer."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.slowest_s, self.count = url.rstrip("/") + "/healthz", 0.0, 0
+
+    async def run(self) -> None:
+        while True:
+            began_at = time.monotonic()
+            await asyncio.to_thread(self._ask)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began_at)
+            self.count += 1
+            await asyncio.sleep(0.05)
+
+    def _ask(self) -> None:
+        with urllib.request.urlopen(self.url, timeout=10) as answer:
+            assert answer.read() == b"ok\n"
+
+
+def refused(node: Node) -> dict[str, float]:
+    """tapestry_refused_total by reason, where it is not zero."""
+    lines = [line for line in node.get("/metrics").splitlines() if line.startswith("tapestry_refused_total{")]
+    counts = {line.split('"')[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def run(main: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    async def within_time() -> None:
+        async with asyncio.timeout(timeout_s):
+            await main
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(within_time())
+
+
+def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
+    async def main(node: Node) -> None:
+        watcher = Watcher(node.json()["http"])
+        async with Enemy.of(node, tmp_path) as enemy:
+            watching = asyncio.create_task(watcher.run())
+            await enemy.open("control", said(Status(0, "ab" * 32, "joining", Stage.AWAY, 0, 0, ())))
+            await asyncio.to_thread(node.wait, "the link", lambda: node.status()["peers"] == 1, 10.0)
+            for attack in ATTACKS:
+                epoch = (await enemy.status())["epoch"]
+                await attack(enemy)
+                await asyncio.to_thread(node.wait_epoch, epoch + 1, 15.0)
+                enemy.close_all()
+            assert not watching.done()
+            watching.cancel()
+        assert watcher.count > 20 and watcher.slowest_s < ANSWER_S_MAX, watcher.slowest_s
+
+    with Node(init(tmp_path / "a")) as node:
+        node.wait_ready()
+        node.wait_epoch(3)
+        process = psutil.Process(node.pid)
+        rss = process.memory_info().rss
+        run(main(node), 50.0)
+        counts = refused(node)
+        for reason in ("malformed", "oversized", "state_digest", "streams", "no_common_record"):
+            assert counts.get(reason), counts
+        assert counts.get("not_finite") or counts.get("scale"), counts
+        assert counts.get("unsigned") or counts.get("signature") or counts.get("electorate"), counts
+        assert process.memory_info().rss - rss < RSS_GROWTH_MAX
+        node.wait("good health", lambda: node.get("/readyz") == "ready\n")
+        assert node.stop() == 0, node.tail()
+    log = node.log.read_text()
+    assert "Traceback" not in log and "\x1b" not in log, log
+    assert len(log) < 200_000, "a peer can fill the disk with what is said of it"
+    assert not (node.home / "node.json").exists()

@@ -38,7 +38,7 @@ from tapestry.node.keeper import Keeper, found_run
 from tapestry.node.links import LinkLimits
 from tapestry.node.logs import LiveLine, start_logging
 from tapestry.node.metrics import Metrics
-from tapestry.node.network import Network
+from tapestry.node.network import KnownPeers, Network
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
@@ -201,6 +201,7 @@ class _Daemon:
             runtime,
             _link_limits(spec, runtime.averaging),
             {GENESIS_PROTOCOL: runtime.serve_genesis, state_protocol(genesis.run_id): runtime.serve_state},
+            KnownPeers(self.home.peers),
             runtime.news,
             self.metrics.refused,
         )

@@ -75,6 +75,11 @@ class Home:
         return self.path / "node.json"
 
     @property
+    def peers(self) -> Path:
+        """Where other members were found last."""
+        return self.path / "peers.json"
+
+    @property
     def node_toml(self) -> Path:
         return self.path / "node.toml"
 

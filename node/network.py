@@ -4,19 +4,22 @@ A p2pd that dies takes every link with it. It is noticed within a second, the co
 down, and a new one is started on the same addresses; after RESTARTS_MAX deaths within RESTARTS_WINDOW_S the
 node gives up with an error, since something kills p2pd for a reason.
 
-Peers are found three ways: the addresses that the operator gave, presence records in the DHT, and peers that
-open a stream to us.
+Peers are found four ways: the addresses that the operator gave, presence records in the DHT, those of the
+last time (kept in the home: a node finds its run again when the peer it first joined by is gone), and peers
+that open a stream to us.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from typing_extensions import Buffer
 
@@ -25,6 +28,7 @@ from tapestry.dht.identity import Identity
 from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import atomic_write
 from tapestry.node.links import LinkLimits, Links, Listener
 from tapestry.node.protocol.messages import Control, Result, Shard
 from tapestry.node.vocabulary import Reader
@@ -33,6 +37,7 @@ PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
 PRESENCE_REFRESH_S = 20.0  # well before it expires
 PRESENCE_LOOK_S = 5.0
 PRESENCE_MIN_S = 1.0  # between two publications when the epoch moves fast
+KNOWN_MAX = 64  # peers whose addresses are kept
 RESTARTS_MAX = 5
 RESTARTS_WINDOW_S = 300.0
 
@@ -49,6 +54,37 @@ class News:
     epoch: int
     head: str
     phase: str
+
+
+class KnownPeers:
+    """Where peers were found last: HOME/peers.json. Only addresses to try; whoever answers is checked."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.addresses: dict[str, tuple[str, ...]] = _read_known(path)
+
+    def remember(self, found: dict[str, tuple[str, ...]]) -> None:
+        """These come first; of those not heard of any more, as many stay as there is room for."""
+        merged = dict([*found.items(), *((p, a) for p, a in self.addresses.items() if p not in found)])
+        merged = dict(list(merged.items())[:KNOWN_MAX])
+        if merged != self.addresses:
+            self.addresses = merged
+            atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
+
+
+def _read_known(path: Path) -> dict[str, tuple[str, ...]]:
+    """What is damaged is forgotten: it can be found again."""
+    known: dict[str, tuple[str, ...]] = {}
+    try:
+        for addresses in json.loads(path.read_bytes()).values():
+            for address in addresses:
+                peer = parse_peer(address)
+                known[peer.peer_id] = (*known.get(peer.peer_id, ()), peer.maddr)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError) as error:
+        _log.warning("known_peers=forgotten path=%s reason=%r", path, str(error))
+    return known
 
 
 class _P2pdDied(Exception):
@@ -69,6 +105,7 @@ class Network:
         listener: Listener,
         limits: LinkLimits,
         handlers: dict[str, Handler],  # protocol -> handler
+        known: KnownPeers,
         news: Callable[[], News],
         on_refused: Callable[[str], None],
     ) -> None:
@@ -81,6 +118,7 @@ class Network:
         self._listener = listener
         self._limits = limits
         self._handlers = handlers
+        self._known = known
         self._news = news
         self._on_refused = on_refused
         self._swarm: Swarm | None = None
@@ -201,6 +239,8 @@ class Network:
                     await self._publish(self._swarm, phase="stopping")
 
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
+        for peer_id, addresses in self._known.addresses.items():
+            links.want(peer_id, addresses)
         for peer in self._peers:
             links.want(peer.peer_id, (peer.maddr,))
         met: list[str] = []
@@ -208,9 +248,10 @@ class Network:
             try:
                 found = await swarm.list_presence(time.time())
                 self.presences = {p.peer_id: p for p in found}
-                for presence in found:
-                    if presence.phase != "stopping":
-                        links.want(presence.peer_id, presence.addresses)
+                others = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
+                for presence in others:
+                    links.want(presence.peer_id, presence.addresses)
+                self._known.remember({p.peer_id: p.addresses for p in others})
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
                     await swarm.meet(new)  # two DHTs of one run become one where peers meet

@@ -120,3 +120,26 @@ def test_epochs_ends_the_node_by_itself(tmp_path: Path) -> None:
         assert node.process is not None
         assert node.process.wait(60) == 0, node.tail()
     assert len(chain_of(node.home)) == 3
+
+
+def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_path: Path) -> None:
+    with Node(init(tmp_path / "a")) as founder:
+        founder.wait_ready()
+        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
+        third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        with second, third:
+            second.wait_ready()
+            third.wait_ready()
+            founder.wait("an electorate of three", lambda: founder.status()["round"]["electorate"] == 3)
+            second.wait(
+                "the third's address", lambda: len(json.loads((second.home / "peers.json").read_text())) == 2
+            )
+            assert founder.stop() == 0
+            third.wait("an electorate of two", lambda: third.status()["round"]["electorate"] == 2)
+            second.kill()
+            second.flags = []
+            second.start().wait_ready()
+            epoch = third.status()["epoch"]
+            third.wait_epoch(epoch + 2, deadline_s=20)  # sooner than it would go on alone
+            assert not any(r["forced"] for r in chain_of(third.home))
+            assert [second.stop(), third.stop()] == [0, 0]

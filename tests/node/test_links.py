@@ -166,7 +166,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(main())
+    async def within_time() -> None:
+        async with asyncio.timeout(10):
+            await main()
+
+    asyncio.run(within_time())
 
 
 def framed(header: bytes, payload: bytes = b"") -> bytes:

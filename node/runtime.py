@@ -250,7 +250,7 @@ class Runtime:
         self.feed(ev.TrainerState(False, why))
 
     async def _encode(self, event: tm.Contribution) -> None:
-        trainer = self.trainer
+        trainer, round_ = self.trainer, self.core.round
         if trainer is None:
             return
         token = secrets.token_hex(16)
@@ -261,6 +261,8 @@ class Runtime:
                 self.metrics.refused(refused.reason)
                 self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
+        if self.core.round is not round_:
+            return  # of the same epoch perhaps, but after a fork: it was made from another base
         self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
 
     # --- outputs -------------------------------------------------------------------------------
@@ -331,6 +333,8 @@ class Runtime:
         self._spawn(self._state_job(self.keeper.apply, out.record))
 
     def do_rollback(self, out: ev.Rollback) -> None:
+        if self.trainer is not None:
+            self.trainer.abort()  # what it makes of the base that we leave must not pass for another's
         self._spawn(self._state_job(self.keeper.rollback, out.epoch))
 
     async def _state_job(self, job: Callable[..., tuple[int, str]], *args: Any) -> None:

@@ -14,8 +14,10 @@ from tapestry.node import runtime as runtime_module
 from tapestry.node.logs import LiveLine, Repeats, printable
 from tapestry.node.metrics import Metrics
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.messages import Stage
 from tapestry.node.runtime import Runtime
 from tapestry.node.state.transfer import DonorFailed
+from tapestry.node.trainer import messages as tm
 from tapestry.node.wire import RemoteProtocolError
 
 PEER, OTHER = "12D3KooWPeer", "12D3KooWOther"
@@ -29,7 +31,7 @@ class FakeCore:
         self.ctx = SimpleNamespace(me="12D3KooWMe", rules=SimpleNamespace(run_id=RUN), peers={})
         self.sync = SimpleNamespace(state_epoch=3, at_head=True)
         self.chain = SimpleNamespace(epoch=3, head="cd" * 32, records=[])
-        self.round = None
+        self.round: Any = None
         self.stopping = False
         self.says: list[ev.Output] = []
         self.heard: list[ev.Input] = []
@@ -143,6 +145,26 @@ def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
             async with asyncio.timeout(1):
                 await bench.runtime.leave()
             assert bench.keeper.checkpoints == 1
+
+    run(main)
+
+
+def test_a_contribution_that_was_encoded_while_the_fork_changed_is_dropped():
+    async def main() -> None:
+        async with Bench() as bench:
+            here, other_fork = (SimpleNamespace(stage=Stage.TRAINING, of=of) for of in "ab")
+            contribution = tm.Contribution(3, 8, 1.0, 2.0, 8, 1)
+            for round_now, count in ((here, 1), (other_fork, 0)):
+                bench.core.round, bench.core.heard = here, []
+
+                def encode(*_: object, now: object = round_now) -> tuple[object, ...]:
+                    bench.core.round = now
+                    return ()
+
+                bench.runtime.averaging = SimpleNamespace(encode=encode)  # type: ignore[assignment]
+                bench.runtime.trainer = SimpleNamespace(contribution=None)  # type: ignore[assignment]
+                await bench.runtime._encode(contribution)
+                assert sum(isinstance(inp, ev.Contributed) for inp in bench.core.heard) == count
 
     run(main)
 

@@ -111,7 +111,7 @@ class Checkpoints:
         keep = ours[: self._kept] + [c for c in ours if c.epoch < chain.epoch][:1]
         for checkpoint in self.list():
             if checkpoint not in keep and checkpoint.epoch <= chain.epoch:
-                del self._files[checkpoint.path]
+                self._files.pop(checkpoint.path, None)  # unless a donor has just refused it
                 checkpoint.path.unlink(missing_ok=True)
 
     def load_newest(self, chain: Chain, epoch_max: int, into: ModelState) -> Checkpoint | None:

@@ -399,6 +399,8 @@ class _Stream:
 
     async def send(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
         """Raises TimeoutError if the peer does not take it."""
+        if self._writer.is_closing():  # uvloop would raise RuntimeError at the write
+            raise ConnectionResetError("the stream is closed")
         for part in frame_parts(msgpack.packb(header), [payload] if payload else ()):
             view = memoryview(part)
             self._writer.write(view)

@@ -73,7 +73,7 @@ class Faults:
             false_ready=maybe(0.15, 0.1),
             split_roster=maybe(0.1, 0.2),
             skew_s=maybe(0.3, 600.0),
-            disk_lost=rng.random() < 0.2,
+            disk_lost=rng.random() < 0.3,
             astray=rng.random() < 0.1,
         )
 
@@ -112,7 +112,7 @@ class Chaos:
                 at += self.rng.expovariate(rate * len(world.nodes))
                 if at >= until_s:
                     break
-                world.later(at, None, fault)
+                world.later(at, None, lambda fault=fault: None if world.healed else fault())  # type: ignore[misc]
 
     def _pick(self) -> Node:
         return self.rng.choice(list(self.world.nodes.values()))
@@ -124,7 +124,7 @@ class Chaos:
         if node.core is not None:
             self.world.tell(node.name, "CRASH")
             node.crash()
-            self.world.later(self.rng.choice([0.2, 0.5, 3.0, 20.0]), None, lambda: self._restart(node))
+            self.world.later(self.rng.choice([0.02, 0.2, 0.5, 3.0, 20.0]), None, lambda: self._restart(node))
 
     def _blackout(self) -> None:
         nodes = list(self.world.nodes.values())
@@ -147,6 +147,7 @@ class Chaos:
             self.world.tell(node.name, "RESTART without its disk" if lost else "RESTART")
             if lost:
                 node.disk = Disk()
+                self.world.invariants.on_disk_lost(node)
             node.start()
 
     def _loses_disk(self, node: Node) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tapestry.node.protocol.chain import Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
-from tapestry.node.protocol.messages import Accept, Message, Ready
+from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 
 if TYPE_CHECKING:
     from simulation.shell import Node
@@ -39,6 +39,12 @@ class Invariants:
         self.state_of: dict[str, str] = {}  # head -> state digest
         self.next_of: dict[str, str] = {}  # head -> head of the ordinary record after it
         self.table_max = 4 * world.rules.peers_max
+        self.promised: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it said READY in
+        self.accepted: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it wrote a vote in
+        self.forgotten: set[tuple[str, str]] = (
+            set()
+        )  # (node, head): it promised there, and lost its disk since
+        self.proposed: dict[tuple[str, str, int, bool], tuple[object, ...]] = {}  # what was in whose ballot
         # A leader that tells members different things may cause a fork, but never two states under a head.
         self.liar_leads = world.faults.split_roster > 0
 
@@ -61,8 +67,7 @@ class Invariants:
             vote = node.disk.vote
             if vote is None or vote.head != message.head or vote.promised < message.ballot:
                 self.fail(node, f"durability: a promise of ballot {message.ballot} is not on disk")
-            if vote.accepted is not None and message.accepted is None:
-                self.fail(node, "consensus: what was accepted is kept from the next leader")
+            self._on_ready(node, message)
         elif type(message) is Accept:
             vote = node.disk.vote
             if vote is None or vote.promised < message.ballot or message.head not in node.disk.updates:
@@ -71,8 +76,40 @@ class Invariants:
                 )
             core = node.core
             body = core.round.state.accepted_body if core is not None and core.round is not None else None
-            if body is not None and not body.forced and vote.accepted != body:
-                self.fail(node, f"durability: the vote in ballot {message.ballot} is not on disk")
+            if body is not None and not body.forced:
+                if vote.accepted != body:
+                    self.fail(node, f"durability: the vote in ballot {message.ballot} is not on disk")
+                self._on_accept(node, body.prev, message.ballot)
+        elif type(message) is Roster:
+            key = (node.name, message.head, message.ballot, message.forced)
+            value = (message.members, message.reducers)
+            if self.proposed.setdefault(key, value) != value:
+                self.fail(node, f"consensus: two rosters in ballot {message.ballot}")
+
+    def _on_ready(self, node: Node, ready: Ready) -> None:
+        """What was once said is not forgotten, whatever becomes of the disk: by an elector, that is."""
+        if node.name not in self._electorate(node.disk.records):
+            return
+        key = (node.name, ready.head)
+        if key in self.forgotten:
+            self.fail(node, "consensus: it votes in a round in which it voted before its disk was lost")
+        if ready.ballot < self.promised.get(key, 0):
+            self.fail(node, f"consensus: READY in ballot {ready.ballot}, {self.promised[key]} was promised")
+        self.promised[key] = ready.ballot
+        if ready.accepted_ballot < self.accepted.get(key, -1):
+            self.fail(node, "consensus: what was accepted is kept from the next leader")
+
+    def on_disk_lost(self, node: Node) -> None:
+        self.forgotten |= {key for key in self.promised if key[0] == node.name}
+
+    def on_vote_written(self, node: Node, vote: Vote) -> None:
+        key = (node.name, vote.head)
+        self.accepted[key] = max(vote.accepted_ballot, self.accepted.get(key, -1))
+
+    def _on_accept(self, node: Node, head: str, ballot: int) -> None:
+        key = (node.name, head)
+        if ballot < self.promised.get(key, 0) and node.name in self._electorate(node.disk.records):
+            self.fail(node, f"consensus: ACCEPT in ballot {ballot}, {self.promised[key]} was promised")
 
     def on_record(self, node: Node, record: Record) -> None:
         body = record.body
@@ -108,8 +145,6 @@ class Invariants:
     def on_apply(self, node: Node, record: Record) -> tuple[int, tuple[object, ...]]:
         """Returns the update: (epoch, shards)."""
         body, disk = record.body, node.disk
-        if record.head not in disk.updates:
-            self.fail(node, f"G3: record {body.epoch} is applied without its update")
         if disk.state_head != body.prev:
             self.fail(node, f"G3: record {body.epoch} applied to another state")
         if disk.states[body.prev][1] != self.state_of.get(body.prev):
@@ -142,6 +177,9 @@ class Invariants:
             self.fail(node, "consensus: a forced value displaces what a quorum may have chosen")
 
     def after_event(self, node: Node, core: Core) -> None:
+        if node.left is not None:
+            self._on_fork_left(node, *node.left)
+            node.left = None
         limit, round_ = self.table_max, core.round
         if len(core.ctx.peers) > limit or len(core.sync.asked_at) > limit:
             self.fail(node, "G7: a table outgrew its limit")
@@ -157,6 +195,13 @@ class Invariants:
             node.checked = state
             if state.electorate != self._electorate(records):
                 self.fail(node, "an electorate changed without a record")
+
+    def _on_fork_left(self, node: Node, common: int, ours: list[Record]) -> None:
+        """Section 5: more committed weight since the common record wins, ties by the lower head."""
+        theirs = node.disk.records[common:]
+        weights = [sum(m.weight for r in side for m in r.body.members) for side in (ours, theirs)]
+        if weights[1] < weights[0] or (weights[1] == weights[0] and theirs[-1].head > ours[-1].head):
+            self.fail(node, f"fork choice: left {weights[0]} since epoch {common} for {weights[1]}")
 
     def _electorate(self, records: list[Record]) -> tuple[str, ...]:
         if not records:

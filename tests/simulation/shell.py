@@ -70,6 +70,7 @@ class Node:
         self.training = 0  # counts Train outputs; an older one's contribution is dropped
         self.dying = False  # of its last write
         self.crypto = SimCrypto(name)
+        self.left: tuple[int, list[Record]] | None = None  # (common epoch, records) of a fork just left
         self.checked: object = None  # the round whose electorate was checked
         self.skew_s = 0.0  # what its clock says more than the world's
         self.astray = ""  # the head whose state its arithmetic got wrong; "" if none
@@ -100,6 +101,7 @@ class Node:
 
     def crash(self) -> None:
         self.life += 1
+        self.left = None
         self.core = None
         self.frozen = False
         for other in self.world.nodes.values():
@@ -160,6 +162,7 @@ class Node:
         self.world.invariants.on_vote(self, self.disk.vote, out.vote)
         if self.writes():
             self.disk.vote = out.vote
+            self.world.invariants.on_vote_written(self, out.vote)
 
     def writes(self) -> bool:
         """Whether a write reaches the disk. If the node dies of it, it was the last, and may be torn: a torn
@@ -183,6 +186,7 @@ class Node:
             self.world.invariants.on_record(self, out.record)
 
     def do_truncate_chain(self, out: ev.TruncateChain) -> None:
+        self.left = (out.epoch, self.disk.records[out.epoch :])
         del self.disk.records[out.epoch :]
         if not self.world.healed and self.world.rng.random() < self.world.faults.crash_at_fork:
             self.world.chaos.crash_for_a_while(self)
@@ -191,6 +195,9 @@ class Node:
         self.world.later(self.world.draw(0.01, 0.1), self, lambda: self.apply(out.record))
 
     def apply(self, record: Record) -> None:
+        if record.head not in self.disk.updates:  # kept for `updates_kept` epochs, and the fork is older
+            self.feed(ev.FetchFailed("", "", "missing"))
+            return
         epoch, shards = self.world.invariants.on_apply(self, record)
         before = self.disk.states[record.body.prev][1]
         after = digest(f"{before}|{shards!r}".encode())

@@ -234,6 +234,9 @@ class Tampering:
     async def drain(self) -> None:
         await self._writer.drain()
 
+    def is_closing(self) -> bool:
+        return self._writer.is_closing()
+
 
 def tampered(run: Run, at: int) -> Serve:
     return lambda reader, writer: donor(run).serve(reader, Tampering(writer, at))  # type: ignore[arg-type]

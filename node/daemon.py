@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ from tapestry.node.keeper import Keeper, found_run
 from tapestry.node.links import LinkLimits
 from tapestry.node.logs import LiveLine, start_logging
 from tapestry.node.metrics import Metrics
-from tapestry.node.network import KnownPeers, Network
+from tapestry.node.network import KnownPeers, Network, last_listen, remember_listen, without_peer
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
@@ -250,10 +251,19 @@ class _Daemon:
         )
 
     async def _start_swarm(self) -> Swarm:
+        """On the ports of the last time, where a free one was asked for: others know us by them."""
+        config = self._swarm_config()
+        last = last_listen(self.home, config.listen)
         try:
-            return await Swarm.start(self._swarm_config(), on_refused=self.metrics.refused)
+            if last is not None:
+                with contextlib.suppress(SwarmError):  # taken by now
+                    return await Swarm.start(replace(config, listen=last), on_refused=self.metrics.refused)
+            swarm = await Swarm.start(config, on_refused=self.metrics.refused)
         except SwarmError as error:
             raise UserError(str(error)) from error
+        if not config.announce:
+            remember_listen(self.home, config.listen, without_peer(await swarm.addresses()))
+        return swarm
 
     def _worker_settings(self, spec: RunSpec, identity: Identity) -> WorkerSettings:
         with _as_user_error(SettingsError):

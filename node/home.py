@@ -75,6 +75,11 @@ class Home:
         return self.path / "node.json"
 
     @property
+    def listen(self) -> Path:
+        """What port 0 became the last time."""
+        return self.path / "listen.json"
+
+    @property
     def peers(self) -> Path:
         """Where other members were found last."""
         return self.path / "peers.json"

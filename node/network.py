@@ -23,12 +23,12 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
+from tapestry.dht.addresses import PeerAddress, parse_listen, parse_peer, ranked
 from tapestry.dht.identity import Identity
 from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.home import atomic_write
+from tapestry.node.home import Home, atomic_write
 from tapestry.node.links import LinkLimits, Links, Listener
 from tapestry.node.protocol.messages import Control, Result, Shard
 from tapestry.node.vocabulary import Reader
@@ -136,7 +136,7 @@ class Network:
         deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
         config = self._config
         if not config.announce:  # announced addresses are not ours to bind
-            config = replace(config, listen=_without_peer(await swarm.addresses()))
+            config = replace(config, listen=without_peer(await swarm.addresses()))
         while True:
             try:
                 await self._serve(swarm)
@@ -265,6 +265,21 @@ async def _watch(swarm: Swarm) -> None:
     raise _P2pdDied(await swarm.wait_p2pd_death())
 
 
-def _without_peer(addresses: Sequence[str]) -> tuple[str, ...]:
+def last_listen(home: Home, listen: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What these listen addresses were bound to the last time; None if that is not known."""
+    try:
+        table = json.loads(home.listen.read_bytes())
+        if tuple(table["asked"]) != listen:
+            return None
+        return tuple(parse_listen(address) for address in table["bound"]) or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_listen(home: Home, listen: tuple[str, ...], bound: tuple[str, ...]) -> None:
+    atomic_write(home.listen, json.dumps({"asked": listen, "bound": bound}).encode() + b"\n")
+
+
+def without_peer(addresses: Sequence[str]) -> tuple[str, ...]:
     """The addresses that p2pd is bound to, to bind the same ones again."""
     return tuple(dict.fromkeys(parse_peer(a).maddr.rsplit("/p2p/", 1)[0] for a in addresses))

@@ -86,9 +86,11 @@ def test_a_restarted_founder_resumes_where_it_stopped(tmp_path: Path) -> None:
     with Node(init(tmp_path / "a")) as node:
         node.wait_ready()
         node.wait_epoch(3)
+        address = node.address
         assert node.stop() == 0
         epoch = len(chain_of(node.home))
         node.start().wait_ready()
+        assert node.address == address, "others know it by its port"
         status = node.status()
         assert status["epoch"] >= epoch
         node.kill()

@@ -1,4 +1,4 @@
-"""The protocol under faults: every seed is a world of its own (DESIGN 9)."""
+"""The protocol under faults: every seed is a world of its own."""
 
 import json
 import os

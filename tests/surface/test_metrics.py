@@ -1,4 +1,4 @@
-"""The metrics: names, labels and start values against the contract (DESIGN, section 8)."""
+"""The metrics: names, labels and start values against the contract in README."""
 
 from __future__ import annotations
 

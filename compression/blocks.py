@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tapestry.compression.refusals import RefusedPayload, RefusedVector
 
-BLOCK = 256  # as bitsandbytes: 1.6 % of the payload is scales
+BLOCK = 256  # the format of the codecs; scales are 4 bytes of 260
 PIECE = 256 * 1024  # elements; 1 MiB of scratch. The fastest of 64k..512k on machines with 2 MiB of L2
 SCALE_BYTES = 4
 INFINITY_BITS = 0x7F80_0000

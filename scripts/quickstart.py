@@ -639,8 +639,8 @@ def conclude(swarm: Swarm, signals: Signals) -> int:
         raise Failed(faults[0], [*faults[1:], *swarm.last_words()])
     took_s = time.monotonic() - swarm.began_s
     swarm.show.event(
-        f"OK: epoch {agreed[0]} has the same bits on all three nodes, as every epoch seen before; none was lost, "
-        f"the validation loss fell on all; {took_s:.0f} s in all"
+        f"OK: epoch {agreed[0]} has the same bits on all three nodes, as every epoch seen before it; "
+        f"none was lost, the validation loss fell on all; {took_s:.0f} s in all"
     )
     return 0
 

@@ -225,8 +225,8 @@ class Core:
         view = self.ctx.peers.get(inp.peer)
         if view is not None:
             view.heard_at = now
-        if self.round is not None:
-            self.round.exchange.progress += 1
+        if self.round is not None and self.round.exchange.is_member(inp.peer):
+            self.round.exchange.progress += 1  # a stranger's drip hides no stall
 
     def handle_peer_refused(self, inp: PeerRefused, now: float) -> None:
         self.ctx.refuse(inp.peer, inp.reason, "its data cannot be used")
@@ -307,12 +307,13 @@ class Core:
         if isinstance(message, (Need, Result)):
             return self._on_data(peer, round_, message, now)
         if isinstance(message, Ready):
-            if view.status is None or view.status.head != message.head:
+            refused = round_.on_ready(peer, message, now)
+            if refused is None and (view.status is None or view.status.head != message.head):
                 # READY is news too: it may overtake the STATUS that says the same.
                 view.status = Status(
                     message.epoch, message.head, "averaging", Stage.READY, message.ballot, 0, ()
                 )
-            return round_.on_ready(peer, message, now)
+            return refused
         if isinstance(message, Roster):
             return round_.on_roster(peer, message, now)
         if isinstance(message, Propose):

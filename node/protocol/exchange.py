@@ -184,6 +184,10 @@ class Exchange:
         assert self.roster is not None
         return self.roster.members[self.roster.reducers[shard]].peer
 
+    def is_member(self, peer: str) -> bool:
+        """Of the roster that we follow."""
+        return self._wanted(peer) is not None
+
     def _wanted(self, peer: str) -> str | None:
         """The contribution of `peer` that the roster names."""
         if self.roster is not None:

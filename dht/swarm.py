@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import glob
 import ipaddress
 import logging
 import math
@@ -569,9 +570,14 @@ def _require_free(address: str) -> None:
 def _make_socket_folder() -> str:
     """A folder that only this user can enter, for the sockets between us and p2pd.
 
-    Not in $TMPDIR: the path of a Unix socket has at most 107 characters.
+    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. Named after our process, so that
+    what a killed one left is swept up by the next.
     """
-    return tempfile.mkdtemp(prefix="tapestry-", dir="/tmp")
+    for left in glob.glob("/tmp/tapestry-*-*"):
+        pid = left.split("-")[1]
+        if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
 
 
 async def _launch_p2pd(config: SwarmConfig, folder: str, cleanup: contextlib.AsyncExitStack) -> P2P:

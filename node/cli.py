@@ -119,6 +119,7 @@ def start(home: str | None, detach: bool, **flags: Any) -> int:
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
     place = Home.locate(home, os.environ)
     config = NodeConfig.resolve(place, flags, os.environ)
+    _check_early(config)
     if detach:
         return start_detached(_foreground_command(place, flags), place)
     from tapestry.node import daemon
@@ -219,15 +220,24 @@ def _write_new(path: Path, text: str) -> None:
 # ---- start --detach ----------------------------------------------------------------------------------
 
 
+def _check_early(config: NodeConfig) -> None:
+    """What is wrong at first sight is said before the imports, which take seconds."""
+    from tapestry.node.trainer.data import DataError, list_files
+
+    config.home.require_free()
+    try:
+        list_files(config.data)
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
 def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WAIT_S) -> int:
     """Run `command` in a session of its own until it is ready; print what it prints until then.
 
     Its output goes to HOME/node.log. Ctrl-C while waiting stops it. Returns its exit code if it ends
     before it is ready.
     """
-    holder = home.holder()
-    if holder is not None:
-        raise UserError(f"the home {home.path} is in use by a live node (pid {holder})")
+    home.require_free()
     home.create()
     with _opened_log(home.log) as log:
         begin = log.tell()

@@ -114,7 +114,7 @@ class _Daemon:
                 os._exit(int(ExitCode.FAILED))  # the second one: at once
             self.stop.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, on_signal)
 
     async def _run(self) -> None:

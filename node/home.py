@@ -108,6 +108,11 @@ class Home:
         except OSError as error:
             raise UserError(f"cannot make the home {self.path}: {error.strerror}") from error
 
+    def require_free(self) -> None:
+        """Raise what `lock` would raise if a live node has it: for a look before anything is started."""
+        if self.holder() is not None:
+            raise self._in_use()
+
     def lock(self) -> HomeLock:
         """Take the home for this process; raises UserError with exit code 2 if a live node has it."""
         try:

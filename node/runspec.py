@@ -248,7 +248,7 @@ class CompressionSpec:
     shard_elements: Annotated[
         int,
         Between(256, 2**26, multiple_of=256),
-        "Parameters that are sent and averaged as one piece. Guess; see scripts/bench_averaging.py.",
+        "Parameters that are sent and averaged as one piece. Guess: not measured yet.",
     ] = 262_144
     residual: Annotated[bool, "Error feedback: add what the codec rounded away to the next contribution."] = (
         False

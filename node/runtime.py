@@ -150,10 +150,14 @@ class Runtime:
             if self.network is not None:
                 self.network.tell_moved()
         health = "working" if phase in ("training", "averaging") else phase
+        if health == "degraded":
+            self.view.tokens_per_second = 0.0
         if health != self._health_told:
             self._health_told = health
             if not core.stopping:  # the daemon says that
-                _log.info("phase=%s epoch=%d %s", phase, max(epoch, 0), core.reason(now))
+                reason = "at the head" if health == "working" else core.reason(now)
+                _log.info("phase=%s epoch=%d %s", phase, max(epoch, 0), reason)
+                self._live.show(f"{phase}: {reason}")
         self._count_peers()
 
     def _count_peers(self) -> None:
@@ -579,7 +583,7 @@ class PhaseClock:
             return
         if self._stage != Stage.AWAY:
             self._metrics.round_phase_ended(self._stage.name.lower(), now - self._since)
-        if stage == Stage.READY and self._ready_at is None:
+        if stage >= Stage.READY and self._ready_at is None:
             self._ready_at = now
         self._stage, self._since = stage, now
 

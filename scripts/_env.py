@@ -28,7 +28,7 @@ PACKAGES_STAMP = VENV / ".packages"  # the key that was installed last; absent w
 PROJECT_STAMP = VENV / ".project"
 UNFINISHED = VENV / ".unfinished"  # there while a new .venv is being filled
 PROJECT_FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
+PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet")  # errors only
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ class Chaos:
         founder, count = self.nodes[0], len(self.nodes)
         for node in self.nodes[1:]:
             node.wait_ready()
-        founder.wait("an electorate of all", lambda: founder.status()["round"]["electorate"] == count)
+        founder.wait("an electorate of all", lambda: founder.electorate() == count)
 
     def restart(self, node: Node) -> None:
         """Start it again, towards some node that is up; alone, as its home's run, if none is."""

@@ -111,6 +111,11 @@ class Node:
         table: dict[str, Any] = json.loads(self.get("/status"))
         return table
 
+    def electorate(self) -> int:
+        """How many may vote in the round under way; 0 between two rounds."""
+        round_ = self.status()["round"]
+        return round_["electorate"] if round_ else 0
+
     def wait(self, what: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
         """Poll until `condition` holds; what cannot be read yet does not hold."""
         end = time.monotonic() + deadline_s

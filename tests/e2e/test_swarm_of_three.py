@@ -132,12 +132,12 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
         with second, third:
             second.wait_ready()
             third.wait_ready()
-            founder.wait("an electorate of three", lambda: founder.status()["round"]["electorate"] == 3)
+            founder.wait("an electorate of three", lambda: founder.electorate() == 3)
             second.wait(
                 "the third's address", lambda: len(json.loads((second.home / "peers.json").read_text())) == 2
             )
             assert founder.stop() == 0
-            third.wait("an electorate of two", lambda: third.status()["round"]["electorate"] == 2)
+            third.wait("an electorate of two", lambda: third.electorate() == 2)
             second.kill()
             second.flags = []
             second.start().wait_ready()

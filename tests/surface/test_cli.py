@@ -233,11 +233,13 @@ def test_start_gives_the_daemon_its_configuration_and_ends_with_its_exit_code(
     tmp_path: Path, daemon: types.SimpleNamespace
 ) -> None:
     daemon.outcome = 4
-    args = ["--data", "stdlib", "--data", "/texts", "--http", "127.0.0.1:0", "--epochs", "2"]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("text")
+    args = ["--data", "stdlib", "--data", str(texts), "--http", "127.0.0.1:0", "--epochs", "2"]
     result = _run("start", *args, env={"TAPESTRY_HOME": str(tmp_path)})
     assert (result.exit_code, result.output) == (4, "")
     assert daemon.config.home == Home(tmp_path)
-    assert daemon.config.data == ("stdlib", "/texts")
+    assert daemon.config.data == ("stdlib", str(texts))
     assert (daemon.config.http_port, daemon.config.epochs) == (0, 2)
 
 
@@ -321,6 +323,9 @@ def test_detach_starts_the_same_command_without_the_flag(
         return 0
 
     monkeypatch.setattr("tapestry.node.cli.start_detached", keep)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x").mkdir()
+    (tmp_path / "-x" / "text.md").write_text("text")
     flags = [
         "--data",
         "stdlib",

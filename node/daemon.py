@@ -3,8 +3,8 @@
     lock the home -> identity -> p2pd -> genesis (home, peer, or founded) -> spec agreed -> trainer -> state
     -> core, links, HTTP -> ready -> ... -> a signal: leave the round, checkpoint, withdraw presence, exit 0
 
-What can be wrong with the configuration is found before anything slow is started. A second signal ends the
-process at once; so does the deadline of a stop that takes too long.
+What can be wrong with the configuration is found before anything slow is started; the data were looked for by
+cli.py. A second signal ends the process at once; so does the deadline of a stop that takes too long.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from tapestry.node.runtime import Runtime
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.store import LoadedStore, Store
 from tapestry.node.status import NodeView
-from tapestry.node.trainer.data import DataError, list_files
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings
 from tapestry.node.vocabulary import Reader
@@ -120,9 +119,8 @@ class _Daemon:
     async def _run(self) -> None:
         config = self.config
         peers = [parse_peer(text) for text in config.peers]
-        with _as_user_error(IdentityError, DataError):
+        with _as_user_error(IdentityError):
             identity = Identity.load_or_create(self.home.identity_key)
-            list_files(config.data)
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
             http = await start_http(self.view, self.metrics, config.http_host, config.http_port)

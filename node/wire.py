@@ -79,17 +79,6 @@ def frame_parts(header: bytes, payload: Sequence[Buffer] = ()) -> list[Buffer]:
     return [FRAME.pack(len(header), payload_bytes) + header, *payload]
 
 
-def unpack_map(header: bytes, fields: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """A msgpack map with exactly these fields of these types. Raises RemoteProtocolError."""
-    raw = unpack(header)
-    if type(raw) is not dict or set(raw) != set(fields):
-        raise RemoteProtocolError("malformed", f"expected a map of {', '.join(fields)}")
-    for name, kind in fields.items():
-        if (isinstance(raw[name], bool) and kind is not bool) or not isinstance(raw[name], kind):
-            raise RemoteProtocolError("malformed", f"{name} is a {type(raw[name]).__name__}")
-    return raw
-
-
 def unpack(header: bytes) -> Any:
     """msgpack, strict. Raises RemoteProtocolError."""
     try:

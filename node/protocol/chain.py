@@ -318,9 +318,6 @@ class Chain:
             return self.genesis.state_digest
         return self.records[epoch].body.state_digest if epoch < self.epoch else None
 
-    def weight_since(self, epoch: int) -> int:
-        return weight_of(self.records[epoch:])
-
     def append(self, record: Record) -> None:
         """A checked record. Our bug if it does not follow."""
         assert record.body.epoch == self.epoch + 1 and record.body.prev == self.head

@@ -11,7 +11,6 @@ from tapestry.node.wire import (
     StreamEnded,
     frame_parts,
     read_frame,
-    unpack_map,
 )
 
 LIMITS = FrameLimits(header_bytes_max=100, payload_bytes_max=1000)
@@ -94,11 +93,3 @@ def test_progress_is_told_for_every_byte():
 
     asyncio.run(run())
     assert sum(counts) == FRAME.size + 6 + 7
-
-
-@pytest.mark.parametrize(
-    "raw", [b"\xc0", b"\x80", b"\x82\xa1a\x01\xa1b\x02", b"\x81\xa1a\xa1x", b"\x81\xa1a\xc3"]
-)
-def test_a_map_with_other_fields_or_types_is_refused(raw):
-    with pytest.raises(RemoteProtocolError):
-        unpack_map(raw, {"a": int})

@@ -2,9 +2,12 @@
 
     payload = codes, one byte each (n,)  +  scales, little-endian f32 (ceil(n / 256),)
 
-`BlockCodec` walks a vector in pieces that fit the cache, with one scratch buffer per call: allocations
-cost more than the arithmetic. What a codec does with a piece is its `BlockKernel`. The last block may be
-short; it is encoded as if zeros followed it.
+`BlockCodec` walks a vector in pieces that fit the cache, with scratch that each thread keeps: page faults and
+trips to memory cost more than the arithmetic. So that others can stay in the cache too, encoding asks for
+its vector piece by piece (`encode_pieces`) and decoding gives any piece (`open`). What a codec does with a
+piece is its `BlockKernel`. The last block may be short; it is encoded as if zeros followed it.
+
+A vector on a CUDA device is encoded there, by the same operations, and only the payload crosses the bus.
 
 Absolute maxima are found by comparing the bits of |x| as integers. That orders floats as their values do,
 puts infinity and NaN above everything finite, is several times faster than torch's aminmax over rows, and
@@ -15,6 +18,9 @@ Must not import: anything of ours but refusals; asyncio; anything that does I/O.
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +31,8 @@ from torch import Tensor
 from tapestry.compression.refusals import RefusedPayload, RefusedVector
 
 BLOCK = 256  # the format of the codecs; scales are 4 bytes of 260
-PIECE = 256 * 1024  # elements; 1 MiB of scratch. The fastest of 64k..512k on machines with 2 MiB of L2
+PIECE = 128 * 1024  # elements: 512 KiB. The fastest of 32k..256k on 2 MiB of level 2 cache
+DEVICE_PIECE = 16 * 1024 * 1024  # elements on a GPU: 64 MiB of scratch there. Guess
 SCALE_BYTES = 4
 INFINITY_BITS = 0x7F80_0000
 
@@ -41,6 +48,10 @@ class BlockKernel(Protocol):
     def scale_max(self) -> float:
         """The largest scale that the codec writes: all codes decode to finite values with it."""
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The kinds of device that encode_blocks works on."""
+
     def encode_blocks(
         self,
         blocks: Tensor,  # f32 (b, 256), finite
@@ -53,9 +64,8 @@ class BlockKernel(Protocol):
     def decode_blocks(
         self,
         codes: Tensor,  # uint8 (b, 256)
-        scales: Tensor,  # f32 (b,)
+        scales: Tensor,  # f32 (b, 1)
         out: Tensor,  # f32 (b, 256), written
-        scratch: Tensor,
     ) -> None: ...
 
     def check_codes(self, codes: Tensor) -> None:
@@ -63,8 +73,42 @@ class BlockKernel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class OpenPayload:
+    """A payload that passed `check`, to be decoded piece by piece. Made by `BlockCodec.open` alone."""
+
+    kernel: BlockKernel
+    codes: list[Tensor]  # uint8 (b, 256) for each of `pieces`, or (1, n % 256); views of the payload
+    scales: list[Tensor]  # f32 (b, 1) for each
+
+    def decode_piece(
+        self,
+        index: int,
+        out: Tensor,  # f32 (stop - start,), written; start and stop as in pieces(n)[index]
+    ) -> None:
+        """The bits that the whole payload decodes to."""
+        codes = self.codes[index]
+        self.kernel.decode_blocks(codes, self.scales[index], out.view(codes.shape))
+
+    def accumulate_piece(
+        self,
+        index: int,
+        coefficient: float,
+        acc: Tensor,  # f32 (stop - start,), changed; as in decode_piece
+    ) -> None:
+        """acc += f32(coefficient) * decoded: each product and each sum rounded by itself.
+
+        Passes of their own, so that no compiler can fuse them; all in the cache.
+        """
+        factor = float(np.float32(coefficient))
+        assert math.isfinite(factor)
+        values = thread_scratch("room", acc.numel())
+        self.decode_piece(index, values)
+        acc.add_(values.mul_(factor))
+
+
+@dataclass(frozen=True, slots=True)
 class BlockCodec:
-    """A `tapestry.compression.codecs.Codec` made of a kernel. All tensors are on the CPU."""
+    """A `tapestry.compression.codecs.Codec` made of a kernel. Payloads are on the CPU."""
 
     name: str
     wire_id: int
@@ -76,29 +120,56 @@ class BlockCodec:
 
     def encode(
         self,
-        x: Tensor,  # f32 (n,)
-        out: Tensor | None = None,  # uint8 (payload_size(n),)
-    ) -> Tensor:  # uint8 (payload_size(n),)
+        x: Tensor,  # f32 (n,), on the CPU or where the kernel works
+        out: Tensor | None = None,  # uint8 (payload_size(n),), on the CPU
+    ) -> Tensor:  # uint8 (payload_size(n),), on the CPU
         """Encode; raise RefusedVector for a wrong dtype, shape, device, a NaN or an infinity.
 
-        After a refusal the contents of `out` are unspecified.
+        After a refusal the contents of `out` are unspecified. The payload of a vector on a GPU has the same
+        bytes as on the CPU and, unless `out` is given, lies in pinned memory.
         """
-        check_vector(x)
-        n = x.numel()
+        check_vector(x, self.kernel.devices)
+        if x.device.type == "cpu":
+            return self.encode_pieces(lambda _, start, stop: x[start:stop], x.numel(), out)
+        payload = self.encode_on_device(x)
+        if out is None:
+            out = torch.empty(payload.shape, dtype=torch.uint8, pin_memory=True)
+        assert out.dtype == torch.uint8 and out.shape == payload.shape
+        return out.copy_(payload)
+
+    def encode_pieces(
+        self,
+        source: Callable[[int, int, int], Tensor],  # (index, start, stop) -> f32 (stop - start,) on the CPU
+        n: int,
+        out: Tensor | None = None,  # uint8 (payload_size(n),)
+    ) -> Tensor:  # uint8 (payload_size(n),)
+        """Encode what `source` gives, a piece at a time and each element once, so that it may be scratch.
+
+        Raises RefusedVector("not_finite"); the contents of `out` are then unspecified.
+        """
         payload = torch.empty(self.payload_size(n), dtype=torch.uint8) if out is None else out
         assert payload.dtype == torch.uint8 and payload.shape == (self.payload_size(n),)
         scales = torch.empty(block_count(n))
-        scratch = _scratch(n)
-        whole = n - n % BLOCK
-        for start in range(0, whole, PIECE):
-            stop = min(start + PIECE, whole)
-            self._encode_piece(x[start:stop], payload[start:stop], scales[start // BLOCK :], scratch)
-        if whole < n:
-            last, last_codes = torch.zeros(BLOCK), torch.empty(BLOCK, dtype=torch.uint8)
-            last[: n - whole] = x[whole:]
-            self._encode_piece(last, last_codes, scales[-1:], scratch)
-            payload[whole:n] = last_codes[: n - whole]
+        for index, (start, stop) in enumerate(pieces(n)):
+            x = source(index, start, stop)
+            self._encode_piece(
+                x, payload[start:stop], scales[start // BLOCK :], thread_scratch("room", PIECE)
+            )
         payload[n:].numpy()[:] = scales.numpy().astype("<f4", copy=False).view(np.uint8)
+        return payload
+
+    def encode_on_device(
+        self,
+        x: Tensor,  # f32 (n,)
+    ) -> Tensor:  # uint8 (payload_size(n),), where x is
+        """Encode without leaving the device. Raises RefusedVector("not_finite")."""
+        n = x.numel()
+        payload = torch.empty(self.payload_size(n), dtype=torch.uint8, device=x.device)
+        scales = torch.empty(block_count(n), device=x.device)
+        scratch = torch.empty(max(BLOCK, min(n, DEVICE_PIECE)), device=x.device)
+        for start, stop in pieces(n, DEVICE_PIECE):
+            self._encode_piece(x[start:stop], payload[start:stop], scales[start // BLOCK :], scratch)
+        payload[n:].copy_(scales.view(torch.uint8))  # every machine with a GPU is little-endian
         return payload
 
     def decode(
@@ -108,14 +179,11 @@ class BlockCodec:
         out: Tensor | None = None,  # f32 (n,)
     ) -> Tensor:  # f32 (n,)
         """Decode; raise RefusedPayload for what `check` refuses, before anything is allocated."""
-        self.check(payload, n)
+        opened = self.open(payload, n)
         values = torch.empty(n) if out is None else out
         _assert_vector(values, n)
-        scales = _read_scales(payload, n)
-        scratch = _scratch(n)
-        for start in range(0, n, PIECE):
-            stop = min(start + PIECE, n)
-            self._decode_piece(payload[start:stop], scales[start // BLOCK :], values[start:stop], scratch)
+        for index, (start, stop) in enumerate(pieces(n)):
+            opened.decode_piece(index, values[start:stop])
         return values
 
     def accumulate(
@@ -125,23 +193,27 @@ class BlockCodec:
         coefficient: float,
         acc: Tensor,  # f32 (n,), changed
     ) -> None:
-        """acc += f32(coefficient) * decode(payload): each product and each sum rounded by itself.
+        """acc += f32(coefficient) * decode(payload), every operation rounded by itself.
 
-        Three passes over memory, so that no compiler can fuse them. Raises RefusedPayload for what
-        `check` refuses, before acc is touched.
+        Raises RefusedPayload for what `check` refuses, before acc is touched.
         """
-        self.check(payload, n)
+        opened = self.open(payload, n)
         _assert_vector(acc, n)
-        factor = float(np.float32(coefficient))
-        assert np.isfinite(factor)
-        scales = _read_scales(payload, n)
-        scratch, term = _scratch(n), _scratch(n)
-        for start in range(0, n, PIECE):
-            stop = min(start + PIECE, n)
-            values = term[: stop - start]
-            self._decode_piece(payload[start:stop], scales[start // BLOCK :], values, scratch)
-            values.mul_(factor)
-            acc[start:stop].add_(values)
+        for index, (start, stop) in enumerate(pieces(n)):
+            opened.accumulate_piece(index, coefficient, acc[start:stop])
+
+    def open(
+        self,
+        payload: Tensor,  # uint8 (payload_size(n),), not to be changed while it is open
+        n: int,
+    ) -> OpenPayload:
+        """Check the whole payload, once, for decoding it piece by piece. Raises as `check`."""
+        self.check(payload, n)
+        codes = [payload[start:stop].view(-1, min(BLOCK, stop - start)) for start, stop in pieces(n)]
+        scales = _read_scales(payload, n)[:, None]
+        firsts = [start // BLOCK for start, _ in pieces(n)]
+        spans = [scales[first : first + len(c)] for first, c in zip(firsts, codes, strict=True)]
+        return OpenPayload(self.kernel, codes, spans)
 
     def check(
         self,
@@ -178,25 +250,39 @@ class BlockCodec:
             raise RefusedPayload("scale", f"a scale lies below the smallest, {self.kernel.scale_min}")
 
     def _encode_piece(self, x: Tensor, codes: Tensor, scales: Tensor, scratch: Tensor) -> None:
-        blocks = x.view(-1, BLOCK)
-        room = scratch[: x.numel()].view(-1, BLOCK)
-        self.kernel.encode_blocks(
-            blocks, _absmax(blocks, room), codes.view(-1, BLOCK), scales[: len(blocks)], room
-        )
+        n = x.numel()
+        if n % BLOCK:
+            padded, padded_codes = x.new_zeros(BLOCK), codes.new_empty(BLOCK)
+            padded[:n] = x
+            self._encode_piece(padded, padded_codes, scales, scratch)
+            codes.copy_(padded_codes[:n])
+            return
+        blocks, room = x.view(-1, BLOCK), scratch[:n].view(-1, BLOCK)
+        absmax = _absmax(blocks, room)
+        self.kernel.encode_blocks(blocks, absmax, codes.view(-1, BLOCK), scales[: len(blocks)], room)
 
-    def _decode_piece(self, codes: Tensor, scales: Tensor, out: Tensor, scratch: Tensor) -> None:
-        n = codes.numel()
-        whole = n - n % BLOCK
-        count = whole // BLOCK
-        if whole:
-            room = scratch[:whole].view(-1, BLOCK)
-            self.kernel.decode_blocks(
-                codes[:whole].view(-1, BLOCK), scales[:count], out[:whole].view(-1, BLOCK), room
-            )
-        if whole < n:
-            short = codes[whole:].view(1, -1)
-            room = scratch[whole:n].view(1, -1)
-            self.kernel.decode_blocks(short, scales[count : count + 1], out[whole:].view(1, -1), room)
+
+def pieces(n: int, size: int = PIECE) -> list[tuple[int, int]]:
+    """Start and stop of the pieces of n elements: whole blocks, up to `size` elements; last a short block."""
+    whole = n - n % BLOCK
+    cuts = [(start, min(start + size, whole)) for start in range(0, whole, size)]
+    return cuts if whole == n else [*cuts, (whole, n)]
+
+
+def thread_scratch(use: str, n: int) -> Tensor:  # f32 (n,)
+    """Room for n <= PIECE elements, the same for every call of this thread with this use.
+
+    Kept, because the page faults of new memory cost more than the arithmetic.
+    """
+    assert n <= PIECE
+    scratch: Tensor | None = getattr(_kept, use, None)
+    if scratch is None:
+        scratch = torch.empty(PIECE)
+        setattr(_kept, use, scratch)
+    return scratch[:n]
+
+
+_kept = threading.local()
 
 
 def block_count(n: int) -> int:
@@ -204,14 +290,14 @@ def block_count(n: int) -> int:
     return -(-n // BLOCK)
 
 
-def check_vector(x: Tensor) -> None:
-    """Raise RefusedVector unless x is f32 (n,), contiguous, on the CPU. Does not look at the values."""
+def check_vector(x: Tensor, devices: tuple[str, ...] = ("cpu",)) -> None:
+    """Raise RefusedVector unless x is f32 (n,), contiguous, on such a device. Does not look at the values."""
     if x.dtype != torch.float32:
         raise RefusedVector("dtype", f"a vector is f32, not {x.dtype}")
     if x.dim() != 1:
         raise RefusedVector("shape", f"a vector has one dimension, not {tuple(x.shape)}")
-    if x.device.type != "cpu":
-        raise RefusedVector("device", f"a vector lies on the CPU, not on {x.device}")
+    if x.device.type not in devices:
+        raise RefusedVector("device", f"a vector lies on {' or '.join(devices)}, not on {x.device}")
     if not x.is_contiguous():
         raise RefusedVector("contiguous", f"a vector is contiguous, not of stride {x.stride()}")
 
@@ -233,10 +319,6 @@ def _read_scales(
 ) -> Tensor:  # f32 (block_count(n),)
     # A copy: behind n code bytes the scales need not be aligned, nor is the machine little-endian.
     return torch.from_numpy(payload[n:].numpy().view("<f4").astype(np.float32))
-
-
-def _scratch(n: int) -> Tensor:
-    return torch.empty(max(BLOCK, min(n, PIECE)))
 
 
 def _bits(value: float) -> int:

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tapestry.compression.blocks import BLOCK, BlockCodec
+from tapestry.compression.blocks import BLOCK, BlockCodec, thread_scratch
 
 # Half the widest gap of the map, which is 0.01407, and the distance from -1 to its lowest value, -0.99297;
 # plus bitsandbytes' choice of the second nearest. Measured over 3e8 values: 0.00705.
@@ -72,6 +72,7 @@ class Dynamic8Kernel:
 
     scale_min: float = 2.0**-149  # the smallest f32: a scale is a magnitude that occurred
     scale_max: float = float.fromhex("0x1.fffffep+127")  # the largest f32; no map value exceeds 1
+    devices: tuple[str, ...] = ("cpu",)  # bitsandbytes chooses codes by another way on CUDA
 
     def encode_blocks(
         self, blocks: Tensor, absmax: Tensor, codes: Tensor, scales: Tensor, scratch: Tensor
@@ -83,12 +84,12 @@ class Dynamic8Kernel:
         codes.masked_fill_(blocks == 0, _ZERO_CODE)
         _correct_near_zero(codes.view(-1), blocks.view(-1), absmax)
 
-    def decode_blocks(self, codes: Tensor, scales: Tensor, out: Tensor, scratch: Tensor) -> None:
+    def decode_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """out = f32(map[code] * scale); shapes as in BlockKernel."""
-        indices = scratch.view(torch.int32)
-        indices.copy_(codes)
-        torch.index_select(dynamic_map(), 0, indices.view(-1), out=out.view(-1))
-        out.mul_(scales[:, None])
+        indices = thread_scratch("indices", codes.numel()).view(torch.int32)
+        indices.copy_(codes.view(-1))
+        torch.index_select(dynamic_map(), 0, indices, out=out.view(-1))
+        out.mul_(scales)
 
     def check_codes(self, codes: Tensor) -> None:
         """Every code has a value in the map."""

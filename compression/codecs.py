@@ -14,6 +14,7 @@ Must not import: anything outside this package of ours; asyncio; anything that d
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,25 @@ _HEADER = struct.Struct("<4sHHQQ")
 _MAGIC = b"TAPF"
 _VERSION = 1
 HEADER_BYTES = _HEADER.size
+
+
+class OpenPayload(Protocol):
+    """A checked payload, to be decoded piece by piece; `blocks.pieces` says which elements a piece has."""
+
+    def decode_piece(
+        self,
+        index: int,
+        out: Tensor,  # f32 (stop - start,), written
+    ) -> None:
+        """The bits that the whole payload decodes to."""
+
+    def accumulate_piece(
+        self,
+        index: int,
+        coefficient: float,
+        acc: Tensor,  # f32 (stop - start,), changed
+    ) -> None:
+        """acc += f32(coefficient) * decoded, every operation rounded by itself."""
 
 
 class Codec(Protocol):
@@ -49,7 +69,18 @@ class Codec(Protocol):
         x: Tensor,  # f32 (n,)
         out: Tensor | None = None,  # uint8 (payload_size(n),)
     ) -> Tensor:  # uint8 (payload_size(n),)
-        """Codes (n,), then scales. Raises RefusedVector: dtype, shape, device, contiguous, not_finite."""
+        """Codes (n,), then scales. Raises RefusedVector: dtype, shape, device, contiguous, not_finite.
+
+        The payload is on the CPU; int8-block takes a vector on a CUDA device too.
+        """
+
+    def encode_pieces(
+        self,
+        source: Callable[[int, int, int], Tensor],  # (index, start, stop) -> f32 (stop - start,)
+        n: int,
+        out: Tensor | None = None,  # uint8 (payload_size(n),)
+    ) -> Tensor:  # uint8 (payload_size(n),)
+        """Encode a vector that is made while it is encoded. Raises RefusedVector("not_finite")."""
 
     def decode(
         self,
@@ -67,6 +98,13 @@ class Codec(Protocol):
         acc: Tensor,  # f32 (n,), changed
     ) -> None:
         """acc += f32(coefficient) * decode(payload), every operation rounded by itself."""
+
+    def open(
+        self,
+        payload: Tensor,  # uint8 (payload_size(n),), not to be changed while it is open
+        n: int,
+    ) -> OpenPayload:
+        """Check it whole, once, to decode it piece by piece. Raises RefusedPayload, as `check`."""
 
     def check(
         self,

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tapestry.compression.codecs import Codec
+from tapestry.compression.blocks import pieces, thread_scratch
+from tapestry.compression.codecs import Codec, OpenPayload
 from tapestry.compression.refusals import RefusedPayload, RefusedVector, RefusedWeights
 
 
@@ -34,9 +35,21 @@ def reduce_shard(
     n: int,
     out: Tensor | None = None,  # uint8 (codec.payload_size(n),)
 ) -> Tensor:  # uint8 (codec.payload_size(n),)
-    """The weighted mean, encoded once: the bytes that every member gets. Raises as weighted_mean."""
-    mean = weighted_mean(payloads, weights, codec, n)
-    return codec.encode(mean, out)
+    """The weighted mean, encoded once: the bytes that every member gets. Raises as weighted_mean.
+
+    A piece is averaged and encoded while it is in the cache; the mean is nowhere whole.
+    """
+    members = _open(payloads, weights, codec, n)
+
+    def mean_of(index: int, start: int, stop: int) -> Tensor:
+        acc = thread_scratch("mean", stop - start)
+        _add_up(members, index, acc)
+        return acc
+
+    try:
+        return codec.encode_pieces(mean_of, n, out)
+    except RefusedVector as refused:  # not finite: all that is added up is
+        raise _overflow() from refused
 
 
 def weighted_mean(
@@ -52,15 +65,21 @@ def weighted_mean(
     before `out` is touched, RefusedVector("overflow") after, and RuntimeError if this processor flushes
     subnormals.
     """
+    members = _open(payloads, weights, codec, n)
+    mean = torch.empty(n) if out is None else out
+    for index, (start, stop) in enumerate(pieces(n)):
+        _add_up(members, index, mean[start:stop])
+        _check_finite(mean[start:stop])
+    return mean
+
+
+def _open(
+    payloads: Sequence[Tensor], weights: Sequence[int], codec: Codec, n: int
+) -> list[tuple[OpenPayload, float]]:
     coefficients = _coefficients(weights, len(payloads))
-    for index, payload in enumerate(payloads):
-        _check_member(codec, payload, n, index)
+    members = [_open_member(codec, payload, n, index) for index, payload in enumerate(payloads)]
     _require_subnormals()
-    acc = torch.zeros(n) if out is None else out.zero_()
-    for payload, coefficient in zip(payloads, coefficients, strict=True):
-        codec.accumulate(payload, n, coefficient, acc)
-    _check_finite(acc)
-    return acc
+    return list(zip(members, coefficients, strict=True))
 
 
 def _coefficients(weights: Sequence[int], count: int) -> list[float]:
@@ -75,9 +94,9 @@ def _coefficients(weights: Sequence[int], count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _check_member(codec: Codec, payload: Tensor, n: int, index: int) -> None:
+def _open_member(codec: Codec, payload: Tensor, n: int, index: int) -> OpenPayload:
     try:
-        codec.check(payload, n)
+        return codec.open(payload, n)
     except RefusedPayload as refused:
         raise RefusedPayload(refused.reason, f"payload {index}: {refused.detail}") from refused
 
@@ -88,9 +107,17 @@ def _require_subnormals() -> None:
         raise RuntimeError("subnormals are flushed to zero here (torch.set_flush_denormal?): no common mean")
 
 
+def _add_up(members: list[tuple[OpenPayload, float]], index: int, acc: Tensor) -> None:
+    acc.zero_()
+    for member, coefficient in members:
+        member.accumulate_piece(index, coefficient, acc)
+
+
 def _check_finite(acc: Tensor) -> None:
-    if acc.numel() == 0:
-        return
     lowest, highest = torch.aminmax(acc)
     if not (math.isfinite(lowest) and math.isfinite(highest)):
-        raise RefusedVector("overflow", "the weighted mean is larger than the largest f32")
+        raise _overflow()
+
+
+def _overflow() -> RefusedVector:
+    return RefusedVector("overflow", "the weighted mean is larger than the largest f32")

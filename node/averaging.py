@@ -10,7 +10,7 @@ whole of it is lost and must not be counted half.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from blake3 import blake3
@@ -23,6 +23,10 @@ from tapestry.compression.refusals import RefusedPayload
 from tapestry.compression.shards import Shard as Bounds
 from tapestry.compression.shards import shard_bounds
 from tapestry.node.protocol.messages import Result, Shard
+
+
+def _nobody(shard: int, payload: Tensor) -> None:
+    """Who does not want to be told."""
 
 
 class Averaging:
@@ -43,16 +47,20 @@ class Averaging:
         self,
         vector: Tensor,  # f32 (n,)
         contribution: str = "",  # its name, for `settle`
+        on_payload: Callable[[int, Tensor], None] = _nobody,  # told of each shard as soon as it is encoded
     ) -> tuple[Tensor, ...]:  # uint8, one per shard
         """Raises RefusedVector if the contribution is not finite."""
         if self._residual is not None:
             vector = vector + self._residual
-        payloads = tuple(self.codec.encode(vector[s.start : s.stop]) for s in self.shards)
+        payloads = []
+        for shard in self.shards:
+            payloads.append(self.codec.encode(vector[shard.start : shard.stop]))
+            on_payload(shard.index, payloads[-1])
         if self._residual is not None:
             for s, payload in zip(self.shards, payloads, strict=True):
                 vector[s.start : s.stop] -= self.codec.decode(payload, s.n)
             self._pending = contribution, vector  # at once: `settle` may come meanwhile
-        return payloads
+        return tuple(payloads)
 
     def settle(self, counted: str | None) -> None:
         """A round is over, in which this contribution of ours counted; None: none did.

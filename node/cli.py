@@ -122,9 +122,9 @@ def start(home: str | None, detach: bool, **flags: Any) -> int:
     _check_early(config)
     if detach:
         return start_detached(_foreground_command(place, flags), place)
-    from tapestry.node import daemon
+    from tapestry.node import launch
 
-    return daemon.run(config)
+    return launch.run(config)
 
 
 @cli.command()

@@ -1,7 +1,9 @@
 """The life of a node: from the command line's configuration to exit code, and everything released on the way.
 
-    lock the home -> identity -> p2pd -> genesis (home, peer, or founded) -> spec agreed -> trainer -> state
+    identity -> p2pd -> genesis (home, peer, or founded) -> spec agreed -> trainer configured -> state
     -> core, links, HTTP -> ready -> ... -> a signal: leave the round, checkpoint, withdraw presence, exit 0
+
+launch.py has locked the home and started the trainer's process before this module was imported.
 
 What can be wrong with the configuration is found before anything slow is started; the data were looked for by
 cli.py. A second signal ends the process at once; so does the deadline of a stop that takes too long.
@@ -22,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from blake3 import blake3
 
 from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
@@ -37,7 +38,7 @@ from tapestry.node.http import start_http
 from tapestry.node.join import GENESIS_PROTOCOL, Agreed, agree_on_run, state_protocol
 from tapestry.node.keeper import Keeper, found_run
 from tapestry.node.links import LinkLimits
-from tapestry.node.logs import LiveLine, start_logging
+from tapestry.node.logs import LiveLine
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import KnownPeers, Network, last_listen, remember_listen, without_peer
 from tapestry.node.protocol.chain import Genesis
@@ -59,30 +60,11 @@ VERSION = version("tapestry-node")
 _log = logging.getLogger("tapestry.node")
 
 
-def run(config: NodeConfig) -> int:
-    """Run a node until it is stopped. Returns 0; raises UserError."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
-    live = start_logging(config.log_format)
-    config.home.create()
-    with config.home.lock():
-        try:
-            code: int = uvloop.run(_Daemon(config, live).run())
-            return code
-        except (UserError, OSError, SwarmError, ExceptionGroup) as error:
-            first = _first(error)
-            if isinstance(first, UserError):
-                raise first from None
-            if isinstance(first, SwarmError):
-                raise UserError(str(first), exit_code=ExitCode.FAILED) from error
-            if isinstance(first, OSError):
-                raise _disk_failed(config.home, first) from error
-            raise
-
-
-class _Daemon:
-    def __init__(self, config: NodeConfig, live: LiveLine) -> None:
+class Daemon:
+    def __init__(self, config: NodeConfig, live: LiveLine, trainer: TrainerProcess) -> None:
         self.config = config
         self.live = live
+        self.trainer = trainer  # launched; it ends with `run`
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
@@ -91,6 +73,20 @@ class _Daemon:
         self._runtime: Runtime | None = None  # once it runs
 
     async def run(self) -> int:
+        """Until the node is stopped. Returns 0; raises UserError."""
+        try:
+            return await self._run_until_stopped()
+        except (UserError, OSError, SwarmError, ExceptionGroup) as error:
+            first = _first(error)
+            if isinstance(first, UserError):
+                raise first from None
+            if isinstance(first, SwarmError):
+                raise UserError(str(first), exit_code=ExitCode.FAILED) from error
+            if isinstance(first, OSError):
+                raise _disk_failed(self.home, first) from error
+            raise
+
+    async def _run_until_stopped(self) -> int:
         self._handle_signals()
         main = asyncio.create_task(self._run())
         stop = asyncio.create_task(self.stop.wait())
@@ -117,7 +113,7 @@ class _Daemon:
             loop.add_signal_handler(number, on_signal)
 
     async def _run(self) -> None:
-        config = self.config
+        config, trainer = self.config, self.trainer
         peers = [parse_peer(text) for text in config.peers]
         with _as_user_error(IdentityError):
             identity = Identity.load_or_create(self.home.identity_key)
@@ -131,8 +127,8 @@ class _Daemon:
             loaded = await asyncio.to_thread(store.load)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             _log.info("starting trainer: it reads the data and builds the model")
-            trainer = await self._start_trainer(self._worker_settings(agreed.spec, identity))
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
+            await self._configure_trainer(self._worker_settings(agreed.spec, identity))
             keeper, genesis = await self._open_state(agreed, store, loaded, trainer, identity, crypto)
             runtime = await self._make_runtime(agreed.spec, genesis, keeper, identity, crypto)
             network = self._make_network(agreed.spec, genesis, runtime, identity, peers, crypto)
@@ -280,9 +276,9 @@ class _Daemon:
         if self._runtime is not None:
             self._runtime.on_trainer_event(event)
 
-    async def _start_trainer(self, settings: WorkerSettings) -> TrainerProcess:
+    async def _configure_trainer(self, settings: WorkerSettings) -> None:
         try:
-            return await TrainerProcess.start(settings, self._on_trainer_event)
+            await self.trainer.configure(settings, self._on_trainer_event)
         except TrainerError as error:
             code = ExitCode.USAGE if error.reason in ("data", "settings", "device") else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error

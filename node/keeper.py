@@ -9,11 +9,12 @@ with one of its own, because its thread must not read what the loop changes.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, weight_of
 from tapestry.node.protocol.core import Restored
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.sync import NO_STATE
@@ -57,6 +58,8 @@ class Keeper:
         self._chain = Chain(genesis, loaded.records)
         self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn
+        self._draft = store.draft(state.arithmetic.payload_sizes)
+        self._voted_for: tuple[str, Sequence[Any]] = ("", ())  # head and payloads of the newest result
 
     # --- the disk thread -----------------------------------------------------------------------
 
@@ -75,21 +78,37 @@ class Keeper:
             restored.state_digest if restored is not None else "",
             self._vote,
             self.store.heads_with_updates(),
+            secrets.token_hex(16),
         )
 
     def write_vote(self, vote: Vote) -> None:
         self.store.write_vote(vote)
 
+    def put_result(self, shard: int, payload: Any, digest: str) -> None:
+        """A shard of the round's result, to be written before all of it is there. In the result's thread."""
+        self._draft.put(shard, payload, digest)
+
     def write_update(self, epoch: int, head: str, payloads: Sequence[Any]) -> None:
-        self.store.write_update(epoch, head, payloads)
+        """In the result's thread; kept in memory as well till it is applied or the round ends."""
+        self.store.write_update(epoch, head, payloads, self._draft)
+        self._voted_for = (head, payloads)
+
+    def drop_result(self, committed: bool) -> None:
+        """The round is over. In the result's thread."""
+        self._draft.drop()
+        if not committed:
+            self._voted_for = ("", ())
 
     def append_record(self, record: Record) -> None:
         self.store.append_record(record)
         self._chain.append(record)
 
-    def truncate(self, epoch: int) -> None:
+    def truncate(self, epoch: int) -> tuple[int, int]:
+        """Leave a fork at `epoch`: how many records that drops, and how much weight."""
+        dropped = self._chain.after(epoch, self._chain.epoch)
         self.store.truncate(epoch)
         self._chain.truncate(epoch)
+        return len(dropped), weight_of(dropped)
 
     def apply(self, record: Record) -> tuple[int, str]:
         """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
@@ -97,10 +116,14 @@ class Keeper:
         if self.state.torn or self.state.head != body.prev:
             self._reload(body.epoch - 1)
         try:
-            payloads = self.store.read_update(body.epoch, record.head, body.result)
+            head, payloads = self._voted_for  # what we voted for has the digest that its head names
+            if head != record.head:
+                payloads = self.store.read_update(body.epoch, record.head, body.result)
             self.state.apply(payloads, body.epoch, record.head)
         except (UpdateMissing, TornState) as error:
             raise KeeperError(str(error)) from error
+        finally:
+            self._voted_for = ("", ())
         self._digest = self.state.digest()
         return body.epoch, self._digest
 

@@ -92,6 +92,11 @@ class Metrics:
     def round_phase_ended(self, phase: str, duration_s: float) -> None:
         self._round_phases[_one_of(ROUND_PHASES, phase)].observe(duration_s)
 
+    def dropped(self, records: int, weight: int) -> None:
+        """A fork was left for a better chain."""
+        self._dropped_records.inc(records)
+        self._dropped_weight.inc(weight)
+
     def set_contribution_weight(self, weight: float) -> None:
         self._contribution_weight.set(weight)
 
@@ -102,6 +107,10 @@ class Metrics:
         self._train_steps.inc(steps)
         self._train_tokens.inc(tokens)
         self._train_loss.set(loss)
+
+    def trainer_waited(self, duration_s: float) -> None:
+        """Before its latest contribution the trainer had nothing to do for so long."""
+        self._train_waiting.inc(duration_s)
 
     def set_validation_loss(self, loss: float) -> None:
         self._validation_loss.set(loss)
@@ -152,6 +161,14 @@ class Metrics:
             buckets=_PHASE_BUCKETS_S,
         )
         self._round_phases = {phase: phases.labels(phase=phase) for phase in ROUND_PHASES}
+        self._dropped_records = Counter(
+            "tapestry_dropped_records",
+            "Committed records of this node's chain that were given up for a better one.",
+            registry=registry,
+        )
+        self._dropped_weight = Counter(
+            "tapestry_dropped_weight", "Tokens behind those records.", registry=registry
+        )
         self._contribution_weight = Gauge(
             "tapestry_contribution_weight",
             "Tokens behind this node's latest contribution.",
@@ -170,6 +187,11 @@ class Metrics:
         self._validation_loss.set(math.nan)
         self._train_tokens = Counter("tapestry_train_tokens", "Tokens trained on.", registry=registry)
         self._train_steps = Counter("tapestry_train_steps", "Inner steps taken.", registry=registry)
+        self._train_waiting = Counter(
+            "tapestry_train_waiting_seconds",
+            "Time in which the trainer had no step to take: it waited for a round.",
+            registry=registry,
+        )
         self._trainer_up = Gauge(
             "tapestry_trainer_up", "1 while the trainer process works.", registry=registry
         )

@@ -168,6 +168,8 @@ class Network:
                 swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
             )
             tasks.create_task(self._links.run())
+            await asyncio.sleep(0)  # they run
+            self._want_known(self._links)  # before the DHT, which takes its time
             await swarm.join_dht(self._run_id, self._peers)
             self.up.set()
             tasks.create_task(self._publish_presence(swarm))
@@ -238,11 +240,13 @@ class Network:
                 async with asyncio.timeout(2.0):
                     await self._publish(self._swarm, phase="stopping")
 
-    async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
+    def _want_known(self, links: Links) -> None:
         for peer_id, addresses in self._known.addresses.items():
             links.want(peer_id, addresses)
         for peer in self._peers:
             links.want(peer.peer_id, (peer.maddr,))
+
+    async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
         met: list[str] = []
         while True:
             try:

@@ -108,6 +108,7 @@ def preset_spec(preset: str, name: str) -> RunSpec:
             "train": {
                 "batch_size": inner.batch_size,
                 "inner_steps": inner.steps,
+                "overlap": inner.overlap,
                 "accumulation": inner.accumulation,
                 "optimizer": inner.optimizer,
                 "lr": inner.lr,
@@ -149,6 +150,7 @@ def training_settings(spec: RunSpec) -> TrainingSettings:
             weight_decay=train.weight_decay,
             warmup_steps=train.warmup_steps,
             gradient_clip=train.grad_clip,
+            overlap=train.overlap,
         ),
         seed=model.seed,
     )
@@ -214,6 +216,12 @@ class TrainSpec:
         "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
         "0 sends a mean gradient instead, and the inner optimizer is not used.",
     ] = _TINY.inner.steps
+    overlap: Annotated[
+        bool,
+        "Go on with the next inner steps while the round runs, and take its result one round late, keeping "
+        "them: slow links cost no training time, while a round is shorter than the inner steps. "
+        "Needs inner_steps > 0.",
+    ] = _TINY.inner.overlap
     accumulation: Annotated[
         int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
     ] = _TINY.inner.accumulation
@@ -353,6 +361,11 @@ def _checked(spec: RunSpec) -> RunSpec:
     if model.heads % model.kv_heads:
         raise TableError(
             f"model.kv_heads: {model.kv_heads} with model.heads = {model.heads}; must divide model.heads"
+        )
+    if spec.train.overlap and not spec.train.inner_steps:
+        raise TableError(
+            "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "
+            "set train.inner_steps above 0, or train.overlap = false"
         )
     if spec.round.min_members > spec.limits.max_peers:
         raise TableError(

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tapestry.compression.refusals import Refused
@@ -27,7 +28,7 @@ from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network, News
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
-from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
 from tapestry.node.state.transfer import Donor, DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.trainer import messages as tm
@@ -64,6 +65,7 @@ class Runtime:
         self.trainer: TrainerProcess | None = None
         self.network: Network | None = None
         self.view = TrainingView()
+        self.dropped = Dropped(0, 0)
         self.done = asyncio.Event()  # --epochs is reached
         self.averaging = averaging
         self._live = live
@@ -71,6 +73,7 @@ class Runtime:
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._results = ThreadPoolExecutor(1, thread_name_prefix="result")  # no vote waits for its syncs
         self._tasks: asyncio.TaskGroup | None = None
         self._broken: asyncio.Future[None] | None = None  # ends `run` with what the core raised
         self._fetching: asyncio.Task[Any] | None = None  # a whole state, from a donor
@@ -105,6 +108,8 @@ class Runtime:
             if self._timer is not None:
                 self._timer.cancel()
             self._compute.shutdown(wait=False, cancel_futures=True)
+            self._results.submit(self.keeper.drop_result, False)
+            self._results.shutdown(wait=False)
             # Not on the loop, which has signals to hear: a second one must find it listening.
             await asyncio.get_running_loop().run_in_executor(None, self._disk.shutdown)
 
@@ -128,7 +133,10 @@ class Runtime:
         if self._tasks is None or self._broken is None or self._broken.done():
             return
         try:
-            for output in self.core.handle(inp, self._now()):
+            outputs = self.core.handle(inp, self._now())
+            if outputs is NOTHING:
+                return
+            for output in outputs:
                 self._outbox.put_nowait(output)
             self._after()
         except Exception as error:
@@ -191,6 +199,8 @@ class Runtime:
 
     def on_message(self, peer: str, message: Control | Shard | Result) -> None:
         self.feed(ev.Received(peer, message))
+        if isinstance(message, Result):
+            self._put_result(message.shard, message.blob, message.digest)
 
     def on_bulk_progress(self, peer: str) -> None:
         self.feed(ev.BulkProgress(peer))
@@ -218,6 +228,7 @@ class Runtime:
         self.view.on_event(event, self._now())
         if isinstance(event, tm.Contribution):
             self.metrics.set_contribution_weight(event.weight)
+            self.metrics.trainer_waited(event.waited_s)
             self._spawn(self._encode(event))
         elif isinstance(event, tm.Progress):
             self.metrics.trained(*self.view.take_progress(), event.loss)
@@ -257,17 +268,32 @@ class Runtime:
         trainer, round_ = self.trainer, self.core.round
         if trainer is None:
             return
-        token = secrets.token_hex(16)
         async with self._encode_lock:
-            try:
-                payloads = await self._in_compute_thread(self.averaging.encode, trainer.contribution, token)
-            except Refused as refused:
-                self.metrics.refused(refused.reason)
-                self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
-                return
-        if self.core.round is not round_:
-            return  # of the same epoch perhaps, but after a fork: it was made from another base
-        self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
+            if self.core.round is not round_:
+                return  # of the same epoch perhaps, but after a fork: it was made from another base
+            await self._encode_buffer(event, trainer.contribution)
+
+    async def _encode_buffer(self, event: tm.Contribution, vector: Any) -> None:
+        """The core hears of it at once, and the first shards travel while the last are still being encoded.
+
+        A trainer gives nothing that is not finite, and its norm says so: a refusal here is for our own bugs.
+        """
+        loop, me = asyncio.get_running_loop(), self.core.ctx.me
+        token = secrets.token_hex(16)
+        blobs = tuple(loop.create_future() for _ in self.averaging.shards)
+
+        def on_payload(shard: int, payload: object) -> None:
+            loop.call_soon_threadsafe(_settle, blobs[shard], payload)
+
+        self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, blobs))
+        try:
+            await self._in_compute_thread(self.averaging.encode, vector, token, on_payload)
+        except Refused as refused:
+            self.metrics.refused(refused.reason)
+            self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
+            self.feed(ev.PeerRefused(me, refused.reason))  # what the others have of it is of no use
+            for blob in blobs:
+                blob.cancel()
 
     # --- outputs -------------------------------------------------------------------------------
 
@@ -282,9 +308,28 @@ class Runtime:
         if self.network is not None:
             self.network.send_control(out.peer, out.message)
 
+    def do_broadcast(self, out: ev.Broadcast) -> None:
+        if self.network is not None:
+            for peer in out.peers:
+                self.network.send_control(peer, out.message)
+
     def do_send_shard(self, out: ev.SendShard) -> None:
-        message = Shard(out.epoch, out.contribution, out.shard, None)
-        self._send_bulk(out.peer, message, "contribution", out.blob)
+        blob: Any = out.blob  # of our own contribution: a future
+        if blob.done():
+            self._send_encoded(out, blob)
+            return
+        round_ = self.core.round
+
+        def on_encoded(_: object) -> None:
+            if self.core.round is round_:
+                self._send_encoded(out, blob)
+
+        blob.add_done_callback(on_encoded)
+
+    def _send_encoded(self, out: ev.SendShard, blob: asyncio.Future[Any]) -> None:
+        if not blob.cancelled():
+            message = Shard(out.epoch, out.contribution, out.shard, None)
+            self._send_bulk(out.peer, message, "contribution", blob.result())
 
     def do_send_result(self, out: ev.SendResult) -> None:
         message = Result(out.epoch, out.head, out.ballot, out.shard, "", None)
@@ -298,20 +343,38 @@ class Runtime:
         self._spawn(self._reduce(out))
 
     async def _reduce(self, out: ev.Reduce) -> None:
-        blobs: Any = out.blobs
+        payloads = []
+        for blob in out.blobs:
+            if isinstance(blob, asyncio.Future):
+                await asyncio.wait([blob])
+                if blob.cancelled():
+                    return  # our own contribution was refused; the core has heard of that
+                blob = blob.result()
+            payloads.append(blob)
+        reduce = self.averaging.reduce
         try:
-            mean, digest = await self._in_compute_thread(self.averaging.reduce, out.shard, blobs, out.weights)
+            mean, digest = await self._in_compute_thread(reduce, out.shard, payloads, out.weights)
         except Refused as refused:
             _log.error("reduce=refused shard=%d %s", out.shard, refused)
             self.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
         self.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean))
+        self._put_result(out.shard, mean, digest)
+
+    def _put_result(self, shard: int, payload: Any, digest: str) -> None:
+        """Begin to write a shard that the core has taken as a part of the result."""
+        round_ = self.core.round
+        if round_ is None or self._tasks is None:
+            return
+        if round_.exchange.results.get(shard, ("", None))[1] is payload:
+            self._results.submit(self.keeper.put_result, shard, payload, digest)
 
     async def do_persist_vote(self, out: ev.PersistVote) -> None:
         await self._in_disk_thread(self.keeper.write_vote, out.vote)
 
     async def do_persist_result(self, out: ev.PersistResult) -> None:
-        await self._in_disk_thread(self.keeper.write_update, out.epoch, out.head, out.blobs)
+        loop, write = asyncio.get_running_loop(), self.keeper.write_update
+        await loop.run_in_executor(self._results, write, out.epoch, out.head, out.blobs)
 
     async def do_append_record(self, out: ev.AppendRecord) -> None:
         await self._in_disk_thread(self.keeper.append_record, out.record)
@@ -331,7 +394,9 @@ class Runtime:
         _log.info("%s%s", text, " forced=true" if body.forced else "")
 
     async def do_truncate_chain(self, out: ev.TruncateChain) -> None:
-        await self._in_disk_thread(self.keeper.truncate, out.epoch)
+        records, weight = await self._in_disk_thread(self.keeper.truncate, out.epoch)
+        self.dropped = Dropped(self.dropped.records + records, self.dropped.weight + weight)
+        self.metrics.dropped(records, weight)
 
     def do_apply(self, out: ev.Apply) -> None:
         self._spawn(self._state_job(self.keeper.apply, out.record))
@@ -445,7 +510,8 @@ class Runtime:
                 self.view.validating(self._now())
                 self.trainer.evaluate(out.epoch)
             self._clock.train(self._now())
-            self.trainer.begin(out.epoch)
+            chain = self.core.chain
+            self.trainer.begin(out.epoch, chain.head_at(out.epoch), chain.head_at(out.epoch - 1))
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         if self.trainer is not None:
@@ -453,6 +519,7 @@ class Runtime:
 
     def do_end_round(self, out: ev.EndRound) -> None:
         self.averaging.settle(self._counted(out.epoch))
+        self._results.submit(self.keeper.drop_result, out.outcome == "committed")
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
             self.network.drop_bulk()
@@ -473,6 +540,7 @@ class Runtime:
 
     _EXECUTE: ClassVar[dict[type, Callable[..., Coroutine[Any, Any, None] | None]]] = {
         ev.Send: do_send,
+        ev.Broadcast: do_broadcast,
         ev.SendShard: do_send_shard,
         ev.SendResult: do_send_result,
         ev.Reduce: do_reduce,
@@ -530,6 +598,14 @@ class _Door:
                 del self._streams[peer]
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What this node gave up since its start, because the chain on the other side of a fork was better."""
+
+    records: int
+    weight: int
+
+
 class TrainingView:
     """What /status says of the training: kept from the trainer's reports."""
 
@@ -538,7 +614,8 @@ class TrainingView:
         self.val_loss = math.nan
         self.tokens_per_second = 0.0
         self.tokens_total = 0
-        self._epoch_tokens = 0  # of the epoch under way
+        self._epoch = -1  # that the trainer is at; with overlap perhaps the one after the round's
+        self._epoch_tokens = 0
         self._epoch_steps = 0
         self._taken = (0, 0)  # steps and tokens that the metrics have been told
         self._validation_began = -math.inf
@@ -546,9 +623,9 @@ class TrainingView:
 
     def on_event(self, event: Event, now: float) -> None:
         if isinstance(event, tm.Progress):
-            if event.tokens < self._epoch_tokens:  # a new epoch, or the same one again
+            if event.epoch != self._epoch or event.tokens < self._epoch_tokens:  # another, or this one again
                 self._taken = (0, 0)
-            self._epoch_tokens, self._epoch_steps = event.tokens, event.step
+            self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
             self.loss = event.loss
             self.tokens_per_second = event.tokens_per_second
         elif isinstance(event, tm.Validation):
@@ -594,6 +671,11 @@ class PhaseClock:
         """Seconds from having a contribution to the end: what averaging cost. None if there was none."""
         ready_at, self._ready_at = self._ready_at, None
         return None if ready_at is None else now - ready_at
+
+
+def _settle(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def torch_on_one_thread() -> None:

@@ -46,6 +46,8 @@ class NodeView:
             "tokens_per_second": 0.0,
             "peers": 0,
             "round": None,
+            "dropped_records": 0,
+            "dropped_weight": 0,
             "addresses": [],
             "uptime_s": round(time.time() - self._started_at, 1),
         }
@@ -68,6 +70,8 @@ class NodeView:
             "tokens_per_second": view.tokens_per_second,
             "peers": sum(v.up for v in core.ctx.peers.values()),
             "round": self._round(runtime),
+            "dropped_records": runtime.dropped.records,
+            "dropped_weight": runtime.dropped.weight,
             "addresses": list(runtime.network.addresses) if runtime.network is not None else [],
         }
 

@@ -188,7 +188,7 @@ def _encode_optional_body(body: chain.Body | None) -> Any:
 
 
 def _encode_members(members: tuple[chain.Member, ...]) -> list[list[Any]]:
-    return [[m.peer, m.weight, m.contribution] for m in members]
+    return [chain.member_to_list(m) for m in members]
 
 
 def _encode_records(records: tuple[chain.Record, ...]) -> list[dict[str, Any]]:
@@ -228,6 +228,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "norm": (_same, _norm),
         "accepted_ballot": (_same, _integer(-1, BALLOT_MAX)),
         "accepted": (_encode_optional_body, _optional_body),
+        "life": (_same, _hex(0, 32)),
     },
     Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
     Roster: {

@@ -5,6 +5,7 @@
     scripts/simulate.py --seeds 0:500 --peers 5        all of one size (up to 64)
     scripts/simulate.py --seeds 17:18                  one world; if it fails, with its story
     scripts/simulate.py --seeds 0:2000 --plant NAME    with a bug on purpose (--plant list names them)
+    scripts/simulate.py --seeds 0:1000000 --compiled --jobs 2   many more: see scripts/_compiled.py
 
 Exit code 1 if an invariant is violated, and then the story of the first failing seed: who sent what to whom,
 when, and what broke. The worlds are in tests/simulation; docs/reliability.md says what is checked in them.
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterable
@@ -23,6 +26,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+if "--compiled" in sys.argv:  # before anything of it is imported
+    sys.path.insert(1, str(Path(__file__).resolve().parent))
+    from _compiled import CannotCompile, compiled
+
+    try:
+        sys.path.insert(0, str(compiled()))
+    except (CannotCompile, OSError) as why:
+        sys.exit(f"cannot compile the simulator: {why}\nrun it without --compiled")
 
 try:
     from simulation.plants import PLANTS, planted
@@ -36,6 +47,7 @@ PEERS_MAX = 64
 STORY_LINES = 60
 TEXT_MAX = 160  # characters of a line's content
 COLLECT_EVERY = 50  # worlds; they hold cycles
+BATCH = 500  # seeds that a process of --jobs takes at a time
 UNTOLD = ("Status", "Shard", "Result")  # most of what is sent, and least of what explains
 
 
@@ -57,9 +69,17 @@ def main() -> int:
         for name, plant in PLANTS.items():
             print(f"{name:28} {plant.claim}")
         return 0
+    if options.trace:
+        for seed in options.seeds:
+            print(World(seed, peers=options.peers, keep_trace=True).run().trace_digest())
+        return 0
     bug = planted(options.plant) if options.plant else contextlib.nullcontext()
     with bug:
-        tally = simulate(options.seeds, options.peers, stop=bool(options.plant), quiet=options.json)
+        tally = (
+            simulate(options.seeds, options.peers, stop=bool(options.plant), quiet=options.json)
+            if options.jobs == 1
+            else in_parallel(options.seeds, options.peers, options.jobs, quiet=options.json)
+        )
         if tally.first_failing_seed is not None and not options.json:
             tell(tally.first_failing_seed, options.peers)
     if options.json:
@@ -88,8 +108,16 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="plant a bug, and stop when it is caught; or list",
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--compiled", action="store_true", help="compile the simulator first; needs gcc")
+    parser.add_argument(
+        "--trace", action="store_true", help="print a digest of all that each world did, and no more"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.plant and (options.compiled or options.jobs > 1):
+        parser.error("a bug is planted in this process, uncompiled: leave out --compiled and --jobs")
+    return options
 
 
 def seed_range(text: str) -> range:
@@ -106,6 +134,24 @@ def peer_count(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= PEERS_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {PEERS_MAX}")
     return int(text)
+
+
+def in_parallel(seeds: range, peers: int | None, jobs: int, quiet: bool) -> Tally:
+    """The same, by several processes; what has been done is said now and then."""
+    total, began = Tally(), time.perf_counter()
+    batches = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)]
+    with multiprocessing.Pool(jobs) as pool:
+        run = functools.partial(simulate, peers=peers, stop=False, quiet=quiet)
+        for done, tally in enumerate(pool.imap_unordered(run, batches), 1):
+            total.seeds += tally.seeds
+            total.violations += tally.violations
+            total.epochs += tally.epochs
+            failing = [s for s in (total.first_failing_seed, tally.first_failing_seed) if s is not None]
+            total.first_failing_seed = min(failing, default=None)
+            total.seeds_per_s = total.seeds / (time.perf_counter() - began)
+            if not quiet and (done % 20 == 0 or tally.violations):
+                print(f"seeds={total.seeds} violations={total.violations}", flush=True)
+    return total
 
 
 def simulate(seeds: range, peers: int | None, stop: bool, quiet: bool) -> Tally:

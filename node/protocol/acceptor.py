@@ -6,8 +6,10 @@ what it promised or accepted is on disk before anybody hears of it, and that no 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tapestry.node.protocol.chain import Body, accept_message, head_of
-from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote, Vote
+from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -42,7 +44,7 @@ class Acceptor:
         """Write down that nothing of a lower ballot will be accepted, before anybody is told."""
         state, vote = self.state, self.state.vote
         if state.ballot > vote.promised:
-            state.vote = Vote(state.epoch, state.head, state.ballot, vote.accepted_ballot, vote.accepted)
+            state.vote = replace(vote, promised=state.ballot)
             self.ctx.emit(PersistVote(state.vote))
 
     def send_ready(self) -> None:
@@ -62,6 +64,7 @@ class Acceptor:
             mine.norm if mine is not None else 0.0,
             state.vote.accepted_ballot,
             state.vote.accepted,
+            state.vote.life,
         )
         if state.leading:
             state.ready[self.ctx.me] = ready
@@ -139,7 +142,8 @@ class Acceptor:
             # Not in the vote: it must not displace an ordinary value, which a quorum may have chosen.
             self.promise()
         else:
-            state.vote = Vote(state.epoch, state.head, state.ballot, state.ballot, body)
+            ballot = state.ballot
+            state.vote = replace(state.vote, promised=ballot, accepted_ballot=ballot, accepted=body)
             self.ctx.emit(PersistVote(state.vote))
         state.exchange.progress += 1
         vote = self._vote_for(body, head)

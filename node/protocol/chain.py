@@ -60,6 +60,7 @@ class Member:
     peer: str
     weight: int  # tokens, after the cap of the spec's max_influence
     contribution: str  # 32 hex digits, chosen by the contributor; "" if none
+    life: str = ""  # 32 hex digits, drawn with the disk that its votes are on: see Vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def body_to_dict(body: Body) -> dict[str, Any]:
         "epoch": body.epoch,
         "prev": body.prev,
         "state_digest": body.state_digest,
-        "members": [[m.peer, m.weight, m.contribution] for m in body.members],
+        "members": [member_to_list(m) for m in body.members],
         "result": body.result,
         "forced": body.forced,
     }
@@ -390,12 +391,18 @@ def _hex(value: Any, length: int, what: str) -> str:
 
 
 def member_from(raw: Any) -> Member:
-    if not isinstance(raw, (list, tuple)) or len(raw) != 3:
-        raise InvalidRecord("malformed", "a member is peer, weight and contribution")
-    peer, weight, contribution = raw
+    if not isinstance(raw, (list, tuple)) or len(raw) != 4:
+        raise InvalidRecord("malformed", "a member is peer, weight, contribution and life")
+    peer, weight, contribution, life = raw
     weight = _int(weight, 0, WEIGHT_MAX, "weight")
     if (weight == 0) != (contribution == ""):
         raise InvalidRecord("malformed", "a member has weight and contribution or neither")
     if contribution:
         _hex(contribution, 32, "contribution")
-    return Member(_text(peer, 128, "peer"), weight, contribution)
+    if life != "":
+        _hex(life, 32, "life")
+    return Member(_text(peer, 128, "peer"), weight, contribution, life)
+
+
+def member_to_list(member: Member) -> list[Any]:
+    return [member.peer, member.weight, member.contribution, member.life]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tapestry.node.protocol.chain import Crypto
-from tapestry.node.protocol.events import Output, Send, Verdict
+from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.messages import Control, Stage, Status
 
 
@@ -61,9 +61,9 @@ class Context:
         self.out.append(Send(peer, message))
 
     def broadcast(self, message: Control) -> None:
-        for peer, view in self.peers.items():
-            if view.up:
-                self.out.append(Send(peer, message))
+        peers = tuple(peer for peer, view in self.peers.items() if view.up)
+        if peers:
+            self.out.append(Broadcast(peers, message))
 
     def keep_update(self, head: str) -> None:
         if len(self.updates) >= UPDATES_MAX:

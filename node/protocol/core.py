@@ -7,9 +7,9 @@ outputs in order, and calls again with Tick at `wakeup_at`. Nothing in it sleeps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record
 from tapestry.node.protocol.context import Context, PeerView, Rules
@@ -53,16 +53,19 @@ from tapestry.node.protocol.messages import (
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.sync import Sync
 
+NOTHING: tuple[Output, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What the disk gave back at the start. `state_epoch` -1: no state yet."""
+    """What the disk gave back at the start."""
 
     chain: Chain
-    state_epoch: int
+    state_epoch: int  # -1: no state yet
     state_digest: str
     vote: Vote | None
     updates: tuple[str, ...]  # heads whose update is in the update log
+    life: str = ""  # a name for the disk if there is no vote on it
 
 
 class Core:
@@ -72,10 +75,9 @@ class Core:
         self.ctx = Context(me, rules, crypto, updates=dict.fromkeys(restored.updates))
         self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
         self.vote = restored.vote
-        # Whether this disk knows all that we ever promised. Any READY leaves a vote there: a member without
-        # one has lost its disk. Only who has just founded the run has had nothing to promise.
-        founding = restored.chain.epoch == 0 and restored.state_epoch == 0
-        self.remembers = restored.vote is not None or founding
+        # Any READY leaves a vote on the disk: a disk without one has never promised anything.
+        self.life = restored.vote.life if restored.vote is not None else restored.life
+        self.founding = restored.vote is not None or restored.state_epoch == 0
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = ""
@@ -101,7 +103,7 @@ class Core:
 
     def reason(self, now: float) -> str:
         if self.round is None:
-            if self.sync.at_head and not self.remembers:
+            if self.sync.at_head and self._forgot_votes():
                 return "our disk was lost: no vote before the next record"
             return self.sync.reason()
         if not self.trainer_up:
@@ -115,11 +117,12 @@ class Core:
 
     # --- the one entry -------------------------------------------------------------------------
 
-    def handle(self, inp: Input, now: float) -> list[Output]:
+    def handle(self, inp: Input, now: float) -> Sequence[Output]:
+        """`NOTHING` says more than that there is no output: `wakeup_at` and all answers are as they were."""
+        if self.stopping or (type(inp) is Received and self._is_mere_heartbeat(inp, now)):
+            return NOTHING
         self.ctx.out = []
-        if self.stopping:
-            return self.ctx.out
-        handler = self._HANDLERS[type(inp)]
+        handler = _HANDLERS[type(inp)]
         handler(self, inp, now)
         self._after(now)
         return self.ctx.out
@@ -151,11 +154,10 @@ class Core:
         if vote is not None and (vote.epoch, vote.head) != (epoch, head):
             vote = None
         electorate = self.chain.electorate_at(epoch)
-        if not self.remembers and self.ctx.me in electorate:
-            # Named by a record, and our disk was lost since: we may have voted in this round. The others
-            # decide it, and from the next record on, which does not name us, we are as new.
+        if self._forgot_votes():
+            # The others decide it, and from the next record on, which does not name us, we are as new.
             return
-        self.remembers = True
+        vote = vote or Vote(epoch, head, -1, -1, None, self.life)
         self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
@@ -188,6 +190,14 @@ class Core:
         self.vote = None
         self.ctx.emit(EndRound(round_.epoch, outcome.value))
         self.round = None
+
+    def _forgot_votes(self) -> bool:
+        """Whether the head's record names us from before our disk was lost: we may have voted after it."""
+        chain = self.chain
+        if chain.epoch == 0:
+            return self.ctx.me == chain.genesis.founder and not self.founding
+        members = chain.records[-1].body.members
+        return any(m.peer == self.ctx.me and m.life != self.life for m in members)
 
     # --- local causes --------------------------------------------------------------------------
 
@@ -286,6 +296,30 @@ class Core:
         if refused is not None:
             self.ctx.refuse(inp.peer, refused, type(inp.message).__name__)
 
+    def _is_mere_heartbeat(self, inp: Received, now: float) -> bool:
+        """A STATUS of a peer that we hear and that is in our round, which tells only that it is still there.
+        Most of what is received is this. What time brings comes with Tick."""
+        status, round_ = inp.message, self.round
+        if type(status) is not Status or round_ is None:
+            return False
+        view = self.ctx.peers.get(inp.peer)
+        known = view.status if view is not None else None
+        if view is None or known is None or not self.ctx.heard(inp.peer, now):
+            return False
+        state = round_.state
+        if (status.head, status.epoch) != (state.head, state.epoch) or status.ballot > state.ballot:
+            return False
+        if (known.head, known.progress, known.waiting_on) != (
+            status.head,
+            status.progress,
+            status.waiting_on,
+        ):
+            return False
+        if not (known.stage and status.stage) or state.quorum_missed_at is not None:
+            return False
+        view.heard_at, view.status = now, status
+        return True
+
     def _on_message(self, peer: str, view: PeerView, message: Message, now: float) -> str | None:
         """Returns why the message was refused, in a word; None if it was heard or is merely old."""
         if isinstance(message, Status):
@@ -339,13 +373,14 @@ class Core:
         return refused
 
     def on_status(self, peer: str, view: PeerView, status: Status, now: float) -> str | None:
-        known, view.status = view.status, status
+        view.status = status
         round_ = self.round
+        if round_ is not None and status.stage == Stage.AWAY:
+            round_.watch.somebody_changed()
         if round_ is not None and status.epoch == round_.epoch and status.head == round_.head:
             if status.ballot > round_.ballot:
                 round_.on_ballot_seen(peer, status.ballot, now)
-            if status != known or round_.state.quorum_missed_at is not None:
-                round_.advance(now)  # else a mere heartbeat: what time brings comes with Tick
+            round_.advance(now)
         else:
             self.sync.on_status(peer, status, now)
         return None
@@ -373,12 +408,12 @@ class Core:
         return None
 
     def _news(self) -> tuple[object, ...]:
-        """What others act upon, and so hear at once when it changes. The rest waits for the next heartbeat:
-        progress, the phase, and ACCEPTED, since who watches us is content to know that we exchange."""
+        """What others act upon, and so hear at once when it changes. The rest, stage and progress, only keeps
+        who watches us from losing patience, which is longer than a heartbeat."""
         round_ = self.round
         if round_ is not None and not self.stopping:
             state = round_.state
-            return (state.epoch, state.head, min(state.stage, Stage.EXCHANGING), state.ballot)
+            return (state.epoch, state.head, state.ballot)
         if self.sync.taking_the_step and not self.stopping:
             return self.told  # in a moment we are in the next round
         return (self.sync.state_epoch, self._state_head(), Stage.AWAY)
@@ -396,18 +431,19 @@ class Core:
         """The head of the state that we hold, while it is on the chain."""
         return self.chain.head_at(min(max(self.sync.state_epoch, 0), self.chain.epoch))
 
-    _HANDLERS: ClassVar[dict[type, Callable[[Core, Any, float], None]]] = {
-        PeerUp: handle_peer_up,
-        PeerDown: handle_peer_down,
-        Received: handle_received,
-        BulkProgress: handle_bulk_progress,
-        PeerRefused: handle_peer_refused,
-        Tick: handle_tick,
-        Contributed: handle_contributed,
-        TrainerState: handle_trainer_state,
-        Reduced: handle_reduced,
-        Applied: handle_applied,
-        UpdateFetched: handle_update_fetched,
-        FetchFailed: handle_fetch_failed,
-        Stopping: handle_stopping,
-    }
+
+_HANDLERS: dict[type, Callable[[Core, Any, float], None]] = {
+    PeerUp: Core.handle_peer_up,
+    PeerDown: Core.handle_peer_down,
+    Received: Core.handle_received,
+    BulkProgress: Core.handle_bulk_progress,
+    PeerRefused: Core.handle_peer_refused,
+    Tick: Core.handle_tick,
+    Contributed: Core.handle_contributed,
+    TrainerState: Core.handle_trainer_state,
+    Reduced: Core.handle_reduced,
+    Applied: Core.handle_applied,
+    UpdateFetched: Core.handle_update_fetched,
+    FetchFailed: Core.handle_fetch_failed,
+    Stopping: Core.handle_stopping,
+}

@@ -132,18 +132,31 @@ Input = (
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What an acceptor must never forget within one round."""
+    """What an acceptor must never forget within one round.
+
+    And a name for the disk that it is on. Rounds after a record that names a member with this life are newer
+    than the disk; in any other whose electorate has the member, it may have voted and lost the disk since.
+    """
 
     epoch: int
     head: str  # of the state the round starts from
     promised: int
     accepted_ballot: int  # -1: none
     accepted: Body | None
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
     peer: str
+    message: Control
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """The same to each of `peers`."""
+
+    peers: tuple[str, ...]
     message: Control
 
 
@@ -279,6 +292,7 @@ class Note:
 
 Output = (
     Send
+    | Broadcast
     | SendShard
     | SendResult
     | Reduce

@@ -43,6 +43,8 @@ class Exchange:
         self.reducing: set[int] = set()  # asked of the shell; membership tests only
         self.sent: set[tuple[str, int]] = set()  # (reducer, shard); membership tests only
         self.unusable: dict[str, str] = {}  # contributor -> why its contribution cannot be used
+        self.early_ballot = -1  # the highest ballot of which a result came before the roster
+        self.early: dict[int, None] = {}  # shards of it
         self.progress = 0
 
     # --- what the round tells us ---------------------------------------------------------------
@@ -66,6 +68,8 @@ class Exchange:
                     self._share(shard)
                 else:
                     self._reduce_if_complete(shard)
+        if self.early_ballot == roster.ballot:
+            self._pull_results([s for s in self.early if s not in self.results])
 
     def forget_peer(self, peer: str) -> None:
         """The streams to `peer` broke: what was on its way may not have come."""
@@ -100,8 +104,11 @@ class Exchange:
     def on_result(self, peer: str, result: Result) -> str | None:
         """A reduced shard, from the reducer that the roster names."""
         roster = self.roster
-        if roster is None or result.ballot != roster.ballot:
-            return None  # of an older ballot, or before the roster: asked for again if it is needed
+        if roster is None or result.ballot > roster.ballot:
+            self._note_early(result)
+            return None
+        if result.ballot < roster.ballot:
+            return None
         if not 0 <= result.shard < len(roster.reducers):
             return "shard"
         if peer != self._reducer(result.shard):
@@ -110,6 +117,14 @@ class Exchange:
             self.results[result.shard] = (result.digest, result.blob)
             self.progress += 1
         return None
+
+    def _note_early(self, result: Result) -> None:
+        """It overtook its roster, as happens when the reducers have all inputs since an earlier ballot. It is
+        asked for again once we know whose it must be."""
+        if result.ballot > self.early_ballot:
+            self.early_ballot, self.early = result.ballot, {}
+        if result.ballot == self.early_ballot and 0 <= result.shard < self.ctx.rules.shard_count:
+            self.early[result.shard] = None
 
     def on_reduced(self, reduced: Reduced) -> None:
         roster = self.roster
@@ -157,6 +172,15 @@ class Exchange:
         for peer, (contribution, shards) in self._missing().items():
             assert self.roster is not None
             self.ctx.send(peer, Need(self.epoch, self.head, self.roster.ballot, contribution, tuple(shards)))
+
+    def _pull_results(self, shards: Sequence[int]) -> None:
+        assert self.roster is not None
+        of: dict[str, list[int]] = {}
+        for shard in shards:
+            of.setdefault(self._reducer(shard), []).append(shard)
+        of.pop(self.ctx.me, None)
+        for peer, owed in of.items():
+            self.ctx.send(peer, Need(self.epoch, self.head, self.roster.ballot, "", tuple(owed)))
 
     def waiting_on(self) -> tuple[str, ...]:
         """Who holds us up: those whose contribution is unusable; else those who owe us theirs, since of our

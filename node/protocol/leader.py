@@ -180,7 +180,7 @@ class Leader:
         wanted = [0 if p in self.excluded else state.ready[p].weight for p in peers]
         weights = capped_weights(wanted, ctx.rules.max_influence)
         members = tuple(
-            Member(p, w, state.ready[p].contribution if w else "")
+            Member(p, w, state.ready[p].contribution if w else "", state.ready[p].life)
             for p, w in zip(peers, weights, strict=True)
             if p not in self.excluded or (p in state.electorate and ctx.heard(p, now))
         )

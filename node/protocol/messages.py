@@ -67,6 +67,7 @@ class Ready:
     norm: float
     accepted_ballot: int  # -1 if nothing was accepted in this round
     accepted: Body | None
+    life: str = ""  # as in Member
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Round:
         head: str,
         state_digest: str,
         electorate: tuple[str, ...],
-        vote: Vote | None,
+        vote: Vote,
         now: float,
     ) -> None:
         self.ctx = ctx
@@ -144,6 +144,7 @@ class Round:
 
     def handle_peer_down(self, peer: str, now: float) -> None:
         self.exchange.forget_peer(peer)
+        self.watch.somebody_changed()
         self.advance(now)
 
     def handle_refused(self, peer: str, reason: str, now: float) -> None:
@@ -257,7 +258,8 @@ class Round:
         if mine is None:
             return None  # left out of this one; the commit will find us
         own = self.exchange.mine
-        if mine.weight and (own is None or mine.contribution != own.contribution):
+        changed = mine.weight and (own is None or mine.contribution != own.contribution)
+        if changed or mine.life != state.vote.life:
             if state.speaks:
                 self.acceptor.send_ready()  # we restarted: say what we have now
             return None
@@ -307,7 +309,7 @@ class Round:
     def advance(self, now: float) -> None:
         """Do whatever has become possible or due. Called after every input that concerns the round."""
         state = self.state
-        if state.decided is not None:
+        if self.decided is not None:
             return
         self._watch_quorum(now)
         if state.stage >= Stage.EXCHANGING:

@@ -34,7 +34,7 @@ class RoundState:
         head: str,
         state_digest: str,
         electorate: tuple[str, ...],
-        vote: Vote | None,
+        vote: Vote,
         now: float,
     ) -> None:
         self.ctx = ctx
@@ -44,7 +44,7 @@ class RoundState:
         self.electorate = electorate
         self.order = leader_order(electorate, head, ctx.crypto)
         self.exchange = Exchange(ctx, epoch, head)
-        self.vote = vote or Vote(epoch, head, -1, -1, None)
+        self.vote = vote
         # After a restart we may have led the promised ballot already: never lead the same one twice.
         self.lead_from = self.vote.promised + 1
         self.set_ballot(max(self.vote.promised, 0))

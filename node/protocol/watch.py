@@ -6,6 +6,8 @@ break and come back, and a frozen peer's stands.
 
 from __future__ import annotations
 
+import math
+
 from tapestry.node.protocol.chain import quorum
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.round_state import RoundState
@@ -18,6 +20,7 @@ class Watch:
         self.state = state
         self.ctx = state.ctx
         self.progress_seen = 0
+        self.quorum_until = -math.inf  # the quorum last counted will have been heard for so long
 
     # --- progress ------------------------------------------------------------------------------
 
@@ -48,13 +51,23 @@ class Watch:
         return status is None or status.stage != Stage.AWAY or status.head != self.state.head
 
     def quorum_there(self, now: float) -> bool:
-        need = quorum(len(self.state.electorate))
-        for peer in self.state.electorate:
-            if self._votes(peer, now):
-                need -= 1
-                if not need:
-                    return True
-        return False
+        """Asked after every input, and so answered from `quorum_until` while nobody can have been lost."""
+        if now < self.quorum_until:
+            return True
+        ctx, need = self.ctx, quorum(len(self.state.electorate))
+        heard_at = [
+            now if p == ctx.me else ctx.peers[p].heard_at
+            for p in self.state.electorate
+            if self._votes(p, now)
+        ]
+        if len(heard_at) < need:
+            return False
+        self.quorum_until = sorted(heard_at, reverse=True)[need - 1] + ctx.rules.stall_s
+        return True
+
+    def somebody_changed(self) -> None:
+        """A peer's link ended, or it said that it takes no part: who is the quorum must be asked anew."""
+        self.quorum_until = -math.inf
 
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""

@@ -1,9 +1,10 @@
 """The state of a run in memory: flat f32 parameters, the outer optimizer's buffers, and their digest.
 
-State e becomes state e + 1 by `apply`, in place: decode one shard of the update, take the outer step on it,
-go on to the next. So the most that is needed beyond the state is one decoded shard. In place means that a
-step that fails half-way leaves neither state: it is then *torn*, says so to whoever asks for it, and has to
-be loaded again. The disk holds checkpoint and updates, which no step touches, so nothing is lost by that.
+State e becomes state e + 1 by `apply`, in place: decode one piece of the update, take the outer step on it
+while it is in the cache, go on to the next. So nothing is needed beyond the state but a piece. In place
+means that a step that fails half-way leaves neither state: it is then *torn*, says so to whoever asks for
+it, and has to be loaded again. The disk holds checkpoint and updates, which no step touches, so nothing is
+lost by that.
 
 The bytes of a state are those of the parameters and then of the buffers, in the order of their names, f32
 little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest does not cover the
@@ -22,6 +23,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from tapestry.compression.blocks import pieces, thread_scratch
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.chain import canonical
@@ -115,10 +117,12 @@ class ModelState:
         shards, codec, outer = self.arithmetic.shards, self.arithmetic.codec, self.arithmetic.outer
         assert epoch == self.epoch + 1 and len(payloads) == len(shards)
         self.torn = True
-        scratch = torch.empty(max((shard.n for shard in shards), default=0))
         for shard, payload in zip(shards, payloads, strict=True):
-            mean = codec.decode(payload, shard.n, out=scratch[: shard.n])
-            outer.step(self.params, self.buffers, mean, shard.start, shard.stop, epoch)
+            opened = codec.open(payload, shard.n)
+            for index, (start, stop) in enumerate(pieces(shard.n)):
+                mean = thread_scratch("mean", stop - start)
+                opened.decode_piece(index, mean)
+                outer.step(self.params, self.buffers, mean, shard.start + start, shard.start + stop, epoch)
         self.epoch, self.head, self.torn = epoch, head, False
 
     def vectors(self) -> list[memoryview]:

@@ -26,9 +26,10 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -52,6 +53,7 @@ from tapestry.node.protocol.chain import (
 )
 from tapestry.node.protocol.events import Vote
 from tapestry.node.runspec import LimitsSpec
+from tapestry.node.state.draft import Draft
 from tapestry.node.state.files import (
     remove_temporaries,
     seal,
@@ -65,6 +67,7 @@ UPDATE_SUFFIX = ".upd"
 _UPDATE = struct.Struct("<4sIQ32s32sII")
 _MAGIC = b"TAPU"
 _VERSION = 1
+_NONE_KNOWN: Mapping[int, str] = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -245,12 +248,14 @@ class Store:
         epoch: int,
         head: str,
         payloads: Sequence[Tensor],  # uint8 (payload size,) for each shard
+        draft: Draft | None = None,  # where some of them may lie already
     ) -> None:
         """On disk when this returns. Writing one again does nothing."""
         views = [_bytes_of(payload) for payload in payloads]
         path = self._home.updates / f"{epoch:08d}-{head[:16]}{UPDATE_SUFFIX}"
 
-        header = UpdateHeader(epoch, head, result_digest(payloads), tuple(map(len, views)))
+        known = draft.digests(payloads) if draft is not None else {}
+        header = UpdateHeader(epoch, head, result_digest(payloads, known), tuple(map(len, views)))
 
         def write(file: BinaryIO) -> None:
             file.write(header.pack())
@@ -260,8 +265,15 @@ class Store:
         with self._lock:
             if head in self._updates:
                 return
-            write_file(path, write)
+            if draft is not None:
+                draft.finish(path, header.pack(), payloads)
+            else:
+                write_file(path, write)
             self._updates[head] = UpdateFile(epoch, path, header.size_bytes)
+
+    def draft(self, sizes: Sequence[int]) -> Draft:
+        """For the results of rounds, of payloads of these sizes."""
+        return Draft(self._home.updates, _UPDATE.size + 8 * len(sizes), sizes)
 
     def has_update(self, head: str) -> bool:
         return head in self._updates
@@ -341,9 +353,12 @@ class Store:
                 set_aside(update.path, why)
 
 
-def result_digest(payloads: Sequence[Tensor]) -> str:
-    """As node/protocol/exchange.py defines it: of the shards' digests, in hex, in order."""
-    digests = [blake3(_bytes_of(payload)).hexdigest() for payload in payloads]
+def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_KNOWN) -> str:
+    """As node/protocol/exchange.py defines it: of the shards' digests (some may be known), in order."""
+    digests = [
+        known[shard] if shard in known else blake3(_bytes_of(payload)).hexdigest()
+        for shard, payload in enumerate(payloads)
+    ]
     return blake3("".join(digests).encode()).hexdigest()
 
 
@@ -368,6 +383,7 @@ def _vote_to_dict(vote: Vote) -> dict[str, Any]:
         "promised": vote.promised,
         "accepted_ballot": vote.accepted_ballot,
         "accepted": None if vote.accepted is None else body_to_dict(vote.accepted),
+        "life": vote.life,
     }
 
 
@@ -377,13 +393,15 @@ def _vote_from_dict(raw: Any) -> Vote:
         raise ValueError("not a vote")
     if type(raw["head"]) is not str or len(raw["head"]) != 64:
         raise ValueError("head must be 64 hex digits")
+    if type(raw["life"]) is not str or len(raw["life"]) not in (0, 32):
+        raise ValueError("life must be 32 hex digits")
     numbers = [raw[name] for name in ("epoch", "promised", "accepted_ballot")]
     if not all(type(number) is int and number >= -1 for number in numbers):
         raise ValueError("epoch and ballots must be integers")
     accepted = None if raw["accepted"] is None else body_from_dict(raw["accepted"])
     if (accepted is None) != (raw["accepted_ballot"] == -1):
         raise ValueError("an accepted body and its ballot go together")
-    return Vote(raw["epoch"], raw["head"], raw["promised"], raw["accepted_ballot"], accepted)
+    return Vote(**{**raw, "accepted": accepted})
 
 
 def _read_update(path: Path) -> tuple[UpdateHeader, list[Tensor]]:

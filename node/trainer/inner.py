@@ -10,6 +10,11 @@ AdamW, the difference and the snapshot are each one operation on f32 (n,). AdamW
 epoch to epoch, as in DiLoCo. The moments with which an epoch began are kept until the next begins, so an
 epoch that is begun again, after an aborted round or a restart, gives the same bits again.
 
+With overlap the loop need not wait for the round: after `finish` it may `go_on` with the steps of the next
+epoch, from where it is. It is then *ahead* of its base. `begin` with the base that follows moves all by the
+same vector: local = base + (local - where it went on from), so steps taken meanwhile are kept; any other
+`begin` drops them. What is ahead has no base, so it never is a contribution (docs/decisions/004-overlap.md).
+
 Nothing here knows of processes, pipes or clocks.
 """
 
@@ -56,8 +61,9 @@ class Outcome:
 class InnerLoop:
     """One model, its flat parameters, and the inner optimizer.
 
-    Call `begin`, then `step` until `done` or until it is time to `finish`. `draw(epoch, step)` gives
-    the batch of that step, int64 (batch, sequence_length + 1).
+    Call `begin`, then `step` until `done` or until it is time to `finish`; then perhaps `go_on`, and `step`
+    until the next `begin`. `draw(epoch, step)` gives the batch of that step, int64 (batch,
+    sequence_length + 1).
     """
 
     def __init__(
@@ -77,8 +83,11 @@ class InnerLoop:
         self._local.grad = torch.zeros(layout.n, device=device)
         _make_views(model, layout, self._local.data, self._local.grad)
         self._moments = _Moments(self._local) if settings.steps else None
-        self._snapshot: _Snapshot | None = None
+        self._snapshots: dict[int, _Snapshot] = {}  # by epoch: of the one that goes on; ahead, of two
         self._epoch: int | None = None
+        self._finished: int | None = None  # the epoch that has just ended in a contribution
+        self._ahead = False
+        self._left: Tensor | None = None  # f32 (n,), local parameters when we went on; made at the first need
         self._losses: list[float] = []
         self._tokens = 0
 
@@ -86,16 +95,54 @@ class InnerLoop:
         self,
         epoch: int,
         base: Tensor,  # f32 (n,), CPU
-    ) -> None:
-        """Start the epoch from the base; drops whatever epoch was going on."""
+        follows: bool = False,
+    ) -> bool:
+        """Start the epoch from the base; drops whatever epoch was going on.
+
+        If the base `follows` the one of the last contribution, the steps with which we went on are kept.
+        Returns whether we had gone on so.
+        """
+        keeps = follows and self._ahead and self._epoch == epoch
+        self._ahead, self._finished = False, None
+        if keeps:
+            self._rebase(epoch, base)
+            return True
         if self._moments is not None:
-            if self._snapshot is not None and self._snapshot.epoch == epoch:
-                self._moments.restore(self._snapshot)
-            else:
-                self._snapshot = self._moments.snapshot(epoch)
+            self._take_moments_of(epoch)
         self._local.data.copy_(base)
         self._gradient.zero_()
         self._epoch, self._losses, self._tokens = epoch, [], 0
+        return False
+
+    def go_on(self) -> None:
+        """After `finish`: take the steps of the next epoch from where we are, until its base is there."""
+        if self._finished is None or self._moments is None:
+            raise RuntimeError("nothing to go on from")
+        epoch, self._finished = self._finished + 1, None
+        if self._left is None:
+            self._left = torch.empty_like(self._local.data)
+        self._left.copy_(self._local.data)
+        self._snapshots[epoch] = self._moments.snapshot(epoch)
+        self._epoch, self._losses, self._tokens, self._ahead = epoch, [], 0, True
+
+    def _rebase(
+        self,
+        epoch: int,
+        base: Tensor,  # f32 (n,), CPU
+    ) -> None:
+        assert self._left is not None
+        self._local.data.sub_(self._left).add_(base.to(self._device))
+        self._snapshots = {epoch: self._snapshots[epoch]}
+
+    def _take_moments_of(self, epoch: int) -> None:
+        """Take up the moments with which the epoch began, if it has before; else those of now are they."""
+        assert self._moments is not None
+        kept = self._snapshots.get(epoch)
+        if kept is None:
+            kept = self._moments.snapshot(epoch)
+        else:
+            self._moments.restore(kept)
+        self._snapshots = {epoch: kept}
 
     def step(self) -> float:
         """One batch; returns its loss, f32 mean over its tokens. Raises Diverged."""
@@ -124,8 +171,8 @@ class InnerLoop:
     ) -> Outcome:
         """Write the contribution; at least one step must have been done. Raises Diverged."""
         batches = len(self._losses)
-        if self._epoch is None or not batches:
-            raise RuntimeError("finish before the first step")
+        if self._epoch is None or self._ahead or not batches:
+            raise RuntimeError("finish before the first step, or before begin")
         if self._moments is not None:
             torch.sub(base, self._local.detach().cpu(), out=out)
         else:
@@ -133,12 +180,12 @@ class InnerLoop:
         norm = float(torch.linalg.vector_norm(out, dtype=torch.float64))
         if not math.isfinite(norm):
             raise Diverged(f"epoch {self._epoch}: the contribution is not finite")
-        self._epoch = None
+        self._epoch, self._finished = None, self._epoch
         return Outcome(self._tokens, norm, math.fsum(self._losses) / batches, batches)
 
     def abandon(self) -> None:
         """Forget the epoch that is going on, if any."""
-        self._epoch = None
+        self._epoch, self._finished, self._ahead = None, None, False
 
     def evaluate(
         self,
@@ -164,6 +211,16 @@ class InnerLoop:
         return self._epoch
 
     @property
+    def ahead(self) -> bool:
+        """Whether the epoch that is going on has no base yet."""
+        return self._ahead
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do before the next `begin`."""
+        return self._epoch is None or (self._ahead and self.done)
+
+    @property
     def batches(self) -> int:
         """Batches done in this epoch."""
         return len(self._losses)
@@ -172,6 +229,11 @@ class InnerLoop:
     def tokens(self) -> int:
         """Tokens trained on in this epoch."""
         return self._tokens
+
+    @property
+    def loss(self) -> float:
+        """Of the latest batch."""
+        return self._losses[-1]
 
     @property
     def done(self) -> bool:
@@ -185,8 +247,8 @@ class InnerLoop:
         """
         if self._moments is None:
             return
-        kept = self._snapshot
-        if kept is None or kept.epoch != epoch:
+        kept = self._snapshots.get(epoch)
+        if kept is None:
             kept = self._moments.snapshot(epoch)
         _write_snapshot(path, kept, self._schema)
 
@@ -196,7 +258,7 @@ class InnerLoop:
             return None
         snapshot = _read_snapshot(path, self._local.numel(), self._schema)
         self._moments.restore(snapshot)
-        self._snapshot = snapshot
+        self._snapshots = {snapshot.epoch: snapshot}
         return snapshot.epoch
 
     @property

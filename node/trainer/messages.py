@@ -48,9 +48,14 @@ class Initialise:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Train `epoch` from the parameters in shared memory; supersedes what was going on."""
+    """Train `epoch` from the parameters in shared memory; supersedes what was going on.
+
+    If they follow the base of the last contribution, steps of `epoch` taken since are kept.
+    """
 
     epoch: int
+    generation: int  # named in what comes of it: two of one epoch are not the same
+    follows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +109,13 @@ class Initialised:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Batches done in the epoch so far; `loss` is the last batch's, `tokens` the epoch's."""
+    """Batches done in the epoch so far; `loss` is the last batch's, `tokens` the epoch's.
+
+    With overlap, `epoch` may be the one after that of the latest Begin.
+    """
 
     epoch: int
+    generation: int  # of the latest Begin
     step: int
     steps: int
     loss: float
@@ -119,11 +128,13 @@ class Contribution:
     """The contribution lies in its buffer. `weight` = `tokens` trained on; `loss` is the epoch's mean."""
 
     epoch: int
+    generation: int
     weight: int
     norm: float
     loss: float
     tokens: int
     steps: int
+    waited_s: float  # since the last one: had no step to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +244,7 @@ def _is_dict(value: Any) -> bool:
 _CHECKS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "int": (_is_int, int),
     "float": (_is_float, float),
+    "bool": (lambda value: isinstance(value, bool), bool),
     "str": (_is_text, str),
     "tuple[str, ...]": (_is_names, tuple),
     "tuple[tuple[int, ...], ...]": (_is_shapes, lambda shapes: tuple(map(tuple, shapes))),

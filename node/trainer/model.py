@@ -25,6 +25,11 @@ def initial_state(settings: ModelSettings, seed: int) -> Tensor:
     return model_layout(model).flatten(dict(model.named_parameters()))
 
 
+def import_architectures() -> None:
+    """What `build_model` imports, before it is known what is to be built."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
+
+
 def build_model(settings: ModelSettings) -> nn.Module:
     """A LlamaForCausalLM in f32 on torch's current default device, which may be `meta`."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,14 +1,20 @@
 """The node's side of the trainer: start the worker, talk to it, start it again when it dies.
 
 The node owns both shared buffers, so they outlive a worker; a new one is handed the same parameters and
-the `begin` that was going on. What a worker says is dropped unless it is of the current epoch. A worker
-that breaks the message format, or is silent for too long while it has something to do, is killed and
-restarted like one that died, with back-off.
+the `begin` that was going on. Every `begin` has a number of its own, its generation, and what a worker says
+of another is dropped: an epoch may begin twice, on two sides of a fork. A worker that breaks the message
+format, or is silent for too long while it has something to do, is killed and restarted like one that died,
+with back-off.
 
 What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
-contribution of the current `begin` is no longer wanted; read `contribution` before the next `begin`.
+contribution of the current `begin` is no longer wanted; read `contribution` before the next `begin`. With
+overlap as well: a worker that goes on after its contribution touches neither buffer before the next `begin`.
 
-Works under asyncio and uvloop. Must not import transformers; nothing here blocks the loop.
+A worker takes seconds to import what it needs. `launch` starts one before it is known what it shall train,
+and `configure` says it: so a node does its own imports at the same time. That is why this module must not
+import torch, nor transformers; nothing here blocks the loop.
+
+Works under asyncio and uvloop.
 """
 
 from __future__ import annotations
@@ -20,11 +26,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tapestry.compression.refusals import RefusedLayout
-from tapestry.compression.shards import Layout
 from tapestry.node.trainer.messages import (
     HEADER,
     Abort,
@@ -52,6 +56,11 @@ from tapestry.node.trainer.messages import (
 )
 from tapestry.node.trainer.settings import WorkerSettings, to_plain
 from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tapestry.compression.shards import Layout
 
 # -P: the folder we were started in must not be on sys.path; it may be this repository.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
@@ -91,7 +100,7 @@ Event = Hello | Progress | Contribution | Validation | Saved | Failed | Died
 
 
 class TrainerProcess:
-    """A running trainer. Make one with `start`; `stop` it in a finally."""
+    """A running trainer. Make one with `start`, or `launch` and `configure`; `stop` it in a finally."""
 
     @classmethod
     async def start(
@@ -102,51 +111,77 @@ class TrainerProcess:
         command: Sequence[str] = WORKER_COMMAND,
     ) -> TrainerProcess:
         """Returns when the first worker has said hello. Raises TrainerError if it never does."""
-        trainer = cls(settings, on_event, limits or ProcessLimits(), command)
+        trainer = await cls.launch(settings.threads, limits, command)
         try:
-            await asyncio.wait({trainer._supervisor, trainer._ready}, return_when=asyncio.FIRST_COMPLETED)
-            if trainer._supervisor.done():
-                await trainer._supervisor  # raises what ended it
+            await trainer.configure(settings, on_event)
             return trainer
         except BaseException:
             await trainer.stop(timeout_s=0)
             raise
 
-    def __init__(
-        self,
-        settings: WorkerSettings,
-        on_event: Callable[[Event], None],
-        limits: ProcessLimits,
-        command: Sequence[str],
-    ) -> None:
-        """Only for `start`, which waits until layout and buffers are there."""
+    @classmethod
+    async def launch(
+        cls, threads: int, limits: ProcessLimits | None = None, command: Sequence[str] = WORKER_COMMAND
+    ) -> TrainerProcess:
+        """Returns when a first worker runs; it waits for `configure`. Its fate is told there."""
+        trainer = cls(threads, limits or ProcessLimits(), command)
+        spawned = asyncio.create_task(trainer._spawned.wait())
+        await asyncio.wait({trainer._supervisor, spawned}, return_when=asyncio.FIRST_COMPLETED)
+        spawned.cancel()
+        return trainer
+
+    def __init__(self, threads: int, limits: ProcessLimits, command: Sequence[str]) -> None:
+        """Only for `launch`."""
         self.layout: Layout
         self.params: Tensor  # f32 (n,), shared: written here, read by the worker
         self.contribution: Tensor  # f32 (n,), shared: written by the worker, read here
         self.restarts = 0
         self.protocol_errors = 0
         self.stale_reports = 0
-        self._settings = settings
-        self._on_event = on_event
+        self._settings: WorkerSettings | None = None
+        self._on_event: Callable[[Event], None] = lambda event: None
+        self._threads = threads
         self._limits = limits
         self._command = command
         self._params_fd = create_buffer("tapestry-params")
         self._contribution_fd = create_buffer("tapestry-contribution")
         self._begun: int | None = None
+        self._generation = 0
+        self._base = ""  # head of the state that was begun from
+        self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
         self._closing = False
         self._evaluating: int | None = None
         self._initialising: asyncio.Future[None] | None = None
         self._worker: _Worker | None = None
+        self._spawned = asyncio.Event()  # a first worker runs
         self._failure: Failed | None = None
         self._backoff_s = limits.backoff_initial_s
         self._stopping = asyncio.Event()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(), name="trainer supervisor")
 
-    def begin(self, epoch: int) -> None:
-        """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin."""
-        self._begun, self._closing = epoch, False
-        self._send(Begin(epoch))
+    async def configure(self, settings: WorkerSettings, on_event: Callable[[Event], None]) -> None:
+        """Once, after `launch`. Returns when a worker has said hello, and layout and buffers are there.
+
+        Raises TrainerError if it never does.
+        """
+        self._settings, self._on_event = settings, on_event
+        if self._worker is not None:
+            self._worker.send(Configure(to_plain(settings)))
+        await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
+        if self._supervisor.done():
+            await self._supervisor  # raises what ended it
+
+    def begin(self, epoch: int, base: str = "", before: str = "") -> None:
+        """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin.
+
+        `base` is the head of the state that lies in `params`, `before` that of the one before it. With
+        overlap the steps since the last contribution are kept if that was made from `before`.
+        """
+        follows = before != "" and self._contributed == (epoch - 1, before)
+        self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
+        self._generation += 1
+        self._send(Begin(epoch, self._generation, follows))
 
     def close_round(self, epoch: int) -> None:
         """Have the worker contribute what it has, after at least one inner step."""
@@ -155,8 +190,9 @@ class TrainerProcess:
             self._send(Close(epoch))
 
     def abort(self) -> None:
-        """Drop the epoch that is going on; nothing will come of it."""
-        self._begun = None
+        """Drop the epoch that is going on, and what came after a contribution; nothing will come of it."""
+        self._begun = self._contributed = None
+        self._generation += 1
         self._send(Abort())
 
     def evaluate(self, epoch: int) -> None:
@@ -230,14 +266,14 @@ class TrainerProcess:
     async def _run_worker(self) -> tuple[int, tuple[str, ...]]:
         """One worker from its start to its end: exit status, last lines of output."""
         self._failure = None
-        worker = await _Worker.spawn(
-            self._command, self._settings.threads, self._params_fd, self._contribution_fd
-        )
+        worker = await _Worker.spawn(self._command, self._threads, self._params_fd, self._contribution_fd)
         self._worker = worker
+        self._spawned.set()
         try:
             async with asyncio.TaskGroup() as tasks:
                 collector = tasks.create_task(worker.collect_output())
-                worker.send(Configure(to_plain(self._settings)))
+                if self._settings is not None:
+                    worker.send(Configure(to_plain(self._settings)))
                 if self._stopping.is_set():
                     worker.kill()
                 await self._converse(worker)
@@ -276,14 +312,22 @@ class TrainerProcess:
         elif isinstance(report, Initialised):
             if self._initialising is not None and not self._initialising.done():
                 self._initialising.set_result(None)
-        elif isinstance(report, Progress | Contribution) and report.epoch != self._begun:
+        elif isinstance(report, Progress | Contribution) and self._is_stale(report):
             self.stale_reports += 1
         else:
             self._settle(report)
             self._on_event(report)
 
+    def _is_stale(self, report: Progress | Contribution) -> bool:
+        """Of another begin; a Progress may be of the epoch after the one that was contributed to."""
+        if report.generation != self._generation:
+            return True
+        return isinstance(report, Contribution) and report.epoch != self._begun
+
     def _handle_hello(self, worker: _Worker, hello: Hello) -> None:
         """Size the buffers at the first hello; a later one must name the same model."""
+        from tapestry.compression.shards import Layout
+
         if worker.attached or len(hello.names) != len(hello.shapes):
             raise MessageError("a second Hello, or one with names and shapes of different length")
         layout = Layout.from_named(zip(hello.names, hello.shapes, strict=True))
@@ -309,13 +353,13 @@ class TrainerProcess:
         if self._evaluating is not None:
             worker.send(Evaluate(self._evaluating))
         if self._begun is not None:
-            worker.send(Begin(self._begun))
+            worker.send(Begin(self._begun, self._generation, follows=False))
             if self._closing:
                 worker.send(Close(self._begun))
 
     def _settle(self, report: Report) -> None:
         if isinstance(report, Contribution):
-            self._begun = None
+            self._begun, self._contributed = None, (report.epoch, self._base)
             self._backoff_s = self._limits.backoff_initial_s
         elif isinstance(report, Validation) and report.epoch == self._evaluating:
             self._evaluating = None

@@ -58,6 +58,7 @@ class InnerSettings:
 
     `steps` = H > 0 is DiLoCo: H optimizer steps of one batch each, and the pseudo-gradient goes out.
     `steps` = 0 sends the mean gradient of `accumulation` batches; then only the batch sizes matter here.
+    `overlap` goes on with the next epoch's steps while the round runs: docs/decisions/004-overlap.md.
     """
 
     steps: int
@@ -71,6 +72,7 @@ class InnerSettings:
     weight_decay: float = 0.1  # DiLoCo, table 5
     warmup_steps: int = 30
     gradient_clip: float = 1.0  # L2 norm; DiLoCo, table 5
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -84,6 +86,8 @@ class InnerSettings:
         _check_range("weight_decay", self.weight_decay, 0.0, 1e3)
         _check_range("warmup_steps", self.warmup_steps, 0, 1_000_000)
         _check_range("gradient_clip", self.gradient_clip, 1e-9, 1e9)
+        if self.overlap and not self.steps:
+            raise SettingsError("overlap needs steps > 0: a gradient is of the base it was taken at")
 
     @property
     def batches(self) -> int:

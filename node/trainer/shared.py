@@ -10,9 +10,10 @@ import mmap
 import os
 import tempfile
 import warnings
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def create_buffer(name: str) -> int:
@@ -34,6 +35,8 @@ def map_buffer(
     writable: bool,
 ) -> Tensor:  # f32 (n,)
     """A view that lives as long as the tensor. Writing to one that is not writable kills the process."""
+    import torch
+
     if os.fstat(fd).st_size != 4 * n:
         raise ValueError(f"the shared buffer holds {os.fstat(fd).st_size} bytes, expected {4 * n}")
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)

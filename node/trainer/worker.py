@@ -2,7 +2,8 @@
 
 `python -P -m tapestry.node.trainer.worker` is started by process.py with three inherited descriptors: a
 socket for messages, and the two shared buffers. It does one thing at a time: it looks for commands between
-two inner steps, so a `Close` or a newer `Begin` takes effect within one step.
+two inner steps, so a `Close` or a newer `Begin` takes effect within one step. With `overlap` it goes on with
+the next epoch's steps once it has contributed, and when it has done them all it waits for their base.
 
 It may die at any moment, and it never outlives its node: the kernel kills it when its parent is gone
 (PR_SET_PDEATHSIG), and a closed socket ends it too. SIGINT is the node's to handle.
@@ -77,7 +78,6 @@ def main() -> int:
     arguments = _parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent(arguments.parent)
-    os.nice(NICENESS)
     channel = Channel(socket.socket(fileno=arguments.channel))
     try:
         _serve(channel, arguments.params, arguments.contribution)
@@ -158,7 +158,9 @@ class Worker:
             self._device,
         )
         self._closing = False
-        self._began_s = self._reported_s = 0.0
+        self._generation = 0  # of the latest Begin
+        self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
+        self._waited_s = 0.0  # since the last contribution
         inner_epoch, note = self._load_inner_state()
         channel.send(
             Hello(
@@ -180,7 +182,7 @@ class Worker:
         """Until Stop. Raises ChannelClosed and WorkerFailure."""
         self._base, self._out = base, out
         while True:
-            command = self._channel.receive(wait=self._inner.epoch is None)
+            command = self._next_command()
             if isinstance(command, Stop):
                 return
             if command is not None:
@@ -188,11 +190,19 @@ class Worker:
             else:
                 self._advance()
 
+    def _next_command(self) -> Command | None:
+        """Waits for one while there is no step to take."""
+        if not self._inner.idle:
+            return self._channel.receive(wait=False)
+        since_s = time.monotonic()
+        command = self._channel.receive(wait=True)
+        if self._generation:  # to wait for the first base is no loss
+            self._waited_s += time.monotonic() - since_s
+        return command
+
     def _handle(self, command: Command) -> None:
         if isinstance(command, Begin):
-            self._inner.begin(command.epoch, self._base)
-            self._closing = False
-            self._began_s, self._reported_s = time.monotonic(), 0.0
+            self._begin(command)
         elif isinstance(command, Close):
             self._closing = self._closing or command.epoch == self._inner.epoch
         elif isinstance(command, Abort):
@@ -206,29 +216,56 @@ class Worker:
         else:
             raise WorkerFailure("crashed", f"{type(command).__name__} makes no sense now")
 
+    def _begin(self, command: Begin) -> None:
+        kept = self._inner.begin(command.epoch, self._base, command.follows)
+        self._closing, self._generation = False, command.generation
+        if not kept:
+            self._start_clock()
+        elif self._inner.done:
+            self._report_progress(command.epoch)  # it has waited: that made it slower
+
+    def _start_clock(self) -> None:
+        self._began_s, self._reported_s = time.monotonic(), 0.0
+
     def _advance(self) -> None:
         """One inner step; the last one, or the first after a Close, is followed by the contribution."""
         from tapestry.node.trainer.inner import Diverged
 
-        epoch = self._inner.epoch
+        inner = self._inner
+        epoch = inner.epoch
         assert epoch is not None
         try:
-            if not (self._closing and self._inner.batches):
-                loss = self._inner.step()
-                self._report_progress(epoch, loss)
-            if self._inner.done or self._closing:
-                outcome = self._inner.finish(self._base, self._out)
-                self._channel.send(
-                    Contribution(
-                        epoch, outcome.weight, outcome.norm, outcome.loss, outcome.weight, outcome.batches
-                    )
-                )
+            if not (inner.done or (self._closing and inner.batches)):
+                inner.step()
+                self._report_progress(epoch)
+            if (inner.done or self._closing) and not inner.ahead:
+                self._contribute(epoch)
         except Diverged as error:
             # The saved moments are part of what led here: the next worker starts with fresh ones.
             Path(self._settings.inner_state_path).unlink(missing_ok=True)
             raise WorkerFailure("diverged", str(error)) from error
 
-    def _report_progress(self, epoch: int, loss: float) -> None:
+    def _contribute(self, epoch: int) -> None:
+        outcome = self._inner.finish(self._base, self._out)
+        self._channel.send(
+            Contribution(
+                epoch=epoch,
+                generation=self._generation,
+                weight=outcome.weight,
+                norm=outcome.norm,
+                loss=outcome.loss,
+                tokens=outcome.weight,
+                steps=outcome.batches,
+                waited_s=self._waited_s,
+            )
+        )
+        self._waited_s = 0.0
+        if self._settings.training.inner.overlap:
+            self._closing = False
+            self._inner.go_on()
+            self._start_clock()
+
+    def _report_progress(self, epoch: int) -> None:
         now_s = time.monotonic()
         if now_s - self._reported_s < PROGRESS_INTERVAL_S and not self._inner.done:
             return
@@ -236,9 +273,10 @@ class Worker:
         self._channel.send(
             Progress(
                 epoch=epoch,
+                generation=self._generation,
                 step=self._inner.batches,
                 steps=self._settings.training.inner.batches,
-                loss=loss,
+                loss=self._inner.loss,
                 tokens=self._inner.tokens,
                 tokens_per_second=self._inner.tokens / max(now_s - self._began_s, 1e-9),
             )
@@ -275,6 +313,12 @@ class Worker:
 
 
 def _serve(channel: Channel, params_fd: int, contribution_fd: int) -> None:
+    import torch
+
+    from tapestry.node.trainer import model
+    from tapestry.node.trainer.shared import map_buffer
+
+    model.import_architectures()  # while the node finds out what is to be trained
     first = channel.receive(wait=True)
     if not isinstance(first, Configure):
         raise WorkerFailure("crashed", "the first command is not Configure")
@@ -282,12 +326,9 @@ def _serve(channel: Channel, params_fd: int, contribution_fd: int) -> None:
         settings = worker_settings_from(first.settings)
     except SettingsError as error:
         raise WorkerFailure("settings", str(error)) from error
-    import torch
-
-    from tapestry.node.trainer.shared import map_buffer
-
     torch.set_num_threads(settings.threads)
     worker = Worker(settings, channel)
+    os.nice(NICENESS)  # not before: a node that comes back is waited for
     attach = channel.receive(wait=True)
     if isinstance(attach, Stop):
         return

@@ -1,12 +1,14 @@
 """int8-block against a naive numpy reference, bit for bit, and against its error bound in f64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapestry.compression.blocks import PIECE
+from tapestry.compression.blocks import DEVICE_PIECE, PIECE, pieces
 from tapestry.compression.blockwise import INT8_BLOCK, SCALE_MAX, SCALE_MIN
 from tapestry.compression.refusals import RefusedPayload, RefusedVector
 
@@ -104,16 +106,21 @@ def test_halves_are_rounded_to_the_even_code() -> None:
     assert INT8_BLOCK.encode(x)[:6].view(torch.int8).tolist() == [127, 0, 2, 2, 0, -4]
 
 
-def test_values_halfway_between_codes_are_divided_not_multiplied_by_a_reciprocal() -> None:
+def halfway() -> tuple[torch.Tensor, np.ndarray]:  # f32 (n,), f32 (n,)
+    """Values halfway between codes, and their codes; multiplying by a reciprocal would give others."""
     rng = np.random.default_rng(4)
     scales = (rng.uniform(1, 2, 400).astype(np.float32) / np.float32(127))[:, None]
     x = (rng.integers(-126, 126, (400, 256)).astype(np.float32) + np.float32(0.5)) * scales
     x[:, 0] = np.float32(127) * scales[:, 0]
     scales = np.abs(x).max(1, keepdims=True) / np.float32(127)
     codes = np.rint(x / scales)
-    assert (codes != np.rint(x * (np.float32(1) / scales))).any()  # so this can fail
-    encoded = INT8_BLOCK.encode(torch.from_numpy(x.reshape(-1)))[: x.size].view(torch.int8)
-    assert (encoded.numpy() == codes.reshape(-1)).all()
+    assert (codes != np.rint(x * (np.float32(1) / scales))).any()  # so the tests can fail
+    return torch.from_numpy(x.reshape(-1)), codes.reshape(-1)
+
+
+def test_values_halfway_between_codes_are_divided_not_multiplied_by_a_reciprocal() -> None:
+    x, codes = halfway()
+    assert (INT8_BLOCK.encode(x)[: x.numel()].view(torch.int8).numpy() == codes).all()
 
 
 def test_zeros_have_scale_zero_and_codes_zero() -> None:
@@ -179,6 +186,110 @@ def test_accumulate_is_decode_then_multiply_then_add(x: np.ndarray, coefficient:
     INT8_BLOCK.accumulate(torch.from_numpy(np.frombuffer(payload, np.uint8).copy()), n, coefficient, acc)
     product = np.float32(coefficient) * naive_decode(payload, n)
     assert same_bits(acc.numpy(), before + product)
+
+
+@pytest.mark.parametrize("n", [1, 256, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 300])
+def test_decoding_piece_by_piece_gives_the_bits_of_the_whole(n: int) -> None:
+    payload = INT8_BLOCK.encode(torch.from_numpy(np.random.default_rng(n).normal(size=n).astype(np.float32)))
+    opened = INT8_BLOCK.open(payload, n)
+    whole, by_piece = torch.zeros(n), torch.zeros(n)
+    INT8_BLOCK.accumulate(payload, n, 0.3, whole)
+    for index, (start, stop) in enumerate(pieces(n)):
+        values = torch.empty(stop - start)
+        opened.decode_piece(index, values)
+        by_piece[start:stop] = np.float32(0.3) * values
+    assert same_bits(by_piece.numpy(), whole.numpy())
+    assert len(opened.codes) == len(pieces(n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 511, 512, 1023, 1024, 1025, 2000])
+def test_pieces_are_whole_blocks_without_gaps_and_at_last_a_short_one(n: int) -> None:
+    cuts = pieces(n, 512)
+    assert [start for start, _ in cuts] == ([0] + [stop for _, stop in cuts])[:-1]
+    assert (cuts[-1][1] if cuts else 0) == n
+    assert all(
+        stop - start <= 512 and (stop - start) % 256 == 0 for start, stop in cuts if stop - start > 255
+    )
+    assert all(stop == n for start, stop in cuts if stop - start < 256)
+
+
+def test_a_source_may_give_every_piece_in_the_same_memory() -> None:
+    n = 2 * PIECE + 300
+    x = torch.from_numpy(np.random.default_rng(5).normal(size=n).astype(np.float32))
+    room, asked = torch.empty(PIECE), []
+
+    def source(index: int, start: int, stop: int) -> torch.Tensor:
+        asked.append((start, stop))
+        assert pieces(n)[index] == (start, stop)
+        return room[: stop - start].copy_(x[start:stop])
+
+    assert torch.equal(INT8_BLOCK.encode_pieces(source, n), INT8_BLOCK.encode(x))
+    assert asked == pieces(n)
+
+
+def test_threads_that_work_at_once_do_not_share_scratch() -> None:
+    n = 2 * PIECE
+    vectors = [torch.from_numpy(np.random.default_rng(i).normal(size=n).astype(np.float32)) for i in range(4)]
+    alone = [INT8_BLOCK.encode(x).numpy().tobytes() for x in vectors]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            together = threads.map(lambda x: INT8_BLOCK.encode(x).numpy().tobytes(), vectors)
+            assert list(together) == alone
+
+
+@CHECKED
+@given(vectors())
+def test_the_way_of_a_gpu_gives_the_same_bytes_on_the_cpu(x: np.ndarray) -> None:
+    # What CUDA itself does is tested below, where there is one.
+    assert INT8_BLOCK.encode_on_device(torch.from_numpy(x)).numpy().tobytes() == naive_payload(x)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@CHECKED
+@given(vectors())
+def test_a_gpu_encodes_to_the_bytes_of_the_naive_reference(x: np.ndarray) -> None:
+    assert INT8_BLOCK.encode(torch.from_numpy(x).cuda()).numpy().tobytes() == naive_payload(x)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("n", [0, 1, 257, PIECE + 300, DEVICE_PIECE + 257])
+def test_a_gpu_encodes_long_vectors_to_the_bytes_of_the_cpu(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = torch.from_numpy((rng.standard_t(2, n) * np.exp(rng.uniform(-80, 80, n))).astype(np.float32))
+    out = torch.empty(INT8_BLOCK.payload_size(n), dtype=torch.uint8)
+    payload = INT8_BLOCK.encode(x.cuda())
+    assert payload.device.type == "cpu"
+    assert torch.equal(payload, INT8_BLOCK.encode(x))
+    assert INT8_BLOCK.encode(x.cuda(), out) is out
+    assert torch.equal(out, payload)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_divides_and_does_not_multiply_by_a_reciprocal() -> None:
+    x, codes = halfway()
+    assert (INT8_BLOCK.encode(x.cuda())[: x.numel()].view(torch.int8).numpy() == codes).all()
+    absmax = torch.rand(100_000) * torch.exp(torch.empty(100_000).uniform_(-60, 60))
+    blocks = torch.zeros(100_000, 256)
+    blocks[:, 7] = absmax
+    payload = INT8_BLOCK.encode(blocks.view(-1).cuda())
+    assert payload[blocks.numel() :].numpy().tobytes() == (absmax.numpy() / np.float32(127)).tobytes()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_nan_or_infinity_on_a_gpu_is_refused(bad: float) -> None:
+    x = torch.ones(1000)
+    x[999] = bad
+    with pytest.raises(RefusedVector) as refused:
+        INT8_BLOCK.encode(x.cuda())
+    assert refused.value.reason == "not_finite"
 
 
 def test_fusing_the_multiply_and_the_add_would_be_noticed() -> None:

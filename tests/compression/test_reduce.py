@@ -93,12 +93,14 @@ def test_another_process_computes_the_same_bytes() -> None:
     assert done.stdout == reduce_shard(payloads, [5, 7, 11], INT8_BLOCK, n).numpy().tobytes()
 
 
-def test_reduce_shard_is_the_mean_encoded_once() -> None:
-    payloads = [INT8_BLOCK.encode(x) for x in contributions(3, 4, 700)]
-    mean = weighted_mean(payloads, [1, 2, 3, 4], INT8_BLOCK, 700)
-    out = torch.empty(INT8_BLOCK.payload_size(700), dtype=torch.uint8)
-    assert reduce_shard(payloads, [1, 2, 3, 4], INT8_BLOCK, 700, out) is out
-    assert torch.equal(out, INT8_BLOCK.encode(mean))
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("n", [0, 700, 2 * PIECE + 300])
+def test_reduce_shard_is_the_mean_encoded_once(codec: Codec, n: int) -> None:
+    payloads = [codec.encode(x) for x in contributions(3, 3, n)]
+    mean = weighted_mean(payloads, [1, 2, 3], codec, n)
+    out = torch.empty(codec.payload_size(n), dtype=torch.uint8)
+    assert reduce_shard(payloads, [1, 2, 3], codec, n, out) is out
+    assert torch.equal(out, codec.encode(mean))
 
 
 def test_the_roster_order_decides_the_last_bits() -> None:
@@ -201,6 +203,9 @@ def test_a_mean_beyond_the_largest_f32_is_refused() -> None:
         payloads = [INT8_BLOCK.encode(x)] * 20
         with pytest.raises(RefusedVector) as refused:
             weighted_mean(payloads, [1] * 20, INT8_BLOCK, 300)
+        assert refused.value.reason == "overflow"
+        with pytest.raises(RefusedVector) as refused:
+            reduce_shard(payloads, [1] * 20, INT8_BLOCK, 300)
         assert refused.value.reason == "overflow"
 
 

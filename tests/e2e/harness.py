@@ -6,6 +6,8 @@ disk. Every wait has a deadline; a test that times out shows the node's log.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import psutil
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
 DEADLINE_S = 90.0  # on two cores that other tests use as well
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
@@ -56,24 +59,38 @@ def init(folder: Path, preset: str = "nano", **changes: str) -> Path:
 
 
 class Node:
-    """One daemon and its home. Use as a context manager, or call `end`."""
+    """One daemon and its home. Use as a context manager, or call `end`.
 
-    def __init__(self, home: Path, *flags: object, data: str = "stdlib:1/3") -> None:
+    With `prefix` (`ip netns exec NAME`) it lives in that network namespace, its HTTP on the loopback there.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *flags: object,
+        data: str = "stdlib:1/3",
+        prefix: Sequence[str] = (),
+        address: str = "127.0.0.1",
+    ) -> None:
         self.home = home
         self.flags = [str(f) for f in flags]
         self.data = data
+        self.prefix = list(prefix)
+        self.listen = f"/ip4/{address}/tcp/0"
+        self.environment: dict[str, str] = {}  # beside our own
         self.process: subprocess.Popen[bytes] | None = None
         self.log = home.with_name(home.name + ".log")
 
     def start(self, *more: object) -> Node:
-        command = [*TAPESTRY, "start", "--home", str(self.home), "--data", self.data, *LOOPBACK]
+        command = [*self.prefix, *TAPESTRY, "start", "--home", str(self.home), "--data", self.data]
+        command += ["--listen", self.listen, "--http", "127.0.0.1:0"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.flags, *map(str, more)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env=environment(),
+                env=environment() | self.environment,
             )
         return self
 
@@ -83,9 +100,9 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def wait_ready(self) -> Node:
+    def wait_ready(self, deadline_s: float = DEADLINE_S) -> Node:
         """Until node.json is this process's."""
-        self.wait("node.json", lambda: self.json()["pid"] == self.pid)
+        self.wait("node.json", lambda: self.json()["pid"] == self.pid, deadline_s)
         return self
 
     @property
@@ -103,9 +120,23 @@ class Node:
         return table
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.json()["http"].rstrip("/") + path, timeout=5) as answer:
+        url = self.json()["http"].rstrip("/") + path
+        with self.network(), urllib.request.urlopen(url, timeout=5) as answer:
             text: str = answer.read().decode()
             return text
+
+    @contextlib.contextmanager
+    def network(self) -> Iterator[None]:
+        """This thread is in the node's network namespace."""
+        if not self.prefix:
+            yield
+            return
+        with open("/proc/thread-self/ns/net") as ours, open(f"/run/netns/{self.prefix[-1]}") as its:
+            _enter(its.fileno())
+            try:
+                yield
+            finally:
+                _enter(ours.fileno())
 
     def status(self) -> dict[str, Any]:
         table: dict[str, Any] = json.loads(self.get("/status"))
@@ -173,6 +204,13 @@ class Node:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def _enter(fd: int) -> None:
+    """setns(2), of this thread alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 class Digests:

@@ -125,7 +125,8 @@ def test_epochs_ends_the_node_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_path: Path) -> None:
-    with Node(init(tmp_path / "a")) as founder:
+    """In a run with overlap, for which all must hold as well."""
+    with Node(init(tmp_path / "a", overlap="true")) as founder:
         founder.wait_ready()
         second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
         third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
@@ -144,4 +145,9 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
             epoch = third.status()["epoch"]
             third.wait_epoch(epoch + 2, deadline_s=20)  # sooner than it would go on alone
             assert not any(r["forced"] for r in chain_of(third.home))
+            second.wait("its contribution again", lambda: members_of(chain_of(third.home)[-1]) == 2)
             assert [second.stop(), third.stop()] == [0, 0]
+    chains = [chain_of(node.home) for node in (founder, second, third)]
+    length = min(map(len, chains))
+    assert chains[0][:length] == chains[1][:length] == chains[2][:length]  # the digests of all states with it
+    assert max(members_of(r) for r in chains[0]) == 3

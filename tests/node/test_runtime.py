@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tapestry.compression.refusals import RefusedVector
 from tapestry.node import runtime as runtime_module
 from tapestry.node.logs import LiveLine, Repeats, printable
 from tapestry.node.metrics import Metrics
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.messages import Stage
-from tapestry.node.runtime import Runtime
+from tapestry.node.runtime import Runtime, TrainingView
 from tapestry.node.state.transfer import DonorFailed
 from tapestry.node.trainer import messages as tm
 from tapestry.node.wire import RemoteProtocolError
@@ -84,6 +86,8 @@ class FakeKeeper:
     def checkpoint(self) -> None:
         self.checkpoints += 1
 
+    def drop_result(self, committed: bool) -> None: ...
+
     async def fetch_state(self, *_: object) -> None:
         self.fetching.set()
         await asyncio.get_running_loop().create_future()
@@ -149,24 +153,153 @@ def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
     run(main)
 
 
-def test_a_contribution_that_was_encoded_while_the_fork_changed_is_dropped():
+CONTRIBUTION = tm.Contribution(3, 1, 8, 1.0, 2.0, 8, 1, 0.0)
+
+
+@pytest.mark.parametrize("fork_changes", [False, True])
+def test_a_contribution_to_a_base_that_was_left_is_dropped(fork_changes):
     async def main() -> None:
         async with Bench() as bench:
-            here, other_fork = (SimpleNamespace(stage=Stage.TRAINING, of=of) for of in "ab")
-            contribution = tm.Contribution(3, 8, 1.0, 2.0, 8, 1)
-            for round_now, count in ((here, 1), (other_fork, 0)):
-                bench.core.round, bench.core.heard = here, []
-
-                def encode(*_: object, now: object = round_now) -> tuple[object, ...]:
-                    bench.core.round = now
-                    return ()
-
-                bench.runtime.averaging = SimpleNamespace(encode=encode)  # type: ignore[assignment]
-                bench.runtime.trainer = SimpleNamespace(contribution=None)  # type: ignore[assignment]
-                await bench.runtime._encode(contribution)
-                assert sum(isinstance(inp, ev.Contributed) for inp in bench.core.heard) == count
+            bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
+            bench.runtime.averaging = SimpleNamespace(shards=(), encode=lambda *_: ())  # type: ignore[assignment]
+            bench.runtime.trainer = SimpleNamespace(contribution=None)  # type: ignore[assignment]
+            async with bench.runtime._encode_lock:
+                encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+                await turns()
+                if fork_changes:
+                    bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
+            await encoding
+            assert any(isinstance(inp, ev.Contributed) for inp in bench.core.heard) != fork_changes
 
     run(main)
+
+
+class FakeEncoding:
+    """Encodes three shards, each when it is let go."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.shards = (0, 1, 2)
+        self.go = [threading.Event() for _ in self.shards]
+        self.refuse_at: int | None = None
+        self.sent: list[tuple[int, bytes]] = []
+        self.settle = lambda counted: None
+        bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
+        bench.runtime.averaging = self  # type: ignore[assignment]
+        bench.runtime.trainer = SimpleNamespace(contribution=None, abort=lambda: None)  # type: ignore[assignment]
+        bench.runtime.network = SimpleNamespace(  # type: ignore[assignment]
+            send_bulk=lambda peer, message, kind, payload: self.sent.append((message.shard, payload)),
+            drop_bulk=lambda: None,
+        )
+
+    def encode(self, vector: object, token: str, on_payload: Any) -> tuple[object, ...]:
+        for shard in self.shards:
+            self.go[shard].wait(5)
+            if self.refuse_at == shard:
+                raise RefusedVector("not_finite", "x")
+            on_payload(shard, b"%d" % shard)
+        return ()
+
+    def frame(self, shard: int, payload: bytes) -> bytes:
+        return payload
+
+
+async def until(condition: Any) -> None:
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+
+
+def test_shards_travel_while_later_ones_are_still_being_encoded():
+    async def main() -> None:
+        async with Bench() as bench:
+            fake = FakeEncoding(bench)
+            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+            await turns()
+            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            bench.core.says = [
+                ev.SendShard(PEER, 3, contributed.contribution, shard, contributed.blobs[shard])
+                for shard in fake.shards
+            ]
+            bench.runtime.feed(ev.Tick())
+            fake.go[0].set()
+            await until(lambda: fake.sent)
+            assert fake.sent == [(0, b"0")] and not encoding.done()
+            fake.go[1].set(), fake.go[2].set()
+            await encoding
+            await turns()
+            assert fake.sent == [(0, b"0"), (1, b"1"), (2, b"2")]
+
+    run(main)
+
+
+def test_shards_that_are_encoded_after_their_round_are_not_sent():
+    async def main() -> None:
+        async with Bench() as bench:
+            fake = FakeEncoding(bench)
+            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+            await turns()
+            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            bench.core.says = [ev.SendShard(PEER, 3, contributed.contribution, 0, contributed.blobs[0])]
+            bench.runtime.feed(ev.Tick())
+            await turns()
+            bench.core.round = None
+            for go in fake.go:
+                go.set()
+            await encoding
+            await turns()
+            assert fake.sent == []
+
+    run(main)
+
+
+def test_a_contribution_that_is_refused_half_way_is_named_as_ours_and_its_rest_not_sent():
+    async def main() -> None:
+        async with Bench() as bench:
+            fake = FakeEncoding(bench)
+            fake.refuse_at = 1
+            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+            await turns()
+            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            bench.core.says = [
+                ev.SendShard(PEER, 3, contributed.contribution, 1, contributed.blobs[1]),
+                ev.Reduce(3, "ab" * 32, 0, 1, (contributed.blobs[1],), (8,), ("12D3KooWMe",)),
+            ]
+            bench.runtime.feed(ev.Tick())
+            for go in fake.go:
+                go.set()
+            await encoding
+            await turns()
+            assert fake.sent == [] and ev.PeerRefused("12D3KooWMe", "not_finite") in bench.core.heard
+            assert not any(isinstance(inp, ev.Reduced) for inp in bench.core.heard)
+
+    run(main)
+
+
+def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
+    async def main() -> None:
+        async with Bench() as bench:
+            begun: list[tuple[object, ...]] = []
+            bench.runtime.trainer = SimpleNamespace(  # type: ignore[assignment]
+                begin=lambda *args: begun.append(args), evaluate=lambda epoch: None
+            )
+            bench.core.chain.head_at = lambda epoch: f"head {epoch}" if epoch >= 0 else ""
+            bench.core.says = [ev.Train(0), ev.Train(7)]
+            bench.runtime.feed(ev.Tick())
+            await turns()
+            assert begun == [(0, "head 0", ""), (7, "head 7", "head 6")]
+
+    run(main)
+
+
+def test_steps_taken_ahead_of_a_round_are_counted_once_each():
+    view, taken = TrainingView(), []
+    progress = [(4, 8), (5, 1), (5, 3), (5, 3), (5, 8), (6, 8), (6, 2), (6, 8)]  # 6 was begun from nothing
+    for epoch, step in progress:
+        view.on_event(tm.Progress(epoch, 1, step, 8, 2.0, 10 * step, 1.0), 0.0)
+        taken.append(view.take_progress())
+    assert taken == [(8, 80), (1, 10), (2, 20), (0, 0), (5, 50), (8, 80), (2, 20), (6, 60)]
+    assert view.tokens_total == 320
 
 
 def test_one_peer_cannot_take_all_that_a_donor_serves():

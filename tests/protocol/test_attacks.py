@@ -4,6 +4,7 @@ import random
 
 import pytest
 from simulation.lies import STRANGER, draw_lie
+from simulation.shell import Disk
 from simulation.world import Faults, SimCrypto, World, digest
 
 from tapestry.node.protocol import events as ev
@@ -351,7 +352,7 @@ def test_a_reducer_that_withholds_results_is_left_out_within_two_stalls():
     world = swarm()
     rogue = world.nodes["p3"]
     rogue.do_send_result = lambda out: None
-    rogue._EXECUTE = {**rogue._EXECUTE, ev.SendResult: lambda self, out: None}
+    rogue.execute = {**rogue.execute, ev.SendResult: lambda self, out: None}
     took = goes_on(world, epochs=1, limit_s=60)
     assert took < 2 * world.rules.stall_s + 8.0
 
@@ -359,8 +360,8 @@ def test_a_reducer_that_withholds_results_is_left_out_within_two_stalls():
 def test_a_dripping_peer_holds_a_round_up_no_longer_than_exchange_max_s():
     world = swarm()
     rogue = world.nodes["p3"]
-    rogue._EXECUTE = {
-        **rogue._EXECUTE,
+    rogue.execute = {
+        **rogue.execute,
         ev.SendShard: lambda self, out: None,
         ev.SendResult: lambda s, o: None,
     }
@@ -449,6 +450,29 @@ def test_a_vote_beyond_the_chain_keeps_a_node_from_voting_again():
     node.start()
     assert node.core.round is None and node.core.chain.head == common.head
     world.until(lambda: node.core.sync.at_head and node.core.chain.epoch > len(records), 30)
+
+
+def test_who_lost_its_disk_votes_in_no_round_of_before_whatever_older_ones_it_comes_through():
+    """It comes back at the genesis, where it has no vote to cast, and from there to a head that names it."""
+    world = swarm()
+    goes_on(world)
+    node, *others = reversed(nodes(world))
+    named_at = node.core.chain.head
+    genesis = world.genesis.run_id
+    for one in nodes(world):
+        one.crash()
+    state = (0, world.invariants.state_of[genesis])
+    node.disk = Disk(states={genesis: state}, state_head=genesis, life="ab" * 16)
+    world.invariants.on_disk_lost(node)  # fails if it votes where it may have voted
+    node.start()
+    world.until(lambda: node.core.round is not None and node.core.round.exchange.mine is not None, 10)
+    assert node.core.round.epoch == 0 and node.name not in node.core.round.electorate
+    for one in others:
+        one.start()
+    world.until(lambda: node.core.chain.head == named_at and node.core.sync.at_head, 30)
+    assert node.core.round is None and "disk was lost" in node.core.reason(world.now)
+    goes_on(world)
+    world.until(lambda: node.core.round is not None and node.name in node.core.round.electorate, 30)
 
 
 def test_random_values_raise_nothing_and_stop_nobody():

@@ -1,5 +1,7 @@
 """Two sides of a fork have rounds of the same epoch and ballot: nothing of one is heard in the other (G2)."""
 
+from dataclasses import replace
+
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
@@ -53,3 +55,17 @@ def test_who_asks_from_the_other_side_gets_nothing_of_ours():
         need = Need(round_.epoch, head, ballot, "", (0,))
         out = node.core.handle(ev.Received(reducer, need), world.now)
         assert sum(isinstance(o, ev.SendResult) for o in out) == count
+
+
+def test_a_result_that_overtook_its_roster_is_asked_for_with_the_roster():
+    _, node, round_, reducer, shard = in_exchange()
+    exchange, ctx = round_.exchange, node.core.ctx
+    later = replace(exchange.roster, ballot=exchange.roster.ballot + len(round_.electorate))
+    ctx.out = []
+    exchange.on_result(reducer, Result(round_.epoch, round_.head, later.ballot, shard, OTHER, "early"))
+    assert shard not in exchange.results  # whose it must be is not known yet
+    exchange.start(later)
+    asked = [out for out in ctx.out if isinstance(out, ev.Send) and isinstance(out.message, Need)]
+    assert [(out.peer, out.message.ballot, out.message.shards) for out in asked] == [
+        (reducer, later.ballot, (shard,))
+    ]

@@ -8,6 +8,7 @@ itself, so that skew (which is drawn all the same) must change nothing.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -112,7 +113,10 @@ class Chaos:
                 at += self.rng.expovariate(rate * len(world.nodes))
                 if at >= until_s:
                     break
-                world.later(at, None, lambda fault=fault: None if world.healed else fault())  # type: ignore[misc]
+                world.later(at, None, self._until_healed(fault))
+
+    def _until_healed(self, fault: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None if self.world.healed else fault()
 
     def _pick(self) -> Node:
         return self.rng.choice(list(self.world.nodes.values()))
@@ -146,7 +150,7 @@ class Chaos:
             lost = self._loses_disk(node)
             self.world.tell(node.name, "RESTART without its disk" if lost else "RESTART")
             if lost:
-                node.disk = Disk()
+                node.disk = Disk(life=self.world.token())
                 self.world.invariants.on_disk_lost(node)
             node.start()
 
@@ -201,7 +205,9 @@ class Chaos:
             self.world.tell(node.name, "FREEZE")
             node.frozen = True
             life = node.life
-            self.world.later(self.rng.uniform(1, 15), None, lambda: node.life == life and node.thaw())
+            self.world.later(
+                self.rng.uniform(1, 15), None, lambda: node.thaw() if node.life == life else None
+            )
 
     def _cut(self) -> None:
         a, b = self._pick(), self._pick()
@@ -215,7 +221,7 @@ class Chaos:
         if a is not b and a.core is not None and b.core is not None:
             for one, other in ((a, b), (b, a)):
                 self.world.link_down(other.name, one)
-            self.world.later(0.5, None, lambda: a.core and b.core and self.world.link_up(a, b))
+            self.world.later(0.5, None, lambda: self.world.link_up(a, b) if a.core and b.core else None)
 
     def _trainer_down(self) -> None:
         node = self._pick()
@@ -223,7 +229,8 @@ class Chaos:
         node.feed(ev.TrainerState(False, "killed"))
         life = node.life
         up = ev.TrainerState(True, "")
-        self.world.later(self.rng.uniform(0.5, 8), None, lambda: node.life == life and node.feed(up))
+        after_s = self.rng.uniform(0.5, 8)
+        self.world.later(after_s, None, lambda: node.feed(up) if node.life == life else None)
 
     def _lie(self) -> None:
         """One message of random values, in the name of a member or of somebody who is none."""
@@ -239,5 +246,5 @@ class Chaos:
     def _drip(self) -> None:
         victim, peer = self._pick(), self._pick().name
         self.world.tell(peer, f"DRIPS to {victim.name}")
-        for i in range(200):
-            self.world.later(0.2 * i, victim, ev.BulkProgress(peer))
+        for i in range(40):
+            self.world.later(1.0 * i, victim, ev.BulkProgress(peer))

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 
-class Violation(AssertionError):
-    """An invariant is broken: our bug, or a planted one."""
-
-    def __init__(self, seed: int, now: float, name: str, text: str) -> None:
-        super().__init__(f"seed {seed} t={now:.3f} {name}: {text}")
-
-
 def majority(count: int) -> int:
     """The checker's own arithmetic, so that a bug in the protocol's is seen."""
     return count // 2 + 1
@@ -161,7 +154,8 @@ class Invariants:
         for index, blob in enumerate(shards):
             if isinstance(blob, str):
                 self.fail(node, f"G1: shard {index} is not what the record names")
-            shard, inputs = blob  # type: ignore[misc]
+            assert isinstance(blob, tuple)
+            shard, inputs = blob
             got = [(peer, contribution, weight) for (peer, contribution, s), weight in inputs if s == index]
             if shard != index or got != expected:
                 self.fail(node, f"G2: shard {index} averages {got}, the record says {expected}")

@@ -7,6 +7,7 @@ never gave is beyond consensus among nodes that may crash but do not lie (docs/d
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, WEIGHT_MAX, Body, Member, Record
 from tapestry.node.protocol.core import Core
@@ -34,6 +35,7 @@ STRANGER = "stranger"  # connected, in no electorate, and takes part in nothing
 def draw_lie(rng: random.Random, victim: Core, member: bool) -> Message:
     """A message to `victim`. Half of the fields are what it would like to hear, half are not."""
     lie = _Liar(rng, victim)
+    kinds: list[Callable[[], Message]]
     kinds = [lie.status, lie.get_records, lie.records, lie.need, lie.shard, lie.result, lie.closing]
     if not member:
         kinds += [lie.call, lie.ready, lie.roster, lie.propose, lie.accept, lie.commit]

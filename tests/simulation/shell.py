@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Chain, Record
-from tapestry.node.protocol.core import Core, Restored
-from tapestry.node.protocol.messages import Result, Shard
+from tapestry.node.protocol.core import NOTHING, Core, Restored
+from tapestry.node.protocol.messages import Result, Shard, Status
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -53,6 +53,7 @@ class Disk:
     )  # head -> (epoch, shards)
     states: dict[str, tuple[int, str]] = field(default_factory=dict)  # head -> (epoch, state digest)
     state_head: str = ""
+    life: str = ""
 
 
 class Node:
@@ -61,7 +62,7 @@ class Node:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
-        self.disk = Disk()
+        self.disk = Disk(life=world.token())
         self.core: Core | None = None
         self.frozen = False
         self.life = 0  # counts starts; events of an earlier life are dropped
@@ -73,6 +74,7 @@ class Node:
         self.left: tuple[int, list[Record]] | None = None  # (common epoch, records) of a fork just left
         self.checked: object = None  # the round whose electorate was checked
         self.skew_s = 0.0  # what its clock says more than the world's
+        self.execute = EXECUTE
         self.astray = ""  # the head whose state its arithmetic got wrong; "" if none
 
     def start(self) -> None:
@@ -92,6 +94,7 @@ class Node:
             state[1] if on_chain and state is not None else "",
             disk.vote,
             tuple(disk.updates),
+            disk.life,
         )
         self.core = Core(self.name, world.rules, self.crypto, restored, world.now + self.skew_s)
         self.feed(TICK)
@@ -117,9 +120,12 @@ class Node:
             return
         world.trace(self.name, inp)
         life, now = self.life, world.now
-        for output in core.handle(inp, now + self.skew_s):
+        outputs = core.handle(inp, now + self.skew_s)
+        if outputs is NOTHING:
+            return
+        for output in outputs:
             world.trace(self.name, output)
-            self._EXECUTE[type(output)](self, output)
+            self.execute[type(output)](self, output)
             if self.dying:
                 self.dying = False
                 world.chaos.crash_for_a_while(self)
@@ -144,18 +150,27 @@ class Node:
         self.world.invariants.on_send(self, out.message)
         self.world.send(self, out.peer, out.message)
 
+    def do_broadcast(self, out: ev.Broadcast) -> None:
+        message = out.message
+        if isinstance(message, Status):
+            self.world.heartbeat(self, out.peers, message)
+            return
+        self.world.invariants.on_send(self, message)
+        for peer in out.peers:
+            self.world.send(self, peer, message)
+
     def do_send_shard(self, out: ev.SendShard) -> None:
         message = Shard(out.epoch, out.contribution, out.shard, out.blob)
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        result = digest(repr(out.blob).encode())
+        result = self.world.digest_of(out.blob)
         message = Result(out.epoch, out.head, out.ballot, out.shard, result, out.blob)
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_reduce(self, out: ev.Reduce) -> None:
         blob = (out.shard, tuple(zip(out.blobs, out.weights, strict=True)))
-        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest(repr(blob).encode()), blob)
+        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, self.world.digest_of(blob), blob)
         self.world.later(self.world.draw(0.005, 0.05), self, reduced)
 
     def do_persist_vote(self, out: ev.PersistVote) -> None:
@@ -200,7 +215,7 @@ class Node:
             return
         epoch, shards = self.world.invariants.on_apply(self, record)
         before = self.disk.states[record.body.prev][1]
-        after = digest(f"{before}|{shards!r}".encode())
+        after = digest("".join((before, *map(self.world.digest_of, shards))).encode())
         self.world.invariants.on_state(self, record.head, after)
         if self.world.chaos.goes_astray(self):
             self.astray, after = record.head, digest(b"astray" + after.encode())
@@ -249,7 +264,7 @@ class Node:
 
     def update_holds(self, result: str, shards: tuple[object, ...]) -> bool:
         """Whether an update is the one that the record names: the shell's check, as node/state has it."""
-        return digest("".join(digest(repr(b).encode()) for b in shards).encode()) == result
+        return digest("".join(map(self.world.digest_of, shards)).encode()) == result
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         donor = self.world.nodes.get(out.donor)
@@ -305,22 +320,24 @@ class Node:
     def do_end_round(self, out: ev.EndRound) -> None:
         self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
 
-    _EXECUTE: ClassVar[dict[type, Callable[..., None]]] = {
-        ev.Send: do_send,
-        ev.SendShard: do_send_shard,
-        ev.SendResult: do_send_result,
-        ev.Reduce: do_reduce,
-        ev.PersistVote: do_persist_vote,
-        ev.PersistResult: do_persist_result,
-        ev.AppendRecord: do_append_record,
-        ev.TruncateChain: do_truncate_chain,
-        ev.Apply: do_apply,
-        ev.Rollback: do_rollback,
-        ev.FetchUpdate: do_fetch_update,
-        ev.FetchState: do_fetch_state,
-        ev.Train: do_train,
-        ev.CloseTraining: do_close_training,
-        ev.EndRound: do_end_round,
-        ev.Verdict: do_verdict,
-        ev.Note: do_note,
-    }
+
+EXECUTE: dict[type, Callable[[Node, Any], None]] = {
+    ev.Send: Node.do_send,
+    ev.Broadcast: Node.do_broadcast,
+    ev.SendShard: Node.do_send_shard,
+    ev.SendResult: Node.do_send_result,
+    ev.Reduce: Node.do_reduce,
+    ev.PersistVote: Node.do_persist_vote,
+    ev.PersistResult: Node.do_persist_result,
+    ev.AppendRecord: Node.do_append_record,
+    ev.TruncateChain: Node.do_truncate_chain,
+    ev.Apply: Node.do_apply,
+    ev.Rollback: Node.do_rollback,
+    ev.FetchUpdate: Node.do_fetch_update,
+    ev.FetchState: Node.do_fetch_state,
+    ev.Train: Node.do_train,
+    ev.CloseTraining: Node.do_close_training,
+    ev.EndRound: Node.do_end_round,
+    ev.Verdict: Node.do_verdict,
+    ev.Note: Node.do_note,
+}

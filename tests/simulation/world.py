@@ -12,21 +12,23 @@ import random
 import traceback
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from simulation.faults import Chaos, Faults
-from simulation.invariants import Invariants, Violation
+from simulation.invariants import Invariants
 from simulation.shell import TICK, Node, SimCrypto, digest
+from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Genesis, found
 from tapestry.node.protocol.context import Rules
-from tapestry.node.protocol.messages import Message, Stage
+from tapestry.node.protocol.messages import Message, Stage, Status
 
 __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
 
 SETTLE_S = 90.0  # after the network has healed: all nodes at one head, two epochs on. Virtual
 SURVIVE_S = 25.0  # after a reducer's death: two epochs on. Detection, two rounds of up to 7 s, some ballots
+Happening = ev.Input | Callable[[], object]
 EXAM_EVERY = 3  # seeds, of which one ends with a death
 
 
@@ -49,7 +51,7 @@ class World:
         self.rng = random.Random(seed)
         self.seed = seed
         self.now = 0.0
-        self.heap: list[tuple[float, int, int, Node | None, object]] = []
+        self.heap: list[tuple[float, int, int, Node | None, Happening]] = []
         self.count = 0
         self.messages = 0
         self.story: list[tuple[float, str, object, object]] | None = [] if keep_story else None
@@ -58,6 +60,7 @@ class World:
         self.refused: dict[str, int] = {}
         self.cuts: dict[tuple[str, str], float] = {}  # (from, to) -> until
         self.links: dict[tuple[str, str], int] = {}  # (from, to) -> which link of theirs it is
+        self.digests: dict[object, str] = {}
         self.updates_kept = updates_kept
         self.checkpoint_every = checkpoint_every
         self.train_s = (0.3, self.rng.choice([0.6, 1.0, 3.0]))
@@ -69,7 +72,8 @@ class World:
         self.healed = False
         peers = self.rng.choice([1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 12]) if peers is None else peers
         names = [f"p{i}" for i in range(peers)]
-        policy = self.rng.choice(["continue", "wait"])
+        policies: list[Literal["continue", "wait"]] = ["continue", "wait"]
+        policy = self.rng.choice(policies)
         founder = SimCrypto(names[0])
         state = digest(b"state 0")
         self.genesis: Genesis = found("spec", names[0], state, digest(b"schema"), 1000, founder)
@@ -202,7 +206,8 @@ class World:
         at, _, life, node, what = heappop(self.heap)
         self.now = at
         if node is None:
-            what()  # type: ignore[operator]
+            assert callable(what)
+            what()
         elif life != node.life:
             return
         elif what is TICK:
@@ -211,9 +216,9 @@ class World:
         elif callable(what):
             what()
         else:
-            node.feed(what)  # type: ignore[arg-type]
+            node.feed(what)
 
-    def later(self, delay_s: float, node: Node | None, what: ev.Input | Callable[[], object]) -> None:
+    def later(self, delay_s: float, node: Node | None, what: Happening) -> None:
         self.count += 1
         life = node.life if node is not None else 0
         heappush(self.heap, (self.now + delay_s, self.count, life, node, what))
@@ -225,8 +230,19 @@ class World:
     def draw(self, low: float, high: float) -> float:
         return low + (high - low) * self.rng.random()
 
+    def digest_of(self, blob: object) -> str:
+        """Of what travels: equal values, equal digests."""
+        known = self.digests.get(blob)
+        if known is None:
+            known = self.digests[blob] = digest(repr(blob).encode())
+        return known
+
     def token(self) -> str:
         return f"{self.rng.getrandbits(128):032x}"
+
+    def trace_digest(self) -> str:
+        assert self.digest is not None
+        return self.digest.hexdigest()
 
     def tell(self, name: str, text: object, to: object = None) -> None:
         if self.story is not None:
@@ -269,6 +285,37 @@ class World:
         self.later(self.delay(bulk), receiver, received)
         if faults.duplicate and draw() < faults.duplicate:
             self.later(self.delay(bulk), receiver, received)
+
+    def heartbeat(self, sender: Node, peers: tuple[str, ...], status: Status) -> None:
+        """A broadcast that reaches most of its receivers at one moment: the lion's share of all messages."""
+        now, draw, faults = self.now, self.rng.random, self.faults
+        received = ev.Received(sender.name, status)
+        together = []
+        self.messages += len(peers)
+        for peer in peers:
+            receiver = self.nodes.get(peer)
+            if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
+                continue
+            if not self.healed:
+                if faults.loss and draw() < faults.loss:
+                    continue
+                if faults.tail and draw() < faults.tail:
+                    self.later(faults.tail_s * draw(), receiver, received)
+                    continue
+                if faults.duplicate and draw() < faults.duplicate:
+                    self.later(self.delay(), receiver, received)
+            together.append((receiver, receiver.life))
+        if self.story is not None:
+            for receiver, _ in together:
+                self.tell(sender.name, status, receiver.name)
+
+        def arrive() -> None:
+            for receiver, life in together:
+                if receiver.life == life:
+                    receiver.feed(received)
+
+        self.count += 1
+        heappush(self.heap, (now + 0.002 + 0.028 * draw(), self.count, 0, None, arrive))
 
     def link_up(self, a: Node, b: Node) -> None:
         for one, other in ((a, b), (b, a)):

@@ -77,7 +77,7 @@ def node(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands in for tapestry.node.daemon; keeps what it was called with."""
+    """Stands in for tapestry.node.launch and daemon; keeps what it was called with."""
     calls = types.SimpleNamespace(config=None, exported=None, outcome=0)
 
     def run(config: NodeConfig) -> int:
@@ -89,10 +89,11 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     def export(home: Home, out: Path, epoch: int | None) -> None:
         calls.exported = (home, out, epoch)
 
-    fake = types.ModuleType("tapestry.node.daemon")
-    fake.__dict__.update(run=run, export=export)
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(tapestry.node, "daemon", fake, raising=False)
+    for name, function in (("launch", run), ("daemon", export)):
+        fake = types.ModuleType(f"tapestry.node.{name}")
+        setattr(fake, function.__name__, function)
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        monkeypatch.setattr(tapestry.node, name, fake, raising=False)
     return calls
 
 

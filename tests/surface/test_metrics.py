@@ -21,9 +21,12 @@ CONTRACT = {
     "tapestry_train_loss": ("gauge", set()),
     "tapestry_validation_loss": ("gauge", set()),
     "tapestry_train_tokens": ("counter", set()),
+    "tapestry_train_waiting_seconds": ("counter", set()),
     "tapestry_train_steps": ("counter", set()),
     "tapestry_peers": ("gauge", {"phase"}),
     "tapestry_contribution_weight": ("gauge", set()),
+    "tapestry_dropped_records": ("counter", set()),
+    "tapestry_dropped_weight": ("counter", set()),
     "tapestry_refused": ("counter", {"reason"}),
     "tapestry_trainer_up": ("gauge", set()),
     "tapestry_trainer_restarts": ("counter", set()),
@@ -97,6 +100,7 @@ def test_each_call_moves_its_series() -> None:
     metrics.trained(steps=10, tokens=5120, loss=2.25)
     metrics.set_validation_loss(2.0)
     metrics.set_contribution_weight(10240)
+    metrics.dropped(2, 20480)
     metrics.set_trainer_up(True)
     metrics.trainer_restarted()
     metrics.set_peers({"training": 2, "averaging": 1})
@@ -113,6 +117,8 @@ def test_each_call_moves_its_series() -> None:
     assert samples["tapestry_train_loss"] == 2.25
     assert samples["tapestry_validation_loss"] == 2.0
     assert samples["tapestry_contribution_weight"] == 10240
+    assert samples["tapestry_dropped_records_total"] == 2
+    assert samples["tapestry_dropped_weight_total"] == 20480
     assert samples["tapestry_trainer_up"] == 1
     assert samples["tapestry_trainer_restarts_total"] == 1
     assert samples['tapestry_peers{phase="training"}'] == 3

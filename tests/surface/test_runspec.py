@@ -102,6 +102,10 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
             "model.kv_heads: 3 with model.heads = 4; must divide model.heads",
         ),
         (
+            {"name": "x", "train": {"inner_steps": 0, "overlap": True}},
+            "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round",
+        ),
+        (
             {"name": "x", "round": {"min_members": 9}, "limits": {"max_peers": 8}},
             "round.min_members: 9 with limits.max_peers = 8; must not be larger",
         ),
@@ -217,11 +221,12 @@ def _specs(draw: st.DrawFn) -> RunSpec:
     heads = kv_heads * group
     limits = draw(_section(LimitsSpec))
     rounds = draw(_section(RoundSpec))
+    train = draw(_section(TrainSpec))
     table = {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", fullmatch=True)),
         "model": {"hidden_size": 2 * half_width * heads, "heads": heads, "kv_heads": kv_heads},
         "data": draw(_section(DataSpec)),
-        "train": draw(_section(TrainSpec)),
+        "train": train | {"overlap": train["overlap"] and train["inner_steps"] > 0},
         "compression": draw(_section(CompressionSpec)),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},

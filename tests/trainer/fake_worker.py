@@ -40,10 +40,11 @@ def main(mode: str, flag: Path, channel: socket.socket) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             channel.sendall(pack(messages.Validation(command.epoch, 2.5)))
         if isinstance(command, messages.Begin):
-            on_begin(mode, ran_before, channel, command.epoch)
+            on_begin(mode, ran_before, channel, command)
 
 
-def on_begin(mode: str, ran_before: bool, channel: socket.socket, epoch: int) -> None:
+def on_begin(mode: str, ran_before: bool, channel: socket.socket, command: messages.Begin) -> None:
+    epoch, generation = command.epoch, command.generation
     if mode in ("crashes once", "another model") and not ran_before:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "crashes always":
@@ -58,12 +59,19 @@ def on_begin(mode: str, ran_before: bool, channel: socket.socket, epoch: int) ->
     if mode == "silent" and not ran_before:
         signal.pause()
     if mode == "stale":
-        channel.sendall(pack(contribution(epoch - 1)))
-    channel.sendall(pack(contribution(epoch)))
+        channel.sendall(pack(contribution(epoch - 1, generation)))
+    if mode == "late":  # it was on its way when the same epoch began once more
+        if generation == 1:
+            return
+        channel.sendall(pack(contribution(epoch, generation - 1)))
+    weight = 10 * generation + command.follows if mode == "tells" else 5
+    channel.sendall(pack(contribution(epoch, generation, weight)))
 
 
-def contribution(epoch: int) -> messages.Contribution:
-    return messages.Contribution(epoch=epoch, weight=5, norm=1.0, loss=2.0, tokens=5, steps=1)
+def contribution(epoch: int, generation: int, weight: int = 5) -> messages.Contribution:
+    return messages.Contribution(
+        epoch, generation, weight, norm=1.0, loss=2.0, tokens=5, steps=1, waited_s=0.0
+    )
 
 
 def read(channel: socket.socket) -> messages.Command:

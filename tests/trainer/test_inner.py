@@ -84,6 +84,150 @@ def test_an_epoch_begun_again_gives_the_same_bits(base: Tensor) -> None:
     assert torch.equal(first, second)
 
 
+# ---- ahead of the base ---------------------------------------------------------------------------------
+
+
+def test_steps_taken_ahead_are_kept_and_the_contribution_is_measured_from_the_new_base(base: Tensor) -> None:
+    loop, twin, out = _loop(DILOCO), _loop(DILOCO), torch.empty_like(base)
+    left, ahead = _one_step_ahead(loop, base), _one_step_ahead(twin, base)
+    torch.testing.assert_close(left, ahead, rtol=0, atol=0)
+    moved = loop._local.detach() - left
+    assert moved.abs().max() > 0
+    after = base + 0.01 * torch.sin(torch.arange(base.numel()))
+    loop.begin(5, after, follows=True)
+    torch.testing.assert_close(loop._local.detach(), after + moved, rtol=0, atol=1e-7)
+    assert (loop.epoch, loop.batches, loop.tokens, loop.ahead) == (5, 1, 2 * 16, False)
+
+    outcome = _finish_epoch(loop, after, out)
+    assert (outcome.weight, outcome.batches) == (3 * 2 * 16, 3)
+    torch.testing.assert_close(out, after - loop._local.detach(), rtol=0, atol=0)
+    # The same by hand: the twin's step, then two plain ones from where it is moved to.
+    twin._local.data.add_(after - ahead)
+    twin._ahead = False
+    by_hand = torch.empty_like(base)
+    _finish_epoch(twin, after, by_hand)
+    torch.testing.assert_close(out, by_hand, rtol=1e-3, atol=1e-6)
+
+
+def test_with_no_step_ahead_the_epoch_is_that_of_a_loop_that_waited(base: Tensor) -> None:
+    loop, waiting = _loop(DILOCO), _loop(DILOCO)
+    got, expected, after = torch.empty_like(base), torch.empty_like(base), base * 1.01
+    for one in (loop, waiting):
+        _run_epoch(one, base, torch.empty_like(base))
+    loop.go_on()
+    loop.begin(5, after, follows=True)
+    _finish_epoch(loop, after, got)
+    _run_epoch(waiting, after, expected, epoch=5)
+    assert torch.equal(got, expected)
+
+
+def test_windows_are_drawn_once_each_whether_ahead_or_not(base: Tensor) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def draw(epoch: int, step: int) -> np.ndarray:
+        drawn.append((epoch, step))
+        return _draw(epoch, step)
+
+    loop, out = _loop(DILOCO, draw=draw), torch.empty_like(base)
+    _run_epoch(loop, base, out, epoch=0)
+    for epoch, ahead in enumerate((0, 2, 3, 1), start=1):
+        loop.go_on()
+        for _ in range(ahead):
+            loop.step()
+        loop.begin(epoch, base, follows=True)
+        _finish_epoch(loop, base, out)
+    assert drawn == [(epoch, step) for epoch in range(5) for step in range(3)]
+
+
+def test_what_is_ahead_of_its_base_is_no_contribution_and_waits_when_all_is_done(base: Tensor) -> None:
+    loop, out = _loop(DILOCO), torch.empty_like(base)
+    _one_step_ahead(loop, base)
+    assert loop.ahead and not loop.idle
+    loop.step()
+    loop.step()
+    assert loop.done and loop.idle
+    with pytest.raises(RuntimeError, match="before begin"):
+        loop.finish(base, out)
+    loop.begin(5, base, follows=True)
+    assert not loop.idle
+    assert loop.finish(base, out).weight == 3 * 2 * 16
+
+
+@pytest.mark.parametrize("case", ["another head", "a later epoch", "the same epoch again", "after an abort"])
+def test_a_begin_that_does_not_follow_drops_what_was_ahead(base: Tensor, case: str) -> None:
+    """As a worker that waited: same parameters, and the moments of before where that epoch had begun."""
+    epoch = {"a later epoch": 6, "the same epoch again": 4}.get(case, 5)
+    loop, waiting = _loop(DILOCO), _loop(DILOCO)
+    got, expected, other = torch.empty_like(base), torch.empty_like(base), base * 0.99
+    _one_step_ahead(loop, base)
+    if case == "after an abort":
+        loop.abandon()
+        assert loop.idle
+    follows = case != "another head"  # even if it is said: only the epoch that was gone on with is kept
+    loop.begin(epoch, other, follows=follows)
+    assert (loop.batches, loop.ahead) == (0, False)
+    assert torch.equal(loop._local.detach(), other)
+    if case == "a later epoch":
+        return  # the moments are what they are
+    _finish_epoch(loop, other, got)
+    _run_epoch(waiting, base, torch.empty_like(base))
+    _run_epoch(waiting, other, expected, epoch=epoch)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("epoch", [4, 5])
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_inner_state_saved_ahead_is_that_of_either_epochs_beginning(
+    base: Tensor, tmp_path: Path, epoch: int, begun: bool
+) -> None:
+    """A stop between contribution and commit leaves it open which epoch the restart begins with."""
+    path, expected, got = tmp_path / "inner", torch.empty_like(base), torch.empty_like(base)
+    loop, waiting = _loop(DILOCO), _loop(DILOCO)
+    _one_step_ahead(loop, base)
+    if begun:
+        loop.begin(5, base, follows=True)
+    loop.save(path, epoch)
+    fresh = _loop(DILOCO)
+    fresh.load(path)
+    _run_epoch(fresh, base, got, epoch=epoch)
+    _run_epoch(waiting, base, expected)
+    if epoch == 5:
+        _run_epoch(waiting, base, expected, epoch=5)
+    if begun and epoch == 4:
+        assert len(loop._snapshots) == 1  # epoch 5 has its base: nobody goes back to 4
+    else:
+        assert torch.equal(got, expected)
+
+
+def test_an_evaluation_does_not_disturb_what_is_ahead(base: Tensor) -> None:
+    loop, out = _loop(DILOCO), torch.empty_like(base)
+    left = _one_step_ahead(loop, base)
+    before = loop._local.detach().clone()
+    assert loop.evaluate(base, _draw(0, 0)) == pytest.approx(_reference_loss(base, _draw(0, 0)), rel=1e-5)
+    assert torch.equal(loop._local.detach(), before)
+    loop.begin(5, left, follows=True)
+    _finish_epoch(loop, left, out)
+
+
+def test_nobody_goes_on_from_nothing_or_from_a_gradient(base: Tensor) -> None:
+    loop = _loop(DILOCO)
+    with pytest.raises(RuntimeError):
+        loop.go_on()
+    gradient = _loop(GRADIENT)
+    _run_epoch(gradient, base, torch.empty_like(base))
+    with pytest.raises(RuntimeError):
+        gradient.go_on()
+
+
+def _one_step_ahead(loop: InnerLoop, base: Tensor) -> Tensor:
+    """Epoch 4 and a step of epoch 5; where the loop went on from."""
+    _run_epoch(loop, base, torch.empty_like(base))
+    left = loop._local.detach().clone()
+    loop.go_on()
+    loop.step()
+    return left
+
+
 @pytest.mark.parametrize("when", ["before the epoch", "in the middle of it"])
 def test_a_restart_with_the_saved_inner_state_continues_bit_identically(
     base: Tensor, tmp_path: Path, when: str
@@ -163,13 +307,15 @@ def test_a_last_step_that_overflows_never_becomes_a_contribution(base: Tensor) -
         loop.finish(base, torch.empty_like(base))
 
 
-def _loop(settings: InnerSettings, **model_changes: bool) -> InnerLoop:
-    model = build_model(dataclasses.replace(MODEL, **model_changes))  # type: ignore[arg-type]
-    return InnerLoop(model, model_layout(model), settings, _draw, torch.device("cpu"))
-
-
 def _draw(epoch: int, step: int) -> np.ndarray:
     return np.random.default_rng([epoch, step]).integers(0, 256, size=(2, MODEL.sequence_length + 1))
+
+
+def _loop(
+    settings: InnerSettings, draw: Callable[[int, int], np.ndarray] = _draw, **model_changes: bool
+) -> InnerLoop:
+    model = build_model(dataclasses.replace(MODEL, **model_changes))  # type: ignore[arg-type]
+    return InnerLoop(model, model_layout(model), settings, draw, torch.device("cpu"))
 
 
 def _run_epoch(loop: InnerLoop, base: Tensor, out: Tensor, epoch: int = 4):  # type: ignore[no-untyped-def]

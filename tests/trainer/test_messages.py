@@ -21,8 +21,8 @@ HELLO = messages.Hello(("a", "b"), ((2, 3), ()), 100, 5, "cpu", -1, "")
 REPORTS = [
     HELLO,
     messages.Initialised(),
-    messages.Progress(3, 1, 8, 5.5, 128, 1e4),
-    messages.Contribution(3, 128, 2.5, 5.5, 128, 8),
+    messages.Progress(3, 2, 1, 8, 5.5, 128, 1e4),
+    messages.Contribution(3, 2, 128, 2.5, 5.5, 128, 8, 0.5),
     messages.Validation(3, 5.5),
     messages.Saved(3, ""),
     messages.Failed("data", "no such file"),
@@ -31,7 +31,7 @@ COMMANDS = [
     messages.Configure({"a": [1, {"b": 2.5}]}),
     messages.Attach(6),
     messages.Initialise(),
-    messages.Begin(3),
+    messages.Begin(3, 2, follows=True),
     messages.Close(3),
     messages.Abort(),
     messages.Evaluate(3),
@@ -50,6 +50,12 @@ def test_a_report_survives_the_wire(report: messages.Report) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
 def test_a_command_survives_the_wire(command: messages.Command) -> None:
     assert unpack_command(pack(command)[HEADER.size :]) == command
+
+
+def test_a_command_with_a_number_for_yes_is_refused() -> None:
+    fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1}
+    with pytest.raises(MessageError, match=r"Begin\.follows"):
+        unpack_command(msgpack.packb(fields))
 
 
 @given(st.binary(max_size=200))
@@ -75,7 +81,7 @@ def test_every_truncation_is_refused(report: messages.Report, data: st.DataObjec
         {"type": "Validation", "epoch": -2, "loss": 2.0},
         {"type": "Validation", "epoch": 1, "loss": float("nan")},
         {"type": "Validation", "epoch": 1, "loss": 2},
-        {"type": "Begin", "epoch": 1},
+        {"type": "Begin", "epoch": 1, "generation": 1, "follows": True},
         {"type": "Saved", "epoch": 1, "error": "x" * 5000},
         {"type": ["Saved"]},
         {"epoch": 1},

@@ -189,6 +189,60 @@ def test_what_is_not_of_the_current_epoch_is_dropped_and_counted(fake: Fake) -> 
     asyncio.run(scenario())
 
 
+def test_a_contribution_on_its_way_does_not_pass_for_a_second_begin_of_the_same_epoch(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("late")
+        try:
+            trainer.begin(4, "head of one fork")
+            trainer.abort()
+            trainer.begin(4, "head of the other")
+            told = await events.until(Contribution)
+            assert told.generation == trainer._generation
+            assert trainer.stale_reports >= 1
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("case", "follows"),
+    [
+        ("the next state", True),
+        ("the next state of another fork", False),
+        ("a later state", False),
+        ("the same state again", False),
+        ("an abort between", False),
+        ("a begin between", False),
+    ],
+)
+def test_only_a_begin_from_the_next_state_follows_a_contribution(
+    fake: Fake, case: str, follows: bool
+) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("tells")
+        try:
+            trainer.begin(4, "four", "three")
+            assert (await events.until(Contribution)).weight == 10
+            if case == "an abort between":
+                trainer.abort()
+            if case == "a begin between":
+                trainer.begin(5, "of another fork", "also")
+                await events.until(Contribution, 2)
+            epoch, base, before = {
+                "the next state of another fork": (5, "five", "another four"),
+                "a later state": (6, "six", "five"),
+                "the same state again": (4, "four", "three"),
+            }.get(case, (5, "five", "four"))
+            trainer.begin(epoch, base, before)
+            told = await events.until(Contribution, 3 if case == "a begin between" else 2)
+            assert (told.generation, told.weight % 10) == (trainer._generation, follows)
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_a_first_worker_that_fails_says_why_and_is_not_restarted(run: Run, fake: Fake) -> None:
     async def scenario() -> None:
         with pytest.raises(TrainerError, match="no such file: give --data") as caught:

@@ -1,0 +1,196 @@
+"""The worker's own loop, in this process: what it does between two commands, with a script for a socket."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tapestry.node.trainer.messages import (
+    Abort,
+    Begin,
+    Close,
+    Command,
+    Contribution,
+    Hello,
+    Progress,
+    Report,
+    Save,
+    Saved,
+    Stop,
+)
+from tapestry.node.trainer.settings import WorkerSettings
+from tapestry.node.trainer.worker import Worker
+
+STEPS = 4
+TOKENS = 4 * 32  # of a step
+
+
+class Script:
+    """Gives each command when its time has come: `when(script)` holds and the worker asks.
+
+    The worker asks before every step; where it would wait and nothing is due, the script has gone wrong.
+    """
+
+    def __init__(self, *lines: tuple[Callable[[Script], bool], Command]) -> None:
+        self.lines = list(lines)
+        self.told: list[Report] = []
+        self.waits = False
+        self.steps = 0
+
+    def receive(self, wait: bool) -> Command | None:
+        self.waits = wait
+        if self.lines and self.lines[0][0](self):
+            return self.lines.pop(0)[1]
+        assert not wait, f"waits for ever after {self.told[-1]}"
+        self.steps += 1
+        return None
+
+    def send(self, report: Report) -> None:
+        self.told.append(report)
+
+    def of(self, kind: type) -> list:
+        return [report for report in self.told if isinstance(report, kind)]
+
+
+def at_once(script: Script) -> bool:
+    return True
+
+
+def waiting(script: Script) -> bool:
+    """When the worker has nothing left to do."""
+    return script.waits
+
+
+def contributed(count: int, steps: int = 0) -> Callable[[Script], bool]:
+    """After so many contributions, and so many steps since."""
+    since: list[int] = []
+
+    def holds(script: Script) -> bool:
+        if len(script.of(Contribution)) < count:
+            return False
+        since.append(script.steps)
+        return script.steps - since[0] >= steps
+
+    return holds
+
+
+def perform(settings: WorkerSettings, script: Script) -> tuple[Tensor, Tensor]:
+    """The base and the contribution's buffer, as the worker left them."""
+    torch.manual_seed(1)
+    worker = Worker(settings, script)  # type: ignore[arg-type]
+    base, out = torch.randn(worker.layout.n) * 0.02, torch.zeros(worker.layout.n)
+    worker.run(base, out)
+    assert not script.lines
+    return base, out
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the worker's own process; more would only get into each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def overlapping(worker_settings: WorkerSettings) -> WorkerSettings:
+    training = worker_settings.training
+    inner = dataclasses.replace(training.inner, steps=STEPS, overlap=True)
+    return dataclasses.replace(worker_settings, training=dataclasses.replace(training, inner=inner))
+
+
+def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping: WorkerSettings) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False)),
+        (waiting, Begin(1, 2, follows=True)),
+        (contributed(2), Stop()),
+    )
+    perform(overlapping, script)
+    first, second = script.of(Contribution)
+    assert (first.epoch, first.generation, first.weight) == (0, 1, STEPS * TOKENS)
+    assert (second.epoch, second.generation, second.weight) == (1, 2, STEPS * TOKENS)
+    assert script.told.index(second) > script.told.index(first) + 1
+    assert first.waited_s == 0.0 and second.waited_s > 0.0
+    assert script.steps == 2 * STEPS + 1  # the last one only to contribute
+    ahead = [report for report in script.of(Progress) if report.epoch == 1]
+    assert (ahead[-1].step, ahead[-1].tokens) == (STEPS, STEPS * TOKENS)
+
+
+def test_without_overlap_nothing_is_done_between_contribution_and_begin(
+    worker_settings: WorkerSettings,
+) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False)),
+        (contributed(1), Begin(1, 2, follows=True)),
+        (contributed(2), Stop()),
+    )
+    perform(worker_settings, script)
+    assert script.steps == 2 * worker_settings.training.inner.steps
+    assert [report.waited_s > 0 for report in script.of(Contribution)] == [False, True]
+
+
+def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlapping: WorkerSettings) -> None:
+    begin = Begin(1, 2, follows=False)
+    aborted = [(contributed(1, 2), Abort()), (at_once, dataclasses.replace(begin, follows=True))]
+    for lines in ([(contributed(1, 2), begin)], aborted):
+        script = Script((at_once, Begin(0, 1, follows=False)), *lines, (contributed(2), Stop()))
+        perform(overlapping, script)
+        assert script.steps == STEPS + 2 + STEPS
+        assert script.of(Contribution)[1].weight == STEPS * TOKENS
+
+
+def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlapping: WorkerSettings) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False)),
+        (contributed(1, 2), Begin(1, 2, follows=True)),
+        (at_once, Close(1)),
+        (contributed(2), Stop()),
+    )
+    perform(overlapping, script)
+    assert script.of(Contribution)[1].weight == 2 * TOKENS
+
+
+def test_a_close_that_comes_too_late_closes_nothing(overlapping: WorkerSettings) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False)),
+        (contributed(1, 1), Close(0)),
+        (contributed(1, 2), Begin(1, 2, follows=True)),
+        (contributed(2), Stop()),
+    )
+    perform(overlapping, script)
+    assert script.of(Contribution)[1].weight == STEPS * TOKENS
+
+
+def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: WorkerSettings) -> None:
+    """The node still encodes it."""
+    kept: list[Tensor] = []
+    buffers: list[Tensor] = []
+
+    class Watching(Script):
+        def send(self, report: Report) -> None:
+            super().send(report)
+            if isinstance(report, Contribution):
+                kept.append(buffers[0].clone())
+
+    script = Watching((at_once, Begin(0, 1, follows=False)), (waiting, Stop()))
+    worker = Worker(overlapping, script)  # type: ignore[arg-type]
+    base, out = torch.randn(worker.layout.n) * 0.02, torch.zeros(worker.layout.n)
+    buffers.append(out)
+    worker.run(base, out)
+    assert len(script.of(Hello)) == 1 and torch.equal(out, kept[0])
+
+
+def test_both_inner_states_can_be_saved_while_ahead(overlapping: WorkerSettings) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False)),
+        (contributed(1, 2), Save(0)),
+        (at_once, Save(1)),
+        (at_once, Stop()),
+    )
+    perform(overlapping, script)
+    assert script.of(Saved) == [Saved(0, ""), Saved(1, "")]

@@ -1,28 +1,36 @@
-"""Real daemons on loopback under real faults, until time is up; then peace, and everything is compared.
+"""Real daemons under real faults, until time is up; then peace, and everything is compared.
 
-    .venv/bin/python -P scripts/chaos.py --nodes 5 --minutes 10 --seed 1 [--json FILE]
+    .venv/bin/python -P scripts/chaos.py --nodes 5 --minutes 10 --seed 1 [--netns] [--json FILE]
 
 A fault is drawn at random, with a node to bear it: SIGKILL of the node, its trainer or its p2pd, SIGSTOP
 and SIGCONT, a restart with its home, without it, or with its newest checkpoint corrupted, an orderly stop
-and start. For each, the time to the next committed epoch anywhere is taken. Meanwhile every node is asked
-for its state digest: no epoch may have two (unless parts went on apart: the chain then has forced records).
+and start, a disk that is full until somebody makes room, a restart with a clock that is minutes wrong. With
+--netns every node has a network namespace of its own, and links are cut one way, both ways, or between two
+islands, and joined again. For each fault the time to the next committed epoch anywhere is taken. Meanwhile
+every node is asked for its state digest: no epoch may have two (unless parts went on apart: the chain then
+has forced records).
 
 At the end all nodes must come to one head and digest within SETTLE_S, the chain on each disk must be whole,
-and replaying the updates from the oldest checkpoint must give the digest; nothing may be left running. Exit
-1 if not.
+and replaying the updates from the oldest checkpoint must give the digest; nothing may be left running, and no
+node may have grown beyond MEMORY_GROWTH. Exit 1 if not.
+
+Full disks need root, for each home gets a small tmpfs of its own; without it they are left out, and that is
+said.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,10 +38,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psutil
 import torch
+from _netns import Net, NetError
+from _run import exit_by_signal, work_folder
 from e2e.harness import Node, init
 
 from tapestry.dht.identity import Identity
@@ -46,8 +57,24 @@ from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.store import Store
 
 POLL_S = 0.05
+START_S = 240.0  # for all at once, on a busy machine
 SETTLE_S = 90.0  # for the last restarts (imports and tokens) and the way to one head
 QUIET_S = 4.0  # between a recovery and the next fault, on average
+UNDO_S = 6.0  # at most, from the next epoch to the end of a fault
+CUT_S = 45.0  # the same for cut links: now and then longer than quorum_loss_s
+DISK_BYTES = 192 * 2**20  # of a node's disk: a thousand epochs of `nano` take 60 MB
+FULL_S = 30.0  # to notice a full disk
+CLOCK_S = 600.0  # how wrong a clock may be
+MEMORY_GROWTH = (1.25, 64 * 2**20)  # guess: of a node and its children at the end, factor and bytes
+
+# Moves a process's wall clock. p2pd is not Python and keeps its own; it tells nobody the time of day.
+SHIFTED_CLOCK = """
+import os, time
+_shift_s = float(os.environ["CLOCK_SHIFT_S"])
+_time, _time_ns = time.time, time.time_ns
+time.time = lambda: _time() + _shift_s
+time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
+"""
 
 
 @dataclass
@@ -84,16 +111,41 @@ class Watch:
 
 
 class Chaos:
-    def __init__(self, folder: Path, count: int, seed: int) -> None:
+    def __init__(self, folder: Path, count: int, seed: int, net: Net | None, disks: bool) -> None:
         self.folder = folder
         self.rng = random.Random(seed)
-        home = init(folder / "n0", inner_steps="20", shard_elements="4096", checkpoint_every_epochs="10")
-        self.nodes = [Node(home)]
-        self.nodes += [Node(folder / f"n{i}", data=f"stdlib:{i % 3 + 1}/3") for i in range(1, count)]
+        self.net = net
+        self.disks = disks
+        self.nodes = [self._make_node(index) for index in range(count)]
+        changes = {"inner_steps": "20", "shard_elements": "4096", "checkpoint_every_epochs": "10"}
+        init(self.nodes[0].home, **changes)
         self.watch = Watch(self.nodes)
         self.times: dict[str, list[float]] = {}
-        self.children: list[psutil.Process] = []
+        self.memory: list[tuple[int, int]] = []  # of each node: bytes at the start and at the end
+        self.forced = self.apart = 0
+        self.settled_s = 0.0
         self.log: list[str] = []
+
+    def _make_node(self, index: int) -> Node:
+        disk = self.folder / f"disk{index}"
+        disk.mkdir()
+        if self.disks:
+            _run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=755", "tmpfs", disk)
+        prefix = self.net.prefix(index) if self.net else ()
+        address = self.net.address(index) if self.net else "127.0.0.1"
+        node = Node(disk / f"n{index}", data=f"stdlib:{index % 3 + 1}/3", prefix=prefix, address=address)
+        node.log = self.folder / f"n{index}.log"  # not on the disk that gets full
+        return node
+
+    def close(self) -> None:
+        """End what still runs, and take the disks away."""
+        self.watch.stop.set()
+        for node in self.nodes:
+            if node.process is not None and alive(node):
+                node.process.send_signal(signal.SIGCONT)
+            node.end()
+        for node in self.nodes if self.disks else []:
+            _run("umount", "--lazy", node.home.parent)
 
     def say(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {text}"
@@ -103,36 +155,46 @@ class Chaos:
     # --- life ----------------------------------------------------------------------------------
 
     def start_all(self) -> None:
-        self.nodes[0].start().wait_ready()
+        self.nodes[0].start().wait_ready(START_S)
         for node in self.nodes[1:]:
             node.start("--peer", self.nodes[0].address)
         founder, count = self.nodes[0], len(self.nodes)
         for node in self.nodes[1:]:
-            node.wait_ready()
-        founder.wait("an electorate of all", lambda: founder.electorate() == count)
+            node.wait_ready(START_S)
+        founder.wait("an electorate of all", lambda: founder.electorate() == count, START_S)
+        self.memory = [(resident(node), 0) for node in self.nodes]
 
     def restart(self, node: Node) -> None:
         """Start it again, towards some node that is up; alone, as its home's run, if none is."""
         up = [n for n in self.nodes if n is not node and alive(n) and (n.home / "node.json").exists()]
         node.start(*(("--peer", self.rng.choice(up).address) if up else ()))
+        node.environment.clear()  # the next start has the right time
 
     def run(self, minutes: float) -> None:
         self.watch.start()
+        while not self.watch.epoch:
+            time.sleep(POLL_S)
         end = time.monotonic() + 60 * minutes
+        faults = {
+            **FAULTS,
+            **(DISK_FAULTS if self.disks else {}),
+            **(LINK_FAULTS if self.net else {}),
+        }
         while time.monotonic() < end:
             node = self.rng.choice(self.nodes)
-            fault = self.rng.choice(list(FAULTS))
+            fault = self.rng.choice(list(faults))
             self.say(f"fault={fault} node={node.home.name} epoch={self.watch.epoch}")
             count, began = len(self.watch.commits), time.monotonic()
-            undo = FAULTS[fault](self, node)
+            undo = faults[fault](self, node)
             while len(self.watch.commits) == count and time.monotonic() < began + 60:
                 time.sleep(POLL_S / 2)
             took = ([*self.watch.commits, time.monotonic()])[count] - began
             self.times.setdefault(fault, []).append(took)
             self.say(f"fault={fault} next_epoch_after_s={took:.2f}")
             if undo is not None:
-                time.sleep(self.rng.uniform(0, 6))
+                time.sleep(self.rng.uniform(0, CUT_S if fault in LINK_FAULTS else UNDO_S))
                 undo()
+                self.say(f"fault={fault} over epoch={self.watch.epoch}")
             time.sleep(self.rng.expovariate(1 / QUIET_S))
 
     def settle(self) -> None:
@@ -141,7 +203,8 @@ class Chaos:
             if not alive(node):
                 self.restart(node)
         goal = self.watch.epoch + 2
-        end = time.monotonic() + SETTLE_S
+        began = time.monotonic()
+        end = began + SETTLE_S
         while True:
             seen = []
             for node in self.nodes:
@@ -152,10 +215,21 @@ class Chaos:
                     seen.append((-1, "", ""))
             if len(set(seen)) == 1 and seen[0][0] >= goal:
                 self.say(f"settled epoch={seen[0][0]} head={seen[0][1][:12]} digest={seen[0][2][:12]}")
+                self.settled_s = time.monotonic() - began
                 return
             if time.monotonic() > end:
                 raise AssertionError(f"no common head: {[(e, h[:8]) for e, h, _ in seen]}")
             time.sleep(POLL_S)
+
+    def weigh(self) -> None:
+        """No node has grown much since all had begun, whatever it went through."""
+        factor, allowance = MEMORY_GROWTH
+        self.memory = [
+            (start, resident(node)) for (start, _), node in zip(self.memory, self.nodes, strict=True)
+        ]
+        text = " ".join(f"{start >> 20}->{end >> 20}" for start, end in self.memory)
+        self.say(f"memory_mb {text}")
+        assert all(end <= factor * start + allowance for start, end in self.memory), f"memory grew: {text}"
 
     def stop(self) -> None:
         pids = [psutil.Process(n.pid) for n in self.nodes if alive(n)]
@@ -169,22 +243,22 @@ class Chaos:
 
     def prove(self) -> None:
         """Chains whole, digests single, and the oldest checkpoint plus updates is the newest state."""
-        forced = 0
         for node in self.nodes:
             home = Home(node.home)
-            store = Store(home, NodeCrypto(Identity.load(home.identity_key)))
+            store = Store(home, crypto_of(node))
             loaded = store.load()
             assert loaded.genesis is not None
             chain = Chain(loaded.genesis)
             for record in loaded.records:
-                chain.check(record, NodeCrypto(Identity.load(home.identity_key)))
+                chain.check(record, crypto_of(node))
                 chain.append(record)
-            forced = max(forced, sum(r.body.forced for r in chain.records))
+            self.forced = max(self.forced, sum(r.body.forced for r in chain.records))
             self._replay(home, store, chain)
         double = {e: d for e, d in self.watch.digests.items() if len(d) > 1}
-        assert not double or forced, f"epochs with two digests: {double}"
-        apart = len(double)
-        self.say(f"proved nodes={len(self.nodes)} epochs={chain.epoch} forced={forced} seen_apart={apart}")
+        assert not double or self.forced, f"epochs with two digests: {double}"
+        self.apart = len(double)
+        counts = f"epochs={chain.epoch} forced={self.forced} seen_apart={self.apart}"
+        self.say(f"proved nodes={len(self.nodes)} {counts}")
 
     def _replay(self, home: Home, store: Store, chain: Chain) -> None:
         spec = RunSpec.from_canonical(chain.genesis.spec.encode())
@@ -251,6 +325,79 @@ class Chaos:
         process.send_signal(signal.SIGSTOP)
         return lambda: process.send_signal(signal.SIGCONT)
 
+    def wrong_clock(self, node: Node) -> Callable[[], None]:
+        """A restart with another time of day; the start after that has the right one again."""
+        self.kill_node(node)
+
+        def back() -> None:
+            clock = self.folder / "clock"
+            clock.mkdir(exist_ok=True)
+            (clock / "sitecustomize.py").write_text(SHIFTED_CLOCK)
+            shift_s = self.rng.uniform(-CLOCK_S, CLOCK_S)
+            path = os.pathsep.join(filter(None, [str(clock), os.environ.get("PYTHONPATH", "")]))
+            node.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
+            self.say(f"node={node.home.name} clock_shift_s={shift_s:.0f}")
+            self.restart(node)
+
+        return back
+
+    def full_disk(self, node: Node) -> Callable[[], None]:
+        """Not a byte left. A node that had something to write has said so and gone; it lost nothing."""
+        if not alive(node):
+            return lambda: self.restart(node)
+        process, epoch = node.process, node_epoch(node)
+        filler = node.home.with_name("filler")
+        fill(filler)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(FULL_S)
+            said = "No space left" in node.tail(5)
+            assert code > 0 and said, f"{node.home.name}: exit {code} on a full disk:\n{node.tail(5)}"
+        if alive(node):
+            moved = node_epoch(node) - epoch
+            assert moved <= 1, f"{node.home.name}: {moved} epochs further with a full disk"
+
+        def back() -> None:
+            filler.unlink()
+            if not alive(node):
+                kept = len(Store(Home(node.home), crypto_of(node)).load().records)
+                assert kept >= epoch, f"{node.home.name}: epoch {epoch} shown, {kept} on its disk"
+                self.restart(node)
+
+        return back
+
+    def cut_one_way(self, node: Node) -> Callable[[], None]:
+        """Nothing of what one sends reaches another; the way back is open."""
+        other = self.rng.choice([n for n in self.nodes if n is not node])
+        return self._cut([(self.nodes.index(node), self.nodes.index(other))])
+
+    def cut_both_ways(self, node: Node) -> Callable[[], None]:
+        other = self.rng.choice([n for n in self.nodes if n is not node])
+        a, b = self.nodes.index(node), self.nodes.index(other)
+        return self._cut([(a, b), (b, a)])
+
+    def islands(self, node: Node) -> Callable[[], None]:
+        """The node and perhaps others on one side, the rest on the other."""
+        indices = list(range(len(self.nodes)))
+        self.rng.shuffle(indices)
+        first = self.nodes.index(node)
+        size = self.rng.randint(1, len(indices) // 2)
+        here = [first, *(i for i in indices if i != first)][:size]
+        there = [i for i in indices if i not in here]
+        return self._cut([pair for a in here for b in there for pair in ((a, b), (b, a))])
+
+    def _cut(self, pairs: list[tuple[int, int]]) -> Callable[[], None]:
+        assert self.net is not None
+        net = self.net
+        self.say(f"cut={pairs}")
+        for a, b in pairs:
+            net.cut(a, b)
+
+        def back() -> None:
+            for a, b in pairs:
+                net.join(a, b)
+
+        return back
+
     def _kill_child(self, node: Node, name: str) -> None:
         if not alive(node):
             return
@@ -266,7 +413,41 @@ def alive(node: Node) -> bool:
     return node.process is not None and node.process.poll() is None
 
 
-FAULTS: dict[str, Callable[[Chaos, Node], Callable[[], None] | None]] = {
+def node_epoch(node: Node) -> int:
+    """What the node shows; 0 while it does not answer."""
+    try:
+        return int(node.status()["epoch"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def crypto_of(node: Node) -> NodeCrypto:
+    return NodeCrypto(Identity.load(Home(node.home).identity_key))
+
+
+def resident(node: Node) -> int:
+    """Bytes of memory of the node, its trainer and its p2pd; what they share counts in each."""
+    return sum(p.memory_info().rss for p in [psutil.Process(node.pid), *node.children()])
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**20))
+    with path.open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+def _run(*command: object) -> None:
+    subprocess.run([str(word) for word in command], check=True, stdin=subprocess.DEVNULL)
+
+
+Fault = Callable[[Chaos, Node], Callable[[], None] | None]
+FAULTS: dict[str, Fault] = {
     "kill_node": Chaos.kill_node,
     "kill_trainer": Chaos.kill_trainer,
     "kill_p2pd": Chaos.kill_p2pd,
@@ -274,6 +455,13 @@ FAULTS: dict[str, Callable[[Chaos, Node], Callable[[], None] | None]] = {
     "stop_and_start": Chaos.stop_and_start,
     "lose_home": Chaos.lose_home,
     "corrupt_checkpoint": Chaos.corrupt_checkpoint,
+    "wrong_clock": Chaos.wrong_clock,
+}
+DISK_FAULTS: dict[str, Fault] = {"full_disk": Chaos.full_disk}
+LINK_FAULTS: dict[str, Fault] = {
+    "cut_one_way": Chaos.cut_one_way,
+    "cut_both_ways": Chaos.cut_both_ways,
+    "islands": Chaos.islands,
 }
 
 
@@ -282,44 +470,61 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--netns", action="store_true", help="a network namespace per node; cut links")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--keep", type=Path, help="leave homes and logs in this new folder")
     options = parser.parse_args()
-    folder = options.keep or Path(tempfile.mkdtemp(prefix="tapestry-chaos-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(folder, options.nodes, options.seed)
-    try:
-        chaos.start_all()
-        chaos.run(options.minutes)
-        chaos.settle()
-        chaos.watch.stop.set()
-        chaos.stop()
-        chaos.prove()
-    except AssertionError as error:
-        chaos.say(f"FAILED {error}")
-        return 1
-    finally:
-        chaos.watch.stop.set()
-        for node in chaos.nodes:
-            if node.process is not None and alive(node):
-                node.process.send_signal(signal.SIGCONT)
-            node.end()
-        if options.keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    report(chaos, options.json)
-    return 0
+    signal.signal(signal.SIGTERM, exit_by_signal)
+    with contextlib.ExitStack() as stack:
+        try:
+            net = stack.enter_context(Net(options.nodes)) if options.netns else None
+        except NetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        folder = stack.enter_context(work_folder(options.keep, "tapestry-chaos-"))
+        chaos = Chaos(folder, options.nodes, options.seed, net, disks=os.geteuid() == 0)
+        if not chaos.disks:
+            chaos.say("no full disks: they need root")
+        stack.callback(chaos.close)
+        failure = ""
+        try:
+            chaos.start_all()
+            chaos.run(options.minutes)
+            chaos.settle()
+            chaos.watch.stop.set()
+            chaos.weigh()
+            chaos.stop()
+            chaos.prove()
+        except AssertionError as error:
+            failure = str(error)
+            chaos.say(f"FAILED {failure}")
+        report(chaos, options, failure)
+        if options.keep and chaos.disks:
+            for node in chaos.nodes:  # the disks go
+                shutil.copytree(node.home, folder / "homes" / node.home.name, ignore_dangling_symlinks=True)
+    return 1 if failure else 0
 
 
-def report(chaos: Chaos, path: Path | None) -> None:
+def report(chaos: Chaos, options: argparse.Namespace, failure: str) -> None:
     gaps = chaos.watch.gaps()
     figures = {
+        "nodes": options.nodes,
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "netns": options.netns,
+        "failure": failure,
         "epochs": chaos.watch.epoch,
-        "median_epoch_s": round(statistics.median(gaps), 2),
+        "median_epoch_s": round(statistics.median(gaps or [0.0]), 2),
+        "forced": chaos.forced,
+        "seen_apart": chaos.apart,
+        "settled_s": round(chaos.settled_s, 1),
+        "memory_mb": [[start >> 20, end >> 20] for start, end in chaos.memory],
         "faults": {
             name: {
                 "count": len(times),
                 "median_s": round(statistics.median(times), 2),
                 "worst_s": round(max(times), 2),
+                "all_s": [round(t, 2) for t in times],
             }
             for name, times in sorted(chaos.times.items())
         },
@@ -328,8 +533,8 @@ def report(chaos: Chaos, path: Path | None) -> None:
     print(f"{'fault':20} {'count':>5} {'median s':>9} {'worst s':>8}")
     for name, row in figures["faults"].items():
         print(f"{name:20} {row['count']:5} {row['median_s']:9.2f} {row['worst_s']:8.2f}")
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -286,6 +286,16 @@ def capped_weights(weights: Sequence[int], max_influence: float) -> list[int]:
     return [min(w, cap) for w in weights]
 
 
+def exceeds_influence(weights: Sequence[int], max_influence: float) -> bool:
+    """Whether no honest leader made these weights: they are above what `capped_weights` gives."""
+    positive = [w for w in weights if w > 0]
+    if not positive or max_influence >= 1.0:
+        return False
+    if max_influence * len(positive) <= 1.0:
+        return max(positive) != min(positive)
+    return max(positive) > max_influence * sum(positive) + 1
+
+
 class Chain:
     """The records from the genesis to the head, in memory, each checked when it was added."""
 

@@ -105,7 +105,7 @@ class Core:
         if self.round is None:
             if self.sync.at_head and self._forgot_votes():
                 return "our disk was lost: no vote before the next record"
-            return self.sync.reason()
+            return self.sync.reason(now)
         if not self.trainer_up:
             return f"not contributing: {self.trainer_reason}"
         return self.round.reason(now)

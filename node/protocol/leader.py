@@ -259,7 +259,12 @@ class Leader:
     # --- commit --------------------------------------------------------------------------------
 
     def try_commit(self, now: float) -> None:
-        """A record, as soon as a quorum's votes are equal; the late get a short grace."""
+        """A record, as soon as a quorum's votes are equal; the late get a short grace.
+
+        Whoever votes has the result on disk. Where the electorate is smaller than the round, its quorum may
+        be one disk, and the others, who are to go on from this record, would be stuck if that one died now:
+        so the grace is as long as for a stall, till a majority of the record's own members has voted.
+        """
         state, accepts = self.state, self.state.accepts
         for head in dict.fromkeys(vote.head for vote in accepts.values()):
             votes = {p: vote for p, vote in accepts.items() if vote.head == head}
@@ -269,7 +274,9 @@ class Leader:
             if state.accepted_at is None:
                 state.accepted_at = now
             late = [p for p in state.addressees() if p not in votes and self.ctx.heard(p, now)]
-            if late and now < state.accepted_at + self.ctx.rules.commit_grace_s:
+            safe = sum(m.peer in votes for m in body.members) >= quorum(len(body.members))
+            grace_s = self.ctx.rules.commit_grace_s if safe else self.ctx.rules.stall_s
+            if late and now < state.accepted_at + grace_s:
                 return
             named = {m.peer for m in body.members} | set(state.electorate)
             signatures = tuple((p, votes[p].signature) for p in sorted(votes) if p in named)

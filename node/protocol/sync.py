@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tapestry.node.protocol.chain import Chain, InvalidRecord, Record, better, check_record, weight_of
+from tapestry.node.protocol.chain import (
+    Chain,
+    InvalidRecord,
+    Record,
+    better,
+    check_record,
+    exceeds_influence,
+    weight_of,
+)
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import (
     AppendRecord,
@@ -60,10 +68,11 @@ class Sync:
         """Applying the newest update: the end of a round, not a way to catch up."""
         return self.job == "apply" and self.state_epoch == self.chain.epoch - 1
 
-    def reason(self) -> str:
-        if self.need_state:
-            return f"needs a state, chain at {self.chain.epoch}"
-        return f"state {self.state_epoch} of {self.chain.epoch}"
+    def reason(self, now: float) -> str:
+        what = f"needs a state, chain at {self.chain.epoch}"
+        if not self.need_state:
+            what = f"state {self.state_epoch} of {self.chain.epoch}"
+        return what if self.job or self._donors(now) else f"{what}; no peer that we hear can give it"
 
     # --- records -------------------------------------------------------------------------------
 
@@ -161,6 +170,8 @@ class Sync:
                 head, electorate = self.chain.head_at(common), self.chain.electorate_at(common)
             if record.body.forced and self.ctx.rules.on_quorum_loss == "wait":
                 raise InvalidRecord("forced", f"record {record.body.epoch} is forced, in a run that waits")
+            if exceeds_influence([m.weight for m in record.body.members], self.ctx.rules.max_influence):
+                raise InvalidRecord("influence", f"record {record.body.epoch} weighs a member above the cap")
             check_record(record, head, electorate, self.ctx.crypto)
 
     def _switch(self, common: int, theirs: Sequence[Record], ours: Sequence[Record]) -> list[Record]:

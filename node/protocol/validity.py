@@ -5,7 +5,7 @@ Each function returns why a message is refused, in a word that counters use; Non
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Body, InvalidRecord, member_from, quorum
+from tapestry.node.protocol.chain import Body, InvalidRecord, exceeds_influence, member_from, quorum
 from tapestry.node.protocol.exchange import check_roster
 from tapestry.node.protocol.messages import Ready, Roster
 from tapestry.node.protocol.round_state import RoundState
@@ -35,10 +35,14 @@ def value_fault(state: RoundState, body: Body) -> str | None:
     peers = {m.peer for m in body.members}
     if sum(p in peers for p in state.electorate) < quorum(len(state.electorate)):
         return "electorate"
+    if exceeds_influence([m.weight for m in body.members], state.ctx.rules.max_influence):
+        return "influence"
     return None
 
 
 def roster_fault(state: RoundState, roster: Roster) -> str | None:
     if check_roster(roster, state.electorate, state.ctx.rules.shard_count) is not None:
         return "roster"
+    if exceeds_influence([m.weight for m in roster.members], state.ctx.rules.max_influence):
+        return "influence"
     return "state_digest" if roster.state_digest != state.state_digest else None

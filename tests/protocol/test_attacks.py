@@ -1,6 +1,7 @@
 """One malicious peer: whatever it says, the core neither raises nor stops, and its tables stay small."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from simulation.lies import STRANGER, draw_lie
@@ -105,6 +106,22 @@ def test_a_run_that_waits_refuses_forced_records_even_by_an_elector():
     says(world, "p3", Commit(record))
     assert all(n.core.chain.head != record.head for n in nodes(world))
     assert world.refused["forced"] == 3
+
+
+def test_a_leader_that_lifts_the_cap_is_not_followed():
+    world = swarm(max_influence=0.5)
+    world.until(lambda: all(n.core.round and n.core.round.stage == Stage.READY for n in nodes(world)), 60)
+    round_ = nodes(world)[0].core.round
+    members = tuple(
+        Member(n.name, 1, n.core.round.exchange.mine.contribution, n.disk.life) for n in nodes(world)
+    )
+    members = (replace(members[0], weight=100), *members[1:])
+    lie = Roster(
+        round_.epoch, round_.head, round_.state.ballot, False, round_.state.state_digest, members, (0, 1, 2)
+    )
+    says(world, round_.state.leader, lie)
+    assert world.refused["influence"] == 3
+    goes_on(world)
 
 
 def test_records_that_extend_nothing_we_have_are_ignored():

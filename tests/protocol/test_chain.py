@@ -155,6 +155,21 @@ def test_no_weight_is_above_its_share_where_a_share_exists(weights, influence):
         assert max(positive) <= influence * sum(positive) + len(positive)
     elif len(positive) * influence < 1 - 1e-9:
         assert len(set(positive)) <= 1
+    assert not c.exceeds_influence(capped, influence)
+
+
+@pytest.mark.parametrize(
+    ("weights", "influence", "exceeds"),
+    [
+        ([209, 116, 15, 6], 0.6, True),
+        ([208, 116, 15, 6], 0.6, False),
+        ([5, 5], 0.3, False),
+        ([5, 4], 0.3, True),
+    ],
+)
+def test_weights_that_nobody_has_capped_are_seen(weights, influence, exceeds):
+    assert c.exceeds_influence([0, *weights], influence) == exceeds
+    assert not c.exceeds_influence(weights, 1.0)
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.floats(0.05, 1.0), st.randoms())

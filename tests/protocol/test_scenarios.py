@@ -217,3 +217,17 @@ def test_a_quorum_is_lost_when_it_was_missed_for_stall_s():
     assert lone.core.phase() != "degraded"
     took = world.until(lambda: lone.core.phase() == "degraded", 10)
     assert STALL_S <= took < STALL_S + 1.5
+
+
+def test_the_only_elector_commits_no_result_that_lies_on_its_disk_alone():
+    """Else its death, right after the record, would leave the others a head and no way to it."""
+    world = World(1, peers=2, faults=Faults())
+    # One shard, which the first of the members averages: it needs only the other's contribution.
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=1, stall_s=STALL_S)
+    elector, other = world.start_all().nodes.values()
+    world.until(lambda: other.core.round is not None and other.core.round.stage == Stage.EXCHANGING, 20)
+    assert elector.core.round.electorate == (elector.name,)
+    epoch = world.epoch()
+    world.cut(elector.name, other.name, for_s=1.5)  # longer than the grace for the late
+    world.until(lambda: world.epoch() > epoch, 10)
+    assert {peer for peer, _ in elector.core.chain.records[epoch].signatures} == {elector.name, other.name}

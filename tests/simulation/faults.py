@@ -157,8 +157,9 @@ class Chaos:
     def _loses_disk(self, node: Node) -> bool:
         """One in a world, and only where the others can go on: as good as killed, and another one joins.
 
-        They must know all that it knew, and none of their electorates may be this node alone. A run that
-        waits for its quorum waits for good if the disk of one of two is lost: not drawn.
+        They must know all that it knew, one of them must have the state it came to or the update that leads
+        there, and none of their electorates may be this node alone. A run that waits for its quorum waits for
+        good if the disk of one of two is lost: not drawn.
         """
         world = self.world
         if not self.faults.disk_lost or self.disk_was_lost or world.rules.on_quorum_loss == "wait":
@@ -167,6 +168,9 @@ class Chaos:
         if len(others) < 2 or any(electorate_of(n) == [node.name] for n in others):
             return False
         if all(len(n.disk.records) < len(node.disk.records) for n in others):
+            return False
+        head = node.disk.records[-1].head if node.disk.records else world.genesis.run_id
+        if not any(head in n.disk.states or head in n.disk.updates for n in others):
             return False
         self.disk_was_lost = True
         return True

@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 29)
+@plant("a lower ballot is followed after a higher one was promised", 34)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -212,9 +212,16 @@ def forces_though_told_to_wait() -> list[Patch]:
     return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
 
 
-@plant("nobody's weight is capped", 0)
+@plant("nobody's weight is capped, and nobody minds", 0)
 def weight_cap_ignored() -> list[Patch]:
-    return [(leader_module, "capped_weights", lambda weights, max_influence: list(weights))]
+    def all_is_well(weights: Any, max_influence: float) -> bool:
+        return False
+
+    return [
+        (leader_module, "capped_weights", lambda weights, max_influence: list(weights)),
+        (validity_module, "exceeds_influence", all_is_well),
+        (sync_module, "exceeds_influence", all_is_well),
+    ]
 
 
 # --- shards -----------------------------------------------------------------------------------------

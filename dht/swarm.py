@@ -59,6 +59,7 @@ PEERS_MAX = 1024
 # p2pd answers its own control socket in milliseconds; this is for a machine that swaps.
 _CONTROL_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
+_CLOCK_WARNING_S = 600.0  # between two warnings. Guess
 
 
 class SwarmError(Exception):
@@ -440,6 +441,7 @@ class PresenceValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind 
         # Each reading brings the same records from several nodes: check a signature once.
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)
         self._expiry_by_peer: dict[str, float] = {}
+        self._warned_at = -math.inf
 
     def validate(self, record: DHTRecord) -> bool:
         try:
@@ -447,8 +449,17 @@ class PresenceValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind 
         except PresenceError as error:
             _log.debug("presence refused reason=%s error=%s", error.reason, error)
             self._on_refused(error.reason)
+            if error.reason == "future":
+                self._warn_of_clocks(str(error))
             return False
         return True
+
+    def _warn_of_clocks(self, why: str) -> None:
+        """Of two peers whose clocks differ, one is told so: the one whose clock is behind."""
+        now = self._clock()
+        if abs(now - self._warned_at) >= _CLOCK_WARNING_S:
+            self._warned_at = now
+            _log.warning("clock=differs %s: set this machine's clock, or have that peer's set", why)
 
     def _check(self, record: DHTRecord) -> None:
         if record.key != self._key:

@@ -133,6 +133,14 @@ def test_times_are_judged_with_twice_the_tolerance(bench: Bench) -> None:
     assert bench.refused == {"future": 1, "stale": 1}
 
 
+def test_clocks_that_differ_are_said_once_in_a_while(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    for now in (NOW - 500.0, NOW - 499.0, NOW + 500.0):  # behind by so much, still, and ahead
+        bench.now = now
+        assert not bench.validator.validate(bench.record())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "clock=differs" in warning and "500 s in the future" in warning
+
+
 def test_the_number_of_peers_is_bounded_until_records_expire(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,11 @@ class BlockCodec:
     wire_id: int
     kernel: BlockKernel
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The kinds of device that a vector is encoded on: the kernel says it."""
+        return self.kernel.devices
+
     def payload_size(self, n: int) -> int:
         """Bytes of the payload of n elements."""
         return n + SCALE_BYTES * block_count(n)
@@ -128,7 +133,7 @@ class BlockCodec:
         After a refusal the contents of `out` are unspecified. The payload of a vector on a GPU has the same
         bytes as on the CPU and, unless `out` is given, lies in pinned memory.
         """
-        check_vector(x, self.kernel.devices)
+        check_vector(x, self.devices)
         if x.device.type == "cpu":
             return self.encode_pieces(lambda _, start, stop: x[start:stop], x.numel(), out)
         payload = self.encode_on_device(x)

@@ -61,6 +61,10 @@ class Codec(Protocol):
     def wire_id(self) -> int:
         """As a frame's header writes it: u16."""
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The kinds of device on which a vector may lie that `encode` takes; the CPU is one of them."""
+
     def payload_size(self, n: int) -> int:
         """Bytes of the payload of n elements."""
 

@@ -1,16 +1,12 @@
-"""The tensor half of a round: contributions to payloads, payloads to means, and the bytes that travel.
+"""The tensor half of a round: the payloads that the trainer made, their means, and the bytes that travel.
 
 Plain functions of tensors, called in worker threads by node/runtime.py; the protocol core decides what is
 called when and never sees a tensor. A *blob* in the core's words is a payload here: uint8, one shard.
-
-With `residual` on (error feedback, 1-bit SGD 2014; off by default: at 8 bits no paper found it to matter),
-what encoding rounded away is added to the next contribution, and only if this one was committed: else the
-whole of it is lost and must not be counted half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from blake3 import blake3
@@ -18,61 +14,39 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from tapestry.compression.codecs import HEADER_BYTES, Codec, pack, unpack
+from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.compression.shards import Shard as Bounds
-from tapestry.compression.shards import shard_bounds
 from tapestry.node.protocol.messages import Result, Shard
 
 
-def _nobody(shard: int, payload: Tensor) -> None:
-    """Who does not want to be told."""
-
-
 class Averaging:
-    """What a run's codec and shards make of vectors. One `encode` at a time; `settle` at any time."""
+    """What a run's codec and shards make of payloads."""
 
-    def __init__(self, codec: Codec, n: int, shard_elements: int, residual: bool) -> None:
+    def __init__(self, codec: Codec, n: int, shard_elements: int) -> None:
         self.codec = codec
-        self.shards: tuple[Bounds, ...] = shard_bounds(n, shard_elements)
-        self._residual = torch.zeros(n) if residual else None  # f32 (n,), of committed contributions
-        self._pending: tuple[str, Tensor] | None = None  # contribution, f32 (n,); of the newest encoded
+        self._layout = PayloadLayout.of(codec, n, shard_elements)
+        self.shards = self._layout.shards
 
     @property
     def frame_bytes_max(self) -> int:
         """The largest frame payload that a peer may send."""
         return HEADER_BYTES + max(self.codec.payload_size(s.n) for s in self.shards)
 
-    def encode(
+    def take(
         self,
-        vector: Tensor,  # f32 (n,)
-        contribution: str = "",  # its name, for `settle`
-        on_payload: Callable[[int, Tensor], None] = _nobody,  # told of each shard as soon as it is encoded
+        buffer: Tensor,  # uint8 (size,): a contribution as the trainer encoded it; PayloadLayout
     ) -> tuple[Tensor, ...]:  # uint8, one per shard
-        """Raises RefusedVector if the contribution is not finite."""
-        if self._residual is not None:
-            vector = vector + self._residual
-        payloads = []
-        for shard in self.shards:
-            payloads.append(self.codec.encode(vector[shard.start : shard.stop]))
-            on_payload(shard.index, payloads[-1])
-        if self._residual is not None:
-            for s, payload in zip(self.shards, payloads, strict=True):
-                vector[s.start : s.stop] -= self.codec.decode(payload, s.n)
-            self._pending = contribution, vector  # at once: `settle` may come meanwhile
-        return tuple(payloads)
+        """Copies, for the trainer writes its next one there while links still send this one.
 
-    def settle(self, counted: str | None) -> None:
-        """A round is over, in which this contribution of ours counted; None: none did.
-
-        The residual of what counted is kept. If another has been encoded since, it is gone; what it had been
-        added to has counted, so it must not stay either.
+        All are checked: what goes to a reducer, to our own as well, has passed the codec. Raises
+        RefusedPayload: then the trainer's process has gone wrong.
         """
-        pending, self._pending = self._pending, None
-        if self._residual is None or counted is None:
-            return
-        matches = pending is not None and pending[0] == counted
-        self._residual = pending[1] if pending is not None and matches else torch.zeros_like(self._residual)
+        copy = torch.empty_like(buffer)
+        payloads = self._layout.views(copy)
+        for shard, theirs, payload in zip(self.shards, self._layout.views(buffer), payloads, strict=True):
+            self.codec.check(payload.copy_(theirs), shard.n)
+        return payloads
 
     def reduce(
         self,

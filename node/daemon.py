@@ -156,7 +156,7 @@ class Daemon:
         arithmetic = Arithmetic.of(spec, trainer.layout.n)
         state = ModelState(trainer.params, trainer.layout.schema_hash, arithmetic, 0, "")
         if genesis is None:
-            trainer.params.copy_(await trainer.initial_state())
+            await trainer.initialise()
             genesis = await asyncio.to_thread(
                 found_run, spec, identity.peer_id, state, self.home, store, crypto
             )
@@ -173,8 +173,7 @@ class Daemon:
         state, arithmetic = keeper.state, keeper.state.arithmetic
         rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
         core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
-        compression = spec.compression
-        averaging = Averaging(arithmetic.codec, state.n, compression.shard_elements, compression.residual)
+        averaging = Averaging(arithmetic.codec, state.n, spec.compression.shard_elements)
         return Runtime(core, keeper, averaging, self.metrics, self.live, self.config.epochs)
 
     def _make_network(
@@ -267,6 +266,9 @@ class Daemon:
                 cache_dir=str(self.home.cache),
                 inner_state_path=str(self.home.trainer / "inner.safetensors"),
                 node_seed=node_seed(identity.peer_id),
+                codec=spec.compression.codec,
+                shard_elements=spec.compression.shard_elements,
+                residual=spec.compression.residual,
                 device=self.config.device,
                 threads=self.config.threads,
             )

@@ -30,9 +30,10 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
+from tapestry.node.protocol.round import Round
 from tapestry.node.state.transfer import Donor, DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.trainer import messages as tm
-from tapestry.node.trainer.process import Died, Event, TrainerProcess
+from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, TrainerProcess
 from tapestry.node.wire import RemoteProtocolError, StreamEnded
 
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
@@ -42,7 +43,7 @@ REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
 STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
 GENESIS_STREAMS_MAX = 1
 GENESIS_STREAM_S = 10.0  # as long as a joiner waits: node/join.py
-COMPUTE_THREADS = 2  # Guess: encode and reduce side by side; torch itself runs on one thread here
+COMPUTE_THREADS = 2  # Guess: two shards are reduced side by side; torch itself runs on one thread here
 
 _log = logging.getLogger("tapestry.node")
 
@@ -80,7 +81,8 @@ class Runtime:
         self._refusals = Repeats(REFUSAL_LOG_S)
         self._timer: asyncio.TimerHandle | None = None
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
-        self._encode_lock = asyncio.Lock()  # the contribution's buffer is being read
+        self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
+        self._contributed = "", 0  # name of our latest contribution, and generation of its begin
         self._clock = PhaseClock(metrics)
         self._epoch_told = -2
         self._health_told = ""
@@ -229,7 +231,7 @@ class Runtime:
         if isinstance(event, tm.Contribution):
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
-            self._spawn(self._encode(event))
+            self._spawn(self._take(event, self.core.round))
         elif isinstance(event, tm.Progress):
             self.metrics.trained(*self.view.take_progress(), event.loss)
             self._show(event)
@@ -264,36 +266,22 @@ class Runtime:
         _log.warning("%s", why)
         self.feed(ev.TrainerState(False, why))
 
-    async def _encode(self, event: tm.Contribution) -> None:
-        trainer, round_ = self.trainer, self.core.round
-        if trainer is None:
+    async def _take(self, event: tm.Contribution, round_: Round | None) -> None:
+        """Out of the memory that the trainer will write to again, and to the core."""
+        if self.trainer is None:
             return
-        async with self._encode_lock:
+        token = secrets.token_hex(16)
+        async with self._buffer_lock:
+            try:
+                payloads = await self._in_compute_thread(self.averaging.take, self.trainer.contribution)
+            except Refused as refused:
+                self.metrics.refused(refused.reason)
+                self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
+                return
             if self.core.round is not round_:
                 return  # of the same epoch perhaps, but after a fork: it was made from another base
-            await self._encode_buffer(event, trainer.contribution)
-
-    async def _encode_buffer(self, event: tm.Contribution, vector: Any) -> None:
-        """The core hears of it at once, and the first shards travel while the last are still being encoded.
-
-        A trainer gives nothing that is not finite, and its norm says so: a refusal here is for our own bugs.
-        """
-        loop, me = asyncio.get_running_loop(), self.core.ctx.me
-        token = secrets.token_hex(16)
-        blobs = tuple(loop.create_future() for _ in self.averaging.shards)
-
-        def on_payload(shard: int, payload: object) -> None:
-            loop.call_soon_threadsafe(_settle, blobs[shard], payload)
-
-        self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, blobs))
-        try:
-            await self._in_compute_thread(self.averaging.encode, vector, token, on_payload)
-        except Refused as refused:
-            self.metrics.refused(refused.reason)
-            self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
-            self.feed(ev.PeerRefused(me, refused.reason))  # what the others have of it is of no use
-            for blob in blobs:
-                blob.cancel()
+            self._contributed = token, event.generation
+            self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
 
     # --- outputs -------------------------------------------------------------------------------
 
@@ -314,22 +302,8 @@ class Runtime:
                 self.network.send_control(peer, out.message)
 
     def do_send_shard(self, out: ev.SendShard) -> None:
-        blob: Any = out.blob  # of our own contribution: a future
-        if blob.done():
-            self._send_encoded(out, blob)
-            return
-        round_ = self.core.round
-
-        def on_encoded(_: object) -> None:
-            if self.core.round is round_:
-                self._send_encoded(out, blob)
-
-        blob.add_done_callback(on_encoded)
-
-    def _send_encoded(self, out: ev.SendShard, blob: asyncio.Future[Any]) -> None:
-        if not blob.cancelled():
-            message = Shard(out.epoch, out.contribution, out.shard, None)
-            self._send_bulk(out.peer, message, "contribution", blob.result())
+        message = Shard(out.epoch, out.contribution, out.shard, None)
+        self._send_bulk(out.peer, message, "contribution", out.blob)
 
     def do_send_result(self, out: ev.SendResult) -> None:
         message = Result(out.epoch, out.head, out.ballot, out.shard, "", None)
@@ -343,17 +317,9 @@ class Runtime:
         self._spawn(self._reduce(out))
 
     async def _reduce(self, out: ev.Reduce) -> None:
-        payloads = []
-        for blob in out.blobs:
-            if isinstance(blob, asyncio.Future):
-                await asyncio.wait([blob])
-                if blob.cancelled():
-                    return  # our own contribution was refused; the core has heard of that
-                blob = blob.result()
-            payloads.append(blob)
         reduce = self.averaging.reduce
         try:
-            mean, digest = await self._in_compute_thread(reduce, out.shard, payloads, out.weights)
+            mean, digest = await self._in_compute_thread(reduce, out.shard, out.blobs, out.weights)
         except Refused as refused:
             _log.error("reduce=refused shard=%d %s", out.shard, refused)
             self.feed(ev.PeerRefused(max(out.peers), refused.reason))
@@ -505,7 +471,7 @@ class Runtime:
     async def do_train(self, out: ev.Train) -> None:
         if self.trainer is None or (self._epochs is not None and out.epoch >= self._epochs):
             return
-        async with self._encode_lock:
+        async with self._buffer_lock:
             if self.view.validation_due(self._now(), VALIDATION_SHARE):
                 self.view.validating(self._now())
                 self.trainer.evaluate(out.epoch)
@@ -518,7 +484,7 @@ class Runtime:
             self.trainer.close_round(out.epoch)
 
     def do_end_round(self, out: ev.EndRound) -> None:
-        self.averaging.settle(self._counted(out.epoch))
+        self._settle(out.epoch)
         self._results.submit(self.keeper.drop_result, out.outcome == "committed")
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
@@ -526,11 +492,14 @@ class Runtime:
         if out.outcome != "committed" and not self.core.stopping:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
-    def _counted(self, epoch: int) -> str | None:
-        """The contribution of ours that the record of this round names, if there is one."""
+    def _settle(self, epoch: int) -> None:
+        """Tell the trainer which contribution of ours the record of this round names, if there is one."""
         chain, me = self.core.chain, self.core.ctx.me
         members = chain.records[epoch].body.members if epoch < chain.epoch else ()
-        return next((m.contribution for m in members if m.peer == me and m.weight), None)
+        counted = next((m.contribution for m in members if m.peer == me and m.weight), None)
+        if counted is not None and self.trainer is not None:
+            token, generation = self._contributed
+            self.trainer.settle(generation if counted == token else UNKNOWN_GENERATION)
 
     def do_verdict(self, out: ev.Verdict) -> None:
         self.on_refused(out.peer, out.reason, out.text)
@@ -673,13 +642,8 @@ class PhaseClock:
         return None if ready_at is None else now - ready_at
 
 
-def _settle(future: asyncio.Future[Any], value: object) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
 def torch_on_one_thread() -> None:
-    """Encode and reduce run in threads of ours; torch's own would only compete with the trainer."""
+    """Copying and reducing run in threads of ours; torch's own would only compete with the trainer."""
     import torch
 
     torch.set_num_threads(1)

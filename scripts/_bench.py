@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tapestry.node.trainer.encoder import Write
 
 PACKAGES = ("numpy==2.3.5", "matplotlib==3.11.2")
 
@@ -40,6 +47,16 @@ def cell(value: object) -> str:
         return f"{value:,}" if isinstance(value, int) else str(value)
     size = abs(value)
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3g}"
+
+
+def into(out: Tensor) -> Callable[[Write], float]:
+    """For an encoder, in InnerLoop.finish: takes the contribution as it is, f32 (n,), and says no norm."""
+
+    def take(write: Write) -> float:
+        write(0, out.numel(), out)
+        return math.nan
+
+    return take
 
 
 def write_json(path: Path | None, results: object) -> None:

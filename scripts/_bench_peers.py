@@ -54,10 +54,10 @@ def error_of(result: Tensor, peers: int) -> float:
 class TapestryPeer:
     """A whole node but for its trainer: Runtime, Core, Keeper, Network and Swarm, as daemon.py makes them.
 
-    The trainer is a stand-in that has its contribution at once. A round is timed from its report (before the
-    node has encoded anything) till the outer step of the agreed mean has been taken on the parameters; on the
-    way the result and two votes go to disk and a quorum commits. `mean_at` is earlier: all result shards are
-    there, as payloads.
+    The trainer is a stand-in that has its contribution at once, as float32 in memory, and encodes it in a
+    thread of this process. A round is timed from before that till the outer step of the agreed mean has been
+    taken on the parameters; on the way the result and two votes go to disk and a quorum commits. `mean_at` is
+    earlier: all result shards are there, as payloads.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -67,6 +67,7 @@ class TapestryPeer:
         self.applied = asyncio.Event()
 
     async def start(self) -> None:
+        from tapestry.compression.payloads import PayloadLayout
         from tapestry.dht.addresses import parse_listen, parse_peer
         from tapestry.dht.identity import Identity
         from tapestry.dht.swarm import Swarm, SwarmConfig
@@ -134,7 +135,7 @@ class TapestryPeer:
         arithmetic = state.arithmetic
         rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
         core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
-        averaging = Averaging(arithmetic.codec, n, spec.compression.shard_elements, False)
+        averaging = Averaging(arithmetic.codec, n, spec.compression.shard_elements)
         metrics = Metrics("0")
         runtime = Runtime(core, keeper, averaging, metrics, LiveLine(sys.stderr, enabled=False), None)
         self.runtime, self.state, self.store, self.metrics = runtime, state, store, metrics
@@ -160,7 +161,8 @@ class TapestryPeer:
             runtime.news,
             metrics.refused,
         )
-        self.trainer = _Trainer(vector(options["peer"], n), self)
+        payloads = PayloadLayout.of(arithmetic.codec, n, spec.compression.shard_elements)
+        self.trainer = _Trainer(vector(options["peer"], n), payloads, self)
         runtime.trainer, runtime.network = self.trainer, network  # type: ignore[assignment]
         self.tasks = [asyncio.create_task(runtime.run()), asyncio.create_task(network.run(swarm))]
 
@@ -191,6 +193,8 @@ class TapestryPeer:
         fields = Contribution.__dataclass_fields__
         values |= {name: 0 for name in fields if name not in values}
         values |= {name: 0.0 for name in ("waited_s",) if name in fields}
+        await asyncio.to_thread(self.trainer.encode)
+        self.times["encoded"] = time.monotonic()
         self.runtime.on_trainer_event(Contribution(**values))
         async with asyncio.timeout(ROUND_S):
             await self.applied.wait()
@@ -223,19 +227,27 @@ class TapestryPeer:
 
 
 class _Trainer:
-    """Has its contribution from the start; reports when it is told."""
+    """Has its contribution from the start; encodes it when it is told."""
 
-    def __init__(self, contribution: Tensor, peer: TapestryPeer) -> None:
-        self.contribution = contribution
-        self.norm = float(contribution.double().norm())
+    def __init__(self, vector: Tensor, payloads: Any, peer: TapestryPeer) -> None:
+        self.contribution = torch.zeros(payloads.size, dtype=torch.uint8)
+        self.norm = float(vector.double().norm())
+        self._vector = vector
+        self._payloads = payloads
         self._peer = peer
+
+    def encode(self) -> None:
+        for shard, payload in zip(
+            self._payloads.shards, self._payloads.views(self.contribution), strict=True
+        ):
+            self._payloads.codec.encode(self._vector[shard.start : shard.stop], payload)
 
     def begin(self, epoch: int, *_: object) -> None:
         self._peer.begun = epoch
 
     def nothing(self, *_: object) -> None: ...
 
-    abort = close_round = evaluate = save = nothing
+    abort = close_round = evaluate = save = settle = nothing
 
 
 class HivemindPeer:

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import numpy as np
 import psutil
 import torch
-from _bench import machine, table, write_json
+from _bench import into, machine, table, write_json
 from _netns import Net, parse_link
 from e2e.harness import Node
 
@@ -171,9 +171,9 @@ class Alone:
     async def run(self) -> dict[str, Any]:
         async with contextlib.AsyncExitStack() as stack:
             trainers = [await self._start(i, stack) for i in range(self.options.nodes)]
-            initial = await trainers[0].initial_state()
-            for trainer in trainers:
-                trainer.params.copy_(initial)
+            await trainers[0].initialise()
+            for trainer in trainers[1:]:
+                trainer.params.copy_(trainers[0].params)
             began = time.monotonic()
             for trainer in trainers:
                 trainer.evaluate(0)
@@ -198,6 +198,9 @@ class Alone:
             cache_dir=str(self.folder / f"cache-{index}"),
             inner_state_path=str(self.folder / f"inner-{index}"),
             node_seed=index,
+            codec="int8-block",
+            shard_elements=1 << 18,
+            residual=False,
             device="cpu",
         )
         trainer = await TrainerProcess.start(settings, lambda event: self._on_event(index, event))
@@ -346,7 +349,7 @@ def stale_curve(options: argparse.Namespace, spec: RunSpec, share: float, folder
             while not loop.done:
                 loop.step()
             contributions.append(torch.empty_like(params))
-            loop.finish(params, contributions[-1])
+            loop.finish(params, into(contributions[-1]))
             loop.go_on()
             for _ in range(round(share * inner.steps)):
                 loop.step()

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
-from _bench import environment, extra_packages, machine, table, write_json
+from _bench import environment, extra_packages, into, machine, table, write_json
 from torch import Tensor, nn
 
 from tapestry.compression.codecs import get_codec
@@ -825,7 +825,7 @@ def virtual_run(plan: Plan, epochs: int, codec_name: str | None) -> float:
             while not member.done:
                 member.step()
             vectors.append(torch.empty(n))
-            weights.append(member.finish(base, vectors[-1]).weight)
+            weights.append(member.finish(base, into(vectors[-1])).weight)
         mean = mean_of(vectors, weights, codec_name)
         outer.step(base, buffers, mean, 0, n, epoch + 1)
     return judge.loss_of(base)

@@ -24,7 +24,16 @@ FORBIDDEN_BUILTINS = ("eval", "exec", "compile", "__import__")
 FORBIDDEN_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load", "importlib.import_module")
 
 HIVEMIND_MODULES = ("tapestry.dht.swarm", "tapestry.node.links")
-WORKER_SIDE = ("data", "inner", "messages", "model", "settings", "shared", "worker")  # in node/trainer
+WORKER_SIDE = (
+    "data",
+    "encoder",
+    "inner",
+    "messages",
+    "model",
+    "settings",
+    "shared",
+    "worker",
+)  # in node/trainer
 PURE_OF_DHT = ("tapestry.dht.presence",)
 
 

@@ -5,8 +5,11 @@ pseudo-gradient, base minus local. With `steps` = 0 it is the mean gradient of `
 Contribution weight = tokens trained on. A loss or vector that is not finite raises Diverged and is never
 a contribution.
 
-The model's parameters are views into one flat vector, and so are their gradients: loading the base,
-AdamW, the difference and the snapshot are each one operation on f32 (n,). AdamW's moments live on from
+The model's parameters are views into one flat vector, and so are their gradients: loading the base, AdamW
+and the snapshot are each one operation on f32 (n,). The contribution is made piece by piece, as whoever
+encodes it asks (trainer/encoder.py). The base of the difference is read again from the CPU, where it lies in
+shared memory: on a GPU that costs 4 bytes a parameter up the bus once an epoch, where a copy kept there would
+cost 4 bytes of its memory all the time. AdamW's moments live on from
 epoch to epoch, as in DiLoCo. The moments with which an epoch began are kept until the next begins, so an
 epoch that is begun again, after an aborted round or a restart, gives the same bits again.
 
@@ -34,7 +37,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
+from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.settings import InnerSettings
 
 STATE_VERSION = "1"
@@ -50,10 +55,10 @@ class InnerStateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is told of a contribution; the vector itself lies in the caller's buffer."""
+    """What is told of a contribution; the vector itself went to who encoded it."""
 
     weight: int  # tokens trained on
-    norm: float  # L2, computed in f64
+    norm: float  # L2, as the encoder computed it: in f64
     loss: float  # mean over the batches
     batches: int
 
@@ -167,21 +172,41 @@ class InnerLoop:
     def finish(
         self,
         base: Tensor,  # f32 (n,), CPU: the same that was begun with
-        out: Tensor,  # f32 (n,), CPU, written
+        encode: Callable[[Write], float],  # gives the norm; raises RefusedVector for what is not finite
     ) -> Outcome:
-        """Write the contribution; at least one step must have been done. Raises Diverged."""
+        """Have the contribution encoded; at least one step must have been done. Raises Diverged."""
         batches = len(self._losses)
         if self._epoch is None or self._ahead or not batches:
             raise RuntimeError("finish before the first step, or before begin")
-        if self._moments is not None:
-            torch.sub(base, self._local.detach().cpu(), out=out)
-        else:
-            torch.div(self._gradient.cpu(), batches, out=out)
-        norm = float(torch.linalg.vector_norm(out, dtype=torch.float64))
-        if not math.isfinite(norm):
-            raise Diverged(f"epoch {self._epoch}: the contribution is not finite")
+        write = self._mean_gradient(batches) if self._moments is None else self._pseudo_gradient(base)
+        try:
+            norm = encode(write)
+        except RefusedVector as refused:
+            if refused.reason != "not_finite":
+                raise  # our bug
+            raise Diverged(f"epoch {self._epoch}: the contribution is not finite") from refused
         self._epoch, self._finished = None, self._epoch
         return Outcome(self._tokens, norm, math.fsum(self._losses) / batches, batches)
+
+    def _pseudo_gradient(
+        self,
+        base: Tensor,  # f32 (n,), CPU
+    ) -> Write:
+        local = self._local.data
+
+        def write(start: int, stop: int, out: Tensor) -> None:
+            torch.sub(base[start:stop].to(out.device), local[start:stop].to(out.device), out=out)
+
+        return write
+
+    def _mean_gradient(self, batches: int) -> Write:
+        gradient, count = self._gradient, self._gradient.new_full((1,), batches)
+
+        def write(start: int, stop: int, out: Tensor) -> None:
+            # By a tensor: torch on CUDA multiplies by the reciprocal of a number.
+            torch.div(gradient[start:stop].to(out.device), count.to(out.device), out=out)
+
+        return write
 
     def abandon(self) -> None:
         """Forget the epoch that is going on, if any."""

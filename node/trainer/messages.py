@@ -36,14 +36,14 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """The shared buffers now hold n elements each: map them."""
+    """The shared buffers now have room for n parameters and their encoded contribution: map them."""
 
     n: int
 
 
 @dataclass(frozen=True, slots=True)
 class Initialise:
-    """Write a random initial state into the contribution buffer."""
+    """Write a random initial state, f32 (n,), into the buffer for it, which has room only just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,9 @@ class Begin:
     epoch: int
     generation: int  # named in what comes of it: two of one epoch are not the same
     follows: bool
+    counted: (
+        int  # generation of the contribution that has counted since the last Begin; 0: none; -1: an older
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Initialised:
-    """The initial state lies in the contribution buffer."""
+    """The initial state lies in its buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """The contribution lies in its buffer. `weight` = `tokens` trained on; `loss` is the epoch's mean."""
+    """It lies encoded in its buffer. `weight` = `tokens` trained on; `loss` is the epoch's mean."""
 
     epoch: int
     generation: int

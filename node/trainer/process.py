@@ -1,13 +1,13 @@
 """The node's side of the trainer: start the worker, talk to it, start it again when it dies.
 
-The node owns both shared buffers, so they outlive a worker; a new one is handed the same parameters and
+The node owns the shared buffers, so they outlive a worker; a new one is handed the same parameters and
 the `begin` that was going on. Every `begin` has a number of its own, its generation, and what a worker says
 of another is dropped: an epoch may begin twice, on two sides of a fork. A worker that breaks the message
 format, or is silent for too long while it has something to do, is killed and restarted like one that died,
 with back-off.
 
 What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
-contribution of the current `begin` is no longer wanted; read `contribution` before the next `begin`. With
+contribution of the current `begin` is no longer wanted; copy `contribution` before the next `begin`. With
 overlap as well: a worker that goes on after its contribution touches neither buffer before the next `begin`.
 
 A worker takes seconds to import what it needs. `launch` starts one before it is known what it shall train,
@@ -55,7 +55,14 @@ from tapestry.node.trainer.messages import (
     unpack_report,
 )
 from tapestry.node.trainer.settings import WorkerSettings, to_plain
-from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer
+from tapestry.node.trainer.shared import (
+    BUFFERS,
+    create_buffer,
+    map_buffer,
+    map_vector,
+    size_buffer,
+    vector_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +73,7 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
 OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
 OUTPUT_LINE_BYTES = 500
+UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
 EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
 
 
@@ -134,7 +142,7 @@ class TrainerProcess:
         """Only for `launch`."""
         self.layout: Layout
         self.params: Tensor  # f32 (n,), shared: written here, read by the worker
-        self.contribution: Tensor  # f32 (n,), shared: written by the worker, read here
+        self.contribution: Tensor  # uint8 (size,), shared: written by the worker, read here; PayloadLayout
         self.restarts = 0
         self.protocol_errors = 0
         self.stale_reports = 0
@@ -143,12 +151,12 @@ class TrainerProcess:
         self._threads = threads
         self._limits = limits
         self._command = command
-        self._params_fd = create_buffer("tapestry-params")
-        self._contribution_fd = create_buffer("tapestry-contribution")
+        self._fds = {name: create_buffer(f"tapestry-{name}") for name in BUFFERS}
         self._begun: int | None = None
         self._generation = 0
         self._base = ""  # head of the state that was begun from
         self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
+        self._counted = 0  # generation; to be told with the next begin
         self._closing = False
         self._evaluating: int | None = None
         self._initialising: asyncio.Future[None] | None = None
@@ -181,7 +189,15 @@ class TrainerProcess:
         follows = before != "" and self._contributed == (epoch - 1, before)
         self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
         self._generation += 1
-        self._send(Begin(epoch, self._generation, follows))
+        counted, self._counted = self._counted, 0
+        self._send(Begin(epoch, self._generation, follows, counted))
+
+    def settle(self, generation: int) -> None:
+        """The contribution of this begin has been committed: its residual counts from the next begin on.
+
+        UNKNOWN_GENERATION if another than the latest contribution was: then there is no residual.
+        """
+        self._counted = generation
 
     def close_round(self, epoch: int) -> None:
         """Have the worker contribute what it has, after at least one inner step."""
@@ -204,18 +220,25 @@ class TrainerProcess:
         """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
         self._send(Save(epoch))
 
-    async def initial_state(self) -> Tensor:  # f32 (n,), a copy
-        """For a founder: the run's random initial state. Raises TrainerError."""
+    async def initialise(self) -> None:
+        """For a founder, before it begins: the run's random initial state, into `params`.
+
+        It comes through a buffer of its own, for the worker cannot write to `params`; that has room only
+        meanwhile. Raises TrainerError.
+        """
         self._initialising = asyncio.get_running_loop().create_future()
-        self._send(Initialise())
+        fd, n = self._fds["initial"], self.layout.n
         try:
+            size_buffer(fd, vector_size(n))
+            self._send(Initialise())
             async with asyncio.timeout(self._limits.hello_timeout_s):
                 await self._initialising
+            self.params.copy_(map_vector(fd, n, writable=False))
         except TimeoutError:
             raise TrainerError("timeout", "the trainer did not initialise the model in time") from None
         finally:
+            size_buffer(fd, 0)
             self._initialising = None
-        return self.contribution.clone()
 
     async def closed(self) -> None:
         """Wait for the end of supervision: returns after `stop`, raises if it broke."""
@@ -233,10 +256,8 @@ class TrainerProcess:
         finally:
             if self._worker is not None:
                 self._worker.kill()
-            for fd in (self._params_fd, self._contribution_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._params_fd = self._contribution_fd = -1
+            while self._fds:
+                os.close(self._fds.popitem()[1])
         await asyncio.wait({self._supervisor})
         error = self._supervisor.exception()
         if error is not None and not isinstance(error, TrainerError):  # `start` has raised that one
@@ -266,7 +287,7 @@ class TrainerProcess:
     async def _run_worker(self) -> tuple[int, tuple[str, ...]]:
         """One worker from its start to its end: exit status, last lines of output."""
         self._failure = None
-        worker = await _Worker.spawn(self._command, self._threads, self._params_fd, self._contribution_fd)
+        worker = await _Worker.spawn(self._command, self._threads, self._fds)
         self._worker = worker
         self._spawned.set()
         try:
@@ -342,18 +363,24 @@ class TrainerProcess:
         self._resume(worker)
 
     def _map_buffers(self, layout: Layout) -> None:
-        for fd in (self._params_fd, self._contribution_fd):
-            size_buffer(fd, layout.n)
+        from tapestry.compression.codecs import get_codec
+        from tapestry.compression.payloads import PayloadLayout
+
+        assert self._settings is not None  # the worker has said hello because of them
+        codec = get_codec(self._settings.codec)
+        payloads = PayloadLayout.of(codec, layout.n, self._settings.shard_elements)
+        size_buffer(self._fds["params"], vector_size(layout.n))
+        size_buffer(self._fds["contribution"], payloads.size)
         self.layout = layout
-        self.params = map_buffer(self._params_fd, layout.n, writable=True)
-        self.contribution = map_buffer(self._contribution_fd, layout.n, writable=True)
+        self.params = map_vector(self._fds["params"], layout.n, writable=True)
+        self.contribution = map_buffer(self._fds["contribution"], payloads.size, writable=False)
 
     def _resume(self, worker: _Worker) -> None:
         """Tell a worker that has just come up what is still wanted."""
         if self._evaluating is not None:
             worker.send(Evaluate(self._evaluating))
         if self._begun is not None:
-            worker.send(Begin(self._begun, self._generation, follows=False))
+            worker.send(Begin(self._begun, self._generation, follows=False, counted=0))  # it has no residual
             if self._closing:
                 worker.send(Close(self._begun))
 
@@ -392,22 +419,19 @@ class _Worker:
     """One child process and the socket to it."""
 
     @classmethod
-    async def spawn(
-        cls, command: Sequence[str], threads: int, params_fd: int, contribution_fd: int
-    ) -> _Worker:
+    async def spawn(cls, command: Sequence[str], threads: int, fds: dict[str, int]) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     *("--channel", str(theirs.fileno())),
-                    *("--params", str(params_fd)),
-                    *("--contribution", str(contribution_fd)),
+                    *(f"--{name}={fd}" for name, fd in fds.items()),
                     *("--parent", str(os.getpid())),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(), params_fd, contribution_fd),
+                    pass_fds=(theirs.fileno(), *fds.values()),
                     start_new_session=True,  # a terminal's Ctrl-C is for the node
                     env=_environment(threads),
                 )

@@ -109,13 +109,16 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """One node's trainer: the run's training, and this node's data, places and device."""
+    """One node's trainer: the run's training and encoding, and this node's data, places and device."""
 
     training: TrainingSettings
     data: tuple[str, ...]  # as given with --data; see data.py
     cache_dir: str
     inner_state_path: str
     node_seed: int
+    codec: str  # compression.codecs knows the names
+    shard_elements: int  # each shard is encoded by itself
+    residual: bool  # error feedback: trainer/encoder.py
     device: str = "auto"
     threads: int = 1
     validation_windows: int = 64  # 64 x 128 bytes: 0.3 s for `tiny` on one core
@@ -123,6 +126,7 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         _check_choice("device", self.device, DEVICES)
         _check_range("node_seed", self.node_seed, 0, (1 << 63) - 1)
+        _check_range("shard_elements", self.shard_elements, 1, 1 << 26)
         _check_range("threads", self.threads, 1, 1024)
         _check_range("validation_windows", self.validation_windows, 1, 1 << 16)
 

@@ -1,4 +1,4 @@
-"""Vectors that two processes see: anonymous memory behind a file descriptor.
+"""Memory that two processes see: anonymous memory behind a file descriptor.
 
 The node creates a buffer, the worker inherits its descriptor, both map it. The kernel frees it when the
 last of them is gone, however it went: nothing is left in /dev/shm or a temporary folder.
@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What the worker reads, what it writes, and what it writes once, for a founder: else that is empty.
+BUFFERS = ("params", "contribution", "initial")
+
 
 def create_buffer(name: str) -> int:
     """A descriptor of an empty buffer; an unlinked temporary file where the system has no memfd."""
@@ -24,23 +27,39 @@ def create_buffer(name: str) -> int:
         return os.dup(file.fileno())
 
 
-def size_buffer(fd: int, n: int) -> None:
-    """Room for f32 (n,), zeros at first; what is there already stays."""
-    os.ftruncate(fd, 4 * n)
+def size_buffer(fd: int, size: int) -> None:
+    """Room for so many bytes, zeros at first; what is there already stays. Memory beyond it is freed."""
+    os.ftruncate(fd, size)
 
 
 def map_buffer(
     fd: int,
-    n: int,
+    size: int,
     writable: bool,
-) -> Tensor:  # f32 (n,)
+) -> Tensor:  # uint8 (size,)
     """A view that lives as long as the tensor. Writing to one that is not writable kills the process."""
     import torch
 
-    if os.fstat(fd).st_size != 4 * n:
-        raise ValueError(f"the shared buffer holds {os.fstat(fd).st_size} bytes, expected {4 * n}")
+    if os.fstat(fd).st_size != size:
+        raise ValueError(f"the shared buffer holds {os.fstat(fd).st_size} bytes, expected {size}")
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    memory = mmap.mmap(fd, 4 * n, flags=mmap.MAP_SHARED, prot=protection)
+    memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(memory, dtype=torch.float32)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def map_vector(
+    fd: int,
+    n: int,
+    writable: bool,
+) -> Tensor:  # f32 (n,)
+    """The same of floats."""
+    import torch
+
+    return map_buffer(fd, vector_size(n), writable).view(torch.float32)
+
+
+def vector_size(n: int) -> int:
+    """Bytes of f32 (n,)."""
+    return 4 * n

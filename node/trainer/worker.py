@@ -1,7 +1,7 @@
-"""The trainer worker: a child process that turns commands into contributions.
+"""The trainer worker: a child process that turns commands into encoded contributions.
 
-`python -P -m tapestry.node.trainer.worker` is started by process.py with three inherited descriptors: a
-socket for messages, and the two shared buffers. It does one thing at a time: it looks for commands between
+`python -P -m tapestry.node.trainer.worker` is started by process.py with inherited descriptors: a
+socket for messages, and the shared buffers. It does one thing at a time: it looks for commands between
 two inner steps, so a `Close` or a newer `Begin` takes effect within one step. With `overlap` it goes on with
 the next epoch's steps once it has contributed, and when it has done them all it waits for their base.
 
@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ from tapestry.node.trainer.messages import (
     unpack_command,
 )
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings, worker_settings_from
+from tapestry.node.trainer.shared import BUFFERS, map_buffer, map_vector
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +82,7 @@ def main() -> int:
     _die_with_parent(arguments.parent)
     channel = Channel(socket.socket(fileno=arguments.channel))
     try:
-        _serve(channel, arguments.params, arguments.contribution)
+        _serve(channel, {name: getattr(arguments, name) for name in BUFFERS})
     except ChannelClosed:
         return 0
     except WorkerFailure as failure:
@@ -136,7 +138,10 @@ class Worker:
     """What is going on, and what each command does to it."""
 
     def __init__(self, settings: WorkerSettings, channel: Channel) -> None:
-        from tapestry.node.trainer import data, inner, model
+        from tapestry.compression.codecs import get_codec
+        from tapestry.compression.payloads import PayloadLayout
+        from tapestry.compression.refusals import Refused
+        from tapestry.node.trainer import data, encoder, inner, model
 
         self._settings = settings
         self._channel = channel
@@ -149,6 +154,12 @@ class Worker:
         self._validation = corpus.validation_windows(settings.validation_windows)
         net = model.build_model(training.model)
         self.layout = model.model_layout(net)
+        try:
+            codec = get_codec(settings.codec)
+            self.payloads = PayloadLayout.of(codec, self.layout.n, settings.shard_elements)
+        except Refused as refused:
+            raise WorkerFailure("settings", str(refused)) from refused
+        self._encoder = encoder.Encoder(self.payloads, self._device, settings.residual)
         batch_size = training.inner.batch_size
         self._inner = inner.InnerLoop(
             net,
@@ -177,10 +188,11 @@ class Worker:
     def run(
         self,
         base: torch.Tensor,  # f32 (n,), shared with the node, which writes it
-        out: torch.Tensor,  # f32 (n,), shared with the node, which reads it
+        out: torch.Tensor,  # uint8 (payloads.size,), shared with the node, which reads it
+        initial: Callable[[], torch.Tensor],  # f32 (n,), shared with the node for `Initialise`
     ) -> None:
         """Until Stop. Raises ChannelClosed and WorkerFailure."""
-        self._base, self._out = base, out
+        self._base, self._out, self._initial = base, out, initial
         while True:
             command = self._next_command()
             if isinstance(command, Stop):
@@ -217,6 +229,7 @@ class Worker:
             raise WorkerFailure("crashed", f"{type(command).__name__} makes no sense now")
 
     def _begin(self, command: Begin) -> None:
+        self._encoder.settle(command.counted)
         kept = self._inner.begin(command.epoch, self._base, command.follows)
         self._closing, self._generation = False, command.generation
         if not kept:
@@ -246,7 +259,8 @@ class Worker:
             raise WorkerFailure("diverged", str(error)) from error
 
     def _contribute(self, epoch: int) -> None:
-        outcome = self._inner.finish(self._base, self._out)
+        encode, out, generation = self._encoder.encode, self._out, self._generation
+        outcome = self._inner.finish(self._base, lambda write: encode(write, out, generation))
         self._channel.send(
             Contribution(
                 epoch=epoch,
@@ -299,7 +313,7 @@ class Worker:
     def _initialise(self) -> None:
         from tapestry.node.trainer.model import initial_state
 
-        self._out.copy_(initial_state(self._settings.training.model, self._settings.training.seed))
+        self._initial().copy_(initial_state(self._settings.training.model, self._settings.training.seed))
         self._channel.send(Initialised())
 
     def _load_inner_state(self) -> tuple[int, str]:
@@ -312,11 +326,10 @@ class Worker:
         return (-1 if epoch is None else epoch), ""
 
 
-def _serve(channel: Channel, params_fd: int, contribution_fd: int) -> None:
+def _serve(channel: Channel, fds: dict[str, int]) -> None:
     import torch
 
     from tapestry.node.trainer import model
-    from tapestry.node.trainer.shared import map_buffer
 
     model.import_architectures()  # while the node finds out what is to be trained
     first = channel.receive(wait=True)
@@ -335,7 +348,9 @@ def _serve(channel: Channel, params_fd: int, contribution_fd: int) -> None:
     if not isinstance(attach, Attach) or attach.n != worker.layout.n:
         raise WorkerFailure("crashed", f"expected Attach of {worker.layout.n} elements, got {attach}")
     worker.run(
-        map_buffer(params_fd, attach.n, writable=False), map_buffer(contribution_fd, attach.n, writable=True)
+        map_vector(fds["params"], attach.n, writable=False),
+        map_buffer(fds["contribution"], worker.payloads.size, writable=True),
+        lambda: map_vector(fds["initial"], attach.n, writable=True),
     )
 
 
@@ -351,7 +366,7 @@ def _device(wanted: str) -> torch.device:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="started by the Tapestry node, not by hand")
-    for name in ("channel", "params", "contribution", "parent"):
+    for name in ("channel", *BUFFERS, "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
     return parser.parse_args()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tapestry.compression.refusals import RefusedVector
+from tapestry.compression.refusals import RefusedPayload
 from tapestry.node import runtime as runtime_module
 from tapestry.node.logs import LiveLine, Repeats, printable
 from tapestry.node.metrics import Metrics
@@ -97,7 +97,7 @@ class Bench:
     def __init__(self) -> None:
         self.core, self.keeper = FakeCore(), FakeKeeper()
         self.metrics = Metrics("0")
-        fakes: Any = (self.core, self.keeper, SimpleNamespace(settle=lambda counted: None))
+        fakes: Any = (self.core, self.keeper, SimpleNamespace())
         self.runtime = Runtime(*fakes, self.metrics, LiveLine(None, enabled=False), None)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Bench:
@@ -161,43 +161,31 @@ def test_a_contribution_to_a_base_that_was_left_is_dropped(fork_changes):
     async def main() -> None:
         async with Bench() as bench:
             bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
-            bench.runtime.averaging = SimpleNamespace(shards=(), encode=lambda *_: ())  # type: ignore[assignment]
+            bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
             bench.runtime.trainer = SimpleNamespace(contribution=None)  # type: ignore[assignment]
-            async with bench.runtime._encode_lock:
-                encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+            async with bench.runtime._buffer_lock:
+                taking = asyncio.create_task(bench.runtime._take(CONTRIBUTION, bench.core.round))
                 await turns()
                 if fork_changes:
                     bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
-            await encoding
+            await taking
             assert any(isinstance(inp, ev.Contributed) for inp in bench.core.heard) != fork_changes
 
     run(main)
 
 
-class FakeEncoding:
-    """Encodes three shards, each when it is let go."""
+class FakeAveraging:
+    """Copies when it is let go."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.shards = (0, 1, 2)
-        self.go = [threading.Event() for _ in self.shards]
-        self.refuse_at: int | None = None
-        self.sent: list[tuple[int, bytes]] = []
-        self.settle = lambda counted: None
-        bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
-        bench.runtime.averaging = self  # type: ignore[assignment]
-        bench.runtime.trainer = SimpleNamespace(contribution=None, abort=lambda: None)  # type: ignore[assignment]
-        bench.runtime.network = SimpleNamespace(  # type: ignore[assignment]
-            send_bulk=lambda peer, message, kind, payload: self.sent.append((message.shard, payload)),
-            drop_bulk=lambda: None,
-        )
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.refuses = False
 
-    def encode(self, vector: object, token: str, on_payload: Any) -> tuple[object, ...]:
-        for shard in self.shards:
-            self.go[shard].wait(5)
-            if self.refuse_at == shard:
-                raise RefusedVector("not_finite", "x")
-            on_payload(shard, b"%d" % shard)
-        return ()
+    def take(self, buffer: bytearray) -> tuple[bytes, ...]:
+        self.go.wait(5)
+        if self.refuses:
+            raise RefusedPayload("not_finite", "x")
+        return tuple(bytes(buffer[shard : shard + 1]) for shard in range(3))
 
     def frame(self, shard: int, payload: bytes) -> bytes:
         return payload
@@ -210,68 +198,86 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_shards_travel_while_later_ones_are_still_being_encoded():
+def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
     async def main() -> None:
         async with Bench() as bench:
-            fake = FakeEncoding(bench)
-            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
+            fake, begun = FakeAveraging(), []
+            bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
+            bench.core.chain.head_at = lambda epoch: ""
+            bench.runtime.averaging = fake  # type: ignore[assignment]
+            trainer = SimpleNamespace(
+                contribution=bytearray(b"abc"),
+                begin=lambda *args: begun.append(args),
+                evaluate=lambda e: None,
+            )
+            bench.runtime.trainer = trainer  # type: ignore[assignment]
+            bench.runtime.on_trainer_event(CONTRIBUTION)
             await turns()
-            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            bench.core.says = [
-                ev.SendShard(PEER, 3, contributed.contribution, shard, contributed.blobs[shard])
-                for shard in fake.shards
-            ]
+            bench.core.says = [ev.Train(4)]
             bench.runtime.feed(ev.Tick())
-            fake.go[0].set()
-            await until(lambda: fake.sent)
-            assert fake.sent == [(0, b"0")] and not encoding.done()
-            fake.go[1].set(), fake.go[2].set()
-            await encoding
             await turns()
-            assert fake.sent == [(0, b"0"), (1, b"1"), (2, b"2")]
+            assert not begun and not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
+            fake.go.set()
+            await until(lambda: begun)
+            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            assert contributed.blobs == (b"a", b"b", b"c")
 
     run(main)
 
 
-def test_shards_that_are_encoded_after_their_round_are_not_sent():
+def test_the_shards_that_are_sent_are_those_that_were_taken():
     async def main() -> None:
         async with Bench() as bench:
-            fake = FakeEncoding(bench)
-            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
-            await turns()
-            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            bench.core.says = [ev.SendShard(PEER, 3, contributed.contribution, 0, contributed.blobs[0])]
+            sent: list[tuple[str, int, bytes]] = []
+            bench.runtime.averaging = FakeAveraging()  # type: ignore[assignment]
+            bench.runtime.network = SimpleNamespace(  # type: ignore[assignment]
+                send_bulk=lambda peer, message, kind, payload: sent.append((kind, message.shard, payload))
+            )
+            bench.core.says = [ev.SendShard(PEER, 3, "ab" * 16, 1, b"b")]
             bench.runtime.feed(ev.Tick())
             await turns()
-            bench.core.round = None
-            for go in fake.go:
-                go.set()
-            await encoding
-            await turns()
-            assert fake.sent == []
+            assert sent == [("contribution", 1, b"b")]
 
     run(main)
 
 
-def test_a_contribution_that_is_refused_half_way_is_named_as_ours_and_its_rest_not_sent():
+def test_a_contribution_that_is_refused_is_never_announced():
     async def main() -> None:
         async with Bench() as bench:
-            fake = FakeEncoding(bench)
-            fake.refuse_at = 1
-            encoding = asyncio.create_task(bench.runtime._encode(CONTRIBUTION))
-            await turns()
+            fake = FakeAveraging()
+            fake.refuses = True
+            fake.go.set()
+            bench.runtime.averaging = fake  # type: ignore[assignment]
+            bench.runtime.trainer = SimpleNamespace(contribution=b"")  # type: ignore[assignment]
+            await bench.runtime._take(CONTRIBUTION, bench.core.round)
+            assert not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
+            (state,) = (inp for inp in bench.core.heard if isinstance(inp, ev.TrainerState))
+            assert not state.up and "refused" in state.reason
+            assert b'tapestry_refused_total{reason="not_finite"} 1.0' in bench.metrics.render()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("named", "settled"), [("ours", [1]), ("another of ours", [-1]), ("none of ours", []), ("no record", [])]
+)
+def test_the_trainer_is_told_whether_its_contribution_counted(named, settled):
+    async def main() -> None:
+        async with Bench() as bench:
+            told: list[int] = []
+            bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
+            bench.runtime.trainer = SimpleNamespace(contribution=b"", settle=told.append)  # type: ignore[assignment]
+            await bench.runtime._take(CONTRIBUTION, None)
             (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            bench.core.says = [
-                ev.SendShard(PEER, 3, contributed.contribution, 1, contributed.blobs[1]),
-                ev.Reduce(3, "ab" * 32, 0, 1, (contributed.blobs[1],), (8,), ("12D3KooWMe",)),
-            ]
+            name = contributed.contribution if named == "ours" else "ab" * 16
+            peer = OTHER if named == "none of ours" else "12D3KooWMe"
+            members = (SimpleNamespace(peer=peer, weight=8, contribution=name),)
+            bench.core.chain.records = [SimpleNamespace(body=SimpleNamespace(members=members))] * 4
+            bench.core.chain.epoch = 3 if named == "no record" else 4
+            bench.core.says = [ev.EndRound(3, "committed")]
             bench.runtime.feed(ev.Tick())
-            for go in fake.go:
-                go.set()
-            await encoding
             await turns()
-            assert fake.sent == [] and ev.PeerRefused("12D3KooWMe", "not_finite") in bench.core.heard
-            assert not any(isinstance(inp, ev.Reduced) for inp in bench.core.heard)
+            assert told == settled
 
     run(main)
 

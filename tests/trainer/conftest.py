@@ -24,6 +24,9 @@ def worker_settings(text_file: Path, tmp_path: Path) -> WorkerSettings:
         cache_dir=str(tmp_path / "cache"),
         inner_state_path=str(tmp_path / "inner.safetensors"),
         node_seed=7,
+        codec="int8-block",
+        shard_elements=16_384,
+        residual=False,
         device="cpu",
         validation_windows=8,
     )

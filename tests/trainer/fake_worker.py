@@ -39,6 +39,8 @@ def main(mode: str, flag: Path, channel: socket.socket) -> int:
             if mode == "crashes once" and not ran_before:
                 os.kill(os.getpid(), signal.SIGKILL)
             channel.sendall(pack(messages.Validation(command.epoch, 2.5)))
+        if isinstance(command, messages.Initialise):
+            os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(command, messages.Begin):
             on_begin(mode, ran_before, channel, command)
 
@@ -64,7 +66,11 @@ def on_begin(mode: str, ran_before: bool, channel: socket.socket, command: messa
         if generation == 1:
             return
         channel.sendall(pack(contribution(epoch, generation - 1)))
-    weight = 10 * generation + command.follows if mode == "tells" else 5
+    weight = 5
+    if mode == "tells":
+        weight = 10 * generation + command.follows
+    elif mode == "tells what counted":
+        weight = 10 + command.counted
     channel.sendall(pack(contribution(epoch, generation, weight)))
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tapestry.compression.refusals import RefusedVector
+from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.inner import Diverged, InnerLoop, InnerStateError
 from tapestry.node.trainer.model import build_model, initial_state, model_layout, parameter_count
 from tapestry.node.trainer.settings import PRESETS, InnerSettings
@@ -70,7 +72,7 @@ def test_a_gradient_closed_early_is_the_mean_of_what_was_done(base: Tensor) -> N
     loop.begin(4, base)
     loop.step()
     loop.step()
-    assert loop.finish(base, out).weight == 2 * 2 * 16
+    assert loop.finish(base, keep(out)).weight == 2 * 2 * 16
     torch.testing.assert_close(out, _reference_gradient(base, 2), rtol=1e-4, atol=1e-7)
 
 
@@ -147,10 +149,10 @@ def test_what_is_ahead_of_its_base_is_no_contribution_and_waits_when_all_is_done
     loop.step()
     assert loop.done and loop.idle
     with pytest.raises(RuntimeError, match="before begin"):
-        loop.finish(base, out)
+        loop.finish(base, keep(out))
     loop.begin(5, base, follows=True)
     assert not loop.idle
-    assert loop.finish(base, out).weight == 3 * 2 * 16
+    assert loop.finish(base, keep(out)).weight == 3 * 2 * 16
 
 
 @pytest.mark.parametrize("case", ["another head", "a later epoch", "the same epoch again", "after an abort"])
@@ -304,7 +306,20 @@ def test_a_last_step_that_overflows_never_becomes_a_contribution(base: Tensor) -
     loop.step()
     loop._local.data[3] = float("nan")
     with pytest.raises(Diverged, match="the contribution is not finite"):
-        loop.finish(base, torch.empty_like(base))
+        loop.finish(base, keep(torch.empty_like(base)))
+
+
+def keep(out: Tensor) -> Callable[[Write], float]:
+    """For an encoder: takes the contribution as it is, f32 (n,)."""
+
+    def encode(write: Write) -> float:
+        for start in range(0, out.numel(), 1000):
+            write(start, min(start + 1000, out.numel()), out[start : start + 1000])
+        if not out.isfinite().all():
+            raise RefusedVector("not_finite", "as a codec says")
+        return out.double().norm().item()
+
+    return encode
 
 
 def _draw(epoch: int, step: int) -> np.ndarray:
@@ -326,7 +341,7 @@ def _run_epoch(loop: InnerLoop, base: Tensor, out: Tensor, epoch: int = 4):  # t
 def _finish_epoch(loop: InnerLoop, base: Tensor, out: Tensor):  # type: ignore[no-untyped-def]
     while not loop.done:
         loop.step()
-    return loop.finish(base, out)
+    return loop.finish(base, keep(out))
 
 
 def _reference_model(base: Tensor) -> tuple[torch.nn.Module, Callable[[], Tensor]]:

@@ -31,7 +31,7 @@ COMMANDS = [
     messages.Configure({"a": [1, {"b": 2.5}]}),
     messages.Attach(6),
     messages.Initialise(),
-    messages.Begin(3, 2, follows=True),
+    messages.Begin(3, 2, follows=True, counted=-1),
     messages.Close(3),
     messages.Abort(),
     messages.Evaluate(3),
@@ -53,7 +53,7 @@ def test_a_command_survives_the_wire(command: messages.Command) -> None:
 
 
 def test_a_command_with_a_number_for_yes_is_refused() -> None:
-    fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1}
+    fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1, "counted": 0}
     with pytest.raises(MessageError, match=r"Begin\.follows"):
         unpack_command(msgpack.packb(fields))
 
@@ -81,7 +81,7 @@ def test_every_truncation_is_refused(report: messages.Report, data: st.DataObjec
         {"type": "Validation", "epoch": -2, "loss": 2.0},
         {"type": "Validation", "epoch": 1, "loss": float("nan")},
         {"type": "Validation", "epoch": 1, "loss": 2},
-        {"type": "Begin", "epoch": 1, "generation": 1, "follows": True},
+        {"type": "Begin", "epoch": 1, "generation": 1, "follows": True, "counted": 0},
         {"type": "Saved", "epoch": 1, "error": "x" * 5000},
         {"type": ["Saved"]},
         {"epoch": 1},

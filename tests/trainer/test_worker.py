@@ -23,7 +23,7 @@ from tapestry.node.trainer.messages import (
     Stop,
 )
 from tapestry.node.trainer.settings import WorkerSettings
-from tapestry.node.trainer.worker import Worker
+from tapestry.node.trainer.worker import Worker, WorkerFailure
 
 STEPS = 4
 TOKENS = 4 * 32  # of a step
@@ -82,10 +82,19 @@ def perform(settings: WorkerSettings, script: Script) -> tuple[Tensor, Tensor]:
     """The base and the contribution's buffer, as the worker left them."""
     torch.manual_seed(1)
     worker = Worker(settings, script)  # type: ignore[arg-type]
-    base, out = torch.randn(worker.layout.n) * 0.02, torch.zeros(worker.layout.n)
-    worker.run(base, out)
+    base, out = buffers_of(worker)
+    worker.run(base, out, no_initial)
     assert not script.lines
     return base, out
+
+
+def buffers_of(worker: Worker) -> tuple[Tensor, Tensor]:
+    size = worker.payloads.size
+    return torch.randn(worker.layout.n) * 0.02, torch.zeros(size, dtype=torch.uint8)
+
+
+def no_initial() -> Tensor:
+    raise AssertionError("nobody asked for an initial state")
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +115,8 @@ def overlapping(worker_settings: WorkerSettings) -> WorkerSettings:
 
 def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False)),
-        (waiting, Begin(1, 2, follows=True)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (waiting, Begin(1, 2, follows=True, counted=0)),
         (contributed(2), Stop()),
     )
     perform(overlapping, script)
@@ -125,8 +134,8 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
     worker_settings: WorkerSettings,
 ) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False)),
-        (contributed(1), Begin(1, 2, follows=True)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), Begin(1, 2, follows=True, counted=0)),
         (contributed(2), Stop()),
     )
     perform(worker_settings, script)
@@ -135,10 +144,10 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
 
 
 def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlapping: WorkerSettings) -> None:
-    begin = Begin(1, 2, follows=False)
+    begin = Begin(1, 2, follows=False, counted=0)
     aborted = [(contributed(1, 2), Abort()), (at_once, dataclasses.replace(begin, follows=True))]
     for lines in ([(contributed(1, 2), begin)], aborted):
-        script = Script((at_once, Begin(0, 1, follows=False)), *lines, (contributed(2), Stop()))
+        script = Script((at_once, Begin(0, 1, follows=False, counted=0)), *lines, (contributed(2), Stop()))
         perform(overlapping, script)
         assert script.steps == STEPS + 2 + STEPS
         assert script.of(Contribution)[1].weight == STEPS * TOKENS
@@ -146,8 +155,8 @@ def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlappin
 
 def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False)),
-        (contributed(1, 2), Begin(1, 2, follows=True)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
         (at_once, Close(1)),
         (contributed(2), Stop()),
     )
@@ -157,9 +166,9 @@ def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlappi
 
 def test_a_close_that_comes_too_late_closes_nothing(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
         (contributed(1, 1), Close(0)),
-        (contributed(1, 2), Begin(1, 2, follows=True)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
         (contributed(2), Stop()),
     )
     perform(overlapping, script)
@@ -167,7 +176,7 @@ def test_a_close_that_comes_too_late_closes_nothing(overlapping: WorkerSettings)
 
 
 def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: WorkerSettings) -> None:
-    """The node still encodes it."""
+    """The node still copies it."""
     kept: list[Tensor] = []
     buffers: list[Tensor] = []
 
@@ -177,20 +186,47 @@ def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: Work
             if isinstance(report, Contribution):
                 kept.append(buffers[0].clone())
 
-    script = Watching((at_once, Begin(0, 1, follows=False)), (waiting, Stop()))
+    script = Watching((at_once, Begin(0, 1, follows=False, counted=0)), (waiting, Stop()))
     worker = Worker(overlapping, script)  # type: ignore[arg-type]
-    base, out = torch.randn(worker.layout.n) * 0.02, torch.zeros(worker.layout.n)
+    base, out = buffers_of(worker)
     buffers.append(out)
-    worker.run(base, out)
+    worker.run(base, out, no_initial)
     assert len(script.of(Hello)) == 1 and torch.equal(out, kept[0])
 
 
 def test_both_inner_states_can_be_saved_while_ahead(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
         (contributed(1, 2), Save(0)),
         (at_once, Save(1)),
         (at_once, Stop()),
     )
     perform(overlapping, script)
     assert script.of(Saved) == [Saved(0, ""), Saved(1, "")]
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
+    overlapping: WorkerSettings, counted: int
+) -> None:
+    script = Script(
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=counted)),
+        (contributed(2), Stop()),
+    )
+    worker = Worker(dataclasses.replace(overlapping, residual=True), script)  # type: ignore[arg-type]
+    base, out = buffers_of(worker)
+    worker.run(base, out, no_initial)
+    kept = worker._encoder._residual
+    assert (kept is not None) == bool(counted)
+    if kept is not None:
+        assert 0 < kept.abs().max() < 0.01
+
+
+def test_a_codec_or_shards_that_there_are_not_are_a_fault_of_the_settings(
+    worker_settings: WorkerSettings,
+) -> None:
+    for changes in ({"codec": "int7"}, {"shard_elements": 255}):
+        with pytest.raises(WorkerFailure) as caught:
+            Worker(dataclasses.replace(worker_settings, **changes), Script())  # type: ignore[arg-type]
+        assert caught.value.reason == "settings"

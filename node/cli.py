@@ -112,6 +112,8 @@ def init(directory: Path, preset: str, name: str | None) -> None:
 @click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")
 @click.option("--http", metavar="HOST:PORT", help="Metrics and status. Default: 127.0.0.1:9470")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to train. Default: auto")
+@click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
+@click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")

@@ -22,9 +22,16 @@ from typing import Annotated, Any, Literal
 from tapestry.dht.addresses import AddressError, parse_announce, parse_listen, parse_peer
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.runspec import Between, TableError, commented_toml, read_table, read_toml
+from tapestry.node.runspec import Between, Pattern, TableError, commented_toml, read_table, read_toml
 
 RUN_ID_HEX_DIGITS = 64  # blake3
+# Below, a peer of 64 gets less than what links.py takes for a drip. Guess; above is no line.
+MIN_RATE, MAX_RATE = "1mbit", "1000gbit"
+RATE = Pattern(
+    r"|0|(?P<number>[0-9]{1,9}(\.[0-9]{1,6})?) ?(?P<unit>[kmg]bit)",
+    'digits and kbit, mbit or gbit (per second), such as "20mbit", or "" or "0" for no cap',
+)
+_BYTES_S = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 _VARIABLES = {"http": "TAPESTRY_HTTP", "device": "TAPESTRY_DEVICE", "log_format": "TAPESTRY_LOG_FORMAT"}
 _FLAGS = {"peers": "peer"}  # keys whose flag has another name
 
@@ -44,6 +51,8 @@ class NodeConfig:
     http_port: int  # 0: a free one
     device: Literal["auto", "cpu", "cuda"]
     threads: int  # of the trainer, at least 1
+    upload_bytes_per_second: float | None  # cap; None: there is none
+    download_bytes_per_second: float | None
     log_format: Literal["text", "json"]
     epochs: int | None  # stop after so many; None: go on
 
@@ -68,6 +77,8 @@ class NodeConfig:
             http_port=port,
             device=options.device,
             threads=options.threads or len(os.sched_getaffinity(0)),
+            upload_bytes_per_second=_bytes_s(options.max_upload, where["max_upload"]),
+            download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
             log_format=options.log_format,
             epochs=_epochs(flags.get("epochs")),
         )
@@ -106,6 +117,14 @@ class NodeToml:
         Literal["auto", "cpu", "cuda"], "Where the trainer computes; auto takes a GPU if there is one."
     ] = "auto"
     threads: Annotated[int, Between(0, 1_024), "CPU threads of the trainer; 0: one per core."] = 0
+    max_upload: Annotated[
+        str,
+        RATE,
+        f"Cap of what this node sends, {MIN_RATE} to {MAX_RATE}: contributions, results and state wait for "
+        "it; control messages count and never wait. What libp2p and TCP add is not counted: stay 5 % below "
+        "what the line may give.",
+    ] = ""
+    max_download: Annotated[str, RATE, "The same for what this node receives."] = ""
     log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
 
     def to_toml(self) -> str:
@@ -127,6 +146,9 @@ class _Layer:
 
 def _file_layer(home: Home) -> _Layer:
     table = read_toml(home.node_toml) if os.path.lexists(home.node_toml) else {}
+    for cap in ("max_upload", "max_download"):
+        if table.get(cap) == 0 and type(table[cap]) is int:
+            table[cap] = "0"  # the only number that needs no unit
     return _Layer(table, lambda key: f"{home.node_toml}: {key}", home.path)
 
 
@@ -224,6 +246,22 @@ def _data(sources: tuple[str, ...], home: Home) -> tuple[str, ...]:
             "--data stdlib takes the sources of the Python standard library",
         )
     return sources
+
+
+def _bytes_s(text: str, where: str) -> float | None:
+    """A rate as RATE has it, in bytes per second; None for no cap."""
+    if text in ("", "0"):
+        return None
+    rate = _rate(text)
+    if not _rate(MIN_RATE) <= rate <= _rate(MAX_RATE):
+        raise UserError(f"{where}: {text} is not from {MIN_RATE} to {MAX_RATE}", hint='"0" sets no cap')
+    return rate
+
+
+def _rate(text: str) -> float:
+    match = re.fullmatch(RATE.regex, text)
+    assert match is not None, "the strict reader has checked it"
+    return float(match["number"]) * _BYTES_S[match["unit"]]
 
 
 def _epochs(value: int | None) -> int | None:

@@ -49,6 +49,7 @@ from tapestry.node.runtime import Runtime
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.store import LoadedStore, Store
 from tapestry.node.status import NodeView
+from tapestry.node.throttle import Throttle, Throttles
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings
 from tapestry.node.vocabulary import Reader
@@ -68,7 +69,12 @@ class Daemon:
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
-        self.view = NodeView(VERSION, self.started_at)
+        self.view = NodeView(
+            VERSION, self.started_at, config.upload_bytes_per_second, config.download_bytes_per_second
+        )
+        self.throttles = Throttles(
+            Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)
+        )
         self.stop = asyncio.Event()
         self._runtime: Runtime | None = None  # once it runs
 
@@ -164,7 +170,7 @@ class Daemon:
             _check_model(genesis, state)
             await asyncio.to_thread(store.write_genesis, genesis)
         state.head = genesis.run_id
-        return Keeper(self.home, spec, store, loaded, genesis, state), genesis
+        return Keeper(self.home, spec, store, loaded, genesis, state, self.throttles), genesis
 
     async def _make_runtime(
         self, spec: RunSpec, genesis: Genesis, keeper: Keeper, identity: Identity, crypto: NodeCrypto
@@ -193,7 +199,7 @@ class Daemon:
             Reader(crypto),
             runtime.averaging.unpack,
             runtime,
-            _link_limits(spec, runtime.averaging),
+            _link_limits(spec, runtime.averaging, self.throttles),
             {GENESIS_PROTOCOL: runtime.serve_genesis, state_protocol(genesis.run_id): runtime.serve_state},
             KnownPeers(self.home.peers),
             runtime.news,
@@ -352,12 +358,13 @@ def _rules(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
     )
 
 
-def _link_limits(spec: RunSpec, averaging: Averaging) -> LinkLimits:
+def _link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles | None = None) -> LinkLimits:
     return LinkLimits(
         control_bytes_max=spec.limits.max_control_frame_bytes,
         payload_bytes_max=averaging.frame_bytes_max,
         peers_max=spec.limits.max_peers,
         silence_s=3 * spec.round.stall_s,
+        throttles=throttles or Throttles(),
     )
 
 

@@ -30,6 +30,7 @@ from tapestry.node.state.transfer import (
     fetch_state,
     fetch_update,
 )
+from tapestry.node.throttle import Throttles
 
 _log = logging.getLogger("tapestry.keeper")
 
@@ -49,12 +50,13 @@ class Keeper:
         loaded: LoadedStore,
         genesis: Genesis,
         state: ModelState,
+        throttles: Throttles | None = None,  # the node's; None: no caps
     ) -> None:
         self.store = store
         self.state = state
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
         self._limits = spec.limits
-        self._transfer = TransferLimits(stall_s=spec.round.stall_s)
+        self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
         self._chain = Chain(genesis, loaded.records)
         self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn

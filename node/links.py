@@ -7,7 +7,8 @@ keeps its streams open: that is for the core to notice, which hears no heartbeat
 Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
 does not take what we send loses its link, and gets it back when it dials or when we try again. Of the streams
 of one kind that a peer opens only the newest is read, and no peer gets more than a share of the loop's time:
-whoever sends faster than that waits, and the others do not.
+whoever sends faster than that waits, and the others do not. Bulk keeps within the node's bandwidth caps
+(throttle.py); control counts for them and never waits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing_extensions import Buffer
 from tapestry.compression.refusals import Refused
 from tapestry.dht.swarm import Swarm, SwarmError, Unreachable
 from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.throttle import Throttles
 from tapestry.node.vocabulary import Reader, encode_message
 from tapestry.node.wire import (
     FrameLimits,
@@ -73,6 +75,7 @@ class LinkLimits:
     backoff_initial_s: float = 0.2
     backoff_max_s: float = 5.0
     give_up_s: float = 120.0  # after this long without a sign of the peer, wait for one
+    throttles: Throttles = field(default_factory=Throttles)  # the node's, which its state transfers share
 
 
 class Pace:
@@ -326,14 +329,20 @@ class Links:
                 return why
 
     async def _write(self, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
-        """Write a frame at the peer's pace. Returns why that failed, or ""."""
+        """Write a frame at the peer's pace and within our cap. Returns why that failed, or ""."""
+        throttle = self._limits.throttles.upload
         try:
             for part in parts:
                 view = memoryview(part).cast("B")
-                for start in range(0, view.nbytes, WRITE_BYTES):
+                while view.nbytes:
+                    count = min(view.nbytes, WRITE_BYTES)
+                    if kind == "control":
+                        throttle.spend(count)
+                    else:
+                        count = await throttle.take(count)  # before silence_s begins: this is our own wait
                     if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
                         return "the stream broke"
-                    piece = view[start : start + WRITE_BYTES]
+                    piece, view = view[:count], view[count:]
                     writer.write(piece)
                     async with asyncio.timeout(self._limits.silence_s):
                         await writer.drain()
@@ -384,7 +393,8 @@ class Links:
                 del link.inbound[name]
 
     async def _read_control(self, link: _Peer, reader: asyncio.StreamReader) -> None:
-        limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN)
+        throttle = self._limits.throttles.download  # counts, and makes nobody wait: there is no payload
+        limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN, throttle)
         while True:
             header, _ = await self._frame(reader, limits, None)
             self._listener.on_bytes("received", "control", len(header))
@@ -393,7 +403,8 @@ class Links:
             await link.control_pace.wait()
 
     async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
-        limits = FrameLimits(HEADER_BYTES_MAX, self._limits.payload_bytes_max, BYTES_PER_SECOND_MIN)
+        throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max
+        limits = FrameLimits(HEADER_BYTES_MAX, payload_bytes_max, BYTES_PER_SECOND_MIN, throttle)
         loop = asyncio.get_running_loop()
         told_at = loop.time()
         waiting = 0

@@ -14,8 +14,18 @@ if TYPE_CHECKING:
 class NodeView:
     """The http.View of a node, from before it has joined until it has stopped."""
 
-    def __init__(self, version: str, started_at: float) -> None:
+    def __init__(
+        self,
+        version: str,
+        started_at: float,
+        upload_bytes_per_second: float | None = None,  # the caps; None: there is none
+        download_bytes_per_second: float | None = None,
+    ) -> None:
         self.stopping = False
+        self._caps = {
+            "upload_bytes_per_second": upload_bytes_per_second,
+            "download_bytes_per_second": download_bytes_per_second,
+        }
         self._version = version
         self._started_at = started_at
         self._runtime: Runtime | None = None
@@ -48,6 +58,7 @@ class NodeView:
             "round": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "caps": self._caps,
             "addresses": [],
             "uptime_s": round(time.time() - self._started_at, 1),
         }

@@ -4,19 +4,22 @@ A frame is two big-endian u32 (header length, payload length), a msgpack header,
 Control messages have no payload; a shard or result carries a compression frame as its payload, which is read
 into one buffer and never copied again. What headers say is in node/vocabulary.py.
 
-Imports asyncio and msgpack; no hivemind.
+Imports asyncio, msgpack and node/throttle.py; no hivemind.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 from typing_extensions import Buffer
+
+from tapestry.node.throttle import Throttle
 
 FRAME = struct.Struct(">II")
 READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/swarm.py); larger reads come in pieces anyway
@@ -43,6 +46,7 @@ class FrameLimits:
     header_bytes_max: int
     payload_bytes_max: int
     bytes_per_second_min: float | None = None  # of a frame that has begun; None: whoever waits sees to it
+    throttle: Throttle | None = None  # payloads wait for it; the rest only counts
 
 
 async def read_frame(
@@ -56,7 +60,8 @@ async def read_frame(
 
     `start_s` bounds the wait for the frame's first byte (None: as long as the stream lives), `silence_s`
     every silence after it, and `limits` how long drops may make an ocean; `on_bytes` hears of every piece
-    that came. Raises StreamEnded, RemoteProtocolError and TimeoutError.
+    that came. What we wait for our own throttle is held against nobody. Raises StreamEnded,
+    RemoteProtocolError and TimeoutError.
     """
     first = await _read_exactly(reader, 1, start_s, on_bytes, at_start=True)
     async with asyncio.timeout(silence_s):
@@ -66,10 +71,15 @@ async def read_frame(
         raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
     if payload_bytes > limits.payload_bytes_max:
         raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
-    slowest = limits.bytes_per_second_min
-    async with asyncio.timeout(silence_s + (header_bytes + payload_bytes) / slowest if slowest else None):
+    slowest, throttle = limits.bytes_per_second_min, limits.throttle
+    slowest_s = silence_s + (header_bytes + payload_bytes) / slowest if slowest else None
+    async with asyncio.timeout(slowest_s) as deadline:
         header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
-        payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes)
+        may_read = None
+        if throttle is not None:
+            throttle.spend(FRAME.size + header_bytes)
+            may_read = functools.partial(_take, throttle, deadline)
+        payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes, may_read=may_read)
     return bytes(header), payload
 
 
@@ -93,16 +103,33 @@ async def _read_exactly(
     timeout_s: float | None,
     on_bytes: Callable[[int], None] | None,
     at_start: bool = False,
+    may_read: Callable[[int], Awaitable[int]] | None = None,
 ) -> bytearray:
     buffer = bytearray(size)
-    view, have = memoryview(buffer), 0
+    view, have, room = memoryview(buffer), 0, 0
     while have < size:
+        if not room:
+            room = size - have if may_read is None else await may_read(size - have)
         async with asyncio.timeout(timeout_s):
-            piece = await reader.read(min(size - have, READ_BYTES))
+            piece = await reader.read(min(room, READ_BYTES))
         if not piece:
             raise StreamEnded(clean=at_start and have == 0)
         view[have : have + len(piece)] = piece
         have += len(piece)
+        room -= len(piece)
         if on_bytes is not None:
             on_bytes(len(piece))
     return buffer
+
+
+async def _take(throttle: Throttle, deadline: asyncio.Timeout, count: int) -> int:
+    """How many bytes may be read now. The frame's deadline moves by what we waited: that was us."""
+    due, loop = deadline.when(), asyncio.get_running_loop()
+    if due is None:
+        return await throttle.take(count)
+    began_at = loop.time()
+    deadline.reschedule(None)
+    try:
+        return await throttle.take(count)
+    finally:
+        deadline.reschedule(due + loop.time() - began_at)

@@ -29,7 +29,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import msgpack
@@ -57,6 +57,7 @@ from tapestry.node.state.checkpoints import (
 )
 from tapestry.node.state.model import Arithmetic, DigestMismatch, ModelState, spans
 from tapestry.node.state.store import Store, UpdateMissing, result_digest
+from tapestry.node.throttle import Throttles
 from tapestry.node.wire import (
     FrameLimits,
     RemoteProtocolError,
@@ -90,6 +91,7 @@ class DonorFailed(Exception):
 class TransferLimits:
     stall_s: float  # silence that ends a transfer
     serves_max: int = 4  # streams served at once; the next is told `busy`. Guess
+    throttles: Throttles = field(default_factory=Throttles)  # the node's, which its links share
 
 
 # --- the donor --------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class Donor:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer until the peer is done. Raises RemoteProtocolError, StreamEnded, TimeoutError, OSError."""
-        stream = _Stream(reader, writer, self._limits.stall_s, self._on_bytes)
+        stream = _Stream(reader, writer, self._limits, self._on_bytes)
         if self._serving >= self._limits.serves_max:
             await stream.send({"is": "busy"})
             return
@@ -389,39 +391,47 @@ class _Stream:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        stall_s: float,
+        limits: TransferLimits,
         on_bytes: OnBytes,
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self._stall_s = stall_s
+        self._stall_s = limits.stall_s
+        self._throttles = limits.throttles
         self._on_bytes = on_bytes
 
     async def send(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
-        """Raises TimeoutError if the peer does not take it."""
-        if self._writer.is_closing():  # uvloop would raise RuntimeError at the write
-            raise ConnectionResetError("the stream is closed")
+        """Within our cap, whose wait is ours. Raises TimeoutError if the peer does not take it."""
+        loop = asyncio.get_running_loop()
+        left_s = self._stall_s + len(payload) / BYTES_PER_SECOND_MIN
         for part in frame_parts(msgpack.packb(header), [payload] if payload else ()):
             view = memoryview(part)
-            self._writer.write(view)
-            self._on_bytes("out", view.nbytes)
-        async with asyncio.timeout(self._stall_s + len(payload) / BYTES_PER_SECOND_MIN):
-            await self._writer.drain()
+            while view.nbytes:
+                count = await self._throttles.upload.take(view.nbytes)
+                if self._writer.is_closing():  # uvloop would raise RuntimeError at the write
+                    raise ConnectionResetError("the stream is closed")
+                began_at = loop.time()
+                self._writer.write(view[:count])
+                self._on_bytes("out", count)
+                async with asyncio.timeout(left_s):
+                    await self._writer.drain()
+                left_s -= loop.time() - began_at
+                view = view[count:]
 
     async def receive(
         self, header_bytes_max: int, payload_bytes_max: int
     ) -> tuple[dict[str, Any], bytearray]:
         """A frame within these limits. Raises StreamEnded, TimeoutError, RemoteProtocolError."""
-        limits = FrameLimits(header_bytes_max, payload_bytes_max)
-        slowest_s = (header_bytes_max + payload_bytes_max) / BYTES_PER_SECOND_MIN
-        async with asyncio.timeout(self._stall_s + slowest_s):
-            header, payload = await read_frame(
-                self._reader,
-                limits,
-                start_s=self._stall_s,
-                silence_s=self._stall_s,
-                on_bytes=lambda count: self._on_bytes("in", count),
-            )
+        limits = FrameLimits(
+            header_bytes_max, payload_bytes_max, BYTES_PER_SECOND_MIN, self._throttles.download
+        )
+        header, payload = await read_frame(
+            self._reader,
+            limits,
+            start_s=self._stall_s,
+            silence_s=self._stall_s,
+            on_bytes=lambda count: self._on_bytes("in", count),
+        )
         fields = unpack(header)
         if type(fields) is not dict:
             raise RemoteProtocolError("malformed", "a header that is not a map")
@@ -449,7 +459,7 @@ async def _opened(
     """A stream to a donor, closed at the end. Its loss, or its silence, becomes DonorFailed."""
     reader, writer = await open_stream()
     try:
-        yield _Stream(reader, writer, limits.stall_s, on_bytes)
+        yield _Stream(reader, writer, limits, on_bytes)
     except (StreamEnded, ConnectionError) as error:
         raise DonorFailed("ended", f"the stream ended: {error}") from error
     except TimeoutError as error:

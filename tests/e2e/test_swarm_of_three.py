@@ -36,13 +36,18 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
     founder = Node(init(tmp_path / "a", inner_steps="30", shard_elements="4096"))
     with founder:
         founder.wait_ready()
-        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
+        caps = ("--max-upload", "20mbit", "--max-download", "50mbit")
+        second = Node(tmp_path / "b", "--peer", founder.address, *caps, data="stdlib:2/3")
         third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
         with second, third:
             nodes = (founder, second, third)
             digests = Digests(*nodes)
             second.wait_ready()
             third.wait_ready()
+            assert second.status()["caps"] == {
+                "upload_bytes_per_second": 2_500_000,
+                "download_bytes_per_second": 6_250_000,
+            }
 
             def all_members() -> bool:
                 return members_of(chain_of(founder.home)[-1]) == 3

@@ -165,7 +165,7 @@ def test_a_download_goes_on_where_another_donor_broke_off(big: Run) -> None:
     state = big.fresh()
 
     async def resume(open_stream: OpenStream) -> str:
-        stream = Frames(*await open_stream(), STALL_S, no_count)
+        stream = Frames(*await open_stream(), LIMITS, no_count)
         download = Download(await fetch_manifest(stream, 2, big.chain, state), state)
         assert list(download.missing) == [0, 1, 2]
         del download.missing[1]
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_sent_arrives_all_the_same(big: 
     state = big.fresh()
 
     async def fetch(open_stream: OpenStream) -> str:
-        stream = Frames(*await open_stream(), STALL_S, no_count)
+        stream = Frames(*await open_stream(), LIMITS, no_count)
         download = Download(await fetch_manifest(stream, 2, big.chain, state), state)
         first, *rest = download.missing
         download.missing = {first: None}

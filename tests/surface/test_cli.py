@@ -119,6 +119,8 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--announce",
         "--http",
         "--device",
+        "--max-upload",
+        "--max-download",
         "--epochs",
         "--log-format",
         "--detach",

@@ -124,6 +124,13 @@ def test_what_is_not_host_and_port_is_refused_by_its_flag(tmp_path: Path, text: 
         ("listen = ['127.0.0.1:4001']", "listen: '127.0.0.1:4001' is host:port; as a multiaddr it is"),
         ("announce = ['/ip4/1.2.3.4/tcp/0']", "announce: '/ip4/1.2.3.4/tcp/0' announces port 0"),
         ("run = 'none.toml'", "run: there is no file"),
+        ("max_uplod = '1mbit'", "max_uplod: unknown key; did you mean max_upload?"),
+        ("max_upload = 20", "max_upload: 20 is not a string of digits and kbit, mbit or gbit"),
+        ("max_upload = false", "max_upload: false is not a string of digits and kbit"),
+        ("max_upload = '20MB'", 'max_upload: "20MB" is not a string of digits and kbit, mbit or gbit'),
+        ("max_download = '-1mbit'", 'max_download: "-1mbit" is not a string of digits'),
+        ("max_download = '999kbit'", "max_download: 999kbit is not from 1mbit to 1000gbit"),
+        ("max_download = '1001gbit'", "max_download: 1001gbit is not from 1mbit to 1000gbit"),
     ],
 )
 def test_a_mistake_in_node_toml_is_named_with_file_and_key(
@@ -150,6 +157,8 @@ def test_a_mistake_in_node_toml_is_found_also_where_a_flag_overrides_it(tmp_path
         ({"listen": ("/ip4/1.2.3.4",)}, "--listen: '/ip4/1.2.3.4' has no port"),
         ({"announce": ("/ip4/0.0.0.0/tcp/1",)}, "--announce: '/ip4/0.0.0.0/tcp/1' is no address"),
         ({"run_id": "abc"}, "--run-id: 'abc' is not a run id, which has 64 hex digits"),
+        ({"max_upload": "fast"}, '--max-upload: "fast" is not a string of digits and kbit, mbit or gbit'),
+        ({"max_download": "1kbit"}, "--max-download: 1kbit is not from 1mbit to 1000gbit"),
         ({"epochs": 0}, "--epochs: 0 is not a positive number"),
     ],
 )
@@ -179,6 +188,33 @@ def test_addresses_run_id_and_epochs_are_kept_as_given(tmp_path: Path) -> None:
     assert config.listen == ("/ip4/127.0.0.1/tcp/0",)
     assert config.announce == ("/dns4/example.org/tcp/4001",)
     assert (config.run_id, config.epochs) == ("ab" * 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second"),
+    [
+        ("", None),
+        ("0", None),
+        ("1mbit", 125_000),
+        ("1500kbit", 187_500),
+        ("20mbit", 2.5e6),
+        ("2.5 gbit", 312.5e6),
+        ("1000gbit", 125e9),
+    ],
+)
+def test_caps_are_bits_per_second_and_kept_in_bytes(
+    tmp_path: Path, text: str, bytes_per_second: float | None
+) -> None:
+    config = _resolve(tmp_path, max_upload=text)
+    assert (config.upload_bytes_per_second, config.download_bytes_per_second) == (bytes_per_second, None)
+
+
+def test_a_flag_lifts_a_cap_of_node_toml_and_zero_needs_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('max_upload = "20mbit"\nmax_download = 0\n')
+    config = _resolve(tmp_path)
+    assert (config.upload_bytes_per_second, config.download_bytes_per_second) == (2.5e6, None)
+    config = _resolve(tmp_path, max_upload="0", max_download="50mbit")
+    assert (config.upload_bytes_per_second, config.download_bytes_per_second) == (None, 6.25e6)
 
 
 def test_the_commented_node_toml_reads_back_to_the_same_values() -> None:

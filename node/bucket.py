@@ -1,0 +1,48 @@
+"""How many bytes may pass now: a token bucket, kept as a debt (the leaky bucket as a meter).
+
+Turner, "New directions in communications" (1986); the same as GCRA, the virtual scheduling algorithm of ITU-T
+I.371, annex A, with the emission interval 1/rate and the tolerance burst/rate.
+
+Every byte adds to the debt, which the rate pays off. Bulk asks first, and waits until its piece fits under
+the burst; control never asks, and what it spends bulk waits for. So at the moment a bulk piece is let
+through, what has passed in any t seconds up to then is at most burst + rate * t, control included. Nothing is
+saved up beyond the burst: an idle hour buys no flood.
+
+Pure: `now` comes in, how long to wait comes out. Imports nothing.
+"""
+
+from __future__ import annotations
+
+BURST_S = 0.1  # of the rate: 5 % of two seconds, and more than a busy loop is late. Guess
+PIECE_S = (
+    0.02  # of the rate: a piece of bulk is so long on the line, and waits so long for its forerunner. Guess
+)
+PIECE_BYTES_MIN = 1 << 12  # below, what each write costs is more than its bytes. Guess
+PIECE_BYTES_MAX = 1 << 18  # as much as an uncapped link writes at once
+
+
+class Bucket:
+    """One direction's budget. Bytes and seconds."""
+
+    def __init__(self, bytes_per_second: float, now: float) -> None:
+        self.piece_bytes = int(min(max(PIECE_S * bytes_per_second, PIECE_BYTES_MIN), PIECE_BYTES_MAX))
+        self.burst_bytes = max(BURST_S * bytes_per_second, 2.0 * self.piece_bytes)
+        self._rate = bytes_per_second
+        self._debt = 0.0
+        self._at = now
+
+    def wait_s(self, count: int, now: float) -> float:
+        """How long till `count` bytes, at most `piece_bytes`, may pass; 0.0 if now."""
+        assert count <= self.piece_bytes, "a piece has to fit under the burst"
+        self._pay(now)
+        over = self._debt + count - self.burst_bytes
+        return over / self._rate if over >= 1.0 else 0.0  # less than a byte is a rounding of the clock
+
+    def spend(self, count: int, now: float) -> None:
+        """`count` bytes pass now, allowed or not."""
+        self._pay(now)
+        self._debt += count
+
+    def _pay(self, now: float) -> None:
+        self._debt = max(0.0, self._debt - self._rate * max(0.0, now - self._at))
+        self._at = max(self._at, now)

@@ -57,6 +57,7 @@ class Sync:
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
         self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
+        self.stuck_since: float | None = None  # since when nobody can give what we lack
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
 
     @property
@@ -72,7 +73,8 @@ class Sync:
         what = f"needs a state, chain at {self.chain.epoch}"
         if not self.need_state:
             what = f"state {self.state_epoch} of {self.chain.epoch}"
-        return what if self.job or self._donors(now) else f"{what}; no peer that we hear can give it"
+        stuck = self.stuck_since is not None and now - self.stuck_since >= self.ctx.rules.stall_s
+        return f"{what}; no peer that we hear can give it" if stuck else what
 
     # --- records -------------------------------------------------------------------------------
 
@@ -255,6 +257,10 @@ class Sync:
             self._fetch_state(now)
         elif self.state_epoch < self.chain.epoch:
             self._advance(now)
+        if self.job or self.at_head:
+            self.stuck_since = None
+        elif self.stuck_since is None:
+            self.stuck_since = now
 
     def _advance(self, now: float) -> None:
         record = self.chain.records[self.state_epoch]

@@ -231,3 +231,17 @@ def test_the_only_elector_commits_no_result_that_lies_on_its_disk_alone():
     world.cut(elector.name, other.name, for_s=1.5)  # longer than the grace for the late
     world.until(lambda: world.epoch() > epoch, 10)
     assert {peer for peer, _ in elector.core.chain.records[epoch].signatures} == {elector.name, other.name}
+
+
+def test_who_lacks_what_nobody_can_give_says_so():
+    world = World(1, peers=2, faults=Faults())
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=1, stall_s=STALL_S)
+    elector, other = world.nodes.values()
+    elector.start()
+    world.until(lambda: world.epoch() >= 3, 20)
+    other.start()
+    world.until(lambda: other.core.chain.epoch >= 3, 20)
+    elector.crash()
+    began_at = world.now
+    world.until(lambda: "no peer that we hear can give it" in other.core.reason(world.now), 20)
+    assert other.core.phase() == "joining" and world.now - began_at >= STALL_S

@@ -55,7 +55,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Contributed:
-    """The trainer finished: its contribution lies encoded (or will be, when asked for) in the shell."""
+    """The trainer finished: its contribution lies encoded in the shell."""
 
     epoch: int
     contribution: str  # 32 hex digits, random

@@ -227,17 +227,18 @@ class TrainerProcess:
         meanwhile. Raises TrainerError.
         """
         self._initialising = asyncio.get_running_loop().create_future()
-        fd, n = self._fds["initial"], self.layout.n
+        n = self.layout.n
         try:
-            size_buffer(fd, vector_size(n))
+            size_buffer(self._fds["initial"], vector_size(n))
             self._send(Initialise())
             async with asyncio.timeout(self._limits.hello_timeout_s):
                 await self._initialising
-            self.params.copy_(map_vector(fd, n, writable=False))
+            self.params.copy_(map_vector(self._fds["initial"], n, writable=False))
         except TimeoutError:
             raise TrainerError("timeout", "the trainer did not initialise the model in time") from None
         finally:
-            size_buffer(fd, 0)
+            if "initial" in self._fds:  # else `stop` has closed it, and its number may be another file's
+                size_buffer(self._fds["initial"], 0)
             self._initialising = None
 
     async def closed(self) -> None:

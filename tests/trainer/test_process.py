@@ -287,6 +287,18 @@ def test_a_worker_that_dies_while_it_initialises_is_told_and_its_buffer_freed(fa
     asyncio.run(scenario())
 
 
+def test_a_stop_while_the_worker_initialises_is_told_and_touches_no_closed_descriptor(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, _ = await fake.start("dies at initialise")
+        initialising = asyncio.create_task(trainer.initialise())
+        await asyncio.sleep(0)
+        await trainer.stop(0)
+        with pytest.raises(TrainerError, match="died while initialising"):
+            await initialising
+
+    asyncio.run(scenario())
+
+
 def test_a_first_worker_that_fails_says_why_and_is_not_restarted(run: Run, fake: Fake) -> None:
     async def scenario() -> None:
         with pytest.raises(TrainerError, match="no such file: give --data") as caught:

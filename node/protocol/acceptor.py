@@ -6,10 +6,8 @@ what it promised or accepted is on disk before anybody hears of it, and that no 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tapestry.node.protocol.chain import Body, accept_message, head_of
-from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote
+from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote, Vote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -44,8 +42,12 @@ class Acceptor:
         """Write down that nothing of a lower ballot will be accepted, before anybody is told."""
         state, vote = self.state, self.state.vote
         if state.ballot > vote.promised:
-            state.vote = replace(vote, promised=state.ballot)
-            self.ctx.emit(PersistVote(state.vote))
+            self._write(state.ballot, vote.accepted_ballot, vote.accepted)
+
+    def _write(self, promised: int, accepted_ballot: int, accepted: Body | None) -> None:
+        state, vote = self.state, self.state.vote
+        state.vote = Vote(vote.epoch, vote.head, promised, accepted_ballot, accepted, vote.life)
+        self.ctx.emit(PersistVote(state.vote))
 
     def send_ready(self) -> None:
         self.promise()
@@ -142,9 +144,7 @@ class Acceptor:
             # Not in the vote: it must not displace an ordinary value, which a quorum may have chosen.
             self.promise()
         else:
-            ballot = state.ballot
-            state.vote = replace(state.vote, promised=ballot, accepted_ballot=ballot, accepted=body)
-            self.ctx.emit(PersistVote(state.vote))
+            self._write(state.ballot, state.ballot, body)
         state.exchange.progress += 1
         vote = self._vote_for(body, head)
         if state.leading:

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Final, Protocol
 
 MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
 WEIGHT_MAX = 2**53  # tokens; exact in JSON, in float64 and in msgpack
@@ -102,8 +103,11 @@ class Genesis:
 # --- canonical text ---------------------------------------------------------------------------------
 
 
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
 def canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def body_to_dict(body: Body) -> dict[str, Any]:
@@ -215,7 +219,12 @@ def _with_run_id(g: Genesis, run_id: str) -> Genesis:
 
 
 def head_of(body: Body, crypto: Crypto) -> str:
-    return crypto.digest(canonical(body_to_dict(body)))
+    return crypto.digest(_body_text(body))
+
+
+@lru_cache(maxsize=32)  # one body is asked for by all parts of a round, and in the simulator by all nodes
+def _body_text(body: Body) -> bytes:
+    return canonical(body_to_dict(body))
 
 
 def accept_message(head: str, ballot: int) -> bytes:

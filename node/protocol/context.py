@@ -41,6 +41,13 @@ class PeerView:
     heard_at: float = -1e9
     status: Status | None = None
 
+    def stage_at(self, epoch: int, head: str) -> Stage:
+        """How far it is in the round that starts from `head`; AWAY if it is elsewhere."""
+        status = self.status
+        if status is None or status.epoch != epoch or status.head != head:
+            return Stage.AWAY
+        return status.stage
+
 
 UPDATES_MAX = 4096  # heads remembered as being in the update log; a forgotten one is fetched again. G7
 
@@ -78,7 +85,10 @@ class Context:
         if peer == self.me:
             return True
         view = self.peers.get(peer)
-        return view is not None and view.up and now - view.heard_at < self.rules.stall_s
+        return view is not None and self._heard(view, now)
+
+    def _heard(self, view: PeerView, now: float) -> bool:
+        return view.up and now - view.heard_at < self.rules.stall_s
 
     def leaving(self, peer: str) -> bool:
         """Its last word was that it is not at any head."""
@@ -88,15 +98,12 @@ class Context:
     def stage_at(self, peer: str, epoch: int, head: str) -> Stage:
         """How far `peer` is in the round that starts from `head`; AWAY if it is elsewhere."""
         view = self.peers.get(peer)
-        status = view.status if view is not None else None
-        if status is None or status.epoch != epoch or status.head != head:
-            return Stage.AWAY
-        return status.stage
+        return view.stage_at(epoch, head) if view is not None else Stage.AWAY
 
     def live_at(self, epoch: int, head: str, now: float) -> list[str]:
         """Other peers heard of late, at this head and taking part."""
         return [
             peer
-            for peer in self.peers
-            if self.heard(peer, now) and self.stage_at(peer, epoch, head) != Stage.AWAY
+            for peer, view in self.peers.items()
+            if self._heard(view, now) and view.stage_at(epoch, head) != Stage.AWAY
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record
 from tapestry.node.protocol.context import Context, PeerView, Rules
@@ -53,7 +53,7 @@ from tapestry.node.protocol.messages import (
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.sync import Sync
 
-NOTHING: tuple[Output, ...] = ()
+NOTHING: Final[tuple[Output, ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +432,7 @@ class Core:
         return self.chain.head_at(min(max(self.sync.state_epoch, 0), self.chain.epoch))
 
 
-_HANDLERS: dict[type, Callable[[Core, Any, float], None]] = {
+_HANDLERS: Final[dict[type, Callable[[Core, Any, float], None]]] = {
     PeerUp: Core.handle_peer_up,
     PeerDown: Core.handle_peer_down,
     Received: Core.handle_received,

@@ -93,9 +93,9 @@ class Leader:
         if not state.forced:
             if self._promises() < quorum(len(state.electorate)):
                 return None
-            highest = max(self._trusted(), key=lambda r: (r.accepted_ballot, r.contribution))
-            if highest.accepted is not None:
-                return self._propose(highest.accepted)
+            accepted = self._accepted()
+            if accepted is not None:
+                return self._propose(accepted)
         if self.close_at is None:
             self.close_at = now + self.ctx.rules.straggler_wait_s
         if now >= self.close_at and not self.closing_sent:
@@ -139,6 +139,11 @@ class Leader:
         if sum(p in served for p in electorate) < quorum(len(electorate)):
             served = list(ready)
         return [ready[p] for p in served]
+
+    def _accepted(self) -> Body | None:
+        """The value of the highest ballot that they tell of."""
+        told = [r for r in self._trusted() if r.accepted is not None]
+        return max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted if told else None
 
     def _contributors(self) -> list[str]:
         return [p for p, r in self.state.ready.items() if r.weight and p not in self.excluded]
@@ -224,13 +229,7 @@ class Leader:
     def watch_members(self, now: float) -> None:
         """Leave out who is gone, or who holds the others up."""
         state, rules = self.state, self.ctx.rules
-        gone = [
-            p
-            for p in state.addressees()
-            if (p not in state.accepts and (not self.ctx.heard(p, now) or self.ctx.leaving(p)))
-            # A reducer may have voted and died before the others had its results.
-            or (not self.ctx.heard(p, now) and state.exchange.reduces(p))
-        ]
+        gone = [p for p in state.addressees() if self._gone(p, now)]
         if gone and state.proposal is None:
             if state.accepted_at is None:  # else the quorum has it: commit goes on without them
                 self.exclude(gone, "gone", now)
@@ -247,6 +246,13 @@ class Leader:
             who = culprit(accusations, self.spared)
             self.spared.update(dict.fromkeys(p for named in accusations.values() for p in named))
             self.exclude([who] if who is not None else [], "stalled", now)
+
+    def _gone(self, peer: str, now: float) -> bool:
+        state = self.state
+        if self.ctx.heard(peer, now):
+            return peer not in state.accepts and self.ctx.leaving(peer)
+        # A reducer may have voted and died before the others had its results.
+        return peer not in state.accepts or state.exchange.reduces(peer)
 
     def _accusations(self) -> dict[str, tuple[str, ...]]:
         accusations = {self.ctx.me: self.state.exchange.waiting_on()}

@@ -28,8 +28,9 @@ class Watch:
         """In phase 2, anybody's progress in this ballot counts: a slow link is not a stall."""
         state, peers = self.state, self.ctx.peers
         seen = state.exchange.progress
-        for peer in state.addressees() if state.leading else peers:
-            status = peers[peer].status if peer in peers else None
+        asked = [peers[p] for p in state.addressees() if p in peers] if state.leading else peers.values()
+        for view in asked:
+            status = view.status
             if status is not None and status.epoch == state.epoch and status.head == state.head:
                 seen += status.progress
         overdue = now - state.exchange_at >= self.ctx.rules.exchange_max_s
@@ -106,7 +107,7 @@ class Watch:
         leader = state.leader
         view = self.ctx.peers.get(leader)
         gone = not self.ctx.heard(leader, now)
-        at_head = self.ctx.stage_at(leader, state.epoch, state.head) != Stage.AWAY
+        at_head = view is not None and view.stage_at(state.epoch, state.head) != Stage.AWAY
         heard_at = view.heard_at if view is not None and at_head else -1e9
         if gone and now - state.entered_at >= min(rules.resend_s, rules.stall_s) / 4:
             return "leader_gone"
@@ -130,11 +131,14 @@ class Watch:
         ready = sum(
             p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.electorate
         )
-        others = ctx.live_at(state.epoch, state.head, now)
-        count = 1 + sum(ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in others)
-        if ready < quorum(len(state.electorate)) or count < rules.min_members:
+        if ready < quorum(len(state.electorate)) or self._ready_count(now) < rules.min_members:
             state.quorum_ready_at = None
             return False
         if state.quorum_ready_at is None:
             state.quorum_ready_at = now
         return now - state.quorum_ready_at >= patience_s
+
+    def _ready_count(self, now: float) -> int:
+        """Those who could be averaged: we, and who of the others is ready."""
+        ctx, epoch, head = self.ctx, self.state.epoch, self.state.head
+        return 1 + sum(ctx.stage_at(p, epoch, head) >= Stage.READY for p in ctx.live_at(epoch, head, now))

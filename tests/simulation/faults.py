@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from simulation.draws import choice
 from simulation.lies import STRANGER, draw_lie
 from simulation.shell import Disk, Node, digest
 
@@ -94,6 +95,8 @@ class Chaos:
         self.rng = world.rng
         self.disk_was_lost = False
         self.went_astray = False
+        # when, ticket, what: the next one last
+        self.planned: list[tuple[float, int, Callable[[], None]]] = []
 
     def plan(self, until_s: float) -> None:
         faults, world = self.faults, self.world
@@ -113,13 +116,25 @@ class Chaos:
                 at += self.rng.expovariate(rate * len(world.nodes))
                 if at >= until_s:
                     break
-                world.later(at, None, self._until_healed(fault))
+                self.planned.append((at, world.ticket(), fault))
 
-    def _until_healed(self, fault: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None if self.world.healed else fault()
+        self.planned.sort(key=lambda planned: planned[:2], reverse=True)
+        self._await_next()
+
+    def _await_next(self) -> None:
+        """One planned fault at a time is among the world's events: its heap stays small."""
+        if self.planned:
+            at, ticket, fault = self.planned.pop()
+
+            def happen() -> None:
+                self._await_next()
+                if not self.world.healed:
+                    fault()
+
+            self.world.at(at, ticket, happen)
 
     def _pick(self) -> Node:
-        return self.rng.choice(list(self.world.nodes.values()))
+        return choice(self.rng, list(self.world.nodes.values()))
 
     def _crash(self) -> None:
         self.crash_for_a_while(self._pick())
@@ -238,7 +253,7 @@ class Chaos:
 
     def _lie(self) -> None:
         """One message of random values, in the name of a member or of somebody who is none."""
-        victim, liar = self._pick(), self.rng.choice([STRANGER, self._pick().name])
+        victim, liar = self._pick(), choice(self.rng, [STRANGER, self._pick().name])
         if victim.core is None or liar == victim.name:
             return
         if liar == STRANGER:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from simulation.draws import choice, hex_digits, randint
+
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, WEIGHT_MAX, Body, Member, Record
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
@@ -39,7 +41,7 @@ def draw_lie(rng: random.Random, victim: Core, member: bool) -> Message:
     kinds = [lie.status, lie.get_records, lie.records, lie.need, lie.shard, lie.result, lie.closing]
     if not member:
         kinds += [lie.call, lie.ready, lie.roster, lie.propose, lie.accept, lie.commit]
-    return rng.choice(kinds)()
+    return choice(rng, kinds)()
 
 
 class _Liar:
@@ -52,40 +54,40 @@ class _Liar:
 
     def epoch(self) -> int:
         now = self.victim.chain.epoch
-        return self.rng.choice([now, now, now, now + 1, now - 1, 0, -1, -(10**6), EPOCH_MAX])
+        return choice(self.rng, [now, now, now, now + 1, now - 1, 0, -1, -(10**6), EPOCH_MAX])
 
     def head(self) -> str:
-        return self.rng.choice([self.victim.chain.head, self.victim.chain.head, self.hex(64)])
+        return choice(self.rng, [self.victim.chain.head, self.victim.chain.head, self.hex(64)])
 
     def ballot(self) -> int:
         now = self.round.ballot if self.round is not None else 0
-        return self.rng.choice([now, now + 1, now + self.rng.randint(1, 9), 0, -1, BALLOT_MAX])
+        return choice(self.rng, [now, now + 1, now + randint(self.rng, 1, 9), 0, -1, BALLOT_MAX])
 
     def hex(self, length: int) -> str:
-        return f"{self.rng.getrandbits(4 * length):0{length}x}"
+        return hex_digits(self.rng, length)
 
     def shard_index(self) -> int:
-        return self.rng.choice([0, 1, 2, -1, -(10**9), 10**9])
+        return choice(self.rng, [0, 1, 2, -1, -(10**9), 10**9])
 
     def peer(self) -> str:
-        return self.rng.choice([STRANGER, self.victim.ctx.me, *self.victim.ctx.peers])
+        return choice(self.rng, [STRANGER, self.victim.ctx.me, *self.victim.ctx.peers])
 
     def digest(self) -> str:
-        return self.rng.choice([self.victim.sync.state_digest, self.hex(64)])
+        return choice(self.rng, [self.victim.sync.state_digest, self.hex(64)])
 
     def contribution(self) -> str:
         mine = self.round.exchange.mine if self.round is not None else None
-        return self.rng.choice(["", self.hex(32), mine.contribution if mine is not None else ""])
+        return choice(self.rng, ["", self.hex(32), mine.contribution if mine is not None else ""])
 
     def members(self) -> tuple[Member, ...]:
-        peers = sorted({STRANGER, *(self.peer() for _ in range(self.rng.randint(0, 6)))})
-        return tuple(Member(p, self.rng.choice([1, WEIGHT_MAX]), self.hex(32)) for p in peers)
+        peers = sorted({STRANGER, *(self.peer() for _ in range(randint(self.rng, 0, 6)))})
+        return tuple(Member(p, choice(self.rng, [1, WEIGHT_MAX]), self.hex(32)) for p in peers)
 
     def body(self) -> Body:
         chain = self.victim.chain
-        members = self.rng.choice([self.members(), (Member(STRANGER, WEIGHT_MAX, self.hex(32)),)])
+        members = choice(self.rng, [self.members(), (Member(STRANGER, WEIGHT_MAX, self.hex(32)),)])
         forced = self.rng.random() < 0.5
-        run_id = self.rng.choice([chain.genesis.run_id, self.hex(64)])
+        run_id = choice(self.rng, [chain.genesis.run_id, self.hex(64)])
         epoch = self.epoch() + 1
         return Body(run_id, epoch, self.head(), self.digest(), members, self.hex(64), forced)
 
@@ -107,16 +109,16 @@ class _Liar:
     # --- messages ------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        stage = self.rng.choice(list(Stage))
-        progress = self.rng.choice([0, 1, 10**9])
-        waiting = tuple(self.peer() for _ in range(self.rng.randint(0, 8)))
+        stage = choice(self.rng, list(Stage))
+        progress = choice(self.rng, [0, 1, 10**9])
+        waiting = tuple(self.peer() for _ in range(randint(self.rng, 0, 8)))
         return Status(self.epoch(), self.head(), "lying", stage, self.ballot(), progress, waiting)
 
     def get_records(self) -> GetRecords:
-        return GetRecords(tuple((self.epoch(), self.head()) for _ in range(self.rng.randint(0, 4))))
+        return GetRecords(tuple((self.epoch(), self.head()) for _ in range(randint(self.rng, 0, 4))))
 
     def records(self) -> Records:
-        return Records(self.epoch(), tuple(self.record() for _ in range(self.rng.randint(0, 3))))
+        return Records(self.epoch(), tuple(self.record() for _ in range(randint(self.rng, 0, 3))))
 
     def need(self) -> Need:
         shards = tuple(self.shard_index() for _ in range(20))
@@ -126,8 +128,8 @@ class _Liar:
         return Shard(self.epoch(), self.hex(32), self.shard_index(), "blob of a liar")
 
     def result(self) -> Result:
-        ballot = self.rng.choice(
-            [-1, BALLOT_MAX]
+        ballot = choice(
+            self.rng, [-1, BALLOT_MAX]
         )  # a reducer's wrong mean is a wrong contribution by any name
         return Result(self.epoch(), self.head(), ballot, self.shard_index(), self.hex(64), "mean of a liar")
 
@@ -138,8 +140,8 @@ class _Liar:
         return Call(self.epoch(), self.head(), self.ballot(), self.rng.random() < 0.5)
 
     def ready(self) -> Ready:
-        accepted = self.rng.choice([None, self.body()])
-        weight = self.rng.choice([0, 1, -1, WEIGHT_MAX, 2 * WEIGHT_MAX])
+        accepted = choice(self.rng, [None, self.body()])
+        weight = choice(self.rng, [0, 1, -1, WEIGHT_MAX, 2 * WEIGHT_MAX])
         return Ready(
             self.epoch(),
             self.head(),

@@ -1,7 +1,7 @@
 """The shell around a core, as the simulator plays it: disk, jobs and trainer, all in virtual time.
 
 A state is the digest of its history, a contribution's shard is (peer, contribution, shard), a reduced shard
-is the tuple of what was averaged: so a wrong mixture is visible in the values themselves.
+names what was averaged: so a wrong mixture is visible in the values themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from simulation.draws import randint
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Chain, Record
@@ -19,9 +22,10 @@ from tapestry.node.protocol.messages import Result, Shard, Status
 if TYPE_CHECKING:
     from simulation.world import World
 
-TICK = ev.Tick()
+TICK: Final = ev.Tick()
 
 
+@lru_cache(maxsize=4096)  # every node computes what one has computed: heads, orders of leaders, signatures
 def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
@@ -40,6 +44,44 @@ class SimCrypto:
 
     def verify(self, peer: str, signature: str, message: bytes) -> bool:
         return signature == digest(peer.encode() + message)
+
+
+class Part:
+    """A shard of a contribution, by name."""
+
+    def __init__(self, peer: str, contribution: str, shard: int) -> None:
+        self.peer = peer
+        self.contribution = contribution
+        self.shard = shard
+        self.text = f"('{peer}', '{contribution}', {shard})"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class Mean:
+    """A reduced shard: what was averaged. Its digest is taken once, though everybody asks for it."""
+
+    def __init__(self, shard: int, blobs: tuple[object, ...], weights: tuple[int, ...]) -> None:
+        assert len(blobs) == len(weights)
+        self.shard = shard
+        # (peer, contribution, weight) of what is this shard of a contribution
+        self.averaged: list[tuple[str, str, int]] = []
+        inputs = []
+        for blob, weight in zip(blobs, weights):  # noqa: B905
+            if isinstance(blob, Part) and blob.shard == shard:
+                self.averaged.append((blob.peer, blob.contribution, weight))
+            inputs.append(f"({blob.text if isinstance(blob, Part) else repr(blob)}, {weight})")
+        self.text = f"({shard}, ({', '.join(inputs)}{',' if len(inputs) == 1 else ''}))"
+        self.digest = digest(self.text.encode())
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def digest_of(blob: object) -> str:
+    """Of what travels: equal values, equal digests."""
+    return blob.digest if isinstance(blob, Mean) else digest(repr(blob).encode())
 
 
 @dataclass
@@ -164,13 +206,12 @@ class Node:
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        result = self.world.digest_of(out.blob)
-        message = Result(out.epoch, out.head, out.ballot, out.shard, result, out.blob)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, digest_of(out.blob), out.blob)
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_reduce(self, out: ev.Reduce) -> None:
-        blob = (out.shard, tuple(zip(out.blobs, out.weights, strict=True)))
-        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, self.world.digest_of(blob), blob)
+        mean = Mean(out.shard, out.blobs, out.weights)
+        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, mean.digest, mean)
         self.world.later(self.world.draw(0.005, 0.05), self, reduced)
 
     def do_persist_vote(self, out: ev.PersistVote) -> None:
@@ -215,7 +256,7 @@ class Node:
             return
         epoch, shards = self.world.invariants.on_apply(self, record)
         before = self.disk.states[record.body.prev][1]
-        after = digest("".join((before, *map(self.world.digest_of, shards))).encode())
+        after = digest("".join([before, *[digest_of(s) for s in shards]]).encode())
         self.world.invariants.on_state(self, record.head, after)
         if self.world.chaos.goes_astray(self):
             self.astray, after = record.head, digest(b"astray" + after.encode())
@@ -264,7 +305,7 @@ class Node:
 
     def update_holds(self, result: str, shards: tuple[object, ...]) -> bool:
         """Whether an update is the one that the record names: the shell's check, as node/state has it."""
-        return digest("".join(map(self.world.digest_of, shards)).encode()) == result
+        return digest("".join([digest_of(s) for s in shards]).encode()) == result
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         donor = self.world.nodes.get(out.donor)
@@ -302,8 +343,8 @@ class Node:
                 return
             self.training += 1
             contribution = self.world.token()
-            blobs = tuple((self.name, contribution, s) for s in range(self.world.rules.shard_count))
-            self.feed(ev.Contributed(epoch, contribution, self.world.rng.randint(1, 1000), 1.0, blobs))
+            blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
+            self.feed(ev.Contributed(epoch, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs))
 
         self.world.later(after_s, self, finish)
 

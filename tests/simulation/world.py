@@ -14,6 +14,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Literal, NoReturn
 
+from simulation.draws import hex_digits
 from simulation.faults import Chaos, Faults
 from simulation.invariants import Invariants
 from simulation.shell import TICK, Node, SimCrypto, digest
@@ -49,6 +50,7 @@ class World:
         keep_trace: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
+        self.random = self.rng.random
         self.seed = seed
         self.now = 0.0
         self.heap: list[tuple[float, int, int, Node | None, Happening]] = []
@@ -60,7 +62,6 @@ class World:
         self.refused: dict[str, int] = {}
         self.cuts: dict[tuple[str, str], float] = {}  # (from, to) -> until
         self.links: dict[tuple[str, str], int] = {}  # (from, to) -> which link of theirs it is
-        self.digests: dict[object, str] = {}
         self.updates_kept = updates_kept
         self.checkpoint_every = checkpoint_every
         self.train_s = (0.3, self.rng.choice([0.6, 1.0, 3.0]))
@@ -213,32 +214,31 @@ class World:
         elif what is TICK:
             if at == node.timer_at:  # else it was set anew
                 node.feed(TICK)
-        elif callable(what):
-            what()
-        else:
+        elif isinstance(what, ev.Received) or not callable(what):
             node.feed(what)
+        else:
+            what()
+
+    def ticket(self) -> int:
+        """Of two events at one moment, the one with the lower ticket comes first."""
+        self.count += 1
+        return self.count
 
     def later(self, delay_s: float, node: Node | None, what: Happening) -> None:
-        self.count += 1
         life = node.life if node is not None else 0
-        heappush(self.heap, (self.now + delay_s, self.count, life, node, what))
+        heappush(self.heap, (self.now + delay_s, self.ticket(), life, node, what))
+
+    def at(self, at: float, ticket: int, what: Callable[[], object]) -> None:
+        heappush(self.heap, (at, ticket, 0, None, what))
 
     def wake(self, at: float, node: Node) -> None:
-        self.count += 1
-        heappush(self.heap, (at, self.count, node.life, node, TICK))
+        heappush(self.heap, (at, self.ticket(), node.life, node, TICK))
 
     def draw(self, low: float, high: float) -> float:
-        return low + (high - low) * self.rng.random()
-
-    def digest_of(self, blob: object) -> str:
-        """Of what travels: equal values, equal digests."""
-        known = self.digests.get(blob)
-        if known is None:
-            known = self.digests[blob] = digest(repr(blob).encode())
-        return known
+        return low + (high - low) * self.random()
 
     def token(self) -> str:
-        return f"{self.rng.getrandbits(128):032x}"
+        return hex_digits(self.rng, 32)
 
     def trace_digest(self) -> str:
         assert self.digest is not None
@@ -255,7 +255,7 @@ class World:
     # --- the network ---------------------------------------------------------------------------
 
     def delay(self, bulk: bool = False) -> float:
-        draw, faults = self.rng.random, self.faults
+        draw, faults = self.random, self.faults
         delay_s = 0.002 + 0.028 * draw()
         if bulk:
             delay_s += 0.1 * draw()
@@ -275,7 +275,7 @@ class World:
             self.tell(sender.name, message, to)
             self.later(self.delay(bulk), receiver, ev.Received(sender.name, message))
             return
-        draw, faults = self.rng.random, self.faults
+        draw, faults = self.random, self.faults
         if faults.loss and draw() < faults.loss:
             return
         received: ev.Input = ev.Received(sender.name, self.chaos.falsify(message))
@@ -288,7 +288,7 @@ class World:
 
     def heartbeat(self, sender: Node, peers: tuple[str, ...], status: Status) -> None:
         """A broadcast that reaches most of its receivers at one moment: the lion's share of all messages."""
-        now, draw, faults = self.now, self.rng.random, self.faults
+        draw, faults = self.random, self.faults
         received = ev.Received(sender.name, status)
         together = []
         self.messages += len(peers)
@@ -314,8 +314,7 @@ class World:
                 if receiver.life == life:
                     receiver.feed(received)
 
-        self.count += 1
-        heappush(self.heap, (now + 0.002 + 0.028 * draw(), self.count, 0, None, arrive))
+        self.at(self.now + 0.002 + 0.028 * draw(), self.ticket(), arrive)
 
     def link_up(self, a: Node, b: Node) -> None:
         for one, other in ((a, b), (b, a)):

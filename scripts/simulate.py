@@ -8,7 +8,8 @@
     scripts/simulate.py --seeds 0:1000000 --compiled --jobs 2   many more: see scripts/_compiled.py
 
 Exit code 1 if an invariant is violated, and then the story of the first failing seed: who sent what to whom,
-when, and what broke. The worlds are in tests/simulation; docs/reliability.md says what is checked in them.
+when, and what broke; 130 if it was interrupted, and then how far it came. The worlds are in tests/simulation;
+docs/reliability.md says what is checked in them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import gc
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -46,8 +48,9 @@ except ModuleNotFoundError as missing:
 PEERS_MAX = 64
 STORY_LINES = 60
 TEXT_MAX = 160  # characters of a line's content
-COLLECT_EVERY = 50  # worlds; they hold cycles
-BATCH = 500  # seeds that a process of --jobs takes at a time
+BATCH = 100  # seeds that a process of --jobs takes at a time
+TELL_EVERY_S = 10.0
+INTERRUPTED = 130  # as a shell has it
 UNTOLD = ("Status", "Shard", "Result")  # most of what is sent, and least of what explains
 
 
@@ -61,6 +64,20 @@ class Tally:
     epochs: int = 0
     seeds_per_s: float = 0.0
     first_failing_seed: int | None = None
+
+    def add(self, batch: Tally, took_s: float) -> None:
+        self.seeds += batch.seeds
+        self.violations += batch.violations
+        self.epochs += batch.epochs
+        self.seeds_per_s = round(self.seeds / took_s, 2)
+        failing = [s for s in (self.first_failing_seed, batch.first_failing_seed) if s is not None]
+        self.first_failing_seed = min(failing, default=None)
+
+    def line(self) -> str:
+        return (
+            f"seeds={self.seeds} violations={self.violations} epochs={self.epochs} "
+            f"seeds_per_s={self.seeds_per_s:.1f} first_failing_seed={self.first_failing_seed}"
+        )
 
 
 def main() -> int:
@@ -85,11 +102,10 @@ def main() -> int:
     if options.json:
         print(json.dumps(vars(tally)))
     else:
-        print(
-            f"seeds={tally.seeds} violations={tally.violations} epochs={tally.epochs} "
-            f"seeds_per_s={tally.seeds_per_s:.1f} first_failing_seed={tally.first_failing_seed}"
-        )
-    return 1 if tally.violations else 0
+        print(tally.line())
+    if tally.violations:
+        return 1
+    return 0 if tally.seeds == len(options.seeds) else INTERRUPTED
 
 
 def parse() -> argparse.Namespace:
@@ -137,21 +153,32 @@ def peer_count(text: str) -> int:
 
 
 def in_parallel(seeds: range, peers: int | None, jobs: int, quiet: bool) -> Tally:
-    """The same, by several processes; what has been done is said now and then."""
-    total, began = Tally(), time.perf_counter()
+    """The same, by several processes; what has been done is said now and then, and when interrupted."""
+    total, began, told_at = Tally(), time.perf_counter(), 0.0
     batches = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)]
-    with multiprocessing.Pool(jobs) as pool:
-        run = functools.partial(simulate, peers=peers, stop=False, quiet=quiet)
-        for done, tally in enumerate(pool.imap_unordered(run, batches), 1):
-            total.seeds += tally.seeds
-            total.violations += tally.violations
-            total.epochs += tally.epochs
-            failing = [s for s in (total.first_failing_seed, tally.first_failing_seed) if s is not None]
-            total.first_failing_seed = min(failing, default=None)
-            total.seeds_per_s = total.seeds / (time.perf_counter() - began)
-            if not quiet and (done % 20 == 0 or tally.violations):
-                print(f"seeds={total.seeds} violations={total.violations}", flush=True)
+    done: set[range] = set()
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # it comes to all of them, and is ours to hear
+    with multiprocessing.Pool(jobs, initializer=signal.signal, initargs=ignore) as pool:
+        try:
+            for batch, tally in pool.imap_unordered(functools.partial(batch_of, peers, quiet), batches):
+                done.add(batch)
+                took_s = time.perf_counter() - began
+                total.add(tally, took_s)
+                if not quiet and (took_s - told_at >= TELL_EVERY_S or tally.violations):
+                    told_at = took_s
+                    print(total.line(), flush=True)
+        except KeyboardInterrupt:
+            for batch in [batch for batch in batches if batch not in done][:1]:
+                tell_interrupted(batch[0])
     return total
+
+
+def tell_interrupted(next_seed: int) -> None:
+    print(f"interrupted: of the seeds asked for, all below {next_seed} were run", file=sys.stderr)
+
+
+def batch_of(peers: int | None, quiet: bool, seeds: range) -> tuple[range, Tally]:
+    return seeds, simulate(seeds, peers, stop=False, quiet=quiet)
 
 
 def simulate(seeds: range, peers: int | None, stop: bool, quiet: bool) -> Tally:
@@ -163,6 +190,9 @@ def simulate(seeds: range, peers: int | None, stop: bool, quiet: bool) -> Tally:
         world = World(seed, peers=peers)
         try:
             world.run()
+        except KeyboardInterrupt:
+            tell_interrupted(seed)
+            break
         except Violation as violation:
             tally.violations += 1
             if tally.first_failing_seed is None:
@@ -173,9 +203,8 @@ def simulate(seeds: range, peers: int | None, stop: bool, quiet: bool) -> Tally:
         tally.epochs += world.furthest
         if tally.violations and stop:
             break
-        if tally.seeds % COLLECT_EVERY == 0:
-            del world
-            gc.collect()
+        del world
+        gc.collect(0)  # it holds cycles; its memory is for the next world, while the cache still has it
     tally.seeds_per_s = round(tally.seeds / (time.perf_counter() - start), 2)
     return tally
 

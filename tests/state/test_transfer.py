@@ -13,6 +13,7 @@ import pytest
 import torch
 from state.kit import CRYPTO, STALL_S, Run, Stream, flip, new_state, state_bytes, stream_pair
 
+from tapestry.node.bucket import BURST_S
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict
 from tapestry.node.state.checkpoints import CHUNK_BYTES, restore
@@ -29,6 +30,7 @@ from tapestry.node.state.transfer import (
     fetch_update,
 )
 from tapestry.node.state.transfer import _Stream as Frames
+from tapestry.node.throttle import Throttle, Throttles
 from tapestry.node.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
 
 LIMITS = TransferLimits(stall_s=STALL_S)
@@ -149,6 +151,37 @@ def test_a_state_arrives_to_the_bit_and_is_one_that_the_chain_signed(big: Run) -
     assert (state.epoch, state.head) == (1, big.chain.head_at(1))
     assert digest == state.digest() == big.chain.state_digest_at(1)
     assert state_bytes(state) == big.numbers[1]
+
+
+@pytest.mark.parametrize("capped", ["donor", "joiner"])
+def test_a_state_takes_the_time_that_a_cap_gives_it_and_nobody_is_blamed_for_that(
+    big: Run, capped: str
+) -> None:
+    now = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        await asyncio.sleep(0)
+
+    throttle = Throttle(1e6, lambda: now, sleep)
+    donors = TransferLimits(STALL_S, throttles=Throttles(upload=throttle))
+    joiners = TransferLimits(STALL_S, throttles=Throttles(download=throttle))
+    moved = 0
+
+    def on_bytes(direction: str, count: int) -> None:
+        nonlocal moved
+        moved += count if direction == "in" else 0
+
+    state = big.fresh()
+    between(
+        donor(big, donors if capped == "donor" else LIMITS).serve,
+        lambda open_stream: fetch_state(
+            open_stream, 2, big.chain, state, joiners if capped == "joiner" else LIMITS, on_bytes
+        ),
+    )
+    assert state_bytes(state) == big.numbers[1] and moved > 1e6
+    assert now == pytest.approx(moved / 1e6 - BURST_S, rel=0.05)
 
 
 def test_a_joiner_reaches_the_head_by_a_state_and_the_updates_after_it(big: Run, joiner: Store) -> None:

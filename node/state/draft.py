@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tapestry.node.state.files import TEMPORARY, sync_folder
+from tapestry.node.state.files import TEMPORARY, pwrite_all, sync_folder
 
 SYNC_BYTES = 8 << 20  # Guess: what a disk takes in a few milliseconds, so that the last sync is short
 
@@ -75,7 +75,7 @@ class Draft:
                 if shard not in there:
                     self._write(shard, payload)
             fd = self._open()
-            _pwrite(fd, memoryview(header), 0)
+            pwrite_all(fd, memoryview(header), 0)
             os.ftruncate(fd, self._offsets[-1])
             os.fsync(fd)
             os.replace(self._path, path)
@@ -94,15 +94,9 @@ class Draft:
                 self._path.unlink(missing_ok=True)
 
     def _write(self, shard: int, payload: Tensor) -> None:
-        _pwrite(self._open(), memoryview(payload.numpy()), self._offsets[shard])  # type: ignore[arg-type]
+        pwrite_all(self._open(), memoryview(payload.numpy()), self._offsets[shard])  # type: ignore[arg-type]
 
     def _open(self) -> int:
         if self._fd is None:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         return self._fd
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written

@@ -43,6 +43,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     sync_folder(path.parent)
 
 
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """All of it, at this offset: one call may write less."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and removals in the folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -55,6 +55,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.runspec import LimitsSpec
 from tapestry.node.state.draft import Draft
 from tapestry.node.state.files import (
+    pwrite_all,
     remove_temporaries,
     seal,
     set_aside,
@@ -165,7 +166,7 @@ class Store:
         line = seal(record_to_dict(record)) + b"\n"
         fd = self._open_chain()
         try:
-            _pwrite(fd, line, start)
+            pwrite_all(fd, line, start)
             os.fsync(fd)
         except OSError:
             os.ftruncate(fd, start)
@@ -368,12 +369,6 @@ def _require_link(record: Record, before: Sequence[Record], genesis: Genesis) ->
     body = record.body
     if (body.epoch, body.prev, body.run_id) != (len(before) + 1, prev, genesis.run_id):
         raise ValueError(f"record {body.epoch} does not follow record {len(before)}")
-
-
-def _pwrite(fd: int, data: bytes, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _vote_to_dict(vote: Vote) -> dict[str, Any]:

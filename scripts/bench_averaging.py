@@ -229,6 +229,7 @@ class System:
             "median_s": median_s,
             "min_s": min(self.times),
             "max_s": max(self.times),
+            "times_s": [round(t, 4) for t in self.times],
             "bytes_per_peer": bytes_per_peer,
             "error": max(answer["error"] for answer in last),
             "max_divergence": divergence([answer["path"] for answer in last]),

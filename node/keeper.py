@@ -15,7 +15,7 @@ from typing import Any
 
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, weight_of
-from tapestry.node.protocol.core import Restored
+from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.runspec import RunSpec
@@ -189,7 +189,8 @@ def found_run(
 ) -> Genesis:
     """Begin a run with the numbers that `state` holds. Blocks; raises OSError.
 
-    The checkpoint is written before the genesis: a home with a genesis has a state.
+    The checkpoint is written before the genesis, and so is the first vote: a home with a genesis has a state,
+    and a founder's one knows by its vote that it was never lost.
     """
     text = spec.canonical().decode()
     digest = state.digest()
@@ -198,5 +199,6 @@ def found_run(
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()
     checkpoints.save(state, digest)
+    store.write_vote(founding_vote(genesis.run_id, secrets.token_hex(16)))
     store.write_genesis(genesis)
     return genesis

@@ -77,7 +77,7 @@ class Core:
         self.vote = restored.vote
         # Any READY leaves a vote on the disk: a disk without one has never promised anything.
         self.life = restored.vote.life if restored.vote is not None else restored.life
-        self.founding = restored.vote is not None or restored.state_epoch == 0
+        self.founded_here = self.vote is not None and self.vote.head == restored.chain.genesis.run_id
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = ""
@@ -195,7 +195,7 @@ class Core:
         """Whether the head's record names us from before our disk was lost: we may have voted after it."""
         chain = self.chain
         if chain.epoch == 0:
-            return self.ctx.me == chain.genesis.founder and not self.founding
+            return self.ctx.me == chain.genesis.founder and not self.founded_here
         members = chain.records[-1].body.members
         return any(m.peer == self.ctx.me and m.life != self.life for m in members)
 
@@ -430,6 +430,13 @@ class Core:
     def _state_head(self) -> str:
         """The head of the state that we hold, while it is on the chain."""
         return self.chain.head_at(min(max(self.sync.state_epoch, 0), self.chain.epoch))
+
+
+def founding_vote(run_id: str, life: str) -> Vote:
+    """Nothing is promised yet in the first round. It is on the founder's disk before the genesis is, since
+    no record names that disk: one without it is another.
+    """
+    return Vote(0, run_id, -1, -1, None, life)
 
 
 _HANDLERS: Final[dict[type, Callable[[Core, Any, float], None]]] = {

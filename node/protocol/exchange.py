@@ -2,6 +2,8 @@
 
 Inputs are kept for the whole round, results for as long as the roster's members stand. So when a reducer is
 lost, the next roster moves its shards to others and nothing that lies at a live reducer is sent again.
+Results that were all there and led to no decision are made anew: one of them may be of a roster that was told
+to its reducer alone, or be its reducer's lie.
 
 The mean of a shard is a function of the members (their order, weights and contributions) and of the encoded
 inputs alone: whichever reducer computes it gets the same bits.
@@ -55,8 +57,8 @@ class Exchange:
         self.inputs[self.ctx.me] = Input(contributed.contribution, dict(enumerate(contributed.blobs)))
 
     def start(self, roster: Roster) -> None:
-        """A new ballot's roster. Results survive if the same contributions are averaged."""
-        if self.roster is None or self.roster.members != roster.members:
+        """A new ballot's roster. Results survive if the same is averaged, and some of them were missing."""
+        if self.roster is None or self.roster.members != roster.members or self.complete:
             self.results.clear()
             self.reducing.clear()
             self.members_ballot = roster.ballot

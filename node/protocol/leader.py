@@ -132,16 +132,15 @@ class Leader:
         return sum(peer in ready for peer in self.state.electorate)
 
     def _trusted(self) -> list[Ready]:
-        """The promises to go by. Any quorum of them will do: if there is one, one without those who told of a
-        value that could not be got from them, so that a lie costs one ballot and not the round."""
+        """The electors' promises to go by. Any quorum of them will do: if there is one, one without those who
+        told of a value that could not be got from them, so that a lie costs one ballot and not the round."""
         ready, electorate = self.state.ready, self.state.electorate
-        served = [p for p in ready if p not in self.unserved]
-        if sum(p in served for p in electorate) < quorum(len(electorate)):
-            served = list(ready)
-        return [ready[p] for p in served]
+        told = [p for p in electorate if p in ready]
+        served = [p for p in told if p not in self.unserved]
+        return [ready[p] for p in (served if len(served) >= quorum(len(electorate)) else told)]
 
     def _accepted(self) -> Body | None:
-        """The value of the highest ballot that they tell of."""
+        """The value of the highest ballot that electors tell of: what others accepted decides nothing."""
         told = [r for r in self._trusted() if r.accepted is not None]
         return max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted if told else None
 

@@ -49,6 +49,7 @@ class Sync:
         self.state_digest = state_digest
         self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
         self.job_head = ""  # of the update that is being fetched
+        self.asking_around = False  # for that update: it is asked of a peer that is not at our head
         self.rollback_to: int | None = None
         # What lies on our disk may be what a donor gave just before a crash, not compared yet.
         signed = chain.state_digest_at(state_epoch) if 0 <= state_epoch <= chain.epoch else None
@@ -237,16 +238,18 @@ class Sync:
             self.need_state = True
             self.ctx.emit(Note(f"{job}=failed reason={reason!r} next=fetch_state"))
             return
-        if reason == "missing" and job == "update":
+        if reason == "missing" and job == "update" and not self.asking_around:
             self.lacks[donor] = max(self.lacks.get(donor, 0), self.state_epoch + 1)
         else:
             self.failed_at[donor] = now
-        self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
+        if not self.asking_around or reason != "missing":  # else it was a guess, and `reason` tells of it
+            self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
 
     def pump(self, now: float) -> None:
         """Start the next job, if one is due and none is out."""
         if self.job:
             return
+        self.asking_around = False
         if self.rollback_to is not None and not self.need_state:
             if self.state_epoch > self.rollback_to:
                 self.job = "rollback"
@@ -257,7 +260,7 @@ class Sync:
             self._fetch_state(now)
         elif self.state_epoch < self.chain.epoch:
             self._advance(now)
-        if self.job or self.at_head:
+        if self.at_head or (self.job and not self.asking_around):
             self.stuck_since = None
         elif self.stuck_since is None:
             self.stuck_since = now
@@ -272,14 +275,18 @@ class Sync:
             self.job = "apply"
             self.ctx.emit(Apply(record))
         else:
-            donors = [p for p in self._donors(now) if self.lacks.get(p, 0) < record.body.epoch]
-            if donors:
+            donors = self._donors(now)
+            able = [p for p in donors if self.lacks.get(p, 0) < record.body.epoch]
+            if donors and not able:
+                self._fetch_state(now)
+                return
+            # Who voted for the record may not know that it was decided, and so not be at our head.
+            self.asking_around = not able
+            asked = able or self._others(now)
+            if asked:
                 self.job, self.job_head = "update", record.head
                 epoch, head, result = record.body.epoch, record.head, record.body.result
-                donor = donors[epoch % len(donors)]
-                self.ctx.emit(FetchUpdate(epoch, head, result, donor))
-            elif self._donors(now):
-                self._fetch_state(now)
+                self.ctx.emit(FetchUpdate(epoch, head, result, asked[epoch % len(asked)]))
 
     def _fetch_state(self, now: float) -> None:
         """From anybody at our head, but not before we know where the head is."""
@@ -304,18 +311,25 @@ class Sync:
         return ahead
 
     def _donors(self, now: float) -> list[str]:
-        """Peers heard of late that are at a head of our chain at least as far as our state."""
+        """Peers that are at a head of our chain further than our state."""
         donors = []
-        for peer in sorted(self.ctx.peers):
+        for peer in self._others(now):
             status = self.ctx.peers[peer].status
-            if status is None or status.stage == Stage.AWAY or not self.ctx.heard(peer, now):
-                continue
-            if now - self.failed_at.get(peer, -1e9) < 2 * self.ctx.rules.resend_s:
+            if status is None or status.stage == Stage.AWAY:
                 continue
             known = status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head
             if status.epoch > self.state_epoch and (known or status.epoch > self.chain.epoch):
                 donors.append(peer)
         return donors
+
+    def _others(self, now: float) -> list[str]:
+        """Peers heard of late, of which nothing was asked in vain just now."""
+        wait_s = 2 * self.ctx.rules.resend_s
+        return [
+            peer
+            for peer in sorted(self.ctx.peers)
+            if self.ctx.heard(peer, now) and now - self.failed_at.get(peer, -1e9) >= wait_s
+        ]
 
     def _diverged(self, where: str) -> None:
         self.need_state = True

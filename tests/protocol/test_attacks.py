@@ -492,6 +492,22 @@ def test_who_lost_its_disk_votes_in_no_round_of_before_whatever_older_ones_it_co
     world.until(lambda: node.core.round is not None and node.name in node.core.round.electorate, 30)
 
 
+def test_a_founder_that_lost_its_disk_does_not_begin_its_run_anew():
+    """It has the first state from a peer, starts again, and that is no founding (seed 512670)."""
+    world = swarm()
+    founder, *others = nodes(world)
+    genesis = world.genesis.run_id
+    for node in nodes(world):
+        node.crash()
+    state = (0, world.invariants.state_of[genesis])
+    founder.disk = Disk(states={genesis: state}, state_head=genesis, life="ab" * 16)
+    world.invariants.on_disk_lost(founder)
+    founder.start()
+    world.later(30.0, None, lambda: [node.start() for node in others])
+    world.until(lambda: world.now > 60, 60)  # fails if there are two decisions after the genesis
+    goes_on(world)
+
+
 def test_random_values_raise_nothing_and_stop_nobody():
     for seed in range(20):
         world = swarm()

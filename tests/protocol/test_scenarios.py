@@ -1,12 +1,16 @@
 """Directed faults, and how long each may cost, in virtual seconds. Training takes 0.5 to 2 s here."""
 
+from dataclasses import replace
+
 import pytest
 from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Body, Member
 from tapestry.node.protocol.context import Rules
-from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.messages import Ready, Roster, Stage
 
+HEX = "ab" * 32
 SEEDS = range(12)
 STALL_S = 3.0
 EPOCH_S = 3.0  # a healthy round at the most: training, one gathering, one exchange
@@ -231,6 +235,61 @@ def test_the_only_elector_commits_no_result_that_lies_on_its_disk_alone():
     world.cut(elector.name, other.name, for_s=1.5)  # longer than the grace for the late
     world.until(lambda: world.epoch() > epoch, 10)
     assert {peer for peer, _ in elector.core.chain.records[epoch].signatures} == {elector.name, other.name}
+
+
+def test_who_voted_for_an_update_gives_it_though_it_does_not_know_of_the_record():
+    """The record reached one member, the update another; the leader that had both is gone (seed 999991)."""
+    world = swarm(1, peers=3, on_quorum_loss="wait")
+    gone, told, voted = alive(world)
+    epoch = world.epoch() + 1
+    all_at(world, epoch, 20)
+    head, before = told.core.chain.head, told.core.chain.head_at(epoch - 1)
+    for node in (gone, told, voted):
+        node.crash()
+        node.disk.state_head = before
+    del told.disk.updates[head]
+    del voted.disk.records[-1]
+    told.start()
+    voted.start()
+    world.until(lambda: told.core.sync.at_head and told.core.chain.head == head, 10)
+    world.until(lambda: voted.core.sync.at_head and voted.core.chain.head == head, 10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_members_that_were_told_different_rosters_agree_in_the_next_ballot(seed):
+    """A forced record needs all whom it names; one result of the other roster stayed with the leader for good
+    (seeds 246331, 993596)."""
+    world = swarm(seed, peers=4, on_quorum_loss="continue")
+    told: list[Roster] = []
+
+    def once(message):
+        if isinstance(message, Roster) and message.forced and not told:
+            told.append(message)
+            less = tuple(replace(m, weight=m.weight - 1) for m in message.members)
+            return replace(message, members=less)
+        return message
+
+    world.chaos.falsify = once
+    for node in alive(world)[2:]:
+        node.crash()
+    epoch = world.epoch()
+    all_at(world, epoch + 1, 8.0 + 2 * STALL_S + 3 * EPOCH_S)
+    assert told and alive(world)[0].core.chain.records[epoch].body.forced
+
+
+def test_what_only_a_non_elector_accepted_is_not_proposed():
+    """Of a lying leader's two values for one ballot, the electors' one may be decided (seed 421097)."""
+    world = swarm(1, peers=3)
+    lead = leader(world)
+    round_ = lead.core.round
+    members = tuple(Member(p, 1, "cd" * 16) for p in sorted(round_.electorate))
+    body = Body(world.genesis.run_id, round_.epoch + 1, round_.head, round_.state.state_digest, members, HEX)
+    ready = Ready(
+        round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, "", 0, 0.0, 0, body
+    )
+    for peer, proposed in (("stranger", None), (follower(world).name, body)):
+        round_.state.ready[peer] = ready
+        assert round_.lead._accepted() == proposed
 
 
 def test_who_lacks_what_nobody_can_give_says_so():

@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 34)
+@plant("a lower ballot is followed after a higher one was promised", 39)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 13)
+@plant("a new leader makes a new value, whatever was accepted", 3)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 2)
+@plant("a forced value overwrites the vote for an ordinary one", 4)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -163,7 +163,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 5)
+@plant("a member that lost its disk votes at once", 68)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -171,12 +171,12 @@ def lost_disk_votes() -> list[Patch]:
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 29)
+@plant("records are taken as they come", 23)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
 
-@plant("of two chains the lighter one wins", 7)
+@plant("of two chains the lighter one wins", 77)
 def fork_choice_reversed() -> list[Patch]:
     better = sync_module.better
     reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
@@ -261,7 +261,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 1)
+@plant("results of other members are kept for the next roster", 3)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -290,7 +290,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 81)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 34)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 

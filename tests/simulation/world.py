@@ -23,6 +23,7 @@ from simulation.violation import Violation
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Genesis, found
 from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.core import founding_vote
 from tapestry.node.protocol.messages import Message, Stage, Status
 
 __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
@@ -97,6 +98,7 @@ class World:
         first = self.nodes[names[0]]
         first.disk.states[self.genesis.run_id] = (0, state)
         first.disk.state_head = self.genesis.run_id
+        first.disk.vote = founding_vote(self.genesis.run_id, first.disk.life)
         self.invariants.state_of[self.genesis.run_id] = state
 
     # --- running -------------------------------------------------------------------------------

@@ -58,7 +58,6 @@ class Keeper:
         self._limits = spec.limits
         self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
         self._chain = Chain(genesis, loaded.records)
-        self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn
         self._draft = store.draft(state.arithmetic.payload_sizes)
         self._voted_for: tuple[str, Sequence[Any]] = ("", ())  # head and payloads of the newest result
@@ -66,7 +65,7 @@ class Keeper:
     # --- the disk thread -----------------------------------------------------------------------
 
     def restore(self) -> Restored:
-        """As far as the disk takes us: chain, state, vote. Raises OSError."""
+        """As far as the disk takes us: chain, state, vote. Raises OSError and UserError."""
         self.checkpoints.load()
         chain = self._chain
         restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
@@ -78,7 +77,7 @@ class Keeper:
             Chain(chain.genesis, chain.records),
             restored.epoch if restored is not None else NO_STATE,
             restored.state_digest if restored is not None else "",
-            self._vote,
+            self.store.read_vote(),  # of a founding too, which comes after `loaded`
             self.store.heads_with_updates(),
             secrets.token_hex(16),
         )

@@ -1,5 +1,6 @@
 """Disk and parameters: the state follows the chain, and a torn one is loaded again from what lies on disk."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from tapestry.node.crypto import NodeCrypto
 from tapestry.node.home import Home
 from tapestry.node.keeper import Keeper, KeeperError, found_run
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.events import Tick
 from tapestry.node.runspec import RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.store import Store, result_digest
@@ -123,3 +127,18 @@ def test_a_rollback_goes_no_further_than_a_chain_that_was_truncated_meanwhile(ru
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
     run.keeper.truncate(1)
     assert run.keeper.rollback(3) == (1, digests[1])
+
+
+def test_a_founder_begins_its_first_round_at_once_and_who_lost_its_disk_does_not(run: Run) -> None:
+    restored = run.keeper.restore()  # of the start that founds the run
+    run_id = restored.chain.genesis.run_id
+    for vote, begins in ((restored.vote, True), (None, False)):
+        core = Core(
+            run.identity.peer_id,
+            Rules(run_id, 1),
+            run.crypto,
+            dataclasses.replace(restored, vote=vote),
+            0.0,
+        )
+        core.handle(Tick(), 0.0)
+        assert (core.round is not None) is begins

@@ -163,9 +163,11 @@ class Daemon:
         state = ModelState(trainer.params, trainer.layout.schema_hash, arithmetic, 0, "")
         if genesis is None:
             await trainer.initialise()
-            genesis = await asyncio.to_thread(
+            loaded = await asyncio.to_thread(
                 found_run, spec, identity.peer_id, state, self.home, store, crypto
             )
+            genesis = loaded.genesis
+            assert genesis is not None
         elif agreed.from_peer:
             _check_model(genesis, state)
             await asyncio.to_thread(store.write_genesis, genesis)

@@ -58,6 +58,7 @@ class Keeper:
         self._limits = spec.limits
         self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
         self._chain = Chain(genesis, loaded.records)
+        self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn
         self._draft = store.draft(state.arithmetic.payload_sizes)
         self._voted_for: tuple[str, Sequence[Any]] = ("", ())  # head and payloads of the newest result
@@ -65,7 +66,7 @@ class Keeper:
     # --- the disk thread -----------------------------------------------------------------------
 
     def restore(self) -> Restored:
-        """As far as the disk takes us: chain, state, vote. Raises OSError and UserError."""
+        """As far as the disk takes us: chain, state, vote. Raises OSError."""
         self.checkpoints.load()
         chain = self._chain
         restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
@@ -77,7 +78,7 @@ class Keeper:
             Chain(chain.genesis, chain.records),
             restored.epoch if restored is not None else NO_STATE,
             restored.state_digest if restored is not None else "",
-            self.store.read_vote(),  # of a founding too, which comes after `loaded`
+            self._vote,
             self.store.heads_with_updates(),
             secrets.token_hex(16),
         )
@@ -185,8 +186,8 @@ class Keeper:
 
 def found_run(
     spec: RunSpec, founder: str, state: ModelState, home: Home, store: Store, crypto: Crypto
-) -> Genesis:
-    """Begin a run with the numbers that `state` holds. Blocks; raises OSError.
+) -> LoadedStore:
+    """Begin a run with the numbers that `state` holds; returns what the home holds then. Raises OSError.
 
     The checkpoint is written before the genesis, and so is the first vote: a home with a genesis has a state,
     and a founder's one knows by its vote that it was never lost.
@@ -198,6 +199,7 @@ def found_run(
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()
     checkpoints.save(state, digest)
-    store.write_vote(founding_vote(genesis.run_id, secrets.token_hex(16)))
+    vote = founding_vote(genesis.run_id, secrets.token_hex(16))
+    store.write_vote(vote)
     store.write_genesis(genesis)
-    return genesis
+    return LoadedStore(genesis, (), vote, ())

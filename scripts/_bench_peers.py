@@ -128,8 +128,10 @@ class TapestryPeer:
         state = TimedState(torch.zeros(n), "bench", Arithmetic.of(spec, n), 0, "")
         state.buffers["momentum"].zero_()
         store = Store(home, crypto)
-        loaded = await asyncio.to_thread(store.load)
-        genesis = await asyncio.to_thread(found_run, spec, founder, state, home, store, crypto)
+        await asyncio.to_thread(store.load)
+        loaded = await asyncio.to_thread(found_run, spec, founder, state, home, store, crypto)
+        genesis = loaded.genesis
+        assert genesis is not None
         keeper = TimedKeeper(home, spec, store, loaded, genesis, state)
         restored = await asyncio.to_thread(keeper.restore)
         arithmetic = state.arithmetic

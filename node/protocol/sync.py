@@ -311,7 +311,7 @@ class Sync:
         return ahead
 
     def _donors(self, now: float) -> list[str]:
-        """Peers that are at a head of our chain further than our state."""
+        """Peers that are further than our state: at a head of our chain, or beyond it as they say."""
         donors = []
         for peer in self._others(now):
             status = self.ctx.peers[peer].status

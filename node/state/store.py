@@ -135,7 +135,7 @@ class Store:
         self._home.updates.mkdir(exist_ok=True)
         genesis = self._load_genesis()
         records = self._load_chain(genesis) if genesis else ()
-        vote = self.read_vote()
+        vote = self._load_vote()
         self._load_updates()
         return LoadedStore(genesis, records, vote, self.heads_with_updates())
 
@@ -229,8 +229,7 @@ class Store:
         """On disk when this returns: only then may it be sent."""
         atomic_write(self._home.vote, seal(_vote_to_dict(vote)) + b"\n")
 
-    def read_vote(self) -> Vote | None:
-        """The one written last. Raises UserError for a damaged one, and OSError."""
+    def _load_vote(self) -> Vote | None:
         path = self._home.vote
         try:
             return _vote_from_dict(unseal(path.read_bytes()))

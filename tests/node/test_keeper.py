@@ -37,9 +37,9 @@ class Run:
         loaded = store.load()
         params = torch.arange(N, dtype=torch.float32) / N
         state = ModelState(params, "ef" * 32, Arithmetic.of(SPEC, N), 0, "")
-        genesis = loaded.genesis
         if found:
-            genesis = found_run(SPEC, self.identity.peer_id, state, self.home, store, self.crypto)
+            loaded = found_run(SPEC, self.identity.peer_id, state, self.home, store, self.crypto)
+        genesis = loaded.genesis
         assert genesis is not None
         state.head = genesis.run_id
         return Keeper(self.home, SPEC, store, loaded, genesis, state)

@@ -105,11 +105,10 @@ class Keeper:
         self.store.append_record(record)
         self._chain.append(record)
 
-    def truncate(self, epoch: int) -> tuple[int, int]:
-        """Leave a fork at `epoch`: how many records that drops, and how much weight."""
-        dropped = self._chain.after(epoch, self._chain.epoch)
-        self.store.truncate(epoch)
-        self._chain.truncate(epoch)
+    def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
+        """Leave a fork at `epoch` for `records`: how many of ours that drops, and how much weight."""
+        self.store.switch_chain(epoch, records)
+        dropped = self._chain.switch(epoch, records)
         return len(dropped), weight_of(dropped)
 
     def apply(self, record: Record) -> tuple[int, str]:
@@ -137,7 +136,7 @@ class Keeper:
     def rollback(self, epoch: int) -> tuple[int, str]:
         """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError.
 
-        All there is may be less than was asked: the chain may have been truncated further since.
+        All there is may be less than was asked: an earlier record may have been left for another since.
         """
         epoch = min(epoch, self._chain.epoch)
         restored = restore(self._chain, epoch, self.store, self.checkpoints, self.state)
@@ -194,7 +193,7 @@ def found_run(
     """
     text = spec.canonical().decode()
     digest = state.digest()
-    genesis = found(text, founder, digest, state.schema, state.n, crypto)
+    genesis = found(text, founder, digest, state.schema, state.n, secrets.token_hex(16), crypto)
     state.head = genesis.run_id
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()

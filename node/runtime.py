@@ -344,10 +344,12 @@ class Runtime:
 
     async def do_append_record(self, out: ev.AppendRecord) -> None:
         await self._in_disk_thread(self.keeper.append_record, out.record)
-        if out.record.head == self.core.chain.head:  # of many that come at once, the newest is news
-            self._tell_committed(out.record)
+        self._tell_if_newest(out.record)
 
-    def _tell_committed(self, record: Record) -> None:
+    def _tell_if_newest(self, record: Record) -> None:
+        """Of many that come at once, the newest is news."""
+        if record.head != self.core.chain.head:
+            return
         body = record.body
         weight = sum(m.weight for m in body.members)
         contributors = sum(m.weight > 0 for m in body.members)
@@ -359,10 +361,11 @@ class Runtime:
             text += f" ballot={record.ballot}"
         _log.info("%s%s", text, " forced=true" if body.forced else "")
 
-    async def do_truncate_chain(self, out: ev.TruncateChain) -> None:
-        records, weight = await self._in_disk_thread(self.keeper.truncate, out.epoch)
+    async def do_switch_chain(self, out: ev.SwitchChain) -> None:
+        records, weight = await self._in_disk_thread(self.keeper.switch_chain, out.epoch, out.records)
         self.dropped = Dropped(self.dropped.records + records, self.dropped.weight + weight)
         self.metrics.dropped(records, weight)
+        self._tell_if_newest(out.records[-1])
 
     def do_apply(self, out: ev.Apply) -> None:
         self._spawn(self._state_job(self.keeper.apply, out.record))
@@ -516,7 +519,7 @@ class Runtime:
         ev.PersistVote: do_persist_vote,
         ev.PersistResult: do_persist_result,
         ev.AppendRecord: do_append_record,
-        ev.TruncateChain: do_truncate_chain,
+        ev.SwitchChain: do_switch_chain,
         ev.Apply: do_apply,
         ev.Rollback: do_rollback,
         ev.FetchUpdate: do_fetch_update,

@@ -249,8 +249,9 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     },
     Accept: {
         "epoch": (_same, _EPOCH),
-        "ballot": (_same, _BALLOT),
         "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "body_head": (_same, _HEAD),
         "result": (_same, _hex(64)),
         "signature": (_same, _text(256)),
     },

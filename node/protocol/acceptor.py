@@ -46,7 +46,7 @@ class Acceptor:
 
     def _write(self, promised: int, accepted_ballot: int, accepted: Body | None) -> None:
         state, vote = self.state, self.state.vote
-        state.vote = Vote(vote.epoch, vote.head, promised, accepted_ballot, accepted, vote.life)
+        state.vote = Vote(vote.epoch, vote.head, promised, accepted_ballot, accepted, vote.life, vote.weight)
         self.ctx.emit(PersistVote(state.vote))
 
     def send_ready(self) -> None:
@@ -159,8 +159,9 @@ class Acceptor:
             self.ctx.send(self.state.leader, self._vote_for(body, self.state.accepted_head))
 
     def _vote_for(self, body: Body, head: str) -> Accept:
-        signature = self.ctx.crypto.sign(accept_message(head, self.state.ballot))
-        return Accept(self.state.epoch, self.state.ballot, head, body.result, signature)
+        state = self.state
+        signature = self.ctx.crypto.sign(accept_message(head, state.ballot))
+        return Accept(state.epoch, state.head, state.ballot, head, body.result, signature)
 
 
 def body_of(state: RoundState, roster: Roster, result: str) -> Body:

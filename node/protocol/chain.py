@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
 WEIGHT_MAX = 2**53  # tokens; exact in JSON, in float64 and in msgpack
@@ -96,8 +96,20 @@ class Genesis:
     state_digest: str  # of state 0
     schema: str  # schema hash of the parameter layout
     params: int  # length of the flat vector
+    nonce: str  # 32 hex digits, random: who founds anew, with all else the same, founds another run
     run_id: str
     signature: str
+
+
+class Tip(NamedTuple):
+    """Where a chain ends, as fork choice sees it. A node only ever moves to a tip that beats its own."""
+
+    weight: int  # committed since the genesis, or since a record that is common to both
+    head: str
+
+    def beats(self, other: Tip) -> bool:
+        """More committed weight wins, ties go to the lower head."""
+        return self.weight > other.weight or (self.weight == other.weight and self.head < other.head)
 
 
 # --- canonical text ---------------------------------------------------------------------------------
@@ -177,28 +189,31 @@ def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
 
 def genesis_from_dict(raw: Any, crypto: Crypto) -> Genesis:
     """Strict, signature checked. Raises InvalidRecord."""
-    _keys(raw, ("spec", "founder", "state_digest", "schema", "params", "signature"), "genesis")
+    _keys(raw, ("spec", "founder", "state_digest", "schema", "params", "nonce", "signature"), "genesis")
     genesis = Genesis(
         spec=_text(raw["spec"], 64 * 1024, "spec"),
         founder=_text(raw["founder"], 128, "founder"),
         state_digest=_hex(raw["state_digest"], 64, "state_digest"),
         schema=_hex(raw["schema"], 64, "schema"),
         params=_int(raw["params"], 1, 2**40, "params"),
+        nonce=_hex(raw["nonce"], 32, "nonce"),
         run_id="",
         signature=_text(raw["signature"], 256, "signature"),
     )
     text = canonical(_genesis_core(genesis))
     if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v1\0" + text):
         raise InvalidRecord("signature", "the genesis is not signed by the founder it names")
-    return _with_run_id(genesis, crypto.digest(text))
+    return replace(genesis, run_id=crypto.digest(text))
 
 
-def found(spec: str, founder: str, state_digest: str, schema: str, params: int, crypto: Crypto) -> Genesis:
-    """Make and sign the genesis of a new run."""
-    genesis = Genesis(spec, founder, state_digest, schema, params, "", "")
+def found(
+    spec: str, founder: str, state_digest: str, schema: str, params: int, nonce: str, crypto: Crypto
+) -> Genesis:
+    """Make and sign the genesis of a new run. `nonce`: 32 hex digits, drawn for this one."""
+    genesis = Genesis(spec, founder, state_digest, schema, params, nonce, "", "")
     text = canonical(_genesis_core(genesis))
     signature = crypto.sign(b"tapestry genesis v1\0" + text)
-    return Genesis(spec, founder, state_digest, schema, params, crypto.digest(text), signature)
+    return replace(genesis, run_id=crypto.digest(text), signature=signature)
 
 
 def _genesis_core(genesis: Genesis) -> dict[str, Any]:
@@ -208,11 +223,8 @@ def _genesis_core(genesis: Genesis) -> dict[str, Any]:
         "state_digest": genesis.state_digest,
         "schema": genesis.schema,
         "params": genesis.params,
+        "nonce": genesis.nonce,
     }
-
-
-def _with_run_id(g: Genesis, run_id: str) -> Genesis:
-    return Genesis(g.spec, g.founder, g.state_digest, g.schema, g.params, run_id, g.signature)
 
 
 # --- decisions --------------------------------------------------------------------------------------
@@ -312,6 +324,7 @@ class Chain:
         self.genesis = genesis
         self.records: list[Record] = []  # records[i].body.epoch == i + 1
         self.records.extend(records)  # from our own disk: checked before they were written
+        self.weight = weight_of(self.records)  # all that was committed
 
     @property
     def epoch(self) -> int:
@@ -320,6 +333,10 @@ class Chain:
     @property
     def head(self) -> str:
         return self.records[-1].head if self.records else self.genesis.run_id
+
+    @property
+    def tip(self) -> Tip:
+        return Tip(self.weight, self.head)
 
     def head_at(self, epoch: int) -> str:
         """The head of `epoch`; "" where we have none, so that it equals nobody's."""
@@ -342,9 +359,14 @@ class Chain:
         """A checked record. Our bug if it does not follow."""
         assert record.body.epoch == self.epoch + 1 and record.body.prev == self.head
         self.records.append(record)
+        self.weight += weight_of((record,))
 
-    def truncate(self, epoch: int) -> None:
-        del self.records[epoch:]
+    def switch(self, epoch: int, records: Sequence[Record]) -> tuple[Record, ...]:
+        """Leave a fork: checked records take the place of those after `epoch`. Returns those."""
+        dropped = tuple(self.records[epoch:])
+        self.records[epoch:] = records
+        self.weight += weight_of(records) - weight_of(dropped)
+        return dropped
 
     def after(self, epoch: int, count_max: int) -> tuple[Record, ...]:
         return tuple(self.records[epoch : epoch + count_max])
@@ -363,18 +385,10 @@ def weight_of(records: Iterable[Record]) -> int:
 
 
 def better(ours: Sequence[Record], theirs: Sequence[Record]) -> bool:
-    """Fork choice: whether `theirs` wins over `ours`, both since the common record.
-
-    More committed weight wins, ties go to the lower head.
-    """
-    if not theirs:
-        return False
-    if not ours:
-        return True
-    a, b = weight_of(ours), weight_of(theirs)
-    if a != b:
-        return b > a
-    return theirs[-1].head < ours[-1].head
+    """Fork choice: whether `theirs` wins over `ours`, both since the common record."""
+    if not theirs or not ours:
+        return bool(theirs)
+    return Tip(weight_of(theirs), theirs[-1].head).beats(Tip(weight_of(ours), ours[-1].head))
 
 
 # --- strict fields ----------------------------------------------------------------------------------

@@ -95,6 +95,17 @@ class Context:
         view = self.peers.get(peer)
         return view is not None and view.status is not None and view.status.stage == Stage.AWAY
 
+    def on_the_way(self, peer: str, epoch: int, now: float) -> bool:
+        """Heard, and when it last spoke in the round before that of `epoch`: it may be taking the step."""
+        view = self.peers.get(peer)
+        status = view.status if view is not None else None
+        return (
+            status is not None
+            and status.epoch == epoch - 1
+            and status.stage != Stage.AWAY
+            and self.heard(peer, now)
+        )
+
     def stage_at(self, peer: str, epoch: int, head: str) -> Stage:
         """How far `peer` is in the round that starts from `head`; AWAY if it is elsewhere."""
         view = self.peers.get(peer)

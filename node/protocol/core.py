@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record
+from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip
 from tapestry.node.protocol.context import Context, PeerView, Rules
 from tapestry.node.protocol.events import (
     Applied,
@@ -103,9 +103,7 @@ class Core:
 
     def reason(self, now: float) -> str:
         if self.round is None:
-            if self.sync.at_head and self._forgot_votes():
-                return "our disk was lost: no vote before the next record"
-            return self.sync.reason(now)
+            return (self.sync.at_head and self._stands_by()) or self.sync.reason(now)
         if not self.trainer_up:
             return f"not contributing: {self.trainer_reason}"
         return self.round.reason(now)
@@ -145,19 +143,13 @@ class Core:
     # --- rounds --------------------------------------------------------------------------------
 
     def _begin_round(self, now: float) -> None:
-        epoch, head = self.chain.epoch, self.chain.head
+        if self._stands_by():
+            return
+        epoch, (weight, head) = self.chain.epoch, self.chain.tip
         vote = self.vote
-        if vote is not None and vote.epoch > epoch:
-            # We were further than this: a crash took the records between leaving a fork and following the
-            # other. What we voted after this head is overwritten, so the other side must come to us.
-            return
-        if vote is not None and (vote.epoch, vote.head) != (epoch, head):
-            vote = None
+        if vote is None or vote.head != head:
+            vote = Vote(epoch, head, -1, -1, None, self.life, weight)
         electorate = self.chain.electorate_at(epoch)
-        if self._forgot_votes():
-            # The others decide it, and from the next record on, which does not name us, we are as new.
-            return
-        vote = vote or Vote(epoch, head, -1, -1, None, self.life)
         self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
@@ -190,6 +182,18 @@ class Core:
         self.vote = None
         self.ctx.emit(EndRound(round_.epoch, outcome.value))
         self.round = None
+
+    def _stands_by(self) -> str:
+        """Why we may have voted in this head's round without knowing how; "" if we have not, or know.
+
+        The others decide that round, and our vote counts again in a later one.
+        """
+        if self._forgot_votes():
+            return "our disk was lost: no vote before the next record"
+        if self.vote is not None and Tip(self.vote.weight, self.vote.head).beats(self.chain.tip):
+            # We only move to a tip that beats our own, so that this one is from before the one we voted at.
+            return "our disk lost records: no vote before we have them again"
+        return ""
 
     def _forgot_votes(self) -> bool:
         """Whether the head's record names us from before our disk was lost: we may have voted after it."""
@@ -334,12 +338,14 @@ class Core:
         round_ = self.round
         if round_ is None or message.epoch != round_.epoch:
             return None
-        if isinstance(message, (Accept, Shard)):  # these name the record and the contribution
+        if isinstance(message, Shard):  # it names the contribution
             return self._on_data(peer, round_, message, now)
         if message.head != round_.head:
             return None
         if isinstance(message, (Need, Result)):
             return self._on_data(peer, round_, message, now)
+        if isinstance(message, Accept):
+            return round_.on_accept(peer, message, now)
         if isinstance(message, Ready):
             refused = round_.on_ready(peer, message, now)
             if refused is None and (view.status is None or view.status.head != message.head):
@@ -357,11 +363,7 @@ class Core:
         assert isinstance(message, Closing)
         return round_.on_closing(peer, message)
 
-    def _on_data(
-        self, peer: str, round_: Round, message: Accept | Need | Shard | Result, now: float
-    ) -> str | None:
-        if isinstance(message, Accept):
-            return round_.on_accept(peer, message, now)
+    def _on_data(self, peer: str, round_: Round, message: Need | Shard | Result, now: float) -> str | None:
         if isinstance(message, Need):
             round_.exchange.on_need(peer, message)
             return None
@@ -422,7 +424,10 @@ class Core:
         round_ = self.round
         if round_ is None or self.stopping:
             epoch = max(self.sync.state_epoch, 0)
-            return Status(epoch, self._state_head(), self.phase(), Stage.AWAY, 0, 0, ())
+            # Who takes the step has not gone away: it comes to the next round in a moment.
+            stepping = self.sync.taking_the_step and not self.stopping
+            stage = Stage.ACCEPTED if stepping else Stage.AWAY
+            return Status(epoch, self._state_head(), self.phase(), stage, 0, 0, ())
         waiting = round_.exchange.waiting_on() if round_.stage == Stage.EXCHANGING else ()
         epoch, head, progress = round_.epoch, round_.head, round_.exchange.progress
         return Status(epoch, head, self.phase(), round_.stage, round_.ballot, progress, waiting)

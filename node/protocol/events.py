@@ -144,6 +144,7 @@ class Vote:
     accepted_ballot: int  # -1: none
     accepted: Body | None
     life: str = ""
+    weight: int = 0  # committed up to `head`: where this round is among all that we could be in, as a Tip
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +211,12 @@ class AppendRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class TruncateChain:
-    """Leave a fork. A crash before the AppendRecords that follow is noticed at the start: see Core."""
+class SwitchChain:
+    """Leave a fork: these records take the place of those after `epoch`. In one write, so that a crash
+    leaves the one chain or the other, and never a head that we have left before (docs/decisions/007)."""
 
     epoch: int
+    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +302,7 @@ Output = (
     | PersistVote
     | PersistResult
     | AppendRecord
-    | TruncateChain
+    | SwitchChain
     | Apply
     | Rollback
     | FetchUpdate

@@ -158,9 +158,13 @@ class Leader:
             self.excluded.clear()
 
     def _expected(self, now: float) -> list[str]:
-        state = self.state
-        live = [p for p in self.ctx.live_at(state.epoch, state.head, now) if p not in self.excluded]
-        return live if state.stage >= Stage.READY else [*live, self.ctx.me]
+        """Who may yet be ready: all at our head, and the electors that were in the round before just now."""
+        state, ctx = self.state, self.ctx
+        live = ctx.live_at(state.epoch, state.head, now)
+        live += [p for p in state.electorate if ctx.on_the_way(p, state.epoch, now)]
+        if state.stage < Stage.READY:
+            live.append(ctx.me)
+        return [p for p in live if p not in self.excluded]
 
     def _close(self, now: float) -> None:
         state = self.state
@@ -271,8 +275,8 @@ class Leader:
         so the grace is as long as for a stall, till a majority of the record's own members has voted.
         """
         state, accepts = self.state, self.state.accepts
-        for head in dict.fromkeys(vote.head for vote in accepts.values()):
-            votes = {p: vote for p, vote in accepts.items() if vote.head == head}
+        for head in dict.fromkeys(vote.body_head for vote in accepts.values()):
+            votes = {p: vote for p, vote in accepts.items() if vote.body_head == head}
             body = self._named_by(head, votes)
             if body is None or commit_gap(body, votes, state.electorate) is not None:
                 continue

@@ -108,8 +108,9 @@ class Accept:
     """A vote: the sender has every shard of the result, and its vote, on disk (phase 2b)."""
 
     epoch: int
+    head: str
     ballot: int
-    head: str  # of the body that is accepted: record epoch + 1
+    body_head: str  # of the body that is accepted: record epoch + 1
     result: str  # its result digest, so that a leader who lacks the result can name the body
     signature: str
 

@@ -293,10 +293,11 @@ class Round:
         state = self.state
         if accept.ballot != state.ballot or not state.leading:
             return None
-        if not self.ctx.crypto.verify(peer, accept.signature, accept_message(accept.head, accept.ballot)):
+        signed = accept_message(accept.body_head, accept.ballot)
+        if not self.ctx.crypto.verify(peer, accept.signature, signed):
             return "signature"
         known = state.accepts.get(peer)
-        if known is not None and known.head != accept.head:
+        if known is not None and known.body_head != accept.body_head:
             return "equivocation"
         if known is None:
             state.accepts[peer] = accept

@@ -31,7 +31,7 @@ from tapestry.node.protocol.events import (
     FetchUpdate,
     Note,
     Rollback,
-    TruncateChain,
+    SwitchChain,
 )
 from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Stage, Status
 
@@ -49,7 +49,8 @@ class Sync:
         self.state_digest = state_digest
         self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
         self.job_head = ""  # of the update that is being fetched
-        self.asking_around = False  # for that update: it is asked of a peer that is not at our head
+        self.job_donor = ""  # who was asked last
+        self.asking_around = False  # for that update: it is asked of a peer that need not have it
         self.rollback_to: int | None = None
         # What lies on our disk may be what a donor gave just before a crash, not compared yet.
         signed = chain.state_digest_at(state_epoch) if 0 <= state_epoch <= chain.epoch else None
@@ -58,7 +59,7 @@ class Sync:
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
         self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
-        self.stuck_since: float | None = None  # since when nobody can give what we lack
+        self.stuck_since: float | None = None  # since when nobody has given what we lack
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
 
     @property
@@ -74,8 +75,11 @@ class Sync:
         what = f"needs a state, chain at {self.chain.epoch}"
         if not self.need_state:
             what = f"state {self.state_epoch} of {self.chain.epoch}"
-        stuck = self.stuck_since is not None and now - self.stuck_since >= self.ctx.rules.stall_s
-        return f"{what}; no peer that we hear can give it" if stuck else what
+        if self.stuck_since is None or now - self.stuck_since < self.ctx.rules.stall_s:
+            return what
+        if self.job in ("update", "state"):
+            return f"{what}; nobody has given it yet, asking {self.job_donor[-6:]}"
+        return f"{what}; no peer that we hear can give it"
 
     # --- records -------------------------------------------------------------------------------
 
@@ -185,13 +189,14 @@ class Sync:
                     f"dropped_weight={weight_of(ours)} gained_weight={weight_of(theirs)}"
                 )
             )
-            self.chain.truncate(common)
+            self.chain.switch(common, theirs)
             self.lacks.clear()
-            self.ctx.emit(TruncateChain(common))
+            self.ctx.emit(SwitchChain(common, tuple(theirs)))
             if self.state_epoch > common or self.job:
                 self.rollback_to = common if self.rollback_to is None else min(self.rollback_to, common)
-        for record in theirs:
-            self.append(record)
+        else:
+            for record in theirs:
+                self.append(record)
         return list(theirs)
 
     def _locator(self, peer: str) -> tuple[tuple[int, str], ...]:
@@ -213,6 +218,7 @@ class Sync:
     def on_applied(self, epoch: int, digest: str) -> None:
         """A job brought the state to `epoch`. Compared with what is signed, where it is."""
         job, self.job = self.job, ""
+        self.stuck_since = None
         self.state_epoch, self.state_digest = epoch, digest
         self.need_state = False
         if self.rollback_to is not None and epoch <= self.rollback_to:
@@ -226,6 +232,7 @@ class Sync:
     def on_update_fetched(self, head: str) -> None:
         if self.job == "update" and self.job_head == head:
             self.job = ""
+            self.stuck_since = None
         self.ctx.keep_update(head)
 
     def on_fetch_failed(self, failed: FetchFailed, now: float) -> None:
@@ -238,10 +245,11 @@ class Sync:
             self.need_state = True
             self.ctx.emit(Note(f"{job}=failed reason={reason!r} next=fetch_state"))
             return
-        if reason == "missing" and job == "update" and not self.asking_around:
-            self.lacks[donor] = max(self.lacks.get(donor, 0), self.state_epoch + 1)
-        else:
-            self.failed_at[donor] = now
+        if donor in self.ctx.peers:
+            if reason == "missing" and job == "update" and not self.asking_around:
+                self.lacks[donor] = max(self.lacks.get(donor, 0), self.state_epoch + 1)
+            else:
+                self.failed_at[donor] = now
         if not self.asking_around or reason != "missing":  # else it was a guess, and `reason` tells of it
             self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
 
@@ -260,9 +268,7 @@ class Sync:
             self._fetch_state(now)
         elif self.state_epoch < self.chain.epoch:
             self._advance(now)
-        if self.at_head or (self.job and not self.asking_around):
-            self.stuck_since = None
-        elif self.stuck_since is None:
+        if not self.at_head and not self.job and self.stuck_since is None:
             self.stuck_since = now
 
     def _advance(self, now: float) -> None:
@@ -275,50 +281,61 @@ class Sync:
             self.job = "apply"
             self.ctx.emit(Apply(record))
         else:
-            donors = self._donors(now)
-            able = [p for p in donors if self.lacks.get(p, 0) < record.body.epoch]
-            if donors and not able:
-                self._fetch_state(now)
-                return
-            # Who voted for the record may not know that it was decided, and so not be at our head.
-            self.asking_around = not able
-            asked = able or self._others(now)
-            if asked:
-                self.job, self.job_head = "update", record.head
-                epoch, head, result = record.body.epoch, record.head, record.body.result
-                self.ctx.emit(FetchUpdate(epoch, head, result, asked[epoch % len(asked)]))
+            self._fetch_update(record, now)
+
+    def _fetch_update(self, record: Record, now: float) -> None:
+        """From who is further on our chain. If all of them have dropped it we need a state of theirs.
+
+        If nobody is, whom to ask is a guess: who voted for the record may not know that it was decided.
+        """
+        donors = self._donors(now)
+        able = [p for p in donors if self.lacks.get(p, 0) < record.body.epoch]
+        if donors and not able:
+            self._fetch_state(now)
+            return
+        asked = able or self._others(now)
+        if not asked:
+            return
+        self.asking_around = not able
+        if self.asking_around and self.stuck_since is None:
+            self.stuck_since = now
+        epoch, head, result = record.body.epoch, record.head, record.body.result
+        self.job, self.job_head, self.job_donor = "update", head, asked[epoch % len(asked)]
+        self.ctx.emit(FetchUpdate(epoch, head, result, self.job_donor))
 
     def _fetch_state(self, now: float) -> None:
-        """From anybody at our head, but not before we know where the head is."""
-        self.need_state = True
+        """From anybody further on our chain, but not before we know where the head is."""
         if self._head_ahead(now):
             return
         donors = self._donors(now)
         if donors:
-            self.job = "state"
+            self.job, self.job_donor = "state", donors[self.chain.epoch % len(donors)]
             self.rollback_to = None
-            donor = donors[self.chain.epoch % len(donors)]
-            self.ctx.emit(FetchState(donor, max(0, self.chain.epoch - 1)))
+            self.ctx.emit(FetchState(self.job_donor, max(0, self.chain.epoch - 1)))
 
     def _head_ahead(self, now: float) -> bool:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""
         ahead = False
         for peer, view in self.ctx.peers.items():
-            if view.status is None or view.status.epoch <= self.chain.epoch or not self.ctx.heard(peer, now):
+            if view.status is None or not self.ctx.heard(peer, now):
+                continue  # to go and come back gains it no time
+            if view.status.epoch <= self.chain.epoch:
                 self.ahead_since.pop(peer, None)
             elif now - self.ahead_since.setdefault(peer, now) < self.ctx.rules.stall_s:
                 ahead = True
         return ahead
 
     def _donors(self, now: float) -> list[str]:
-        """Peers that are further than our state: at a head of our chain, or beyond it as they say."""
+        """Peers whose head is on our chain, further than our state: they have made it, or been given it.
+
+        What a peer says of a head that we do not know proves nothing.
+        """
         donors = []
         for peer in self._others(now):
             status = self.ctx.peers[peer].status
             if status is None or status.stage == Stage.AWAY:
                 continue
-            known = status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head
-            if status.epoch > self.state_epoch and (known or status.epoch > self.chain.epoch):
+            if status.epoch > self.state_epoch and self.chain.head_at(status.epoch) == status.head:
                 donors.append(peer)
         return donors
 

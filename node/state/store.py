@@ -163,7 +163,7 @@ class Store:
         """Write the record that follows the last one. On OSError the chain on disk is as before."""
         assert record.body.epoch == len(self._line_ends) + 1
         start = self._line_ends[-1] if self._line_ends else 0
-        line = seal(record_to_dict(record)) + b"\n"
+        line = _line_of(record)
         fd = self._open_chain()
         try:
             pwrite_all(fd, line, start)
@@ -175,15 +175,15 @@ class Store:
             os.close(fd)
         self._line_ends.append(start + len(line))
 
-    def truncate(self, epoch: int) -> None:
-        """Forget the records after `epoch`."""
-        del self._line_ends[epoch:]
-        fd = self._open_chain()
-        try:
-            os.ftruncate(fd, self._line_ends[-1] if self._line_ends else 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def switch_chain(self, epoch: int, records: Sequence[Record]) -> None:
+        """Put `records` in the place of those after `epoch`: all of it, or on OSError nothing."""
+        ends = self._line_ends[:epoch]
+        kept = self._home.chain.read_bytes()[: ends[-1]] if ends else b""
+        lines = [_line_of(record) for record in records]
+        atomic_write(self._home.chain, b"".join([kept, *lines]))
+        for line in lines:
+            ends.append((ends[-1] if ends else 0) + len(line))
+        self._line_ends = ends
 
     def _open_chain(self) -> int:
         existed = self._home.chain.exists()
@@ -221,7 +221,7 @@ class Store:
         _log.warning("chain cut path=%s records_kept=%d bytes_cut=%d reason=%r", path, kept, len(rest), why)
         if why != "unfinished":
             atomic_write(path.with_name(path.name + ".corrupt"), rest)
-        self.truncate(kept)
+        self.switch_chain(kept, ())
 
     # --- vote ----------------------------------------------------------------------------------
 
@@ -371,6 +371,11 @@ def _require_link(record: Record, before: Sequence[Record], genesis: Genesis) ->
         raise ValueError(f"record {body.epoch} does not follow record {len(before)}")
 
 
+def _line_of(record: Record) -> bytes:
+    """Of chain.jsonl."""
+    return seal(record_to_dict(record)) + b"\n"
+
+
 def _vote_to_dict(vote: Vote) -> dict[str, Any]:
     return {
         "epoch": vote.epoch,
@@ -379,6 +384,7 @@ def _vote_to_dict(vote: Vote) -> dict[str, Any]:
         "accepted_ballot": vote.accepted_ballot,
         "accepted": None if vote.accepted is None else body_to_dict(vote.accepted),
         "life": vote.life,
+        "weight": vote.weight,
     }
 
 
@@ -390,9 +396,9 @@ def _vote_from_dict(raw: Any) -> Vote:
         raise ValueError("head must be 64 hex digits")
     if type(raw["life"]) is not str or len(raw["life"]) not in (0, 32):
         raise ValueError("life must be 32 hex digits")
-    numbers = [raw[name] for name in ("epoch", "promised", "accepted_ballot")]
+    numbers = [raw[name] for name in ("epoch", "promised", "accepted_ballot", "weight")]
     if not all(type(number) is int and number >= -1 for number in numbers):
-        raise ValueError("epoch and ballots must be integers")
+        raise ValueError("epoch, ballots and weight must be integers")
     accepted = None if raw["accepted"] is None else body_from_dict(raw["accepted"])
     if (accepted is None) != (raw["accepted_ballot"] == -1):
         raise ValueError("an accepted body and its ballot go together")

@@ -182,8 +182,8 @@ async def forged_votes(enemy: Enemy) -> None:
             "control",
             said(
                 Ready(epoch, head, 0, False, "00" * 32, TOKEN, 2**40, 1.0, -1, None),
-                Accept(epoch, 0, new_head, "ab" * 32, signature),
-                Accept(epoch, 0, new_head, "ab" * 32, "00"),
+                Accept(epoch, head, 0, new_head, "ab" * 32, signature),
+                Accept(epoch, head, 0, new_head, "ab" * 32, "00"),
                 Commit(record),
                 Commit(stolen),
                 Records(epoch, (record,)),

@@ -115,17 +115,17 @@ def test_a_rollback_gives_the_state_as_it_was(run: Run) -> None:
     digests = [run.keeper.reached[1]]
     for seed in range(4):
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
-    assert run.keeper.truncate(2) == (2, 2)  # records, and tokens behind them
+    assert run.keeper.switch_chain(2, ()) == (2, 2)  # records, and tokens behind them
     assert run.keeper.rollback(2) == (2, digests[2])
     assert run.open().restore().state_digest == digests[2]
 
 
-def test_a_rollback_goes_no_further_than_a_chain_that_was_truncated_meanwhile(run: Run) -> None:
+def test_a_rollback_goes_no_further_than_a_chain_that_was_left_meanwhile(run: Run) -> None:
     run.keeper.restore()
     digests = [run.keeper.reached[1]]
     for seed in range(4):
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
-    run.keeper.truncate(1)
+    run.keeper.switch_chain(1, ())
     assert run.keeper.rollback(3) == (1, digests[1])
 
 

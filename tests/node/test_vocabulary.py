@@ -40,7 +40,7 @@ CONTROL = [
     messages.Closing(6, HEAD, 2),
     messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1)),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
-    messages.Accept(6, 2, HEAD, HEAD, "aa"),
+    messages.Accept(6, HEAD, 2, HEAD, HEAD, "aa"),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),

@@ -431,7 +431,7 @@ def test_a_thousand_identities_leave_the_tables_bounded():
             round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, "", 0, 0.0, -1, None
         )
         node.feed(ev.Received(peer, ready))
-        node.feed(ev.Received(peer, Accept(round_.epoch, round_.ballot, HEX, HEX, HEX)))
+        node.feed(ev.Received(peer, Accept(round_.epoch, round_.head, round_.ballot, HEX, HEX, HEX)))
         if i % 2:
             node.feed(ev.PeerDown(peer))
     tables = (
@@ -452,21 +452,36 @@ def test_an_applied_state_that_the_disk_lost_does_not_end_the_waiting_for_it():
     assert sync.job == "" and sync.need_state
 
 
-def test_a_vote_beyond_the_chain_keeps_a_node_from_voting_again():
-    """It crashed when it had left a fork: its vote after the common record is overwritten."""
+def test_who_lost_records_votes_in_no_round_of_before():
+    """The newest ones were damaged on its disk: what it voted after those before is overwritten."""
     world = swarm()
     goes_on(world)
     node = nodes(world)[0]
-    records = node.core.chain.records
-    node.disk.vote = ev.Vote(len(records), records[-1].head, 3, -1, None)
-    records = list(records)
-    del node.disk.records[-1:]
+    chain = node.core.chain
+    node.disk.vote = ev.Vote(chain.epoch, chain.head, 3, -1, None, node.disk.life, chain.weight)
+    lost = node.disk.records.pop()
     common = node.disk.records[-1]
     node.disk.state_head = common.head
     node.crash()
     node.start()
     assert node.core.round is None and node.core.chain.head == common.head
-    world.until(lambda: node.core.sync.at_head and node.core.chain.epoch > len(records), 30)
+    assert "lost records" in node.core.reason(world.now)
+    world.until(lambda: node.core.round is not None and node.core.chain.epoch > lost.body.epoch, 30)
+
+
+@pytest.mark.parametrize(("weight", "votes"), [(-1, True), (1, False)])
+def test_a_vote_on_another_chain_binds_only_where_that_chain_is_better(weight, votes):
+    """Of a longer fork that is lighter: left for good, however far it went."""
+    world = swarm()
+    goes_on(world)
+    node = nodes(world)[0]
+    chain = node.core.chain
+    vote = ev.Vote(chain.epoch + 30, HEX, 3, -1, None, node.disk.life, chain.weight + weight)
+    node.crash()
+    node.disk.vote = vote
+    node.start()
+    world.until(lambda: node.core.sync.at_head, 10)
+    assert (node.core.round is not None) == votes
 
 
 def test_who_lost_its_disk_votes_in_no_round_of_before_whatever_older_ones_it_comes_through():

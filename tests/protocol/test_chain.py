@@ -75,11 +75,11 @@ def test_a_body_with_a_wrong_type_or_key_is_refused(body, data):
 
 
 def test_a_tampered_genesis_is_refused():
-    genesis = c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, CRYPTO)
+    genesis = c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
     raw = c.genesis_to_dict(genesis)
     assert c.genesis_from_dict(raw, CRYPTO) == genesis
     other = {"spec": "x", "founder": "b", "state_digest": digest(b"1"), "schema": digest(b"2"), "params": 11}
-    for field, value in {**other, "signature": "00"}.items():
+    for field, value in {**other, "nonce": "1" * 32, "signature": "00"}.items():
         with pytest.raises(c.InvalidRecord):
             c.genesis_from_dict({**raw, field: value}, CRYPTO)
 
@@ -195,6 +195,6 @@ def test_of_two_branches_exactly_one_is_better(ours, theirs):
 
 
 def test_heads_that_we_do_not_have_equal_nobodys():
-    chain = c.Chain(c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, CRYPTO))
+    chain = c.Chain(c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO))
     assert chain.head_at(0) == chain.genesis.run_id
     assert [chain.head_at(e) for e in (-(2**60), -1, 1, 2**60)] == [""] * 4

@@ -237,18 +237,43 @@ def test_the_only_elector_commits_no_result_that_lies_on_its_disk_alone():
     assert {peer for peer, _ in elector.core.chain.records[epoch].signatures} == {elector.name, other.name}
 
 
-def test_who_voted_for_an_update_gives_it_though_it_does_not_know_of_the_record():
-    """The record reached one member, the update another; the leader that had both is gone (seed 999991)."""
+@pytest.mark.parametrize("seed", SEEDS)
+def test_who_takes_the_step_a_little_longer_is_waited_for(seed):
+    """Epochs so short that the others are ready before it has come to the head at all."""
+    world = swarm(seed, peers=3)
+    world.train_s = (0.05, 0.06)
+    slow = follower(world)
+    slow.execute = {
+        **slow.execute,
+        ev.Apply: lambda node, out: world.later(0.7, node, lambda: node.apply(out.record)),
+    }
+    epoch = world.epoch()
+    world.until(lambda: world.epoch() >= epoch + 4, 30)
+    records = slow.core.chain.records[epoch + 1 :]
+    assert len(records) >= 2 and all(slow.name in [m.peer for m in r.body.members] for r in records)
+
+
+def lacks_an_update(*, is_there: bool):
+    """Of three, one is gone, one knows of a decision and lacks its update, one may have that, and does not
+    know that it was decided. These two are down."""
     world = swarm(1, peers=3, on_quorum_loss="wait")
     gone, told, voted = alive(world)
     epoch = world.epoch() + 1
-    all_at(world, epoch, 20)
+    world.until(lambda: all(n.core.chain.epoch >= epoch for n in alive(world)), 20)
     head, before = told.core.chain.head, told.core.chain.head_at(epoch - 1)
     for node in (gone, told, voted):
         node.crash()
         node.disk.state_head = before
-    del told.disk.updates[head]
-    del voted.disk.records[-1]
+    del told.disk.updates[head], voted.disk.records[-1]
+    if not is_there:
+        del voted.disk.updates[head]
+    return world, told, voted, epoch
+
+
+def test_who_voted_for_an_update_gives_it_though_it_does_not_know_of_the_record():
+    """The record reached one member, the update another; the leader that had both is gone (seed 999991)."""
+    world, told, voted, _ = lacks_an_update(is_there=True)
+    head = told.disk.records[-1].head
     told.start()
     voted.start()
     world.until(lambda: told.core.sync.at_head and told.core.chain.head == head, 10)
@@ -262,7 +287,7 @@ def test_members_that_were_told_different_rosters_agree_in_the_next_ballot(seed)
     world = swarm(seed, peers=4, on_quorum_loss="continue")
     told: list[Roster] = []
 
-    def once(message):
+    def once(sender, message):
         if isinstance(message, Roster) and message.forced and not told:
             told.append(message)
             less = tuple(replace(m, weight=m.weight - 1) for m in message.members)
@@ -298,9 +323,29 @@ def test_who_lacks_what_nobody_can_give_says_so():
     elector, other = world.nodes.values()
     elector.start()
     world.until(lambda: world.epoch() >= 3, 20)
+    began_at = world.now
     other.start()
     world.until(lambda: other.core.chain.epoch >= 3, 20)
     elector.crash()
-    began_at = world.now
     world.until(lambda: "no peer that we hear can give it" in other.core.reason(world.now), 20)
     assert other.core.phase() == "joining" and world.now - began_at >= STALL_S
+
+
+def test_who_boasts_does_not_keep_anybody_from_asking_around():
+    """A stranger says that it is far ahead, and has not the update that a member can give."""
+    world, told, voted, epoch = lacks_an_update(is_there=True)
+    told.start()
+    world.chaos._boast()
+    world.later(2 * STALL_S, None, voted.start)
+    world.until(lambda: told.core.chain.epoch > epoch, 3 * STALL_S + EPOCH_S)
+
+
+def test_who_is_told_again_and_again_that_it_is_missing_goes_on_saying_so():
+    world, told, voted, _ = lacks_an_update(is_there=False)
+    told.start()
+    voted.start()
+    world.until(lambda: "can give it" in told.core.reason(world.now), 2 * STALL_S)
+    reasons, until = set(), world.now + 20
+    world.until(lambda: reasons.add(told.core.reason(world.now)) or world.now > until, 30)
+    assert all("can give it" in r or f"given it yet, asking {voted.name}" in r for r in reasons), reasons
+    assert len(reasons) == 2

@@ -17,7 +17,7 @@ from simulation.lies import STRANGER, draw_lie
 from simulation.shell import Disk, Node, digest
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.messages import Message, Ready, Roster
+from tapestry.node.protocol.messages import Message, Ready, Roster, Stage, Status
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -39,13 +39,15 @@ class Faults:
     island_per_s: float = 0.0  # the swarm falls into two parts
     blackout_per_s: float = 0.0  # a majority, or everybody, crashes at once
     crash_at_write: float = 0.0  # probability that a node dies of a write, which may be torn: it is not there
-    crash_at_fork: float = 0.0  # probability that it dies when it has left a fork and not followed the other
+    crash_at_fork: float = 0.0  # probability that it dies of leaving a fork, before that is written or after
+    chain_damaged: float = 0.0  # probability that the newest records are not read back after a crash
     lies_per_s: float = 0.0  # messages of random values in the name of a stranger or a member
     drip_per_s: float = 0.0  # a peer drips bytes, of which no shard ever comes
     corrupt: float = 0.0  # share of data frames that are damaged: the wire refuses them, and says of whom
     donor_lies: float = 0.0  # share of updates and states that are not what was asked for
     false_ready: float = 0.0  # share of READYs that lie about weight or state digest
     split_roster: float = 0.0  # share of ROSTERs that tell one member something else than the others
+    boaster: bool = False  # a stranger says all the time that it is far ahead, and gives nothing
     skew_s: float = 0.0  # clocks are up to this much apart
     disk_lost: bool = False  # one node comes back without its disk
     astray: bool = False  # one node's arithmetic goes wrong, once
@@ -64,16 +66,18 @@ class Faults:
             cut_per_s=maybe(0.4, 0.06),
             link_drop_per_s=maybe(0.3, 0.06),
             trainer_down_per_s=maybe(0.3, 0.04),
-            island_per_s=maybe(0.4, 0.01),
+            island_per_s=maybe(0.4, rng.choice([0.01, 0.01, 0.06])),
             blackout_per_s=maybe(0.2, 0.01),
             crash_at_write=maybe(0.4, 0.06),
-            crash_at_fork=maybe(0.3, 0.3),
+            crash_at_fork=maybe(0.3, 0.6),
+            chain_damaged=maybe(0.2, 0.3),
             lies_per_s=maybe(0.3, 0.5),
             drip_per_s=maybe(0.2, 0.02),
             corrupt=maybe(0.2, 0.01),
             donor_lies=maybe(0.3, 0.3),
             false_ready=maybe(0.15, 0.1),
             split_roster=maybe(0.1, 0.2),
+            boaster=rng.random() < 0.1,
             skew_s=maybe(0.3, 600.0),
             disk_lost=rng.random() < 0.3,
             astray=rng.random() < 0.1,
@@ -95,6 +99,7 @@ class Chaos:
         self.rng = world.rng
         self.disk_was_lost = False
         self.went_astray = False
+        self.split: set[str] = set()  # who told members different rosters
         # when, ticket, what: the next one last
         self.planned: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -120,6 +125,8 @@ class Chaos:
 
         self.planned.sort(key=lambda planned: planned[:2], reverse=True)
         self._await_next()
+        if faults.boaster:
+            self._boast()
 
     def _await_next(self) -> None:
         """One planned fault at a time is among the world's events: its heap stays small."""
@@ -167,7 +174,18 @@ class Chaos:
             if lost:
                 node.disk = Disk(life=self.world.token())
                 self.world.invariants.on_disk_lost(node)
+            elif self.rng.random() < self.faults.chain_damaged:
+                self._damage_chain(node)
             node.start()
+
+    def _damage_chain(self, node: Node) -> None:
+        """The store reads back the records before the damage. Another one must have all of them."""
+        records = node.disk.records
+        others = [n.disk.records for n in self.world.nodes.values() if n is not node]
+        if records and any(len(r) >= len(records) and r[len(records) - 1] == records[-1] for r in others):
+            count = self.rng.randint(1, min(3, len(records)))
+            self.world.tell(node.name, f"its chain has lost {count} records")
+            del records[-count:]
 
     def _loses_disk(self, node: Node) -> bool:
         """One in a world, and only where the others can go on: as good as killed, and another one joins.
@@ -178,6 +196,8 @@ class Chaos:
         """
         world = self.world
         if not self.faults.disk_lost or self.disk_was_lost or world.rules.on_quorum_loss == "wait":
+            return False
+        if node.name in self.split:  # it may have decided, alone, on a result that nobody else has
             return False
         others = [n for n in world.nodes.values() if n is not node and n.disk.state_head]
         if len(others) < 2 or any(electorate_of(n) == [node.name] for n in others):
@@ -206,7 +226,7 @@ class Chaos:
             and self.rng.random() < self.faults.donor_lies
         )
 
-    def falsify(self, message: Message) -> Message:
+    def falsify(self, sender: str, message: Message) -> Message:
         """What a lying sender makes of its own message."""
         faults, rng = self.faults, self.rng
         if isinstance(message, Ready) and faults.false_ready and rng.random() < faults.false_ready:
@@ -214,6 +234,7 @@ class Chaos:
                 return replace(message, weight=2 * message.weight)
             return replace(message, state_digest=digest(b"a lie"))
         if isinstance(message, Roster) and faults.split_roster and rng.random() < faults.split_roster:
+            self.split.add(sender)
             members = tuple(replace(m, weight=max(m.weight - 1, min(m.weight, 1))) for m in message.members)
             return replace(message, members=members)
         return message
@@ -261,6 +282,16 @@ class Chaos:
         lie = draw_lie(self.rng, victim.core, member=liar != STRANGER)
         self.world.tell(liar, f"LIES to {victim.name}: {lie}")
         victim.feed(ev.Received(liar, lie))
+
+    def _boast(self) -> None:
+        """Again and again, after the network has healed too: who asks it for anything gets nothing."""
+        status = Status(10**6, digest(b"no record of this run"), "training", Stage.READY, 0, 0, ())
+        for node in self.world.nodes.values():
+            if node.core is not None:
+                if STRANGER not in node.core.ctx.peers or not node.core.ctx.peers[STRANGER].up:
+                    node.feed(ev.PeerUp(STRANGER))
+                node.feed(ev.Received(STRANGER, status))
+        self.world.later(1.0, None, self._boast)
 
     def _drip(self) -> None:
         victim, peer = self._pick(), self._pick().name

@@ -34,6 +34,8 @@ class Invariants:
         self.state_of: dict[str, str] = {}  # head -> state digest
         self.next_of: dict[str, str] = {}  # head -> head of the ordinary record after it
         self.table_max = 4 * world.rules.peers_max
+        self.weight_at = {world.genesis.run_id: 0}  # head -> all that was committed up to it
+        self.furthest: dict[str, tuple[int, str]] = {}  # node -> weight and head of the best it said READY at
         self.promised: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it said READY in
         self.accepted: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it wrote a vote in
         self.forgotten: set[tuple[str, str]] = (
@@ -67,7 +69,7 @@ class Invariants:
             self._on_ready(node, message)
         elif type(message) is Accept:
             vote = node.disk.vote
-            if vote is None or vote.promised < message.ballot or message.head not in node.disk.updates:
+            if vote is None or vote.promised < message.ballot or message.body_head not in node.disk.updates:
                 self.fail(
                     node, f"durability: the vote in ballot {message.ballot} or its result is not on disk"
                 )
@@ -90,6 +92,11 @@ class Invariants:
         key = (node.name, ready.head)
         if key in self.forgotten:
             self.fail(node, "consensus: it votes in a round in which it voted before its disk was lost")
+        tip = (self.weight_at[ready.head], ready.head)
+        weight, head = self.furthest.get(node.name, tip)
+        if tip[0] < weight or (tip[0] == weight and tip[1] > head):
+            self.fail(node, f"consensus: READY at {tip}, after one at {head[:8]} of weight {weight}")
+        self.furthest[node.name] = tip
         if ready.ballot < self.promised.get(key, 0):
             self.fail(node, f"consensus: READY in ballot {ready.ballot}, {self.promised[key]} was promised")
         self.promised[key] = ready.ballot
@@ -98,6 +105,7 @@ class Invariants:
 
     def on_disk_lost(self, node: Node) -> None:
         self.forgotten |= {key for key in self.promised if key[0] == node.name}
+        self.furthest.pop(node.name, None)
 
     def on_vote_written(self, node: Node, vote: Vote) -> None:
         key = (node.name, vote.head)
@@ -110,6 +118,7 @@ class Invariants:
 
     def on_record(self, node: Node, record: Record) -> None:
         body = record.body
+        self.weight_at[record.head] = self.weight_at[body.prev] + sum(m.weight for m in body.members)
         self.world.furthest = max(self.world.furthest, body.epoch)
         if body.forced and self.world.rules.on_quorum_loss == "wait":
             self.fail(node, "policy: a forced record in a run that waits")

@@ -166,7 +166,7 @@ class _Liar:
         return Propose(self.epoch(), self.head(), self.ballot(), self.body(), holders)
 
     def accept(self) -> Accept:
-        return Accept(self.epoch(), self.ballot(), self.hex(64), self.hex(64), self.hex(64))
+        return Accept(self.epoch(), self.head(), self.ballot(), self.hex(64), self.hex(64), self.hex(64))
 
     def commit(self) -> Commit:
         return Commit(self.record())

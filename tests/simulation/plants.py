@@ -88,7 +88,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 0)
+@plant("a vote that comes twice counts twice", 3)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -105,7 +105,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 2)
+@plant("votes of who is no elector count", 3)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 39)
+@plant("a lower ballot is followed after a higher one was promised", 15)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -125,7 +125,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 19)
+@plant("a ballot is led again after a restart", 7)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 3)
+@plant("a new leader makes a new value, whatever was accepted", 2)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 4)
+@plant("a forced value overwrites the vote for an ordinary one", 5)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -163,27 +163,32 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 68)
+@plant("a member that lost its disk votes at once", 21)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
+
+
+@plant("a member that lost records votes at once", 45)
+def lost_records_vote() -> list[Patch]:
+    return [(Core, "_stands_by", Core._forgot_votes)]
 
 
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 23)
+@plant("records are taken as they come", 5)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
 
-@plant("of two chains the lighter one wins", 77)
+@plant("of two chains the lighter one wins", 16)
 def fork_choice_reversed() -> list[Patch]:
     better = sync_module.better
     reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
     return [(sync_module, "better", reverse)]
 
 
-@plant("who is connected is an elector, without a record", 1)
+@plant("who is connected is an elector, without a record", 0)
 def electorate_grows_by_itself() -> list[Patch]:
     init = RoundState.__init__
 
@@ -194,7 +199,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 0)
+@plant("a run that waits for its quorum forces records all the same", 6)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -212,7 +217,7 @@ def forces_though_told_to_wait() -> list[Patch]:
     return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
 
 
-@plant("nobody's weight is capped, and nobody minds", 0)
+@plant("nobody's weight is capped, and nobody minds", 4)
 def weight_cap_ignored() -> list[Patch]:
     def all_is_well(weights: Any, max_influence: float) -> bool:
         return False
@@ -227,7 +232,7 @@ def weight_cap_ignored() -> list[Patch]:
 # --- shards -----------------------------------------------------------------------------------------
 
 
-@plant("a shard of an older contribution is taken for the newer one's", 18)
+@plant("a shard of an older contribution is taken for the newer one's", 7)
 def stale_contribution_accepted() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -261,7 +266,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 3)
+@plant("results of other members are kept for the next roster", 2)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -290,7 +295,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 34)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 165)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 
@@ -305,7 +310,7 @@ def reducers_death_ignored() -> list[Patch]:
 # --- states -----------------------------------------------------------------------------------------
 
 
-@plant("nobody compares a state with what is signed", 1)
+@plant("nobody compares a state with what is signed", 5)
 def state_digest_not_compared() -> list[Patch]:
     applied, advance = Sync.on_applied, Sync._advance
 
@@ -320,7 +325,7 @@ def state_digest_not_compared() -> list[Patch]:
     return [(Sync, "on_applied", trust), (Sync, "_advance", go_on)]
 
 
-@plant("an update is applied whatever its digest", 1)
+@plant("an update is applied whatever its digest", 3)
 def update_unchecked() -> list[Patch]:
     return [(Node, "update_holds", lambda self, result, shards: True)]
 
@@ -330,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 2)
+@plant("a leader that says nothing is waited for", 6)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

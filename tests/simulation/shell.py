@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from simulation.draws import randint
+from simulation.lies import STRANGER
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Chain, Record
@@ -125,15 +126,12 @@ class Node:
         self.frozen = False
         self.backlog.clear()
         self.timer_at = -1.0
-        state = disk.states.get(disk.state_head)
         chain = Chain(world.genesis, disk.records)
-        on_chain = (
-            state is not None and state[0] <= chain.epoch and chain.head_at(state[0]) == disk.state_head
-        )
+        epoch, state = self.restore(chain)
         restored = Restored(
             chain,
-            state[0] if on_chain and state is not None else -1,
-            state[1] if on_chain and state is not None else "",
+            epoch,
+            state,
             disk.vote,
             tuple(disk.updates),
             disk.life,
@@ -143,6 +141,16 @@ class Node:
         for other in world.nodes.values():
             if other is not self and other.core is not None:
                 world.link_up(self, other)
+
+    def restore(self, chain: Chain) -> tuple[int, str]:
+        """The newest state of `chain` that checkpoints and updates lead to: epoch and digest, or -1."""
+        newest = self.disk.states.get(self.disk.state_head, (-1, ""))[0]
+        for epoch in range(min(newest, chain.epoch), -1, -1):
+            head = chain.head_at(epoch)
+            if head in self.disk.states:
+                self.disk.state_head = head
+                return self.disk.states[head]
+        return -1, ""
 
     def crash(self) -> None:
         self.life += 1
@@ -241,11 +249,18 @@ class Node:
             self.disk.records.append(out.record)
             self.world.invariants.on_record(self, out.record)
 
-    def do_truncate_chain(self, out: ev.TruncateChain) -> None:
+    def do_switch_chain(self, out: ev.SwitchChain) -> None:
+        """One write: before it or after it, a crash finds a whole chain."""
+        faults, rng = self.world.faults, self.world.rng
+        if not self.world.healed and faults.crash_at_fork and rng.random() < faults.crash_at_fork:
+            self.dying = True
+            if rng.random() < 0.5:
+                return
         self.left = (out.epoch, self.disk.records[out.epoch :])
         del self.disk.records[out.epoch :]
-        if not self.world.healed and self.world.rng.random() < self.world.faults.crash_at_fork:
-            self.world.chaos.crash_for_a_while(self)
+        for record in out.records:
+            self.disk.records.append(record)
+            self.world.invariants.on_record(self, record)
 
     def do_apply(self, out: ev.Apply) -> None:
         self.world.later(self.world.draw(0.01, 0.1), self, lambda: self.apply(out.record))
@@ -287,7 +302,9 @@ class Node:
         donor = self.world.nodes.get(out.donor)
 
         def arrive() -> None:
-            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
+            if out.donor == STRANGER:
+                self.feed(ev.FetchFailed(STRANGER, out.head, "missing"))
+            elif donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
                 self.feed(ev.FetchFailed(out.donor, out.head, "timeout"))
             elif out.head not in donor.disk.updates:
                 self.feed(ev.FetchFailed(out.donor, out.head, "missing"))
@@ -371,7 +388,7 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.PersistVote: Node.do_persist_vote,
     ev.PersistResult: Node.do_persist_result,
     ev.AppendRecord: Node.do_append_record,
-    ev.TruncateChain: Node.do_truncate_chain,
+    ev.SwitchChain: Node.do_switch_chain,
     ev.Apply: Node.do_apply,
     ev.Rollback: Node.do_rollback,
     ev.FetchUpdate: Node.do_fetch_update,

@@ -78,7 +78,8 @@ class World:
         policy = self.rng.choice(policies)
         founder = SimCrypto(names[0])
         state = digest(b"state 0")
-        self.genesis: Genesis = found("spec", names[0], state, digest(b"schema"), 1000, founder)
+        nonce = "0" * 32
+        self.genesis: Genesis = found("spec", names[0], state, digest(b"schema"), 1000, nonce, founder)
         self.rules = rules or Rules(
             run_id=self.genesis.run_id,
             shard_count=self.rng.randint(1, 5),
@@ -280,7 +281,7 @@ class World:
         draw, faults = self.random, self.faults
         if faults.loss and draw() < faults.loss:
             return
-        received: ev.Input = ev.Received(sender.name, self.chaos.falsify(message))
+        received: ev.Input = ev.Received(sender.name, self.chaos.falsify(sender.name, message))
         if bulk and faults.corrupt and draw() < faults.corrupt:
             received = ev.PeerRefused(sender.name, "checksum")
         self.tell(sender.name, message, to)

@@ -66,7 +66,7 @@ class Run:
         self.state = new_state(self.n, arithmetic(self.n, self.outer, self.shard_elements))
         self.state.params.copy_(torch.randn(self.n, generator=self.rng))
         self.digest = self.state.digest()
-        genesis = found("spec", IDENTITY.peer_id, self.digest, SCHEMA, self.n, CRYPTO)
+        genesis = found("spec", IDENTITY.peer_id, self.digest, SCHEMA, self.n, "0" * 32, CRYPTO)
         self.chain = Chain(genesis)
         self.state.head = genesis.run_id
         self.store = Store(self.home, CRYPTO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from state.kit import CRYPTO, IDENTITY, Run, flip
 from tapestry.node.crypto import NodeCrypto
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.protocol.chain import Record, head_of
 from tapestry.node.protocol.events import Vote
 from tapestry.node.runspec import LimitsSpec
 from tapestry.node.state.files import seal
@@ -94,13 +96,43 @@ def test_a_record_of_another_run_is_damage(run: Run, tmp_path: Path) -> None:
     assert _load(run).records == ()
 
 
-def test_truncate_forgets_the_records_after_an_epoch(run: Run) -> None:
-    run.store.truncate(2)
-    assert _load(run).records == tuple(run.chain.records[:2])
-    run.store.append_record(run.chain.records[2])
-    assert _load(run).records == tuple(run.chain.records[:3])
-    run.store.truncate(0)
-    assert _load(run).records == ()
+def _other_side(run: Run) -> list[Record]:
+    """Records that follow record 2 in the place of 3 and 4. Unsigned: a store asks for links only."""
+    records = run.chain.records[:2]
+    for last in run.chain.records[2:]:
+        prev = records[-1]
+        body = dataclasses.replace(last.body, epoch=prev.body.epoch + 1, prev=prev.head, result="ab" * 32)
+        records.append(Record(body, head_of(body, CRYPTO), 0, ()))
+    return records[2:]
+
+
+@pytest.mark.parametrize("common", [0, 2, 4])
+def test_a_chain_is_switched_to_the_other_side_of_a_fork(run: Run, common: int) -> None:
+    theirs = _other_side(run) if common == 2 else []
+    run.store.switch_chain(common, theirs)
+    expected = (*run.chain.records[:common], *theirs)
+    assert _load(run).records == expected
+    if common == 2:
+        run.store.switch_chain(3, ())
+        run.store.append_record(theirs[1])
+        assert _load(run).records == expected
+
+
+def test_a_switch_happens_or_does_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in the middle of it must not leave a head that was left before: a vote there is overwritten."""
+    before = run.home.chain.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(os, call, full)
+            run.store.switch_chain(2, _other_side(run))
+        assert run.home.chain.read_bytes() == before
+    run.store.switch_chain(3, ())
+    run.store.append_record(run.chain.records[3])
+    assert run.home.chain.read_bytes() == before
 
 
 # --- vote -----------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ class NodeView:
                     "phase": status.phase if status is not None else "",
                     "epoch": status.epoch if status is not None else None,
                     "head": status.head if status is not None else "",
-                    "same_head": status is not None and status.head == runtime.core.chain.head,
+                    "same_head": status is not None
+                    and (status.head, status.state_epoch) == (runtime.core.chain.head, status.epoch),
                     "heard_s": round(now - seen.heard_at, 1),
                     "addresses": list(presence.addresses) if presence is not None else [],
                 }

@@ -205,6 +205,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     Status: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
+        "state_epoch": (_same, _integer(-1, EPOCH_MAX)),
         "phase": (_same, _word(PHASE_LENGTH_MAX)),
         "stage": (int, _stage),
         "ballot": (_same, _BALLOT),

@@ -188,11 +188,11 @@ class Core:
 
         The others decide that round, and our vote counts again in a later one.
         """
-        if self._forgot_votes():
-            return "our disk was lost: no vote before the next record"
         if self.vote is not None and Tip(self.vote.weight, self.vote.head).beats(self.chain.tip):
             # We only move to a tip that beats our own, so that this one is from before the one we voted at.
             return "our disk lost records: no vote before we have them again"
+        if self._forgot_votes():
+            return "our disk was lost: no vote before the next record"
         return ""
 
     def _forgot_votes(self) -> bool:
@@ -350,9 +350,8 @@ class Core:
             refused = round_.on_ready(peer, message, now)
             if refused is None and (view.status is None or view.status.head != message.head):
                 # READY is news too: it may overtake the STATUS that says the same.
-                view.status = Status(
-                    message.epoch, message.head, "averaging", Stage.READY, message.ballot, 0, ()
-                )
+                epoch, head, ballot = message.epoch, message.head, message.ballot
+                view.status = Status(epoch, head, epoch, "averaging", Stage.READY, ballot, 0, ())
             return refused
         if isinstance(message, Roster):
             return round_.on_roster(peer, message, now)
@@ -418,23 +417,17 @@ class Core:
             return (state.epoch, state.head, state.ballot)
         if self.sync.taking_the_step and not self.stopping:
             return self.told  # in a moment we are in the next round
-        return (self.sync.state_epoch, self._state_head(), Stage.AWAY)
+        return (self.chain.epoch, self.chain.head, self.sync.held_epoch, Stage.AWAY)
 
     def _status(self) -> Status:
-        round_ = self.round
-        if round_ is None or self.stopping:
-            epoch = max(self.sync.state_epoch, 0)
-            # Who takes the step has not gone away: it comes to the next round in a moment.
-            stepping = self.sync.taking_the_step and not self.stopping
-            stage = Stage.ACCEPTED if stepping else Stage.AWAY
-            return Status(epoch, self._state_head(), self.phase(), stage, 0, 0, ())
+        phase, round_, held = self.phase(), self.round, self.sync.held_epoch
+        if self.stopping or (round_ is None and not self.sync.taking_the_step):
+            return Status(self.chain.epoch, self.chain.head, held, phase, Stage.AWAY, 0, 0, ())
+        if round_ is None:  # it has not gone away: in a moment it is in the next round
+            return Status(held, self.chain.head_at(held), held, phase, Stage.ACCEPTED, 0, 0, ())
         waiting = round_.exchange.waiting_on() if round_.stage == Stage.EXCHANGING else ()
         epoch, head, progress = round_.epoch, round_.head, round_.exchange.progress
-        return Status(epoch, head, self.phase(), round_.stage, round_.ballot, progress, waiting)
-
-    def _state_head(self) -> str:
-        """The head of the state that we hold, while it is on the chain."""
-        return self.chain.head_at(min(max(self.sync.state_epoch, 0), self.chain.epoch))
+        return Status(epoch, head, epoch, phase, round_.stage, round_.ballot, progress, waiting)
 
 
 def founding_vote(run_id: str, life: str) -> Vote:

@@ -32,10 +32,11 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The heartbeat, and the news: sent every heartbeat_s, and at once when head, stage or ballot change."""
+    """The heartbeat, and the news: sent every heartbeat_s, and at once when head, state or ballot change."""
 
-    epoch: int
+    epoch: int  # of its round's head; of its newest record while it is in none
     head: str
+    state_epoch: int  # of the state on that chain that it holds, -1 if none; behind epoch while it catches up
     phase: str  # as in /status; for people
     stage: Stage
     ballot: int

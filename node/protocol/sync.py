@@ -33,7 +33,7 @@ from tapestry.node.protocol.events import (
     Rollback,
     SwitchChain,
 )
-from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Stage, Status
+from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Status
 
 BRANCH_RECORDS_MAX = 16_384  # of a fork that is being looked at; G7
 NO_STATE = -1
@@ -67,9 +67,16 @@ class Sync:
         return not self.job and not self.need_state and self.state_epoch == self.chain.epoch
 
     @property
+    def held_epoch(self) -> int:
+        """Of the state that we hold on our chain; NO_STATE if it is none, or not the signed one."""
+        if self.need_state:
+            return NO_STATE
+        return self.state_epoch if self.rollback_to is None else min(self.state_epoch, self.rollback_to)
+
+    @property
     def taking_the_step(self) -> bool:
-        """Applying the newest update: the end of a round, not a way to catch up."""
-        return self.job == "apply" and self.state_epoch == self.chain.epoch - 1
+        """Applying the newest update, or getting it: the end of a round, not a way to catch up."""
+        return self.job in ("apply", "update") and self.held_epoch == self.chain.epoch - 1
 
     def reason(self, now: float) -> str:
         what = f"needs a state, chain at {self.chain.epoch}"
@@ -85,8 +92,6 @@ class Sync:
 
     def on_status(self, peer: str, status: Status, now: float) -> None:
         """Ask a peer whose head we do not know for the way to it."""
-        if status.stage == Stage.AWAY and status.epoch <= self.chain.epoch:
-            return
         if status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head:
             return
         self.ask(peer, now)
@@ -288,7 +293,7 @@ class Sync:
 
         If nobody is, whom to ask is a guess: who voted for the record may not know that it was decided.
         """
-        donors = self._donors(now)
+        donors = [peer for peer, _ in self._donors(now)]
         able = [p for p in donors if self.lacks.get(p, 0) < record.body.epoch]
         if donors and not able:
             self._fetch_state(now)
@@ -304,10 +309,11 @@ class Sync:
         self.ctx.emit(FetchUpdate(epoch, head, result, self.job_donor))
 
     def _fetch_state(self, now: float) -> None:
-        """From anybody further on our chain, but not before we know where the head is."""
+        """From one of the furthest on our chain, but not before we know where the head is."""
         if self._head_ahead(now):
             return
-        donors = self._donors(now)
+        held = {peer: status.state_epoch for peer, status in self._donors(now)}
+        donors = [peer for peer, epoch in held.items() if epoch == max(held.values())]
         if donors:
             self.job, self.job_donor = "state", donors[self.chain.epoch % len(donors)]
             self.rollback_to = None
@@ -325,18 +331,18 @@ class Sync:
                 ahead = True
         return ahead
 
-    def _donors(self, now: float) -> list[str]:
-        """Peers whose head is on our chain, further than our state: they have made it, or been given it.
+    def _donors(self, now: float) -> list[tuple[str, Status]]:
+        """Peers with a head on our chain and a state further than ours: they have made it, or been given it.
 
         What a peer says of a head that we do not know proves nothing.
         """
         donors = []
         for peer in self._others(now):
             status = self.ctx.peers[peer].status
-            if status is None or status.stage == Stage.AWAY:
+            if status is None or self.chain.head_at(status.epoch) != status.head:
                 continue
-            if status.epoch > self.state_epoch and self.chain.head_at(status.epoch) == status.head:
-                donors.append(peer)
+            if self.held_epoch < status.state_epoch <= status.epoch:
+                donors.append((peer, status))
         return donors
 
     def _others(self, now: float) -> list[str]:

@@ -49,7 +49,9 @@ class Watch:
             return False
         view = self.ctx.peers.get(peer)
         status = view.status if view is not None else None
-        return status is None or status.stage != Stage.AWAY or status.head != self.state.head
+        if status is None or status.stage != Stage.AWAY or status.head != self.state.head:
+            return True
+        return status.state_epoch < status.epoch  # it still has to get the state, and then votes
 
     def quorum_there(self, now: float) -> bool:
         """Asked after every input, and so answered from `quorum_until` while nobody can have been lost."""

@@ -141,7 +141,7 @@ async def wrong_types(enemy: Enemy) -> None:
     for raw in (["status", "three"], ["status"], {"a": 1}, ["status", *[[]] * 7], ["x" * 50], [None], 7, []):
         await enemy.open("control", framed(msgpack.packb(raw)))
     await enemy.open("control", framed(b"\x91" * 5000))
-    bad_phase = Status(3, "ab" * 32, "\x1b[2J\nforged", Stage.AWAY, 0, 0, ())
+    bad_phase = Status(3, "ab" * 32, 3, "\x1b[2J\nforged", Stage.AWAY, 0, 0, ())
     await enemy.open("control", said(bad_phase))
 
 
@@ -208,7 +208,7 @@ async def two_hundred_streams_at_once(enemy: Enemy) -> None:
 async def floods(enemy: Enemy) -> None:
     """Valid messages as fast as they go, and questions whose answers are long and not taken."""
     genesis = ((0, enemy.run_id),)
-    calm = Status(0, "ab" * 32, "training", Stage.AWAY, 0, 0, ())
+    calm = Status(0, "ab" * 32, 0, "training", Stage.AWAY, 0, 0, ())
     for message in (calm, GetRecords(genesis)):
         await enemy.open("control", said(message) * 20_000)
         await asyncio.sleep(1.0)
@@ -279,7 +279,7 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
         watcher = Watcher(node.json()["http"])
         async with Enemy.of(node, tmp_path) as enemy:
             watching = asyncio.create_task(watcher.run())
-            await enemy.open("control", said(Status(0, "ab" * 32, "joining", Stage.AWAY, 0, 0, ())))
+            await enemy.open("control", said(Status(0, "ab" * 32, 0, "joining", Stage.AWAY, 0, 0, ())))
             await asyncio.to_thread(node.wait, "the link", lambda: node.status()["peers"] == 1, 10.0)
             for attack in ATTACKS:
                 epoch = (await enemy.status())["epoch"]

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 RUN = "ab" * 32
-STATUS = Status(3, "cd" * 32, "training", Stage.TRAINING, 0, 0, ())
+STATUS = Status(3, "cd" * 32, 3, "training", Stage.TRAINING, 0, 0, ())
 PAYLOAD = bytes(32 * 1024)  # small: what is received is counted frame by frame
 RATE = 2.5e6  # bytes per second: 20mbit
 MEASURED_S = 4.0

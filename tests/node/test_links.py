@@ -20,7 +20,7 @@ from tapestry.node.wire import FRAME, frame_parts
 
 PEER = "12D3KooWPeer"
 RUN = "ab" * 32
-STATUS = Status(3, "cd" * 32, "training", Stage.TRAINING, 0, 0, ())
+STATUS = Status(3, "cd" * 32, 3, "training", Stage.TRAINING, 0, 0, ())
 PAYLOAD_BYTES = 1000
 
 

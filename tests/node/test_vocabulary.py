@@ -33,7 +33,7 @@ BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD)
 RECORD = chain.Record(BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")))
 
 CONTROL = [
-    messages.Status(6, HEAD, "training", messages.Stage.READY, 2, 9, ("a", "b")),
+    messages.Status(6, HEAD, 6, "training", messages.Stage.READY, 2, 9, ("a", "b")),
     messages.Call(6, HEAD, 2, True),
     messages.Ready(6, HEAD, 2, False, HEAD, TOKEN, 12, 1.5, 1, BODY),
     messages.Ready(6, HEAD, 2, False, HEAD, "", 0, 0.0, -1, None),
@@ -117,6 +117,6 @@ def test_unsorted_or_repeated_members_of_a_record_are_refused():
 
 @pytest.mark.parametrize("phase", ["\x1b[2J", "a\nb", "", "\u202egniniart"])
 def test_a_phase_that_is_no_word_is_refused(phase):
-    status = messages.Status(3, "ab" * 32, phase, messages.Stage.TRAINING, 0, 0, ())
+    status = messages.Status(3, "ab" * 32, 3, phase, messages.Stage.TRAINING, 0, 0, ())
     with pytest.raises(RemoteProtocolError):
         READER.control(encode_message(status))

@@ -349,3 +349,40 @@ def test_who_is_told_again_and_again_that_it_is_missing_goes_on_saying_so():
     world.until(lambda: reasons.add(told.core.reason(world.now)) or world.now > until, 30)
     assert all("can give it" in r or f"given it yet, asking {voted.name}" in r for r in reasons), reasons
     assert len(reasons) == 2
+
+
+def test_records_come_back_from_one_that_has_nothing_else():
+    """A lone elector lost its newest records; who knows them has no state, and says nothing but where its
+    chain ends (seeds 6238, 501406 of the protocol before)."""
+    world = swarm(1, peers=2, on_quorum_loss="wait")
+    lost, knows = alive(world)
+    world.until(lambda: knows.core.chain.epoch >= 3, 20)
+    for node in (lost, knows):
+        node.crash()
+    head = knows.disk.records[-1].head
+    del lost.disk.records[1:]
+    knows.disk.updates.clear()
+    knows.disk.states.clear()
+    lost.start()
+    assert "lost records" in lost.core.reason(world.now)
+    knows.start()
+    cores = [node.core for node in alive(world)]
+    world.until(lambda: all(c.chain.head_at(3) == head and c.sync.at_head for c in cores), 20)
+
+
+def test_who_stands_by_gives_its_state():
+    """The others, a quorum, have lost theirs; it alone could not go on."""
+    world = swarm(1, peers=3, on_quorum_loss="wait")
+    world.until(lambda: world.epoch() >= 3, 20)
+    stands_by, *others = alive(world)
+    for node in (stands_by, *others):
+        node.crash()
+    stands_by.disk.life, stands_by.disk.vote = world.token(), None
+    for node in others:
+        node.disk.updates.clear()
+        node.disk.states.clear()
+    for node in (stands_by, *others):
+        node.start()
+    assert "disk was lost" in stands_by.core.reason(world.now)
+    epoch = world.epoch()
+    world.until(lambda: world.epoch() >= epoch + 2, 30)

@@ -285,7 +285,7 @@ class Chaos:
 
     def _boast(self) -> None:
         """Again and again, after the network has healed too: who asks it for anything gets nothing."""
-        status = Status(10**6, digest(b"no record of this run"), "training", Stage.READY, 0, 0, ())
+        status = Status(10**6, digest(b"no record of this run"), 10**6, "training", Stage.READY, 0, 0, ())
         for node in self.world.nodes.values():
             if node.core is not None:
                 if STRANGER not in node.core.ctx.peers or not node.core.ctx.peers[STRANGER].up:

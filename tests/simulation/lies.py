@@ -112,7 +112,8 @@ class _Liar:
         stage = choice(self.rng, list(Stage))
         progress = choice(self.rng, [0, 1, 10**9])
         waiting = tuple(self.peer() for _ in range(randint(self.rng, 0, 8)))
-        return Status(self.epoch(), self.head(), "lying", stage, self.ballot(), progress, waiting)
+        epoch, head, state_epoch = self.epoch(), self.head(), max(self.epoch(), -1)
+        return Status(epoch, head, state_epoch, "lying", stage, self.ballot(), progress, waiting)
 
     def get_records(self) -> GetRecords:
         return GetRecords(tuple((self.epoch(), self.head()) for _ in range(randint(self.rng, 0, 4))))

@@ -88,7 +88,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 3)
+@plant("a vote that comes twice counts twice", 1)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -105,7 +105,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 3)
+@plant("votes of who is no elector count", 4)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 15)
+@plant("a lower ballot is followed after a higher one was promised", 25)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -125,7 +125,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 7)
+@plant("a ballot is led again after a restart", 0)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 2)
+@plant("a new leader makes a new value, whatever was accepted", 274)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 5)
+@plant("a forced value overwrites the vote for an ordinary one", 16)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -163,12 +163,12 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 21)
+@plant("a member that lost its disk votes at once", 298)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
 
-@plant("a member that lost records votes at once", 45)
+@plant("a member that lost records votes at once", 17)
 def lost_records_vote() -> list[Patch]:
     return [(Core, "_stands_by", Core._forgot_votes)]
 
@@ -176,7 +176,7 @@ def lost_records_vote() -> list[Patch]:
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 5)
+@plant("records are taken as they come", 16)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
@@ -199,7 +199,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 6)
+@plant("a run that waits for its quorum forces records all the same", 12)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -232,7 +232,7 @@ def weight_cap_ignored() -> list[Patch]:
 # --- shards -----------------------------------------------------------------------------------------
 
 
-@plant("a shard of an older contribution is taken for the newer one's", 7)
+@plant("a shard of an older contribution is taken for the newer one's", 8)
 def stale_contribution_accepted() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -295,7 +295,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 165)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 145)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 
@@ -335,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 6)
+@plant("a leader that says nothing is waited for", 0)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

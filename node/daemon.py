@@ -50,6 +50,7 @@ from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.store import LoadedStore, Store
 from tapestry.node.status import NodeView
 from tapestry.node.throttle import Throttle, Throttles
+from tapestry.node.trainer.messages import Hello
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings
 from tapestry.node.vocabulary import Reader
@@ -283,6 +284,8 @@ class Daemon:
 
     def _on_trainer_event(self, event: Event) -> None:
         """Before the runtime is there only the first Hello can come, and that is `start`'s affair."""
+        if isinstance(event, Hello):
+            _log.info("trainer=ready device=%r train_tokens=%d", event.device, event.train_tokens)
         if self._runtime is not None:
             self._runtime.on_trainer_event(event)
 

@@ -111,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="small", choices=["nano", "tiny", "small"])
     parser.add_argument("--inner-steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the trainers")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--alone-s", type=float, default=40.0, help="how long the trainers alone are timed")
     parser.add_argument("--json", type=Path)
@@ -201,7 +202,7 @@ class Alone:
             codec="int8-block",
             shard_elements=1 << 18,
             residual=False,
-            device="cpu",
+            device=self.options.device,
         )
         trainer = await TrainerProcess.start(settings, lambda event: self._on_event(index, event))
         stack.push_async_callback(trainer.stop, 0)
@@ -234,7 +235,7 @@ def run_nodes(
             home = folder / f"n{i}"
             home.mkdir(parents=True)
             shutil.copy(key, home / "identity.key")
-            (home / "node.toml").write_text("threads = 1\n")
+            (home / "node.toml").write_text(f'threads = 1\ndevice = "{options.device}"\n')
             if not i:
                 (home / "run.toml").write_text(spec.to_toml())
             place = {} if net is None else {"prefix": net.prefix(i), "address": net.address(i)}
@@ -403,7 +404,8 @@ def no_draw(epoch: int, step: int) -> Any:
 def report(results: dict[str, Any]) -> None:
     options, alone = results["options"], results["alone"]
     print(
-        f"{results['machine']}; {options['nodes']} nodes, {options['link']}, preset {options['preset']}, "
+        f"{results['machine']}; {options['nodes']} nodes on {options['device']}, {options['link']}, "
+        f"preset {options['preset']}, "
         f"{options['inner_steps']} steps of {options['batch_size']} windows an epoch"
     )
     base = statistics.mean(alone["tokens_per_s"])

@@ -100,7 +100,7 @@ class Hello:
     shapes: tuple[tuple[int, ...], ...]
     train_tokens: int
     validation_tokens: int
-    device: str
+    device: str  # for people
     inner_epoch: int
     note: str  # why a saved inner state was not used; empty otherwise
 

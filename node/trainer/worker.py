@@ -179,7 +179,7 @@ class Worker:
                 shapes=self.layout.shapes,
                 train_tokens=corpus.train_count,
                 validation_tokens=corpus.validation_count,
-                device=str(self._device),
+                device=_described(self._device),
                 inner_epoch=inner_epoch,
                 note=note[:TEXT_CHARS_MAX],
             )
@@ -362,6 +362,13 @@ def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def _described(device: torch.device) -> str:
+    """For people: "cpu", or "cuda, " and what the card calls itself."""
+    import torch
+
+    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -126,6 +126,7 @@ def test_epochs_ends_the_node_by_itself(tmp_path: Path) -> None:
     with Node(init(tmp_path / "a"), "--epochs", 3) as node:
         assert node.process is not None
         assert node.process.wait(60) == 0, node.tail()
+    assert "trainer=ready device='cpu' train_tokens=" in node.log.read_text()
     assert len(chain_of(node.home)) == 3
 
 

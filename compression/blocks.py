@@ -136,11 +136,9 @@ class BlockCodec:
         check_vector(x, self.devices)
         if x.device.type == "cpu":
             return self.encode_pieces(lambda _, start, stop: x[start:stop], x.numel(), out)
-        payload = self.encode_on_device(x)
         if out is None:
-            out = torch.empty(payload.shape, dtype=torch.uint8, pin_memory=True)
-        assert out.dtype == torch.uint8 and out.shape == payload.shape
-        return out.copy_(payload)
+            out = torch.empty(self.payload_size(x.numel()), dtype=torch.uint8, pin_memory=True)
+        return self.encode_rows(x, 1, out)
 
     def encode_pieces(
         self,
@@ -163,19 +161,38 @@ class BlockCodec:
         payload[n:].numpy()[:] = scales.numpy().astype("<f4", copy=False).view(np.uint8)
         return payload
 
+    def encode_rows(
+        self,
+        x: Tensor,  # f32 (rows * m,), where the kernel works; m is a multiple of 256 unless rows is 1
+        rows: int,
+        out: Tensor,  # uint8 (rows * payload_size(m),), on the CPU, written
+    ) -> Tensor:  # uint8 (rows * payload_size(m),)
+        """Encode vectors that lie one after another, all at once: what a GPU takes for each small one is time
+        to start, and to be waited for. Raises RefusedVector("not_finite").
+        """
+        payloads = self.encode_on_device(x, rows)
+        assert out.dtype == torch.uint8 and out.shape == payloads.shape
+        return out.copy_(payloads)
+
     def encode_on_device(
         self,
-        x: Tensor,  # f32 (n,)
-    ) -> Tensor:  # uint8 (payload_size(n),), where x is
+        x: Tensor,  # f32 (rows * m,), as in encode_rows
+        rows: int = 1,
+    ) -> Tensor:  # uint8 (rows * payload_size(m),), where x is
         """Encode without leaving the device. Raises RefusedVector("not_finite")."""
-        n = x.numel()
-        payload = torch.empty(self.payload_size(n), dtype=torch.uint8, device=x.device)
-        scales = torch.empty(block_count(n), device=x.device)
+        n, blocks = x.numel(), block_count(x.numel())
+        m = n // rows
+        assert m * rows == n and (rows == 1 or m % BLOCK == 0)
+        codes = torch.empty(n, dtype=torch.uint8, device=x.device)
+        scales = torch.empty(blocks, device=x.device)
         scratch = torch.empty(max(BLOCK, min(n, DEVICE_PIECE)), device=x.device)
         for start, stop in pieces(n, DEVICE_PIECE):
-            self._encode_piece(x[start:stop], payload[start:stop], scales[start // BLOCK :], scratch)
-        payload[n:].copy_(scales.view(torch.uint8))  # every machine with a GPU is little-endian
-        return payload
+            self._encode_piece(x[start:stop], codes[start:stop], scales[start // BLOCK :], scratch)
+        payloads = torch.empty(rows, self.payload_size(m), dtype=torch.uint8, device=x.device)
+        payloads[:, :m].copy_(codes.view(rows, m))
+        # Every machine with a GPU is little-endian.
+        payloads[:, m:].copy_(scales.view(torch.uint8).view(rows, SCALE_BYTES * blocks // rows))
+        return payloads.view(-1)
 
     def decode(
         self,

@@ -86,6 +86,14 @@ class Codec(Protocol):
     ) -> Tensor:  # uint8 (payload_size(n),)
         """Encode a vector that is made while it is encoded. Raises RefusedVector("not_finite")."""
 
+    def encode_rows(
+        self,
+        x: Tensor,  # f32 (rows * m,), on one of `devices`; m is a multiple of 256 unless rows is 1
+        rows: int,
+        out: Tensor,  # uint8 (rows * payload_size(m),), on the CPU, written
+    ) -> Tensor:  # uint8 (rows * payload_size(m),)
+        """Encode vectors that lie one after another, all at once. Raises RefusedVector("not_finite")."""
+
     def decode(
         self,
         payload: Tensor,  # uint8 (payload_size(n),)

@@ -27,6 +27,7 @@ from bench_codec import medians, normal
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.node.trainer.encoder import Encoder
+from tapestry.node.trainer.shared import create_buffer, lock_for_gpu, map_buffer, size_buffer
 
 SHARD_ELEMENTS = 1 << 18  # the default of a run
 GPU = torch.device("cuda")
@@ -80,6 +81,11 @@ def make_jobs(n: int) -> dict[str, tuple[Callable[[], object], float]]:
     expected = shared.clone()
     on_gpu.encode(write, shared, 1)
     assert torch.equal(shared, expected)
+    base_locked, shared_locked = mapped(base, writable=False), mapped(shared, writable=True)
+
+    def write_locked(start: int, stop: int, out: Tensor) -> None:
+        torch.sub(base_locked[start:stop].to(out.device), local[start:stop], out=out)
+
     return {
         "f32 down, to pinned memory": (lambda: whole_pinned.copy_(x), 100.0),
         "f32 down, to memory as it is": (lambda: whole.copy_(x), 100.0),
@@ -87,9 +93,27 @@ def make_jobs(n: int) -> dict[str, tuple[Callable[[], object], float]]:
         "encoded, stays on the GPU": (lambda: codec.encode_on_device(x), 0.0),
         "encoded, payload to pinned memory": (lambda: codec.encode(x, pinned), PCT_PAYLOAD),
         "encoded, payload to memory as it is": (lambda: codec.encode(x, payload), PCT_PAYLOAD),
-        "contribution, encoded on the GPU": (lambda: on_gpu.encode(write, shared, 1), 100 + PCT_PAYLOAD),
+        "contribution, encoded on the GPU": (
+            lambda: on_gpu.encode(write_locked, shared_locked, 1),
+            100 + PCT_PAYLOAD,
+        ),
+        "the same, shared memory not locked": (lambda: on_gpu.encode(write, shared, 1), 100 + PCT_PAYLOAD),
         "contribution, encoded on the CPU": (lambda: on_cpu.encode(write, shared, 1), 100.0),
     }
+
+
+def mapped(
+    values: Tensor,  # (n,), CPU
+    writable: bool,
+) -> Tensor:  # (n,)
+    """The values in memory that is shared, and locked, as a trainer's is."""
+    fd = create_buffer("bench")
+    size_buffer(fd, values.nbytes)
+    map_buffer(fd, values.nbytes, True).copy_(values.view(torch.uint8))
+    shared = map_buffer(fd, values.nbytes, writable)
+    if not lock_for_gpu(shared, writable):
+        print(f"# CUDA does not lock shared memory here, writable={writable}", file=sys.stderr)
+    return shared.view(values.dtype)
 
 
 def synchronized(job: Callable[[], object]) -> Callable[[], object]:

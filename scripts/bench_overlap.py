@@ -108,6 +108,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--link", default="100mbit", help="what each node may send; none: loopback")
+    parser.add_argument("--max-upload", default="", help="the nodes' own cap, where links cannot be limited")
     parser.add_argument("--preset", default="small", choices=["nano", "tiny", "small"])
     parser.add_argument("--inner-steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -240,7 +241,8 @@ def run_nodes(
                 (home / "run.toml").write_text(spec.to_toml())
             place = {} if net is None else {"prefix": net.prefix(i), "address": net.address(i)}
             peer = ("--peer", nodes[0].address) if i else ()
-            node = Node(home, "--epochs", options.epochs, *peer, data=data_part(options, i), **place)
+            cap = ("--max-upload", options.max_upload) if options.max_upload else ()
+            node = Node(home, "--epochs", options.epochs, *peer, *cap, data=data_part(options, i), **place)
             nodes.append(node.start().wait_ready())
         nodes[0].wait_epoch(FIRST_EPOCH, START_S)
         first = [Mark.of(node) for node in nodes]
@@ -404,8 +406,8 @@ def no_draw(epoch: int, step: int) -> Any:
 def report(results: dict[str, Any]) -> None:
     options, alone = results["options"], results["alone"]
     print(
-        f"{results['machine']}; {options['nodes']} nodes on {options['device']}, {options['link']}, "
-        f"preset {options['preset']}, "
+        f"{results['machine']}; {options['nodes']} nodes on {options['device']}, link {options['link']}, "
+        f"cap {options['max_upload'] or 'none'}, preset {options['preset']}, "
         f"{options['inner_steps']} steps of {options['batch_size']} windows an epoch"
     )
     base = statistics.mean(alone["tokens_per_s"])

@@ -2,8 +2,8 @@
 
 On the CPU it is one pass over pieces that fit the cache: make a piece of the vector, add up its norm, encode
 it. The vector is nowhere whole, and finite is what the codec takes. On a CUDA device, if the codec works
-there, a shard is made and encoded at a time, and its payload alone crosses the bus. For another codec the
-pieces are brought to the CPU.
+there, some shards are made and encoded at a time, and their payloads alone cross the bus. For another codec
+the pieces are brought to the CPU.
 
 The bytes are those of `codec.encode` of each shard of the vector, wherever they are made.
 
@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from tapestry.compression.blocks import PIECE, thread_scratch
+from tapestry.compression.blocks import DEVICE_PIECE, PIECE, thread_scratch
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.shards import Shard
 
@@ -56,10 +57,15 @@ class Encoder:
         """
         rest = torch.empty(self._layout.n) if self._keeps else None
         squares: list[float] = []
-        for shard, payload in zip(self._layout.shards, self._layout.views(out), strict=True):
-            encode = self._encode_pieces if self._in_pieces else self._encode_shard
-            encode(write, shard, payload, rest, squares)
-            if rest is not None:
+        payloads = self._layout.views(out)
+        if self._in_pieces:
+            for shard, payload in zip(self._layout.shards, payloads, strict=True):
+                self._encode_pieces(write, shard, payload, rest, squares)
+        else:
+            for first, last in alike(self._layout):
+                self._encode_together(write, first, last, out, rest, squares)
+        if rest is not None:
+            for shard, payload in zip(self._layout.shards, payloads, strict=True):
                 self._layout.codec.accumulate(payload, shard.n, -1.0, rest[shard.start : shard.stop])
         self._pending = None if rest is None else (generation, rest)
         return math.sqrt(math.fsum(squares))
@@ -94,21 +100,36 @@ class Encoder:
 
         self._layout.codec.encode_pieces(make, shard.n, payload)
 
-    def _encode_shard(
+    def _encode_together(
         self,
         write: Write,
-        shard: Shard,
-        payload: Tensor,  # uint8 (payload_size(shard.n),), written
-        rest: Tensor | None,  # f32 (n,): the shard's part is written
+        first: int,  # shards first <= i < last, as of `alike`
+        last: int,
+        out: Tensor,  # uint8 (layout.size,), CPU: their part is written
+        rest: Tensor | None,  # f32 (n,): their part is written
         squares: list[float],  # grows
     ) -> None:
         """All of it where the vector is made."""
-        place = slice(shard.start, shard.stop)
-        x = torch.empty(shard.n, device=self._device)
-        write(shard.start, shard.stop, x)
+        layout = self._layout
+        place = slice(layout.shards[first].start, layout.shards[last - 1].stop)
+        x = torch.empty(place.stop - place.start, device=self._device)
+        write(place.start, place.stop, x)
         squares.append(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2)
         if rest is not None:
             if self._residual is not None:
                 x.add_(self._residual[place].to(self._device))
             rest[place].copy_(x)
-        self._layout.codec.encode(x, payload)
+        layout.codec.encode_rows(x, last - first, out[layout.offsets[first] : layout.offsets[last]])
+
+
+def alike(layout: PayloadLayout) -> list[tuple[int, int]]:
+    """First and last + 1 of shards that a GPU encodes at a time: of one size, and so of whole blocks if there
+    are several; together a piece of its memory at most.
+    """
+    spans, first = [], 0
+    for n, shards in groupby(layout.shards, key=lambda shard: shard.n):
+        end = first + sum(1 for _ in shards)
+        count = max(1, DEVICE_PIECE // n)
+        spans += [(start, min(start + count, end)) for start in range(first, end, count)]
+        first = end
+    return spans

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What the worker reads, what it writes, and what it writes once, for a founder: else that is empty.
 BUFFERS = ("params", "contribution", "initial")
+REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly, of CUDA's driver_types.h
 
 
 def create_buffer(name: str) -> int:
@@ -58,6 +59,21 @@ def map_vector(
     import torch
 
     return map_buffer(fd, vector_size(n), writable).view(torch.float32)
+
+
+def lock_for_gpu(
+    shared: Tensor,  # of map_buffer or map_vector
+    writable: bool,
+) -> bool:
+    """Keep it in physical memory, known to CUDA, which copies it several times faster then.
+
+    False where CUDA does not take it: all works the same, only slower.
+    """
+    import torch
+
+    cudart = torch.cuda.cudart()
+    flags = 0 if writable else REGISTER_READ_ONLY
+    return bool(cudart.cudaHostRegister(shared.data_ptr(), shared.nbytes, flags) == cudart.cudaError.success)
 
 
 def vector_size(n: int) -> int:

@@ -52,7 +52,7 @@ from tapestry.node.trainer.messages import (
     unpack_command,
 )
 from tapestry.node.trainer.settings import SettingsError, WorkerSettings, worker_settings_from
-from tapestry.node.trainer.shared import BUFFERS, map_buffer, map_vector
+from tapestry.node.trainer.shared import BUFFERS, lock_for_gpu, map_buffer, map_vector
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ class Worker:
 
         self._settings = settings
         self._channel = channel
-        self._device = _device(settings.device)
+        self.device = _device(settings.device)
         training = settings.training
         try:
             corpus = data.load_corpus(settings.data, Path(settings.cache_dir), training.model.sequence_length)
@@ -159,14 +159,14 @@ class Worker:
             self.payloads = PayloadLayout.of(codec, self.layout.n, settings.shard_elements)
         except Refused as refused:
             raise WorkerFailure("settings", str(refused)) from refused
-        self._encoder = encoder.Encoder(self.payloads, self._device, settings.residual)
+        self._encoder = encoder.Encoder(self.payloads, self.device, settings.residual)
         batch_size = training.inner.batch_size
         self._inner = inner.InnerLoop(
             net,
             self.layout,
             training.inner,
             lambda epoch, step: corpus.training_windows(settings.node_seed, epoch, step, batch_size),
-            self._device,
+            self.device,
         )
         self._closing = False
         self._generation = 0  # of the latest Begin
@@ -179,7 +179,7 @@ class Worker:
                 shapes=self.layout.shapes,
                 train_tokens=corpus.train_count,
                 validation_tokens=corpus.validation_count,
-                device=_described(self._device),
+                device=_described(self.device),
                 inner_epoch=inner_epoch,
                 note=note[:TEXT_CHARS_MAX],
             )
@@ -347,11 +347,12 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
         return
     if not isinstance(attach, Attach) or attach.n != worker.layout.n:
         raise WorkerFailure("crashed", f"expected Attach of {worker.layout.n} elements, got {attach}")
-    worker.run(
-        map_vector(fds["params"], attach.n, writable=False),
-        map_buffer(fds["contribution"], worker.payloads.size, writable=True),
-        lambda: map_vector(fds["initial"], attach.n, writable=True),
-    )
+    base = map_vector(fds["params"], attach.n, writable=False)
+    out = map_buffer(fds["contribution"], worker.payloads.size, writable=True)
+    if worker.device.type == "cuda":
+        lock_for_gpu(base, writable=False)
+        lock_for_gpu(out, writable=True)
+    worker.run(base, out, lambda: map_vector(fds["initial"], attach.n, writable=True))
 
 
 def _device(wanted: str) -> torch.device:

@@ -244,6 +244,15 @@ def test_the_way_of_a_gpu_gives_the_same_bytes_on_the_cpu(x: np.ndarray) -> None
     assert INT8_BLOCK.encode_on_device(torch.from_numpy(x)).numpy().tobytes() == naive_payload(x)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("m", [0, 256, 1024])
+def test_rows_are_encoded_each_by_itself(rows: int, m: int) -> None:
+    x = torch.from_numpy(np.random.default_rng(m).standard_t(2, rows * m).astype(np.float32))
+    out = torch.empty(rows * INT8_BLOCK.payload_size(m), dtype=torch.uint8)
+    assert INT8_BLOCK.encode_rows(x, rows, out) is out
+    assert torch.equal(out, torch.cat([INT8_BLOCK.encode(row) for row in x.view(rows, m)]))
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tapestry.compression.blocks import PIECE
+from tapestry.compression.blocks import DEVICE_PIECE, PIECE
 from tapestry.compression.codecs import codec_names, get_codec
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
-from tapestry.node.trainer.encoder import Encoder, Write
+from tapestry.node.trainer.encoder import Encoder, Write, alike
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.settings import InnerSettings
 
@@ -157,6 +157,19 @@ def test_the_way_of_a_gpu_gives_the_same_bytes_on_the_cpu(
         assert torch.equal(encoded(here, vector, generation), encoded(there, vector, generation))
         for encoder in (here, there):
             encoder.settle(generation)
+
+
+@pytest.mark.parametrize(
+    ("n", "shard_elements", "spans"),
+    [
+        (DEVICE_PIECE * 2 + 1, DEVICE_PIECE // 4, [(0, 4), (4, 8), (8, 9)]),
+        (DEVICE_PIECE * 2, DEVICE_PIECE * 2, [(0, 1)]),
+        (1024, 512, [(0, 2)]),
+        (1025, 512, [(0, 2), (2, 3)]),
+    ],
+)
+def test_a_gpu_encodes_together_what_is_alike_and_fits(n: int, shard_elements: int, spans: list) -> None:
+    assert alike(layout_of(n, shard_elements=shard_elements)) == spans
 
 
 def test_a_codec_that_cannot_work_on_the_device_gets_its_pieces_on_the_cpu() -> None:

@@ -71,7 +71,7 @@ def lock_for_gpu(
     """
     import torch
 
-    cudart = torch.cuda.cudart()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     flags = 0 if writable else REGISTER_READ_ONLY
     return bool(cudart.cudaHostRegister(shared.data_ptr(), shared.nbytes, flags) == cudart.cudaError.success)
 

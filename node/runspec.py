@@ -218,7 +218,7 @@ class TrainSpec:
     ] = _TINY.inner.steps
     overlap: Annotated[
         bool,
-        "Go on with the next inner steps while the round runs, and take its result one round late, keeping "
+        "Go on with the next inner steps while the round exchanges, take its result one round late, and keep "
         "them: slow links cost no training time, while a round is shorter than the inner steps. "
         "Needs inner_steps > 0.",
     ] = _TINY.inner.overlap

@@ -151,8 +151,11 @@ class Runtime:
             self._timer.cancel()
         delay_s = max(0.001, core.wakeup_at(now) - now)
         self._timer = loop.call_later(delay_s, self.feed, ev.Tick())
-        stage = core.round.stage if core.round is not None else Stage.AWAY
-        self._clock.stage(stage, now)
+        round_ = core.round
+        stage = round_.stage if round_ is not None else Stage.AWAY
+        moved = self._clock.stage(stage, now)
+        if moved and stage == Stage.EXCHANGING and round_ is not None and self.trainer is not None:
+            self.trainer.go_on(round_.epoch)
         epoch, phase = core.sync.state_epoch, core.phase()
         if epoch != self._epoch_told:
             self._epoch_told = epoch
@@ -627,14 +630,16 @@ class PhaseClock:
         self._since = 0.0
         self._ready_at: float | None = None
 
-    def stage(self, stage: Stage, now: float) -> None:
+    def stage(self, stage: Stage, now: float) -> bool:
+        """Whether it is another than before."""
         if stage == self._stage:
-            return
+            return False
         if self._stage != Stage.AWAY:
             self._metrics.round_phase_ended(self._stage.name.lower(), now - self._since)
         if stage >= Stage.READY and self._ready_at is None:
             self._ready_at = now
         self._stage, self._since = stage, now
+        return True
 
     def train(self, now: float) -> None:
         self._ready_at = None

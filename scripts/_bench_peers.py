@@ -249,7 +249,7 @@ class _Trainer:
 
     def nothing(self, *_: object) -> None: ...
 
-    abort = close_round = evaluate = save = settle = nothing
+    abort = close_round = evaluate = go_on = save = settle = nothing
 
 
 class HivemindPeer:

@@ -236,6 +236,11 @@ class InnerLoop:
         return self._epoch
 
     @property
+    def finished(self) -> int | None:
+        """The epoch that has just ended in a contribution, while we have not gone on."""
+        return self._finished
+
+    @property
     def ahead(self) -> bool:
         """Whether the epoch that is going on has no base yet."""
         return self._ahead

@@ -69,6 +69,13 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class GoOn:
+    """All have contributed to `epoch`, and exchange: take steps of the next one until its base is there."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Drop what is going on."""
 
@@ -162,7 +169,7 @@ class Failed:
     text: str
 
 
-Command = Configure | Attach | Initialise | Begin | Close | Abort | Evaluate | Save | Stop
+Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Save | Stop
 Report = Hello | Initialised | Progress | Contribution | Validation | Saved | Failed
 
 

@@ -40,6 +40,7 @@ from tapestry.node.trainer.messages import (
     Contribution,
     Evaluate,
     Failed,
+    GoOn,
     Hello,
     Initialise,
     Initialised,
@@ -204,6 +205,12 @@ class TrainerProcess:
         if epoch == self._begun:
             self._closing = True
             self._send(Close(epoch))
+
+    def go_on(self, epoch: int) -> None:
+        """The exchange of `epoch` has begun. With overlap, have a worker that has contributed to it go on."""
+        assert self._settings is not None
+        if self._settings.training.inner.overlap and self._contributed == (epoch, self._base):
+            self._send(GoOn(epoch))
 
     def abort(self) -> None:
         """Drop the epoch that is going on, and what came after a contribution; nothing will come of it."""

@@ -3,7 +3,7 @@
 `python -P -m tapestry.node.trainer.worker` is started by process.py with inherited descriptors: a
 socket for messages, and the shared buffers. It does one thing at a time: it looks for commands between
 two inner steps, so a `Close` or a newer `Begin` takes effect within one step. With `overlap` it goes on with
-the next epoch's steps once it has contributed, and when it has done them all it waits for their base.
+the next epoch's steps once all have contributed, and when it has done them all it waits for their base.
 
 It may die at any moment, and it never outlives its node: the kernel kills it when its parent is gone
 (PR_SET_PDEATHSIG), and a closed socket ends it too. SIGINT is the node's to handle.
@@ -38,6 +38,7 @@ from tapestry.node.trainer.messages import (
     Contribution,
     Evaluate,
     Failed,
+    GoOn,
     Hello,
     Initialise,
     Initialised,
@@ -217,6 +218,8 @@ class Worker:
             self._begin(command)
         elif isinstance(command, Close):
             self._closing = self._closing or command.epoch == self._inner.epoch
+        elif isinstance(command, GoOn):
+            self._go_on(command.epoch)
         elif isinstance(command, Abort):
             self._inner.abandon()
         elif isinstance(command, Evaluate):
@@ -274,7 +277,10 @@ class Worker:
             )
         )
         self._waited_s = 0.0
-        if self._settings.training.inner.overlap:
+
+    def _go_on(self, epoch: int) -> None:
+        """Unless that epoch is over: then its base is there, and we are on it."""
+        if self._inner.finished == epoch:
             self._closing = False
             self._inner.go_on()
             self._start_clock()

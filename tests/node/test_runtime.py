@@ -298,6 +298,22 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
     run(main)
 
 
+def test_the_trainer_goes_on_when_the_exchange_begins_in_every_ballot():
+    async def main() -> None:
+        async with Bench() as bench:
+            told: list[int] = []
+            bench.runtime.trainer = SimpleNamespace(go_on=told.append)  # type: ignore[assignment]
+            for stage in (
+                *(Stage.TRAINING, Stage.READY, Stage.EXCHANGING, Stage.EXCHANGING, Stage.ACCEPTED),
+                *(Stage.READY, Stage.EXCHANGING),
+            ):
+                bench.core.round = SimpleNamespace(epoch=3, stage=stage)
+                bench.runtime.feed(ev.Tick())
+            assert told == [3, 3]
+
+    run(main)
+
+
 def test_steps_taken_ahead_of_a_round_are_counted_once_each():
     view, taken = TrainingView(), []
     progress = [(4, 8), (5, 1), (5, 3), (5, 3), (5, 8), (6, 8), (6, 2), (6, 8)]  # 6 was begun from nothing

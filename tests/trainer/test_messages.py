@@ -33,6 +33,7 @@ COMMANDS = [
     messages.Initialise(),
     messages.Begin(3, 2, follows=True, counted=-1),
     messages.Close(3),
+    messages.GoOn(3),
     messages.Abort(),
     messages.Evaluate(3),
     messages.Save(3),

@@ -15,6 +15,7 @@ from tapestry.node.trainer.messages import (
     Close,
     Command,
     Contribution,
+    GoOn,
     Hello,
     Progress,
     Report,
@@ -116,6 +117,7 @@ def overlapping(worker_settings: WorkerSettings) -> WorkerSettings:
 def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping: WorkerSettings) -> None:
     script = Script(
         (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), GoOn(0)),
         (waiting, Begin(1, 2, follows=True, counted=0)),
         (contributed(2), Stop()),
     )
@@ -143,11 +145,29 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
     assert [report.waited_s > 0 for report in script.of(Contribution)] == [False, True]
 
 
+def test_with_overlap_nothing_is_done_before_the_exchange(overlapping: WorkerSettings) -> None:
+    """Who is ready first waits for the others: ahead of them it would be as far ahead of its base."""
+    script = Script(
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (waiting, Begin(1, 2, follows=True, counted=0)),
+        (at_once, GoOn(0)),  # too late
+        (contributed(2), Stop()),
+    )
+    perform(overlapping, script)
+    assert script.steps == 2 * STEPS
+    assert [report.waited_s > 0 for report in script.of(Contribution)] == [False, True]
+
+
 def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlapping: WorkerSettings) -> None:
     begin = Begin(1, 2, follows=False, counted=0)
     aborted = [(contributed(1, 2), Abort()), (at_once, dataclasses.replace(begin, follows=True))]
     for lines in ([(contributed(1, 2), begin)], aborted):
-        script = Script((at_once, Begin(0, 1, follows=False, counted=0)), *lines, (contributed(2), Stop()))
+        script = Script(
+            (at_once, Begin(0, 1, follows=False, counted=0)),
+            (contributed(1), GoOn(0)),
+            *lines,
+            (contributed(2), Stop()),
+        )
         perform(overlapping, script)
         assert script.steps == STEPS + 2 + STEPS
         assert script.of(Contribution)[1].weight == STEPS * TOKENS
@@ -156,6 +176,7 @@ def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlappin
 def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlapping: WorkerSettings) -> None:
     script = Script(
         (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), GoOn(0)),
         (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
         (at_once, Close(1)),
         (contributed(2), Stop()),
@@ -167,6 +188,7 @@ def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlappi
 def test_a_close_that_comes_too_late_closes_nothing(overlapping: WorkerSettings) -> None:
     script = Script(
         (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), GoOn(0)),
         (contributed(1, 1), Close(0)),
         (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
         (contributed(2), Stop()),
@@ -186,7 +208,9 @@ def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: Work
             if isinstance(report, Contribution):
                 kept.append(buffers[0].clone())
 
-    script = Watching((at_once, Begin(0, 1, follows=False, counted=0)), (waiting, Stop()))
+    script = Watching(
+        (at_once, Begin(0, 1, follows=False, counted=0)), (contributed(1), GoOn(0)), (waiting, Stop())
+    )
     worker = Worker(overlapping, script)  # type: ignore[arg-type]
     base, out = buffers_of(worker)
     buffers.append(out)
@@ -197,6 +221,7 @@ def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: Work
 def test_both_inner_states_can_be_saved_while_ahead(overlapping: WorkerSettings) -> None:
     script = Script(
         (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), GoOn(0)),
         (contributed(1, 2), Save(0)),
         (at_once, Save(1)),
         (at_once, Stop()),
@@ -211,6 +236,7 @@ def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
 ) -> None:
     script = Script(
         (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), GoOn(0)),
         (contributed(1, 2), Begin(1, 2, follows=True, counted=counted)),
         (contributed(2), Stop()),
     )

@@ -12,6 +12,7 @@ import os
 
 import uvloop
 
+from tapestry.node import imports
 from tapestry.node.config import NodeConfig
 from tapestry.node.logs import LiveLine, start_logging
 from tapestry.node.trainer.process import TrainerProcess
@@ -30,8 +31,9 @@ def run(config: NodeConfig) -> int:
 async def _run(config: NodeConfig, live: LiveLine) -> int:
     trainer = await TrainerProcess.launch(config.threads)
     try:
-        from tapestry.node.daemon import Daemon  # takes seconds, in which the loop stands still
-
+        imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
+        with imports.lasting():
+            from tapestry.node.daemon import Daemon  # takes seconds, in which the loop stands still
         return await Daemon(config, live, trainer).run()
     finally:
         await trainer.stop(0)

@@ -150,8 +150,8 @@ def nobody_uses_the_bare_folder_names(sources: Mapping[str, Source]) -> list[str
 
 def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     """What runs in the trainer's process: the trainer's own side and compression, nothing of the node."""
-    allowed = ("tapestry.compression", *(f"tapestry.node.trainer.{name}" for name in WORKER_SIDE))
     sides = [f"tapestry.node.trainer.{name}" for name in WORKER_SIDE]
+    allowed = ("tapestry.compression", "tapestry.node.imports", *sides)
     return [
         f"{source.name}:{line}: imports {name}"
         for source in _below(sources, *sides)

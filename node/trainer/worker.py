@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tapestry.node import imports
 from tapestry.node.trainer.messages import (
     HEADER,
     TEXT_CHARS_MAX,
@@ -333,11 +334,13 @@ class Worker:
 
 
 def _serve(channel: Channel, fds: dict[str, int]) -> None:
-    import torch
+    imports.do_without("scipy")  # transformers takes it, where it is, for the losses of object detection
+    with imports.lasting():
+        import torch
 
-    from tapestry.node.trainer import model
+        from tapestry.node.trainer import model
 
-    model.import_architectures()  # while the node finds out what is to be trained
+        model.import_architectures()  # while the node finds out what is to be trained
     first = channel.receive(wait=True)
     if not isinstance(first, Configure):
         raise WorkerFailure("crashed", "the first command is not Configure")

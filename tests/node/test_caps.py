@@ -141,7 +141,8 @@ def test_uploads_to_several_peers_keep_the_cap_together_share_it_and_let_control
             sent = sum(count for (direction, _), count in me.counted.items() if direction == "sent")
             print(f"upload {sent / allowed:.4f} of the cap, control at most {slowest_s:.3f} s")  # noqa: T201
             assert sent == pytest.approx(allowed, rel=0.05)
-            assert max(shares) - min(shares) <= BURST_S * RATE + 2 * len(PAYLOAD)  # the first has the burst
+            # The first has the burst, in whole frames; one's turn has come, another's frame is not whole yet.
+            assert max(shares) - min(shares) <= BURST_S * RATE + 3 * len(PAYLOAD)
             assert slowest_s < 0.5
 
     run(main())

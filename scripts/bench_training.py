@@ -56,12 +56,12 @@ from tapestry.node.state.outer import f32, make_outer
 from tapestry.node.trainer.data import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
 from tapestry.node.trainer.model import build_model, initial_state, model_layout
+from tapestry.node.trainer.worker import NICENESS
 
 HELD_OUT_TOKENS = 4096  # of each part
 SNAPSHOTS_MAX = 150  # of one system
 START_S = 180.0  # for imports, tokens and joining
 CALM_S = 3.0  # between two systems
-NICENESS = 5  # of a baseline's worker, as of Tapestry's trainer
 BASELINES = ("hivemind", "hivemind-local", "ddp", "alone")
 SYSTEMS = ("tapestry-diloco", "tapestry-gradient", *BASELINES)
 

@@ -14,6 +14,7 @@ torch and transformers are imported only after that has been arranged: they take
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import select
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
     import torch
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NICENESS = 5  # the node's loop answers its peers first; guess
+NICENESS = 10  # the node's loop answers its peers first; guess
+AUTOGROUP = Path("/proc/self/autogroup")
 PROGRESS_INTERVAL_S = 0.2
 EXIT_FAILED = 3
 
@@ -350,7 +352,7 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
         raise WorkerFailure("settings", str(error)) from error
     torch.set_num_threads(settings.threads)
     worker = Worker(settings, channel)
-    os.nice(NICENESS)  # not before: a node that comes back is waited for
+    _let_others_first()  # not before: a node that comes back is waited for
     attach = channel.receive(wait=True)
     if isinstance(attach, Stop):
         return
@@ -386,6 +388,18 @@ def _parse_arguments() -> argparse.Namespace:
     for name in ("channel", *BUFFERS, "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
     return parser.parse_args()
+
+
+def _let_others_first() -> None:
+    """Take what processor time the nodes and the starting trainers of this machine leave.
+
+    Where the kernel groups processes by session (sched(7), autogroup), niceness counts within one only, and a
+    trainer has its own: there the session is made nice as well. Only if it is ours.
+    """
+    os.nice(NICENESS)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):  # the kernel does not group; or it has just done so for another
+            AUTOGROUP.write_text(f"{NICENESS}")
 
 
 def _die_with_parent(parent: int) -> None:

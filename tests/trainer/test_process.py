@@ -33,6 +33,7 @@ from tapestry.node.trainer.process import (
     TrainerProcess,
 )
 from tapestry.node.trainer.settings import TrainingSettings, WorkerSettings, to_plain
+from tapestry.node.trainer.worker import NICENESS
 
 DEADLINE_S = 60.0  # only ever waited for by a test that fails
 QUICK = ProcessLimits(backoff_initial_s=0.01, backoff_max_s=0.04)
@@ -368,6 +369,7 @@ async def _real_worker_scenario(settings: WorkerSettings) -> None:
         trainer.begin(0)
         whole = await events.until(Contribution)
         assert (await events.until(Validation)).loss == pytest.approx(5.55, abs=0.2)
+        assert _niceness(trainer.pid or -1) == {NICENESS}
         first = trainer.contribution.clone()
         assert whole.weight == whole.tokens == 6 * 4 * 32
         decoded = _decoded(first, settings)
@@ -456,6 +458,15 @@ def _with_steps(settings: WorkerSettings, steps: int) -> WorkerSettings:
 
 def _broken(event: Event) -> None:
     raise ZeroDivisionError
+
+
+def _niceness(pid: int) -> set[int]:
+    """Of the process, and of its session where the kernel groups by sessions: "/autogroup-25 nice 0"."""
+    of_session = Path(f"/proc/{pid}/autogroup")
+    found = {os.getpriority(os.PRIO_PROCESS, pid)}
+    if of_session.exists():
+        found.add(int(of_session.read_text().split()[-1]))
+    return found
 
 
 def _gone(pidfd: int, timeout_s: float) -> bool:

@@ -114,9 +114,7 @@ class TapestryPeer:
         home = Home(folder / f"tapestry-{options['peer']}")
         home.create()
         identity = Identity.load_or_create(home.identity_key)
-        (folder / f"id-{options['peer']}").write_text(identity.peer_id)
         crypto = NodeCrypto(identity)
-        founder = await asyncio.to_thread(_text_of, folder / "id-0")
         table = preset_spec("nano", "bench").to_dict()
         table["compression"]["shard_elements"] = options["shard_elements"]
         table["compression"]["codec"] = options["codec"]
@@ -125,11 +123,15 @@ class TapestryPeer:
         table["round"].update(options["round"])
         spec = RunSpec.from_dict(table)
         n = options["params"]
-        state = TimedState(torch.zeros(n), "bench", Arithmetic.of(spec, n), 0, "")
+        state = TimedState(torch.zeros(n), "00" * 32, Arithmetic.of(spec, n), 0, "")
         state.buffers["momentum"].zero_()
         store = Store(home, crypto)
         await asyncio.to_thread(store.load)
-        loaded = await asyncio.to_thread(found_run, spec, founder, state, home, store, crypto)
+        if options["peer"] == 0:
+            loaded = await asyncio.to_thread(found_run, spec, identity.peer_id, state, home, store, crypto)
+        else:
+            founded = Home(folder / "tapestry-0").genesis
+            loaded = await asyncio.to_thread(_join_run, founded, spec, state, home, store)
         genesis = loaded.genesis
         assert genesis is not None
         keeper = TimedKeeper(home, spec, store, loaded, genesis, state)
@@ -226,6 +228,19 @@ class TapestryPeer:
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
+
+
+def _join_run(founded: Path, spec: Any, state: Any, home: Any, store: Any) -> Any:
+    """What the home then holds. The state that a run begins with is known here, and so not fetched."""
+    from tapestry.node.state.checkpoints import Checkpoints
+
+    home.genesis.write_text(_text_of(founded))
+    loaded = store.load()
+    state.head = loaded.genesis.run_id
+    checkpoints = Checkpoints(home.checkpoints, state.head, spec.limits.checkpoints_kept)
+    checkpoints.load()
+    checkpoints.save(state, state.digest())
+    return loaded
 
 
 class _Trainer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -223,6 +224,28 @@ def test_a_python_that_is_too_old_is_refused_in_one_line(tmp_path: Path) -> None
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: PYTHON={old} is not a Python 3.11 or newer\n"
+
+
+# ---- a benchmark of real nodes -----------------------------------------------------------------------
+
+
+def test_the_nodes_of_bench_averaging_meet_and_agree(tmp_path: Path) -> None:
+    """It makes its nodes by hand, so it is the first to break when they change."""
+    found = tmp_path / "found.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", ROOT / "scripts" / "bench_averaging.py"),
+            *("--peers", "2", "--params", "100000", "--rounds", "2", "--json", found),
+        ],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S * 2,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (system,) = json.loads(found.read_text())["systems"].values()
+    assert system["max_divergence"] == 0 and 0 < system["error"] < 0.01 and system["median_s"] > 0
 
 
 # ---- helpers -----------------------------------------------------------------------------------------

@@ -359,11 +359,11 @@ def show(results: dict[str, Any]) -> None:
                 table(list(columns), [[scale(row[key]) for key, scale in columns.values()] for row in rows])
             )
             results[f"{title}_growth"] = {}
-            for name, (key, _) in columns.items():
+            for name, (key, scale) in columns.items():
                 law = growth([row["nodes"] for row in rows], [row[key] for row in rows])
                 if law is not None and key != "nodes":
                     results[f"{title}_growth"][key] = law
-                    print(f"  {name}: {law['factor']:.3g} * n ** {law['power']:.2f}")
+                    print(f"  {name}: {scale(law['factor']):.3g} * n ** {law['power']:.2f}")
         for row in results[title]:
             if "stopped" in row:
                 print(f"{row['nodes']} nodes: {row['stopped']}")

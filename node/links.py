@@ -186,6 +186,11 @@ class Links:
     def linked(self) -> list[str]:
         return [p.peer for p in self._peers.values() if p.up]
 
+    @property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Of the linked peers, where that is known: who dialled us has not said by it where it listens."""
+        return {p.peer: p.addresses for p in self._peers.values() if p.up and p.addresses}
+
     def send_control(self, peer: str, message: Control) -> None:
         """Queue a message. To a peer that is not up it is lost, as on the way."""
         link = self._peers.get(peer)

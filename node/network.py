@@ -4,9 +4,9 @@ A p2pd that dies takes every link with it. It is noticed within a second, the co
 down, and a new one is started on the same addresses; after RESTARTS_MAX deaths within RESTARTS_WINDOW_S the
 node gives up with an error, since something kills p2pd for a reason.
 
-Peers are found four ways: the addresses that the operator gave, presence records in the DHT, those of the
-last time (kept in the home: a node finds its run again when the peer it first joined by is gone), and peers
-that open a stream to us.
+Peers are found five ways: the addresses that the operator gave, presence records in the DHT, what linked
+peers say (peer_exchange.py), those of the last time (kept in the home: a node finds its run again when the
+peer it first joined by is gone), and peers that open a stream to us.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, atomic_write
 from tapestry.node.links import LinkLimits, Links, Listener
+from tapestry.node.peer_exchange import PeerExchange
 from tapestry.node.protocol.messages import Control, Result, Shard
 from tapestry.node.vocabulary import Reader
 
@@ -126,7 +127,6 @@ class Network:
         self.up = asyncio.Event()  # we serve, and are in the DHT
         self._moved = asyncio.Event()
         self._expires_at = 0.0
-        self.presences: dict[str, Presence] = {}
         self.addresses: tuple[str, ...] = ()
 
     # --- life ----------------------------------------------------------------------------------
@@ -170,6 +170,11 @@ class Network:
             tasks.create_task(self._links.run())
             await asyncio.sleep(0)  # they run
             self._want_known(self._links)  # before the DHT, which takes its time
+            exchange = PeerExchange(
+                swarm, self._links, self._run_id, self.addresses, self._listener, self._limits.throttles
+            )
+            await swarm.serve(exchange.protocol, exchange.serve)
+            tasks.create_task(exchange.run())
             await swarm.join_dht(self._run_id, self._peers)
             self.up.set()
             tasks.create_task(self._publish_presence(swarm))
@@ -202,6 +207,10 @@ class Network:
     @property
     def linked(self) -> list[str]:
         return self._links.linked if self._links is not None else []
+
+    def addresses_of(self, peer: str) -> tuple[str, ...]:
+        """Where a linked peer can be reached, by its own word; () if it has said nothing yet."""
+        return self._links.addresses.get(peer, ()) if self._links is not None else ()
 
     # --- presence ------------------------------------------------------------------------------
 
@@ -251,11 +260,10 @@ class Network:
         while True:
             try:
                 found = await swarm.list_presence(time.time())
-                self.presences = {p.peer_id: p for p in found}
                 others = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
                 for presence in others:
                     links.want(presence.peer_id, presence.addresses)
-                self._known.remember({p.peer_id: p.addresses for p in others})
+                self._known.remember(links.addresses | {p.peer_id: p.addresses for p in others})
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
                     await swarm.meet(new)  # two DHTs of one run become one where peers meet

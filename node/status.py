@@ -97,7 +97,6 @@ class NodeView:
             status = seen.status
             if not seen.up:
                 continue
-            presence = runtime.network.presences.get(peer) if runtime.network is not None else None
             tables.append(
                 {
                     "peer_id": peer,
@@ -107,7 +106,9 @@ class NodeView:
                     "same_head": status is not None
                     and (status.head, status.state_epoch) == (runtime.core.chain.head, status.epoch),
                     "heard_s": round(now - seen.heard_at, 1),
-                    "addresses": list(presence.addresses) if presence is not None else [],
+                    "addresses": list(runtime.network.addresses_of(peer))
+                    if runtime.network is not None
+                    else [],
                 }
             )
         return tables

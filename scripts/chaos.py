@@ -67,15 +67,6 @@ FULL_S = 30.0  # to notice a full disk
 CLOCK_S = 600.0  # how wrong a clock may be
 MEMORY_GROWTH = (1.25, 64 * 2**20)  # guess: of a node and its children at the end, factor and bytes
 
-# Moves a process's wall clock. p2pd is not Python and keeps its own; it tells nobody the time of day.
-SHIFTED_CLOCK = """
-import os, time
-_shift_s = float(os.environ["CLOCK_SHIFT_S"])
-_time, _time_ns = time.time, time.time_ns
-time.time = lambda: _time() + _shift_s
-time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
-"""
-
 
 @dataclass
 class Watch:
@@ -330,12 +321,8 @@ class Chaos:
         self.kill_node(node)
 
         def back() -> None:
-            clock = self.folder / "clock"
-            clock.mkdir(exist_ok=True)
-            (clock / "sitecustomize.py").write_text(SHIFTED_CLOCK)
             shift_s = self.rng.uniform(-CLOCK_S, CLOCK_S)
-            path = os.pathsep.join(filter(None, [str(clock), os.environ.get("PYTHONPATH", "")]))
-            node.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
+            node.shift_clock(shift_s)
             self.say(f"node={node.home.name} clock_shift_s={shift_s:.0f}")
             self.restart(node)
 

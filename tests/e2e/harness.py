@@ -26,6 +26,16 @@ LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
 DEADLINE_S = 90.0  # on two cores that other tests use as well
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
+# A sitecustomize.py that moves a process's wall clock. p2pd is not Python and keeps its own; it tells nobody
+# the time of day.
+SHIFTED_CLOCK = """
+import os, time
+_shift_s = float(os.environ["CLOCK_SHIFT_S"])
+_time, _time_ns = time.time, time.time_ns
+time.time = lambda: _time() + _shift_s
+time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
+"""
+
 
 def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
@@ -80,6 +90,14 @@ class Node:
         self.environment: dict[str, str] = {}  # beside our own
         self.process: subprocess.Popen[bytes] | None = None
         self.log = home.with_name(home.name + ".log")
+
+    def shift_clock(self, shift_s: float) -> None:
+        """From its next start its wall clock is so many seconds ahead."""
+        folder = self.home.with_name(self.home.name + ".clock")
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(SHIFTED_CLOCK)
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+        self.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
 
     def start(self, *more: object) -> Node:
         command = [*self.prefix, *TAPESTRY, "start", "--home", str(self.home), "--data", self.data]

@@ -158,3 +158,26 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
     length = min(map(len, chains))
     assert chains[0][:length] == chains[1][:length] == chains[2][:length]  # the digests of all states with it
     assert max(members_of(r) for r in chains[0]) == 3
+
+
+def test_a_node_whose_clock_is_wrong_is_found_by_those_that_come_after_it(tmp_path: Path) -> None:
+    """The DHT shows it nobody, and it to nobody; but a member that others do not reach stalls every round."""
+    founder = Node(init(tmp_path / "a", inner_steps="20", shard_elements="4096"))
+    with founder:
+        founder.wait_ready()
+        wrong = Node(tmp_path / "b", "--peer", founder.address)
+        wrong.shift_clock(-540)
+        with wrong:
+            wrong.wait_ready()
+            with Node(tmp_path / "c", "--peer", founder.address) as late:
+                late.wait_ready()
+
+                def all_linked() -> bool:
+                    return all(len(json.loads(n.get("/peers"))) == 2 for n in (founder, wrong, late))
+
+                late.wait("links between all", all_linked, 20)
+                start = founder.status()["epoch"]
+                founder.wait_epoch(start + 5)
+                assert members_of(chain_of(founder.home)[-1]) == 3
+                unknown = [p for p in json.loads(founder.get("/peers")) if not p["addresses"]]
+                assert not unknown, "where they listen is told to others, and kept for a restart"

@@ -230,6 +230,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "accepted_ballot": (_same, _integer(-1, BALLOT_MAX)),
         "accepted": (_encode_optional_body, _optional_body),
         "life": (_same, _hex(0, 32)),
+        "unheard": (_same, _PEERS),
     },
     Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
     Roster: {

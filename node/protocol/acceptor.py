@@ -49,7 +49,7 @@ class Acceptor:
         state.vote = Vote(vote.epoch, vote.head, promised, accepted_ballot, accepted, vote.life, vote.weight)
         self.ctx.emit(PersistVote(state.vote))
 
-    def send_ready(self) -> None:
+    def send_ready(self, now: float) -> None:
         self.promise()
         state = self.state
         mine = state.exchange.mine
@@ -67,6 +67,7 @@ class Acceptor:
             state.vote.accepted_ballot,
             state.vote.accepted,
             state.vote.life,
+            self.ctx.unheard(state.electorate, now),
         )
         if state.leading:
             state.ready[self.ctx.me] = ready

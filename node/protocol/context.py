@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tapestry.node.protocol.chain import Crypto
+from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.messages import Control, Stage, Status
 
@@ -89,6 +89,11 @@ class Context:
 
     def _heard(self, view: PeerView, now: float) -> bool:
         return view.up and now - view.heard_at < self.rules.stall_s
+
+    def unheard(self, electorate: tuple[str, ...], now: float) -> tuple[str, ...]:
+        """The electors that we do not hear, and whoever else is silent although its link stands."""
+        others = [p for p, view in self.peers.items() if view.up and p not in electorate]
+        return tuple(p for p in [*electorate, *others] if not self.heard(p, now))[:MEMBERS_MAX]
 
     def leaving(self, peer: str) -> bool:
         """Its last word was that it is not at any head."""

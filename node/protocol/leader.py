@@ -14,6 +14,7 @@ from tapestry.node.protocol.chain import Body, Member, Record, capped_weights, h
 from tapestry.node.protocol.events import CloseTraining, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.reach import seat
 from tapestry.node.protocol.round_state import RoundState
 
 WAITING_NAMED = 3  # peers named in a reason
@@ -42,7 +43,7 @@ class Leader:
         for peer in self.ctx.live_at(state.epoch, state.head, now):
             self.ctx.send(peer, Call(state.epoch, state.head, ballot, forced))
         if state.speaks:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
 
     def open_next(self, now: float) -> None:
         """Open the next ballot that is ours."""
@@ -183,16 +184,16 @@ class Leader:
         """Everybody ready, the excluded as voters only; self as a voter if nothing came of it."""
         state, ctx = self.state, self.ctx
         if ctx.me not in state.ready:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
         peers = sorted(state.ready)
-        wanted = [0 if p in self.excluded else state.ready[p].weight for p in peers]
+        seated, able = self._seat([p for p in peers if p not in self.excluded])
+        wanted = [state.ready[p].weight if p in seated else 0 for p in peers]
         weights = capped_weights(wanted, ctx.rules.max_influence)
         members = tuple(
             Member(p, w, state.ready[p].contribution if w else "", state.ready[p].life)
             for p, w in zip(peers, weights, strict=True)
-            if p not in self.excluded or (p in state.electorate and ctx.heard(p, now))
+            if p in seated or (p in state.electorate and ctx.heard(p, now))
         )
-        able = [p for p in peers if p not in self.excluded]
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
             state.epoch, state.head, state.ballot, state.forced, state.state_digest, members, reducers
@@ -207,6 +208,14 @@ class Leader:
             if member.peer != ctx.me:
                 ctx.send(member.peer, roster)
         return roster
+
+    def _seat(self, peers: list[str]) -> tuple[list[str], list[str]]:
+        """Who of `peers` is in, and who may average; all, if those at odds are needed for min_members."""
+        ready = self.state.ready
+        seated, able = seat({p: ready[p].unheard for p in peers}, {p: ready[p].contribution for p in peers})
+        if sum(ready[p].weight > 0 for p in seated) < max(1, self.ctx.rules.min_members):
+            return peers, peers
+        return seated, able
 
     def _propose(self, body: Body) -> Propose:
         state = self.state

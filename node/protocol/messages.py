@@ -69,6 +69,7 @@ class Ready:
     accepted_ballot: int  # -1 if nothing was accepted in this round
     accepted: Body | None
     life: str = ""  # as in Member
+    unheard: tuple[str, ...] = ()  # electors and linked peers that the sender does not hear now
 
 
 @dataclass(frozen=True, slots=True)

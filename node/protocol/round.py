@@ -132,14 +132,14 @@ class Round:
     def handle_contribution(self, contributed: Contributed, now: float) -> None:
         self.exchange.contribute(contributed)
         if self.state.stage <= Stage.READY:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
         self.advance(now)
 
     def handle_trainer(self, up: bool, now: float) -> None:
         """Without a trainer this node still votes: it is ready, with nothing."""
         self.state.trainer_up = up
         if not up and self.state.stage == Stage.TRAINING:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
         self.advance(now)
 
     def handle_peer_down(self, peer: str, now: float) -> None:
@@ -200,7 +200,7 @@ class Round:
             return "not_leader"
         self.acceptor.enter(call.ballot, now, forced=call.forced, leader=peer)
         if self.state.speaks:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
         return None
 
     def on_ready(self, peer: str, ready: Ready, now: float) -> str | None:
@@ -261,7 +261,7 @@ class Round:
         changed = mine.weight and (own is None or mine.contribution != own.contribution)
         if changed or mine.life != state.vote.life:
             if state.speaks:
-                self.acceptor.send_ready()  # we restarted: say what we have now
+                self.acceptor.send_ready(now)  # we restarted: say what we have now
             return None
         if own is not None and mine.weight > own.weight:
             return "weight"
@@ -401,16 +401,16 @@ class Round:
     def _enter_as_follower(self, ballot: int, now: float) -> None:
         self.acceptor.enter(ballot, now)
         if self.state.stage == Stage.READY:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
 
     def _resend(self, now: float) -> None:
         state = self.state
         stalled = now - state.progress_at >= self.ctx.rules.resend_s
         if state.stage == Stage.TRAINING:
             if state.speaks:
-                self.acceptor.send_ready()
+                self.acceptor.send_ready(now)
         elif state.stage == Stage.READY:
-            self.acceptor.send_ready()
+            self.acceptor.send_ready(now)
         elif state.stage == Stage.EXCHANGING:
             if state.proposal is not None:
                 self.acceptor.fetch_proposal()

@@ -1,6 +1,8 @@
 """Directed faults, and how long each may cost, in virtual seconds. Training takes 0.5 to 2 s here."""
 
+from collections import Counter
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 from simulation.world import Faults, Node, World
@@ -171,6 +173,33 @@ def test_a_one_way_cut_costs_a_stall_and_one_members_contribution(seed):
     world.cut(names[0], names[1])
     took = all_at(world, epoch + 1, 60)
     assert took < 4 * STALL_S + EPOCH_S + 2.0
+
+
+PAIR = [(0, 1), (1, 0)]
+TWO_PAIRS = [*PAIR, (2, 3), (3, 2)]
+STAR = list(permutations(range(1, 5), 2))  # all but p0 hear p0 only
+RING = [(a, b) for a, b in permutations(range(5), 2) if (a - b) % 5 in (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "least"),
+    [(PAIR, 4.5), (PAIR[:1], 4.4), (TWO_PAIRS, 4.4), (STAR, 4.8), (RING, 2.9)],
+    ids=["pair", "one way", "two pairs", "star", "ring"],
+)
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_members_that_never_hear_each_other_contribute_and_slow_nobody_down(seed, cuts, least):
+    """Once each round stalled, and one of a pair never contributed. `least`: contributions in a record."""
+    world = swarm(seed)
+    names = sorted(world.nodes)
+    for a, b in cuts:
+        world.cut(names[a], names[b])
+    all_at(world, world.epoch() + 3, 60)  # the round in which they lose each other may stall
+    epoch = world.epoch()
+    assert all_at(world, epoch + 20, 300) < 20 * EPOCH_S
+    best = max((n.core.chain for n in alive(world)), key=lambda chain: chain.epoch)
+    counted = Counter(m.peer for r in best.records[epoch:] for m in r.body.members if m.weight)
+    assert sum(counted.values()) >= least * (best.epoch - epoch)
+    assert len(cuts) > 4 or all(counted[name] >= 5 for name in names)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,6 +7,7 @@ itself, so that skew (which is drawn all the same) must change nothing.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,12 +46,13 @@ class Faults:
     drip_per_s: float = 0.0  # a peer drips bytes, of which no shard ever comes
     corrupt: float = 0.0  # share of data frames that are damaged: the wire refuses them, and says of whom
     donor_lies: float = 0.0  # share of updates and states that are not what was asked for
-    false_ready: float = 0.0  # share of READYs that lie about weight or state digest
+    false_ready: float = 0.0  # share of READYs that lie about weight, state digest or who is heard
     split_roster: float = 0.0  # share of ROSTERs that tell one member something else than the others
     boaster: bool = False  # a stranger says all the time that it is far ahead, and gives nothing
     skew_s: float = 0.0  # clocks are up to this much apart
     disk_lost: bool = False  # one node comes back without its disk
     astray: bool = False  # one node's arithmetic goes wrong, once
+    apart: float = 0.0  # share of the pairs of nodes between which nothing passes, as through a firewall
 
     @classmethod
     def draw(cls, rng: random.Random) -> Faults:
@@ -81,6 +83,7 @@ class Faults:
             skew_s=maybe(0.3, 600.0),
             disk_lost=rng.random() < 0.3,
             astray=rng.random() < 0.1,
+            apart=maybe(0.2, 0.6),
         )
 
 
@@ -123,6 +126,11 @@ class Chaos:
                     break
                 self.planned.append((at, world.ticket(), fault))
 
+        for a, b in itertools.combinations(world.nodes, 2):
+            if faults.apart and self.rng.random() < faults.apart:
+                world.tell(a, f"APART from {b}")
+                world.cut(a, b)
+                world.cut(b, a)
         self.planned.sort(key=lambda planned: planned[:2], reverse=True)
         self._await_next()
         if faults.boaster:
@@ -160,12 +168,12 @@ class Chaos:
     def _island(self) -> None:
         names = list(self.world.nodes)
         island = self.rng.sample(names, self.rng.randint(1, len(names)))
-        until = self.world.now + self.rng.uniform(1.0, 40.0)
+        for_s = self.rng.uniform(1.0, 40.0)
         self.world.tell("world", f"ISLAND {island}")
         for a in names:
             for b in names:
                 if (a in island) != (b in island):
-                    self.world.cuts[a, b] = until
+                    self.world.cut(a, b, for_s)
 
     def _restart(self, node: Node) -> None:
         if node.core is None:
@@ -230,9 +238,14 @@ class Chaos:
         """What a lying sender makes of its own message."""
         faults, rng = self.faults, self.rng
         if isinstance(message, Ready) and faults.false_ready and rng.random() < faults.false_ready:
-            if rng.random() < 0.5:
-                return replace(message, weight=2 * message.weight)
-            return replace(message, state_digest=digest(b"a lie"))
+            return choice(
+                rng,
+                [
+                    replace(message, weight=2 * message.weight),
+                    replace(message, state_digest=digest(b"a lie")),
+                    replace(message, unheard=tuple(p for p in self.world.nodes if p != sender)),
+                ],
+            )
         if isinstance(message, Roster) and faults.split_roster and rng.random() < faults.split_roster:
             self.split.add(sender)
             members = tuple(replace(m, weight=max(m.weight - 1, min(m.weight, 1))) for m in message.members)
@@ -252,9 +265,10 @@ class Chaos:
     def _cut(self) -> None:
         a, b = self._pick(), self._pick()
         self.world.tell(a.name, f"CUT -> {b.name}")
-        self.world.cuts[a.name, b.name] = self.world.now + self.rng.uniform(0.5, 20)
+        for_s = self.rng.uniform(0.5, 20)
+        self.world.cut(a.name, b.name, for_s)
         if self.rng.random() < 0.5:
-            self.world.cuts[b.name, a.name] = self.world.cuts[a.name, b.name]
+            self.world.cut(b.name, a.name, for_s)
 
     def _drop_link(self) -> None:
         a, b = self._pick(), self._pick()

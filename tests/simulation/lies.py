@@ -154,6 +154,7 @@ class _Liar:
             float("nan"),
             self.ballot(),
             accepted,
+            unheard=tuple(self.peer() for _ in range(randint(self.rng, 0, 8))),
         )
 
     def roster(self) -> Roster:

@@ -186,7 +186,7 @@ class World:
 
     def cut(self, a: str, b: str, for_s: float = 1e9) -> None:
         """Nothing of what `a` says reaches `b`."""
-        self.cuts[a, b] = self.now + for_s
+        self.cuts[a, b] = max(self.cuts.get((a, b), 0.0), self.now + for_s)
 
     def settled(self, goal: int) -> bool:
         cores = [n.core for n in self.nodes.values()]

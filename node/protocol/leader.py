@@ -14,7 +14,7 @@ from tapestry.node.protocol.chain import Body, Member, Record, capped_weights, h
 from tapestry.node.protocol.events import CloseTraining, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
-from tapestry.node.protocol.reach import seat
+from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 
 WAITING_NAMED = 3  # peers named in a reason
@@ -92,7 +92,7 @@ class Leader:
         """ROSTER or PROPOSE as soon as the promises allow it: sent to the others, for us to follow too."""
         state = self.state
         if not state.forced:
-            if self._promises() < quorum(len(state.electorate)):
+            if self._promises(now) < quorum(len(state.electorate)):
                 return None
             accepted = self._accepted()
             if accepted is not None:
@@ -101,16 +101,16 @@ class Leader:
             self.close_at = now + self.ctx.rules.straggler_wait_s
         if now >= self.close_at and not self.closing_sent:
             self._close(now)
-        self._pardon()
+        self._pardon(now)
         return self._send_roster(now) if self.gather_gap(now) is None else None
 
     def gather_gap(self, now: float) -> str | None:
         """Why the roster cannot be sent yet; None if it can."""
         state = self.state
-        promises, need = self._promises(), quorum(len(state.electorate))
+        promises, need = self._promises(now), quorum(len(state.electorate))
         if not state.forced and promises < need:
             return f"{promises} of {len(state.electorate)} ready, need {need}"
-        contributors = self._contributors()
+        contributors = self._contributors(now)
         if not contributors:
             return "nobody ready has a contribution"
         if len(contributors) < self.ctx.rules.min_members:
@@ -128,9 +128,9 @@ class Leader:
         after_close = self.close_at + self.ctx.rules.closing_grace_s
         return max(after_close, self.state.entered_at + self.ctx.rules.resend_s)
 
-    def _promises(self) -> int:
-        ready = self.state.ready
-        return sum(peer in ready for peer in self.state.electorate)
+    def _promises(self, now: float) -> int:
+        """Of electors that can still vote: who has promised and died since cannot."""
+        return sum(p in self.state.ready and self.ctx.heard(p, now) for p in self.state.electorate)
 
     def _trusted(self) -> list[Ready]:
         """The electors' promises to go by. Any quorum of them will do: if there is one, one without those who
@@ -145,16 +145,17 @@ class Leader:
         told = [r for r in self._trusted() if r.accepted is not None]
         return max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted if told else None
 
-    def _contributors(self) -> list[str]:
-        return [p for p, r in self.state.ready.items() if r.weight and p not in self.excluded]
+    def _contributors(self, now: float) -> list[str]:
+        ready, heard = self.state.ready, self.ctx.heard
+        return sorted(p for p, r in ready.items() if r.weight and p not in self.excluded and heard(p, now))
 
-    def _pardon(self) -> None:
+    def _pardon(self, now: float) -> None:
         """Where too many were left out to make a round, start over with all of them."""
         if not self.excluded:
             return
         ready = self.state.ready
-        count, need = len(self._contributors()), max(1, self.ctx.rules.min_members)
-        out = sum(p in ready and ready[p].weight > 0 for p in self.excluded)
+        count, need = len(self._contributors(now)), max(1, self.ctx.rules.min_members)
+        out = sum(p in ready and ready[p].weight > 0 and self.ctx.heard(p, now) for p in self.excluded)
         if count < need <= count + out:
             self.excluded.clear()
 
@@ -181,18 +182,17 @@ class Leader:
     # --- phase 2: the value --------------------------------------------------------------------
 
     def _send_roster(self, now: float) -> Roster | None:
-        """Everybody ready, the excluded as voters only; self as a voter if nothing came of it."""
+        """Who contributes, and the other electors as voters."""
         state, ctx = self.state, self.ctx
-        if ctx.me not in state.ready:
-            self.acceptor.send_ready(now)
-        peers = sorted(state.ready)
-        seated, able = self._seat([p for p in peers if p not in self.excluded])
+        self.acceptor.send_ready(now)  # again: whom we hear has changed since
+        electors = {p for p in state.electorate if p in state.ready and ctx.heard(p, now)}
+        seated, able = self._seat(electors, now)
+        peers = sorted(electors.union(seated))
         wanted = [state.ready[p].weight if p in seated else 0 for p in peers]
         weights = capped_weights(wanted, ctx.rules.max_influence)
         members = tuple(
             Member(p, w, state.ready[p].contribution if w else "", state.ready[p].life)
             for p, w in zip(peers, weights, strict=True)
-            if p in seated or (p in state.electorate and ctx.heard(p, now))
         )
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
@@ -209,13 +209,20 @@ class Leader:
                 ctx.send(member.peer, roster)
         return roster
 
-    def _seat(self, peers: list[str]) -> tuple[list[str], list[str]]:
-        """Who of `peers` is in, and who may average; all, if those at odds are needed for min_members."""
-        ready = self.state.ready
-        seated, able = seat({p: ready[p].unheard for p in peers}, {p: ready[p].contribution for p in peers})
-        if sum(ready[p].weight > 0 for p in seated) < max(1, self.ctx.rules.min_members):
-            return peers, peers
-        return seated, able
+    def _seat(self, electors: set[str], now: float) -> tuple[list[str], list[str]]:
+        """Who contributes and who averages: all, if those at odds are needed for min_members."""
+        state, ctx, shard_count = self.state, self.ctx, self.ctx.rules.shard_count
+        peers = self._contributors(now)
+        odds = at_odds({p: state.ready[p].unheard for p in sorted(electors.union(peers))})
+        lots = {p: ctx.crypto.digest(f"{state.head}|{p}|seat".encode()) for p in peers}
+        seated, able = seat(peers, odds, lots, shard_count)
+        if len(seated) < max(1, ctx.rules.min_members):
+            seated, able = peers, [p for p in peers if odds[p].isdisjoint(peers)] or peers
+        if len(seated) < len(peers):
+            out = ",".join(p for p in peers if p not in seated)
+            ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} unheard_by_many={out}"))
+        need = len(electors) if state.forced else quorum(len(state.electorate))
+        return seated, choose_reducers(able, len(seated), electors, need, odds, shard_count)
 
     def _propose(self, body: Body) -> Propose:
         state = self.state

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 
 import pytest
+from simulation.shell import EXECUTE
 from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
@@ -18,13 +19,18 @@ STALL_S = 3.0
 EPOCH_S = 3.0  # a healthy round at the most: training, one gathering, one exchange
 
 
-def swarm(seed: int, peers: int = 5, **rules) -> World:
-    """Everybody is up, an elector, and in a round."""
+def not_started(seed: int, peers: int = 5, **rules) -> World:
     waits = {"straggler_wait_s": 1.0, "closing_grace_s": 0.5, "stall_s": STALL_S, "quorum_loss_s": 8.0}
     world = World(seed, peers=peers, faults=Faults())
     run_id = world.genesis.run_id
     world.rules = Rules(run_id=run_id, shard_count=4, **{**waits, **rules})
     world.train_s = (0.5, 2.0)
+    return world
+
+
+def swarm(seed: int, peers: int = 5, **rules) -> World:
+    """Everybody is up, an elector, and in a round."""
+    world = not_started(seed, peers, **rules)
     world.start_all()
     world.until(lambda: all(n.core.round and len(n.core.round.electorate) == peers for n in alive(world)), 60)
     return world
@@ -200,6 +206,47 @@ def test_members_that_never_hear_each_other_contribute_and_slow_nobody_down(seed
     counted = Counter(m.peer for r in best.records[epoch:] for m in r.body.members if m.weight)
     assert sum(counted.values()) >= least * (best.epoch - epoch)
     assert len(cuts) > 4 or all(counted[name] >= 5 for name in names)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_newcomers_that_never_had_a_link_with_each_other_stall_no_round(seed):
+    """Neither can name the other, so neither averages in the round in which they come in."""
+    world = not_started(seed)
+    for a, b in combinations(sorted(world.nodes)[1:], 2):
+        world.unlink(a, b)
+    world.start_all()
+    assert all_at(world, 4, 60) < 4 * EPOCH_S + STALL_S
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_quorum_that_was_ready_and_died_is_not_named_in_a_roster_ten_times_a_second(seed, monkeypatch):
+    world = swarm(seed, on_quorum_loss="wait")
+    notes: list[str] = []
+    monkeypatch.setitem(EXECUTE, ev.Note, lambda node, note: notes.append(note.text))
+    epoch, others = world.epoch(), [n for n in alive(world) if n is not leader(world)]
+    world.until(lambda: sum(r.stage == Stage.READY and r.epoch == epoch for r in rounds(world)) >= 3, 30)
+    for node in others[:3]:
+        node.crash()
+    until = world.now + 20
+    world.until(lambda: world.now >= until, 30)
+    assert len(notes) <= 4 and world.epoch() <= epoch + 1
+
+
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_one_that_contributes_nothing_costs_nobody_whom_it_does_not_hear_a_contribution(seed):
+    """It votes; it is no reason to leave out those who do contribute."""
+    world = swarm(seed)
+    names = sorted(world.nodes)
+    idle = world.nodes[names[0]]
+    for other in names[1:-1]:
+        world.cut(names[0], other)
+        world.cut(other, names[0])
+    idle.feed(ev.TrainerState(False, "down"))
+    all_at(world, world.epoch() + 3, 60)
+    epoch = world.epoch()
+    all_at(world, epoch + 10, 150)
+    best = max((n.core.chain for n in alive(world)), key=lambda chain: chain.epoch)
+    assert all(sum(m.weight > 0 for m in r.body.members) == 4 for r in best.records[epoch:])
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -131,6 +131,8 @@ class Chaos:
                 world.tell(a, f"APART from {b}")
                 world.cut(a, b)
                 world.cut(b, a)
+                if self.rng.random() < 0.5:
+                    world.unlink(a, b)
         self.planned.sort(key=lambda planned: planned[:2], reverse=True)
         self._await_next()
         if faults.boaster:

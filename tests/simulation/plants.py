@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 2)
+@plant("a lower ballot is followed after a higher one was promised", 39)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -125,7 +125,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 6)
+@plant("a ballot is led again after a restart", 4)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 23)
+@plant("a new leader makes a new value, whatever was accepted", 103)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 4)
+@plant("a forced value overwrites the vote for an ordinary one", 7)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -168,7 +168,7 @@ def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
 
-@plant("a member that lost records votes at once", 9)
+@plant("a member that lost records votes at once", 85)
 def lost_records_vote() -> list[Patch]:
     return [(Core, "_stands_by", Core._forgot_votes)]
 
@@ -181,7 +181,7 @@ def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
 
-@plant("of two chains the lighter one wins", 4)
+@plant("of two chains the lighter one wins", 11)
 def fork_choice_reversed() -> list[Patch]:
     better = sync_module.better
     reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
@@ -199,7 +199,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 12)
+@plant("a run that waits for its quorum forces records all the same", 9)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -295,7 +295,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 67)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 21)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 
@@ -335,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 2)
+@plant("a leader that says nothing is waited for", 3)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

@@ -62,6 +62,7 @@ class World:
         self.outcomes: dict[str, int] = {}
         self.refused: dict[str, int] = {}
         self.cuts: dict[tuple[str, str], float] = {}  # (from, to) -> until
+        self.unlinked: set[tuple[str, str]] = set()  # (from, to) that get no link
         self.links: dict[tuple[str, str], int] = {}  # (from, to) -> which link of theirs it is
         self.updates_kept = updates_kept
         self.checkpoint_every = checkpoint_every
@@ -187,6 +188,10 @@ class World:
     def cut(self, a: str, b: str, for_s: float = 1e9) -> None:
         """Nothing of what `a` says reaches `b`."""
         self.cuts[a, b] = max(self.cuts.get((a, b), 0.0), self.now + for_s)
+
+    def unlink(self, a: str, b: str) -> None:
+        """They never get a link. To be said before they start."""
+        self.unlinked |= {(a, b), (b, a)}
 
     def settled(self, goal: int) -> bool:
         cores = [n.core for n in self.nodes.values()]
@@ -320,6 +325,8 @@ class World:
         self.at(self.now + 0.002 + 0.028 * draw(), self.ticket(), arrive)
 
     def link_up(self, a: Node, b: Node) -> None:
+        if (a.name, b.name) in self.unlinked:
+            return
         for one, other in ((a, b), (b, a)):
             self.links[other.name, one.name] = self.count
             self.later(self.delay(), one, ev.PeerUp(other.name))
@@ -338,6 +345,7 @@ class World:
         self.tell("world", "HEAL")
         self.healed = True
         self.cuts.clear()
+        self.unlinked.clear()
         for node in self.nodes.values():
             if node.core is None:
                 node.start()

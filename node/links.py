@@ -154,6 +154,7 @@ class Links:
         self._listener = listener
         self._limits = limits
         self._peers: dict[str, _Peer] = {}
+        self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -173,14 +174,28 @@ class Links:
             return
         known = self._peers.get(peer)
         if known is None:
-            if len(self._peers) >= self._limits.peers_max:
+            if self.full:
                 self._listener.on_refused(peer, "peers_max", f"we have {self._limits.peers_max} peers")
                 return
             known = self._peers[peer] = _Peer(peer)
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
-        known.addresses = tuple(addresses) or known.addresses
+        known.addresses = tuple(dict.fromkeys([*(addresses or known.addresses), *self._given.get(peer, ())]))
         known.seen_at = asyncio.get_running_loop().time()
         known.wake.set()
+
+    def keep(self, peer: str, address: str) -> None:
+        """As `want`, for good: this address is tried too, whatever the peer says of itself."""
+        self._given[peer] = tuple(dict.fromkeys([*self._given.get(peer, ()), address]))
+        self.want(peer)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Whom we have a link with, or try to."""
+        return list(self._peers)
+
+    @property
+    def full(self) -> bool:
+        return len(self._peers) >= self._limits.peers_max
 
     @property
     def linked(self) -> list[str]:
@@ -232,12 +247,16 @@ class Links:
     def _protocol(self, name: str) -> str:
         return f"/tapestry/{self._run_id}/{name}/1"
 
+    def _is_awaited(self, link: _Peer) -> bool:
+        since_s = asyncio.get_running_loop().time() - link.seen_at
+        return since_s < self._limits.give_up_s or bool(link.inbound) or link.peer in self._given
+
     async def _maintain(self, link: _Peer) -> None:
         """Link, lose, wait, link again; until there has been no sign of the peer for long."""
         loop, limits = asyncio.get_running_loop(), self._limits
         backoff_s = limits.backoff_initial_s
         try:
-            while loop.time() - link.seen_at < limits.give_up_s or link.inbound:
+            while self._is_awaited(link):
                 link.wake.clear()
                 pause_s = limits.backoff_initial_s
                 try:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from tapestry.dht.addresses import PeerAddress, parse_listen, parse_peer, ranked
+from tapestry.dht.addresses import PeerAddress, parse_listen, parse_peer, ranked, usable_addresses
 from tapestry.dht.identity import Identity
 from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
@@ -253,17 +253,18 @@ class Network:
         for peer_id, addresses in self._known.addresses.items():
             links.want(peer_id, addresses)
         for peer in self._peers:
-            links.want(peer.peer_id, (peer.maddr,))
+            links.keep(peer.peer_id, peer.maddr)
 
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
         met: list[str] = []
         while True:
             try:
                 found = await swarm.list_presence(time.time())
-                others = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
-                for presence in others:
-                    links.want(presence.peer_id, presence.addresses)
-                self._known.remember(links.addresses | {p.peer_id: p.addresses for p in others})
+                there = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
+                others = {p.peer_id: usable_addresses(p.addresses, p.peer_id) for p in there}
+                for peer, addresses in others.items():
+                    links.want(peer, addresses)
+                self._known.remember(links.addresses | others)
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
                     await swarm.meet(new)  # two DHTs of one run become one where peers meet

@@ -4,7 +4,8 @@ Presence in the DHT is judged by clocks: a node whose clock is wrong is not seen
 some of a run met it and others did not, every round with all of them would stall. Here no clock counts.
 
 An answer is only a list of addresses to try. What a peer says of itself is kept for its link; whom it names
-is asked in turn, so that libp2p proves who is there, and that it is of our run, before it gets a link.
+is asked in turn, so that libp2p proves who is there, and that it is of our run, before it gets a link. A liar
+can make us dial a few addresses more, and can keep nobody from being met: what counts as tried is an address.
 
 The protocol: opening a stream is the question. The answer is one frame without payload, its header a msgpack
 array of multiaddrs, each with `/p2p/<peer id>`, then the stream's end.
@@ -17,12 +18,13 @@ import logging
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
 
-from tapestry.dht.addresses import AddressError, parse_peer
+from tapestry.dht.addresses import usable_addresses
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
 from tapestry.dht.swarm import Swarm, SwarmError
 from tapestry.node.links import Links, Listener
@@ -37,17 +39,79 @@ from tapestry.node.wire import (
 )
 
 LOOK_S = 1.0  # who is newly linked is asked within so long
-ASK_EVERY_S = 5.0  # Guess: one of the others, in turn
+ASK_EVERY_S = 5.0  # Guess: nobody is asked more often, and after the first time the linked are asked in turn
 ASK_S = 3.0  # Guess: for an answer, dialling included
 PEERS_MAX = 64  # told of in one answer
-DIALS_MAX = 8  # Guess: of those that one answer names
-DIAL_AGAIN_S = 30.0  # Guess: after a peer could not be reached where another said
+DIALS_MAX = 8  # Guess: of those that one answer names, and of all that were named in one LOOK_S
+DIAL_AGAIN_S = 30.0  # Guess: after an address was tried
+NAMED_MAX = 256  # Guess: that wait to be dialled
+ANSWERS_MAX = 3  # in ASK_EVERY_S, to one linked peer: it may have restarted
+STRANGERS_MAX = 64  # Guess: in ASK_EVERY_S, to all the others together: a swarm that starts at once
 _ANSWER_BYTES_MAX = (PEERS_MAX + 1) * ADDRESSES_MAX * (ADDRESS_BYTES_MAX + 8)
-_ADDRESS = re.compile(r"/[!-~]+/p2p/([1-9A-HJ-NP-Za-km-z]{52})")
+_PEER = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{52})\Z")
 
 Addresses = dict[str, tuple[str, ...]]  # peer id -> where it is said to be
 
 _log = logging.getLogger("tapestry.network")
+
+
+class Turns:
+    """Whom of the linked to ask now: who is new, or did not answer, soon; the others one at a time. Pure."""
+
+    def __init__(self) -> None:
+        self._linked: set[str] = set()
+        self._soon: set[str] = set()
+        self._asked_at: dict[str, float] = {}
+        self._turn_at = -math.inf
+
+    def due(self, linked: Sequence[str], now: float) -> list[str]:
+        """They count as asked."""
+        self._soon |= set(linked) - self._linked
+        self._linked = set(linked)
+        self._soon &= self._linked
+        recent = {p: at for p, at in self._asked_at.items() if now - at < ASK_EVERY_S}
+        may = [p for p in linked if p not in recent]
+        ask = [p for p in may if p in self._soon]
+        others = [p for p in may if p not in self._soon]
+        if others and now >= self._turn_at:
+            self._turn_at = now + ASK_EVERY_S
+            ask.append(min(others, key=lambda p: self._asked_at.get(p, -math.inf)))
+        self._asked_at = {p: at for p, at in self._asked_at.items() if p in recent or p in self._linked}
+        self._asked_at |= dict.fromkeys(ask, now)
+        self._soon -= set(ask)
+        return ask
+
+    def failed(self, peer: str) -> None:
+        self._soon.add(peer)
+
+
+class Named:
+    """Where those are said to be whom others named, until it was tried. Pure."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, dict[str, None]] = {}
+        self._tried_at: dict[str, float] = {}  # by address, so that a false one spoils no other
+
+    def add(self, told: Addresses, is_wanted: Callable[[str], bool]) -> None:
+        """What one answer names."""
+        strangers = [p for p in told if is_wanted(p)]
+        for peer in random.sample(strangers, min(DIALS_MAX, len(strangers))):
+            fresh = [a for a in usable_addresses(told[peer], peer) if a not in self._tried_at]
+            if fresh:
+                self._addresses.setdefault(peer, {}).update(dict.fromkeys(fresh))
+        while len(self._addresses) > NAMED_MAX:
+            del self._addresses[random.choice(list(self._addresses))]
+
+    def take(self, is_wanted: Callable[[str], bool], now: float) -> Addresses:
+        """Some of those that are still wanted, to be dialled now."""
+        self._tried_at = {a: at for a, at in self._tried_at.items() if now - at < DIAL_AGAIN_S}
+        self._addresses = {p: addresses for p, addresses in self._addresses.items() if is_wanted(p)}
+        taken: Addresses = {}
+        for peer in random.sample(list(self._addresses), min(DIALS_MAX, len(self._addresses))):
+            addresses = list(self._addresses.pop(peer))
+            taken[peer] = tuple(random.sample(addresses, min(ADDRESSES_MAX, len(addresses))))
+            self._tried_at |= dict.fromkeys(taken[peer], now)
+        return taken
 
 
 class PeerExchange:
@@ -68,69 +132,87 @@ class PeerExchange:
         self._own_addresses = tuple(own_addresses)
         self._listener = listener
         self._throttles = throttles
-        self._tried_at: dict[str, float] = {}  # peers that others named, and we could not reach
+        self._turns = Turns()
+        self._named = Named()
+        self._asking: set[str] = set()
+        self._answered: Counter[str] = Counter()  # linked peers, and "" for all the others
+        self._answered_since = -math.inf
+
+    # --- answering -----------------------------------------------------------------------------
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer `peer`: we come first. Raises TimeoutError and OSError."""
+        if not self._may_ask(peer):
+            self._listener.on_refused(peer, "streams", "it asks for peers all the time")
+            return
         others = [addresses for other, addresses in self._links.addresses.items() if other != peer]
         others = random.sample(others, min(PEERS_MAX, len(others)))
         told = [address for one in (self._own_addresses, *others) for address in one[:ADDRESSES_MAX]]
         answer = memoryview(*frame_parts(msgpack.packb(told)))
+        if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
+            return
         self._throttles.upload.spend(answer.nbytes)
         self._listener.on_bytes("sent", "control", answer.nbytes)
         writer.write(answer)
         async with asyncio.timeout(ASK_S):
             await writer.drain()
 
-    async def run(self) -> None:
-        """Ask until cancelled: who is newly linked soon, of the others one at a time."""
-        now = asyncio.get_running_loop().time
-        asked: dict[str, None] = {}  # in the order in which they were
-        turn_at = -math.inf
-        while True:
-            linked = self._links.linked
-            asked = {peer: None for peer in asked if peer in linked}
-            ask = [peer for peer in linked if peer not in asked]
-            if not ask and asked and now() >= turn_at:
-                ask = [next(iter(asked))]
-            if ask:
-                turn_at = now() + ASK_EVERY_S
-            for peer in ask:
-                asked.pop(peer, None)
-                asked[peer] = None
-            named: Addresses = {}
-            for found in await asyncio.gather(*(self._ask(peer) for peer in ask)):
-                named |= found
-            await self._meet(named)
-            await asyncio.sleep(LOOK_S)
-
-    async def _meet(self, named: Addresses) -> None:
-        """Ask those whom others named: who answers gets a link."""
+    def _may_ask(self, peer: str) -> bool:
         now = asyncio.get_running_loop().time()
-        self._tried_at = {p: at for p, at in self._tried_at.items() if now - at < DIAL_AGAIN_S}
-        self._tried_at |= dict.fromkeys(named, now)
-        await asyncio.gather(*(self._ask(peer, addresses) for peer, addresses in named.items()))
+        if now - self._answered_since >= ASK_EVERY_S:
+            self._answered.clear()
+            self._answered_since = now
+        who = peer if peer in self._links.linked else ""
+        self._answered[who] += 1
+        return self._answered[who] <= (ANSWERS_MAX if who else STRANGERS_MAX)
 
-    async def _ask(self, peer: str, addresses: Sequence[str] = ()) -> Addresses:
-        """Keep what `peer` says of itself; those whom it names, and whom we should meet."""
+    # --- asking --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Ask until cancelled. Nobody waits for who does not answer."""
+        now = asyncio.get_running_loop().time
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                for peer in self._turns.due(self._links.linked, now()):
+                    tasks.create_task(self._ask(peer))
+                for peer, addresses in self._named.take(self._is_wanted, now()).items():
+                    tasks.create_task(self._ask(peer, addresses))
+                await asyncio.sleep(LOOK_S)
+
+    def _is_wanted(self, peer: str) -> bool:
+        """Whether to dial it if others name it: not linked, and we have room for it or want it anyway."""
+        links = self._links
+        if peer == self._swarm.peer_id or peer in self._asking or peer in links.linked:
+            return False
+        return not links.full or peer in links.wanted
+
+    async def _ask(self, peer: str, addresses: Sequence[str] = ()) -> None:
+        """A link, by its own word, for who answers; whom it names is dialled later."""
+        if peer in self._asking:
+            return
+        self._asking.add(peer)
         try:
             async with asyncio.timeout(ASK_S):
                 if addresses:
                     await self._swarm.connect_any(peer, addresses, ASK_S)
                 answer = await self._read_answer(peer)
             told = _by_peer(answer)
-            own = _parsed(told.pop(peer, ()))
-            strangers = [p for p in told if self._is_stranger(p)]
-            strangers = random.sample(strangers, min(DIALS_MAX, len(strangers)))
-            named = {p: _parsed(told[p]) for p in strangers}
+            own = usable_addresses(told.get(peer, ()), peer)
+            if peer in told and not own:
+                raise RemoteProtocolError("malformed", "it cannot be dialled where it says it is")
+            self._links.want(peer, own)
+            self._named.add(told, self._is_wanted)
+            return
         except RemoteProtocolError as error:
             self._listener.on_refused(peer, error.reason, str(error))
-            return {}
         except (SwarmError, StreamEnded, TimeoutError, OSError) as error:
             _log.debug("peers=not_told peer=%s reason=%r", peer[-6:], error)
-            return {}
-        self._links.want(peer, own)
-        return named
+        except Exception as error:  # an answer ends one question, never the loop
+            _log.exception("peers=not_told peer=%s", peer[-6:])
+            self._listener.on_refused(peer, "other", repr(error))
+        finally:
+            self._asking.discard(peer)
+        self._turns.failed(peer)
 
     async def _read_answer(self, peer: str) -> bytes:
         reader, writer = await self._swarm.open_stream(peer, self.protocol, ASK_S)
@@ -142,28 +224,16 @@ class PeerExchange:
         self._listener.on_bytes("received", "control", len(answer))
         return answer
 
-    def _is_stranger(self, peer: str) -> bool:
-        known = (self._swarm.peer_id, *self._links.linked, *self._tried_at)
-        return peer not in known
-
 
 def _by_peer(answer: bytes) -> Addresses:
-    """Raises RemoteProtocolError."""
+    """Sorted by whom they name, and no more: few of them will be dialled. Raises RemoteProtocolError."""
     listed: Any = unpack(answer)
     if not isinstance(listed, tuple) or len(listed) > (PEERS_MAX + 1) * ADDRESSES_MAX:
         raise RemoteProtocolError("malformed", "its peers are not a list, or too long a one")
     told: Addresses = {}
     for address in listed:
-        match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
-        if match is None:
-            raise RemoteProtocolError("malformed", f"not the address of a peer: {address!r:.80}")
-        told[match[1]] = (*told.get(match[1], ()), address)
+        peer = _PEER.search(address) if isinstance(address, str) else None
+        if peer is None:
+            raise RemoteProtocolError("malformed", "its peers are not all addresses of peers")
+        told[peer[1]] = (*told.get(peer[1], ()), address)
     return told
-
-
-def _parsed(addresses: Sequence[str]) -> tuple[str, ...]:
-    """A third of a millisecond each: for those that will be dialled. Raises RemoteProtocolError."""
-    try:
-        return tuple(parse_peer(address).maddr for address in addresses[:ADDRESSES_MAX])
-    except AddressError as error:
-        raise RemoteProtocolError("malformed", str(error)) from None

@@ -16,7 +16,9 @@ from tapestry.dht.addresses import (
     ranked,
     reachable_from_outside,
     scope,
+    usable_addresses,
 )
+from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
 
 ID = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 OTHER = "12D3KooWJyG4viiT1L9VJ26oBefwMTSnYptGinSwD4WTEi7gHC7s"
@@ -128,11 +130,25 @@ def test_an_announced_address_is_an_ip_or_a_name_with_a_port(text: str) -> None:
         ("/ip4/0.0.0.0/tcp/1", "is no address that others can dial"),
         ("/ip6/::/tcp/1", "is no address that others can dial"),
         (f"/ip4/203.0.113.7/tcp/1/p2p/{ID}", "contains a peer id"),
+        (f"/dns4/{'a' * 60}.{'b' * 60}.{'c' * 20}.org/tcp/1", "has 158 characters, others take 143"),
     ],
 )
 def test_a_bad_announced_address_is_explained(text: str, error: str) -> None:
     with pytest.raises(AddressError, match=error):
         parse_announce(text)
+
+
+def test_only_addresses_of_this_peer_that_can_be_dialled_are_usable_and_not_too_many() -> None:
+    good = [f"/ip4/1.2.3.4/tcp/{port}/p2p/{ID}" for port in range(1, 2 * ADDRESSES_MAX)]
+    bad = [
+        f"/ip4/1.2.3.4/tcp/0/p2p/{ID}",
+        "/ip4/1.2.3.4/tcp/1",
+        f"/ip4/999.2.3.4/tcp/1/p2p/{ID}",
+        f"/ip4/1.2.3.4/tcp/1/p2p/{OTHER}",
+        f"/dns4/{'a.' * ADDRESS_BYTES_MAX}org/tcp/1/p2p/{ID}",
+        "",
+    ]
+    assert usable_addresses([*bad, *good], ID) == tuple(good[:ADDRESSES_MAX])
 
 
 def test_full_addresses_add_the_peer_id_once() -> None:

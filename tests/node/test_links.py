@@ -202,6 +202,42 @@ def test_a_peer_beyond_peers_max_gets_no_bulk_stream_read():
     run(main)
 
 
+def test_who_gives_no_sign_is_given_up_unless_who_runs_this_node_named_it():
+    async def main() -> None:
+        async with Bench(FakeSwarm(reachable=False), give_up_s=0.01, backoff_max_s=0.001) as bench:
+            bench.links.want(PEER)
+            bench.links.keep("12D3KooWGiven", "/given")
+            assert bench.links.wanted == [PEER, "12D3KooWGiven"]
+            await until(lambda: PEER not in bench.links.wanted)
+            await asyncio.sleep(0.02)
+            assert bench.links.wanted == ["12D3KooWGiven"]
+
+    run(main)
+
+
+def test_an_address_that_was_given_is_tried_whatever_the_peer_says_of_itself():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.links.keep(PEER, "/given")
+            bench.links.want(PEER, ("/own", "/other"))
+            bench.links.want(PEER)
+            await until(lambda: bench.links.linked)
+            assert bench.links.addresses == {PEER: ("/own", "/other", "/given")}
+
+    run(main)
+
+
+def test_links_are_full_with_peers_max_linked_or_not():
+    async def main() -> None:
+        async with Bench(FakeSwarm(reachable=False), peers_max=2) as bench:
+            bench.links.want(PEER)
+            assert not bench.links.full
+            bench.links.want("12D3KooWOther")
+            assert bench.links.full and not bench.links.linked
+
+    run(main)
+
+
 def test_a_full_buffer_of_messages_leaves_turns_to_others():
     async def main() -> None:
         async with Bench() as bench:

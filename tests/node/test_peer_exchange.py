@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgpack
 import pytest
 
-from tapestry.dht.presence import ADDRESSES_MAX
-from tapestry.dht.swarm import Unreachable
+from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
+from tapestry.dht.swarm import SwarmError, Unreachable
 from tapestry.node import peer_exchange
-from tapestry.node.peer_exchange import DIALS_MAX, PEERS_MAX, PeerExchange
+from tapestry.node.peer_exchange import (
+    ANSWERS_MAX,
+    ASK_EVERY_S,
+    DIAL_AGAIN_S,
+    DIALS_MAX,
+    NAMED_MAX,
+    PEERS_MAX,
+    STRANGERS_MAX,
+    Named,
+    PeerExchange,
+    Turns,
+)
 from tapestry.node.throttle import Throttles
 from tapestry.node.wire import FRAME, frame_parts
 
@@ -37,10 +48,12 @@ class FakeLinks:
     def __init__(self, *linked: str) -> None:
         self.linked = list(linked)
         self.addresses: dict[str, tuple[str, ...]] = {}
-        self.wanted: dict[str, tuple[str, ...]] = {}
+        self.given: dict[str, tuple[str, ...]] = {}  # by `want`
+        self.wanted: list[str] = []
+        self.full = False
 
     def want(self, peer: str, addresses: Sequence[str] = ()) -> None:
-        self.wanted[peer] = tuple(addresses)
+        self.given[peer] = tuple(addresses)
 
 
 class FakeSwarm:
@@ -48,32 +61,41 @@ class FakeSwarm:
 
     peer_id = ME
 
-    def __init__(self, answers: dict[str, bytes]) -> None:
+    def __init__(self, answers: dict[str, bytes | Exception]) -> None:
         self.answers = answers
         self.dialled: list[tuple[str, tuple[str, ...]]] = []
         self.asked: Counter[str] = Counter()
+        self.writers: list[FakeWriter] = []
 
     async def connect_any(self, peer: str, addresses: Sequence[str], timeout_s: float) -> None:
         self.dialled.append((peer, tuple(addresses)))
 
     async def open_stream(self, peer: str, protocol: str, timeout_s: float) -> tuple[Any, Any]:
         self.asked[peer] += 1
-        if peer not in self.answers:
-            raise Unreachable("unsupported", "the peer does not serve this protocol")
+        answer = self.answers.get(peer, Unreachable("unsupported", "it does not serve this protocol"))
+        if isinstance(answer, Exception):
+            raise answer
         reader = asyncio.StreamReader()
-        reader.feed_data(self.answers[peer])
-        return reader, FakeWriter()
+        reader.feed_data(answer)
+        self.writers.append(FakeWriter())
+        return reader, self.writers[-1]
 
 
 class FakeWriter:
-    def __init__(self) -> None:
+    def __init__(self, closing: bool = False) -> None:
         self.written = b""
+        self.closed = closing
 
     def write(self, data: bytes) -> None:
+        assert not self.closed
         self.written += data
 
     async def drain(self) -> None: ...
-    def close(self) -> None: ...
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Heard:
@@ -89,14 +111,22 @@ class Heard:
 
 
 def answer(*addresses: Any) -> bytes:
-    (frame,) = frame_parts(msgpack.packb(addresses))
-    return bytes(frame)
+    return framed(msgpack.packb(addresses))
+
+
+def framed(header: bytes) -> bytes:
+    return bytes(frame_parts(header)[0])
 
 
 class Bench:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, links: FakeLinks, answers: dict[str, bytes]) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        links: FakeLinks,
+        answers: dict[str, bytes | Exception] | None = None,
+    ) -> None:
         monkeypatch.setattr(peer_exchange, "LOOK_S", 0.001)
-        self.links, self.swarm, self.heard = links, FakeSwarm(answers), Heard()
+        self.links, self.swarm, self.heard = links, FakeSwarm(answers or {}), Heard()
         self.exchange = PeerExchange(
             self.swarm,  # type: ignore[arg-type]
             links,  # type: ignore[arg-type]
@@ -106,18 +136,30 @@ class Bench:
             Throttles(),
         )
 
-    def ask(self) -> None:
-        """Run until every linked peer was asked, and some looks more."""
+    def ask(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Run until every linked peer was asked, and then until this or for some looks more."""
 
         async def main() -> None:
             task = asyncio.create_task(self.exchange.run())
             async with asyncio.timeout(5):
                 while not set(self.links.linked) <= set(self.swarm.asked):  # noqa: ASYNC110
                     await asyncio.sleep(0)
-            await asyncio.sleep(0.02)
+            for _ in range(20):
+                if until():
+                    break
+                await asyncio.sleep(0.001)
+            assert not task.done()  # whatever it was told
             task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
         asyncio.run(main())
+        assert all(writer.closed for writer in self.swarm.writers)
+
+    def told(self, peer: str, closing: bool = False) -> bytes:
+        writer = FakeWriter(closing)
+        run(self.exchange.serve(peer, asyncio.StreamReader, writer))  # type: ignore[arg-type]
+        return writer.written
 
 
 def run(awaitable: Awaitable[None]) -> None:
@@ -127,54 +169,160 @@ def run(awaitable: Awaitable[None]) -> None:
     asyncio.run(main())
 
 
+# --- what is told ------------------------------------------------------------------------------------
+
+
 def test_an_answer_names_ourselves_and_the_linked_but_not_who_asks(monkeypatch):
-    bench = Bench(monkeypatch, FakeLinks(A, B, C), {})
+    bench = Bench(monkeypatch, FakeLinks(A, B, C))
     bench.links.addresses = {A: (at(A),), B: (at(B),)}  # C dialled us and has not said where it listens
-    writer = FakeWriter()
-    run(bench.exchange.serve(A, asyncio.StreamReader, writer))  # type: ignore[arg-type]
-    assert writer.written == answer(at(ME), at(B))
+    assert bench.told(A) == answer(at(ME), at(B))
 
 
 def test_the_longest_answer_is_one_that_is_accepted(monkeypatch):
     many = [peer_id(i) for i in range(3 * PEERS_MAX)]
-    serving = Bench(monkeypatch, FakeLinks(*many), {})
+    serving = Bench(monkeypatch, FakeLinks(*many))
     serving.links.addresses = {p: tuple(at(p, 1000 + i) for i in range(2 * ADDRESSES_MAX)) for p in many}
-    writer = FakeWriter()
-    run(serving.exchange.serve(A, asyncio.StreamReader, writer))  # type: ignore[arg-type]
-    asking = Bench(monkeypatch, FakeLinks(ME), {ME: writer.written})
+    asking = Bench(monkeypatch, FakeLinks(ME), {ME: serving.told(A)})
     asking.swarm.peer_id = A
     asking.ask()
-    assert not asking.heard.refused and asking.links.wanted[ME] == (at(ME),)
+    assert not asking.heard.refused and asking.links.given[ME] == (at(ME),)
     assert len(asking.swarm.dialled) == DIALS_MAX
     assert all(len(addresses) == ADDRESSES_MAX for _, addresses in asking.swarm.dialled)
+
+
+def test_who_asks_all_the_time_is_told_no_more_and_others_are(monkeypatch):
+    bench = Bench(monkeypatch, FakeLinks(A, B))
+    assert [bool(bench.told(A)) for _ in range(ANSWERS_MAX + 2)] == [True] * ANSWERS_MAX + [False] * 2
+    assert bench.heard.refused == [(A, "streams")] * 2
+    assert bench.told(B) and bench.told(C)
+    monkeypatch.setattr(peer_exchange, "ASK_EVERY_S", 0.0)
+    assert bench.told(A)
+
+
+def test_strangers_without_number_get_no_answers_without_number(monkeypatch):
+    bench = Bench(monkeypatch, FakeLinks(A))
+    told = [bench.told(peer_id(i)) for i in range(10, 10 + STRANGERS_MAX + 9)]
+    assert sum(map(bool, told)) == STRANGERS_MAX == len(told) - len(bench.heard.refused)
+    assert bench.told(A)
+
+
+def test_nothing_is_written_to_who_has_gone(monkeypatch):
+    assert not Bench(monkeypatch, FakeLinks(A)).told(A, closing=True)
+
+
+# --- whom to ask -------------------------------------------------------------------------------------
+
+
+def test_the_new_are_asked_at_once_and_then_one_at_a_time_in_turn():
+    turns = Turns()
+    assert turns.due([A, B, C], 0.0) == [A, B, C]
+    assert turns.due([A, B, C], ASK_EVERY_S - 0.1) == []
+    asked = [turns.due([A, B, C], ASK_EVERY_S * (1 + i)) for i in range(6)]
+    assert all(len(one) == 1 for one in asked) and [p for (p,) in asked] == [A, B, C, A, B, C]
+
+
+def test_newcomers_take_nobodys_turn():
+    turns = Turns()
+    turns.due([A], 0.0)
+    peers = [A]
+    for i in range(1, 21):
+        peers = [A, peer_id(10 + i)]
+        asked = turns.due(peers, i * 1.0)
+        assert peers[1] in asked and (A in asked) == (i % ASK_EVERY_S == 0)
+
+
+def test_who_comes_and_goes_or_does_not_answer_is_asked_no_more_often():
+    turns = Turns()
+    assert turns.due([A, B], 0.0) == [A, B]
+    for i in range(1, int(ASK_EVERY_S)):
+        turns.failed(B)
+        assert turns.due([B] if i % 2 else [A, B], float(i)) == []
+    assert sorted(turns.due([A, B], ASK_EVERY_S)) == [A, B]
+    assert turns.due([], 2 * ASK_EVERY_S) == [] and not turns._asked_at and not turns._soon
+
+
+def test_who_did_not_answer_is_asked_again_before_its_turn():
+    turns, many = Turns(), [peer_id(i) for i in range(20)]
+    turns.due(many, 0.0)
+    turns.failed(many[-1])
+    assert turns.due(many, ASK_EVERY_S) == [many[-1], many[0]]
+
+
+# --- whom to dial ------------------------------------------------------------------------------------
+
+
+def anybody(peer: str) -> bool:
+    return True
+
+
+def test_an_address_is_tried_once_in_a_while_and_another_one_at_once():
+    named = Named()
+    named.add({B: (at(B, 1),)}, anybody)
+    assert named.take(anybody, 0.0) == {B: (at(B, 1),)}
+    named.add({B: (at(B, 1),)}, anybody)
+    assert named.take(anybody, 1.0) == {}
+    named.add({B: (at(B, 1), at(B, 2))}, anybody)
+    assert named.take(anybody, 2.0) == {B: (at(B, 2),)}
+    named.take(anybody, DIAL_AGAIN_S + 2)
+    named.add({B: (at(B, 1),)}, anybody)
+    assert named.take(anybody, DIAL_AGAIN_S + 3) == {B: (at(B, 1),)}
+
+
+def test_what_several_say_of_one_is_tried_together():
+    named = Named()
+    named.add({B: (at(B, 1),)}, anybody)
+    named.add({B: (at(B, 2), at(B, 1))}, anybody)
+    assert {p: sorted(a) for p, a in named.take(anybody, 0.0).items()} == {B: [at(B, 1), at(B, 2)]}
+
+
+def test_who_was_linked_meanwhile_is_not_dialled():
+    named = Named()
+    named.add({B: (at(B),), C: (at(C),)}, anybody)
+    assert named.take(lambda peer: peer == C, 0.0) == {C: (at(C),)} and not named.take(anybody, 1.0)
+
+
+def test_however_many_are_named_few_are_dialled_and_not_all_are_kept():
+    named = Named()
+    for i in range(20):
+        named.add({peer_id(p): (at(peer_id(p)),) for p in range(i * 100, i * 100 + 50)}, anybody)
+    assert len(named._addresses) == 20 * DIALS_MAX  # of one answer so many
+    for i in range(20, 60):
+        named.add({peer_id(p): (at(peer_id(p)),) for p in range(i * 50, i * 50 + 50)}, anybody)
+    assert len(named._addresses) == NAMED_MAX
+    assert len(named.take(anybody, 0.0)) == DIALS_MAX
+
+
+# --- both together -----------------------------------------------------------------------------------
 
 
 def test_a_stranger_gets_a_link_when_it_has_answered_itself_and_by_its_own_word(monkeypatch):
     links = FakeLinks(A)
     bench = Bench(monkeypatch, links, {A: answer(at(A), at(B, 1), at(C, 1)), B: answer(at(B, 2))})
-    bench.ask()
-    assert links.wanted == {A: (at(A),), B: (at(B, 2),)}
+    bench.ask(until=lambda: len(links.given) == 2)
+    assert links.given == {A: (at(A),), B: (at(B, 2),)}
     assert sorted(bench.swarm.dialled) == sorted([(B, (at(B, 1),)), (C, (at(C, 1),))])
-
-
-def test_who_could_not_be_reached_is_not_dialled_again_at_once(monkeypatch):
-    monkeypatch.setattr(peer_exchange, "ASK_EVERY_S", 0.0)
-    bench = Bench(monkeypatch, FakeLinks(A), {A: answer(at(A), at(C))})
-    bench.ask()
-    assert bench.swarm.asked[A] > 2 and len(bench.swarm.dialled) == 1
 
 
 def test_the_linked_and_ourselves_are_not_dialled(monkeypatch):
     bench = Bench(monkeypatch, FakeLinks(A, B), {A: answer(at(A), at(B, 9), at(ME, 9)), B: answer(at(B))})
     bench.ask()
-    assert not bench.swarm.dialled and bench.links.wanted == {A: (at(A),), B: (at(B),)}
+    assert not bench.swarm.dialled and bench.links.given == {A: (at(A),), B: (at(B),)}
 
 
-def test_all_are_asked_at_once_and_then_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(peer_exchange, "ASK_EVERY_S", 1000.0)
-    bench = Bench(monkeypatch, FakeLinks(A, B), {})
+def test_who_has_room_for_no_link_more_dials_only_whom_it_wants_already(monkeypatch):
+    links = FakeLinks(A)
+    links.full, links.wanted = True, [A, C]
+    bench = Bench(monkeypatch, links, {A: answer(at(A), at(B), at(C))})
     bench.ask()
-    assert bench.swarm.asked == {A: 1, B: 1}
+    assert bench.swarm.dialled == [(C, (at(C),))]
+
+
+def test_an_address_that_another_made_up_does_not_spoil_the_answer_that_passes_it_on(monkeypatch):
+    bad = (f"/ip4/999.0.0.1/tcp/1/p2p/{B}", f"/dns4/{'a' * ADDRESS_BYTES_MAX}/tcp/1/p2p/{B}")
+    bench = Bench(monkeypatch, FakeLinks(A), {A: answer(at(A), *bad, at(C))})
+    bench.ask()
+    assert not bench.heard.refused and bench.links.given == {A: (at(A),)}
+    assert bench.swarm.dialled == [(C, (at(C),))]
 
 
 @pytest.mark.parametrize(
@@ -182,25 +330,62 @@ def test_all_are_asked_at_once_and_then_one_at_a_time(monkeypatch):
     [
         answer(at(A), "/ip4/127.0.0.1/tcp/1000"),
         answer(at(A), 7),
-        answer(at(A), f"/ip4/999.0.0.1/tcp/1/p2p/{B}"),
+        answer(at(A), f"/ip4/127.0.0.1/tcp/1/p2p/{B}\n"),
         answer(f"/ip4/127.0.0.1/tcp/0/p2p/{A}", at(B)),
         answer(*[at(B)] * ((PEERS_MAX + 1) * ADDRESSES_MAX + 1)),
-        bytes(frame_parts(msgpack.packb({"peers": at(B)}))[0]),
-        bytes(frame_parts(b"\xc1")[0]),
+        framed(b"\x91" * 1022 + b"\xc0"),
+        framed(b"\x91" * 5000 + b"\xc0"),
+        framed(msgpack.packb({"peers": at(B)})),
+        framed(b"\xc1"),
         FRAME.pack(1 << 30, 0),
         FRAME.pack(8, 8),
     ],
-    ids=["no-peer", "no-text", "no-ip", "port-0", "long", "map", "no-msgpack", "huge", "payload"],
+    ids=[
+        "no-peer",
+        "no-text",
+        "line",
+        "port-0",
+        "long",
+        "nested",
+        "deep",
+        "map",
+        "no-msgpack",
+        "huge",
+        "payload",
+    ],
 )
 def test_a_bad_answer_is_refused_whole(monkeypatch, bad):
     bench = Bench(monkeypatch, FakeLinks(A), {A: bad})
     bench.ask()
-    assert [peer for peer, _ in bench.heard.refused] == [A]
-    assert not bench.links.wanted and not bench.swarm.dialled
+    assert bench.heard.refused in ([(A, "malformed")], [(A, "oversized")])
+    assert not bench.links.given and not bench.swarm.dialled
 
 
-def test_a_peer_that_does_not_answer_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(peer_exchange, "ASK_S", 0.01)
-    bench = Bench(monkeypatch, FakeLinks(A, B), {A: b"", B: answer(at(B))})
+@pytest.mark.parametrize(
+    ("fault", "refused"),
+    [
+        (SwarmError("p2pd is being restarted"), []),
+        (ConnectionResetError("gone"), []),
+        (RecursionError("deep"), [(A, "other")]),
+    ],
+)
+def test_whatever_goes_wrong_with_one_the_others_are_asked(monkeypatch, fault, refused):
+    bench = Bench(monkeypatch, FakeLinks(A, B), {A: fault, B: answer(at(B))})
     bench.ask()
-    assert bench.links.wanted == {B: (at(B),)} and not bench.heard.refused
+    assert bench.links.given == {B: (at(B),)} and bench.heard.refused == refused
+
+
+@pytest.mark.parametrize("part", [b"", answer(at(A))[:-3]], ids=["silent", "drips"])
+def test_who_does_not_answer_holds_nobody_up(monkeypatch, part):
+    """Not even while we wait for it."""
+    bench = Bench(monkeypatch, FakeLinks(A, B), {A: part, B: answer(at(B), at(C)), C: answer(at(C))})
+    bench.ask(until=lambda: C in bench.links.given)
+    assert bench.links.given == {B: (at(B),), C: (at(C),)} and not bench.heard.refused
+
+
+def test_who_did_not_answer_in_time_is_asked_again(monkeypatch):
+    monkeypatch.setattr(peer_exchange, "ASK_S", 0.002)
+    monkeypatch.setattr(peer_exchange, "ASK_EVERY_S", 0.004)
+    bench = Bench(monkeypatch, FakeLinks(A), {A: b""})
+    bench.ask(until=lambda: bench.swarm.asked[A] > 1)
+    assert bench.swarm.asked[A] > 1 and not bench.links.given

@@ -37,10 +37,11 @@ from tapestry.node.home import Home, NodeInfo
 from tapestry.node.http import start_http
 from tapestry.node.join import GENESIS_PROTOCOL, Agreed, agree_on_run, state_protocol
 from tapestry.node.keeper import Keeper, found_run
+from tapestry.node.known_peers import KnownPeers
 from tapestry.node.links import LinkLimits
 from tapestry.node.logs import LiveLine
 from tapestry.node.metrics import Metrics
-from tapestry.node.network import KnownPeers, Network, last_listen, remember_listen, without_peer
+from tapestry.node.network import Network, last_listen, remember_listen, without_peer
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core

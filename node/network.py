@@ -5,8 +5,8 @@ down, and a new one is started on the same addresses; after RESTARTS_MAX deaths 
 node gives up with an error, since something kills p2pd for a reason.
 
 Peers are found five ways: the addresses that the operator gave, presence records in the DHT, what linked
-peers say (peer_exchange.py), those of the last time (kept in the home: a node finds its run again when the
-peer it first joined by is gone), and peers that open a stream to us.
+peers say (peer_exchange.py), those of before (known_peers.py: a node finds its run again when the peer it
+first joined by is gone), and peers that open a stream to us.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from typing_extensions import Buffer
 
@@ -29,6 +28,7 @@ from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, atomic_write
+from tapestry.node.known_peers import KnownPeers
 from tapestry.node.links import LinkLimits, Links, Listener
 from tapestry.node.peer_exchange import PeerExchange
 from tapestry.node.protocol.messages import Control, Result, Shard
@@ -38,7 +38,7 @@ PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
 PRESENCE_REFRESH_S = 20.0  # well before it expires
 PRESENCE_LOOK_S = 5.0
 PRESENCE_MIN_S = 1.0  # between two publications when the epoch moves fast
-KNOWN_MAX = 64  # peers whose addresses are kept
+KNOWN_AT_START = 16  # Guess: dialled before the DHT answers; they know the others
 RESTARTS_MAX = 5
 RESTARTS_WINDOW_S = 300.0
 
@@ -55,37 +55,6 @@ class News:
     epoch: int
     head: str
     phase: str
-
-
-class KnownPeers:
-    """Where peers were found last: HOME/peers.json. Only addresses to try; whoever answers is checked."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.addresses: dict[str, tuple[str, ...]] = _read_known(path)
-
-    def remember(self, found: dict[str, tuple[str, ...]]) -> None:
-        """These come first; of those not heard of any more, as many stay as there is room for."""
-        merged = dict([*found.items(), *((p, a) for p, a in self.addresses.items() if p not in found)])
-        merged = dict(list(merged.items())[:KNOWN_MAX])
-        if merged != self.addresses:
-            self.addresses = merged
-            atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
-
-
-def _read_known(path: Path) -> dict[str, tuple[str, ...]]:
-    """What is damaged is forgotten: it can be found again."""
-    known: dict[str, tuple[str, ...]] = {}
-    try:
-        for addresses in json.loads(path.read_bytes()).values():
-            for address in addresses:
-                peer = parse_peer(address)
-                known[peer.peer_id] = (*known.get(peer.peer_id, ()), peer.maddr)
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, TypeError) as error:
-        _log.warning("known_peers=forgotten path=%s reason=%r", path, str(error))
-    return known
 
 
 class _P2pdDied(Exception):
@@ -171,7 +140,13 @@ class Network:
             await asyncio.sleep(0)  # they run
             self._want_known(self._links)  # before the DHT, which takes its time
             exchange = PeerExchange(
-                swarm, self._links, self._run_id, self.addresses, self._listener, self._limits.throttles
+                swarm,
+                self._links,
+                self._run_id,
+                self.addresses,
+                self._known,
+                self._listener,
+                self._limits.throttles,
             )
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
@@ -250,7 +225,7 @@ class Network:
                     await self._publish(self._swarm, phase="stopping")
 
     def _want_known(self, links: Links) -> None:
-        for peer_id, addresses in self._known.addresses.items():
+        for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
             links.want(peer_id, addresses)
         for peer in self._peers:
             links.keep(peer.peer_id, peer.maddr)
@@ -261,10 +236,9 @@ class Network:
             try:
                 found = await swarm.list_presence(time.time())
                 there = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
-                others = {p.peer_id: usable_addresses(p.addresses, p.peer_id) for p in there}
-                for peer, addresses in others.items():
-                    links.want(peer, addresses)
-                self._known.remember(links.addresses | others)
+                for presence in there:
+                    links.want(presence.peer_id, usable_addresses(presence.addresses, presence.peer_id))
+                self._known.remember(links.addresses)
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
                     await swarm.meet(new)  # two DHTs of one run become one where peers meet

@@ -6,6 +6,7 @@ some of a run met it and others did not, every round with all of them would stal
 An answer is only a list of addresses to try. What a peer says of itself is kept for its link; whom it names
 is asked in turn, so that libp2p proves who is there, and that it is of our run, before it gets a link. A liar
 can make us dial a few addresses more, and can keep nobody from being met: what counts as tried is an address.
+So are those asked, now and then, whom we were linked with before: after a partition nobody else knows them.
 
 The protocol: opening a stream is the question. The answer is one frame without payload, its header a msgpack
 array of multiaddrs, each with `/p2p/<peer id>`, then the stream's end.
@@ -27,6 +28,7 @@ import msgpack
 from tapestry.dht.addresses import usable_addresses
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
 from tapestry.dht.swarm import Swarm, SwarmError
+from tapestry.node.known_peers import Addresses, KnownPeers
 from tapestry.node.links import Links, Listener
 from tapestry.node.throttle import Throttles
 from tapestry.node.wire import (
@@ -43,14 +45,13 @@ ASK_EVERY_S = 5.0  # Guess: nobody is asked more often, and after the first time
 ASK_S = 3.0  # Guess: for an answer, dialling included
 PEERS_MAX = 64  # told of in one answer
 DIALS_MAX = 8  # Guess: of those that one answer names, and of all that were named in one LOOK_S
+LOST_MAX = 2  # Guess: of those linked before, dialled in ASK_EVERY_S: one that answers knows the others
 DIAL_AGAIN_S = 30.0  # Guess: after an address was tried
 NAMED_MAX = 256  # Guess: that wait to be dialled
 ANSWERS_MAX = 3  # in ASK_EVERY_S, to one linked peer: it may have restarted
 STRANGERS_MAX = 64  # Guess: in ASK_EVERY_S, to all the others together: a swarm that starts at once
 _ANSWER_BYTES_MAX = (PEERS_MAX + 1) * ADDRESSES_MAX * (ADDRESS_BYTES_MAX + 8)
 _PEER = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{52})\Z")
-
-Addresses = dict[str, tuple[str, ...]]  # peer id -> where it is said to be
 
 _log = logging.getLogger("tapestry.network")
 
@@ -123,6 +124,7 @@ class PeerExchange:
         links: Links,
         run_id: str,
         own_addresses: Sequence[str],
+        known: KnownPeers,
         listener: Listener,
         throttles: Throttles,
     ) -> None:
@@ -130,6 +132,7 @@ class PeerExchange:
         self._swarm = swarm
         self._links = links
         self._own_addresses = tuple(own_addresses)
+        self._known = known
         self._listener = listener
         self._throttles = throttles
         self._turns = Turns()
@@ -171,8 +174,12 @@ class PeerExchange:
     async def run(self) -> None:
         """Ask until cancelled. Nobody waits for who does not answer."""
         now = asyncio.get_running_loop().time
+        lost_at = -math.inf
         async with asyncio.TaskGroup() as tasks:
             while True:
+                if now() - lost_at >= ASK_EVERY_S:
+                    lost_at = now()
+                    self._named.add(self._known.lost(self._links.linked, LOST_MAX), self._is_wanted)
                 for peer in self._turns.due(self._links.linked, now()):
                     tasks.create_task(self._ask(peer))
                 for peer, addresses in self._named.take(self._is_wanted, now()).items():

@@ -77,9 +77,10 @@ class TapestryPeer:
         from tapestry.node.home import Home
         from tapestry.node.join import state_protocol
         from tapestry.node.keeper import Keeper, found_run
+        from tapestry.node.known_peers import KnownPeers
         from tapestry.node.logs import LiveLine
         from tapestry.node.metrics import Metrics
-        from tapestry.node.network import KnownPeers, Network
+        from tapestry.node.network import Network
         from tapestry.node.protocol.core import Core
         from tapestry.node.runspec import RunSpec, preset_spec
         from tapestry.node.runtime import Runtime

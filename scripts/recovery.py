@@ -12,6 +12,7 @@ round normally takes is the median of the rounds before the fault, in the same r
     quorum    SIGKILL of two of 3 nodes at once, with either policy; then both are started again
     apart     two of 4 nodes in network namespaces cannot reach each other, for a minute (needs root)
     islands   5 nodes in network namespaces, cut into 2 and 3 for a minute, and joined again (needs root)
+    parted    the same for five minutes: longer than links are kept up and presence lasts
     torchft   SIGKILL of one of 4 torchft replicas, beside ours; with --torchft PYTHON, which can import it
 
 Exit 1 if a guarantee did not hold or a limit was passed; what and how far is printed.
@@ -53,6 +54,7 @@ SHARDS = "4096"  # elements: 12 shards, so that every node has some to reduce
 STALL_S, QUORUM_LOSS_S = 5.0, 30.0  # the defaults of run.toml
 WAIT_S = 240.0
 CUT_S = 60.0
+PARTED_S = 300.0  # links are given up after 120 s without a sign of the peer, presence expires after 60 s
 TRAIN_S = 1.0  # a replica of torchft, between two averages
 # Of 4, each sends 3/4 of a vector; a quarter of it goes once more to 2 of 3: 1.22. All of it again: 1.89.
 MOVED_MAX = 1.45
@@ -548,9 +550,19 @@ def _keep_apart(swarm: Swarm, net: Net, pair: list[int], lost: Row, later: Row) 
 
 
 def islands(folder: Path, repeat: int, rng: random.Random) -> list[Row]:
-    """Two and three, apart for a minute."""
-    meet = Row("islands of 2 and 3 for a minute", "one head for all, from the join", 30.0)
-    says = Row("islands of 2 and 3 for a minute", "what was dropped is in log, metrics and status", None)
+    return _islands(folder, repeat, rng, "islands of 2 and 3 for a minute", CUT_S, 30.0)
+
+
+def parted(folder: Path, repeat: int, rng: random.Random) -> list[Row]:
+    return _islands(folder, repeat, rng, "islands of 2 and 3 for five minutes", PARTED_S, 60.0)
+
+
+def _islands(
+    folder: Path, repeat: int, rng: random.Random, fault: str, cut_s: float, limit_s: float
+) -> list[Row]:
+    """Two and three, apart for so long."""
+    meet = Row(fault, "one head for all, from the join", limit_s)
+    says = Row(fault, "what was dropped is in log, metrics and status", None)
     try:
         net = Net(5)
     except NetError as error:
@@ -560,13 +572,13 @@ def islands(folder: Path, repeat: int, rng: random.Random) -> list[Row]:
         swarm = Swarm(folder, 5, net)
         try:
             for _ in range(repeat):
-                _part_and_meet(swarm, net, meet, says, rng)
+                _part_and_meet(swarm, net, cut_s, meet, says, rng)
         finally:
             swarm.close()
     return [meet, says]
 
 
-def _part_and_meet(swarm: Swarm, net: Net, meet: Row, says: Row, rng: random.Random) -> None:
+def _part_and_meet(swarm: Swarm, net: Net, cut_s: float, meet: Row, says: Row, rng: random.Random) -> None:
     swarm.normal_rounds()
     few = sorted(rng.sample(range(5), 2))
     many = [i for i in range(5) if i not in few]
@@ -576,7 +588,7 @@ def _part_and_meet(swarm: Swarm, net: Net, meet: Row, says: Row, rng: random.Ran
     marks = {i: swarm.nodes[i].log.stat().st_size for i in range(5)}
     for a, b in pairs:
         net.cut(a, b)
-    time.sleep(CUT_S)
+    time.sleep(cut_s)
     alone = swarm.tails[swarm.nodes[few[0]]].epoch
     ahead = swarm.tails[swarm.nodes[many[0]]].epoch
     for a, b in pairs:
@@ -679,6 +691,7 @@ SCENARIOS: dict[str, Scenario] = {
     "quorum": quorum,
     "apart": apart,
     "islands": islands,
+    "parted": parted,
 }
 COMPARISONS: dict[str, Scenario] = {"torchft": torchft}
 

@@ -13,11 +13,13 @@ import pytest
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
 from tapestry.dht.swarm import SwarmError, Unreachable
 from tapestry.node import peer_exchange
+from tapestry.node.known_peers import KNOWN_MAX, KnownPeers
 from tapestry.node.peer_exchange import (
     ANSWERS_MAX,
     ASK_EVERY_S,
     DIAL_AGAIN_S,
     DIALS_MAX,
+    LOST_MAX,
     NAMED_MAX,
     PEERS_MAX,
     STRANGERS_MAX,
@@ -98,6 +100,13 @@ class FakeWriter:
         self.closed = True
 
 
+class FakeKnown(KnownPeers):
+    """Without a file."""
+
+    def __init__(self, addresses: dict[str, tuple[str, ...]]) -> None:
+        self.addresses = addresses
+
+
 class Heard:
     """Only what the exchange tells a listener."""
 
@@ -124,6 +133,7 @@ class Bench:
         monkeypatch: pytest.MonkeyPatch,
         links: FakeLinks,
         answers: dict[str, bytes | Exception] | None = None,
+        known: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         monkeypatch.setattr(peer_exchange, "LOOK_S", 0.001)
         self.links, self.swarm, self.heard = links, FakeSwarm(answers or {}), Heard()
@@ -132,6 +142,7 @@ class Bench:
             links,  # type: ignore[arg-type]
             "ab" * 32,
             (at(ME),),
+            FakeKnown(known or {}),
             self.heard,  # type: ignore[arg-type]
             Throttles(),
         )
@@ -307,6 +318,42 @@ def test_the_linked_and_ourselves_are_not_dialled(monkeypatch):
     bench = Bench(monkeypatch, FakeLinks(A, B), {A: answer(at(A), at(B, 9), at(ME, 9)), B: answer(at(B))})
     bench.ask()
     assert not bench.swarm.dialled and bench.links.given == {A: (at(A),), B: (at(B),)}
+
+
+def test_who_was_linked_before_is_found_again_though_nobody_names_it(monkeypatch):
+    """A partition took longer than links and presence last."""
+    links = FakeLinks(A)
+    known = {A: (at(A),), B: (at(B),), C: (at(C),)}
+    bench = Bench(monkeypatch, links, {A: answer(at(A)), B: answer(at(B, 2))}, known)
+    bench.ask(until=lambda: B in links.given)
+    assert sorted(bench.swarm.dialled) == sorted([(B, (at(B),)), (C, (at(C),))])
+    assert links.given == {A: (at(A),), B: (at(B, 2),)}
+
+
+def test_who_is_alone_dials_those_it_knows(monkeypatch):
+    bench = Bench(monkeypatch, FakeLinks(), {B: answer(at(B))}, {B: (at(B),)})
+    bench.ask(until=lambda: B in bench.links.given)
+    assert bench.links.given == {B: (at(B),)}
+
+
+def test_of_many_that_are_lost_few_are_dialled_at_a_time(monkeypatch):
+    many = {peer_id(i): (at(peer_id(i)),) for i in range(10, 100)}
+    bench = Bench(monkeypatch, FakeLinks(A), {A: answer(at(A))}, many)
+    bench.ask()
+    assert len(bench.swarm.dialled) == LOST_MAX
+
+
+def test_the_linked_are_remembered_first_and_over_a_restart(tmp_path):
+    known = KnownPeers(tmp_path / "peers.json")
+    known.remember({A: (at(A),), B: (at(B),)})
+    known.remember({C: (at(C),), B: (at(B, 2),)})
+    again = KnownPeers(tmp_path / "peers.json")
+    assert list(again.addresses.items()) == [(C, (at(C),)), (B, (at(B, 2),)), (A, (at(A),))]
+    assert again.lost([C, A], 9) == {B: (at(B, 2),)}
+    again.remember({peer_id(i): (at(peer_id(i)),) for i in range(100, 100 + KNOWN_MAX)})
+    assert len(again.addresses) == KNOWN_MAX and C not in again.addresses
+    (tmp_path / "peers.json").write_text('{"x": ["no address"]}')
+    assert KnownPeers(tmp_path / "peers.json").addresses == {}
 
 
 def test_who_has_room_for_no_link_more_dials_only_whom_it_wants_already(monkeypatch):

@@ -1,0 +1,56 @@
+"""Where peers were found last: HOME/peers.json, so that a node finds its run again.
+
+After a restart, and after a partition: those on the other side of one are given up in time, and their
+presence expires; without this the two sides would stay two for good. Only addresses to try: who answers is
+checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+
+from tapestry.dht.addresses import parse_peer
+from tapestry.node.home import atomic_write
+
+KNOWN_MAX = 256  # Guess: peers whose addresses are kept, a few times a run's max_peers
+
+Addresses = dict[str, tuple[str, ...]]  # peer id -> where it was
+
+_log = logging.getLogger("tapestry.network")
+
+
+class KnownPeers:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.addresses: Addresses = _read(path)  # the last linked first
+
+    def remember(self, linked: Addresses) -> None:
+        """These come first; of those not linked any more, as many stay as there is room for."""
+        merged = linked | {p: a for p, a in self.addresses.items() if p not in linked}
+        merged = dict(list(merged.items())[:KNOWN_MAX])
+        if merged != self.addresses:
+            self.addresses = merged
+            atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
+
+    def lost(self, linked: list[str], count: int) -> Addresses:
+        """Some of those that are not linked now."""
+        lost = [peer for peer in self.addresses if peer not in linked]
+        return {peer: self.addresses[peer] for peer in random.sample(lost, min(count, len(lost)))}
+
+
+def _read(path: Path) -> Addresses:
+    """What is damaged is forgotten: it can be found again."""
+    known: Addresses = {}
+    try:
+        for addresses in json.loads(path.read_bytes()).values():
+            for address in addresses:
+                peer = parse_peer(address)
+                known[peer.peer_id] = (*known.get(peer.peer_id, ()), peer.maddr)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError) as error:
+        _log.warning("known_peers=forgotten path=%s reason=%r", path, str(error))
+    return known

@@ -59,6 +59,7 @@ PEERS_MAX = 1024
 # p2pd answers its own control socket in milliseconds; this is for a machine that swaps.
 _CONTROL_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
+_CHILD_END_S = 1.0
 _CLOCK_WARNING_S = 600.0  # between two warnings. Guess
 
 
@@ -139,8 +140,24 @@ class Swarm:
         await self._cleanup.aclose()
 
     async def wait_p2pd_death(self) -> str:
-        """Wait till p2pd has ended, for whatever cause, close() included; say how it ended."""
-        code = await self._p2p._child.wait()
+        """Wait till p2pd is of no use any more, for whatever cause, close() included; say how it ended.
+
+        That is when its process has ended, or one of hivemind's two tasks that talk to it: hivemind does not
+        notice that itself, and all that the DHT does then fails without a word.
+        """
+        control = self._p2p._client.control
+        ended = asyncio.create_task(self._p2p._child.wait())
+        try:
+            await asyncio.wait(
+                [ended, control._read_task, control._write_task], return_when=asyncio.FIRST_COMPLETED
+            )
+            if not ended.done():  # it closes its sockets a moment before it is gone
+                await asyncio.wait([ended], timeout=_CHILD_END_S)
+            if not ended.done():
+                return "hivemind's connection with p2pd has ended"
+            code = ended.result()
+        finally:
+            ended.cancel()
         return f"p2pd was killed by signal {-code}" if code < 0 else f"p2pd exited with status {code}"
 
     async def addresses(self) -> tuple[str, ...]:
@@ -224,7 +241,7 @@ class Swarm:
         assert self._dht is None or self._run_id == run_id, "a swarm is of one run"
         reached = await self._reach(peers, timeout_s)
         if self._dht is not None:
-            return await self.meet(reached, timeout_s=timeout_s)
+            return len(await self.meet(reached, timeout_s=timeout_s))
         try:
             async with asyncio.timeout(timeout_s):
                 self._dht = await _create_dht_node(self._p2p, run_id, self._on_refused)
@@ -233,22 +250,25 @@ class Swarm:
         self._run_id = run_id
         answered = await self.meet(reached, timeout_s=timeout_s)
         await self._make_known(timeout_s)
-        return answered
+        return len(answered)
 
-    async def meet(self, peer_ids: Iterable[str], *, timeout_s: float = 10.0) -> int:
-        """Exchange contacts with the DHT nodes of these peers; how many answered.
+    async def meet(self, peer_ids: Iterable[str], *, timeout_s: float = 10.0) -> list[str]:
+        """Exchange contacts with the DHT nodes of these peers; who of them answered.
 
         This is how two DHTs of one run become one: peers that meet in any other way should `meet` here too.
         """
         dht = self._require_dht()
-        others = [PeerID.from_base58(peer_id) for peer_id in peer_ids if peer_id != self.peer_id]
-        pings = [asyncio.create_task(dht.protocol.call_ping(other)) for other in others]
+        pings = {
+            peer_id: asyncio.create_task(dht.protocol.call_ping(PeerID.from_base58(peer_id)))
+            for peer_id in peer_ids
+            if peer_id != self.peer_id
+        }
         try:
             if pings:
-                await asyncio.wait(pings, timeout=timeout_s)
-            return sum(ping.done() and ping.result() is not None for ping in pings)
+                await asyncio.wait(pings.values(), timeout=timeout_s)
+            return [p for p, ping in pings.items() if ping.done() and ping.result() is not None]
         finally:
-            for ping in pings:
+            for ping in pings.values():
                 ping.cancel()
 
     async def _make_known(self, timeout_s: float) -> None:
@@ -379,7 +399,8 @@ class Swarm:
         self._inbound[task] = None
         try:
             if len(self._inbound) > self._config.streams_max:
-                _log.warning("stream refused reason=too_many limit=%d", self._config.streams_max)
+                _log.debug("stream refused reason=too_many limit=%d", self._config.streams_max)
+                self._on_refused("streams")
                 return
             await self._handle_inbound(reader, writer)
         except asyncio.CancelledError:
@@ -510,6 +531,9 @@ async def _create_dht_node(p2p: P2P, run_id: str, on_refused: Callable[[str], No
         cache_nearest=0,
         cache_on_store=False,
         cache_refresh_before_expiry=0,
+        # hivemind doubles the ban of a peer with every failure, without end: after a day's partition it would
+        # not be asked for another day.
+        backoff_rate=1.0,
     )
 
 
@@ -586,8 +610,9 @@ def _make_socket_folder() -> str:
     """
     for left in glob.glob("/tmp/tapestry-*-*"):
         pid = left.split("-")[1]
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another node sweeps too
+            if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 from tapestry.dht.addresses import parse_peer
 from tapestry.node.home import atomic_write
 
 KNOWN_MAX = 256  # Guess: peers whose addresses are kept, a few times a run's max_peers
+RECENT = 8  # Guess
 
 Addresses = dict[str, tuple[str, ...]]  # peer id -> where it was
 
@@ -31,14 +33,15 @@ class KnownPeers:
         """These come first; of those not linked any more, as many stay as there is room for."""
         merged = linked | {p: a for p, a in self.addresses.items() if p not in linked}
         merged = dict(list(merged.items())[:KNOWN_MAX])
-        if merged != self.addresses:
+        if list(merged.items()) != list(self.addresses.items()):  # the order counts
             self.addresses = merged
             atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
 
-    def lost(self, linked: list[str], count: int) -> Addresses:
-        """Some of those that are not linked now."""
+    def lost(self, linked: Collection[str]) -> Addresses:
+        """Two of those that are not linked: one that was of late, and any. Who answers knows the others."""
         lost = [peer for peer in self.addresses if peer not in linked]
-        return {peer: self.addresses[peer] for peer in random.sample(lost, min(count, len(lost)))}
+        drawn = {random.choice(some) for some in (lost[:RECENT], lost) if some}
+        return {peer: self.addresses[peer] for peer in lost if peer in drawn}
 
 
 def _read(path: Path) -> Addresses:

@@ -174,7 +174,7 @@ class Links:
             return
         known = self._peers.get(peer)
         if known is None:
-            if self.full:
+            if self.full and peer not in self._given:
                 self._listener.on_refused(peer, "peers_max", f"we have {self._limits.peers_max} peers")
                 return
             known = self._peers[peer] = _Peer(peer)
@@ -325,6 +325,9 @@ class Links:
     def _set_down(self, link: _Peer) -> None:
         if link.up:
             link.up = False
+            link.seen_at = (
+                asyncio.get_running_loop().time()
+            )  # however long ago it was last heard of elsewhere
             self._listener.on_down(link.peer)
 
     def _break(self, link: _Peer, why: str) -> None:

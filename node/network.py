@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import Buffer
 
-from tapestry.dht.addresses import PeerAddress, parse_listen, parse_peer, ranked, usable_addresses
+from tapestry.dht.addresses import PeerAddress, is_usable, parse_listen, parse_peer, ranked, usable_addresses
 from tapestry.dht.identity import Identity
-from tapestry.dht.presence import ADDRESSES_MAX, Presence, encode
+from tapestry.dht.presence import ADDRESSES_MAX, LIFETIME_S_MAX, Presence, PresenceError, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, atomic_write
@@ -38,6 +38,10 @@ PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
 PRESENCE_REFRESH_S = 20.0  # well before it expires
 PRESENCE_LOOK_S = 5.0
 PRESENCE_MIN_S = 1.0  # between two publications when the epoch moves fast
+PROBE_S = 30.0  # Guess: p2pd is asked where it listens
+PROBES_MISSED_MAX = 3  # in a row: then it is replaced
+MEET_AGAIN_S = 60.0  # Guess: of the linked; the DHT forgets who was unreachable for some seconds
+RESTART_PAUSE_MAX_S = 60.0
 KNOWN_AT_START = 16  # Guess: dialled before the DHT answers; they know the others
 RESTARTS_MAX = 5
 RESTARTS_WINDOW_S = 300.0
@@ -123,15 +127,28 @@ class Network:
                     hint="look for what kills it: memory limits, a security policy",
                 )
             deaths.append(now)
-            swarm = await Swarm.start(config, on_refused=self._on_refused)
-            _log.warning("p2pd=restarted")
+            swarm = await self._restart(config)
+
+    async def _restart(self, config: SwarmConfig) -> Swarm:
+        """What killed p2pd, for instance want of memory, may keep it from starting too: for a while."""
+        pause_s = 1.0
+        while True:
+            try:
+                swarm = await Swarm.start(config, on_refused=self._on_refused)
+            except (SwarmError, OSError) as error:
+                _log.error("p2pd=not_restarted reason=%r next=again in_s=%g", str(error), pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
+            else:
+                _log.warning("p2pd=restarted")
+                return swarm
 
     async def _serve(self, swarm: Swarm) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_watch(swarm))
             for protocol, handler in self._handlers.items():
                 await swarm.serve(protocol, handler)
-            self.addresses = ranked(await swarm.addresses())
+            self.addresses = await _addresses_of(swarm)
             self._swarm = swarm
             self._links = Links(
                 swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
@@ -143,7 +160,7 @@ class Network:
                 swarm,
                 self._links,
                 self._run_id,
-                self.addresses,
+                lambda: self.addresses,
                 self._known,
                 self._listener,
                 self._limits.throttles,
@@ -152,8 +169,27 @@ class Network:
             tasks.create_task(exchange.run())
             await swarm.join_dht(self._run_id, self._peers)
             self.up.set()
+            tasks.create_task(self._probe(swarm))
             tasks.create_task(self._publish_presence(swarm))
             tasks.create_task(self._look_for_peers(swarm, self._links))
+
+    async def _probe(self, swarm: Swarm) -> None:
+        """Where we are may change: a network that comes up after us, DHCP, a port mapped on a router."""
+        missed = 0
+        while missed < PROBES_MISSED_MAX:
+            await asyncio.sleep(PROBE_S)
+            try:
+                addresses = await _addresses_of(swarm)
+            except SwarmError as error:
+                missed += 1
+                _log.warning("p2pd=silent reason=%r", str(error))
+                continue
+            missed = 0
+            if addresses != self.addresses:
+                _log.info("addresses=changed now=%s", ",".join(addresses))
+                self.addresses = addresses
+                self._moved.set()
+        raise _P2pdDied(f"p2pd does not answer, {missed} times in a row")
 
     # --- for the runtime -----------------------------------------------------------------------
 
@@ -194,7 +230,7 @@ class Network:
             self._moved.clear()
             try:
                 await self._publish(swarm)
-            except SwarmError as error:
+            except (SwarmError, PresenceError) as error:
                 _log.warning("presence=not_published reason=%r", str(error))
             await asyncio.sleep(PRESENCE_MIN_S)
             with contextlib.suppress(TimeoutError):
@@ -203,8 +239,7 @@ class Network:
 
     async def _publish(self, swarm: Swarm, phase: str | None = None) -> None:
         news, now = self._news(), time.time()
-        # A later record must expire later, or the DHT keeps the earlier one.
-        self._expires_at = max(now + PRESENCE_TTL_S, self._expires_at + 0.001)
+        self._expires_at = next_expiry(now, self._expires_at)
         presence = Presence(
             run_id=self._run_id,
             peer_id=swarm.peer_id,
@@ -220,32 +255,51 @@ class Network:
     async def withdraw(self) -> None:
         """Say in the DHT that we are stopping."""
         if self._swarm is not None:
-            with contextlib.suppress(SwarmError, TimeoutError):
+            with contextlib.suppress(SwarmError, PresenceError, TimeoutError):
                 async with asyncio.timeout(2.0):
                     await self._publish(self._swarm, phase="stopping")
 
     def _want_known(self, links: Links) -> None:
-        for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
-            links.want(peer_id, addresses)
         for peer in self._peers:
             links.keep(peer.peer_id, peer.maddr)
+        for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
+            links.want(peer_id, addresses)
 
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
-        met: list[str] = []
+        now = asyncio.get_running_loop().time
+        met: set[str] = set()
+        met_since = now()
         while True:
+            self._known.remember(links.addresses)
             try:
                 found = await swarm.list_presence(time.time())
-                there = [p for p in found if p.phase != "stopping" and p.peer_id != swarm.peer_id]
-                for presence in there:
-                    links.want(presence.peer_id, usable_addresses(presence.addresses, presence.peer_id))
-                self._known.remember(links.addresses)
+                for presence in found:
+                    if presence.phase != "stopping" and presence.peer_id != swarm.peer_id:
+                        links.want(presence.peer_id, usable_addresses(presence.addresses, presence.peer_id))
+                if now() - met_since >= MEET_AGAIN_S:
+                    met.clear()
+                    met_since = now()
+                met &= set(links.linked)  # who comes back is met again
                 new = [peer for peer in links.linked if peer not in met]
                 if new:
-                    await swarm.meet(new)  # two DHTs of one run become one where peers meet
-                met = links.linked  # who comes back is met again
+                    met |= set(await swarm.meet(new))  # two DHTs of one run become one where peers meet
             except SwarmError as error:
                 _log.warning("presence=not_listed reason=%r", str(error))
             await asyncio.sleep(PRESENCE_LOOK_S)
+
+
+def next_expiry(now: float, before: float) -> float:
+    """Of our next presence record: later than that of the last, or the DHT keeps that one.
+
+    Unless the clock was set back: the last one is then further ahead than a record may live.
+    """
+    later = before + 0.001
+    return now + PRESENCE_TTL_S if later - now >= LIFETIME_S_MAX else max(now + PRESENCE_TTL_S, later)
+
+
+async def _addresses_of(swarm: Swarm) -> tuple[str, ...]:
+    """The one that reaches farthest first. Raises SwarmError."""
+    return ranked(a for a in await swarm.addresses() if is_usable(a, swarm.peer_id))
 
 
 async def _watch(swarm: Swarm) -> None:

@@ -45,7 +45,6 @@ ASK_EVERY_S = 5.0  # Guess: nobody is asked more often, and after the first time
 ASK_S = 3.0  # Guess: for an answer, dialling included
 PEERS_MAX = 64  # told of in one answer
 DIALS_MAX = 8  # Guess: of those that one answer names, and of all that were named in one LOOK_S
-LOST_MAX = 2  # Guess: of those linked before, dialled in ASK_EVERY_S: one that answers knows the others
 DIAL_AGAIN_S = 30.0  # Guess: after an address was tried
 NAMED_MAX = 256  # Guess: that wait to be dialled
 ANSWERS_MAX = 3  # in ASK_EVERY_S, to one linked peer: it may have restarted
@@ -123,7 +122,7 @@ class PeerExchange:
         swarm: Swarm,
         links: Links,
         run_id: str,
-        own_addresses: Sequence[str],
+        own_addresses: Callable[[], Sequence[str]],
         known: KnownPeers,
         listener: Listener,
         throttles: Throttles,
@@ -131,7 +130,7 @@ class PeerExchange:
         self.protocol = f"/tapestry/{run_id}/peers/1"
         self._swarm = swarm
         self._links = links
-        self._own_addresses = tuple(own_addresses)
+        self._own_addresses = own_addresses
         self._known = known
         self._listener = listener
         self._throttles = throttles
@@ -150,7 +149,7 @@ class PeerExchange:
             return
         others = [addresses for other, addresses in self._links.addresses.items() if other != peer]
         others = random.sample(others, min(PEERS_MAX, len(others)))
-        told = [address for one in (self._own_addresses, *others) for address in one[:ADDRESSES_MAX]]
+        told = [address for one in (self._own_addresses(), *others) for address in one[:ADDRESSES_MAX]]
         answer = memoryview(*frame_parts(msgpack.packb(told)))
         if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
             return
@@ -179,7 +178,7 @@ class PeerExchange:
             while True:
                 if now() - lost_at >= ASK_EVERY_S:
                     lost_at = now()
-                    self._named.add(self._known.lost(self._links.linked, LOST_MAX), self._is_wanted)
+                    self._named.add(self._known.lost(self._links.linked), self._is_wanted)
                 for peer in self._turns.due(self._links.linked, now()):
                     tasks.create_task(self._ask(peer))
                 for peer, addresses in self._named.take(self._is_wanted, now()).items():

@@ -219,8 +219,8 @@ class Runtime:
         self.metrics.refused(reason)
 
     def _log_refusal(self, peer: str, reason: str, text: str) -> None:
-        """All are counted, but a peer must not fill the disk with what it did."""
-        if self._refusals.may_tell((peer, reason), self._now()):
+        """All are counted, but a peer must not fill the disk with what it did, nor all together."""
+        if self._refusals.may_tell(reason if reason == "peers_max" else (peer, reason), self._now()):
             _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
 
     def on_bytes(self, direction: str, kind: str, count: int) -> None:

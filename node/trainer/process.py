@@ -295,7 +295,12 @@ class TrainerProcess:
     async def _run_worker(self) -> tuple[int, tuple[str, ...]]:
         """One worker from its start to its end: exit status, last lines of output."""
         self._failure = None
-        worker = await _Worker.spawn(self._command, self._threads, self._fds)
+        try:
+            worker = await _Worker.spawn(self._command, self._threads, self._fds)
+        except OSError as error:  # out of memory, or the interpreter is being upgraded: it may pass
+            if not self._ready.done():
+                raise
+            return os.EX_OSERR, (f"the trainer cannot be started: {error}",)
         self._worker = worker
         self._spawned.set()
         try:

@@ -317,7 +317,7 @@ def test_the_dht_starts_when_its_entries_are_away_and_heals_by_meeting(tmp_path:
             assert await alice.publish() and await bob.publish()
             assert len(await alice.swarm.list_presence(time.time())) == 1
             await bob.swarm.connect(await alice.address(), 5.0)
-            assert await bob.swarm.meet([alice.swarm.peer_id, bob.swarm.peer_id]) == 1
+            assert await bob.swarm.meet([alice.swarm.peer_id, bob.swarm.peer_id]) == [alice.swarm.peer_id]
 
             async def sees_both() -> bool:
                 return len(await alice.swarm.list_presence(time.time())) == 2
@@ -413,6 +413,21 @@ def test_a_stock_hivemind_dht_serves_as_entry(tmp_path: Path, stock_dht: str) ->
                     return len(await member.swarm.list_presence(time.time())) == 2
 
                 await eventually(sees_both)
+
+    run(main())
+
+
+def test_the_end_of_hiveminds_connection_with_p2pd_is_noticed_though_p2pd_lives(tmp_path: Path) -> None:
+    """Without it the DHT fails in silence: publish says stored, list_presence says nobody."""
+
+    async def main() -> None:
+        async with members(tmp_path, 1) as [alice]:
+            waiting = asyncio.create_task(alice.swarm.wait_p2pd_death())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            alice.swarm._p2p._client.control._read_task.cancel()
+            async with asyncio.timeout(3.0):
+                assert await waiting == "hivemind's connection with p2pd has ended"
 
     run(main())
 

@@ -215,6 +215,27 @@ def test_who_gives_no_sign_is_given_up_unless_who_runs_this_node_named_it():
     run(main)
 
 
+def test_a_link_that_stood_for_long_is_not_given_up_when_it_breaks():
+    async def main() -> None:
+        async with Bench(give_up_s=0.05, backoff_max_s=0.001) as bench:
+            await bench.linked()
+            await asyncio.sleep(0.1)
+            bench.swarm.opened[0][0].feed_eof()
+            await until(lambda: len(bench.swarm.opened) == 4 and bench.links.linked)
+
+    run(main)
+
+
+def test_who_was_given_gets_a_link_though_there_are_peers_max():
+    async def main() -> None:
+        async with Bench(FakeSwarm(reachable=False), peers_max=1) as bench:
+            bench.links.want(PEER)
+            bench.links.keep("12D3KooWGiven", "/given")
+            assert bench.links.wanted == [PEER, "12D3KooWGiven"] and not bench.heard.refused
+
+    run(main)
+
+
 def test_an_address_that_was_given_is_tried_whatever_the_peer_says_of_itself():
     async def main() -> None:
         async with Bench() as bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -136,6 +137,32 @@ def test_the_pause_before_a_restart_doubles_up_to_its_limit_and_the_last_words_a
         assert not events.of(Contribution)
 
     asyncio.run(scenario())
+
+
+def test_a_worker_that_cannot_be_started_again_at_once_is_tried_again(
+    run: Run, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("crashes once")
+        spawn, tries = process._Worker.spawn, []
+
+        async def fails_twice(*args: Any) -> Any:
+            tries.append(args)
+            if len(tries) <= 2:
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            return await spawn(*args)
+
+        monkeypatch.setattr(process._Worker, "spawn", fails_twice)
+        try:
+            trainer.begin(4)
+            assert (await events.until(Contribution)).epoch == 4
+            died = events.of(Died)
+            assert [one.exit_code for one in died] == [-signal.SIGKILL, os.EX_OSERR, os.EX_OSERR]
+            assert "cannot be started" in died[1].output[0]
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    run(scenario())
 
 
 @pytest.mark.parametrize("mode", ["garbage", "huge frame"])

@@ -42,7 +42,7 @@ from tapestry.node.links import LinkLimits
 from tapestry.node.logs import LiveLine
 from tapestry.node.metrics import Metrics
 from tapestry.node.network import Network, last_listen, remember_listen, without_peer
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.runspec import RunSpec, training_settings
@@ -182,6 +182,7 @@ class Daemon:
         restored = await asyncio.to_thread(keeper.restore)
         state, arithmetic = keeper.state, keeper.state.arithmetic
         rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
+        _check_roster(spec, rules.shard_count)
         core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
         averaging = Averaging(arithmetic.codec, state.n, spec.compression.shard_elements)
         return Runtime(core, keeper, averaging, self.metrics, self.live, self.config.epochs)
@@ -344,6 +345,18 @@ def _check_model(genesis: Genesis, state: ModelState) -> None:
         )
 
 
+def _check_roster(spec: RunSpec, shard_count: int) -> None:
+    """A roster names every member, and the reducer of every shard."""
+    roster_bytes = wire_bytes(min(spec.limits.max_peers, MEMBERS_MAX), 0) + 3 * shard_count
+    if roster_bytes > spec.limits.max_control_frame_bytes:
+        raise UserError(
+            f"the model has {shard_count} shards, so a message may have {roster_bytes} bytes, and the run's "
+            f"limits.max_control_frame_bytes is {spec.limits.max_control_frame_bytes}",
+            exit_code=ExitCode.REFUSED,
+            hint="found a run with a larger compression.shard_elements, or with that limit raised",
+        )
+
+
 def _rules(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
     r = spec.round
     return Rules(
@@ -361,6 +374,7 @@ def _rules(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
         heartbeat_s=min(1.0, r.stall_s / 5),
         resend_s=min(1.0, r.stall_s / 5),
         peers_max=spec.limits.max_peers,
+        records_bytes_max=spec.limits.max_control_frame_bytes // 2,
     )
 
 

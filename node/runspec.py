@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.protocol.chain import MEMBERS_MAX, wire_bytes
 from tapestry.node.trainer.settings import PRESETS, InnerSettings, ModelSettings, TrainingSettings
 
 FILE_BYTES_MAX = 64 * 1024  # Guess; a run.toml with all its comments has 8 kB.
@@ -371,6 +372,13 @@ def _checked(spec: RunSpec) -> RunSpec:
         raise TableError(
             f"round.min_members: {spec.round.min_members} with limits.max_peers = {spec.limits.max_peers}; "
             "must not be larger"
+        )
+    members = min(spec.limits.max_peers, MEMBERS_MAX)
+    record_bytes = wire_bytes(members, 2 * members)  # signed by the electorate before as well
+    if spec.limits.max_control_frame_bytes < record_bytes:
+        raise TableError(
+            f"limits.max_control_frame_bytes: {spec.limits.max_control_frame_bytes} with limits.max_peers = "
+            f"{spec.limits.max_peers}; must be at least {record_bytes}, for a record with all of them"
         )
     return spec
 

@@ -19,6 +19,7 @@ Standard library only. Text form is canonical JSON: sorted keys, no white space,
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -141,9 +142,9 @@ def body_from_dict(raw: Any) -> Body:
     if not isinstance(members, (list, tuple)) or not 1 <= len(members) <= MEMBERS_MAX:
         raise InvalidRecord("malformed", f"members must be a list of 1 to {MEMBERS_MAX}")
     body = Body(
-        run_id=_hex(raw["run_id"], 64, "run_id"),
+        run_id=sys.intern(_hex(raw["run_id"], 64, "run_id")),
         epoch=_int(raw["epoch"], 1, EPOCH_MAX, "epoch"),
-        prev=_hex(raw["prev"], 64, "prev"),
+        prev=sys.intern(_hex(raw["prev"], 64, "prev")),
         state_digest=_hex(raw["state_digest"], 64, "state_digest"),
         members=tuple(member_from(m) for m in members),
         result=_hex(raw["result"], 64, "result"),
@@ -165,6 +166,11 @@ def record_to_dict(record: Record) -> dict[str, Any]:
     }
 
 
+def wire_bytes(member_count: int, signature_count: int) -> int:
+    """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
+    return 512 + 144 * member_count + 192 * signature_count
+
+
 def record_from_dict(raw: Any, crypto: Crypto) -> Record:
     """Strict, without the signatures' check (`check_record`). Raises InvalidRecord."""
     _keys(raw, ("body", "ballot", "signatures"), "record")
@@ -176,11 +182,11 @@ def record_from_dict(raw: Any, crypto: Crypto) -> Record:
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise InvalidRecord("malformed", "a signature is a pair of peer and signature")
-        signatures.append((_text(pair[0], 128, "signer"), _text(pair[1], 256, "signature")))
+        signatures.append((_peer(pair[0], "signer"), _text(pair[1], 256, "signature")))
     if [s[0] for s in signatures] != sorted({s[0] for s in signatures}):
         raise InvalidRecord("malformed", "signatures must be sorted by peer, each once")
     ballot = _int(raw["ballot"], 0, BALLOT_MAX, "ballot")
-    return Record(body, head_of(body, crypto), ballot, tuple(signatures))
+    return Record(body, sys.intern(head_of(body, crypto)), ballot, tuple(signatures))
 
 
 def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
@@ -417,6 +423,11 @@ def _text(value: Any, length_max: int, what: str) -> str:
     return value
 
 
+def _peer(value: Any, what: str) -> str:
+    """The same object in every record: a chain of a year has millions of them."""
+    return sys.intern(_text(value, 128, what))
+
+
 def _hex(value: Any, length: int, what: str) -> str:
     if type(value) is not str or len(value) != length or value.strip("0123456789abcdef"):
         raise InvalidRecord("malformed", f"{what} must be {length} hex digits")
@@ -434,7 +445,7 @@ def member_from(raw: Any) -> Member:
         _hex(contribution, 32, "contribution")
     if life != "":
         _hex(life, 32, "life")
-    return Member(_text(peer, 128, "peer"), weight, contribution, life)
+    return Member(_peer(peer, "peer"), weight, contribution, sys.intern(life))
 
 
 def member_to_list(member: Member) -> list[Any]:

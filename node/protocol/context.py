@@ -31,6 +31,7 @@ class Rules:
     heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
     resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
     peers_max: int = 64
+    records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from tapestry.node.protocol.chain import (
     check_record,
     exceeds_influence,
     weight_of,
+    wire_bytes,
 )
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import (
@@ -35,7 +36,9 @@ from tapestry.node.protocol.events import (
 )
 from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Status
 
-BRANCH_RECORDS_MAX = 16_384  # of a fork that is being looked at; G7
+# Of a fork that is being looked at (G7), or twice as many as we have made since: of two sides that were apart
+# for long each has about as many.
+BRANCH_RECORDS_MAX = 16_384
 NO_STATE = -1
 
 
@@ -112,10 +115,25 @@ class Sync:
     def on_get_records(self, peer: str, message: GetRecords) -> None:
         for epoch, head in message.known:
             if 0 <= epoch <= self.chain.epoch and self.chain.head_at(epoch) == head:
-                records = self.chain.after(epoch, RECORDS_MAX)
-                self.ctx.send(peer, Records(epoch, records))
+                self.ctx.send(peer, Records(epoch, self._page(epoch)))
                 return
         self.ctx.refuse(peer, "no_common_record", "it knows no record of ours, not even the genesis")
+
+    def _page(self, epoch: int) -> tuple[Record, ...]:
+        """What follows `epoch`, as much of it as a message may hold."""
+        left, count = self.ctx.rules.records_bytes_max, 0
+        records = self.chain.after(epoch, RECORDS_MAX)
+        for record in records:
+            left -= wire_bytes(len(record.body.members), len(record.signatures))
+            if left < 0 and count:
+                break
+            count += 1
+        return records[:count]
+
+    def _goes_on(self, peer: str, epoch: int) -> bool:
+        """Whether `peer` has records after `epoch`, by what it said last: a message may hold only some."""
+        view = self.ctx.peers.get(peer)
+        return view is not None and view.status is not None and view.status.epoch > epoch
 
     def on_records(self, peer: str, message: Records, now: float) -> list[Record] | None:
         """Check what came. Returns the records that became part of the chain; None if it was refused.
@@ -128,11 +146,17 @@ class Sync:
             _, start, records = self.branch
             if message.records and common == start + len(records):
                 common, before = start, records
-        if not 0 <= common <= self.chain.epoch or not message.records:
+        if not message.records:
+            self._drop_branch(peer)  # there is no more of it
+            return []
+        if not 0 <= common <= self.chain.epoch:
             return []
         records = [*before, *message.records]
-        if len(records) > BRANCH_RECORDS_MAX:
-            self.ctx.refuse(peer, "branch", f"a fork of more than {BRANCH_RECORDS_MAX} records")
+        limit = max(BRANCH_RECORDS_MAX, 2 * (self.chain.epoch - common))
+        if len(records) > limit:
+            self.ctx.refuse(
+                peer, "branch", f"a fork of more than {limit} records, and not the better one yet"
+            )
             self._drop_branch(peer)
             return None
         try:
@@ -145,15 +169,16 @@ class Sync:
         same = 0
         while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
             same += 1
+        goes_on = self._goes_on(peer, records[-1].body.epoch)
         if better(ours[same:], records[same:]):
             self.branch = None
             added = self._switch(common + same, records[same:], ours[same:])
             self.ahead_since.pop(peer, None)
-            if len(message.records) == RECORDS_MAX:
+            if goes_on:
                 self.ask(peer, now)
             return added
         free = self.branch is None or self.branch[0] == peer or not self.ctx.heard(self.branch[0], now)
-        if len(message.records) == RECORDS_MAX and free:
+        if goes_on and free:
             self.branch = (peer, common, records)
             self.ask(peer, now)
         else:

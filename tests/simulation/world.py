@@ -91,6 +91,7 @@ class World:
             on_quorum_loss=policy,
             exchange_max_s=20.0,
             max_influence=self.rng.choice([1.0, 1.0, 0.6]),
+            records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
         )
         self.invariants = Invariants(self)
         self.nodes = {name: Node(self, name) for name in names}

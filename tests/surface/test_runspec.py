@@ -109,6 +109,10 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
             {"name": "x", "round": {"min_members": 9}, "limits": {"max_peers": 8}},
             "round.min_members: 9 with limits.max_peers = 8; must not be larger",
         ),
+        (
+            {"name": "x", "limits": {"max_peers": 64, "max_control_frame_bytes": 30_000}},
+            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 34304, for a",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(table: dict[str, Any], message: str) -> None:
@@ -230,7 +234,7 @@ def _specs(draw: st.DrawFn) -> RunSpec:
         "compression": draw(_section(CompressionSpec)),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},
-        "limits": limits,
+        "limits": limits | {"max_control_frame_bytes": max(2**20, limits["max_control_frame_bytes"])},
     }
     return RunSpec.from_dict(table)
 

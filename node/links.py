@@ -24,6 +24,7 @@ from typing_extensions import Buffer
 
 from tapestry.compression.refusals import Refused
 from tapestry.dht.swarm import Swarm, SwarmError, Unreachable
+from tapestry.node.logs import Repeats
 from tapestry.node.protocol.messages import Control, Result, Shard
 from tapestry.node.throttle import Throttles
 from tapestry.node.vocabulary import Reader, encode_message
@@ -42,6 +43,7 @@ CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and o
 BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
 BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
 STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
+TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
 BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
 
 _log = logging.getLogger("tapestry.links")
@@ -155,6 +157,7 @@ class Links:
         self._limits = limits
         self._peers: dict[str, _Peer] = {}
         self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
+        self._failures = Repeats(TELL_AGAIN_S)
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -269,8 +272,8 @@ class Links:
                         backoff_s = limits.backoff_initial_s
                     else:
                         pause_s = backoff_s  # it comes and goes: its dialling is no reason to hurry
-                except (Unreachable, SwarmError, OSError) as error:
-                    _log.debug("link=failed peer=%s reason=%s", link.peer[-6:], error)
+                except (SwarmError, OSError) as error:
+                    self._log_failure(link.peer, error)
                 await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(backoff_s):
@@ -280,6 +283,15 @@ class Links:
                 backoff_s = min(2 * backoff_s, limits.backoff_max_s)
         finally:
             del self._peers[link.peer]
+
+    def _log_failure(self, peer: str, error: SwarmError | OSError) -> None:
+        """Who runs this node is told of the peers that they named, now and then; of others, if they ask."""
+        reason = error.reason if isinstance(error, Unreachable) else "error"
+        level, now = logging.DEBUG, asyncio.get_running_loop().time()
+        if peer in self._given and reason != "backoff" and self._failures.may_tell((peer, reason), now):
+            # One that serves the DHT only is a good entry, and has no links; nor has a member of another run.
+            level = logging.INFO if reason == "unsupported" else logging.WARNING
+        _log.log(level, "link=failed peer=%s reason=%s %s", peer[-6:], reason, error)
 
     async def _linked(self, link: _Peer) -> str:
         """While both streams are open. Returns why they no longer are."""

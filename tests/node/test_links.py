@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -222,6 +223,18 @@ def test_a_link_that_stood_for_long_is_not_given_up_when_it_breaks():
             await asyncio.sleep(0.1)
             bench.swarm.opened[0][0].feed_eof()
             await until(lambda: len(bench.swarm.opened) == 4 and bench.links.linked)
+
+    run(main)
+
+
+def test_that_a_given_peer_cannot_be_reached_is_told_once_and_of_others_not(caplog):
+    async def main() -> None:
+        async with Bench(FakeSwarm(reachable=False), backoff_max_s=0.001) as bench:
+            bench.links.want(PEER)
+            bench.links.keep("12D3KooWGiven", "/given")
+            await asyncio.sleep(0.05)
+        told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert told == ["link=failed peer=WGiven reason=refused nothing listens there"]
 
     run(main)
 

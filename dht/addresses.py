@@ -111,16 +111,21 @@ def parse_announce(text: str) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=4096)  # parsing one takes a third of a ms, and the same ones come again
 def is_usable(address: str, peer_id: str) -> bool:
     """Whether this very peer can be dialled there, as far as the text tells.
 
     For what peers say: a presence record's signature says who wrote its addresses, not that they are any.
     """
+    return len(address) <= ADDRESS_BYTES_MAX and _peer_of(address) == peer_id
+
+
+@functools.lru_cache(maxsize=4096)  # parsing one takes a third of a ms, and the same ones come again
+def _peer_of(address: str) -> str:
+    """Whom to dial there; "" if that is nobody."""
     try:
-        return len(address) <= ADDRESS_BYTES_MAX and parse_peer(address).peer_id == peer_id
+        return parse_peer(address).peer_id
     except AddressError:
-        return False
+        return ""
 
 
 def usable_addresses(addresses: Iterable[str], peer_id: str) -> tuple[str, ...]:

@@ -35,7 +35,10 @@ class KnownPeers:
         merged = dict(list(merged.items())[:KNOWN_MAX])
         if list(merged.items()) != list(self.addresses.items()):  # the order counts
             self.addresses = merged
-            atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
+            try:
+                atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
+            except OSError as error:  # a full disk: it is known in memory
+                _log.warning("known_peers=not_written path=%s reason=%r", self._path, str(error))
 
     def lost(self, linked: Collection[str]) -> Addresses:
         """Two of those that are not linked: one that was of late, and any. Who answers knows the others."""

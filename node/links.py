@@ -136,6 +136,11 @@ class _Peer:
     control_pace: Pace = field(default_factory=lambda: _pace(CONTROL_SHARE))
     bulk_pace: Pace = field(default_factory=lambda: _pace(BULK_SHARE))
 
+    @property
+    def is_there(self) -> bool:
+        """It takes our streams, or has opened some."""
+        return self.up or bool(self.inbound)
+
 
 class Links:
     """The links of one node on one swarm. Use within `run`."""
@@ -171,14 +176,21 @@ class Links:
         finally:
             self._tasks = None
 
-    def want(self, peer: str, addresses: Sequence[str] = ()) -> None:
-        """Keep a link to this peer, found at these addresses or wherever p2pd knows it."""
+    def want(self, peer: str, addresses: Sequence[str] = (), hint: bool = False) -> None:
+        """Keep a link to this peer, found at these addresses or wherever p2pd knows it.
+
+        A `hint` is what nobody has proven, such as a presence record: only peers_max of those that are not
+        there are tried at a time.
+        """
         if peer == self._swarm.peer_id or self._tasks is None:
             return
         known = self._peers.get(peer)
         if known is None:
-            if self.full and peer not in self._given:
-                self._listener.on_refused(peer, "peers_max", f"we have {self._limits.peers_max} peers")
+            peers_max = self._limits.peers_max
+            if hint and sum(not p.is_there for p in self._peers.values()) >= peers_max:
+                return
+            if (self.full or len(self._peers) >= 2 * peers_max) and peer not in self._given:
+                self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
                 return
             known = self._peers[peer] = _Peer(peer)
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
@@ -198,7 +210,8 @@ class Links:
 
     @property
     def full(self) -> bool:
-        return len(self._peers) >= self._limits.peers_max
+        """Whether peers_max are there: whom we only try to reach takes nobody's place."""
+        return sum(p.is_there for p in self._peers.values()) >= self._limits.peers_max
 
     @property
     def linked(self) -> list[str]:
@@ -345,6 +358,7 @@ class Links:
     def _break(self, link: _Peer, why: str) -> None:
         """End the link, now: what waits in its queues is lost, as on the way."""
         link.up = False
+        link.seen_at = asyncio.get_running_loop().time()
         link.why_broken = why
         link.broken.set()
         self._listener.on_refused(link.peer, "slow", why)

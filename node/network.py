@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,6 +46,8 @@ RESTART_PAUSE_MAX_S = 60.0
 KNOWN_AT_START = 16  # Guess: dialled before the DHT answers; they know the others
 RESTARTS_MAX = 5
 RESTARTS_WINDOW_S = 300.0
+
+_PORT = re.compile(r"/(?P<ip>ip[46])/(?P<host>[^/]+)/(?P<transport>tcp|udp)/(?P<port>\d+)(?P<rest>.*)")
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -109,7 +112,7 @@ class Network:
         deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
         config = self._config
         if not config.announce:  # announced addresses are not ours to bind
-            config = replace(config, listen=without_peer(await swarm.addresses()))
+            config = replace(config, listen=with_ports(config.listen, without_peer(await swarm.addresses())))
         while True:
             try:
                 await self._serve(swarm)
@@ -172,6 +175,7 @@ class Network:
             tasks.create_task(self._probe(swarm))
             tasks.create_task(self._publish_presence(swarm))
             tasks.create_task(self._look_for_peers(swarm, self._links))
+            tasks.create_task(self._meet_peers(swarm, self._links))
 
     async def _probe(self, swarm: Swarm) -> None:
         """Where we are may change: a network that comes up after us, DHCP, a port mapped on a router."""
@@ -263,28 +267,32 @@ class Network:
         for peer in self._peers:
             links.keep(peer.peer_id, peer.maddr)
         for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
-            links.want(peer_id, addresses)
+            links.want(peer_id, addresses, hint=True)
 
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
-        now = asyncio.get_running_loop().time
-        met: set[str] = set()
-        met_since = now()
         while True:
             self._known.remember(links.addresses)
             try:
-                found = await swarm.list_presence(time.time())
-                for presence in found:
-                    if presence.phase != "stopping" and presence.peer_id != swarm.peer_id:
-                        links.want(presence.peer_id, usable_addresses(presence.addresses, presence.peer_id))
-                if now() - met_since >= MEET_AGAIN_S:
-                    met.clear()
-                    met_since = now()
-                met &= set(links.linked)  # who comes back is met again
-                new = [peer for peer in links.linked if peer not in met]
-                if new:
-                    met |= set(await swarm.meet(new))  # two DHTs of one run become one where peers meet
+                for presence in await swarm.list_presence(time.time()):
+                    if presence.phase != "stopping":
+                        usable = usable_addresses(presence.addresses, presence.peer_id)
+                        links.want(presence.peer_id, usable, hint=True)
             except SwarmError as error:
                 _log.warning("presence=not_listed reason=%r", str(error))
+            await asyncio.sleep(PRESENCE_LOOK_S)
+
+    async def _meet_peers(self, swarm: Swarm, links: Links) -> None:
+        """Two DHTs of one run become one where peers meet: who is new, or back, and all now and then."""
+        now = asyncio.get_running_loop().time
+        met_at: dict[str, float] = {}
+        while True:
+            linked = links.linked
+            met_at = {p: at for p, at in met_at.items() if p in linked and now() - at < MEET_AGAIN_S}
+            new = [peer for peer in linked if peer not in met_at]
+            if new:
+                with contextlib.suppress(SwarmError):
+                    await swarm.meet(new)
+                met_at |= dict.fromkeys(new, now())
             await asyncio.sleep(PRESENCE_LOOK_S)
 
 
@@ -307,12 +315,12 @@ async def _watch(swarm: Swarm) -> None:
 
 
 def last_listen(home: Home, listen: tuple[str, ...]) -> tuple[str, ...] | None:
-    """What these listen addresses were bound to the last time; None if that is not known."""
+    """These listen addresses with the ports that they had the last time; None if that is not known."""
     try:
         table = json.loads(home.listen.read_bytes())
         if tuple(table["asked"]) != listen:
             return None
-        return tuple(parse_listen(address) for address in table["bound"]) or None
+        return with_ports(listen, tuple(table["bound"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -321,6 +329,26 @@ def remember_listen(home: Home, listen: tuple[str, ...], bound: tuple[str, ...])
     atomic_write(home.listen, json.dumps({"asked": listen, "bound": bound}).encode() + b"\n")
 
 
+def with_ports(asked: tuple[str, ...], bound: tuple[str, ...]) -> tuple[str, ...]:
+    """What was asked for, with the port that it was given in place of each port 0.
+
+    Only the port: 0.0.0.0 is every interface of the moment, not those of when `bound` was said.
+    """
+    ports: dict[tuple[str, str, str], str] = {}
+    for address in bound:
+        match = _PORT.match(address)
+        if match is not None:
+            ports.setdefault((match["ip"], match["transport"], match["rest"]), match["port"])
+    taken = []
+    for address in asked:
+        match = _PORT.match(address)
+        port = ports.get((match["ip"], match["transport"], match["rest"])) if match is not None else None
+        if match is not None and match["port"] == "0" and port is not None:
+            address = f"/{match['ip']}/{match['host']}/{match['transport']}/{port}{match['rest']}"
+        taken.append(parse_listen(address))
+    return tuple(taken)
+
+
 def without_peer(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The addresses that p2pd is bound to, to bind the same ones again."""
+    """The addresses that p2pd is bound to."""
     return tuple(dict.fromkeys(parse_peer(a).maddr.rsplit("/p2p/", 1)[0] for a in addresses))

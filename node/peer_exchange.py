@@ -47,8 +47,8 @@ PEERS_MAX = 64  # told of in one answer
 DIALS_MAX = 8  # Guess: of those that one answer names, and of all that were named in one LOOK_S
 DIAL_AGAIN_S = 30.0  # Guess: after an address was tried
 NAMED_MAX = 256  # Guess: that wait to be dialled
-ANSWERS_MAX = 3  # in ASK_EVERY_S, to one linked peer: it may have restarted
-STRANGERS_MAX = 64  # Guess: in ASK_EVERY_S, to all the others together: a swarm that starts at once
+ANSWERS_MAX = 3  # in ASK_EVERY_S, to one peer: it may have restarted
+STRANGERS_MAX = 64  # Guess: in ASK_EVERY_S, to all that are not linked: a swarm that starts at once
 _ANSWER_BYTES_MAX = (PEERS_MAX + 1) * ADDRESSES_MAX * (ADDRESS_BYTES_MAX + 8)
 _PEER = re.compile(r"/p2p/([1-9A-HJ-NP-Za-km-z]{52})\Z")
 
@@ -137,7 +137,8 @@ class PeerExchange:
         self._turns = Turns()
         self._named = Named()
         self._asking: set[str] = set()
-        self._answered: Counter[str] = Counter()  # linked peers, and "" for all the others
+        self._answered: Counter[str] = Counter()  # since `_answered_since`
+        self._strangers = 0  # of these, to who is not linked
         self._answered_since = -math.inf
 
     # --- answering -----------------------------------------------------------------------------
@@ -163,10 +164,14 @@ class PeerExchange:
         now = asyncio.get_running_loop().time()
         if now - self._answered_since >= ASK_EVERY_S:
             self._answered.clear()
+            self._strangers = 0
             self._answered_since = now
-        who = peer if peer in self._links.linked else ""
-        self._answered[who] += 1
-        return self._answered[who] <= (ANSWERS_MAX if who else STRANGERS_MAX)
+        stranger = peer not in self._links.linked
+        if self._answered[peer] >= ANSWERS_MAX or (stranger and self._strangers >= STRANGERS_MAX):
+            return False
+        self._answered[peer] += 1
+        self._strangers += stranger
+        return True
 
     # --- asking --------------------------------------------------------------------------------
 

@@ -213,6 +213,7 @@ class Core:
             view = self.ctx.peers[inp.peer] = PeerView()
         view.up = True
         view.heard_at = now
+        self.sync.asked_at.pop(inp.peer, None)  # what was asked over the link before is lost
         if self.told:  # else all are about to hear
             self.ctx.send(inp.peer, self._status())
 

@@ -12,6 +12,7 @@ One job is out at a time. What a donor gives is compared with what is signed, by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tapestry.node.protocol.chain import (
     Chain,
@@ -39,7 +40,25 @@ from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, St
 # Of a fork that is being looked at (G7), or twice as many as we have made since: of two sides that were apart
 # for long each has about as many.
 BRANCH_RECORDS_MAX = 16_384
+BRANCHES_MAX = 4  # forks that are looked at at a time, each of another peer
 NO_STATE = -1
+
+
+@dataclass(slots=True)
+class Branch:
+    """A fork that one peer tells of, page by page: checked, and not better than ours so far."""
+
+    common: int  # epoch of the last record that is ours too
+    records: list[Record]
+    grown_at: float
+
+    def holds(self, message: Records) -> bool:
+        """Whether these records are in it already: the answer to a question that was asked twice."""
+        at = message.epoch - self.common
+        last = at + len(message.records) - 1
+        return (
+            at >= 0 and 0 <= last < len(self.records) and self.records[last].head == message.records[-1].head
+        )
 
 
 class Sync:
@@ -61,7 +80,7 @@ class Sync:
         self.asked_at: dict[str, float] = {}
         self.failed_at: dict[str, float] = {}
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
-        self.branch: tuple[str, int, list[Record]] | None = None  # peer, common epoch, its records
+        self.branches: dict[str, Branch] = {}
         self.stuck_since: float | None = None  # since when nobody has given what we lack
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
 
@@ -96,16 +115,18 @@ class Sync:
     def on_status(self, peer: str, status: Status, now: float) -> None:
         """Ask a peer whose head we do not know for the way to it."""
         if status.epoch <= self.chain.epoch and self.chain.head_at(status.epoch) == status.head:
+            self.branches.pop(peer, None)
             return
         self.ask(peer, now)
 
     def ask(self, peer: str, now: float) -> None:
-        if now - self.asked_at.get(peer, -1e9) >= self.ctx.rules.resend_s:
+        """Once, until it answers or has had stall_s to: a page of records takes its time on a slow link."""
+        if now - self.asked_at.get(peer, -1e9) >= self.ctx.rules.stall_s:
             self.asked_at[peer] = now
             self.ctx.send(peer, GetRecords(self._locator(peer)))
 
     def forget(self, peer: str) -> None:
-        for table in (self.asked_at, self.failed_at, self.lacks, self.ahead_since):
+        for table in (self.asked_at, self.failed_at, self.lacks, self.ahead_since, self.branches):
             table.pop(peer, None)
 
     def check_next(self, record: Record) -> None:
@@ -140,54 +161,61 @@ class Sync:
 
         Raises nothing; the caller ends the round if the head moved.
         """
-        self.asked_at.pop(peer, None)
-        common, before = message.epoch, []
-        if self.branch is not None and self.branch[0] == peer:
-            _, start, records = self.branch
-            if message.records and common == start + len(records):
-                common, before = start, records
-        if not message.records:
-            self._drop_branch(peer)  # there is no more of it
+        branch = self.branches.get(peer)
+        if branch is not None and message.records and branch.holds(message):
             return []
+        self.asked_at.pop(peer, None)
+        if not message.records:
+            self.branches.pop(peer, None)  # there is no more of it
+            return []
+        common, before = message.epoch, []
+        if branch is not None and common == branch.common + len(branch.records):
+            common, before = branch.common, branch.records
         if not 0 <= common <= self.chain.epoch:
             return []
+        if not before and message.records[0].body.prev != self.chain.head_at(common):
+            return []  # it goes on with a fork that we have dropped since we asked
         records = [*before, *message.records]
         limit = max(BRANCH_RECORDS_MAX, 2 * (self.chain.epoch - common))
         if len(records) > limit:
-            self.ctx.refuse(
-                peer, "branch", f"a fork of more than {limit} records, and not the better one yet"
-            )
-            self._drop_branch(peer)
+            self.ctx.refuse(peer, "branch", f"a fork of more than {limit} records, no better than ours")
+            self.branches.pop(peer, None)
             return None
         try:
             self._check(records, common, len(before))
         except InvalidRecord as e:
             self.ctx.refuse(peer, e.reason, str(e))
-            self._drop_branch(peer)
+            self.branches.pop(peer, None)
             return None
         ours = self.chain.after(common, self.chain.epoch - common)
         same = 0
         while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
             same += 1
+        if same == len(records):
+            return []  # all ours by now
         goes_on = self._goes_on(peer, records[-1].body.epoch)
         if better(ours[same:], records[same:]):
-            self.branch = None
+            self.branches.clear()  # they are of forks from a chain that is ours no more
             added = self._switch(common + same, records[same:], ours[same:])
             self.ahead_since.pop(peer, None)
             if goes_on:
                 self.ask(peer, now)
             return added
-        free = self.branch is None or self.branch[0] == peer or not self.ctx.heard(self.branch[0], now)
-        if goes_on and free:
-            self.branch = (peer, common, records)
+        if goes_on and self._may_branch(peer, now):
+            self.branches[peer] = Branch(common, records, now)
             self.ask(peer, now)
         else:
-            self._drop_branch(peer)
+            self.branches.pop(peer, None)
         return []
 
-    def _drop_branch(self, peer: str) -> None:
-        if self.branch is not None and self.branch[0] == peer:
-            self.branch = None
+    def _may_branch(self, peer: str, now: float) -> bool:
+        """Room is made where one no longer grows."""
+        stall_s = self.ctx.rules.stall_s
+        if peer not in self.branches and len(self.branches) >= BRANCHES_MAX:
+            for other, branch in list(self.branches.items()):
+                if now - branch.grown_at >= stall_s or not self.ctx.heard(other, now):
+                    del self.branches[other]
+        return peer in self.branches or len(self.branches) < BRANCHES_MAX
 
     def append(self, record: Record) -> None:
         """A record that the chain has checked."""
@@ -232,8 +260,8 @@ class Sync:
     def _locator(self, peer: str) -> tuple[tuple[int, str], ...]:
         """Our head, then further and further back to the genesis: O(log epochs) entries."""
         known = []
-        if self.branch is not None and self.branch[0] == peer and self.branch[2]:
-            tip = self.branch[2][-1]
+        if peer in self.branches:
+            tip = self.branches[peer].records[-1]
             known.append((tip.body.epoch, tip.head))
         epoch, step = self.chain.epoch, 1
         while epoch > 0:

@@ -195,6 +195,7 @@ def test_a_peer_beyond_peers_max_gets_no_bulk_stream_read():
     async def main() -> None:
         async with Bench(peers_max=1) as bench:
             bench.links.want("12D3KooWFirst")
+            await until(lambda: bench.links.linked)
             frame = framed(encode_message(Shard(3, "cd" * 16, 0, None)), bytes(PAYLOAD_BYTES))
             stream = bench.stream("bulk", frame)
             await until(stream.done)
@@ -241,10 +242,11 @@ def test_that_a_given_peer_cannot_be_reached_is_told_once_and_of_others_not(capl
 
 def test_who_was_given_gets_a_link_though_there_are_peers_max():
     async def main() -> None:
-        async with Bench(FakeSwarm(reachable=False), peers_max=1) as bench:
-            bench.links.want(PEER)
+        async with Bench(peers_max=1) as bench:
+            await bench.linked()
             bench.links.keep("12D3KooWGiven", "/given")
-            assert bench.links.wanted == [PEER, "12D3KooWGiven"] and not bench.heard.refused
+            bench.links.want("12D3KooWOther")
+            assert bench.links.wanted == [PEER, "12D3KooWGiven"] and bench.heard.refused == {"peers_max": 1}
 
     run(main)
 
@@ -261,13 +263,31 @@ def test_an_address_that_was_given_is_tried_whatever_the_peer_says_of_itself():
     run(main)
 
 
-def test_links_are_full_with_peers_max_linked_or_not():
+def test_whom_we_only_try_to_reach_takes_nobodys_place():
+    """Anybody can say in the DHT that there are a hundred peers."""
+
     async def main() -> None:
         async with Bench(FakeSwarm(reachable=False), peers_max=2) as bench:
-            bench.links.want(PEER)
-            assert not bench.links.full
-            bench.links.want("12D3KooWOther")
-            assert bench.links.full and not bench.links.linked
+            for i in range(9):
+                bench.links.want(f"12D3KooWHint{i}", hint=True)
+            assert len(bench.links.wanted) == 2 and not bench.links.full and not bench.heard.refused
+            bench.stream("control", framed(encode_message(STATUS)))
+            await until(lambda: bench.heard.messages)
+            bench.links.want("12D3KooWProven")
+            assert bench.links.wanted[2:] == [PEER, "12D3KooWProven"]
+
+    run(main)
+
+
+def test_who_was_broken_off_is_not_given_up():
+    async def main() -> None:
+        async with Bench(give_up_s=0.05, backoff_max_s=0.001, queue_frames_max=1) as bench:
+            await bench.linked()
+            await asyncio.sleep(0.1)
+            bench.links.send_control(PEER, STATUS)
+            bench.links.send_control(PEER, STATUS)
+            assert bench.heard.refused == {"slow": 1}
+            await until(lambda: len(bench.swarm.opened) == 4 and bench.links.linked)
 
     run(main)
 

@@ -10,8 +10,8 @@ import pytest
 
 from tapestry.dht.presence import LIFETIME_S_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
-from tapestry.node import network
-from tapestry.node.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network, next_expiry
+from tapestry.node import known_peers, network
+from tapestry.node.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network, next_expiry, with_ports
 
 ID = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
 LOOPBACK, PUBLIC = f"/ip4/127.0.0.1/tcp/4001/p2p/{ID}", f"/ip4/203.0.113.7/tcp/4001/p2p/{ID}"
@@ -110,10 +110,41 @@ def test_the_given_are_dialled_first():
     calls: list[tuple[str, str]] = []
     links = SimpleNamespace(
         keep=lambda peer, address: calls.append(("keep", peer)),
-        want=lambda peer, addresses: calls.append(("want", peer)),
+        want=lambda peer, addresses, hint: calls.append(("want", peer)),
     )
     node = bare()
     node._peers = [SimpleNamespace(peer_id="given", maddr="/given")]  # type: ignore[list-item]
     node._known = SimpleNamespace(addresses={f"p{i}": () for i in range(100)})  # type: ignore[assignment]
     node._want_known(links)  # type: ignore[arg-type]
     assert calls[0] == ("keep", "given") and len(calls) == 1 + network.KNOWN_AT_START
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/tcp/4555"),  # every interface, not those of then
+        ("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/tcp/4555"),
+        ("/ip4/0.0.0.0/tcp/4001", "/ip4/0.0.0.0/tcp/4001"),
+        ("/ip6/::/tcp/0", "/ip6/::/tcp/4666"),
+        ("/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/udp/4777/quic-v1"),
+        ("/ip4/0.0.0.0/tcp/0/ws", "/ip4/0.0.0.0/tcp/0/ws"),
+    ],
+)
+def test_only_the_ports_of_the_last_time_are_taken_again(asked, taken):
+    bound = (
+        "/ip4/127.0.0.1/tcp/4555",
+        "/ip4/10.0.0.7/tcp/4555",
+        "/ip6/::1/tcp/4666",
+        "/ip4/127.0.0.1/udp/4777/quic-v1",
+    )
+    assert with_ports((asked,), bound) == (taken,)
+
+
+def test_a_full_disk_costs_only_the_file_of_known_peers(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(known_peers, "atomic_write", full)
+    known = known_peers.KnownPeers(tmp_path / "peers.json")
+    known.remember({ID: (LOOPBACK,)})
+    assert known.addresses == {ID: (LOOPBACK,)}

@@ -205,6 +205,9 @@ def test_who_asks_all_the_time_is_told_no_more_and_others_are(monkeypatch):
     assert [bool(bench.told(A)) for _ in range(ANSWERS_MAX + 2)] == [True] * ANSWERS_MAX + [False] * 2
     assert bench.heard.refused == [(A, "streams")] * 2
     assert bench.told(B) and bench.told(C)
+    for _ in range(2 * STRANGERS_MAX):  # one stranger is not all of them
+        bench.told(C)
+    assert bench.told(peer_id(9))
     monkeypatch.setattr(peer_exchange, "ASK_EVERY_S", 0.0)
     assert bench.told(A)
 

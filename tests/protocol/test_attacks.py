@@ -35,6 +35,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.sync import Branch
 
 HEX = "ab" * 32
 
@@ -137,9 +138,9 @@ def test_records_that_extend_nothing_we_have_are_ignored():
 def test_one_peers_records_do_not_drop_anothers_branch():
     world = swarm()
     sync = nodes(world)[0].core.sync
-    sync.branch = ("p1", 0, [])
+    branch = sync.branches["p1"] = Branch(0, list(sync.chain.records[:1]), world.now)
     says(world, STRANGER, Records(0, (sync.chain.records[0],)))
-    assert sync.branch == ("p1", 0, [])
+    assert sync.branches == {"p1": branch}
 
 
 def test_a_liar_about_its_epoch_keeps_no_joiner_from_a_state():
@@ -437,6 +438,7 @@ def test_a_thousand_identities_leave_the_tables_bounded():
     tables = (
         core.ctx.peers,
         core.sync.asked_at,
+        core.sync.branches,
         core.round.exchange.inputs,
         core.round.state.ready,
         core.round.state.accepts,

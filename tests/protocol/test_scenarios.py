@@ -5,14 +5,15 @@ from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import pytest
-from simulation.shell import EXECUTE
+from simulation.shell import EXECUTE, SimCrypto
 from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import sync as sync_module
-from tapestry.node.protocol.chain import Body, Member
+from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.context import Rules
-from tapestry.node.protocol.messages import Ready, Roster, Stage
+from tapestry.node.protocol.messages import Ready, Records, Roster, Stage, Status
+from tapestry.node.protocol.sync import BRANCHES_MAX
 
 HEX = "ab" * 32
 SEEDS = range(12)
@@ -155,21 +156,84 @@ def test_two_islands_that_meet_again_are_one_within_seconds(seed):
     assert took < 2 * STALL_S + 3 * EPOCH_S + 5.0
 
 
+def islands(seed: int, apart_s: float, **rules) -> tuple[World, int]:
+    """Two of five and three were apart, and both went on. The goal is what both have to reach, as one."""
+    world = swarm(seed, on_quorum_loss="continue", **rules)
+    names = list(world.nodes)
+    for a, b in product(names[:2], names[2:]):
+        world.cut(a, b, apart_s)
+        world.cut(b, a, apart_s)
+    world.until(lambda: world.now > min(world.cuts.values()), apart_s + 10)
+    few, many = (max(world.nodes[n].core.chain.epoch for n in part) for part in (names[:2], names[2:]))
+    assert min(few, many) > apart_s / 6
+    return world, max(few, many) + 2
+
+
+def is_one(world: World, goal: int) -> bool:
+    chains = [n.core.chain for n in alive(world)]
+    return min(c.epoch for c in chains) >= goal and len({c.head_at(goal) for c in chains}) == 1
+
+
 @pytest.mark.parametrize("seed", SEEDS[:6])
 def test_islands_that_were_apart_for_longer_than_a_fork_may_be_are_one_again(seed, monkeypatch):
     """Both sides have made about as many records: that many more are looked at."""
     monkeypatch.setattr(sync_module, "BRANCH_RECORDS_MAX", 5)
-    world = swarm(seed, on_quorum_loss="continue", records_bytes_max=1)  # and one record a message
-    names = list(world.nodes)
-    for a, b in product(names[:2], names[2:]):
+    world, goal = islands(seed, 90.0, records_bytes_max=1)  # and one record a message
+    world.until(lambda: is_one(world, goal), 60)
+
+
+@pytest.mark.parametrize("lag_s", [1.5, 4.0])
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_islands_become_one_over_links_on_which_a_page_of_records_takes_seconds(seed, lag_s, monkeypatch):
+    """It was asked for again meanwhile, and the second answer undid the first."""
+    world, goal = islands(seed, 90.0, records_bytes_max=8000)
+    send, delay, refused = world.send, world.delay, Counter(world.refused)
+
+    def slowly(sender, to, message, bulk=False):
+        world.delay = (lambda bulk=False: lag_s) if isinstance(message, Records) else delay
+        send(sender, to, message, bulk)
+        world.delay = delay
+
+    monkeypatch.setattr(world, "send", slowly)
+    world.until(lambda: is_one(world, goal), 30 + 12 * lag_s)
+    assert Counter(world.refused) == refused
+
+
+@pytest.mark.parametrize("liars", [1, BRANCHES_MAX + 1])
+def test_one_that_tells_of_a_fork_and_never_goes_on_keeps_no_islands_apart(liars):
+    """A forced record of its own, and the word that there are many more."""
+    world = swarm(1, peers=5 + liars, on_quorum_loss="continue", records_bytes_max=8000)
+    chain = alive(world)[0].core.chain
+    world.until(lambda: len({n.core.chain.head for n in alive(world)}) == 1 and chain.epoch > 3, 60)
+    names, common, head = list(world.nodes), chain.epoch, chain.head
+    few, many, false = names[:2], names[2:5], names[5:]
+    assert set(names) == set(chain.electorate_at(common))
+    for name in false:
+        world.nodes[name].crash()
+    for a, b in product(few, many):
         world.cut(a, b, 90.0)
         world.cut(b, a, 90.0)
-    world.until(lambda: world.now > min(world.cuts.values()), 100)
-    few, many = (max(world.nodes[n].core.chain.epoch for n in part) for part in (names[:2], names[2:]))
-    assert min(few, many) > 15
-    goal = max(few, many) + 2
-    world.until(lambda: all(n.core.chain.epoch >= goal for n in alive(world)), 60)
-    assert len({n.core.chain.head_at(goal) for n in alive(world)}) == 1
+
+    def lie() -> None:
+        for liar, node in product(false, alive(world)):
+            crypto = SimCrypto(liar)
+            member = Member(liar, 1, "a" * 32, "b" * 32)
+            body = Body(chain.genesis.run_id, common + 1, head, HEX, (member,), HEX, True)
+            signed = accept_message(head_of(body, crypto), 1)
+            record = Record(body, head_of(body, crypto), 1, ((liar, crypto.sign(signed)),))
+            if liar not in node.core.ctx.peers or not node.core.ctx.peers[liar].up:
+                node.feed(ev.PeerUp(liar))
+            status = Status(10**6, HEX, 10**6, "averaging", Stage.AWAY, 0, 0, ())
+            node.feed(ev.Received(liar, status))
+            if not world.now % 20 // 1:
+                node.feed(ev.Received(liar, Records(common, (record,))))
+        world.later(1.0, None, lie)
+
+    world.until(lambda: world.now > min(world.cuts.values()) - 10, 100)
+    lie()
+    world.until(lambda: world.now > min(world.cuts.values()), 20)
+    goal = max(n.core.chain.epoch for n in alive(world)) + 2
+    world.until(lambda: is_one(world, goal), 60)
 
 
 @pytest.mark.parametrize("bytes_max", [1, 1 << 19])

@@ -17,6 +17,7 @@ from tapestry.node.protocol.chain import Body, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
+from tapestry.node.protocol.sync import BRANCHES_MAX
 
 if TYPE_CHECKING:
     from simulation.shell import Node
@@ -196,7 +197,8 @@ class Invariants:
             self._on_fork_left(node, *node.left)
             node.left = None
         limit, round_ = self.table_max, core.round
-        if len(core.ctx.peers) > limit or len(core.sync.asked_at) > limit:
+        sync = core.sync
+        if len(core.ctx.peers) > limit or len(sync.asked_at) > limit or len(sync.branches) > BRANCHES_MAX:
             self.fail(node, "G7: a table outgrew its limit")
         if round_ is None:
             return

@@ -83,12 +83,12 @@ def result_not_on_disk() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.PersistResult: Node.do_nothing})]
 
 
-@plant("the leader commits when it has voted itself", 0)
+@plant("the leader commits when it has voted itself", 1)
 def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 1)
+@plant("a vote that comes twice counts twice", 8)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -105,7 +105,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 1)
+@plant("votes of who is no elector count", 8)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 56)
+@plant("a lower ballot is followed after a higher one was promised", 21)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 129)
+@plant("a new leader makes a new value, whatever was accepted", 29)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 1)
+@plant("a forced value overwrites the vote for an ordinary one", 7)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -163,7 +163,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 115)
+@plant("a member that lost its disk votes at once", 431)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -181,7 +181,7 @@ def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
 
-@plant("of two chains the lighter one wins", 23)
+@plant("of two chains the lighter one wins", 8)
 def fork_choice_reversed() -> list[Patch]:
     better = sync_module.better
     reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
@@ -217,7 +217,7 @@ def forces_though_told_to_wait() -> list[Patch]:
     return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
 
 
-@plant("nobody's weight is capped, and nobody minds", 1)
+@plant("nobody's weight is capped, and nobody minds", 2)
 def weight_cap_ignored() -> list[Patch]:
     def all_is_well(weights: Any, max_influence: float) -> bool:
         return False
@@ -232,7 +232,7 @@ def weight_cap_ignored() -> list[Patch]:
 # --- shards -----------------------------------------------------------------------------------------
 
 
-@plant("a shard of an older contribution is taken for the newer one's", 12)
+@plant("a shard of an older contribution is taken for the newer one's", 2)
 def stale_contribution_accepted() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -266,7 +266,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 1)
+@plant("results of other members are kept for the next roster", 2)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -335,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 1)
+@plant("a leader that says nothing is waited for", 6)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

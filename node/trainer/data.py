@@ -14,12 +14,14 @@ starts anything. Must not import torch: the node process may use this module too
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
 import sysconfig
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ CACHE_VERSION = 1
 READ_BYTES = 1 << 20
 FILES_MAX = 1_000_000
 JSONL_LINE_BYTES_MAX = 64 << 20
+LEFT_AFTER_S = 86_400.0  # Guess: what has not grown for so long, nobody is building
 HELD_OUT_DIVISOR = 50  # the last 2 %
 
 _SUFFIX_WORDS = """
@@ -97,9 +100,10 @@ def load_corpus(sources: Sequence[str], cache_dir: Path, sequence_length: int) -
     count = _cached_count(bin_path, manifest_path)
     if count is None:
         try:
-            count = _build_cache(files, key, bin_path, manifest_path)
+            count = _build_cache(files, key, _sources_key(sources), bin_path, manifest_path)
         except OSError as error:
             raise DataError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
+        _remove_superseded(manifest_path, _sources_key(sources))
     needed = 2 * (sequence_length + 1)
     if count < needed:
         raise DataError(
@@ -241,6 +245,13 @@ def _cache_key(files: Sequence[SourceFile]) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def _sources_key(sources: Sequence[str]) -> str:
+    text = json.dumps(
+        [source if _STDLIB.fullmatch(source) else os.path.abspath(source) for source in sources]
+    )
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
 def _cached_count(bin_path: Path, manifest_path: Path) -> int | None:
     """How many tokens the cache holds; None where there is none or it does not fit its manifest."""
     try:
@@ -252,7 +263,9 @@ def _cached_count(bin_path: Path, manifest_path: Path) -> int | None:
     return count if complete else None
 
 
-def _build_cache(files: Sequence[SourceFile], key: str, bin_path: Path, manifest_path: Path) -> int:
+def _build_cache(
+    files: Sequence[SourceFile], key: str, sources_key: str, bin_path: Path, manifest_path: Path
+) -> int:
     """The manifest is renamed into place last, so what it describes is always there and complete."""
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex  # two nodes may share a cache folder and build it at the same time
@@ -263,7 +276,8 @@ def _build_cache(files: Sequence[SourceFile], key: str, bin_path: Path, manifest
             count = sum(_write_tokens(file, out) for file in files)
             _flush_to_disk(out)
         with open(temporary_manifest, "wb") as out:
-            out.write(json.dumps({"version": CACHE_VERSION, "key": key, "tokens": count}).encode())
+            manifest = {"version": CACHE_VERSION, "key": key, "sources": sources_key, "tokens": count}
+            out.write(json.dumps(manifest).encode())
             _flush_to_disk(out)
         os.replace(temporary, bin_path)
         os.replace(temporary_manifest, manifest_path)
@@ -271,6 +285,25 @@ def _build_cache(files: Sequence[SourceFile], key: str, bin_path: Path, manifest
         temporary.unlink(missing_ok=True)
         temporary_manifest.unlink(missing_ok=True)
     return count
+
+
+def _remove_superseded(newest: Path, sources_key: str) -> None:
+    """Caches of the same sources as they were before: a corpus that grows every day would fill the disk.
+
+    Who has one mapped keeps it until it closes it. What a killed builder left goes too.
+    """
+    for manifest_path in newest.parent.glob("tokens-*.manifest"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if (
+                manifest_path != newest
+                and json.loads(manifest_path.read_text()).get("sources") == sources_key
+            ):
+                manifest_path.unlink()
+                manifest_path.with_suffix(".bin").unlink()
+    for left in newest.parent.glob(".tokens-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                left.unlink()
 
 
 def _flush_to_disk(out: BinaryIO) -> None:

@@ -99,6 +99,25 @@ def test_the_cache_is_reused_until_a_file_changes(tmp_path: Path) -> None:
     assert bytes(load_corpus([str(source)], cache, T).tokens[:5].astype(np.uint8)) == b"other"
 
 
+def test_caches_of_the_same_sources_as_they_were_before_are_removed_and_no_others(tmp_path: Path) -> None:
+    data, other, cache = tmp_path / "data", tmp_path / "other.txt", tmp_path / "cache"
+    data.mkdir()
+    other.write_text("other text " * 20)
+    load_corpus([str(other)], cache, T)
+    dead, building = cache / ".tokens-ab.bin.1", cache / ".tokens-ab.bin.2"
+    dead.write_text("left by a killed builder")
+    os.utime(dead, (1000, 1000))
+    building.write_text("at work")
+    mapped = None
+    for number in range(4):
+        (data / f"{number}.txt").write_text("some text " * 20)
+        mapped = mapped or load_corpus([str(data)], cache, T)
+        load_corpus([str(data)], cache, T)
+    assert len(list(cache.glob("*.bin"))) == len(list(cache.glob("*.manifest"))) == 2
+    assert not dead.exists() and building.exists()
+    assert bytes(mapped.tokens[:4].astype(np.uint8)) == b"some"  # it was removed, and who has it reads on
+
+
 def test_a_file_touched_is_a_file_changed(tmp_path: Path) -> None:
     """Same path, same size, other text."""
     source = tmp_path / "a.txt"

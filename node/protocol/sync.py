@@ -191,8 +191,6 @@ class Sync:
         same = 0
         while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
             same += 1
-        if same == len(records):
-            return []  # all ours by now
         goes_on = self._goes_on(peer, records[-1].body.epoch)
         if better(ours[same:], records[same:]):
             self.branches.clear()  # they are of forks from a chain that is ours no more

@@ -156,16 +156,17 @@ def test_two_islands_that_meet_again_are_one_within_seconds(seed):
     assert took < 2 * STALL_S + 3 * EPOCH_S + 5.0
 
 
-def islands(seed: int, apart_s: float, **rules) -> tuple[World, int]:
+def islands(seed: int, apart_s: float, common: int = 1, **rules) -> tuple[World, int]:
     """Two of five and three were apart, and both went on. The goal is what both have to reach, as one."""
     world = swarm(seed, on_quorum_loss="continue", **rules)
+    all_at(world, common, 4.0 * common)
     names = list(world.nodes)
     for a, b in product(names[:2], names[2:]):
         world.cut(a, b, apart_s)
         world.cut(b, a, apart_s)
     world.until(lambda: world.now > min(world.cuts.values()), apart_s + 10)
     few, many = (max(world.nodes[n].core.chain.epoch for n in part) for part in (names[:2], names[2:]))
-    assert min(few, many) > apart_s / 6
+    assert min(few, many) > common + apart_s / 6
     return world, max(few, many) + 2
 
 
@@ -179,6 +180,13 @@ def test_islands_that_were_apart_for_longer_than_a_fork_may_be_are_one_again(see
     """Both sides have made about as many records: that many more are looked at."""
     monkeypatch.setattr(sync_module, "BRANCH_RECORDS_MAX", 5)
     world, goal = islands(seed, 90.0, records_bytes_max=1)  # and one record a message
+    world.until(lambda: is_one(world, goal), 60)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_islands_become_one_though_the_first_page_that_comes_holds_only_what_both_have(seed):
+    """A locator leaves out more and more the further back it goes (seed 1618)."""
+    world, goal = islands(seed, 60.0, common=40, records_bytes_max=1)
     world.until(lambda: is_one(world, goal), 60)
 
 

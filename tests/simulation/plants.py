@@ -83,12 +83,12 @@ def result_not_on_disk() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.PersistResult: Node.do_nothing})]
 
 
-@plant("the leader commits when it has voted itself", 1)
+@plant("the leader commits when it has voted itself", 0)
 def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 8)
+@plant("a vote that comes twice counts twice", 0)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -105,7 +105,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 8)
+@plant("votes of who is no elector count", 2)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -125,7 +125,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 27)
+@plant("a ballot is led again after a restart", 2)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -147,7 +147,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 7)
+@plant("a forced value overwrites the vote for an ordinary one", 2)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -163,7 +163,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 431)
+@plant("a member that lost its disk votes at once", 332)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -232,7 +232,7 @@ def weight_cap_ignored() -> list[Patch]:
 # --- shards -----------------------------------------------------------------------------------------
 
 
-@plant("a shard of an older contribution is taken for the newer one's", 2)
+@plant("a shard of an older contribution is taken for the newer one's", 12)
 def stale_contribution_accepted() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -266,7 +266,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 2)
+@plant("results of other members are kept for the next roster", 3)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 

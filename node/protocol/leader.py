@@ -298,8 +298,15 @@ class Leader:
                 continue
             if state.accepted_at is None:
                 state.accepted_at = now
-            late = [p for p in state.addressees() if p not in votes and self.ctx.heard(p, now)]
-            safe = sum(m.peer in votes for m in body.members) >= quorum(len(body.members))
+            members = [m.peer for m in body.members]
+            safe = sum(p in votes for p in members) >= quorum(len(members))
+            # Whom we have not told of a value that we had accepted before we restarted will ask for it.
+            asked = (
+                state.addressees()
+                if safe
+                else {**dict.fromkeys(state.addressees()), **dict.fromkeys(members)}
+            )
+            late = [p for p in asked if p not in votes and self.ctx.heard(p, now)]
             grace_s = self.ctx.rules.commit_grace_s if safe else self.ctx.rules.stall_s
             if late and now < state.accepted_at + grace_s:
                 return

@@ -241,7 +241,7 @@ class Swarm:
         assert self._dht is None or self._run_id == run_id, "a swarm is of one run"
         reached = await self._reach(peers, timeout_s)
         if self._dht is not None:
-            return len(await self.meet(reached, timeout_s=timeout_s))
+            return await self.meet(reached, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 self._dht = await _create_dht_node(self._p2p, run_id, self._on_refused)
@@ -250,25 +250,22 @@ class Swarm:
         self._run_id = run_id
         answered = await self.meet(reached, timeout_s=timeout_s)
         await self._make_known(timeout_s)
-        return len(answered)
+        return answered
 
-    async def meet(self, peer_ids: Iterable[str], *, timeout_s: float = 10.0) -> list[str]:
-        """Exchange contacts with the DHT nodes of these peers; who of them answered.
+    async def meet(self, peer_ids: Iterable[str], *, timeout_s: float = 10.0) -> int:
+        """Exchange contacts with the DHT nodes of these peers; how many answered.
 
         This is how two DHTs of one run become one: peers that meet in any other way should `meet` here too.
         """
         dht = self._require_dht()
-        pings = {
-            peer_id: asyncio.create_task(dht.protocol.call_ping(PeerID.from_base58(peer_id)))
-            for peer_id in peer_ids
-            if peer_id != self.peer_id
-        }
+        others = [PeerID.from_base58(peer_id) for peer_id in peer_ids if peer_id != self.peer_id]
+        pings = [asyncio.create_task(dht.protocol.call_ping(other)) for other in others]
         try:
             if pings:
-                await asyncio.wait(pings.values(), timeout=timeout_s)
-            return [p for p, ping in pings.items() if ping.done() and ping.result() is not None]
+                await asyncio.wait(pings, timeout=timeout_s)
+            return sum(ping.done() and ping.result() is not None for ping in pings)
         finally:
-            for ping in pings.values():
+            for ping in pings:
                 ping.cancel()
 
     async def _make_known(self, timeout_s: float) -> None:

@@ -350,19 +350,15 @@ class Links:
     def _set_down(self, link: _Peer) -> None:
         if link.up:
             link.up = False
-            link.seen_at = (
-                asyncio.get_running_loop().time()
-            )  # however long ago it was last heard of elsewhere
+            link.seen_at = asyncio.get_running_loop().time()  # till now it was there
             self._listener.on_down(link.peer)
 
     def _break(self, link: _Peer, why: str) -> None:
         """End the link, now: what waits in its queues is lost, as on the way."""
-        link.up = False
-        link.seen_at = asyncio.get_running_loop().time()
         link.why_broken = why
         link.broken.set()
         self._listener.on_refused(link.peer, "slow", why)
-        self._listener.on_down(link.peer)
+        self._set_down(link)
 
     async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         while True:

@@ -334,16 +334,14 @@ def with_ports(asked: tuple[str, ...], bound: tuple[str, ...]) -> tuple[str, ...
 
     Only the port: 0.0.0.0 is every interface of the moment, not those of when `bound` was said.
     """
-    ports: dict[tuple[str, str, str], str] = {}
-    for address in bound:
-        match = _PORT.match(address)
-        if match is not None:
-            ports.setdefault((match["ip"], match["transport"], match["rest"]), match["port"])
+    ports: dict[tuple[str, ...], str] = {}
+    for match in filter(None, map(_PORT.match, bound)):
+        ports.setdefault(match.group("ip", "transport", "rest"), match["port"])
     taken = []
     for address in asked:
         match = _PORT.match(address)
-        port = ports.get((match["ip"], match["transport"], match["rest"])) if match is not None else None
-        if match is not None and match["port"] == "0" and port is not None:
+        if match is not None and match["port"] == "0":
+            port = ports.get(match.group("ip", "transport", "rest"), "0")
             address = f"/{match['ip']}/{match['host']}/{match['transport']}/{port}{match['rest']}"
         taken.append(parse_listen(address))
     return tuple(taken)

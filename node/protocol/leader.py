@@ -301,12 +301,8 @@ class Leader:
             members = [m.peer for m in body.members]
             safe = sum(p in votes for p in members) >= quorum(len(members))
             # Whom we have not told of a value that we had accepted before we restarted will ask for it.
-            asked = (
-                state.addressees()
-                if safe
-                else {**dict.fromkeys(state.addressees()), **dict.fromkeys(members)}
-            )
-            late = [p for p in asked if p not in votes and self.ctx.heard(p, now)]
+            asked = state.addressees() if safe else [*state.addressees(), *members]
+            late = any(p not in votes and self.ctx.heard(p, now) for p in asked)
             grace_s = self.ctx.rules.commit_grace_s if safe else self.ctx.rules.stall_s
             if late and now < state.accepted_at + grace_s:
                 return

@@ -99,11 +99,12 @@ def load_corpus(sources: Sequence[str], cache_dir: Path, sequence_length: int) -
     bin_path, manifest_path = cache_dir / f"tokens-{key}.bin", cache_dir / f"tokens-{key}.manifest"
     count = _cached_count(bin_path, manifest_path)
     if count is None:
+        sources_key = _sources_key(sources)
         try:
-            count = _build_cache(files, key, _sources_key(sources), bin_path, manifest_path)
+            count = _build_cache(files, key, sources_key, bin_path, manifest_path)
         except OSError as error:
             raise DataError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
-        _remove_superseded(manifest_path, _sources_key(sources))
+        _remove_superseded(manifest_path, sources_key)
     needed = 2 * (sequence_length + 1)
     if count < needed:
         raise DataError(
@@ -241,15 +242,16 @@ def _raise(error: OSError) -> None:
 
 def _cache_key(files: Sequence[SourceFile]) -> str:
     identity = [[file.path, file.size_bytes, file.modified_ns, file.field] for file in files]
-    text = json.dumps({"version": CACHE_VERSION, "tokenizer": "byte", "files": identity})
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return _digest({"version": CACHE_VERSION, "tokenizer": "byte", "files": identity})
 
 
 def _sources_key(sources: Sequence[str]) -> str:
-    text = json.dumps(
-        [source if _STDLIB.fullmatch(source) else os.path.abspath(source) for source in sources]
-    )
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return _digest([one if _STDLIB.fullmatch(one) else os.path.abspath(one) for one in sources])
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def _cached_count(bin_path: Path, manifest_path: Path) -> int | None:
@@ -292,12 +294,9 @@ def _remove_superseded(newest: Path, sources_key: str) -> None:
 
     Who has one mapped keeps it until it closes it. What a killed builder left goes too.
     """
-    for manifest_path in newest.parent.glob("tokens-*.manifest"):
+    for manifest_path in set(newest.parent.glob("tokens-*.manifest")) - {newest}:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if (
-                manifest_path != newest
-                and json.loads(manifest_path.read_text()).get("sources") == sources_key
-            ):
+            if json.loads(manifest_path.read_text()).get("sources") == sources_key:
                 manifest_path.unlink()
                 manifest_path.with_suffix(".bin").unlink()
     for left in newest.parent.glob(".tokens-*"):

@@ -316,3 +316,8 @@ def _require_transport(text: str, parts: Parts, form: str) -> None:
         raise AddressError(f"'{text}' has no port: expected e.g. {form}")
     if names[1] == "udp" and (len(names) < 3 or names[2] not in ("quic-v1", "quic")):
         raise AddressError(f"'{text}' is bare UDP: write /udp/<port>/quic-v1")
+
+
+def short(peer_id: str) -> str:
+    """A peer id as log lines show it: its last letters, which differ."""
+    return peer_id[-8:]

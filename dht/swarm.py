@@ -14,57 +14,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import glob
-import ipaddress
 import logging
 import math
 import os
 import shutil
-import socket
-import sys
-import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import base58
-import msgpack
 import multiaddr
 from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, read_pbmsg_safe, write_pbmsg
+from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
-from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr as HivemindMultiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from tapestry.dht.addresses import PeerAddress, full_addresses
+from tapestry.dht.addresses import PeerAddress, full_addresses, short
+from tapestry.dht.directory import create_dht_node, presence_key
 from tapestry.dht.identity import Identity, verify
-from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, PresenceError, decode
+from tapestry.dht.p2pd import (
+    STOP_TIMEOUT_S,
+    SwarmConfig,
+    SwarmError,
+    launch_p2pd,
+    make_socket_folder,
+    quiet_hivemind,
+    require_free,
+)
+from tapestry.dht.presence import Presence, PresenceError, decode
 
 _log = logging.getLogger("tapestry.swarm")
-_p2pd_log = logging.getLogger("tapestry.p2pd")
 
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 # Each open stream may hold twice as much. Measured on loopback, 2 cores: 420-530 MB/s under uvloop for 64 kB,
 # 256 kB, 1 MB and 4 MB alike; asyncio's own loop loses up to a quarter at its default of 64 kB.
 STREAM_BUFFER_BYTES = 1 << 18
-# A DHT answer breaks above 4 MiB (hivemind, control.py); so many records of the largest size are half of it.
-PEERS_MAX = 1024
 # p2pd answers its own control socket in milliseconds; this is for a machine that swaps.
 _CONTROL_TIMEOUT_S = 10.0
-_STOP_TIMEOUT_S = 3.0
 _CHILD_END_S = 1.0
-_CLOCK_WARNING_S = 600.0  # between two warnings. Guess
-
-
-class SwarmError(Exception):
-    """The swarm cannot do what was asked; the message is one line that says why."""
 
 
 class Unreachable(SwarmError):
@@ -73,21 +62,6 @@ class Unreachable(SwarmError):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmConfig:
-    """How this node takes part. Addresses are what `addresses.parse_listen` and `parse_announce` return."""
-
-    identity_path: str | os.PathLike[str]  # made by Identity.load_or_create
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    announce: tuple[str, ...] = ()  # () = what p2pd finds out by itself
-    # hivemind's 15 s is too short on slow machines, the commonest complaint of its users.
-    startup_timeout_s: float = 60.0
-    use_relay: bool = True  # reach peers behind NAT through relays
-    use_auto_relay: bool = False  # be reached through relays
-    nat_port_map: bool = True
-    streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
 
 
 class Swarm:
@@ -115,14 +89,14 @@ class Swarm:
         Raises IdentityError; SwarmError when an address cannot be listened on or p2pd does not start. A
         cancelled or failed start leaves no process and no file.
         """
-        _quiet_hivemind()
+        quiet_hivemind()
         Identity.load(config.identity_path)  # where there is no file, hivemind would write an RSA key
         for address in config.listen:
-            _require_free(address)
+            require_free(address)
         async with contextlib.AsyncExitStack() as cleanup:
-            folder = _make_socket_folder()
+            folder = make_socket_folder()
             cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-            p2p = await _launch_p2pd(config, folder, cleanup)
+            p2p = await launch_p2pd(config, folder, cleanup)
             swarm = cls(p2p, folder, config, on_refused)
             server = await asyncio.start_unix_server(
                 swarm._on_inbound, path=swarm._streams_path, limit=STREAM_BUFFER_BYTES
@@ -224,9 +198,9 @@ class Swarm:
             async with asyncio.timeout(timeout_s):
                 _, reader, writer = await self._exchange(request)
         except TimeoutError:
-            raise Unreachable("timeout", f"peer {_short(peer_id)}: no answer in {timeout_s:g} s") from None
+            raise Unreachable("timeout", f"peer {short(peer_id)}: no answer in {timeout_s:g} s") from None
         except _Refused as error:
-            raise _unreachable(f"peer {_short(peer_id)}", str(error), timeout_s) from None
+            raise _unreachable(f"peer {short(peer_id)}", str(error), timeout_s) from None
         return reader, writer
 
     async def join_dht(
@@ -244,7 +218,7 @@ class Swarm:
             return await self.meet(reached, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                self._dht = await _create_dht_node(self._p2p, run_id, self._on_refused)
+                self._dht = await create_dht_node(self._p2p, run_id, self._on_refused)
         except TimeoutError:
             raise SwarmError(f"the DHT did not start in {timeout_s:g} s") from None
         self._run_id = run_id
@@ -329,7 +303,7 @@ class Swarm:
             if failure is None:
                 reached[peer.peer_id] = None
             elif isinstance(failure, Unreachable):
-                _log.warning("dht entry failed peer=%s error=%s", _short(peer.peer_id), failure)
+                _log.warning("dht entry failed peer=%s error=%s", short(peer.peer_id), failure)
             else:
                 raise failure
         return list(reached)
@@ -345,7 +319,7 @@ class Swarm:
             )
         )
         if not request.connect.addrs:
-            raise Unreachable("unroutable", f"peer {_short(peer_id)} gives no address that can be dialled")
+            raise Unreachable("unroutable", f"peer {short(peer_id)} gives no address that can be dialled")
         try:
             await self._ask(request, timeout_s)
         except TimeoutError:
@@ -417,235 +391,16 @@ class Swarm:
         try:
             await self._handlers[info.proto](peer_id, reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            _log.debug("stream broke proto=%s peer=%s error=%r", info.proto, _short(peer_id), error)
+            _log.debug("stream broke proto=%s peer=%s error=%r", info.proto, short(peer_id), error)
         except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
-            _log.exception("stream handler failed proto=%s peer=%s", info.proto, _short(peer_id))
+            _log.exception("stream handler failed proto=%s peer=%s", info.proto, short(peer_id))
 
     async def _end_inbound(self) -> None:
         tasks = list(self._inbound)
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S)
-
-
-def presence_key(run_id: str) -> str:
-    """The DHT key under which the members of a run keep their presence, one subkey per peer id."""
-    return f"tapestry/{run_id}/presence"
-
-
-class PresenceValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind is untyped
-    """Lets into our DHT storage, and out of answers, only genuine presence records of our run.
-
-    hivemind asks it for every record that a peer stores here and for every record in a peer's answer. It
-    covers the presence key whole: a plain value, which hivemind would let replace all records at once, is
-    refused, and so is a record under another peer's name or with another lifetime than its signed one.
-
-    Every other key is refused as foreign. Keys arrive hashed, so a presence of another run cannot be told
-    from rubbish, and whoever may store under any key can fill our memory. The price: runs must not share one
-    DHT (a stock `hivemind-dht` may serve as entry to one run, not to several).
-
-    hivemind refuses a peer's whole answer for one bad record in it. So times are judged with twice the usual
-    tolerance: a record that an honest peer, whose clock is off, has accepted must not make us deaf to it.
-    """
-
-    def __init__(
-        self, run_id: str, on_refused: Callable[[str], None], clock: Callable[[], float] = time.time
-    ) -> None:
-        self._run_id = run_id
-        self._key = DHTID.generate(source=presence_key(run_id)).to_bytes()
-        self._on_refused = on_refused
-        self._clock = clock
-        # Each reading brings the same records from several nodes: check a signature once.
-        self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)
-        self._expiry_by_peer: dict[str, float] = {}
-        self._warned_at = -math.inf
-
-    def validate(self, record: DHTRecord) -> bool:
-        try:
-            self._check(record)
-        except PresenceError as error:
-            _log.debug("presence refused reason=%s error=%s", error.reason, error)
-            self._on_refused(error.reason)
-            if error.reason == "future":
-                self._warn_of_clocks(str(error))
-            return False
-        return True
-
-    def _warn_of_clocks(self, why: str) -> None:
-        """Of two peers whose clocks differ, one is told so: the one whose clock is behind."""
-        now = self._clock()
-        if abs(now - self._warned_at) >= _CLOCK_WARNING_S:
-            self._warned_at = now
-            _log.warning("clock=differs %s: set this machine's clock, or have that peer's set", why)
-
-    def _check(self, record: DHTRecord) -> None:
-        if record.key != self._key:
-            raise PresenceError("foreign", "a record under a key that is not this run's presence")
-        now = self._clock()
-        presence = decode(
-            _unwrap(record.value), self._verify, run_id=self._run_id, now=now, clock_skew_s=2 * CLOCK_SKEW_S
-        )
-        # hivemind serialises a subkey with msgpack; that of a plain value is msgpack's nil.
-        if record.subkey != msgpack.packb(presence.peer_id):
-            raise PresenceError("forged", f"peer {_short(presence.peer_id)}'s record under another subkey")
-        if record.expiration_time != presence.expires_at:
-            raise PresenceError("forged", f"peer {_short(presence.peer_id)}'s record with another expiry")
-        self._admit(presence, now)
-
-    def _admit(self, presence: Presence, now: float) -> None:
-        """Anyone can make peer ids: bound how many are kept at a time."""
-        known = self._expiry_by_peer
-        if presence.peer_id not in known and len(known) >= PEERS_MAX:
-            known = {peer_id: expiry for peer_id, expiry in known.items() if expiry > now}
-            self._expiry_by_peer = known
-            if len(known) >= PEERS_MAX:
-                raise PresenceError("oversized", f"there are {PEERS_MAX} peers already")
-        known[presence.peer_id] = presence.expires_at
-
-
-def _unwrap(value: bytes) -> bytes:
-    """The bytes in the msgpack in which hivemind wraps every value."""
-    if len(value) > RECORD_BYTES_MAX + 3:  # msgpack's longest header of so few bytes
-        raise PresenceError("oversized", f"a value of {len(value)} bytes, the limit is {RECORD_BYTES_MAX}")
-    try:
-        record = msgpack.unpackb(value)
-    except ValueError as error:
-        raise PresenceError("malformed", "the value is not msgpack") from error
-    if not isinstance(record, bytes) or msgpack.packb(record) != value:
-        raise PresenceError("malformed", "the value is not a record in bytes")
-    return record
-
-
-async def _create_dht_node(p2p: P2P, run_id: str, on_refused: Callable[[str], None]) -> DHTNode:
-    return await DHTNode.create(
-        p2p=p2p,
-        # The same after a restart: the peer takes the place of its own stale contact.
-        node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
-        record_validator=PresenceValidator(run_id, on_refused),
-        # A presence lives a minute or two; a cached one only delays the news of the next.
-        cache_locally=False,
-        cache_nearest=0,
-        cache_on_store=False,
-        cache_refresh_before_expiry=0,
-        # hivemind doubles the ban of a peer with every failure, without end: after a day's partition it would
-        # not be asked for another day.
-        backoff_rate=1.0,
-    )
-
-
-class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
-    """hivemind's P2P, with a daemon that cannot outlive us and does not write on the user's screen."""
-
-    @staticmethod
-    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-        daemon_args = P2P._make_process_args(*args, **kwargs)
-        return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
-
-    async def _read_outputs(self, ready: asyncio.Future[None]) -> None:
-        """As in hivemind, but a line longer than the buffer does not end the reading, and so block p2pd."""
-        last_line = "no output"
-        while line := await _read_line(self._child.stdout):
-            last_line = line.decode(errors="replace").rstrip()
-            _p2pd_log.debug("%s", last_line)
-            if last_line.startswith("Peer ID:") and not ready.done():
-                ready.set_result(None)
-        if not ready.done():
-            ready.set_exception(P2PDaemonError(last_line))
-
-
-# Run by a Python that then becomes p2pd. It asks the kernel to kill p2pd when our thread ends (1 is
-# PR_SET_PDEATHSIG), gives up if we are gone already, and takes p2pd out of the terminal's process group: a
-# Ctrl-C is for the node, which still needs p2pd to take its leave.
-_BOUND_TO_PARENT = """
-import ctypes, os, signal, sys
-if ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL)) != 0 or os.getppid() != int(sys.argv[1]):
-    sys.exit("cannot bind p2pd to its parent")
-os.setsid()
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    try:
-        return await stream.readline()
-    except ValueError:  # longer than the buffer; readline has dropped what it had
-        return b"(a line too long to show)\n"
-
-
-def _quiet_hivemind() -> None:
-    """hivemind logs to the screen by a handler of its own, and renames a level for the whole process."""
-    use_hivemind_log_handler("nowhere")
-    logging.getLogger("hivemind").setLevel(logging.ERROR)
-    logging.addLevelName(logging.WARNING, "WARNING")
-    logging.getLogger("multiaddr").setLevel(logging.INFO)  # py-multiaddr: a dozen debug lines per address
-
-
-def _require_free(address: str) -> None:
-    """p2pd shares a port that is taken (SO_REUSEPORT), and each of the two loses peers to the other."""
-    values = {protocol.name: value for protocol, value in multiaddr.Multiaddr(address).items()}
-    ip = ipaddress.ip_address(values.get("ip4") or values["ip6"])
-    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    kind = socket.SOCK_STREAM if "tcp" in values else socket.SOCK_DGRAM
-    port = int(values.get("tcp") or values["udp"])
-    with socket.socket(family, kind) as probe:
-        if kind == socket.SOCK_STREAM:  # only then connections that linger from before do not count
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((str(ip), port))
-        except OSError as error:
-            raise SwarmError(f"cannot listen on {address}: {error.strerror}") from error
-
-
-def _make_socket_folder() -> str:
-    """A folder that only this user can enter, for the sockets between us and p2pd.
-
-    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. Named after our process, so that
-    what a killed one left is swept up by the next.
-    """
-    for left in glob.glob("/tmp/tapestry-*-*"):
-        pid = left.split("-")[1]
-        with contextlib.suppress(FileNotFoundError):  # another node sweeps too
-            if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
-                shutil.rmtree(left, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
-
-
-async def _launch_p2pd(config: SwarmConfig, folder: str, cleanup: contextlib.AsyncExitStack) -> P2P:
-    class Launched(_P2pd):
-        _UNIX_SOCKET_PREFIX = f"/unix{folder}/"
-
-        def __init__(self) -> None:  # create() keeps to itself a daemon whose start then fails
-            super().__init__()
-            cleanup.push_async_callback(_stop_p2pd, self)
-
-    try:
-        return await Launched.create(
-            identity_path=os.fspath(config.identity_path),
-            host_maddrs=config.listen,
-            announce_maddrs=config.announce or None,
-            startup_timeout=config.startup_timeout_s,
-            use_relay=config.use_relay,
-            use_auto_relay=config.use_auto_relay,
-            nat_port_map=config.nat_port_map,
-            check_if_identity_free=False,
-        )
-    except P2PDaemonError as error:
-        raise SwarmError(f"p2pd did not start: {error}") from error
-
-
-async def _stop_p2pd(p2p: P2P) -> None:
-    try:
-        async with asyncio.timeout(_STOP_TIMEOUT_S):
-            await p2p.shutdown()
-    except TimeoutError:
-        p2p._child.kill()
-        await p2p._child.wait()
-    if p2p._client is not None:  # its tasks were cancelled, or broke when p2pd died: nobody else awaits them
-        control = p2p._client.control
-        await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
 
 
 class _Refused(Exception):
@@ -704,7 +459,3 @@ def _unreachable(where: str, message: str, timeout_s: float) -> Unreachable:
     if reason == "timeout":
         text += f" in {timeout_s:g} s"
     return Unreachable(reason, f"{where}: {text}")
-
-
-def _short(peer_id: str) -> str:
-    return peer_id[-8:]

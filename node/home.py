@@ -10,7 +10,6 @@ without exec while it is held.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
@@ -222,36 +222,6 @@ class NodeState:
     liveness: Liveness
     pid: int | None  # of the live process: STARTING and RUNNING
     info: NodeInfo | None  # RUNNING, and the dead node's in STALE
-
-
-def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by a file with `data`, or leave it as it was and raise OSError (a full disk, say).
-
-    Temporary file, fsync, rename, fsync of the folder. One writer per path at a time: the temporary name
-    is fixed, so that writers which were killed leave one file behind, not many.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _user_data_directory() -> Path:

@@ -70,23 +70,24 @@ class TapestryPeer:
         from tapestry.compression.payloads import PayloadLayout
         from tapestry.dht.addresses import parse_listen, parse_peer
         from tapestry.dht.identity import Identity
-        from tapestry.dht.swarm import Swarm, SwarmConfig
-        from tapestry.node.averaging import Averaging
-        from tapestry.node.crypto import NodeCrypto
-        from tapestry.node.daemon import GENESIS_PROTOCOL, _link_limits, _rules
+        from tapestry.dht.p2pd import SwarmConfig
+        from tapestry.dht.swarm import Swarm
+        from tapestry.node.daemon.averaging import Averaging
+        from tapestry.node.daemon.keeper import Keeper, found_run
+        from tapestry.node.daemon.life import GENESIS_PROTOCOL, _link_limits, _rules
+        from tapestry.node.daemon.runtime import Runtime
+        from tapestry.node.disk.store import Store
         from tapestry.node.home import Home
-        from tapestry.node.join import state_protocol
-        from tapestry.node.keeper import Keeper, found_run
-        from tapestry.node.known_peers import KnownPeers
-        from tapestry.node.logs import LiveLine
-        from tapestry.node.metrics import Metrics
-        from tapestry.node.network import Network
+        from tapestry.node.lineage.crypto import NodeCrypto
+        from tapestry.node.net.join import state_protocol
+        from tapestry.node.net.known_peers import KnownPeers
+        from tapestry.node.net.network import Network
+        from tapestry.node.net.vocabulary import Reader
         from tapestry.node.protocol.core import Core
-        from tapestry.node.runspec import RunSpec, preset_spec
-        from tapestry.node.runtime import Runtime
+        from tapestry.node.spec.run import RunSpec, preset_spec
         from tapestry.node.state.model import Arithmetic, ModelState
-        from tapestry.node.state.store import Store
-        from tapestry.node.vocabulary import Reader
+        from tapestry.node.surface.logs import LiveLine
+        from tapestry.node.surface.metrics import Metrics
 
         peer, times, applied = self, self.times, self.applied
 
@@ -233,7 +234,7 @@ class TapestryPeer:
 
 def _join_run(founded: Path, spec: Any, state: Any, home: Any, store: Any) -> Any:
     """What the home then holds. The state that a run begins with is known here, and so not fetched."""
-    from tapestry.node.state.checkpoints import Checkpoints
+    from tapestry.node.disk.checkpoints import Checkpoints
 
     home.genesis.write_text(_text_of(founded))
     loaded = store.load()

@@ -266,7 +266,7 @@ def divergence(paths: list[str]) -> float:
 
 
 def default_shard() -> int:
-    from tapestry.node.runspec import CompressionSpec
+    from tapestry.node.spec.run import CompressionSpec
 
     return CompressionSpec().shard_elements
 

@@ -42,7 +42,7 @@ from _bench import machine, table, write_json
 from tapestry.compression.blocks import PIECE
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.reduce import reduce_shard
-from tapestry.node.runspec import AdamWSpec, NesterovSpec
+from tapestry.node.spec.run import AdamWSpec, NesterovSpec
 from tapestry.node.state.outer import make_outer
 
 MEMBERS = 4
@@ -249,9 +249,9 @@ def heavy(n: int) -> Tensor:
 
 def pseudo_gradient() -> Tensor:
     """Base minus local parameters of preset tiny, after some inner steps."""
-    from tapestry.node.trainer.data import load_corpus
-    from tapestry.node.trainer.model import build_model, model_layout
-    from tapestry.node.trainer.settings import PRESETS
+    from tapestry.node.spec.training import PRESETS
+    from tapestry.node.trainer.data.corpus import load_corpus
+    from tapestry.node.trainer.models.llama import build_model, model_layout
 
     settings = PRESETS["tiny"].model
     torch.manual_seed(3)

@@ -29,7 +29,7 @@ from _bench import machine, table
 
 from tapestry.compression.codecs import codec_names, get_codec
 from tapestry.compression.payloads import PayloadLayout
-from tapestry.node.averaging import Averaging
+from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.trainer.encoder import Encoder
 from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer, vector_size
 

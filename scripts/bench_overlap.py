@@ -52,18 +52,18 @@ from _netns import Net, parse_link
 from e2e.harness import Node
 
 from tapestry.dht.identity import Identity
-from tapestry.node.crypto import NodeCrypto
+from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
-from tapestry.node.runspec import RunSpec, preset_spec, training_settings
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.spec.run import RunSpec, preset_spec, training_settings
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
-from tapestry.node.state.store import Store
-from tapestry.node.trainer.data import Corpus, load_corpus
+from tapestry.node.trainer.data.corpus import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
 from tapestry.node.trainer.messages import Progress, Validation
-from tapestry.node.trainer.model import build_model, initial_state, model_layout
+from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 from tapestry.node.trainer.process import TrainerProcess
-from tapestry.node.trainer.settings import WorkerSettings
 
 START_S = 300.0  # imports, tokens, joining
 FIRST_EPOCH = 2  # from when on figures are taken

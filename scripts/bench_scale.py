@@ -38,12 +38,12 @@ from simulation.faults import Faults
 from simulation.world import Node as SimNode
 from simulation.world import World
 
+from tapestry.node.net.vocabulary import encode_message
+from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol import chain
 from tapestry.node.protocol.chain import MEMBERS_MAX
 from tapestry.node.protocol.context import PeerView, Rules
 from tapestry.node.protocol.messages import Message, Status
-from tapestry.node.vocabulary import encode_message
-from tapestry.node.wire import FRAME
 
 REAL = (2, 4, 8, 16, 32)
 SIMULATED = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)

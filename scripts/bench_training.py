@@ -51,11 +51,11 @@ from torch import Tensor, nn
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import reduce_shard
-from tapestry.node.runspec import RunSpec, preset_spec, training_settings
+from tapestry.node.spec.run import RunSpec, preset_spec, training_settings
 from tapestry.node.state.outer import f32, make_outer
-from tapestry.node.trainer.data import Corpus, load_corpus
+from tapestry.node.trainer.data.corpus import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
-from tapestry.node.trainer.model import build_model, initial_state, model_layout
+from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 from tapestry.node.trainer.worker import NICENESS
 
 HELD_OUT_TOKENS = 4096  # of each part
@@ -383,10 +383,10 @@ def commits(home: Path) -> list[tuple[float, int]]:
 def tapestry_curve(system: str, plan: Plan, spec: RunSpec, home: Path) -> Curve:
     """Replay the update log from the initial parameters: the state of every epoch, to the bit."""
     from tapestry.dht.identity import Identity
-    from tapestry.node.crypto import NodeCrypto
+    from tapestry.node.disk.store import Store
     from tapestry.node.home import Home
+    from tapestry.node.lineage.crypto import NodeCrypto
     from tapestry.node.state.model import Arithmetic, ModelState
-    from tapestry.node.state.store import Store
 
     store = Store(Home(home), NodeCrypto(Identity.load(Home(home).identity_key)))
     loaded = store.load()

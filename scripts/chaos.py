@@ -49,13 +49,13 @@ from _run import exit_by_signal, work_folder
 from e2e.harness import Node, init
 
 from tapestry.dht.identity import Identity
-from tapestry.node.crypto import NodeCrypto
+from tapestry.node.disk.checkpoints import Checkpoints, restore
+from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Chain
-from tapestry.node.runspec import RunSpec
-from tapestry.node.state.checkpoints import Checkpoints, restore
+from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import Arithmetic, ModelState
-from tapestry.node.state.store import Store
 
 POLL_S = 0.05
 START_S = 240.0  # for all at once, on a busy machine

@@ -39,8 +39,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tapestry.node.disk.files import unseal
 from tapestry.node.protocol.chain import body_from_dict, body_to_dict, canonical
-from tapestry.node.state.files import unseal
 
 NODES = 3
 SWEEP_S = 0.5  # between two looks at the nodes
@@ -733,7 +733,7 @@ def sample_fault(swarm: Swarm) -> list[str]:
         return [f"tapestry export ended with exit code {done.returncode}", *done.stderr.splitlines()]
     import torch
 
-    from tapestry.node.export import sample  # with torch and transformers 3 s to import
+    from tapestry.node.lineage.huggingface import sample  # with torch and transformers 3 s to import
 
     torch.set_num_threads(1)  # for one byte after another, more threads cost more than they bring
     prompt = "def "

@@ -24,8 +24,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from tapestry.node.disk.files import seal, unseal
 from tapestry.node.protocol.chain import Body, Member, body_to_dict, canonical
-from tapestry.node.state.files import seal, unseal
 
 TICK_S = 0.4
 RUN_ID = blake3(b"run").hexdigest()
@@ -160,9 +160,9 @@ class FakeNode:
 
 
 def _export(out: Path) -> None:
-    from tapestry.node.export import export_model
-    from tapestry.node.trainer.model import build_model, initial_state, model_layout
-    from tapestry.node.trainer.settings import PRESETS
+    from tapestry.node.lineage.huggingface import export_model
+    from tapestry.node.spec.training import PRESETS
+    from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 
     settings = PRESETS["nano"].model
     layout = model_layout(build_model(settings))

@@ -23,17 +23,13 @@ FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 FORBIDDEN_BUILTINS = ("eval", "exec", "compile", "__import__")
 FORBIDDEN_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load", "importlib.import_module")
 
-HIVEMIND_MODULES = ("tapestry.dht.swarm", "tapestry.node.links")
-WORKER_SIDE = (
-    "data",
-    "encoder",
-    "inner",
-    "messages",
-    "model",
-    "settings",
-    "shared",
-    "worker",
-)  # in node/trainer
+HIVEMIND_MODULES = (
+    "tapestry.dht.p2pd",
+    "tapestry.dht.swarm",
+    "tapestry.dht.directory",
+    "tapestry.node.net.links",
+)
+NODE_SIDE_OF_TRAINER = "tapestry.node.trainer.process"
 PURE_OF_DHT = ("tapestry.dht.presence",)
 
 
@@ -150,15 +146,15 @@ def nobody_uses_the_bare_folder_names(sources: Mapping[str, Source]) -> list[str
 
 def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     """What runs in the trainer's process: the trainer's own side and compression, nothing of the node."""
-    sides = [f"tapestry.node.trainer.{name}" for name in WORKER_SIDE]
-    allowed = ("tapestry.compression", "tapestry.node.imports", *sides)
+    allowed = ("tapestry.compression", "tapestry.node.spec.training", "tapestry.node.trainer")
     return [
         f"{source.name}:{line}: imports {name}"
-        for source in _below(sources, *sides)
+        for source in _below(sources, "tapestry.node.trainer")
+        if not _is_below(source.name, NODE_SIDE_OF_TRAINER)
         for name, line in source.imports
         if _is_below(name, "tapestry")
-        and not _is_below(name, *allowed)
-        and name not in ("tapestry.node.trainer", "tapestry.node", "tapestry")
+        and (not _is_below(name, *allowed) or _is_below(name, NODE_SIDE_OF_TRAINER))
+        and name not in ("tapestry.node.spec", "tapestry.node", "tapestry")
     ]
 
 
@@ -210,20 +206,24 @@ BROKEN = [
     (the_protocol_is_pure, "node/protocol/core.py", "open('vote.json')"),
     (presence_is_pure, "dht/presence.py", "import hivemind"),
     (presence_is_pure, "dht/presence.py", "from tapestry.dht import swarm"),
-    (only_swarm_and_links_know_hivemind, "node/runtime.py", "from hivemind.p2p import P2P"),
+    (only_swarm_and_links_know_hivemind, "node/daemon/runtime.py", "from hivemind.p2p import P2P"),
     (only_swarm_and_links_know_hivemind, "dht/identity.py", "def f():\n    import hivemind"),
-    (nothing_executes_what_it_reads, "node/wire.py", "import pickle"),
-    (nothing_executes_what_it_reads, "node/wire.py", "from marshal import loads"),
-    (nothing_executes_what_it_reads, "node/wire.py", "import torch\ntorch.load('x')"),
-    (nothing_executes_what_it_reads, "node/wire.py", "import torch as t\nt.load('x')"),
-    (nothing_executes_what_it_reads, "node/wire.py", "from torch import load"),
-    (nothing_executes_what_it_reads, "node/wire.py", "import yaml\nyaml.load('x')"),
-    (nothing_executes_what_it_reads, "node/wire.py", "eval('1')"),
-    (nothing_executes_what_it_reads, "node/wire.py", "exec('1')"),
-    (nothing_executes_what_it_reads, "node/wire.py", "import builtins\nbuiltins.exec('1')"),
-    (nobody_uses_the_bare_folder_names, "node/wire.py", "import compression"),
-    (nobody_uses_the_bare_folder_names, "node/wire.py", "from dht.presence import Presence"),
-    (the_worker_knows_no_runtime, "node/trainer/worker.py", "from tapestry.node.runtime import Runtime"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "import pickle"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "from marshal import loads"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "import torch\ntorch.load('x')"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "import torch as t\nt.load('x')"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "from torch import load"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "import yaml\nyaml.load('x')"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "eval('1')"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "exec('1')"),
+    (nothing_executes_what_it_reads, "node/net/wire.py", "import builtins\nbuiltins.exec('1')"),
+    (nobody_uses_the_bare_folder_names, "node/net/wire.py", "import compression"),
+    (nobody_uses_the_bare_folder_names, "node/net/wire.py", "from dht.presence import Presence"),
+    (
+        the_worker_knows_no_runtime,
+        "node/trainer/worker.py",
+        "from tapestry.node.daemon.runtime import Runtime",
+    ),
     (the_worker_knows_no_runtime, "node/trainer/inner.py", "from tapestry.node import home"),
     (
         the_worker_knows_no_runtime,
@@ -245,7 +245,7 @@ def test_a_source_that_breaks_a_rule_is_found_with_its_line(rule: Rule, path: st
 def test_what_is_allowed_is_not_found() -> None:
     allowed = {
         "node/protocol/core.py": "import json\nfrom tapestry.dht.presence import encode\nfrom . import chain",
-        "node/links.py": "from hivemind.p2p import P2P\nimport torch\nmodel.eval()\nre.compile('x')",
+        "node/net/links.py": "from hivemind.p2p import P2P\nimport torch\nmodel.eval()\nre.compile('x')",
         "node/trainer/worker.py": "from tapestry.node.trainer import model\nimport tapestry.compression",
         "dht/swarm.py": "from tapestry.dht import identity\nimport hivemind",
     }
@@ -274,7 +274,12 @@ def test_circles_are_found_over_several_modules_and_through_functions() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["tapestry.node.cli", "tapestry.node.launch", "tapestry.node.protocol.core", "tapestry.dht.presence"],
+    [
+        "tapestry.node.cli.main",
+        "tapestry.node.daemon.launch",
+        "tapestry.node.protocol.core",
+        "tapestry.dht.presence",
+    ],
 )
 def test_importing_is_light(module: str) -> None:
     assert _heavy_imports(module) == ""

@@ -27,7 +27,7 @@ from tapestry.compression.blocks import pieces, thread_scratch
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.chain import canonical
-from tapestry.node.runspec import RunSpec
+from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.outer import Outer, make_outer
 
 HASH_BYTES = 4 << 20  # per call, each without the GIL; Guess

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tapestry.node.runspec import AdamWSpec, NesterovSpec, OuterSpec
+from tapestry.node.spec.run import AdamWSpec, NesterovSpec, OuterSpec
 
 PIECE = 128 * 1024  # elements: 512 kB a vector. The fastest of 16k..256k on 2 MiB of level 2 cache
 

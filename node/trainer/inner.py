@@ -24,33 +24,23 @@ Nothing here knows of processes, pipes or clocks.
 from __future__ import annotations
 
 import math
-import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
+from tapestry.node.spec.training import InnerSettings
 from tapestry.node.trainer.encoder import Write
-from tapestry.node.trainer.settings import InnerSettings
-
-STATE_VERSION = "1"
+from tapestry.node.trainer.moments import Moments, Snapshot, read_snapshot, write_snapshot
 
 
 class Diverged(ArithmeticError):
     """A loss or a vector is not finite; there is no contribution."""
-
-
-class InnerStateError(ValueError):
-    """A saved inner state cannot be used; one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +77,8 @@ class InnerLoop:
         self._local = nn.Parameter(torch.zeros(layout.n, device=device))
         self._local.grad = torch.zeros(layout.n, device=device)
         _make_views(model, layout, self._local.data, self._local.grad)
-        self._moments = _Moments(self._local) if settings.steps else None
-        self._snapshots: dict[int, _Snapshot] = {}  # by epoch: of the one that goes on; ahead, of two
+        self._moments = Moments(self._local) if settings.steps else None
+        self._snapshots: dict[int, Snapshot] = {}  # by epoch: of the one that goes on; ahead, of two
         self._epoch: int | None = None
         self._finished: int | None = None  # the epoch that has just ended in a contribution
         self._ahead = False
@@ -280,13 +270,13 @@ class InnerLoop:
         kept = self._snapshots.get(epoch)
         if kept is None:
             kept = self._moments.snapshot(epoch)
-        _write_snapshot(path, kept, self._schema)
+        write_snapshot(path, kept, self._schema)
 
     def load(self, path: Path) -> int | None:
         """Take up a saved inner optimizer; its epoch, or None if there is no file. Raises InnerStateError."""
         if self._moments is None or not path.exists():
             return None
-        snapshot = _read_snapshot(path, self._local.numel(), self._schema)
+        snapshot = read_snapshot(path, self._local.numel(), self._schema)
         self._moments.restore(snapshot)
         self._snapshots = {snapshot.epoch: snapshot}
         return snapshot.epoch
@@ -295,51 +285,6 @@ class InnerLoop:
     def _gradient(self) -> Tensor:
         assert self._local.grad is not None
         return self._local.grad
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """AdamW's state at the beginning of an epoch, on the CPU."""
-
-    epoch: int
-    steps: int
-    first: Tensor  # f32 (n,)
-    second: Tensor  # f32 (n,)
-
-
-class _Moments:
-    """torch's fused AdamW on one flat parameter, with linear warmup; then the rate is constant."""
-
-    def __init__(self, local: nn.Parameter) -> None:
-        self._optimizer = torch.optim.AdamW([local], fused=True)
-        self._state = {
-            "step": torch.zeros((), dtype=torch.float32, device=local.device),
-            "exp_avg": torch.zeros_like(local.data),
-            "exp_avg_sq": torch.zeros_like(local.data),
-        }
-        self._optimizer.state[local] = self._state
-        self._steps = 0
-
-    def step(self, settings: InnerSettings) -> None:
-        self._steps += 1
-        warm = min(1.0, self._steps / settings.warmup_steps) if settings.warmup_steps else 1.0
-        self._optimizer.param_groups[0].update(
-            lr=settings.lr * warm,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
-        self._optimizer.step()
-
-    def snapshot(self, epoch: int) -> _Snapshot:
-        first, second = (self._state[name].to("cpu", copy=True) for name in ("exp_avg", "exp_avg_sq"))
-        return _Snapshot(epoch, self._steps, first, second)
-
-    def restore(self, snapshot: _Snapshot) -> None:
-        self._steps = snapshot.steps
-        self._state["step"].fill_(snapshot.steps)
-        self._state["exp_avg"].copy_(snapshot.first)
-        self._state["exp_avg_sq"].copy_(snapshot.second)
 
 
 def _make_views(
@@ -363,55 +308,3 @@ def _mean_loss(
     """Scalar: cross entropy in nats per predicted token."""
     logits = model(input_ids=windows[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
-def _write_snapshot(path: Path, snapshot: _Snapshot, schema: str) -> None:
-    metadata = {
-        "version": STATE_VERSION,
-        "epoch": str(snapshot.epoch),
-        "steps": str(snapshot.steps),
-        "schema": schema,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        save_file({"first": snapshot.first, "second": snapshot.second}, temporary, metadata=metadata)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except SafetensorError as error:  # how the library reports a failed write, a full disk included
-        raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _read_snapshot(path: Path, n: int, schema: str) -> _Snapshot:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("version") != STATE_VERSION or metadata.get("schema") != schema:
-                raise InnerStateError(f"{path}: of another version or another model")
-            epoch, steps = int(metadata["epoch"]), int(metadata["steps"])
-            tensors = [_read_moment(file, name, n) for name in ("first", "second")]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InnerStateError(f"{path}: cannot be used: {error}") from error
-    return _Snapshot(epoch, steps, tensors[0], tensors[1])
-
-
-def _read_moment(file: Any, name: str, n: int) -> Tensor:
-    """f32 (n,), finite; shape and dtype are looked at before anything is allocated."""
-    piece = file.get_slice(name)
-    if piece.get_shape() != [n] or piece.get_dtype() != "F32":
-        raise InnerStateError(f"{name} is not f32 ({n},)")
-    tensor: Tensor = file.get_tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise InnerStateError(f"{name} is not finite")
-    return tensor

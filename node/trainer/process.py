@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tapestry.compression.refusals import RefusedLayout
+from tapestry.node.spec.training import WorkerSettings, to_plain
 from tapestry.node.trainer.messages import (
     HEADER,
     Abort,
@@ -55,7 +56,6 @@ from tapestry.node.trainer.messages import (
     pack,
     unpack_report,
 )
-from tapestry.node.trainer.settings import WorkerSettings, to_plain
 from tapestry.node.trainer.shared import (
     BUFFERS,
     create_buffer,

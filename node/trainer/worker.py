@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tapestry.node import imports
+from tapestry.node.spec.training import SettingsError, WorkerSettings, worker_settings_from
+from tapestry.node.trainer import imports
 from tapestry.node.trainer.messages import (
     HEADER,
     TEXT_CHARS_MAX,
@@ -54,7 +55,6 @@ from tapestry.node.trainer.messages import (
     pack,
     unpack_command,
 )
-from tapestry.node.trainer.settings import SettingsError, WorkerSettings, worker_settings_from
 from tapestry.node.trainer.shared import BUFFERS, lock_for_gpu, map_buffer, map_vector
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ class Worker:
         from tapestry.compression.codecs import get_codec
         from tapestry.compression.payloads import PayloadLayout
         from tapestry.compression.refusals import Refused
-        from tapestry.node.trainer import data, encoder, inner, model
+        from tapestry.node.trainer import encoder, inner
+        from tapestry.node.trainer.data import corpus as data
+        from tapestry.node.trainer.models import llama as model
 
         self._settings = settings
         self._channel = channel
@@ -320,13 +322,13 @@ class Worker:
         self._channel.send(Saved(epoch, error_text))
 
     def _initialise(self) -> None:
-        from tapestry.node.trainer.model import initial_state
+        from tapestry.node.trainer.models.llama import initial_state
 
         self._initial().copy_(initial_state(self._settings.training.model, self._settings.training.seed))
         self._channel.send(Initialised())
 
     def _load_inner_state(self) -> tuple[int, str]:
-        from tapestry.node.trainer.inner import InnerStateError
+        from tapestry.node.trainer.moments import InnerStateError
 
         try:
             epoch = self._inner.load(Path(self._settings.inner_state_path))
@@ -340,7 +342,7 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
     with imports.lasting():
         import torch
 
-        from tapestry.node.trainer import model
+        from tapestry.node.trainer.models import llama as model
 
         model.import_architectures()  # while the node finds out what is to be trained
     first = channel.receive(wait=True)

@@ -26,9 +26,11 @@ from hivemind.utils import MSGPackSerializer
 
 from tapestry.dht import swarm as swarm_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.directory import presence_key
 from tapestry.dht.identity import Identity, IdentityError
+from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
-from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError, Unreachable, presence_key
+from tapestry.dht.swarm import Swarm, Unreachable
 
 pytestmark = pytest.mark.e2e
 
@@ -265,7 +267,7 @@ def test_a_start_that_fails_or_is_cancelled_leaves_nothing(
         folders.append(tempfile.mkdtemp(prefix="tapestry-", dir="/tmp"))
         return folders[-1]
 
-    monkeypatch.setattr(swarm_module, "_make_socket_folder", make_folder)
+    monkeypatch.setattr(swarm_module, "make_socket_folder", make_folder)
 
     async def main() -> None:
         with pytest.raises(IdentityError):
@@ -461,7 +463,8 @@ def test_a_killed_node_takes_its_p2pd_with_it(tmp_path: Path) -> None:
     Identity.load_or_create(tmp_path / "child")
     program = f"""
 import asyncio, os
-from tapestry.dht.swarm import Swarm, SwarmConfig
+from tapestry.dht.swarm import Swarm
+from tapestry.dht.p2pd import SwarmConfig
 async def main():
     swarm = await Swarm.start(SwarmConfig({str(tmp_path / "child")!r}, listen={LOOPBACK!r}))
     print(swarm._p2p._child.pid, os.path.dirname(swarm._streams_path), flush=True)

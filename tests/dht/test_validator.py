@@ -17,10 +17,10 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 
-from tapestry.dht import swarm
+from tapestry.dht import directory
+from tapestry.dht.directory import PresenceValidator, presence_key
 from tapestry.dht.identity import Identity
 from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, encode
-from tapestry.dht.swarm import PresenceValidator, presence_key
 
 RUN, NOW = "ab" * 32, 1_800_000_000.0
 
@@ -145,7 +145,7 @@ def test_clocks_that_differ_are_said_once_in_a_while(bench: Bench, caplog: pytes
 def test_the_number_of_peers_is_bounded_until_records_expire(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swarm, "PEERS_MAX", 1)
+    monkeypatch.setattr(directory, "PEERS_MAX", 1)
     first = bench.record()
     assert bench.validator.validate(first)
     bench.peer = bench.stranger

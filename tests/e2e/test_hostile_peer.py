@@ -21,9 +21,12 @@ from tapestry.compression.codecs import get_codec, pack
 from tapestry.compression.shards import shard_bounds
 from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity
-from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
-from tapestry.node.crypto import NodeCrypto
-from tapestry.node.join import GENESIS_PROTOCOL, state_protocol
+from tapestry.dht.p2pd import SwarmConfig, SwarmError
+from tapestry.dht.swarm import Swarm
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
+from tapestry.node.net.vocabulary import encode_message
+from tapestry.node.net.wire import FRAME, frame_parts
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.messages import (
     Accept,
@@ -36,9 +39,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
-from tapestry.node.runspec import RunSpec
-from tapestry.node.vocabulary import encode_message
-from tapestry.node.wire import FRAME, frame_parts
+from tapestry.node.spec.run import RunSpec
 
 pytestmark = [
     pytest.mark.e2e,

@@ -5,7 +5,7 @@ import torch
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.refusals import Refused
-from tapestry.node.averaging import Averaging, payload_digest
+from tapestry.node.daemon.averaging import Averaging, payload_digest
 from tapestry.node.protocol.messages import Result, Shard
 
 N = 1000

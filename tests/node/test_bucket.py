@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapestry.node.bucket import BURST_S, PIECE_BYTES_MAX, PIECE_BYTES_MIN, Bucket
+from tapestry.node.net.bucket import BURST_S, PIECE_BYTES_MAX, PIECE_BYTES_MIN, Bucket
 
 MBIT = 1e6 / 8
 RATES = st.sampled_from([1 * MBIT, 3.3 * MBIT, 20 * MBIT, 50 * MBIT, 1e3 * MBIT])

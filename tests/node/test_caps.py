@@ -14,12 +14,13 @@ import uvloop
 
 from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity
-from tapestry.dht.swarm import Swarm, SwarmConfig
-from tapestry.node.bucket import BURST_S
-from tapestry.node.links import LinkLimits, Links
+from tapestry.dht.p2pd import SwarmConfig
+from tapestry.dht.swarm import Swarm
+from tapestry.node.net.bucket import BURST_S
+from tapestry.node.net.links import LinkLimits, Links
+from tapestry.node.net.throttle import Throttle, Throttles
+from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage, Status
-from tapestry.node.throttle import Throttle, Throttles
-from tapestry.node.vocabulary import Reader
 
 pytestmark = [
     pytest.mark.e2e,

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tapestry.dht.identity import Identity
-from tapestry.node.crypto import NodeCrypto
+from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
+from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
-from tapestry.node.keeper import Keeper, KeeperError, found_run
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
-from tapestry.node.runspec import RunSpec, preset_spec
+from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
-from tapestry.node.state.store import Store, result_digest
 
 N = 700
 SPEC: RunSpec = preset_spec("nano", "test")

@@ -18,7 +18,7 @@ def run(program: str) -> str:
 def test_what_lasts_is_never_collected_again() -> None:
     program = """
 import gc
-from tapestry.node import imports
+from tapestry.node.trainer import imports
 before = gc.get_freeze_count()
 try:
     with imports.lasting():
@@ -37,7 +37,7 @@ print(gc.isenabled())
 def test_a_package_that_we_do_without_is_not_there() -> None:
     program = """
 import importlib.util, sys
-from tapestry.node import imports
+from tapestry.node.trainer import imports
 imports.do_without("scipy")
 print(importlib.util.find_spec("scipy"))
 try:
@@ -54,7 +54,7 @@ print(sys.modules["wave"] is wave)
 def test_submodules_come_without_the_package() -> None:
     program = """
 import sys
-from tapestry.node import imports
+from tapestry.node.trainer import imports
 imports.submodules_only("hivemind")
 imports.submodules_only("hivemind")
 import tapestry.dht.swarm
@@ -67,7 +67,7 @@ print(*[name for name in names if name in sys.modules])
 def test_a_package_that_is_there_already_stays_whole() -> None:
     program = """
 import json
-from tapestry.node import imports
+from tapestry.node.trainer import imports
 imports.submodules_only("json")
 import json
 print(json.dumps(1))
@@ -76,7 +76,7 @@ print(json.dumps(1))
 
 
 def test_a_package_that_is_nowhere_is_named() -> None:
-    from tapestry.node import imports
+    from tapestry.node.trainer import imports
 
     with pytest.raises(ModuleNotFoundError, match="'no_such_package'"):
         imports.submodules_only("no_such_package")

@@ -13,11 +13,11 @@ import torch
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.dht.swarm import Unreachable
-from tapestry.node import links as links_module
-from tapestry.node.links import BURST_S, LinkLimits, Links, Pace
+from tapestry.node.net import links as links_module
+from tapestry.node.net.links import BURST_S, LinkLimits, Links, Pace
+from tapestry.node.net.vocabulary import Reader, encode_message
+from tapestry.node.net.wire import FRAME, frame_parts
 from tapestry.node.protocol.messages import Control, Records, Result, Shard, Stage, Status
-from tapestry.node.vocabulary import Reader, encode_message
-from tapestry.node.wire import FRAME, frame_parts
 
 PEER = "12D3KooWPeer"
 RUN = "ab" * 32

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import LIFETIME_S_MAX, Presence, encode
-from tapestry.dht.swarm import Swarm, SwarmConfig, SwarmError
-from tapestry.node import known_peers, network
-from tapestry.node.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network, next_expiry, with_ports
+from tapestry.dht.swarm import Swarm
+from tapestry.node.net import known_peers, network
+from tapestry.node.net.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network, next_expiry, with_ports
 
 ID = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
 LOOPBACK, PUBLIC = f"/ip4/127.0.0.1/tcp/4001/p2p/{ID}", f"/ip4/203.0.113.7/tcp/4001/p2p/{ID}"

@@ -10,11 +10,12 @@ from typing import Any
 import msgpack
 import pytest
 
+from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
-from tapestry.dht.swarm import SwarmError, Unreachable
-from tapestry.node import peer_exchange
-from tapestry.node.known_peers import KNOWN_MAX, RECENT, KnownPeers
-from tapestry.node.peer_exchange import (
+from tapestry.dht.swarm import Unreachable
+from tapestry.node.net import peer_exchange
+from tapestry.node.net.known_peers import KNOWN_MAX, RECENT, KnownPeers
+from tapestry.node.net.peer_exchange import (
     ANSWERS_MAX,
     ASK_EVERY_S,
     DIAL_AGAIN_S,
@@ -26,8 +27,8 @@ from tapestry.node.peer_exchange import (
     PeerExchange,
     Turns,
 )
-from tapestry.node.throttle import Throttles
-from tapestry.node.wire import FRAME, frame_parts
+from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.wire import FRAME, frame_parts
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 ME = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"

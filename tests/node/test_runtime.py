@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node import runtime as runtime_module
-from tapestry.node.logs import LiveLine, Repeats, printable
-from tapestry.node.metrics import Metrics
+from tapestry.node.daemon import runtime as runtime_module
+from tapestry.node.daemon.runtime import Runtime
+from tapestry.node.daemon.views import TrainingView
+from tapestry.node.net.repeats import Repeats
+from tapestry.node.net.transfer import DonorFailed
+from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.messages import Stage
-from tapestry.node.runtime import Runtime, TrainingView
-from tapestry.node.state.transfer import DonorFailed
+from tapestry.node.surface.logs import LiveLine, printable
+from tapestry.node.surface.metrics import Metrics
 from tapestry.node.trainer import messages as tm
-from tapestry.node.wire import RemoteProtocolError
 
 PEER, OTHER = "12D3KooWPeer", "12D3KooWOther"
 RUN = "ab" * 32

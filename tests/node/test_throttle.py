@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tapestry.node.throttle import Throttle
-from tapestry.node.wire import FRAME, FrameLimits, frame_parts, read_frame
+from tapestry.node.net.throttle import Throttle
+from tapestry.node.net.wire import FRAME, FrameLimits, frame_parts, read_frame
 
 RATE = 2.5e6
 PIECE = 50_000

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tapestry.node.net.vocabulary import Reader, encode_message
+from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain, messages
-from tapestry.node.vocabulary import Reader, encode_message
-from tapestry.node.wire import RemoteProtocolError
 
 HEAD = "ab" * 32
 TOKEN = "cd" * 16

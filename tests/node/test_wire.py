@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tapestry.node.wire import (
+from tapestry.node.net.wire import (
     FRAME,
     FrameLimits,
     RemoteProtocolError,

@@ -18,14 +18,14 @@ from torch import Tensor
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.shards import shard_bounds
 from tapestry.dht.identity import Identity
-from tapestry.node.crypto import NodeCrypto
+from tapestry.node.disk.checkpoints import Checkpoints
+from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
-from tapestry.node.runspec import NesterovSpec, OuterSpec
-from tapestry.node.state.checkpoints import Checkpoints
+from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
-from tapestry.node.state.store import Store, result_digest
 
 SCHEMA = "5c" * 32
 IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry state tests ed25519 key"))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from state.kit import Run, flip, new_state, state_bytes
 
+from tapestry.node.disk.checkpoints import restore
 from tapestry.node.protocol.chain import Chain
-from tapestry.node.runspec import AdamWSpec, LimitsSpec, NesterovSpec, OuterSpec
-from tapestry.node.state.checkpoints import restore
+from tapestry.node.spec.run import AdamWSpec, LimitsSpec, NesterovSpec, OuterSpec
 
 
 @settings(max_examples=25, deadline=None)

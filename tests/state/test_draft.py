@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tapestry.node.state import draft as draft_module
-from tapestry.node.state.draft import Draft
+from tapestry.node.disk import draft as draft_module
+from tapestry.node.disk.draft import Draft
 
 SIZES = (300, 200, 7)
 HEADER = b"h" * 16

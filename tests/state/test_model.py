@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from state.kit import SCHEMA, arithmetic, new_state, state_bytes
 
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node.runspec import AdamWSpec
+from tapestry.node.spec.run import AdamWSpec
 from tapestry.node.state.model import DigestMismatch, ModelState, TornState, spans
 
 HEAD = "aa" * 32

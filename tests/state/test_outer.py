@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tapestry.node.runspec import AdamWSpec, NesterovSpec, OuterSpec
+from tapestry.node.spec.run import AdamWSpec, NesterovSpec, OuterSpec
 from tapestry.node.state import outer
 from tapestry.node.state.outer import Outer, make_outer, power
 

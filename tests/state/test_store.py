@@ -14,14 +14,14 @@ import pytest
 import torch
 from state.kit import CRYPTO, IDENTITY, Run, flip
 
-from tapestry.node.crypto import NodeCrypto
+from tapestry.node.disk.files import seal
+from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Record, head_of
 from tapestry.node.protocol.events import Vote
-from tapestry.node.runspec import LimitsSpec
-from tapestry.node.state.files import seal
-from tapestry.node.state.store import LoadedStore, Store, UpdateMissing
+from tapestry.node.spec.run import LimitsSpec
 
 
 def _load(run: Run) -> LoadedStore:

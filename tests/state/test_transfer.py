@@ -13,12 +13,12 @@ import pytest
 import torch
 from state.kit import CRYPTO, STALL_S, Run, Stream, flip, new_state, state_bytes, stream_pair
 
-from tapestry.node.bucket import BURST_S
+from tapestry.node.disk.checkpoints import CHUNK_BYTES, restore
+from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict
-from tapestry.node.state.checkpoints import CHUNK_BYTES, restore
-from tapestry.node.state.store import Store
-from tapestry.node.state.transfer import (
+from tapestry.node.net.bucket import BURST_S
+from tapestry.node.net.throttle import Throttle, Throttles
+from tapestry.node.net.transfer import (
     Donor,
     DonorFailed,
     Download,
@@ -29,9 +29,9 @@ from tapestry.node.state.transfer import (
     fetch_state,
     fetch_update,
 )
-from tapestry.node.state.transfer import _Stream as Frames
-from tapestry.node.throttle import Throttle, Throttles
-from tapestry.node.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
+from tapestry.node.net.transfer import _Stream as Frames
+from tapestry.node.net.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
+from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict
 
 LIMITS = TransferLimits(stall_s=STALL_S)
 N = 300_001  # three chunks, the last one short; the second one lies in both vectors

@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import tapestry.node
-from tapestry.node.cli import cli, start_detached
-from tapestry.node.config import NodeConfig
+import tapestry.node.daemon as daemon_package
+import tapestry.node.lineage as lineage_package
+from tapestry.node.cli.main import cli
+from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, HomeLock, NodeInfo
-from tapestry.node.http import start_http
-from tapestry.node.metrics import Metrics
-from tapestry.node.runspec import RunSpec, preset_spec
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import RunSpec, preset_spec
+from tapestry.node.surface.http import start_http
+from tapestry.node.surface.metrics import Metrics
 
 COMMAND = [sys.executable, "-P", "-m", "tapestry.node.cli"]
 
@@ -77,7 +79,7 @@ def node(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands in for tapestry.node.launch and daemon; keeps what it was called with."""
+    """Stands in for tapestry.node.daemon.launch and lineage.export; keeps what it was called with."""
     calls = types.SimpleNamespace(config=None, exported=None, outcome=0)
 
     def run(config: NodeConfig) -> int:
@@ -86,14 +88,17 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             raise calls.outcome
         return int(calls.outcome)
 
-    def export(home: Home, out: Path, epoch: int | None) -> None:
-        calls.exported = (home, out, epoch)
+    def export_home(home: Home, out: Path, epoch: int | None) -> None:
+        calls.exported = home, out, epoch
 
-    for name, function in (("launch", run), ("daemon", export)):
-        fake = types.ModuleType(f"tapestry.node.{name}")
+    for package, name, function in (
+        (daemon_package, "launch", run),
+        (lineage_package, "export", export_home),
+    ):
+        fake = types.ModuleType(f"{package.__name__}.{name}")
         setattr(fake, function.__name__, function)
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-        monkeypatch.setattr(tapestry.node, name, fake, raising=False)
+        monkeypatch.setattr(package, name, fake, raising=False)
     return calls
 
 
@@ -172,8 +177,8 @@ def test_a_reader_that_goes_away_gets_no_traceback() -> None:
 def test_no_module_of_the_surface_imports_the_heavy_packages() -> None:
     code = (
         "import sys\n"
-        "import tapestry.node.cli, tapestry.node.config, tapestry.node.errors, tapestry.node.home\n"
-        "import tapestry.node.http, tapestry.node.metrics, tapestry.node.runspec\n"
+        "import tapestry.node.cli.main, tapestry.node.spec.node, tapestry.node.errors, tapestry.node.home\n"
+        "import tapestry.node.surface.http, tapestry.node.surface.metrics, tapestry.node.spec.run\n"
         "heavy = {'torch', 'hivemind', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules)\n"
         "print(*heavy)\n"
     )
@@ -325,7 +330,7 @@ def test_detach_starts_the_same_command_without_the_flag(
         commands.append(command)
         return 0
 
-    monkeypatch.setattr("tapestry.node.cli.start_detached", keep)
+    monkeypatch.setattr("tapestry.node.cli.start.start_detached", keep)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "-x").mkdir()
     (tmp_path / "-x" / "text.md").write_text("text")

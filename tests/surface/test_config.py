@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tapestry.node.config import NodeConfig, NodeToml
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.runspec import read_table
+from tapestry.node.spec.node import NodeConfig, NodeToml
+from tapestry.node.spec.tables import read_table
 
 PEER = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWSahP5pFRCEfaziPEba7urXGeif6T1y8jmodzdFUvzBHj"
 GIVEN = {"data": ("stdlib",)}

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.home import Home, Liveness, NodeInfo, atomic_write
+from tapestry.node.home import Home, Liveness, NodeInfo
 
 HOLD_THE_LOCK = """
 import signal, sys

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.http import HttpServer, start_http
-from tapestry.node.metrics import Metrics
+from tapestry.node.surface.http import HttpServer, start_http
+from tapestry.node.surface.metrics import Metrics
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tapestry.dht import presence
-from tapestry.node.metrics import Metrics
+from tapestry.node.surface.metrics import Metrics
 
 # name -> type, labels without `le`. The last four are ours, beyond the contract.
 CONTRACT = {

@@ -12,25 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.runspec import (
-    FILE_BYTES_MAX,
+from tapestry.node.spec.run import (
     AdamWSpec,
-    Between,
     CompressionSpec,
     DataSpec,
-    Key,
     LimitsSpec,
     NesterovSpec,
     RoundSpec,
     RunSpec,
     TrainSpec,
     diff,
-    is_section,
-    keys_of,
     preset_spec,
     training_settings,
 )
-from tapestry.node.trainer.settings import PRESETS
+from tapestry.node.spec.tables import FILE_BYTES_MAX, Between, Key, is_section, keys_of
+from tapestry.node.spec.training import PRESETS
 
 DEFAULT = RunSpec.from_dict({"name": "demo"})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tapestry.node.trainer.settings import PRESETS, WorkerSettings
+from tapestry.node.spec.training import PRESETS, WorkerSettings
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapestry.node.trainer import data
-from tapestry.node.trainer.data import EOS_ID, Corpus, DataError, list_files, load_corpus
+from tapestry.node.trainer.data import corpus as data
+from tapestry.node.trainer.data.corpus import EOS_ID, Corpus, DataError, list_files, load_corpus
 
 T = 16
 

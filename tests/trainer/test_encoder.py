@@ -16,9 +16,9 @@ from tapestry.compression.codecs import codec_names, get_codec
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
+from tapestry.node.spec.training import InnerSettings
 from tapestry.node.trainer.encoder import Encoder, Write, alike
 from tapestry.node.trainer.inner import Diverged, InnerLoop
-from tapestry.node.trainer.settings import InnerSettings
 
 CHECKED = settings(max_examples=60, deadline=None)
 CPU = torch.device("cpu")

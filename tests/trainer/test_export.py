@@ -12,10 +12,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tapestry.node.export import SPECIAL_TOKENS, ExportError, export_model, sample
-from tapestry.node.trainer.data import encode
-from tapestry.node.trainer.model import build_model, initial_state, model_layout
-from tapestry.node.trainer.settings import PRESETS, ModelSettings
+from tapestry.node.lineage.huggingface import SPECIAL_TOKENS, ExportError, export_model, sample
+from tapestry.node.spec.training import PRESETS, ModelSettings
+from tapestry.node.trainer.data.corpus import encode
+from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 
 MODEL = PRESETS["nano"].model
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedVector
+from tapestry.node.spec.training import PRESETS, InnerSettings
 from tapestry.node.trainer.encoder import Write
-from tapestry.node.trainer.inner import Diverged, InnerLoop, InnerStateError
-from tapestry.node.trainer.model import build_model, initial_state, model_layout, parameter_count
-from tapestry.node.trainer.settings import PRESETS, InnerSettings
+from tapestry.node.trainer.inner import Diverged, InnerLoop
+from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout, parameter_count
+from tapestry.node.trainer.moments import InnerStateError
 
 MODEL = dataclasses.replace(PRESETS["nano"].model, sequence_length=16)
 DILOCO = dataclasses.replace(PRESETS["nano"].inner, steps=3, batch_size=2)

@@ -22,9 +22,10 @@ import uvloop
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
+from tapestry.node.spec.training import TrainingSettings, WorkerSettings, to_plain
 from tapestry.node.trainer import process
 from tapestry.node.trainer.messages import Contribution, Failed, Hello, Progress, Saved, Validation
-from tapestry.node.trainer.model import initial_state
+from tapestry.node.trainer.models.llama import initial_state
 from tapestry.node.trainer.process import (
     UNKNOWN_GENERATION,
     Died,
@@ -33,7 +34,6 @@ from tapestry.node.trainer.process import (
     TrainerError,
     TrainerProcess,
 )
-from tapestry.node.trainer.settings import TrainingSettings, WorkerSettings, to_plain
 from tapestry.node.trainer.worker import NICENESS
 
 DEADLINE_S = 60.0  # only ever waited for by a test that fails
@@ -445,7 +445,7 @@ NODE = """
 import asyncio, json, sys
 from tapestry.node.trainer.messages import Progress
 from tapestry.node.trainer.process import TrainerProcess
-from tapestry.node.trainer.settings import worker_settings_from
+from tapestry.node.spec.training import worker_settings_from
 
 async def main():
     trainer = await TrainerProcess.start(worker_settings_from(json.loads(sys.argv[1])), on_event)

@@ -7,7 +7,7 @@ import dataclasses
 import msgpack
 import pytest
 
-from tapestry.node.trainer.settings import (
+from tapestry.node.spec.training import (
     PRESETS,
     InnerSettings,
     SettingsError,

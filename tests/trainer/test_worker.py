@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.messages import (
     Abort,
     Begin,
@@ -23,7 +24,6 @@ from tapestry.node.trainer.messages import (
     Saved,
     Stop,
 )
-from tapestry.node.trainer.settings import WorkerSettings
 from tapestry.node.trainer.worker import Worker, WorkerFailure
 
 STEPS = 4

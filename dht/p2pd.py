@@ -1,0 +1,159 @@
+"""The p2pd process: the libp2p daemon that hivemind ships, started, bound to our life, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import multiaddr
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils.logging import use_hivemind_log_handler
+
+_p2pd_log = logging.getLogger("tapestry.p2pd")
+
+
+STOP_TIMEOUT_S = 3.0
+
+
+class SwarmError(Exception):
+    """The swarm cannot do what was asked; the message is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmConfig:
+    """How this node takes part. Addresses are what `addresses.parse_listen` and `parse_announce` return."""
+
+    identity_path: str | os.PathLike[str]  # made by Identity.load_or_create
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: tuple[str, ...] = ()  # () = what p2pd finds out by itself
+    # hivemind's 15 s is too short on slow machines, the commonest complaint of its users.
+    startup_timeout_s: float = 60.0
+    use_relay: bool = True  # reach peers behind NAT through relays
+    use_auto_relay: bool = False  # be reached through relays
+    nat_port_map: bool = True
+    streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
+
+
+class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
+    """hivemind's P2P, with a daemon that cannot outlive us and does not write on the user's screen."""
+
+    @staticmethod
+    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+        daemon_args = P2P._make_process_args(*args, **kwargs)
+        return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
+
+    async def _read_outputs(self, ready: asyncio.Future[None]) -> None:
+        """As in hivemind, but a line longer than the buffer does not end the reading, and so block p2pd."""
+        last_line = "no output"
+        while line := await _read_line(self._child.stdout):
+            last_line = line.decode(errors="replace").rstrip()
+            _p2pd_log.debug("%s", last_line)
+            if last_line.startswith("Peer ID:") and not ready.done():
+                ready.set_result(None)
+        if not ready.done():
+            ready.set_exception(P2PDaemonError(last_line))
+
+
+# Run by a Python that then becomes p2pd. It asks the kernel to kill p2pd when our thread ends (1 is
+# PR_SET_PDEATHSIG), gives up if we are gone already, and takes p2pd out of the terminal's process group: a
+# Ctrl-C is for the node, which still needs p2pd to take its leave.
+_BOUND_TO_PARENT = """
+import ctypes, os, signal, sys
+if ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL)) != 0 or os.getppid() != int(sys.argv[1]):
+    sys.exit("cannot bind p2pd to its parent")
+os.setsid()
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:  # longer than the buffer; readline has dropped what it had
+        return b"(a line too long to show)\n"
+
+
+def quiet_hivemind() -> None:
+    """hivemind logs to the screen by a handler of its own, and renames a level for the whole process."""
+    use_hivemind_log_handler("nowhere")
+    logging.getLogger("hivemind").setLevel(logging.ERROR)
+    logging.addLevelName(logging.WARNING, "WARNING")
+    logging.getLogger("multiaddr").setLevel(logging.INFO)  # py-multiaddr: a dozen debug lines per address
+
+
+def require_free(address: str) -> None:
+    """p2pd shares a port that is taken (SO_REUSEPORT), and each of the two loses peers to the other."""
+    values = {protocol.name: value for protocol, value in multiaddr.Multiaddr(address).items()}
+    ip = ipaddress.ip_address(values.get("ip4") or values["ip6"])
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    kind = socket.SOCK_STREAM if "tcp" in values else socket.SOCK_DGRAM
+    port = int(values.get("tcp") or values["udp"])
+    with socket.socket(family, kind) as probe:
+        if kind == socket.SOCK_STREAM:  # only then connections that linger from before do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            probe.bind((str(ip), port))
+        except OSError as error:
+            raise SwarmError(f"cannot listen on {address}: {error.strerror}") from error
+
+
+def make_socket_folder() -> str:
+    """A folder that only this user can enter, for the sockets between us and p2pd.
+
+    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. Named after our process, so that
+    what a killed one left is swept up by the next.
+    """
+    for left in glob.glob("/tmp/tapestry-*-*"):
+        pid = left.split("-")[1]
+        with contextlib.suppress(FileNotFoundError):  # another node sweeps too
+            if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
+
+
+async def launch_p2pd(config: SwarmConfig, folder: str, cleanup: contextlib.AsyncExitStack) -> P2P:
+    class Launched(_P2pd):
+        _UNIX_SOCKET_PREFIX = f"/unix{folder}/"
+
+        def __init__(self) -> None:  # create() keeps to itself a daemon whose start then fails
+            super().__init__()
+            cleanup.push_async_callback(_stop_p2pd, self)
+
+    try:
+        return await Launched.create(
+            identity_path=os.fspath(config.identity_path),
+            host_maddrs=config.listen,
+            announce_maddrs=config.announce or None,
+            startup_timeout=config.startup_timeout_s,
+            use_relay=config.use_relay,
+            use_auto_relay=config.use_auto_relay,
+            nat_port_map=config.nat_port_map,
+            check_if_identity_free=False,
+        )
+    except P2PDaemonError as error:
+        raise SwarmError(f"p2pd did not start: {error}") from error
+
+
+async def _stop_p2pd(p2p: P2P) -> None:
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await p2p.shutdown()
+    except TimeoutError:
+        p2p._child.kill()
+        await p2p._child.wait()
+    if p2p._client is not None:  # its tasks were cancelled, or broke when p2pd died: nobody else awaits them
+        control = p2p._client.control
+        await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)

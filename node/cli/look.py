@@ -1,0 +1,107 @@
+"""`tapestry status` and `peers`: what a running node says of itself."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import urllib.request
+from collections.abc import Sequence
+
+import click
+
+from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.errors import ExitCode, UserError, printable
+from tapestry.node.home import Home, Liveness
+
+HTTP_TIMEOUT_S = 5.0
+
+
+HTTP_BYTES_MAX = 4 * 2**20  # Guess: /peers with 10,000 peers has 3 MB.
+
+
+@click.command()
+@home_option
+@json_option
+def status(home: str | None, as_json: bool) -> None:
+    """What the node is doing."""
+    answer = _ask_node(Home.locate(home, os.environ), "/status")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    if not isinstance(answer, dict):
+        raise UserError("the node's /status is not a table", exit_code=ExitCode.FAILED)
+    width = max((len(str(key)) for key in answer), default=0)
+    for key, value in answer.items():
+        for index, line in enumerate(_lines(value)):
+            click.echo(f"{printable(str(key)) if index == 0 else '':<{width}}  {line}")
+
+
+@click.command()
+@home_option
+@json_option
+def peers(home: str | None, as_json: bool) -> None:
+    """The live peers, as this node sees them."""
+    answer = _ask_node(Home.locate(home, os.environ), "/peers")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
+        raise UserError("the node's /peers is not a list of tables", exit_code=ExitCode.FAILED)
+    for line in _table(answer) if answer else ["no peers"]:
+        click.echo(line)
+
+
+def _ask_node(home: Home, path: str) -> object:
+    """What the node of this home answers; raises UserError with exit code 1 if it does not."""
+    state = home.read_node_json()
+    if state.info is None or state.liveness is not Liveness.RUNNING:
+        raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the node is local: no proxy
+    try:
+        with opener.open(state.info.http + path, timeout=HTTP_TIMEOUT_S) as response:
+            data = response.read(HTTP_BYTES_MAX + 1)
+        if len(data) > HTTP_BYTES_MAX:
+            raise ValueError(f"the answer is longer than {HTTP_BYTES_MAX} bytes")
+        return json.loads(data)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(
+            f"the node (pid {state.pid}) does not answer at {state.info.http}: {error}",
+            exit_code=ExitCode.FAILED,
+        ) from error
+
+
+def _why_not_running(home: Home, liveness: Liveness, pid: int | None) -> str:
+    if liveness is Liveness.STARTING:
+        return f"the node in {home.path} is starting (pid {pid}) and does not answer yet"
+    died = "; the last one ended without saying so" if liveness is Liveness.STALE else ""
+    return f"no node is running in {home.path}{died}"
+
+
+def _lines(value: object) -> list[str]:
+    """A value for people: lists and tables one item a line."""
+    if isinstance(value, list):
+        return [_word(item) for item in value] or ["-"]
+    if isinstance(value, dict):
+        return [f"{printable(str(key))}={_word(item)}" for key, item in value.items()] or ["-"]
+    return [_word(value)]
+
+
+def _word(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:.0f}"
+    return printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def _table(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Aligned columns, one per key, in the order in which the keys first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[printable(str(column)) for column in columns]]
+    cells += [[" ".join(_lines(row.get(column))) for column in columns] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]

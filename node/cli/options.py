@@ -1,0 +1,14 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+import click
+
+home_option = click.option(
+    "--home",
+    metavar="DIR",
+    help="The node's directory. Default: $TAPESTRY_HOME, then the user data directory.",
+)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -1,0 +1,159 @@
+"""`tapestry start` and `stop`: run a node here or in the background, and end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from tapestry.node.cli.options import home_option
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home, Liveness
+from tapestry.node.spec.node import NodeConfig
+
+POLL_S = 0.05
+
+
+DETACH_WAIT_S = 300.0  # Guess: to join may take the download of a state; after that it goes on unwatched.
+
+
+LOG_TAIL_BYTES = 4096
+
+
+@click.command()
+@home_option
+@click.option("--run", metavar="FILE", help="The run spec. Default: run.toml in the home, if it is there.")
+@click.option("--run-id", metavar="ID", help="Refuse every run but this one.")
+@click.option("--peer", "peers", metavar="MADDR", multiple=True, help="Join by this peer. May be repeated.")
+@click.option("--data", metavar="PATH", multiple=True, help="Text to train on, or stdlib. May be repeated.")
+@click.option("--listen", metavar="MADDR", multiple=True, help="Where other nodes reach this one.")
+@click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")
+@click.option("--http", metavar="HOST:PORT", help="Metrics and status. Default: 127.0.0.1:9470")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to train. Default: auto")
+@click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
+@click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
+@click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
+@click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
+def start(home: str | None, detach: bool, **flags: Any) -> int:
+    """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
+    place = Home.locate(home, os.environ)
+    config = NodeConfig.resolve(place, flags, os.environ)
+    _check_early(config)
+    if detach:
+        return start_detached(_foreground_command(place, flags), place)
+    from tapestry.node.daemon import launch
+
+    return launch.run(config)
+
+
+@click.command()
+@home_option
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0), default=15.0, show_default=True, metavar="S"
+)
+def stop(home: str | None, timeout_s: float) -> None:
+    """Ask the node to finish its round, save its state and end. Exit code 0 also if there is none."""
+    place = Home.locate(home, os.environ)
+    pid = place.holder()
+    if pid is None:
+        click.echo(f"no node is running in {place.path}")
+        return
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it ended by itself just now
+    except PermissionError as error:
+        raise UserError(f"the node (pid {pid}) belongs to another user", exit_code=ExitCode.FAILED) from error
+    deadline_s = time.monotonic() + timeout_s
+    while place.holder() == pid:
+        if time.monotonic() >= deadline_s:
+            raise UserError(
+                f"the node (pid {pid}) has not stopped within {timeout_s:g} s",
+                exit_code=ExitCode.FAILED,
+                hint="tapestry stop once more: a second signal ends it at once",
+            )
+        time.sleep(POLL_S)
+    click.echo(f"stopped the node (pid {pid})")
+
+
+def _check_early(config: NodeConfig) -> None:
+    """What is wrong at first sight is said before the imports, which take seconds."""
+    from tapestry.node.trainer.data.corpus import DataError, list_files
+
+    config.home.require_free()
+    try:
+        list_files(config.data)
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WAIT_S) -> int:
+    """Run `command` in a session of its own until it is ready; print what it prints until then.
+
+    Its output goes to HOME/node.log. Ctrl-C while waiting stops it. Returns its exit code if it ends
+    before it is ready.
+    """
+    home.require_free()
+    home.create()
+    with _opened_log(home.log) as log:
+        begin = log.tell()
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        ready = _wait_until_ready(child, home, wait_s)
+    except KeyboardInterrupt:
+        child.terminate()
+        raise
+    printed = _log_since(home.log, begin)
+    if child.returncode is not None:
+        click.echo(printed[-LOG_TAIL_BYTES:], err=True, nl=False)
+        return child.returncode if child.returncode >= 0 else ExitCode.FAILED
+    click.echo(printed, nl=False)
+    if not ready:
+        click.echo(f"not ready after {wait_s:g} s, goes on in the background; see {home.log}")
+    child.returncode = 0  # it is meant to outlive us: Popen need not warn that it does
+    return ExitCode.DONE
+
+
+def _opened_log(path: Path) -> BinaryIO:
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", exit_code=ExitCode.FAILED) from error
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> bool:
+    """True once the child has written node.json; False if it ended or the time is over."""
+    deadline_s = time.monotonic() + wait_s
+    while child.poll() is None and time.monotonic() < deadline_s:
+        state = home.read_node_json()
+        if state.liveness is Liveness.RUNNING and state.pid == child.pid:
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _log_since(path: Path, begin: int) -> str:
+    with path.open("rb") as log:
+        log.seek(begin)
+        return log.read(16 * LOG_TAIL_BYTES).decode("utf-8", errors="replace")
+
+
+def _foreground_command(home: Home, flags: dict[str, Any]) -> list[str]:
+    """The same start without --detach. -P keeps the current directory off the module path."""
+    command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", f"--home={home.path}"]
+    for name, value in flags.items():
+        flag = "--peer" if name == "peers" else f"--{name.replace('_', '-')}"
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for one in values:
+            command += [f"{flag}={one}"]
+    return command

@@ -1,0 +1,204 @@
+"""What the core's outputs mean for disk and parameters: one place that knows chain, state and their files.
+
+The methods without `async` block, and run in the node's disk thread one after the other; those that touch
+the parameters run under the runtime's state lock as well. An OSError means that the disk cannot be written:
+it is passed on, and ends the node. The core's chain is the truth while the node runs; the keeper follows it
+with one of its own, because its thread must not read what the loop changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tapestry.node.disk.checkpoints import Checkpoints, restore
+from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
+from tapestry.node.home import Home
+from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.transfer import (
+    Donor,
+    OpenStream,
+    TransferLimits,
+    WantedUpdate,
+    fetch_state,
+    fetch_update,
+)
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, weight_of
+from tapestry.node.protocol.core import Restored, founding_vote
+from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.sync import NO_STATE
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.state.model import ModelState, TornState
+
+_log = logging.getLogger("tapestry.keeper")
+
+
+class KeeperError(Exception):
+    """The state cannot be had from our own disk; one line that says why."""
+
+
+class Keeper:
+    """Disk and parameters of one node, of a run that has its genesis."""
+
+    def __init__(
+        self,
+        home: Home,
+        spec: RunSpec,
+        store: Store,
+        loaded: LoadedStore,
+        genesis: Genesis,
+        state: ModelState,
+        throttles: Throttles | None = None,  # the node's; None: no caps
+    ) -> None:
+        self.store = store
+        self.state = state
+        self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+        self._limits = spec.limits
+        self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
+        self._chain = Chain(genesis, loaded.records)
+        self._vote = loaded.vote
+        self._digest = ""  # of the state, unless it is torn
+        self._draft = store.draft(state.arithmetic.payload_sizes)
+        self._voted_for: tuple[str, Sequence[Any]] = ("", ())  # head and payloads of the newest result
+
+    # --- the disk thread -----------------------------------------------------------------------
+
+    def restore(self) -> Restored:
+        """As far as the disk takes us: chain, state, vote. Raises OSError."""
+        self.checkpoints.load()
+        chain = self._chain
+        restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
+        if restored is not None:
+            self._digest = restored.state_digest
+            if restored.reason:
+                _log.warning("restored epoch=%d of=%d %s", restored.epoch, chain.epoch, restored.reason)
+        return Restored(
+            Chain(chain.genesis, chain.records),
+            restored.epoch if restored is not None else NO_STATE,
+            restored.state_digest if restored is not None else "",
+            self._vote,
+            self.store.heads_with_updates(),
+            secrets.token_hex(16),
+        )
+
+    def write_vote(self, vote: Vote) -> None:
+        self.store.write_vote(vote)
+
+    def put_result(self, shard: int, payload: Any, digest: str) -> None:
+        """A shard of the round's result, to be written before all of it is there. In the result's thread."""
+        self._draft.put(shard, payload, digest)
+
+    def write_update(self, epoch: int, head: str, payloads: Sequence[Any]) -> None:
+        """In the result's thread; kept in memory as well till it is applied or the round ends."""
+        self.store.write_update(epoch, head, payloads, self._draft)
+        self._voted_for = (head, payloads)
+
+    def drop_result(self, committed: bool) -> None:
+        """The round is over. In the result's thread."""
+        self._draft.drop()
+        if not committed:
+            self._voted_for = ("", ())
+
+    def append_record(self, record: Record) -> None:
+        self.store.append_record(record)
+        self._chain.append(record)
+
+    def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
+        """Leave a fork at `epoch` for `records`: how many of ours that drops, and how much weight."""
+        self.store.switch_chain(epoch, records)
+        dropped = self._chain.switch(epoch, records)
+        return len(dropped), weight_of(dropped)
+
+    def apply(self, record: Record) -> tuple[int, str]:
+        """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
+        body = record.body
+        if self.state.torn or self.state.head != body.prev:
+            self._reload(body.epoch - 1)
+        try:
+            head, payloads = self._voted_for  # what we voted for has the digest that its head names
+            if head != record.head:
+                payloads = self.store.read_update(body.epoch, record.head, body.result)
+            self.state.apply(payloads, body.epoch, record.head)
+        except (UpdateMissing, TornState) as error:
+            raise KeeperError(str(error)) from error
+        finally:
+            self._voted_for = ("", ())
+        self._digest = self.state.digest()
+        return body.epoch, self._digest
+
+    def _reload(self, epoch: int) -> None:
+        """A step was broken off: take it again from what lies on disk. Raises KeeperError."""
+        if self.rollback(epoch)[0] != epoch:
+            raise KeeperError(f"our disk no longer leads to state {epoch}")
+
+    def rollback(self, epoch: int) -> tuple[int, str]:
+        """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError.
+
+        All there is may be less than was asked: an earlier record may have been left for another since.
+        """
+        epoch = min(epoch, self._chain.epoch)
+        restored = restore(self._chain, epoch, self.store, self.checkpoints, self.state)
+        if restored is None:
+            raise KeeperError(f"no checkpoint up to epoch {epoch}")
+        self._digest = restored.state_digest
+        return restored.epoch, restored.state_digest
+
+    def checkpoint_due(self, epoch: int) -> bool:
+        return epoch % self._limits.checkpoint_every_epochs == 0
+
+    def checkpoint(self) -> None:
+        """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep."""
+        if self.state.torn or self.state.epoch > self._chain.epoch:
+            return
+        if self._chain.head_at(self.state.epoch) != self.state.head:
+            return  # on the way back from a fork
+        self.checkpoints.save(self.state, self._digest)
+        self.checkpoints.prune(self._chain)
+        self.store.prune(self._chain, self._limits, self.checkpoints.base_epoch(self._chain))
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def donor(self, on_bytes: Callable[[str, int], None]) -> Donor:
+        """What serves others from this disk."""
+        return Donor(self._chain.genesis, self.store, self.checkpoints, self._transfer, on_bytes)
+
+    async def fetch_update(
+        self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
+    ) -> None:
+        """Into the update log. Raises as transfer.py says."""
+        arithmetic = self.state.arithmetic
+        await fetch_update(open_stream, wanted, arithmetic, self.store, self._transfer, on_bytes)
+
+    async def fetch_state(
+        self, open_stream: OpenStream, epoch_max: int, chain: Chain, on_bytes: Callable[[str, int], None]
+    ) -> None:
+        """Into the parameters; compared with what `chain` signed. Raises as transfer.py says."""
+        self._digest = await fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes)
+
+    @property
+    def reached(self) -> tuple[int, str]:
+        """Epoch and digest of the state."""
+        return self.state.epoch, self._digest
+
+
+def found_run(
+    spec: RunSpec, founder: str, state: ModelState, home: Home, store: Store, crypto: Crypto
+) -> LoadedStore:
+    """Begin a run with the numbers that `state` holds; returns what the home holds then. Raises OSError.
+
+    The checkpoint is written before the genesis, and so is the first vote: a home with a genesis has a state,
+    and a founder's one knows by its vote that it was never lost.
+    """
+    text = spec.canonical().decode()
+    digest = state.digest()
+    genesis = found(text, founder, digest, state.schema, state.n, secrets.token_hex(16), crypto)
+    state.head = genesis.run_id
+    checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+    checkpoints.load()
+    checkpoints.save(state, digest)
+    vote = founding_vote(genesis.run_id, secrets.token_hex(16))
+    store.write_vote(vote)
+    store.write_genesis(genesis)
+    return LoadedStore(genesis, (), vote, ())

@@ -1,0 +1,39 @@
+"""The first seconds of a node: logging, the home's lock, the loop, and a trainer that imports while we do.
+
+The trainer's process is started before this one imports torch and hivemind, which takes as long as its own
+imports. Whatever ends the start ends it too: the kernel kills it when its parent is gone.
+
+Must not import torch, hivemind or transformers before the trainer runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import uvloop
+
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.surface.logs import LiveLine, start_logging
+from tapestry.node.trainer import imports
+from tapestry.node.trainer.process import TrainerProcess
+
+
+def run(config: NodeConfig) -> int:
+    """Run a node until it is stopped. Returns 0; raises UserError."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
+    live = start_logging(config.log_format)
+    config.home.create()
+    with config.home.lock():
+        code: int = uvloop.run(_run(config, live))
+        return code
+
+
+async def _run(config: NodeConfig, live: LiveLine) -> int:
+    trainer = await TrainerProcess.launch(config.threads)
+    try:
+        imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
+        with imports.lasting():
+            from tapestry.node.daemon.life import Daemon  # takes seconds, in which the loop stands still
+        return await Daemon(config, live, trainer).run()
+    finally:
+        await trainer.stop(0)

@@ -1,0 +1,107 @@
+"""Files that are there whole or not at all, and texts that know whether they were damaged.
+
+`atomic_write` is for small contents in memory; `write_file` streams one that must not be copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blake3 import blake3
+
+from tapestry.node.protocol.chain import canonical
+
+TEMPORARY = ".tmp"
+
+_log = logging.getLogger(__name__)
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by a file with `data`; else as `write_file`."""
+    write_file(path, lambda file: _write(file, data), mode)
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None], mode: int = 0o644) -> None:
+    """Replace `path` by what `write` writes, or leave it as it was and raise OSError (a full disk, say).
+
+    Temporary file, fsync, rename, fsync of the folder. One writer per path at a time: the temporary name is
+    fixed, so that writers which were killed leave one file behind, not many.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    done = False
+    try:
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(fd, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        done = True
+    finally:
+        if not done:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """All of it, at this offset: one call may write less."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in the folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a writer that was killed left behind."""
+    for path in sorted(folder.glob(f"*{TEMPORARY}")):
+        _log.info("removed an unfinished file path=%s", path)
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged file to *.corrupt: out of the way, but not lost to whoever wants to look."""
+    _log.warning("damaged file set aside path=%s.corrupt reason=%r", path, why)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, path.with_name(path.name + ".corrupt"))
+
+
+def seal(value: Any) -> bytes:
+    """One line of canonical JSON that carries the digest of its value."""
+    return canonical({"digest": _digest(value), "value": value})
+
+
+def unseal(line: bytes) -> Any:
+    """The value. Raises ValueError if a single bit of it changed."""
+    try:
+        raw = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(raw, dict) or set(raw) != {"digest", "value"}:
+        raise ValueError("not a sealed value")
+    if raw["digest"] != _digest(raw["value"]):
+        raise ValueError("its digest does not match")
+    return raw["value"]
+
+
+def _digest(value: Any) -> str:
+    return blake3(canonical(value)).hexdigest()

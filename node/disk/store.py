@@ -1,0 +1,441 @@
+"""What a node must not forget, but for checkpoints: genesis, chain, vote, and the update log.
+
+    genesis.json     who began this run, and with which state
+    chain.jsonl      one sealed record per line, appended and synced
+    vote.json        what this node promised and accepted in the round under way; sealed
+    updates/<epoch>-<head>.upd    the encoded result of each epoch
+
+Each of them survives a `kill -9` and a full disk at any moment: a file is replaced whole, and what an
+append left unfinished is cut off. A write that fails raises OSError and leaves what was there.
+
+Damage is treated by what it can do. A chain may be shorter than it was, peers have the rest: the records
+before the damage are kept, the others set aside. An update can be fetched again: it is dropped. But a
+forgotten vote could be cast twice, and two results be committed in one epoch, so a damaged one is refused.
+
+    update file = magic "TAPU", version u32, epoch u64, head 32, result digest 32, shard count u32, zero u32
+                  + payload length u64 of each shard + the payloads                        (little-endian)
+
+Blocking; any thread. Must not import: asyncio; hivemind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from tapestry.node.disk.draft import Draft
+from tapestry.node.disk.files import (
+    atomic_write,
+    pwrite_all,
+    remove_temporaries,
+    seal,
+    set_aside,
+    sync_folder,
+    unseal,
+    write_file,
+)
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.protocol.chain import (
+    Chain,
+    Crypto,
+    Genesis,
+    Record,
+    body_from_dict,
+    body_to_dict,
+    canonical,
+    genesis_from_dict,
+    genesis_to_dict,
+    record_from_dict,
+    record_to_dict,
+)
+from tapestry.node.protocol.events import Vote
+from tapestry.node.spec.run import LimitsSpec
+
+UPDATE_SUFFIX = ".upd"
+_UPDATE = struct.Struct("<4sIQ32s32sII")
+_MAGIC = b"TAPU"
+_VERSION = 1
+_NONE_KNOWN: Mapping[int, str] = MappingProxyType({})
+
+_log = logging.getLogger(__name__)
+
+
+class UpdateMissing(Exception):
+    """The update log does not have this update. `reason` is missing, corrupt or foreign."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStore:
+    """What the disk gave back. No genesis: a home that belongs to no run yet."""
+
+    genesis: Genesis | None
+    records: tuple[Record, ...]
+    vote: Vote | None
+    updates: tuple[str, ...]  # heads whose update is in the update log
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateHeader:
+    """What an update file begins with."""
+
+    epoch: int  # of the state that the update makes
+    head: str
+    result: str  # digest of the payloads
+    lengths: tuple[int, ...]  # bytes of each payload
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return _UPDATE.size + 8 * len(self.lengths) + sum(self.lengths)
+
+    def pack(self) -> bytes:
+        head, result = bytes.fromhex(self.head), bytes.fromhex(self.result)
+        fixed = _UPDATE.pack(_MAGIC, _VERSION, self.epoch, head, result, len(self.lengths), 0)
+        return fixed + struct.pack(f"<{len(self.lengths)}Q", *self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateFile:
+    """One file of the update log."""
+
+    epoch: int  # of the state that it makes
+    path: Path
+    size_bytes: int
+
+
+class Store:
+    """One home's. Call `load` first."""
+
+    def __init__(self, home: Home, crypto: Crypto) -> None:
+        self._home = home
+        self._crypto = crypto
+        self._line_ends: list[int] = []  # of chain.jsonl: byte offset behind record i + 1
+        self._updates: dict[str, UpdateFile] = {}
+        self._lock = threading.Lock()
+
+    def load(self) -> LoadedStore:
+        """Read everything. Raises UserError for a damaged genesis or vote, and OSError."""
+        self._home.updates.mkdir(exist_ok=True)
+        genesis = self._load_genesis()
+        records = self._load_chain(genesis) if genesis else ()
+        vote = self._load_vote()
+        self._load_updates()
+        return LoadedStore(genesis, records, vote, self.heads_with_updates())
+
+    # --- genesis -------------------------------------------------------------------------------
+
+    def write_genesis(self, genesis: Genesis) -> None:
+        atomic_write(self._home.genesis, canonical(genesis_to_dict(genesis)) + b"\n")
+
+    def _load_genesis(self) -> Genesis | None:
+        path = self._home.genesis
+        try:
+            return genesis_from_dict(json.loads(path.read_bytes()), self._crypto)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged: {error}",
+                exit_code=ExitCode.FAILED,
+                hint="move it away and join again: the node fetches it from a peer",
+            ) from error
+
+    # --- chain ---------------------------------------------------------------------------------
+
+    def append_record(self, record: Record) -> None:
+        """Write the record that follows the last one. On OSError the chain on disk is as before."""
+        assert record.body.epoch == len(self._line_ends) + 1
+        start = self._line_ends[-1] if self._line_ends else 0
+        line = _line_of(record)
+        fd = self._open_chain()
+        try:
+            pwrite_all(fd, line, start)
+            os.fsync(fd)
+        except OSError:
+            os.ftruncate(fd, start)
+            raise
+        finally:
+            os.close(fd)
+        self._line_ends.append(start + len(line))
+
+    def switch_chain(self, epoch: int, records: Sequence[Record]) -> None:
+        """Put `records` in the place of those after `epoch`: all of it, or on OSError nothing."""
+        ends = self._line_ends[:epoch]
+        kept = self._home.chain.read_bytes()[: ends[-1]] if ends else b""
+        lines = [_line_of(record) for record in records]
+        atomic_write(self._home.chain, b"".join([kept, *lines]))
+        for line in lines:
+            ends.append((ends[-1] if ends else 0) + len(line))
+        self._line_ends = ends
+
+    def _open_chain(self) -> int:
+        existed = self._home.chain.exists()
+        fd = os.open(self._home.chain, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not existed:
+            sync_folder(self._home.path)
+        return fd
+
+    def _load_chain(self, genesis: Genesis) -> tuple[Record, ...]:
+        path = self._home.chain
+        data = path.read_bytes() if path.exists() else b""
+        records: list[Record] = []
+        self._line_ends = []
+        start, why = 0, ""
+        while start < len(data):
+            end = data.find(b"\n", start) + 1
+            if not end:
+                why = "unfinished"
+                break
+            try:
+                record = record_from_dict(unseal(data[start : end - 1]), self._crypto)
+                _require_link(record, records, genesis)
+            except ValueError as error:
+                why = str(error)
+                break
+            records.append(record)
+            self._line_ends.append(end)
+            start = end
+        if why:
+            self._cut_chain(data[start:], why)
+        return tuple(records)
+
+    def _cut_chain(self, rest: bytes, why: str) -> None:
+        path, kept = self._home.chain, len(self._line_ends)
+        _log.warning("chain cut path=%s records_kept=%d bytes_cut=%d reason=%r", path, kept, len(rest), why)
+        if why != "unfinished":
+            atomic_write(path.with_name(path.name + ".corrupt"), rest)
+        self.switch_chain(kept, ())
+
+    # --- vote ----------------------------------------------------------------------------------
+
+    def write_vote(self, vote: Vote) -> None:
+        """On disk when this returns: only then may it be sent."""
+        atomic_write(self._home.vote, seal(_vote_to_dict(vote)) + b"\n")
+
+    def _load_vote(self) -> Vote | None:
+        path = self._home.vote
+        try:
+            return _vote_from_dict(unseal(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged: {error}; without it this node might vote twice in one round",
+                exit_code=ExitCode.FAILED,
+                hint="restore it, or move it away once the run has committed an epoch without this node",
+            ) from error
+
+    # --- updates -------------------------------------------------------------------------------
+
+    def write_update(
+        self,
+        epoch: int,
+        head: str,
+        payloads: Sequence[Tensor],  # uint8 (payload size,) for each shard
+        draft: Draft | None = None,  # where some of them may lie already
+    ) -> None:
+        """On disk when this returns. Writing one again does nothing."""
+        views = [_bytes_of(payload) for payload in payloads]
+        path = self._home.updates / f"{epoch:08d}-{head[:16]}{UPDATE_SUFFIX}"
+
+        known = draft.digests(payloads) if draft is not None else {}
+        header = UpdateHeader(epoch, head, result_digest(payloads, known), tuple(map(len, views)))
+
+        def write(file: BinaryIO) -> None:
+            file.write(header.pack())
+            for view in views:
+                file.write(view)
+
+        with self._lock:
+            if head in self._updates:
+                return
+            if draft is not None:
+                draft.finish(path, header.pack(), payloads)
+            else:
+                write_file(path, write)
+            self._updates[head] = UpdateFile(epoch, path, header.size_bytes)
+
+    def draft(self, sizes: Sequence[int]) -> Draft:
+        """For the results of rounds, of payloads of these sizes."""
+        return Draft(self._home.updates, _UPDATE.size + 8 * len(sizes), sizes)
+
+    def has_update(self, head: str) -> bool:
+        return head in self._updates
+
+    def heads_with_updates(self) -> tuple[str, ...]:
+        """Oldest first."""
+        return tuple(head for _, head in sorted((u.epoch, head) for head, u in [*self._updates.items()]))
+
+    @property
+    def updates_bytes(self) -> int:
+        """What the update log takes on disk."""
+        return sum(update.size_bytes for update in list(self._updates.values()))
+
+    def read_update(
+        self, epoch: int, head: str, result: str | None = None
+    ) -> list[Tensor]:  # uint8 (payload size,) for each shard
+        """The payloads, compared with the digest in the record, or else with the one in the file.
+
+        Raises UpdateMissing; a file that turned out to be damaged is gone after that. And OSError.
+        """
+        update = self._updates.get(head)
+        if update is None or update.epoch != epoch:
+            raise UpdateMissing("missing", f"the update log has no update {epoch} of {head[:12]}")
+        try:
+            header, payloads = _read_update(update.path)
+        except FileNotFoundError:
+            self._updates.pop(head, None)
+            raise UpdateMissing("missing", f"{update.path} is gone") from None
+        except ValueError as error:
+            self._drop(head, str(error))
+            raise UpdateMissing("corrupt", f"{update.path}: {error}") from error
+        if (header.epoch, header.head) != (epoch, head) or result_digest(payloads) != header.result:
+            self._drop(head, "its bytes changed")
+            raise UpdateMissing("corrupt", f"{update.path}: its bytes changed")
+        if result not in (None, header.result):
+            raise UpdateMissing("foreign", f"{update.path} is not the result that the record names")
+        return payloads
+
+    def prune(self, chain: Chain, limits: LimitsSpec, base_epoch: int) -> None:
+        """Keep the updates that the spec's limits allow, newest first, and those after `base_epoch`.
+
+        `base_epoch` is that of a checkpoint: with the updates after it, it is the state, so they stay even
+        if the limits are smaller. Results of rounds that are over and were decided otherwise go.
+        """
+        count, total_bytes = 0, 0
+        for head in reversed(self.heads_with_updates()):
+            update = self._updates.get(head)
+            if update is None or update.epoch > chain.epoch:
+                continue  # just dropped; or of the round under way: somebody may have voted for it
+            on_chain = chain.head_at(update.epoch) == head
+            count += on_chain
+            total_bytes += update.size_bytes * on_chain
+            allowed = count <= limits.updates_kept_epochs and total_bytes <= limits.updates_kept_bytes
+            if not on_chain or (update.epoch <= base_epoch and not allowed):
+                with self._lock:
+                    self._updates.pop(head, None)
+                    update.path.unlink(missing_ok=True)
+
+    def _load_updates(self) -> None:
+        folder = self._home.updates
+        remove_temporaries(folder)
+        self._updates = {}
+        for path in sorted(folder.glob(f"*{UPDATE_SUFFIX}")):
+            try:
+                with path.open("rb") as file:
+                    header = _read_header(file)
+            except ValueError as error:
+                _log.warning("update dropped path=%s reason=%r", path, str(error))
+                path.unlink()
+                continue
+            self._updates[header.head] = UpdateFile(header.epoch, path, header.size_bytes)
+
+    def _drop(self, head: str, why: str) -> None:
+        with self._lock:
+            update = self._updates.pop(head, None)
+            if update is not None:
+                set_aside(update.path, why)
+
+
+def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_KNOWN) -> str:
+    """As node/protocol/exchange.py defines it: of the shards' digests (some may be known), in order."""
+    digests = [
+        known[shard] if shard in known else blake3(_bytes_of(payload)).hexdigest()
+        for shard, payload in enumerate(payloads)
+    ]
+    return blake3("".join(digests).encode()).hexdigest()
+
+
+def _require_link(record: Record, before: Sequence[Record], genesis: Genesis) -> None:
+    """Raise ValueError unless the record follows. Its signatures were checked before it was written."""
+    prev = before[-1].head if before else genesis.run_id
+    body = record.body
+    if (body.epoch, body.prev, body.run_id) != (len(before) + 1, prev, genesis.run_id):
+        raise ValueError(f"record {body.epoch} does not follow record {len(before)}")
+
+
+def _line_of(record: Record) -> bytes:
+    """Of chain.jsonl."""
+    return seal(record_to_dict(record)) + b"\n"
+
+
+def _vote_to_dict(vote: Vote) -> dict[str, Any]:
+    return {
+        "epoch": vote.epoch,
+        "head": vote.head,
+        "promised": vote.promised,
+        "accepted_ballot": vote.accepted_ballot,
+        "accepted": None if vote.accepted is None else body_to_dict(vote.accepted),
+        "life": vote.life,
+        "weight": vote.weight,
+    }
+
+
+def _vote_from_dict(raw: Any) -> Vote:
+    """Strict. Raises ValueError."""
+    if not isinstance(raw, dict) or set(raw) != {field.name for field in dataclasses.fields(Vote)}:
+        raise ValueError("not a vote")
+    if type(raw["head"]) is not str or len(raw["head"]) != 64:
+        raise ValueError("head must be 64 hex digits")
+    if type(raw["life"]) is not str or len(raw["life"]) not in (0, 32):
+        raise ValueError("life must be 32 hex digits")
+    numbers = [raw[name] for name in ("epoch", "promised", "accepted_ballot", "weight")]
+    if not all(type(number) is int and number >= -1 for number in numbers):
+        raise ValueError("epoch, ballots and weight must be integers")
+    accepted = None if raw["accepted"] is None else body_from_dict(raw["accepted"])
+    if (accepted is None) != (raw["accepted_ballot"] == -1):
+        raise ValueError("an accepted body and its ballot go together")
+    return Vote(**{**raw, "accepted": accepted})
+
+
+def _read_update(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
+    """The file's parts. Raises ValueError and OSError."""
+    with path.open("rb") as file:
+        header = _read_header(file)
+        payloads = []
+        for length in header.lengths:
+            payload = torch.empty(length, dtype=torch.uint8)
+            if length and file.readinto(_bytes_of(payload)) != length:
+                raise ValueError("it became shorter")
+            payloads.append(payload)
+    return header, payloads
+
+
+def _read_header(file: BinaryIO) -> UpdateHeader:
+    """Nothing is allocated before the file's length agreed with what it says. Raises ValueError."""
+    file_bytes = os.fstat(file.fileno()).st_size
+    fixed = file.read(_UPDATE.size)
+    if len(fixed) < _UPDATE.size:
+        raise ValueError("no header")
+    magic, version, epoch, head, result, count, _ = _UPDATE.unpack(fixed)
+    if (magic, version) != (_MAGIC, _VERSION) or file_bytes < _UPDATE.size + 8 * count:
+        raise ValueError("no update file of this version")
+    lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
+    header = UpdateHeader(epoch, head.hex(), result.hex(), lengths)
+    if header.size_bytes != file_bytes:
+        raise ValueError(f"{file_bytes} bytes, should be {header.size_bytes}")
+    return header
+
+
+def _bytes_of(
+    payload: Tensor,  # uint8 (size,)
+) -> memoryview:
+    return memoryview(payload.numpy())  # type: ignore[arg-type]

@@ -1,0 +1,192 @@
+"""Which run this node is of: the home's, a peer's, or a new one. Found out before anything else is started.
+
+A joiner asks the peers it was given for the genesis. A stock DHT bootstrap peer knows none: then the run id
+(from --run-id) leads to the members' presence, and any member serves the genesis. Whatever does not agree -
+run ids, specs - ends the start with the difference shown: no two swarms that look healthy and never meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapestry.dht.addresses import PeerAddress
+from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.net.transfer import DonorFailed, TransferLimits, fetch_genesis
+from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.protocol.chain import Crypto, Genesis
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import RunSpec, diff
+
+GENESIS_PROTOCOL = "/tapestry/genesis/1"
+CONNECT_S = 10.0
+ASK_S = 10.0
+
+_log = logging.getLogger("tapestry.join")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """The run. Without a genesis it is to be founded with this spec."""
+
+    genesis: Genesis | None
+    spec: RunSpec
+    from_peer: bool
+
+
+def state_protocol(run_id: str) -> str:
+    """The stream that serves updates and checkpoints."""
+    return f"/tapestry/{run_id}/state/1"
+
+
+async def agree_on_run(
+    config: NodeConfig,
+    home_genesis: Genesis | None,
+    swarm: Swarm,
+    peers: Sequence[PeerAddress],
+    crypto: Crypto,
+) -> Agreed:
+    """Raises UserError: 2 for files, 3 if no peer can be reached, 4 if run id or spec do not agree."""
+    if home_genesis is not None:
+        spec = RunSpec.from_canonical(home_genesis.spec.encode())
+        _check_run_id(config, home_genesis.run_id, str(config.home.path))
+        _check_spec(config.run, spec, f"the run in {config.home.path}")
+        await _compare_with_peers(home_genesis, swarm, peers, crypto)
+        return Agreed(home_genesis, spec, from_peer=False)
+    if peers:
+        genesis = await _ask_peers(config, swarm, peers, crypto)
+        _check_run_id(config, genesis.run_id, "the peer")
+        spec = RunSpec.from_canonical(genesis.spec.encode())
+        _check_spec(config.run, spec, "the peer's run")
+        sys.stdout.write(f"joining run {spec.name}, {genesis.run_id}, founded by {genesis.founder}:\n")
+        sys.stdout.write(_indented(spec))
+        sys.stdout.flush()
+        return Agreed(genesis, spec, from_peer=True)
+    if config.run is None:
+        raise UserError(
+            f"there is no run: {config.home.path} holds none, and neither --peer nor a run.toml is given",
+            hint="`tapestry init DIR` writes a run.toml to found a run with; `--peer ADDRESS` joins one",
+        )
+    if config.run_id is not None:
+        raise UserError("--run-id names a run to join, but no --peer is given to join it by")
+    return Agreed(None, RunSpec.load(config.run), from_peer=False)
+
+
+async def _ask_peers(
+    config: NodeConfig, swarm: Swarm, peers: Sequence[PeerAddress], crypto: Crypto
+) -> Genesis:
+    """The genesis from the first peer that serves one, or from a member whom a bootstrap peer knows."""
+    unreachable: list[str] = []
+    silent: list[str] = []
+    for peer in peers:
+        try:
+            await swarm.connect(peer, CONNECT_S)
+            return await _fetch(swarm, peer.peer_id, crypto)
+        except Unreachable as error:
+            (silent if error.reason == "unsupported" else unreachable).append(str(error))
+        except _NoGenesis as error:
+            silent.append(str(error))
+    if not silent:
+        raise UserError(
+            f"cannot reach any peer: {'; '.join(unreachable)}",
+            exit_code=ExitCode.UNREACHABLE,
+            hint="is the peer running, and is its port open to this machine?",
+        )
+    if config.run_id is None:
+        raise UserError(
+            f"the peer serves no run: {silent[0]}",
+            exit_code=ExitCode.UNREACHABLE,
+            hint="a DHT bootstrap peer knows no run: name it with --run-id, or join by a member's address",
+        )
+    return await _ask_members(config.run_id, swarm, peers, crypto)
+
+
+async def _ask_members(run_id: str, swarm: Swarm, peers: Sequence[PeerAddress], crypto: Crypto) -> Genesis:
+    try:
+        await swarm.join_dht(run_id, peers)
+        members = await swarm.list_presence(time.time())
+    except SwarmError as error:
+        raise UserError(str(error), exit_code=ExitCode.UNREACHABLE) from error
+    for member in members:
+        if member.peer_id == swarm.peer_id:
+            continue
+        try:
+            await swarm.connect_any(member.peer_id, member.addresses, CONNECT_S)
+            return await _fetch(swarm, member.peer_id, crypto)
+        except (Unreachable, _NoGenesis) as error:
+            _log.warning("member=%s genesis=failed reason=%r", member.peer_id[-6:], str(error))
+    raise UserError(
+        f"no member of run {run_id[:12]} could be reached ({len(members)} are announced)",
+        exit_code=ExitCode.UNREACHABLE,
+        hint="check the run id, or join by a member's address",
+    )
+
+
+async def _compare_with_peers(
+    genesis: Genesis, swarm: Swarm, peers: Sequence[PeerAddress], crypto: Crypto
+) -> None:
+    """A resumed node goes on without its peers, but never beside a peer of another run."""
+    for peer in peers:
+        try:
+            await swarm.connect(peer, CONNECT_S)
+            theirs = await _fetch(swarm, peer.peer_id, crypto)
+        except (Unreachable, _NoGenesis) as error:
+            _log.warning("peer=%s not_reached reason=%r", peer.peer_id[-6:], str(error))
+            continue
+        if theirs.run_id != genesis.run_id:
+            raise UserError(
+                f"the peer is of another run: {theirs.run_id[:16]} there, {genesis.run_id[:16]} in this home",
+                exit_code=ExitCode.REFUSED,
+                hint="use another --home for that run",
+            )
+
+
+class _NoGenesis(Exception):
+    pass
+
+
+async def _fetch(swarm: Swarm, peer_id: str, crypto: Crypto) -> Genesis:
+    """Raises Unreachable and _NoGenesis."""
+
+    async def open_stream() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await swarm.open_stream(peer_id, GENESIS_PROTOCOL, CONNECT_S)
+
+    try:
+        return await fetch_genesis(
+            open_stream, crypto, TransferLimits(stall_s=ASK_S), lambda direction, count: None
+        )
+    except (DonorFailed, RemoteProtocolError) as error:
+        raise _NoGenesis(f"peer {peer_id[-6:]} gave no genesis: {error}") from error
+
+
+def _check_run_id(config: NodeConfig, run_id: str, whose: str) -> None:
+    if config.run_id is not None and config.run_id != run_id:
+        raise UserError(
+            f"--run-id is {config.run_id}, but {whose} is of run {run_id}", exit_code=ExitCode.REFUSED
+        )
+
+
+def _check_spec(path: Path | None, spec: RunSpec, whose: str) -> None:
+    """A run.toml at hand must say the same."""
+    if path is None:
+        return
+    differences = diff(RunSpec.load(path), spec)
+    if differences:
+        raise UserError(
+            f"{path} differs from {whose}:",
+            exit_code=ExitCode.REFUSED,
+            details=tuple(differences),
+            hint="remove the file, or point --run elsewhere, to take the run as it is",
+        )
+
+
+def _indented(spec: RunSpec) -> str:
+    lines = [line for line in spec.to_toml().splitlines() if line.strip() and not line.startswith("#")]
+    return "".join(f"  {line}\n" for line in lines)

@@ -1,0 +1,505 @@
+"""Long-lived libp2p streams to every peer of the run: one for control, one for bulk data, each way.
+
+We write on the streams that we opened and read from those that the peer opened. A peer is *up* while both of
+ours are open; the end of either is news at once, since a node's p2pd dies with it. A peer that is frozen
+keeps its streams open: that is for the core to notice, which hears no heartbeat.
+
+Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
+does not take what we send loses its link, and gets it back when it dials or when we try again. Of the streams
+of one kind that a peer opens only the newest is read, and no peer gets more than a share of the loop's time:
+whoever sends faster than that waits, and the others do not. Bulk keeps within the node's bandwidth caps
+(throttle.py); control counts for them and never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+from tapestry.compression.refusals import Refused
+from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.net.repeats import Repeats
+from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.vocabulary import Reader, encode_message
+from tapestry.node.net.wire import (
+    FrameLimits,
+    RemoteProtocolError,
+    StreamEnded,
+    frame_parts,
+    read_frame,
+)
+from tapestry.node.protocol.messages import Control, Result, Shard
+
+HEADER_BYTES_MAX = 1024  # of a bulk frame
+WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
+PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
+CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
+BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
+BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
+STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
+TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
+BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
+
+_log = logging.getLogger("tapestry.links")
+
+
+class Listener(Protocol):
+    """Who hears of peers and their messages. Called on the event loop; must not raise."""
+
+    def on_up(self, peer: str) -> None: ...
+    def on_down(self, peer: str) -> None: ...
+    def on_message(self, peer: str, message: Control | Shard | Result) -> None: ...
+    def on_bulk_progress(self, peer: str) -> None: ...
+    def on_unusable(self, peer: str, reason: str, text: str) -> None:
+        """Its data was refused; the stream goes on."""
+
+    def on_refused(self, peer: str, reason: str, text: str) -> None:
+        """It broke the protocol; the stream was closed."""
+
+    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    control_bytes_max: int
+    payload_bytes_max: int
+    peers_max: int
+    silence_s: float  # in the middle of a frame, or of a write
+    queue_frames_max: int = 8192  # Guess: far above what one round puts in
+    queue_bytes_max: int = 16 << 20  # of control messages, or four of the longest. Guess
+    dial_timeout_s: float = 10.0
+    backoff_initial_s: float = 0.2
+    backoff_max_s: float = 5.0
+    give_up_s: float = 120.0  # after this long without a sign of the peer, wait for one
+    throttles: Throttles = field(default_factory=Throttles)  # the node's, which its state transfers share
+
+
+class Pace:
+    """How long a peer may occupy the loop: a burst, and a share of the time that passes."""
+
+    def __init__(self, share: float, clock: Callable[[], float]) -> None:
+        self._share = share
+        self._clock = clock
+        self._spent_s = 0.0
+        self._at = clock()
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """What is done inside counts."""
+        began_at = self._clock()
+        try:
+            yield
+        finally:
+            self.spend(self._clock() - began_at)
+
+    def spend(self, seconds: float) -> None:
+        self._spent_s += seconds
+
+    def pause_s(self) -> float:
+        """How long to wait before the next message is read."""
+        now = self._clock()
+        self._spent_s = max(0.0, self._spent_s - self._share * (now - self._at))
+        self._at = now
+        return max(0.0, self._spent_s - BURST_S) / self._share
+
+    async def wait(self) -> None:
+        """At least one turn for everybody else: a full buffer is thousands of messages."""
+        await asyncio.sleep(self.pause_s())
+
+
+def _pace(share: float) -> Pace:
+    return Pace(share, asyncio.get_running_loop().time)
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What we know of one peer, and its two queues."""
+
+    peer: str
+    addresses: tuple[str, ...] = ()
+    seen_at: float = 0.0
+    up: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
+    queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
+    control_bytes: int = 0  # of what is in `control`
+    broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
+    why_broken: str = ""
+    inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk -> its reader
+    control_pace: Pace = field(default_factory=lambda: _pace(CONTROL_SHARE))
+    bulk_pace: Pace = field(default_factory=lambda: _pace(BULK_SHARE))
+
+    @property
+    def is_there(self) -> bool:
+        """It takes our streams, or has opened some."""
+        return self.up or bool(self.inbound)
+
+
+class Links:
+    """The links of one node on one swarm. Use within `run`."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        run_id: str,
+        reader: Reader,
+        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
+        listener: Listener,
+        limits: LinkLimits,
+    ) -> None:
+        self._swarm = swarm
+        self._run_id = run_id
+        self._reader = reader
+        self._unpack_payload = unpack_payload
+        self._listener = listener
+        self._limits = limits
+        self._peers: dict[str, _Peer] = {}
+        self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
+        self._failures = Repeats(TELL_AGAIN_S)
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Serve and link until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._swarm.serve(self._protocol("control"), self._serve_control)
+                await self._swarm.serve(self._protocol("bulk"), self._serve_bulk)
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._tasks = None
+
+    def want(self, peer: str, addresses: Sequence[str] = (), hint: bool = False) -> None:
+        """Keep a link to this peer, found at these addresses or wherever p2pd knows it.
+
+        A `hint` is what nobody has proven, such as a presence record: only peers_max of those that are not
+        there are tried at a time.
+        """
+        if peer == self._swarm.peer_id or self._tasks is None:
+            return
+        known = self._peers.get(peer)
+        if known is None:
+            peers_max = self._limits.peers_max
+            if hint and sum(not p.is_there for p in self._peers.values()) >= peers_max:
+                return
+            if (self.full or len(self._peers) >= 2 * peers_max) and peer not in self._given:
+                self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
+                return
+            known = self._peers[peer] = _Peer(peer)
+            self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
+        known.addresses = tuple(dict.fromkeys([*(addresses or known.addresses), *self._given.get(peer, ())]))
+        known.seen_at = asyncio.get_running_loop().time()
+        known.wake.set()
+
+    def keep(self, peer: str, address: str) -> None:
+        """As `want`, for good: this address is tried too, whatever the peer says of itself."""
+        self._given[peer] = tuple(dict.fromkeys([*self._given.get(peer, ()), address]))
+        self.want(peer)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Whom we have a link with, or try to."""
+        return list(self._peers)
+
+    @property
+    def full(self) -> bool:
+        """Whether peers_max are there: whom we only try to reach takes nobody's place."""
+        return sum(p.is_there for p in self._peers.values()) >= self._limits.peers_max
+
+    @property
+    def linked(self) -> list[str]:
+        return [p.peer for p in self._peers.values() if p.up]
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Of the linked peers, where that is known: who dialled us has not said by it where it listens."""
+        return {p.peer: p.addresses for p in self._peers.values() if p.up and p.addresses}
+
+    def send_control(self, peer: str, message: Control) -> None:
+        """Queue a message. To a peer that is not up it is lost, as on the way."""
+        link = self._peers.get(peer)
+        if link is None or not link.up:
+            return
+        with link.control_pace.spending():
+            header = encode_message(message)
+        bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
+        full = link.control.qsize() >= self._limits.queue_frames_max
+        if full or link.control_bytes + len(header) > bytes_max:
+            self._break(link, "its control queue is full")
+            return
+        link.control_bytes += len(header)
+        link.control.put_nowait(header)
+
+    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
+        """Queue a shard, unless the same one waits in the queue already. `kind` is for the metrics."""
+        link = self._peers.get(peer)
+        if link is None or not link.up:
+            return
+        header = encode_message(message)
+        if header in link.queued:
+            return
+        if link.bulk.qsize() >= self._limits.queue_frames_max:
+            self._break(link, "its bulk queue is full")
+            return
+        link.queued[header] = None
+        link.bulk.put_nowait((header, kind, frame_parts(header, payload)))
+
+    def drop_bulk(self) -> None:
+        """Forget what still waits to be sent: its round is over."""
+        for link in self._peers.values():
+            while not link.bulk.empty():
+                link.bulk.get_nowait()
+            link.queued.clear()
+
+    # --- outgoing ------------------------------------------------------------------------------
+
+    def _protocol(self, name: str) -> str:
+        return f"/tapestry/{self._run_id}/{name}/1"
+
+    def _is_awaited(self, link: _Peer) -> bool:
+        since_s = asyncio.get_running_loop().time() - link.seen_at
+        return since_s < self._limits.give_up_s or bool(link.inbound) or link.peer in self._given
+
+    async def _maintain(self, link: _Peer) -> None:
+        """Link, lose, wait, link again; until there has been no sign of the peer for long."""
+        loop, limits = asyncio.get_running_loop(), self._limits
+        backoff_s = limits.backoff_initial_s
+        try:
+            while self._is_awaited(link):
+                link.wake.clear()
+                pause_s = limits.backoff_initial_s
+                try:
+                    if link.addresses:
+                        await self._swarm.connect_any(link.peer, link.addresses, limits.dial_timeout_s)
+                    began_at = loop.time()
+                    why = await self._linked(link)
+                    _log.info("link=down peer=%s reason=%r", link.peer[-6:], why)
+                    if loop.time() - began_at >= limits.backoff_max_s:
+                        backoff_s = limits.backoff_initial_s
+                    else:
+                        pause_s = backoff_s  # it comes and goes: its dialling is no reason to hurry
+                except (SwarmError, OSError) as error:
+                    self._log_failure(link.peer, error)
+                await asyncio.sleep(pause_s)
+                try:
+                    async with asyncio.timeout(backoff_s):
+                        await link.wake.wait()
+                except TimeoutError:
+                    pass
+                backoff_s = min(2 * backoff_s, limits.backoff_max_s)
+        finally:
+            del self._peers[link.peer]
+
+    def _log_failure(self, peer: str, error: SwarmError | OSError) -> None:
+        """Who runs this node is told of the peers that they named, now and then; of others, if they ask."""
+        reason = error.reason if isinstance(error, Unreachable) else "error"
+        level, now = logging.DEBUG, asyncio.get_running_loop().time()
+        if peer in self._given and reason != "backoff" and self._failures.may_tell((peer, reason), now):
+            # One that serves the DHT only is a good entry, and has no links; nor has a member of another run.
+            level = logging.INFO if reason == "unsupported" else logging.WARNING
+        _log.log(level, "link=failed peer=%s reason=%s %s", peer[-6:], reason, error)
+
+    async def _linked(self, link: _Peer) -> str:
+        """While both streams are open. Returns why they no longer are."""
+        timeout_s = self._limits.dial_timeout_s
+        streams = []
+        try:
+            for name in ("control", "bulk"):
+                streams.append(await self._swarm.open_stream(link.peer, self._protocol(name), timeout_s))
+            (control_reader, control), (bulk_reader, bulk) = streams
+            self._set_up(link)
+            jobs = [
+                asyncio.create_task(job)
+                for job in (
+                    self._write_control(link, control),
+                    self._write_bulk(link, bulk),
+                    _ended(control_reader),
+                    _ended(bulk_reader),
+                    _broken(link),
+                )
+            ]
+            try:
+                done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+                return next(iter(done)).result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+                await asyncio.wait(jobs)
+        finally:
+            for _, writer in streams:
+                writer.close()
+            self._set_down(link)
+
+    def _set_up(self, link: _Peer) -> None:
+        link.control = asyncio.Queue()
+        link.bulk = asyncio.Queue()
+        link.queued.clear()
+        link.control_bytes = 0
+        link.broken.clear()
+        link.up = True
+        _log.info("link=up peer=%s", link.peer[-6:])
+        self._listener.on_up(link.peer)
+
+    def _set_down(self, link: _Peer) -> None:
+        if link.up:
+            link.up = False
+            link.seen_at = asyncio.get_running_loop().time()  # till now it was there
+            self._listener.on_down(link.peer)
+
+    def _break(self, link: _Peer, why: str) -> None:
+        """End the link, now: what waits in its queues is lost, as on the way."""
+        link.why_broken = why
+        link.broken.set()
+        self._listener.on_refused(link.peer, "slow", why)
+        self._set_down(link)
+
+    async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
+        while True:
+            header = await link.control.get()
+            link.control_bytes -= len(header)
+            parts = frame_parts(header)
+            why = await self._write(writer, parts, "control")
+            if why:
+                return why
+
+    async def _write_bulk(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
+        while True:
+            key, kind, parts = await link.bulk.get()
+            why = await self._write(writer, parts, kind)
+            link.queued.pop(key, None)
+            if why:
+                return why
+
+    async def _write(self, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
+        """Write a frame at the peer's pace and within our cap. Returns why that failed, or ""."""
+        throttle = self._limits.throttles.upload
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view.nbytes:
+                    count = min(view.nbytes, WRITE_BYTES)
+                    if kind == "control":
+                        throttle.spend(count)
+                    else:
+                        count = await throttle.take(count)  # before silence_s begins: this is our own wait
+                    if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
+                        return "the stream broke"
+                    piece, view = view[:count], view[count:]
+                    writer.write(piece)
+                    async with asyncio.timeout(self._limits.silence_s):
+                        await writer.drain()
+                    self._listener.on_bytes("sent", kind, piece.nbytes)
+        except TimeoutError:
+            return f"it took nothing for {self._limits.silence_s:g} s"
+        except OSError as error:
+            return f"write failed: {error}"
+        return ""
+
+    # --- incoming ------------------------------------------------------------------------------
+
+    async def _serve_control(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self._serve("control", peer, reader, self._read_control)
+
+    async def _serve_bulk(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self._serve("bulk", peer, reader, self._read_bulk)
+
+    async def _serve(
+        self,
+        name: str,
+        peer: str,
+        reader: asyncio.StreamReader,
+        read: Callable[[_Peer, asyncio.StreamReader], Awaitable[None]],
+    ) -> None:
+        """Read a stream that the peer opened, until it ends or the peer opens another of its kind."""
+        self.want(peer)
+        link, task = self._peers.get(peer), asyncio.current_task()
+        if link is None or task is None:
+            return  # one peer too many: counted by `want`
+        if name in link.inbound:
+            link.inbound[name].cancel()
+        link.inbound[name] = task
+        try:
+            link.control_pace.spend(STREAM_COST_S)
+            await link.control_pace.wait()
+            await read(link, reader)
+        except RemoteProtocolError as error:
+            self._listener.on_refused(peer, error.reason, str(error))
+        except (StreamEnded, TimeoutError, OSError):
+            return  # the link back tells the listener what there is to tell
+        finally:
+            if link.inbound.get(name) is task:
+                del link.inbound[name]
+
+    async def _read_control(self, link: _Peer, reader: asyncio.StreamReader) -> None:
+        throttle = self._limits.throttles.download  # counts, and makes nobody wait: there is no payload
+        limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN, throttle)
+        while True:
+            header, _ = await self._frame(reader, limits, None)
+            self._listener.on_bytes("received", "control", len(header))
+            with link.control_pace.spending():
+                self._listener.on_message(link.peer, self._reader.control(header))
+            await link.control_pace.wait()
+
+    async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
+        throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max
+        limits = FrameLimits(HEADER_BYTES_MAX, payload_bytes_max, BYTES_PER_SECOND_MIN, throttle)
+        loop = asyncio.get_running_loop()
+        told_at = loop.time()
+        waiting = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal told_at, waiting
+            waiting += count
+            if loop.time() - told_at >= PROGRESS_EVERY_S:
+                told_at = loop.time()
+                self._listener.on_bulk_progress(link.peer)
+
+        while True:
+            header, payload = await self._frame(reader, limits, on_bytes)
+            with link.bulk_pace.spending():
+                self._on_data(link.peer, header, payload, waiting)
+            waiting = 0
+            await link.bulk_pace.wait()
+
+    async def _frame(
+        self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
+    ) -> tuple[bytes, bytearray]:
+        """The next frame, however long it takes to begin; once begun it may not fall silent."""
+        return await read_frame(reader, limits, None, self._limits.silence_s, on_bytes)
+
+    def _on_data(self, peer: str, header: bytes, payload: bytearray, byte_count: int) -> None:
+        message = self._reader.data(header, None, "")
+        kind = "contribution" if isinstance(message, Shard) else "result"
+        self._listener.on_bytes("received", kind, byte_count)
+        try:
+            blob, digest = self._unpack_payload(message, payload)
+        except Refused as refused:
+            self._listener.on_unusable(peer, refused.reason, refused.detail)
+            return
+        self._listener.on_message(peer, self._reader.data(header, blob, digest))
+
+
+async def _ended(reader: asyncio.StreamReader) -> str:
+    """The peer never writes on a stream that we opened: its end is all there is to read."""
+    try:
+        data = await reader.read(1)
+    except OSError as error:
+        return f"the stream broke: {error}"
+    return "it wrote on our stream" if data else "the stream ended"
+
+
+async def _broken(link: _Peer) -> str:
+    await link.broken.wait()
+    return link.why_broken

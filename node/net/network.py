@@ -1,0 +1,354 @@
+"""One node's place in the swarm: p2pd, links, presence, and the streams that serve genesis and state.
+
+A p2pd that dies takes every link with it. It is noticed within a second, the core is told that its peers are
+down, and a new one is started on the same addresses; after RESTARTS_MAX deaths within RESTARTS_WINDOW_S the
+node gives up with an error, since something kills p2pd for a reason.
+
+Peers are found five ways: the addresses that the operator gave, presence records in the DHT, what linked
+peers say (peer_exchange.py), those of before (known_peers.py: a node finds its run again when the peer it
+first joined by is gone), and peers that open a stream to us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from typing_extensions import Buffer
+
+from tapestry.dht.addresses import PeerAddress, is_usable, parse_listen, parse_peer, ranked, usable_addresses
+from tapestry.dht.identity import Identity
+from tapestry.dht.p2pd import SwarmConfig, SwarmError
+from tapestry.dht.presence import ADDRESSES_MAX, LIFETIME_S_MAX, Presence, PresenceError, encode
+from tapestry.dht.swarm import Swarm
+from tapestry.node.disk.files import atomic_write
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.net.known_peers import KnownPeers
+from tapestry.node.net.links import LinkLimits, Links, Listener
+from tapestry.node.net.peer_exchange import PeerExchange
+from tapestry.node.net.vocabulary import Reader
+from tapestry.node.protocol.messages import Control, Result, Shard
+
+PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
+PRESENCE_REFRESH_S = 20.0  # well before it expires
+PRESENCE_LOOK_S = 5.0
+PRESENCE_MIN_S = 1.0  # between two publications when the epoch moves fast
+PROBE_S = 30.0  # Guess: p2pd is asked where it listens
+PROBES_MISSED_MAX = 3  # in a row: then it is replaced
+MEET_AGAIN_S = 60.0  # Guess: of the linked; the DHT forgets who was unreachable for some seconds
+RESTART_PAUSE_MAX_S = 60.0
+KNOWN_AT_START = 16  # Guess: dialled before the DHT answers; they know the others
+RESTARTS_MAX = 5
+RESTARTS_WINDOW_S = 300.0
+
+_PORT = re.compile(r"/(?P<ip>ip[46])/(?P<host>[^/]+)/(?P<transport>tcp|udp)/(?P<port>\d+)(?P<rest>.*)")
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Handler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+_log = logging.getLogger("tapestry.network")
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What presence says of this node."""
+
+    epoch: int
+    head: str
+    phase: str
+
+
+class _P2pdDied(Exception):
+    pass
+
+
+class Network:
+    """Use: `run(swarm)` in a task; the rest from the same loop. Without a swarm, sending is losing."""
+
+    def __init__(
+        self,
+        config: SwarmConfig,
+        identity: Identity,
+        run_id: str,
+        peers: Sequence[PeerAddress],
+        reader: Reader,
+        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
+        listener: Listener,
+        limits: LinkLimits,
+        handlers: dict[str, Handler],  # protocol -> handler
+        known: KnownPeers,
+        news: Callable[[], News],
+        on_refused: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._run_id = run_id
+        self._peers = peers
+        self._reader = reader
+        self._unpack_payload = unpack_payload
+        self._listener = listener
+        self._limits = limits
+        self._handlers = handlers
+        self._known = known
+        self._news = news
+        self._on_refused = on_refused
+        self._swarm: Swarm | None = None
+        self._links: Links | None = None
+        self.up = asyncio.Event()  # we serve, and are in the DHT
+        self._moved = asyncio.Event()
+        self._expires_at = 0.0
+        self.addresses: tuple[str, ...] = ()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self, swarm: Swarm) -> None:
+        """Keep the node in the swarm until cancelled. Raises UserError if p2pd keeps dying."""
+        deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
+        config = self._config
+        if not config.announce:  # announced addresses are not ours to bind
+            config = replace(config, listen=with_ports(config.listen, without_peer(await swarm.addresses())))
+        while True:
+            try:
+                await self._serve(swarm)
+            except* (_P2pdDied, SwarmError) as group:
+                reason = str(group.exceptions[0])
+            finally:
+                self._swarm = self._links = None
+                await swarm.close()
+            _log.error("p2pd=died reason=%r next=restart", reason)
+            now = time.monotonic()
+            if len(deaths) == RESTARTS_MAX and now - deaths[0] < RESTARTS_WINDOW_S:
+                raise UserError(
+                    f"p2pd died {RESTARTS_MAX + 1} times in {RESTARTS_WINDOW_S:g} s, last: {reason}",
+                    exit_code=ExitCode.FAILED,
+                    hint="look for what kills it: memory limits, a security policy",
+                )
+            deaths.append(now)
+            swarm = await self._restart(config)
+
+    async def _restart(self, config: SwarmConfig) -> Swarm:
+        """What killed p2pd, for instance want of memory, may keep it from starting too: for a while."""
+        pause_s = 1.0
+        while True:
+            try:
+                swarm = await Swarm.start(config, on_refused=self._on_refused)
+            except (SwarmError, OSError) as error:
+                _log.error("p2pd=not_restarted reason=%r next=again in_s=%g", str(error), pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
+            else:
+                _log.warning("p2pd=restarted")
+                return swarm
+
+    async def _serve(self, swarm: Swarm) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_watch(swarm))
+            for protocol, handler in self._handlers.items():
+                await swarm.serve(protocol, handler)
+            self.addresses = await _addresses_of(swarm)
+            self._swarm = swarm
+            self._links = Links(
+                swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
+            )
+            tasks.create_task(self._links.run())
+            await asyncio.sleep(0)  # they run
+            self._want_known(self._links)  # before the DHT, which takes its time
+            exchange = PeerExchange(
+                swarm,
+                self._links,
+                self._run_id,
+                lambda: self.addresses,
+                self._known,
+                self._listener,
+                self._limits.throttles,
+            )
+            await swarm.serve(exchange.protocol, exchange.serve)
+            tasks.create_task(exchange.run())
+            await swarm.join_dht(self._run_id, self._peers)
+            self.up.set()
+            tasks.create_task(self._probe(swarm))
+            tasks.create_task(self._publish_presence(swarm))
+            tasks.create_task(self._look_for_peers(swarm, self._links))
+            tasks.create_task(self._meet_peers(swarm, self._links))
+
+    async def _probe(self, swarm: Swarm) -> None:
+        """Where we are may change: a network that comes up after us, DHCP, a port mapped on a router."""
+        missed = 0
+        while missed < PROBES_MISSED_MAX:
+            await asyncio.sleep(PROBE_S)
+            try:
+                addresses = await _addresses_of(swarm)
+            except SwarmError as error:
+                missed += 1
+                _log.warning("p2pd=silent reason=%r", str(error))
+                continue
+            missed = 0
+            if addresses != self.addresses:
+                _log.info("addresses=changed now=%s", ",".join(addresses))
+                self.addresses = addresses
+                self._moved.set()
+        raise _P2pdDied(f"p2pd does not answer, {missed} times in a row")
+
+    # --- for the runtime -----------------------------------------------------------------------
+
+    def send_control(self, peer: str, message: Control) -> None:
+        if self._links is not None:
+            self._links.send_control(peer, message)
+
+    def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
+        if self._links is not None:
+            self._links.send_bulk(peer, message, kind, payload)
+
+    def drop_bulk(self) -> None:
+        if self._links is not None:
+            self._links.drop_bulk()
+
+    async def open_stream(self, peer: str, protocol: str, timeout_s: float) -> Streams:
+        """Raises SwarmError while there is no swarm, and Unreachable."""
+        if self._swarm is None:
+            raise SwarmError("p2pd is being restarted")
+        return await self._swarm.open_stream(peer, protocol, timeout_s)
+
+    def tell_moved(self) -> None:
+        """The epoch has moved: publish presence at once."""
+        self._moved.set()
+
+    @property
+    def linked(self) -> list[str]:
+        return self._links.linked if self._links is not None else []
+
+    def addresses_of(self, peer: str) -> tuple[str, ...]:
+        """Where a linked peer can be reached, by its own word; () if it has said nothing yet."""
+        return self._links.addresses.get(peer, ()) if self._links is not None else ()
+
+    # --- presence ------------------------------------------------------------------------------
+
+    async def _publish_presence(self, swarm: Swarm) -> None:
+        while True:
+            self._moved.clear()
+            try:
+                await self._publish(swarm)
+            except (SwarmError, PresenceError) as error:
+                _log.warning("presence=not_published reason=%r", str(error))
+            await asyncio.sleep(PRESENCE_MIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PRESENCE_REFRESH_S):
+                    await self._moved.wait()
+
+    async def _publish(self, swarm: Swarm, phase: str | None = None) -> None:
+        news, now = self._news(), time.time()
+        self._expires_at = next_expiry(now, self._expires_at)
+        presence = Presence(
+            run_id=self._run_id,
+            peer_id=swarm.peer_id,
+            epoch=news.epoch,
+            head=news.head,
+            phase=phase or news.phase,
+            addresses=self.addresses[:ADDRESSES_MAX],
+            issued_at=now,
+            expires_at=self._expires_at,
+        )
+        await swarm.publish(encode(presence, self._identity.sign), presence.expires_at)
+
+    async def withdraw(self) -> None:
+        """Say in the DHT that we are stopping."""
+        if self._swarm is not None:
+            with contextlib.suppress(SwarmError, PresenceError, TimeoutError):
+                async with asyncio.timeout(2.0):
+                    await self._publish(self._swarm, phase="stopping")
+
+    def _want_known(self, links: Links) -> None:
+        for peer in self._peers:
+            links.keep(peer.peer_id, peer.maddr)
+        for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
+            links.want(peer_id, addresses, hint=True)
+
+    async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
+        while True:
+            self._known.remember(links.addresses)
+            try:
+                for presence in await swarm.list_presence(time.time()):
+                    if presence.phase != "stopping":
+                        usable = usable_addresses(presence.addresses, presence.peer_id)
+                        links.want(presence.peer_id, usable, hint=True)
+            except SwarmError as error:
+                _log.warning("presence=not_listed reason=%r", str(error))
+            await asyncio.sleep(PRESENCE_LOOK_S)
+
+    async def _meet_peers(self, swarm: Swarm, links: Links) -> None:
+        """Two DHTs of one run become one where peers meet: who is new, or back, and all now and then."""
+        now = asyncio.get_running_loop().time
+        met_at: dict[str, float] = {}
+        while True:
+            linked = links.linked
+            met_at = {p: at for p, at in met_at.items() if p in linked and now() - at < MEET_AGAIN_S}
+            new = [peer for peer in linked if peer not in met_at]
+            if new:
+                with contextlib.suppress(SwarmError):
+                    await swarm.meet(new)
+                met_at |= dict.fromkeys(new, now())
+            await asyncio.sleep(PRESENCE_LOOK_S)
+
+
+def next_expiry(now: float, before: float) -> float:
+    """Of our next presence record: later than that of the last, or the DHT keeps that one.
+
+    Unless the clock was set back: the last one is then further ahead than a record may live.
+    """
+    later = before + 0.001
+    return now + PRESENCE_TTL_S if later - now >= LIFETIME_S_MAX else max(now + PRESENCE_TTL_S, later)
+
+
+async def _addresses_of(swarm: Swarm) -> tuple[str, ...]:
+    """The one that reaches farthest first. Raises SwarmError."""
+    return ranked(a for a in await swarm.addresses() if is_usable(a, swarm.peer_id))
+
+
+async def _watch(swarm: Swarm) -> None:
+    raise _P2pdDied(await swarm.wait_p2pd_death())
+
+
+def last_listen(home: Home, listen: tuple[str, ...]) -> tuple[str, ...] | None:
+    """These listen addresses with the ports that they had the last time; None if that is not known."""
+    try:
+        table = json.loads(home.listen.read_bytes())
+        if tuple(table["asked"]) != listen:
+            return None
+        return with_ports(listen, tuple(table["bound"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_listen(home: Home, listen: tuple[str, ...], bound: tuple[str, ...]) -> None:
+    atomic_write(home.listen, json.dumps({"asked": listen, "bound": bound}).encode() + b"\n")
+
+
+def with_ports(asked: tuple[str, ...], bound: tuple[str, ...]) -> tuple[str, ...]:
+    """What was asked for, with the port that it was given in place of each port 0.
+
+    Only the port: 0.0.0.0 is every interface of the moment, not those of when `bound` was said.
+    """
+    ports: dict[tuple[str, ...], str] = {}
+    for found in filter(None, map(_PORT.match, bound)):
+        ports.setdefault(found.group("ip", "transport", "rest"), found["port"])
+    taken = []
+    for address in asked:
+        match = _PORT.match(address)
+        if match is not None and match["port"] == "0":
+            port = ports.get(match.group("ip", "transport", "rest"), "0")
+            address = f"/{match['ip']}/{match['host']}/{match['transport']}/{port}{match['rest']}"
+        taken.append(parse_listen(address))
+    return tuple(taken)
+
+
+def without_peer(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The addresses that p2pd is bound to."""
+    return tuple(dict.fromkeys(parse_peer(a).maddr.rsplit("/p2p/", 1)[0] for a in addresses))

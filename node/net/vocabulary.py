@@ -1,0 +1,292 @@
+"""Protocol messages as frame headers, and back: every field's type and bound is checked on arrival.
+
+A header is a msgpack array: the message's name, then its fields in the order of the dataclass. What a peer
+sends is data until it has passed here; what passes is a value that the core may take at its word, as far as
+types and bounds go.
+
+The payload of SHARD and RESULT is not looked at here (node/links.py checks it with the run's codec).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+
+from tapestry.node.net.wire import RemoteProtocolError, unpack
+from tapestry.node.protocol import chain
+from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
+from tapestry.node.protocol.messages import (
+    RECORDS_MAX,
+    WAITING_MAX,
+    Accept,
+    Call,
+    Closing,
+    Commit,
+    Control,
+    GetRecords,
+    Need,
+    Propose,
+    Ready,
+    Records,
+    Result,
+    Roster,
+    Shard,
+    Stage,
+    Status,
+)
+
+SHARDS_MAX = 1 << 20  # of one vector: 2**40 parameters in the smallest useful shards
+LOCATOR_MAX = 128  # entries of a GetRecords: two per doubling of the epoch, with room
+PHASE_LENGTH_MAX = 16
+
+Encode = Callable[[Any], Any]
+Decode = Callable[[Any], Any]
+
+
+def encode_message(message: Control | Shard | Result) -> bytes:
+    """The frame header of a message."""
+    name, fields = _TABLE[type(message)]
+    values = [encode(getattr(message, field)) for field, encode, _ in fields]
+    header: bytes = msgpack.packb([name, *values])
+    return header
+
+
+class Reader:
+    """Turns headers into messages. Records need the run's crypto to have a head."""
+
+    def __init__(self, crypto: Crypto) -> None:
+        self._crypto = crypto
+
+    def control(self, header: bytes) -> Control:
+        """A message without payload. Raises RemoteProtocolError."""
+        kind, values = self._read(header, _CONTROL)
+        if kind is Commit:
+            return Commit(self._record(values[0]))
+        if kind is Records:
+            epoch, records = values
+            return Records(epoch, tuple(self._record(r) for r in records))
+        message: Control = kind(*values)
+        return message
+
+    def data(self, header: bytes, blob: object, digest: str) -> Shard | Result:
+        """A SHARD or RESULT around its payload. Raises RemoteProtocolError."""
+        kind, values = self._read(header, _DATA)
+        if kind is Shard:
+            epoch, contribution, shard = values
+            return Shard(epoch, contribution, shard, blob)
+        epoch, head, ballot, shard = values
+        return Result(epoch, head, ballot, shard, digest, blob)
+
+    def _read(self, header: bytes, kinds: Mapping[str, type]) -> tuple[type, list[Any]]:
+        raw = unpack(header)
+        if not isinstance(raw, tuple) or not raw or not isinstance(raw[0], str) or raw[0] not in kinds:
+            raise RemoteProtocolError("malformed", "no such message")
+        kind = kinds[raw[0]]
+        fields = _TABLE[kind][1]
+        if len(raw) != len(fields) + 1:
+            raise RemoteProtocolError("malformed", f"{raw[0]} with {len(raw) - 1} fields")
+        try:
+            return kind, [decode(v) for v, (_, _, decode) in zip(raw[1:], fields, strict=True)]
+        except InvalidRecord as e:
+            raise RemoteProtocolError(e.reason, f"{raw[0]}: {e}") from None
+        except (ValueError, TypeError) as e:
+            raise RemoteProtocolError("malformed", f"{raw[0]}: {e}") from None
+
+    def _record(self, raw: Any) -> chain.Record:
+        try:
+            return chain.record_from_dict(raw, self._crypto)
+        except InvalidRecord as e:
+            raise RemoteProtocolError(e.reason, str(e)) from None
+
+
+# --- fields -----------------------------------------------------------------------------------------
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _integer(low: int, high: int) -> Decode:
+    def decode(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"an integer outside {low} to {high}")
+        return value
+
+    return decode
+
+
+def _text(length_max: int) -> Decode:
+    def decode(value: Any) -> str:
+        if type(value) is not str or len(value) > length_max:
+            raise ValueError(f"not a text of at most {length_max}")
+        return value
+
+    return decode
+
+
+def _hex(*lengths: int) -> Decode:
+    def decode(value: Any) -> str:
+        if type(value) is not str or len(value) not in lengths or value.strip("0123456789abcdef"):
+            raise ValueError(f"not {' or '.join(map(str, lengths))} hex digits")
+        return value
+
+    return decode
+
+
+def _boolean(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("not a boolean")
+    return value
+
+
+def _norm(value: Any) -> float:
+    if type(value) is not float or not math.isfinite(value) or value < 0:
+        raise ValueError("not a norm")
+    return value
+
+
+def _tuple_of(item: Decode, count_max: int) -> Decode:
+    def decode(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, tuple) or len(value) > count_max:
+            raise ValueError(f"not a list of at most {count_max}")
+        return tuple(item(v) for v in value)
+
+    return decode
+
+
+def _stage(value: Any) -> Stage:
+    return Stage(_integer(0, len(Stage) - 1)(value))
+
+
+def _word(length_max: int) -> Decode:
+    """A word that may be shown anywhere, as phases and peer ids are: ASCII letters and digits."""
+
+    def decode(value: Any) -> str:
+        if type(value) is not str or len(value) > length_max or not (value.isascii() and value.isalnum()):
+            raise ValueError(f"not a word of at most {length_max}")
+        return value
+
+    return decode
+
+
+def _known(value: Any) -> tuple[int, str]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError("not a pair of epoch and head")
+    return _EPOCH(value[0]), _HEAD(value[1])
+
+
+def _optional_body(value: Any) -> chain.Body | None:
+    return None if value is None else chain.body_from_dict(value)
+
+
+def _encode_optional_body(body: chain.Body | None) -> Any:
+    return None if body is None else chain.body_to_dict(body)
+
+
+def _encode_members(members: tuple[chain.Member, ...]) -> list[list[Any]]:
+    return [chain.member_to_list(m) for m in members]
+
+
+def _encode_records(records: tuple[chain.Record, ...]) -> list[dict[str, Any]]:
+    return [chain.record_to_dict(r) for r in records]
+
+
+_EPOCH = _integer(0, EPOCH_MAX)
+_BALLOT = _integer(0, BALLOT_MAX)
+_SHARD = _integer(0, SHARDS_MAX - 1)
+_HEAD = _hex(64)
+_PEERS = _tuple_of(_word(128), MEMBERS_MAX)
+
+_FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
+    Status: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "state_epoch": (_same, _integer(-1, EPOCH_MAX)),
+        "phase": (_same, _word(PHASE_LENGTH_MAX)),
+        "stage": (int, _stage),
+        "ballot": (_same, _BALLOT),
+        "progress": (_same, _integer(0, 2**53)),
+        "waiting_on": (_same, _tuple_of(_word(128), WAITING_MAX)),
+    },
+    Call: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "forced": (_same, _boolean),
+    },
+    Ready: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "forced": (_same, _boolean),
+        "state_digest": (_same, _hex(64)),
+        "contribution": (_same, _hex(0, 32)),
+        "weight": (_same, _integer(0, WEIGHT_MAX)),
+        "norm": (_same, _norm),
+        "accepted_ballot": (_same, _integer(-1, BALLOT_MAX)),
+        "accepted": (_encode_optional_body, _optional_body),
+        "life": (_same, _hex(0, 32)),
+        "unheard": (_same, _PEERS),
+    },
+    Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
+    Roster: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "forced": (_same, _boolean),
+        "state_digest": (_same, _hex(64)),
+        "members": (_encode_members, _tuple_of(chain.member_from, MEMBERS_MAX)),
+        "reducers": (_same, _tuple_of(_integer(0, MEMBERS_MAX), SHARDS_MAX)),
+    },
+    Propose: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "body": (chain.body_to_dict, chain.body_from_dict),
+        "holders": (_same, _PEERS),
+    },
+    Accept: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "body_head": (_same, _HEAD),
+        "result": (_same, _hex(64)),
+        "signature": (_same, _text(256)),
+    },
+    Commit: {"record": (chain.record_to_dict, _same)},
+    Need: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "contribution": (_same, _hex(0, 32)),
+        "shards": (_same, _tuple_of(_SHARD, SHARDS_MAX)),
+    },
+    GetRecords: {"known": (_same, _tuple_of(_known, LOCATOR_MAX))},
+    Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_same, RECORDS_MAX))},
+    Shard: {"epoch": (_same, _EPOCH), "contribution": (_same, _hex(32)), "shard": (_same, _SHARD)},
+    Result: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "shard": (_same, _SHARD),
+    },
+}
+_NOT_IN_HEADER = {"blob", "digest"}  # the payload, and what the receiver computes of it
+
+
+def _table() -> dict[type, tuple[str, list[tuple[str, Encode, Decode]]]]:
+    table = {}
+    for kind, codecs in _FIELDS.items():
+        names = [f.name for f in dataclasses.fields(kind) if f.name not in _NOT_IN_HEADER]
+        assert names == list(codecs), f"{kind.__name__}: {names} and {list(codecs)}"
+        table[kind] = (kind.__name__.lower(), [(n, *codecs[n]) for n in names])
+    return table
+
+
+_TABLE = _table()
+_DATA = {kind.__name__.lower(): kind for kind in (Shard, Result)}
+_CONTROL = {name: kind for kind, (name, _) in _TABLE.items() if name not in _DATA}

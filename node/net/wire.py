@@ -1,0 +1,135 @@
+"""Frames on a stream. Every length is checked before anything is allocated.
+
+A frame is two big-endian u32 (header length, payload length), a msgpack header, and raw payload bytes.
+Control messages have no payload; a shard or result carries a compression frame as its payload, which is read
+into one buffer and never copied again. What headers say is in node/vocabulary.py.
+
+Imports asyncio, msgpack and node/throttle.py; no hivemind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from typing_extensions import Buffer
+
+from tapestry.node.net.throttle import Throttle
+
+FRAME = struct.Struct(">II")
+READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/swarm.py); larger reads come in pieces anyway
+
+
+class RemoteProtocolError(Exception):
+    """A peer said what it may not say. `reason` is a short word for counters."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class StreamEnded(Exception):
+    """The stream ended: between frames (`clean`) or in the middle of one."""
+
+    def __init__(self, clean: bool) -> None:
+        super().__init__("ended" if clean else "ended in the middle of a frame")
+        self.clean = clean
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    header_bytes_max: int
+    payload_bytes_max: int
+    bytes_per_second_min: float | None = None  # of a frame that has begun; None: whoever waits sees to it
+    throttle: Throttle | None = None  # payloads wait for it; the rest only counts
+
+
+async def read_frame(
+    reader: asyncio.StreamReader,
+    limits: FrameLimits,
+    start_s: float | None,
+    silence_s: float,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[bytes, bytearray]:
+    """The next frame: header, payload.
+
+    `start_s` bounds the wait for the frame's first byte (None: as long as the stream lives), `silence_s`
+    every silence after it, and `limits` how long drops may make an ocean; `on_bytes` hears of every piece
+    that came. What we wait for our own throttle is held against nobody. Raises StreamEnded,
+    RemoteProtocolError and TimeoutError.
+    """
+    first = await _read_exactly(reader, 1, start_s, on_bytes, at_start=True)
+    async with asyncio.timeout(silence_s):
+        start = first + await _read_exactly(reader, FRAME.size - 1, None, on_bytes)
+    header_bytes, payload_bytes = FRAME.unpack(start)
+    if header_bytes > limits.header_bytes_max:
+        raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
+    if payload_bytes > limits.payload_bytes_max:
+        raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
+    slowest, throttle = limits.bytes_per_second_min, limits.throttle
+    slowest_s = silence_s + (header_bytes + payload_bytes) / slowest if slowest else None
+    async with asyncio.timeout(slowest_s) as deadline:
+        header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
+        may_read = None
+        if throttle is not None:
+            throttle.spend(FRAME.size + header_bytes)
+            may_read = functools.partial(_take, throttle, deadline)
+        payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes, may_read=may_read)
+    return bytes(header), payload
+
+
+def frame_parts(header: bytes, payload: Sequence[Buffer] = ()) -> list[Buffer]:
+    """What to write for a frame, unjoined."""
+    payload_bytes = sum(memoryview(part).nbytes for part in payload)
+    return [FRAME.pack(len(header), payload_bytes) + header, *payload]
+
+
+def unpack(header: bytes) -> Any:
+    """msgpack, strict. Raises RemoteProtocolError."""
+    try:
+        return msgpack.unpackb(header, raw=False, strict_map_key=True, use_list=False)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as e:
+        raise RemoteProtocolError("malformed", f"not msgpack: {e}") from None
+
+
+async def _read_exactly(
+    reader: asyncio.StreamReader,
+    size: int,
+    timeout_s: float | None,
+    on_bytes: Callable[[int], None] | None,
+    at_start: bool = False,
+    may_read: Callable[[int], Awaitable[int]] | None = None,
+) -> bytearray:
+    buffer = bytearray(size)
+    view, have, room = memoryview(buffer), 0, 0
+    while have < size:
+        if not room:
+            room = size - have if may_read is None else await may_read(size - have)
+        async with asyncio.timeout(timeout_s):
+            piece = await reader.read(min(room, READ_BYTES))
+        if not piece:
+            raise StreamEnded(clean=at_start and have == 0)
+        view[have : have + len(piece)] = piece
+        have += len(piece)
+        room -= len(piece)
+        if on_bytes is not None:
+            on_bytes(len(piece))
+    return buffer
+
+
+async def _take(throttle: Throttle, deadline: asyncio.Timeout, count: int) -> int:
+    """How many bytes may be read now. The frame's deadline moves by what we waited: that was us."""
+    due, loop = deadline.when(), asyncio.get_running_loop()
+    if due is None:
+        return await throttle.take(count)
+    began_at = loop.time()
+    deadline.reschedule(None)
+    try:
+        return await throttle.take(count)
+    finally:
+        deadline.reschedule(due + loop.time() - began_at)

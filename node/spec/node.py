@@ -1,0 +1,270 @@
+"""node.toml, environment and flags: one node's own affairs, which no other member need share.
+
+Defaults give way to node.toml, node.toml to the environment, the environment to flags. Read with the
+strict reader of runspec.py: an unknown key is an error that names the key that was meant.
+
+The environment variables: TAPESTRY_HOME (see home.py), TAPESTRY_HTTP, TAPESTRY_DEVICE,
+TAPESTRY_LOG_FORMAT.
+
+Must not import torch, hivemind or transformers: the command line waits for this module.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tapestry.dht.addresses import AddressError, parse_announce, parse_listen, parse_peer
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
+
+RUN_ID_HEX_DIGITS = 64  # blake3
+# Below, a peer of 64 gets less than what links.py takes for a drip. Guess; above is no line.
+MIN_RATE, MAX_RATE = "1mbit", "1000gbit"
+RATE = Pattern(
+    r"|0|(?P<number>[0-9]{1,9}(\.[0-9]{1,6})?) ?(?P<unit>[kmg]bit)",
+    'digits and kbit, mbit or gbit (per second), such as "20mbit", or "" or "0" for no cap',
+)
+_BYTES_S = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
+_VARIABLES = {"http": "TAPESTRY_HTTP", "device": "TAPESTRY_DEVICE", "log_format": "TAPESTRY_LOG_FORMAT"}
+_FLAGS = {"peers": "peer"}  # keys whose flag has another name
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything that `tapestry start` was told, checked. Make one with `resolve`."""
+
+    home: Home
+    run: Path | None  # run.toml; None: resume the home's run, or take the spec from a peer
+    run_id: str | None  # 64 hex digits that the run must have
+    peers: tuple[str, ...]  # full addresses, ending in /p2p/<peer id>
+    data: tuple[str, ...]  # as trainer/data.py reads them, paths absolute; never empty
+    listen: tuple[str, ...]
+    announce: tuple[str, ...]
+    http_host: str
+    http_port: int  # 0: a free one
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int  # of the trainer, at least 1
+    upload_bytes_per_second: float | None  # cap; None: there is none
+    download_bytes_per_second: float | None
+    log_format: Literal["text", "json"]
+    epochs: int | None  # stop after so many; None: go on
+
+    @classmethod
+    def resolve(cls, home: Home, flags: Mapping[str, Any], env: Mapping[str, str]) -> NodeConfig:
+        """Merge the sources; raises UserError that names the flag, the variable or the file and key.
+
+        `flags` are those of `tapestry start`, by their Python names; None and () mean: not given.
+        """
+        values, where = _merged([_file_layer(home), _environment_layer(env), _flags_layer(flags)])
+        options = read_table(NodeToml, values)
+        host, port = _host_and_port(options.http, where["http"])
+        return cls(
+            home=home,
+            run=_run_file(options.run, where["run"], home),
+            run_id=_run_id(flags.get("run_id")),
+            peers=_addresses(options.peers, where["peers"], lambda text: parse_peer(text).maddr),
+            data=_data(options.data, home),
+            listen=_addresses(options.listen, where["listen"], parse_listen),
+            announce=_addresses(options.announce, where["announce"], parse_announce),
+            http_host=host,
+            http_port=port,
+            device=options.device,
+            threads=options.threads or len(os.sched_getaffinity(0)),
+            upload_bytes_per_second=_bytes_s(options.max_upload, where["max_upload"]),
+            download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
+            log_format=options.log_format,
+            epochs=_epochs(flags.get("epochs")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeToml:
+    """node.toml. Paths in it are relative to the home."""
+
+    run: Annotated[
+        str, 'The run spec. "" uses run.toml beside this file if it is there, and else asks a peer.'
+    ] = ""
+    data: Annotated[
+        tuple[str, ...],
+        'Text to train on: files, folders, "FILE.jsonl:FIELD", or "stdlib" (the sources of the Python '
+        "standard library). It never leaves this node.",
+    ] = ()
+    peers: Annotated[
+        tuple[str, ...],
+        'Whom to join: "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...". With none, start founds the run, or '
+        "goes on with the one of this home.",
+    ] = ()
+    listen: Annotated[
+        tuple[str, ...],
+        "Where other nodes reach this one; port 0 takes a free port. "
+        '"/ip4/127.0.0.1/tcp/0" is for trials on one machine.',
+    ] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: Annotated[
+        tuple[str, ...],
+        "Addresses to tell others in place of the found ones, e.g. of a router that forwards a port.",
+    ] = ()
+    http: Annotated[
+        str, 'HOST:PORT of the metrics and status pages; port 0 takes a free port. "[::1]:9470" for IPv6.'
+    ] = "127.0.0.1:9470"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], "Where the trainer computes; auto takes a GPU if there is one."
+    ] = "auto"
+    threads: Annotated[int, Between(0, 1_024), "CPU threads of the trainer; 0: one per core."] = 0
+    max_upload: Annotated[
+        str,
+        RATE,
+        f"Cap of what this node sends, {MIN_RATE} to {MAX_RATE}: contributions, results and state wait for "
+        "it; control messages count and never wait. What libp2p and TCP add is not counted: stay 5 % below "
+        "what the line may give.",
+    ] = ""
+    max_download: Annotated[str, RATE, "The same for what this node receives."] = ""
+    log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
+
+    def to_toml(self) -> str:
+        """A commented node.toml that reads back to these values."""
+        return (
+            "# This node's own affairs. Flags of `tapestry start` go before what is here.\n"
+            "# Paths are relative to this folder.\n\n" + commented_toml(self)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What one source says, and how an error names a key of it."""
+
+    table: Mapping[str, Any]
+    where: Callable[[str], str]
+    base: Path  # of relative paths
+
+
+def _file_layer(home: Home) -> _Layer:
+    table = read_toml(home.node_toml) if os.path.lexists(home.node_toml) else {}
+    for cap in ("max_upload", "max_download"):
+        if table.get(cap) == 0 and type(table[cap]) is int:
+            table[cap] = "0"  # the only number that needs no unit
+    return _Layer(table, lambda key: f"{home.node_toml}: {key}", home.path)
+
+
+def _environment_layer(env: Mapping[str, str]) -> _Layer:
+    table = {key: env[variable] for key, variable in _VARIABLES.items() if env.get(variable)}
+    return _Layer(table, lambda key: _VARIABLES[key], Path.cwd())
+
+
+def _flags_layer(flags: Mapping[str, Any]) -> _Layer:
+    names = {key: f"--{_FLAGS.get(key, key).replace('_', '-')}" for key in NodeToml.__dataclass_fields__}
+    given = {key: flags.get(key) for key in names if flags.get(key) not in (None, ())}
+    table = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    return _Layer(table, lambda key: names[key], Path.cwd())
+
+
+def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The value of each key that somebody set, and for every key what to call it in an error.
+
+    Each layer is checked by itself, so that a mistake is found also where another layer overrides it.
+    """
+    values: dict[str, Any] = {}
+    where = dict.fromkeys(NodeToml.__dataclass_fields__, "default")
+    for layer in layers:
+        try:
+            read_table(NodeToml, layer.table)
+        except TableError as error:
+            key, _, problem = str(error).partition(": ")
+            raise UserError(f"{layer.where(key)}: {problem}") from error
+        values |= {key: _rebased(key, value, layer.base) for key, value in layer.table.items()}
+        where |= {key: layer.where(key) for key in layer.table}
+    return values, where
+
+
+def _rebased(key: str, value: Any, base: Path) -> Any:
+    if key == "run" and value:
+        return str(_inside(base, value))
+    if key == "data":
+        return [_data_source(base, source) for source in value]
+    return value
+
+
+def _data_source(base: Path, source: str) -> str:
+    """A path made absolute; the words that trainer/data.py knows, and a `:FIELD`, stay."""
+    if source == "stdlib" or source.startswith("stdlib:"):
+        return source
+    return str(_inside(base, source))
+
+
+def _inside(base: Path, text: str) -> Path:
+    return base / Path(text).expanduser()
+
+
+def _host_and_port(text: str, where: str) -> tuple[str, int]:
+    match = re.fullmatch(
+        r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>[0-9]{1,5})", text
+    )
+    if match is None or int(match["port"]) > 65_535:
+        raise UserError(
+            f"{where}: '{text}' is not HOST:PORT, such as 127.0.0.1:9470; port 0 takes a free one"
+        )
+    if match["v6"]:
+        try:
+            ipaddress.IPv6Address(match["v6"])
+        except ValueError as error:
+            raise UserError(f"{where}: '{match['v6']}' is not an IPv6 address") from error
+    return match["v6"] or match["host"], int(match["port"])
+
+
+def _run_file(text: str, where: str, home: Home) -> Path | None:
+    if not text:
+        return home.run_toml if os.path.lexists(home.run_toml) else None
+    if not Path(text).is_file():
+        raise UserError(f"{where}: there is no file {text}")
+    return Path(text)
+
+
+def _run_id(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(rf"[0-9a-f]{{{RUN_ID_HEX_DIGITS}}}", value):
+        raise UserError(f"--run-id: '{value[:80]}' is not a run id, which has {RUN_ID_HEX_DIGITS} hex digits")
+    return value
+
+
+def _addresses(texts: tuple[str, ...], where: str, parse: Callable[[str], str]) -> tuple[str, ...]:
+    try:
+        return tuple(parse(text) for text in texts)
+    except AddressError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _data(sources: tuple[str, ...], home: Home) -> tuple[str, ...]:
+    if not sources:
+        raise UserError(
+            "no data to train on",
+            hint=f"--data PATH (a file or a folder of text), or data = [...] in {home.node_toml}; "
+            "--data stdlib takes the sources of the Python standard library",
+        )
+    return sources
+
+
+def _bytes_s(text: str, where: str) -> float | None:
+    """A rate as RATE has it, in bytes per second; None for no cap."""
+    if text in ("", "0"):
+        return None
+    rate = _rate(text)
+    if not _rate(MIN_RATE) <= rate <= _rate(MAX_RATE):
+        raise UserError(f"{where}: {text} is not from {MIN_RATE} to {MAX_RATE}", hint='"0" sets no cap')
+    return rate
+
+
+def _rate(text: str) -> float:
+    match = re.fullmatch(RATE.regex, text)
+    assert match is not None, "the strict reader has checked it"
+    return float(match["number"]) * _BYTES_S[match["unit"]]
+
+
+def _epochs(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise UserError(f"--epochs: {value} is not a positive number of epochs")
+    return value

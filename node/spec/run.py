@@ -1,0 +1,404 @@
+"""run.toml: what all members of a run must agree on.
+
+Read strictly, whether it is the founder's file or comes from a peer: unknown keys are errors that name
+the key that was meant, and every value has a type and bounds. The canonical form is the basis of the run
+id, so two members with the same run id cannot disagree on a single key.
+
+Each key is declared once, with its bounds and its comment; the reader, the error messages and the
+commented file that `tapestry init` writes all come from that declaration. config.py reads node.toml with
+the same reader.
+
+Must not import torch, hivemind or transformers: the command line waits for this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.protocol.chain import MEMBERS_MAX, wire_bytes
+from tapestry.node.spec.tables import (
+    Between,
+    Pattern,
+    TableError,
+    commented_toml,
+    flat,
+    keys_of,
+    load_json,
+    plain,
+    read_table,
+    read_toml,
+    shown,
+)
+from tapestry.node.spec.training import PRESETS, InnerSettings, ModelSettings, TrainingSettings
+
+BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """The run spec. Build one with `load`, `from_dict` or `from_canonical`: those check it."""
+
+    name: Annotated[str, RUN_NAME, "What people call this run."]
+    model: Annotated[ModelSpec, "The network that everyone trains. All sizes are part of the run id."]
+    data: Annotated[DataSpec, "How text becomes training samples. The text itself is each member's own."]
+    train: Annotated[TrainSpec, "What a member does between two rounds."]
+    compression: Annotated[CompressionSpec, "How contributions cross the network."]
+    outer: Annotated[OuterSpec, "The step that everyone takes, on the averaged contribution, after a round."]
+    round: Annotated[RoundSpec, "How long a round waits, and for whom."]
+    limits: Annotated[LimitsSpec, "Bounds that all members keep."]
+
+    @classmethod
+    def load(cls, path: Path) -> RunSpec:
+        """Read run.toml; raises UserError, naming the file and the key."""
+        return cls.from_dict(read_toml(path), str(path))
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, object], where: str = "run spec") -> RunSpec:
+        """Check a table of tables and fill in the defaults; raises UserError that starts with `where`."""
+        try:
+            return _checked(read_table(cls, table))
+        except TableError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    @classmethod
+    def from_canonical(cls, data: bytes) -> RunSpec:
+        """Read a peer's spec: exactly the bytes that `canonical` makes, or UserError with exit code 4."""
+        try:
+            spec = _checked(read_table(cls, load_json(data)))
+            if spec.canonical() != data:
+                raise TableError("not in canonical form: a key is missing or a value is written differently")
+        except TableError as error:
+            raise UserError(
+                f"the peer's run spec cannot be used: {error}",
+                exit_code=ExitCode.REFUSED,
+                hint="the peer may run another version of tapestry",
+            ) from error
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, every key present."""
+        return {key: plain(getattr(self, key)) for key, _ in keys_of(RunSpec)}
+
+    def canonical(self) -> bytes:
+        """JSON with sorted keys, no white space, ASCII, floats as Python's repr: one spec, one text."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode("ascii")
+
+    def to_toml(self) -> str:
+        """A commented run.toml that reads back to this spec."""
+        return (
+            "# What all members of this run must agree on. The run id is made from it:\n"
+            "# after the run is founded, a change makes another run.\n\n" + commented_toml(self)
+        )
+
+
+def preset_spec(preset: str, name: str) -> RunSpec:
+    """The spec of a new run called `name`; raises UserError for an unknown preset or a bad name."""
+    if preset not in PRESETS:
+        raise UserError(f"{shown(preset)} is no preset; there are {', '.join(PRESETS)}")
+    model, inner = PRESETS[preset].model, PRESETS[preset].inner
+    return RunSpec.from_dict(
+        {
+            "name": name,
+            "model": {key: getattr(model, key) for key, _ in keys_of(ModelSpec) if key != "seed"}
+            | {"seed": PRESETS[preset].seed},
+            "data": {"tokenizer": model.tokenizer, "sequence_length": model.sequence_length},
+            "train": {
+                "batch_size": inner.batch_size,
+                "inner_steps": inner.steps,
+                "overlap": inner.overlap,
+                "accumulation": inner.accumulation,
+                "optimizer": inner.optimizer,
+                "lr": inner.lr,
+                "betas": [inner.beta1, inner.beta2],
+                "eps": inner.eps,
+                "weight_decay": inner.weight_decay,
+                "warmup_steps": inner.warmup_steps,
+                "grad_clip": inner.gradient_clip,
+            },
+        },
+        "a new run",
+    )
+
+
+def training_settings(spec: RunSpec) -> TrainingSettings:
+    """The part of the spec that the trainer needs, in its own words."""
+    model, train = spec.model, spec.train
+    return TrainingSettings(
+        model=ModelSettings(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            layers=model.layers,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            sequence_length=spec.data.sequence_length,
+            architecture=model.architecture,
+            tokenizer=spec.data.tokenizer,
+            tie_embeddings=model.tie_embeddings,
+        ),
+        inner=InnerSettings(
+            steps=train.inner_steps,
+            batch_size=train.batch_size,
+            accumulation=train.accumulation,
+            optimizer=train.optimizer,
+            lr=train.lr,
+            beta1=train.betas[0],
+            beta2=train.betas[1],
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            warmup_steps=train.warmup_steps,
+            gradient_clip=train.grad_clip,
+            overlap=train.overlap,
+        ),
+        seed=model.seed,
+    )
+
+
+def diff(here: RunSpec, peer: RunSpec) -> list[str]:
+    """One line per key that differs, as `train.inner_steps: 50 here, 100 at the peer`."""
+    ours, theirs = dict(flat(here.to_dict())), dict(flat(peer.to_dict()))
+    return [
+        f"{key}: {_side(ours, key, 'here')}, {_side(theirs, key, 'at the peer')}"
+        for key in {**ours, **theirs}
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+# ---- the sections ------------------------------------------------------------------------------------
+
+_TINY = PRESETS["tiny"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """[model]. The defaults here, in [data] and in [train] are those of the preset `tiny`."""
+
+    architecture: Annotated[
+        Literal["llama"], "llama: decoder-only, as in transformers. The only one so far."
+    ] = "llama"
+    hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = (
+        _TINY.model.hidden_size
+    )
+    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = (
+        _TINY.model.intermediate_size
+    )
+    layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = _TINY.model.layers
+    heads: Annotated[int, Between(1, 256), "Attention heads."] = _TINY.model.heads
+    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = _TINY.model.kv_heads
+    tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = (
+        _TINY.model.tie_embeddings
+    )
+    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = _TINY.seed
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """[data]."""
+
+    tokenizer: Annotated[
+        Literal["byte"], "byte: UTF-8 bytes and three special tokens. The only one so far."
+    ] = "byte"
+    sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = (
+        _TINY.model.sequence_length
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
+
+    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = _TINY.inner.batch_size
+    inner_steps: Annotated[
+        int,
+        Between(0, 100_000),
+        "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
+        "0 sends a mean gradient instead, and the inner optimizer is not used.",
+    ] = _TINY.inner.steps
+    overlap: Annotated[
+        bool,
+        "Go on with the next inner steps while the round exchanges, take its result one round late, and keep "
+        "them: slow links cost no training time, while a round is shorter than the inner steps. "
+        "Needs inner_steps > 0.",
+    ] = _TINY.inner.overlap
+    accumulation: Annotated[
+        int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
+    ] = _TINY.inner.accumulation
+    optimizer: Annotated[
+        Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
+    ] = "adamw"
+    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = _TINY.inner.lr
+    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
+        _TINY.inner.beta1,
+        _TINY.inner.beta2,
+    )
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = _TINY.inner.eps
+    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo: 0.1."] = (
+        _TINY.inner.weight_decay
+    )
+    warmup_steps: Annotated[
+        int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
+    ] = _TINY.inner.warmup_steps
+    grad_clip: Annotated[
+        float, Between(1e-9, 1e9), "Largest norm of a step's gradient; a large number does not clip."
+    ] = _TINY.inner.gradient_clip
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionSpec:
+    """[compression]."""
+
+    codec: Annotated[
+        Literal["int8-block", "bnb-dynamic8"],
+        "int8-block: linear, blocks of 256. bnb-dynamic8: the dynamic map of bitsandbytes, for heavy tails.",
+    ] = "int8-block"
+    shard_elements: Annotated[
+        int,
+        Between(256, 2**26, multiple_of=256),
+        "Parameters that are sent and averaged as one piece. Guess: not measured yet.",
+    ] = 262_144
+    residual: Annotated[bool, "Error feedback: add what the codec rounded away to the next contribution."] = (
+        False
+    )
+
+
+OUTER_COMMENT = (
+    "nesterov (lr, momentum) for inner_steps > 0; "
+    "adamw (lr, betas, eps, weight_decay) for inner_steps = 0. Each takes its own keys only."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NesterovSpec:
+    """[outer] with optimizer = "nesterov": for pseudo-gradients. Defaults: DiLoCo, 2311.08105."""
+
+    optimizer: Annotated[Literal["nesterov"], OUTER_COMMENT] = "nesterov"
+    lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate. DiLoCo: 0.7."] = 0.7
+    momentum: Annotated[float, Between(0, BELOW_ONE), "Nesterov momentum. DiLoCo: 0.9."] = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSpec:
+    """[outer] with optimizer = "adamw": for mean gradients."""
+
+    optimizer: Annotated[Literal["adamw"], OUTER_COMMENT] = "adamw"
+    lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate."] = 1e-3
+    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
+        0.9,
+        0.95,
+    )
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
+    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay."] = 0.0
+
+
+OuterSpec = NesterovSpec | AdamWSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSpec:
+    """[round]. The times are guesses, made for rounds of about ten seconds."""
+
+    straggler_wait_s: Annotated[
+        float, Between(0, 86_400), "With a quorum ready, how long to wait for the other live members."
+    ] = 5.0
+    closing_grace_s: Annotated[
+        float,
+        Between(0, 3_600),
+        "Time for stragglers to contribute what they have, once told.",
+    ] = 2.0
+    commit_grace_s: Annotated[
+        float, Between(0, 3_600), "With a quorum's accepts, how long to wait for those of the others."
+    ] = 1.0
+    stall_s: Annotated[
+        float, Between(0.1, 3_600), "A member that makes no progress for so long has failed in this round."
+    ] = 5.0
+    exchange_max_s: Annotated[
+        float,
+        Between(1, 604_800),
+        "Longest exchange of a round, even if it makes progress: raise it for large models on slow links.",
+    ] = 300.0
+    quorum_loss_s: Annotated[
+        float, Between(1, 604_800), "After so long without a quorum, on_quorum_loss decides."
+    ] = 30.0
+    on_quorum_loss: Annotated[
+        Literal["continue", "wait"],
+        "continue: the survivors go on alone, and the chain with more work wins when they meet again. "
+        "wait: they stand still.",
+    ] = "continue"
+    min_members: Annotated[int, Between(1, 10_000), "No round starts with fewer contributions."] = 1
+    max_influence: Annotated[
+        float, Between(0, 1, above=True), "Largest share of the total weight that one member may have."
+    ] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsSpec:
+    """[limits]. Guesses, sized for runs of up to 64 members."""
+
+    max_peers: Annotated[int, Between(2, 10_000), "Members that a node talks to."] = 64
+    max_control_frame_bytes: Annotated[
+        int, Between(4_096, 2**26), "Longest message other than shards; what is longer is refused unread."
+    ] = 1_048_576
+    checkpoint_every_epochs: Annotated[int, Between(1, 100_000), "Epochs between two checkpoints."] = 5
+    checkpoints_kept: Annotated[int, Between(1, 1_000), "Checkpoints that stay on disk."] = 3
+    updates_kept_epochs: Annotated[
+        int, Between(1, 10_000_000), "Epochs whose encoded result stays on disk, for members that were away."
+    ] = 1_000
+    updates_kept_bytes: Annotated[
+        int, Between(2**20, 2**50), "Room for those results; the oldest go first."
+    ] = 8 * 2**30
+
+
+def _checked(spec: RunSpec) -> RunSpec:
+    """What single keys cannot say."""
+    model = spec.model
+    if model.hidden_size % (2 * model.heads):
+        raise TableError(
+            f"model.hidden_size: {model.hidden_size} with model.heads = {model.heads}; "
+            f"must be a multiple of {2 * model.heads}, for an even width of each head"
+        )
+    if model.heads % model.kv_heads:
+        raise TableError(
+            f"model.kv_heads: {model.kv_heads} with model.heads = {model.heads}; must divide model.heads"
+        )
+    if spec.train.overlap and not spec.train.inner_steps:
+        raise TableError(
+            "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "
+            "set train.inner_steps above 0, or train.overlap = false"
+        )
+    if spec.round.min_members > spec.limits.max_peers:
+        raise TableError(
+            f"round.min_members: {spec.round.min_members} with limits.max_peers = {spec.limits.max_peers}; "
+            "must not be larger"
+        )
+    members = min(spec.limits.max_peers, MEMBERS_MAX)
+    record_bytes = wire_bytes(members, 2 * members)  # signed by the electorate before as well
+    if spec.limits.max_control_frame_bytes < record_bytes:
+        raise TableError(
+            f"limits.max_control_frame_bytes: {spec.limits.max_control_frame_bytes} with limits.max_peers = "
+            f"{spec.limits.max_peers}; must be at least {record_bytes}, for a record with all of them"
+        )
+    return spec
+
+
+# ---- declaring keys ----------------------------------------------------------------------------------
+
+
+RUN_NAME = Pattern(
+    r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}",
+    "1 to 64 letters, digits, blanks and . _ -, the first a letter or a digit",
+)
+
+
+# ---- reading -----------------------------------------------------------------------------------------
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
+
+def _side(values: Mapping[str, object], key: str, where: str) -> str:
+    return f"{shown(values[key])} {where}" if key in values else f"not {where}"

@@ -1,0 +1,211 @@
+"""The local endpoint: /metrics /status /peers /healthz /readyz, and a page that shows the status.
+
+Reads the node through `View` and `Metrics` and can change nothing. Bound to a loopback address it answers
+only requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding)
+gets 403. Bound to any other address it answers whoever reaches it; put a proxy in front for more.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
+
+CLOSE_TIMEOUT_S = 1.0  # requests under way get so long when the node stops
+REQUEST_BYTES_MAX = 1024  # nothing here takes a body
+
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+class View(Protocol):
+    """What the endpoint may know of the node. Called on the event loop; must not block."""
+
+    def status(self) -> dict[str, Any]:
+        """The keys of /status, as JSON values. NaN and infinities become null."""
+
+    def peers(self) -> list[dict[str, Any]]:
+        """One table per live peer."""
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the node has joined and is at the head, and the reason if it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpServer:
+    """A running endpoint. `host` and `port` are what it is bound to, `url` is where to find it."""
+
+    host: str
+    port: int
+    url: str
+    runner: web.AppRunner
+
+    async def close(self) -> None:
+        """Stop listening; returns when the last request is answered, or after CLOSE_TIMEOUT_S."""
+        await self.runner.cleanup()
+
+
+async def start_http(view: View, metrics: Metrics, host: str, port: int) -> HttpServer:
+    """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
+    app = _application(view, metrics, host)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_TIMEOUT_S)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise _cannot_listen(host, port, error) from error
+    bound_port = int(runner.addresses[0][1])
+    return HttpServer(host, bound_port, _url(host, bound_port), runner)
+
+
+def _application(view: View, metrics: Metrics, host: str) -> web.Application:
+    async def get_metrics(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def get_status(_: web.Request) -> web.Response:
+        return _json(view.status())
+
+    async def get_peers(_: web.Request) -> web.Response:
+        return _json(view.peers())
+
+    async def get_healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def get_readyz(_: web.Request) -> web.Response:
+        ready, reason = view.ready()
+        return web.Response(text="ready\n" if ready else f"{reason}\n", status=200 if ready else 503)
+
+    async def get_page(_: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": _PAGE_POLICY}
+        return web.Response(text=_PAGE, content_type="text/html", headers=headers)
+
+    app = web.Application(middlewares=[_guard(host)], client_max_size=REQUEST_BYTES_MAX)
+    app.router.add_get("/metrics", get_metrics)
+    app.router.add_get("/status", get_status)
+    app.router.add_get("/peers", get_peers)
+    app.router.add_get("/healthz", get_healthz)
+    app.router.add_get("/readyz", get_readyz)
+    app.router.add_get("/", get_page)
+    return app
+
+
+def _guard(bound_host: str) -> Middleware:
+    """Refuse foreign Host headers on a loopback binding; keep answers out of caches."""
+    loopback_only = _is_loopback(bound_host)
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if loopback_only and not _is_loopback(_host_of(request.headers.get("Host", ""))):
+            return web.Response(text="this endpoint answers to localhost and 127.0.0.1 only\n", status=403)
+        response = await handler(request)
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    return guard
+
+
+def _host_of(header: str) -> str:
+    """The host in a Host header, without the port: it changes when the port is forwarded."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _json(value: object) -> web.Response:
+    return web.json_response(_finite(value), dumps=_dumps)
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    """The value with None for NaN and infinities, which JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
+    reasons = {
+        errno.EADDRINUSE: f"port {port} on {host} is in use",
+        errno.EACCES: f"port {port} on {host} needs more rights than this user has",
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine",
+    }
+    reason = reasons.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror or error}")
+    return UserError(
+        f"--http: {reason}",
+        exit_code=ExitCode.USAGE,
+        hint="--http HOST:PORT; port 0 takes a free one",
+    )
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine finds the endpoint; a wildcard address is found on loopback."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Tapestry node</title>
+<style>
+  :root { color-scheme: light dark; }
+  body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+  table { border-collapse: collapse; width: 100%; }
+  th { text-align: left; font-weight: 600; vertical-align: top; padding: .2rem 1rem .2rem 0; }
+  td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; padding: .2rem 0; }
+</style>
+<h1>Tapestry node</h1>
+<p id="note" role="status">loading</p>
+<table id="status"></table>
+<p><a href="/metrics">metrics</a> <a href="/status">status</a> <a href="/peers">peers</a></p>
+<script>
+  const note = document.getElementById("note"), table = document.getElementById("status");
+  const text = (value) => typeof value === "string" ? value : JSON.stringify(value);
+  function show(status) {
+    table.replaceChildren(...Object.entries(status).map(([key, value]) => {
+      const row = document.createElement("tr"), head = document.createElement("th");
+      head.scope = "row";
+      head.textContent = key;
+      row.append(head, document.createElement("td"));
+      row.lastChild.textContent = text(value);
+      return row;
+    }));
+  }
+  async function poll() {
+    try {
+      const answer = await fetch("/status", { signal: AbortSignal.timeout(5000) });
+      show(await answer.json());
+      note.textContent = "live";
+    } catch {
+      note.textContent = "the node does not answer";
+    }
+    setTimeout(poll, 2000);
+  }
+  poll();
+</script>
+"""

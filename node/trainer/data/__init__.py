@@ -1,0 +1,1 @@
+"""Text of this member -> tokens -> training windows."""

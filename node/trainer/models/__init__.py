@@ -1,0 +1,1 @@
+"""The networks that a run can train, and their flat vectors."""

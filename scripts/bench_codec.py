@@ -253,14 +253,14 @@ def pseudo_gradient() -> Tensor:
     from tapestry.node.trainer.data.corpus import load_corpus
     from tapestry.node.trainer.models.llama import build_model, model_layout
 
-    settings = PRESETS["tiny"].model
+    preset = PRESETS["tiny"]
     torch.manual_seed(3)
-    model = build_model(settings)
+    model = build_model(preset.model, preset.data.sequence_length)
     layout = model_layout(model)
     base = layout.flatten(dict(model.named_parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = load_corpus(["stdlib:1/8"], Path(folder), settings.sequence_length)
+        corpus = load_corpus(["stdlib:1/8"], Path(folder), preset.data.sequence_length)
         for step in range(STEPS):
             windows = torch.from_numpy(corpus.training_windows(0, 0, step, 4))
             loss = model(input_ids=windows[:, :-1], labels=windows[:, :-1]).loss

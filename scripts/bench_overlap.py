@@ -55,7 +55,7 @@ from tapestry.dht.identity import Identity
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.spec.run import RunSpec, preset_spec, training_settings
+from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
@@ -161,9 +161,9 @@ class Alone:
     def __init__(self, options: argparse.Namespace, spec: RunSpec, folder: Path) -> None:
         self.options = options
         self.folder = folder
-        training = training_settings(spec)
+        training = training_spec(spec)
         self.training = dataclasses.replace(
-            training, inner=dataclasses.replace(training.inner, steps=1_000_000)
+            training, train=dataclasses.replace(training.train, inner_steps=100_000)
         )
         self.progress: dict[int, tuple[float, int]] = {}
         self.validated: dict[int, float] = {}
@@ -335,15 +335,15 @@ def simulate(options: argparse.Namespace, folder: Path) -> None:
 
 def stale_curve(options: argparse.Namespace, spec: RunSpec, share: float, folder: Path) -> Iterator[float]:
     """The loss of the shared base after every epoch."""
-    inner, length = training_settings(spec).inner, spec.data.sequence_length
+    inner, length = spec.train, spec.data.sequence_length
     loops = []
     for index in range(options.nodes):
         corpus = load_corpus([data_part(options, index)], folder, length)
-        net = build_model(training_settings(spec).model)
+        net = build_model(spec.model, spec.data.sequence_length)
         draw = functools.partial(draw_windows, corpus, index, inner.batch_size)
         loops.append(InnerLoop(net, model_layout(net), inner, draw, torch.device("cpu")))
     judge, windows = make_judge(spec, folder)
-    params, outer = initial_state(training_settings(spec).model, spec.model.seed), make_outer(spec.outer)
+    params, outer = initial_state(spec.model, spec.data.sequence_length), make_outer(spec.outer)
     buffers = {name: torch.zeros_like(params) for name in outer.buffer_names}
     for epoch in range(options.epochs):
         contributions = []
@@ -375,9 +375,9 @@ def losses_of(spec: RunSpec, home: Path, epochs: set[int]) -> dict[int, float]:
 
 
 def make_judge(spec: RunSpec, cache: Path) -> tuple[InnerLoop, np.ndarray]:
-    net = build_model(training_settings(spec).model)
+    net = build_model(spec.model, spec.data.sequence_length)
     windows = load_corpus(["stdlib"], cache, spec.data.sequence_length).validation_windows(HELD_OUT_WINDOWS)
-    judge = InnerLoop(net, model_layout(net), training_settings(spec).inner, no_draw, torch.device("cpu"))
+    judge = InnerLoop(net, model_layout(net), spec.train, no_draw, torch.device("cpu"))
     return judge, windows
 
 
@@ -387,7 +387,7 @@ def states(spec: RunSpec, home: Path) -> Iterator[torch.Tensor]:
     loaded = store.load()
     genesis = loaded.genesis
     assert genesis is not None
-    params = initial_state(training_settings(spec).model, spec.model.seed)
+    params = initial_state(spec.model, spec.data.sequence_length)
     arithmetic = Arithmetic.of(spec, params.numel())
     state = ModelState(params, genesis.schema, arithmetic, 0, genesis.run_id)
     for record in loaded.records:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -51,7 +52,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import reduce_shard
-from tapestry.node.spec.run import RunSpec, preset_spec, training_settings
+from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.state.outer import f32, make_outer
 from tapestry.node.trainer.data.corpus import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
@@ -103,7 +104,7 @@ class Plan:
         return RunSpec.from_dict(plain)
 
     def corpus(self, part: int) -> Corpus:
-        length = training_settings(self.spec(1)).model.sequence_length
+        length = self.spec(1).data.sequence_length
         return load_corpus([f"stdlib:{part + 1}/{self.nodes}"], Path(self.folder) / "cache", length)
 
 
@@ -238,7 +239,7 @@ class Judge:
     """The same held-out windows for everybody, and the model to take their loss with."""
 
     def __init__(self, plan: Plan) -> None:
-        self._model = build_model(training_settings(plan.spec(1)).model)
+        self._model = build_model(plan.spec(1).model, plan.spec(1).data.sequence_length)
         self.layout = model_layout(self._model)
         corpora = [plan.corpus(i) for i in range(plan.nodes)]
         windows = [c.validation_windows(HELD_OUT_TOKENS // c.sequence_length) for c in corpora]
@@ -392,7 +393,7 @@ def tapestry_curve(system: str, plan: Plan, spec: RunSpec, home: Path) -> Curve:
     loaded = store.load()
     genesis = loaded.genesis
     assert genesis is not None
-    params = initial_state(training_settings(spec).model, plan.seed)
+    params = initial_state(dataclasses.replace(spec.model, seed=plan.seed), spec.data.sequence_length)
     arithmetic = Arithmetic.of(spec, params.numel())
     state = ModelState(params, genesis.schema, arithmetic, 0, genesis.run_id)
     assert state.digest() == genesis.state_digest, "the run did not begin with the common parameters"
@@ -578,9 +579,10 @@ class Bench:
     def make(cls, plan: Plan, rank: int) -> Bench:
         torch.set_num_threads(1)
         os.nice(NICENESS)
-        settings = training_settings(plan.spec(1)).model
-        model = build_model(settings)
-        load(model, model_layout(model).views(initial_state(settings, plan.seed)))
+        spec, length = plan.spec(1), plan.spec(1).data.sequence_length
+        model = build_model(spec.model, length)
+        seeded = dataclasses.replace(spec.model, seed=plan.seed)
+        load(model, model_layout(model).views(initial_state(seeded, length)))
         model.train()
         return cls(plan, rank, model, plan.corpus(rank))
 
@@ -803,7 +805,7 @@ def quality(options: argparse.Namespace, folder: str) -> None:
 def virtual_run(plan: Plan, epochs: int, codec_name: str | None) -> float:
     """The validation loss after `epochs` of DiLoCo by members that train in turn; deterministic."""
     spec = plan.spec(plan.inner_steps)
-    settings = training_settings(spec)
+    settings = training_spec(spec)
     judge = Judge(plan)
     members = []
     for i in range(plan.nodes):
@@ -812,9 +814,9 @@ def virtual_run(plan: Plan, epochs: int, codec_name: str | None) -> float:
         def windows(epoch: int, step: int, corpus: Corpus = corpus, who: int = i) -> np.ndarray:
             return corpus.training_windows(1000 * plan.seed + who, epoch, step, plan.batch_size)
 
-        model = build_model(settings.model)
-        members.append(InnerLoop(model, model_layout(model), settings.inner, windows, torch.device("cpu")))
-    base = initial_state(settings.model, plan.seed)
+        model = build_model(settings.model, settings.data.sequence_length)
+        members.append(InnerLoop(model, model_layout(model), settings.train, windows, torch.device("cpu")))
+    base = initial_state(dataclasses.replace(settings.model, seed=plan.seed), settings.data.sequence_length)
     n = base.numel()
     outer = make_outer(spec.outer)
     buffers = {name: torch.zeros(n) for name in outer.buffer_names}

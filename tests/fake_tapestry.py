@@ -164,9 +164,9 @@ def _export(out: Path) -> None:
     from tapestry.node.spec.training import PRESETS
     from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 
-    settings = PRESETS["nano"].model
-    layout = model_layout(build_model(settings))
-    export_model(out, settings, layout, initial_state(settings, seed=1), meta={})
+    model, length = PRESETS["nano"].model, PRESETS["nano"].data.sequence_length
+    layout = model_layout(build_model(model, length))
+    export_model(out, model, length, layout, initial_state(model, length), meta={})
 
 
 def _digest(line: str) -> str:

@@ -146,7 +146,12 @@ def nobody_uses_the_bare_folder_names(sources: Mapping[str, Source]) -> list[str
 
 def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     """What runs in the trainer's process: the trainer's own side and compression, nothing of the node."""
-    allowed = ("tapestry.compression", "tapestry.node.spec.training", "tapestry.node.trainer")
+    allowed = (
+        "tapestry.compression",
+        "tapestry.node.spec.tables",
+        "tapestry.node.spec.training",
+        "tapestry.node.trainer",
+    )
     return [
         f"{source.name}:{line}: imports {name}"
         for source in _below(sources, "tapestry.node.trainer")

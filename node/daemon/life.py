@@ -46,8 +46,8 @@ from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.spec.node import NodeConfig
-from tapestry.node.spec.run import RunSpec, training_settings
-from tapestry.node.spec.training import SettingsError, WorkerSettings
+from tapestry.node.spec.run import RunSpec, training_spec
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.surface.http import start_http
 from tapestry.node.surface.logs import LiveLine
@@ -270,19 +270,18 @@ class Daemon:
         return swarm
 
     def _worker_settings(self, spec: RunSpec, identity: Identity) -> WorkerSettings:
-        with _as_user_error(SettingsError):
-            return WorkerSettings(
-                training=training_settings(spec),
-                data=self.config.data,
-                cache_dir=str(self.home.cache),
-                inner_state_path=str(self.home.trainer / "inner.safetensors"),
-                node_seed=node_seed(identity.peer_id),
-                codec=spec.compression.codec,
-                shard_elements=spec.compression.shard_elements,
-                residual=spec.compression.residual,
-                device=self.config.device,
-                threads=self.config.threads,
-            )
+        return WorkerSettings(
+            training=training_spec(spec),
+            data=self.config.data,
+            cache_dir=str(self.home.cache),
+            inner_state_path=str(self.home.trainer / "inner.safetensors"),
+            node_seed=node_seed(identity.peer_id),
+            codec=spec.compression.codec,
+            shard_elements=spec.compression.shard_elements,
+            residual=spec.compression.residual,
+            device=self.config.device,
+            threads=self.config.threads,
+        )
 
     def _on_trainer_event(self, event: Event) -> None:
         """Before the runtime is there only the first Hello can come, and that is `start`'s affair."""

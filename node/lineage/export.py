@@ -23,7 +23,8 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.huggingface import ExportError, export_model
 from tapestry.node.protocol.chain import Chain
-from tapestry.node.spec.run import RunSpec, training_settings
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.spec.training import LlamaSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.trainer.models.llama import build_model, model_layout
 
@@ -46,8 +47,8 @@ def export_home(home: Home, out: Path, epoch: int | None) -> None:
         if wanted > chain.epoch:
             raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
         spec = RunSpec.from_canonical(genesis.spec.encode())
-        settings = training_settings(spec).model
-        layout = model_layout(build_model(settings))
+        assert isinstance(spec.model, LlamaSpec)
+        layout = model_layout(build_model(spec.model, spec.data.sequence_length))
         state = ModelState(
             torch.zeros(layout.n), layout.schema_hash, Arithmetic.of(spec, layout.n), 0, genesis.run_id
         )
@@ -68,7 +69,7 @@ def export_home(home: Home, out: Path, epoch: int | None) -> None:
         "state_digest": restored.state_digest,
     }
     try:
-        export_model(out, settings, layout, state.params, meta=meta)
+        export_model(out, spec.model, spec.data.sequence_length, layout, state.params, meta=meta)
     except ExportError as error:
         raise UserError(str(error)) from error
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import ModelSettings
+from tapestry.node.spec.training import LlamaSpec
 from tapestry.node.trainer.data.corpus import BOS_ID, EOS_ID, PAD_ID, encode
 from tapestry.node.trainer.models.llama import config_fields
 
@@ -36,7 +36,8 @@ class ExportError(RuntimeError):
 
 def export_model(
     out_dir: Path,
-    settings: ModelSettings,
+    spec: LlamaSpec,
+    sequence_length: int,
     layout: Layout,
     flat: Tensor,  # f32 (n,)
     *,
@@ -52,7 +53,7 @@ def export_model(
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             raise ExportError(f"{out_dir} is there already: name a new or an empty folder")
         temporary.mkdir(parents=True)
-        for name, content in _json_files(settings, meta).items():
+        for name, content in _json_files(spec, sequence_length, meta).items():
             (temporary / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         tensors = {name: view.contiguous() for name, view in layout.views(flat).items()}
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
@@ -83,12 +84,12 @@ def sample(out_dir: Path, prompt: str, n_bytes: int, seed: int) -> str:
     return bytes(ids[start:]).decode("utf-8", errors="replace")
 
 
-def _json_files(settings: ModelSettings, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _json_files(spec: LlamaSpec, sequence_length: int, meta: Mapping[str, Any]) -> dict[str, Any]:
     specials = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     bos, eos, pad = SPECIAL_TOKENS
     return {
         "config.json": {
-            **config_fields(settings),
+            **config_fields(spec, sequence_length),
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "dtype": "float32",
@@ -102,7 +103,7 @@ def _json_files(settings: ModelSettings, meta: Mapping[str, Any]) -> dict[str, A
             "eos_token": eos,
             "pad_token": pad,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": settings.sequence_length,
+            "model_max_length": sequence_length,
         },
         "tapestry.json": dict(meta),
     }

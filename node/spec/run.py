@@ -34,9 +34,7 @@ from tapestry.node.spec.tables import (
     read_toml,
     shown,
 )
-from tapestry.node.spec.training import PRESETS, InnerSettings, ModelSettings, TrainingSettings
-
-BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
+from tapestry.node.spec.training import BELOW_ONE, PRESETS, DataSpec, ModelSpec, TrainingSpec, TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,62 +99,17 @@ def preset_spec(preset: str, name: str) -> RunSpec:
     """The spec of a new run called `name`; raises UserError for an unknown preset or a bad name."""
     if preset not in PRESETS:
         raise UserError(f"{shown(preset)} is no preset; there are {', '.join(PRESETS)}")
-    model, inner = PRESETS[preset].model, PRESETS[preset].inner
-    return RunSpec.from_dict(
-        {
-            "name": name,
-            "model": {key: getattr(model, key) for key, _ in keys_of(ModelSpec) if key != "seed"}
-            | {"seed": PRESETS[preset].seed},
-            "data": {"tokenizer": model.tokenizer, "sequence_length": model.sequence_length},
-            "train": {
-                "batch_size": inner.batch_size,
-                "inner_steps": inner.steps,
-                "overlap": inner.overlap,
-                "accumulation": inner.accumulation,
-                "optimizer": inner.optimizer,
-                "lr": inner.lr,
-                "betas": [inner.beta1, inner.beta2],
-                "eps": inner.eps,
-                "weight_decay": inner.weight_decay,
-                "warmup_steps": inner.warmup_steps,
-                "grad_clip": inner.gradient_clip,
-            },
-        },
-        "a new run",
-    )
+    return new_spec(name, PRESETS[preset])
 
 
-def training_settings(spec: RunSpec) -> TrainingSettings:
-    """The part of the spec that the trainer needs, in its own words."""
-    model, train = spec.model, spec.train
-    return TrainingSettings(
-        model=ModelSettings(
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            layers=model.layers,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            sequence_length=spec.data.sequence_length,
-            architecture=model.architecture,
-            tokenizer=spec.data.tokenizer,
-            tie_embeddings=model.tie_embeddings,
-        ),
-        inner=InnerSettings(
-            steps=train.inner_steps,
-            batch_size=train.batch_size,
-            accumulation=train.accumulation,
-            optimizer=train.optimizer,
-            lr=train.lr,
-            beta1=train.betas[0],
-            beta2=train.betas[1],
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            warmup_steps=train.warmup_steps,
-            gradient_clip=train.grad_clip,
-            overlap=train.overlap,
-        ),
-        seed=model.seed,
-    )
+def new_spec(name: str, training: TrainingSpec) -> RunSpec:
+    """The spec of a new run, all else by default; raises UserError for a bad name."""
+    return RunSpec.from_dict({"name": name} | plain(training), "a new run")
+
+
+def training_spec(spec: RunSpec) -> TrainingSpec:
+    """The part of the spec that the trainer needs."""
+    return TrainingSpec(spec.model, spec.data, spec.train)
 
 
 def diff(here: RunSpec, peer: RunSpec) -> list[str]:
@@ -170,82 +123,6 @@ def diff(here: RunSpec, peer: RunSpec) -> list[str]:
 
 
 # ---- the sections ------------------------------------------------------------------------------------
-
-_TINY = PRESETS["tiny"]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """[model]. The defaults here, in [data] and in [train] are those of the preset `tiny`."""
-
-    architecture: Annotated[
-        Literal["llama"], "llama: decoder-only, as in transformers. The only one so far."
-    ] = "llama"
-    hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = (
-        _TINY.model.hidden_size
-    )
-    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = (
-        _TINY.model.intermediate_size
-    )
-    layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = _TINY.model.layers
-    heads: Annotated[int, Between(1, 256), "Attention heads."] = _TINY.model.heads
-    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = _TINY.model.kv_heads
-    tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = (
-        _TINY.model.tie_embeddings
-    )
-    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = _TINY.seed
-
-
-@dataclass(frozen=True, slots=True)
-class DataSpec:
-    """[data]."""
-
-    tokenizer: Annotated[
-        Literal["byte"], "byte: UTF-8 bytes and three special tokens. The only one so far."
-    ] = "byte"
-    sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = (
-        _TINY.model.sequence_length
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSpec:
-    """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
-
-    batch_size: Annotated[int, Between(1, 65_536), "Samples in one forward pass."] = _TINY.inner.batch_size
-    inner_steps: Annotated[
-        int,
-        Between(0, 100_000),
-        "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
-        "0 sends a mean gradient instead, and the inner optimizer is not used.",
-    ] = _TINY.inner.steps
-    overlap: Annotated[
-        bool,
-        "Go on with the next inner steps while the round exchanges, take its result one round late, and keep "
-        "them: slow links cost no training time, while a round is shorter than the inner steps. "
-        "Needs inner_steps > 0.",
-    ] = _TINY.inner.overlap
-    accumulation: Annotated[
-        int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
-    ] = _TINY.inner.accumulation
-    optimizer: Annotated[
-        Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
-    ] = "adamw"
-    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = _TINY.inner.lr
-    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
-        _TINY.inner.beta1,
-        _TINY.inner.beta2,
-    )
-    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = _TINY.inner.eps
-    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo: 0.1."] = (
-        _TINY.inner.weight_decay
-    )
-    warmup_steps: Annotated[
-        int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
-    ] = _TINY.inner.warmup_steps
-    grad_clip: Annotated[
-        float, Between(1e-9, 1e9), "Largest norm of a step's gradient; a large number does not clip."
-    ] = _TINY.inner.gradient_clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,21 +232,7 @@ class LimitsSpec:
 
 def _checked(spec: RunSpec) -> RunSpec:
     """What single keys cannot say."""
-    model = spec.model
-    if model.hidden_size % (2 * model.heads):
-        raise TableError(
-            f"model.hidden_size: {model.hidden_size} with model.heads = {model.heads}; "
-            f"must be a multiple of {2 * model.heads}, for an even width of each head"
-        )
-    if model.heads % model.kv_heads:
-        raise TableError(
-            f"model.kv_heads: {model.kv_heads} with model.heads = {model.heads}; must divide model.heads"
-        )
-    if spec.train.overlap and not spec.train.inner_steps:
-        raise TableError(
-            "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "
-            "set train.inner_steps above 0, or train.overlap = false"
-        )
+    training_spec(spec).check()
     if spec.round.min_members > spec.limits.max_peers:
         raise TableError(
             f"round.min_members: {spec.round.min_members} with limits.max_peers = {spec.limits.max_peers}; "

@@ -1,224 +1,232 @@
-"""What the trainer must know: the model, the inner optimizer, and this node's own data and device.
+"""What is trained, on what, and how: the sections of run.toml that a trainer needs, and a trainer's own.
 
-Plain values in frozen dataclasses, so that a run spec can be made of them and they can cross the pipe
-to the worker. `TrainingSettings` is what all members of a run agree on; `WorkerSettings` adds what is
-this node's own affair. Imports neither torch nor anything of ours: reading settings costs nothing.
+`TrainingSpec` is what all members of a run agree on; `WorkerSettings` adds what is this node's own affair.
+Every key is declared here once, with its bounds, its default and its comment. run.py puts the sections into
+the run spec; the node sends WorkerSettings to its trainer as plain values, and the trainer reads them with
+the same strict reader as a file.
+
+Must not import torch, or anything of ours but tables.py: reading settings costs nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
-ARCHITECTURES = ("llama",)
-TOKENIZERS = ("byte",)
-OPTIMIZERS = ("adamw",)
-DEVICES = ("auto", "cpu", "cuda")
+from tapestry.node.spec.tables import Between, Pattern, TableError
+
+BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
+FILE_NAMES = (  # of a base's directory that members need; what else lies there is not taken
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors",
+)
+BASE_FILE = Pattern(
+    rf"({'|'.join(FILE_NAMES).replace('.', '[.]')}) [0-9]{{1,15}} [0-9a-f]{{64}}",
+    "a name, a size in bytes and a blake3 digest, for one of " + ", ".join(FILE_NAMES),
+)
+DIGEST = Pattern(r"|[0-9a-f]{64}", "64 hex digits, or empty")
 
 
-class SettingsError(ValueError):
-    """A setting is unknown, missing, of the wrong type or out of range; one line that says which."""
+# ---- [model] -----------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """A causal language model by configuration. `kv_heads` < `heads` is grouped-query attention."""
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    sequence_length: int
-    architecture: str = "llama"
-    tokenizer: str = "byte"
-    tie_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        _check_choice("architecture", self.architecture, ARCHITECTURES)
-        _check_choice("tokenizer", self.tokenizer, TOKENIZERS)
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads"):
-            _check_range(name, getattr(self, name), 1, 1 << 20)
-        _check_range("sequence_length", self.sequence_length, 2, 1 << 20)
-        if self.hidden_size % (2 * self.heads):
-            raise SettingsError(
-                f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads}): "
-                "rotary embeddings need an even head size"
-            )
-        if self.heads % self.kv_heads:
-            raise SettingsError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+MODEL_COMMENT = (
+    "llama: a Llama of the sizes below, from random parameters. transformers: any causal language model that "
+    "the transformers library builds from a config.json without remote code; see `tapestry init --base`."
+)
 
 
 @dataclass(frozen=True, slots=True)
-class InnerSettings:
-    """The inner loop of one epoch.
+class LlamaSpec:
+    """[model] with architecture = "llama". The defaults here, in [data] and [train] are those of `tiny`."""
 
-    `steps` = H > 0 is DiLoCo: H optimizer steps of one batch each, and the pseudo-gradient goes out.
-    `steps` = 0 sends the mean gradient of `accumulation` batches; then only the batch sizes matter here.
-    `overlap` goes on with the next epoch's steps while the round runs: docs/decisions/004-overlap.md.
-    """
+    architecture: Annotated[Literal["llama"], MODEL_COMMENT] = "llama"
+    hidden_size: Annotated[int, Between(8, 16_384), "Width. heads divides it, with an even quotient."] = 128
+    intermediate_size: Annotated[int, Between(8, 65_536), "Width inside the feed-forward layers."] = 432
+    layers: Annotated[int, Between(1, 256), "Number of transformer layers."] = 4
+    heads: Annotated[int, Between(1, 256), "Attention heads."] = 4
+    kv_heads: Annotated[int, Between(1, 256), "Key and value heads; divides heads."] = 2
+    tie_embeddings: Annotated[bool, "Use one matrix as input embedding and output layer."] = True
+    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of the initial parameters."] = 0
 
-    steps: int
-    batch_size: int
-    accumulation: int = 1
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # DiLoCo, table 5
-    warmup_steps: int = 30
-    gradient_clip: float = 1.0  # L2 norm; DiLoCo, table 5
-    overlap: bool = False
 
-    def __post_init__(self) -> None:
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_range("steps", self.steps, 0, 1_000_000)
-        _check_range("batch_size", self.batch_size, 1, 1 << 20)
-        _check_range("accumulation", self.accumulation, 1, 1_000_000)
-        _check_range("lr", self.lr, 0.0, 1e3)
-        _check_range("beta1", self.beta1, 0.0, 0.999999)
-        _check_range("beta2", self.beta2, 0.0, 0.999999)
-        _check_range("eps", self.eps, 1e-30, 1.0)
-        _check_range("weight_decay", self.weight_decay, 0.0, 1e3)
-        _check_range("warmup_steps", self.warmup_steps, 0, 1_000_000)
-        _check_range("gradient_clip", self.gradient_clip, 1e-9, 1e9)
-        if self.overlap and not self.steps:
-            raise SettingsError("overlap needs steps > 0: a gradient is of the base it was taken at")
+@dataclass(frozen=True, slots=True)
+class TransformersSpec:
+    """[model] with architecture = "transformers": a base that every member has as files in HOME/base."""
+
+    architecture: Annotated[Literal["transformers"], MODEL_COMMENT]
+    files: Annotated[
+        tuple[str, ...],
+        BASE_FILE,
+        "What every member has in HOME/base: name, bytes, blake3 digest. A joiner takes them from its peer.",
+    ]
+    weights: Annotated[
+        str,
+        DIGEST,
+        "Digest of the base's weights as f32, whatever files they lie in; empty: random parameters.",
+    ]
+    parameters: Annotated[int, Between(1, 2**50), "Parameters of the whole model."]
+    seed: Annotated[int, Between(0, 2**32 - 1), "Seed of random parameters, and of new adapters."] = 0
+    lora_rank: Annotated[
+        int,
+        Between(0, 1_024),
+        "0 trains all parameters. Above, the base is frozen and only adapters of this rank (LoRA) are "
+        "trained and averaged.",
+    ] = 0
+    lora_alpha: Annotated[
+        float, Between(0, 10_000, above=True), "Scale of the adapters: alpha / rank (2106.09685)."
+    ] = 32.0
+    lora_targets: Annotated[
+        tuple[str, ...],
+        Pattern(r"[A-Za-z0-9_.]{1,128}", "letters, digits, _ and ."),
+        "Names of the layers that get adapters; none: every linear layer but the output.",
+    ] = ()
+
+    def file(self, name: str) -> tuple[int, str] | None:
+        """Bytes and digest of a file of the base, or None if the run has none of this name."""
+        for text in self.files:
+            file_name, size_bytes, digest = text.split(" ")
+            if file_name == name:
+                return int(size_bytes), digest
+        return None
+
+
+ModelSpec = LlamaSpec | TransformersSpec
+
+
+# ---- [data] and [train] ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """[data]."""
+
+    tokenizer: Annotated[
+        Literal["byte", "base"],
+        "byte: UTF-8 bytes and three special tokens. base: the tokenizer.json of the base.",
+    ] = "byte"
+    sequence_length: Annotated[int, Between(2, 65_536), "Tokens in one training sample."] = 128
+    attend_across_documents: Annotated[
+        bool,
+        "Documents are packed into samples one after the other. Whether attention reaches from one into the "
+        "one before.",
+    ] = True
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
+
+    batch_size: Annotated[int, Between(1, 65_536), "Samples in one inner step."] = 4
+    inner_steps: Annotated[
+        int,
+        Between(0, 100_000),
+        "Local steps before each round (DiLoCo, 2311.08105: 30 to 500). "
+        "0 sends a mean gradient instead, and the inner optimizer is not used.",
+    ] = 64
+    overlap: Annotated[
+        bool,
+        "Go on with the next inner steps while the round exchanges, take its result one round late, and keep "
+        "them: slow links cost no training time, while a round is shorter than the inner steps. "
+        "Needs inner_steps > 0.",
+    ] = False
+    accumulation: Annotated[
+        int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
+    ] = 1
+    optimizer: Annotated[
+        Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
+    ] = "adamw"
+    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 1e-3
+    betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (0.9, 0.99)
+    eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
+    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo, table 5: 0.1."] = 0.1
+    warmup_steps: Annotated[
+        int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
+    ] = 30
+    grad_clip: Annotated[
+        float,
+        Between(1e-9, 1e9),
+        "Largest L2 norm of a step's gradient (DiLoCo, table 5: 1); a large number does not clip.",
+    ] = 1.0
 
     @property
     def batches(self) -> int:
         """How many batches a whole epoch takes: the unit that progress is counted in."""
-        return self.steps if self.steps else self.accumulation
+        return self.inner_steps if self.inner_steps else self.accumulation
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """What all members of a run agree on about training."""
+class TrainingSpec:
+    """What all members of a run agree on about training. `check` it where it was not read from a run spec."""
 
-    model: ModelSettings
-    inner: InnerSettings
-    seed: int = 0  # of the founder's random initialisation
+    model: Annotated[ModelSpec, "The network that everyone trains. All sizes are part of the run id."]
+    data: Annotated[DataSpec, "How text becomes training samples. The text itself is each member's own."]
+    train: Annotated[TrainSpec, "What a member does between two rounds."]
 
-    def __post_init__(self) -> None:
-        _check_range("seed", self.seed, 0, (1 << 63) - 1)
+    def check(self) -> None:
+        """What single keys cannot say. Raises TableError."""
+        if isinstance(self.model, LlamaSpec):
+            _check_llama(self.model)
+        else:
+            _check_base(self.model)
+        if self.data.tokenizer == "base" and not (
+            isinstance(self.model, TransformersSpec) and self.model.file("tokenizer.json")
+        ):
+            raise TableError('data.tokenizer: "base", but the model names no tokenizer.json')
+        if self.train.overlap and not self.train.inner_steps:
+            raise TableError(
+                "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "
+                "set train.inner_steps above 0, or train.overlap = false"
+            )
+
+
+def _check_llama(model: LlamaSpec) -> None:
+    if model.hidden_size % (2 * model.heads):
+        raise TableError(
+            f"model.hidden_size: {model.hidden_size} with model.heads = {model.heads}; "
+            f"must be a multiple of {2 * model.heads}, for an even width of each head"
+        )
+    if model.heads % model.kv_heads:
+        raise TableError(
+            f"model.kv_heads: {model.kv_heads} with model.heads = {model.heads}; must divide model.heads"
+        )
+
+
+def _check_base(model: TransformersSpec) -> None:
+    names = [text.split(" ")[0] for text in model.files]
+    if len(set(names)) != len(names):
+        raise TableError("model.files: a file is named twice")
+    if "config.json" not in names:
+        raise TableError("model.files: config.json is missing")
+    if model.lora_rank and "model.safetensors" not in names:
+        raise TableError("model.files: model.safetensors is missing, which model.lora_rank > 0 freezes")
+    if model.lora_rank and not model.weights:
+        raise TableError("model.weights: empty with model.lora_rank > 0; adapters need a base")
+
+
+# ---- a member's own ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """One node's trainer: the run's training and encoding, and this node's data, places and device."""
 
-    training: TrainingSettings
-    data: tuple[str, ...]  # as given with --data; see data.py
-    cache_dir: str
-    inner_state_path: str
-    node_seed: int
-    codec: str  # compression.codecs knows the names
-    shard_elements: int  # each shard is encoded by itself
-    residual: bool  # error feedback: trainer/encoder.py
-    device: str = "auto"
-    threads: int = 1
-    validation_windows: int = 64  # 64 x 128 bytes: 0.3 s for `tiny` on one core
-
-    def __post_init__(self) -> None:
-        _check_choice("device", self.device, DEVICES)
-        _check_range("node_seed", self.node_seed, 0, (1 << 63) - 1)
-        _check_range("shard_elements", self.shard_elements, 1, 1 << 26)
-        _check_range("threads", self.threads, 1, 1024)
-        _check_range("validation_windows", self.validation_windows, 1, 1 << 16)
-
-
-def to_plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as nested dicts and lists of plain values, for TOML or msgpack."""
-    return {field.name: _plain_value(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-
-
-def model_settings_from(plain: Any) -> ModelSettings:
-    """Raises SettingsError for anything but exactly the known fields with values in range."""
-    return ModelSettings(**_fields_from(ModelSettings, plain, "model"))
-
-
-def inner_settings_from(plain: Any) -> InnerSettings:
-    """Raises SettingsError for anything but exactly the known fields with values in range."""
-    return InnerSettings(**_fields_from(InnerSettings, plain, "inner"))
-
-
-def training_settings_from(plain: Any) -> TrainingSettings:
-    """Raises SettingsError for anything but exactly the known fields with values in range."""
-    fields = _fields_from(TrainingSettings, plain, "training")
-    fields["model"] = model_settings_from(fields["model"])
-    fields["inner"] = inner_settings_from(fields["inner"])
-    return TrainingSettings(**fields)
-
-
-def worker_settings_from(plain: Any) -> WorkerSettings:
-    """Raises SettingsError for anything but exactly the known fields with values in range."""
-    fields = _fields_from(WorkerSettings, plain, "worker")
-    fields["training"] = training_settings_from(fields["training"])
-    if not all(isinstance(source, str) for source in fields["data"]):
-        raise SettingsError("worker: data must be a list of strings")
-    return WorkerSettings(**{**fields, "data": tuple(fields["data"])})
-
-
-def _plain_value(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_plain(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _fields_from(cls: type, plain: Any, where: str) -> dict[str, Any]:
-    """The constructor's arguments: no unknown key, none missing that has no default, types exact."""
-    if not isinstance(plain, dict):
-        raise SettingsError(f"{where}: expected a table, got {type(plain).__name__}")
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for key in plain:
-        if key not in known:
-            raise SettingsError(f"{where}: unknown key {key!r}{_suggestion(str(key), list(known))}")
-    values: dict[str, Any] = {}
-    for name, field in known.items():
-        if name in plain:
-            values[name] = _typed(where, name, str(field.type), plain[name])
-        elif field.default is dataclasses.MISSING:
-            raise SettingsError(f"{where}: key {name!r} is missing")
-    return values
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "bool": (bool,),
-    "tuple[str, ...]": (list, tuple),
-}
-
-
-def _typed(where: str, name: str, annotation: str, value: Any) -> Any:
-    if annotation not in _TYPES:
-        return value  # a nested table, checked by its own reader
-    allowed = _TYPES[annotation]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool"):
-        raise SettingsError(f"{where}: {name} must be of type {annotation}, got {value!r}")
-    if isinstance(value, int) and annotation == "float":
-        return float(value)
-    return value
-
-
-def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise SettingsError(f"{name} must be between {low} and {high}, got {value!r}")
+    training: Annotated[TrainingSpec, "What the run agrees on."]
+    data: Annotated[tuple[str, ...], "As given with --data; see trainer/data."]
+    cache_dir: Annotated[str, "For tokens."]
+    inner_state_path: Annotated[str, "Of the inner optimizer."]
+    node_seed: Annotated[int, Between(0, 2**63 - 1), "Makes this node's random windows its own."]
+    codec: Annotated[str, "compression.codecs knows the names."]
+    shard_elements: Annotated[int, Between(1, 2**26), "Each shard is encoded by itself."]
+    residual: Annotated[bool, "Error feedback: trainer/encoder.py."]
+    base_dir: Annotated[str, "HOME/base, where a base's files are; empty for presets."] = ""
+    device: Annotated[Literal["auto", "cpu", "cuda"], "Where to compute."] = "auto"
+    threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
+    validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
 
 
 # `tiny` comes from simulating 3 members with outer Nesterov (lr 0.7, momentum 0.9) on thirds of the
@@ -226,23 +234,16 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 # in the first and to 1.9 in seven. lr 7e-4 to 1.5e-3 are equal within 0.05, 2e-3 and 4e-3 are worse by 0.1
 # and 0.4; batches of 2 or 8 windows with the same tokens in an epoch are worse by 0.05 and 0.15.
 # `nano` is for tests. The inner numbers of `small` are guesses.
-PRESETS: dict[str, TrainingSettings] = {
-    "nano": TrainingSettings(  # 48k parameters
-        ModelSettings(
-            hidden_size=32, intermediate_size=96, layers=3, heads=2, kv_heads=2, sequence_length=32
-        ),
-        InnerSettings(steps=8, batch_size=4, lr=4e-3, warmup_steps=8),
+PRESETS: dict[str, TrainingSpec] = {
+    "nano": TrainingSpec(  # 48k parameters
+        LlamaSpec(hidden_size=32, intermediate_size=96, layers=3, heads=2, kv_heads=2),
+        DataSpec(sequence_length=32),
+        TrainSpec(inner_steps=8, batch_size=4, lr=4e-3, warmup_steps=8),
     ),
-    "tiny": TrainingSettings(  # 894k parameters
-        ModelSettings(
-            hidden_size=128, intermediate_size=432, layers=4, heads=4, kv_heads=2, sequence_length=128
-        ),
-        InnerSettings(steps=64, batch_size=4, lr=1e-3, warmup_steps=30),
-    ),
-    "small": TrainingSettings(  # 9.9M parameters
-        ModelSettings(
-            hidden_size=320, intermediate_size=896, layers=8, heads=5, kv_heads=5, sequence_length=256
-        ),
-        InnerSettings(steps=100, batch_size=8, lr=1e-3, warmup_steps=100),
+    "tiny": TrainingSpec(LlamaSpec(), DataSpec(), TrainSpec()),  # 894k parameters
+    "small": TrainingSpec(  # 9.9M parameters
+        LlamaSpec(hidden_size=320, intermediate_size=896, layers=8, heads=5, kv_heads=5),
+        DataSpec(sequence_length=256),
+        TrainSpec(inner_steps=100, batch_size=8, lr=1e-3, warmup_steps=100),
     ),
 }

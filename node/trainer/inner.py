@@ -1,7 +1,7 @@
 """The inner loop: base parameters and local text -> one contribution.
 
-With `steps` = H > 0 this is DiLoCo (2311.08105, algorithm 1): H AdamW steps from the base, then the
-pseudo-gradient, base minus local. With `steps` = 0 it is the mean gradient of `accumulation` batches.
+With `inner_steps` = H > 0 this is DiLoCo (2311.08105, algorithm 1): H AdamW steps from the base, then the
+pseudo-gradient, base minus local. With `inner_steps` = 0 it is the mean gradient of `accumulation` batches.
 Contribution weight = tokens trained on. A loss or vector that is not finite raises Diverged and is never
 a contribution.
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import InnerSettings
+from tapestry.node.spec.training import TrainSpec
 from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.moments import Moments, Snapshot, read_snapshot, write_snapshot
 
@@ -65,7 +65,7 @@ class InnerLoop:
         self,
         model: nn.Module,
         layout: Layout,
-        settings: InnerSettings,
+        settings: TrainSpec,
         draw: Callable[[int, int], np.ndarray],
         device: torch.device,
     ) -> None:
@@ -77,7 +77,7 @@ class InnerLoop:
         self._local = nn.Parameter(torch.zeros(layout.n, device=device))
         self._local.grad = torch.zeros(layout.n, device=device)
         _make_views(model, layout, self._local.data, self._local.grad)
-        self._moments = Moments(self._local) if settings.steps else None
+        self._moments = Moments(self._local) if settings.inner_steps else None
         self._snapshots: dict[int, Snapshot] = {}  # by epoch: of the one that goes on; ahead, of two
         self._epoch: int | None = None
         self._finished: int | None = None  # the epoch that has just ended in a contribution
@@ -153,7 +153,7 @@ class InnerLoop:
         if not math.isfinite(value):
             raise Diverged(f"epoch {self._epoch}, batch {len(self._losses) + 1}: the loss is {value}")
         if self._moments is not None:
-            nn.utils.clip_grad_norm_([self._local], self._settings.gradient_clip)
+            nn.utils.clip_grad_norm_([self._local], self._settings.grad_clip)
             self._moments.step(self._settings)
         self._losses.append(value)
         self._tokens += windows.shape[0] * (windows.shape[1] - 1)
@@ -263,7 +263,7 @@ class InnerLoop:
     def save(self, path: Path, epoch: int) -> None:
         """Atomically write the inner optimizer as it is, or was, at the beginning of `epoch`.
 
-        Without an inner optimizer (`steps` = 0) there is nothing to save. Raises OSError.
+        Without an inner optimizer (`inner_steps` = 0) there is nothing to save. Raises OSError.
         """
         if self._moments is None:
             return

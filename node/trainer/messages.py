@@ -29,7 +29,7 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """The first message: settings.to_plain of the WorkerSettings."""
+    """The first message: tables.plain of the WorkerSettings."""
 
     settings: dict[str, Any]
 

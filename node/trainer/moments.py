@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tapestry.node.spec.training import InnerSettings
+from tapestry.node.spec.training import TrainSpec
 
 STATE_VERSION = "1"
 
@@ -45,12 +45,12 @@ class Moments:
         self._optimizer.state[local] = self._state
         self._steps = 0
 
-    def step(self, settings: InnerSettings) -> None:
+    def step(self, settings: TrainSpec) -> None:
         self._steps += 1
         warm = min(1.0, self._steps / settings.warmup_steps) if settings.warmup_steps else 1.0
         self._optimizer.param_groups[0].update(
             lr=settings.lr * warm,
-            betas=(settings.beta1, settings.beta2),
+            betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         )

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tapestry.compression.refusals import RefusedLayout
-from tapestry.node.spec.training import WorkerSettings, to_plain
+from tapestry.node.spec.tables import plain
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.messages import (
     HEADER,
     Abort,
@@ -176,7 +177,7 @@ class TrainerProcess:
         """
         self._settings, self._on_event = settings, on_event
         if self._worker is not None:
-            self._worker.send(Configure(to_plain(settings)))
+            self._worker.send(Configure(plain(settings)))
         await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
@@ -209,7 +210,7 @@ class TrainerProcess:
     def go_on(self, epoch: int) -> None:
         """The exchange of `epoch` has begun. With overlap, have a worker that has contributed to it go on."""
         assert self._settings is not None
-        if self._settings.training.inner.overlap and self._contributed == (epoch, self._base):
+        if self._settings.training.train.overlap and self._contributed == (epoch, self._base):
             self._send(GoOn(epoch))
 
     def abort(self) -> None:
@@ -307,7 +308,7 @@ class TrainerProcess:
             async with asyncio.TaskGroup() as tasks:
                 collector = tasks.create_task(worker.collect_output())
                 if self._settings is not None:
-                    worker.send(Configure(to_plain(self._settings)))
+                    worker.send(Configure(plain(self._settings)))
                 if self._stopping.is_set():
                     worker.kill()
                 await self._converse(worker)

@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tapestry.node.spec.training import SettingsError, WorkerSettings, worker_settings_from
+from tapestry.node.spec.tables import TableError, read_table
+from tapestry.node.spec.training import LlamaSpec, WorkerSettings
 from tapestry.node.trainer import imports
 from tapestry.node.trainer.messages import (
     HEADER,
@@ -154,11 +155,12 @@ class Worker:
         self.device = _device(settings.device)
         training = settings.training
         try:
-            corpus = data.load_corpus(settings.data, Path(settings.cache_dir), training.model.sequence_length)
+            corpus = data.load_corpus(settings.data, Path(settings.cache_dir), training.data.sequence_length)
         except data.DataError as error:
             raise WorkerFailure("data", str(error)) from error
         self._validation = corpus.validation_windows(settings.validation_windows)
-        net = model.build_model(training.model)
+        assert isinstance(training.model, LlamaSpec)
+        net = model.build_model(training.model, training.data.sequence_length)
         self.layout = model.model_layout(net)
         try:
             codec = get_codec(settings.codec)
@@ -166,11 +168,11 @@ class Worker:
         except Refused as refused:
             raise WorkerFailure("settings", str(refused)) from refused
         self._encoder = encoder.Encoder(self.payloads, self.device, settings.residual)
-        batch_size = training.inner.batch_size
+        batch_size = training.train.batch_size
         self._inner = inner.InnerLoop(
             net,
             self.layout,
-            training.inner,
+            training.train,
             lambda epoch, step: corpus.training_windows(settings.node_seed, epoch, step, batch_size),
             self.device,
         )
@@ -300,7 +302,7 @@ class Worker:
                 epoch=epoch,
                 generation=self._generation,
                 step=self._inner.batches,
-                steps=self._settings.training.inner.batches,
+                steps=self._settings.training.train.batches,
                 loss=self._inner.loss,
                 tokens=self._inner.tokens,
                 tokens_per_second=self._inner.tokens / max(now_s - self._began_s, 1e-9),
@@ -324,7 +326,9 @@ class Worker:
     def _initialise(self) -> None:
         from tapestry.node.trainer.models.llama import initial_state
 
-        self._initial().copy_(initial_state(self._settings.training.model, self._settings.training.seed))
+        training = self._settings.training
+        assert isinstance(training.model, LlamaSpec)
+        self._initial().copy_(initial_state(training.model, training.data.sequence_length))
         self._channel.send(Initialised())
 
     def _load_inner_state(self) -> tuple[int, str]:
@@ -349,8 +353,9 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
     if not isinstance(first, Configure):
         raise WorkerFailure("crashed", "the first command is not Configure")
     try:
-        settings = worker_settings_from(first.settings)
-    except SettingsError as error:
+        settings = read_table(WorkerSettings, first.settings)
+        settings.training.check()
+    except TableError as error:
         raise WorkerFailure("settings", str(error)) from error
     torch.set_num_threads(settings.threads)
     worker = Worker(settings, channel)

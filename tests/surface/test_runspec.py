@@ -23,10 +23,10 @@ from tapestry.node.spec.run import (
     TrainSpec,
     diff,
     preset_spec,
-    training_settings,
+    training_spec,
 )
-from tapestry.node.spec.tables import FILE_BYTES_MAX, Between, Key, is_section, keys_of
-from tapestry.node.spec.training import PRESETS
+from tapestry.node.spec.tables import FILE_BYTES_MAX, Between, Key, is_section, keys_of, plain, read_table
+from tapestry.node.spec.training import PRESETS, TrainingSpec
 
 DEFAULT = RunSpec.from_dict({"name": "demo"})
 
@@ -172,7 +172,7 @@ def test_a_preset_survives_run_toml_and_gives_the_trainer_its_own_numbers(
     path = tmp_path / "run.toml"
     path.write_text(spec.to_toml(), encoding="utf-8")
     assert RunSpec.load(path) == spec
-    assert training_settings(RunSpec.load(path)) == PRESETS[preset]
+    assert training_spec(RunSpec.load(path)) == PRESETS[preset]
 
 
 def test_the_defaults_are_the_preset_tiny() -> None:
@@ -222,16 +222,29 @@ def _specs(draw: st.DrawFn) -> RunSpec:
     limits = draw(_section(LimitsSpec))
     rounds = draw(_section(RoundSpec))
     train = draw(_section(TrainSpec))
+    llama = {"hidden_size": 2 * half_width * heads, "heads": heads, "kv_heads": kv_heads}
+    digest = draw(st.from_regex(r"[0-9a-f]{64}", fullmatch=True))
+    files = [f"{name} 9 {digest}" for name in ("config.json", "tokenizer.json", "model.safetensors")]
+    base = {
+        "architecture": "transformers",
+        "files": files,
+        "weights": digest,
+        "parameters": 7,
+        "lora_rank": 2,
+    }
+    data = draw(_section(DataSpec))
     table = {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", fullmatch=True)),
-        "model": {"hidden_size": 2 * half_width * heads, "heads": heads, "kv_heads": kv_heads},
-        "data": draw(_section(DataSpec)),
+        "model": draw(st.sampled_from([llama, base])),
+        "data": data,
         "train": train | {"overlap": train["overlap"] and train["inner_steps"] > 0},
         "compression": draw(_section(CompressionSpec)),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},
         "limits": limits | {"max_control_frame_bytes": max(2**20, limits["max_control_frame_bytes"])},
     }
+    if table["model"] is llama:
+        table["data"] = data | {"tokenizer": "byte"}
     return RunSpec.from_dict(table)
 
 
@@ -249,7 +262,7 @@ def test_any_spec_survives_canonical_bytes_dict_and_toml_unchanged(spec: RunSpec
 @settings(deadline=None, max_examples=50)
 @given(_specs())
 def test_the_trainer_takes_every_spec_that_can_be_read(spec: RunSpec) -> None:
-    assert training_settings(spec).inner.steps == spec.train.inner_steps
+    assert read_table(TrainingSpec, plain(training_spec(spec))) == training_spec(spec)
 
 
 def test_the_canonical_form_is_sorted_ascii_json_without_blanks_and_names_every_key() -> None:

@@ -16,7 +16,7 @@ from tapestry.compression.codecs import codec_names, get_codec
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import InnerSettings
+from tapestry.node.spec.training import TrainSpec
 from tapestry.node.trainer.encoder import Encoder, Write, alike
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 
@@ -24,7 +24,7 @@ CHECKED = settings(max_examples=60, deadline=None)
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
-INNER = InnerSettings(steps=1, batch_size=1, lr=0.01, warmup_steps=0)
+INNER = TrainSpec(inner_steps=1, batch_size=1, lr=0.01, warmup_steps=0)
 
 
 @st.composite
@@ -71,7 +71,7 @@ def loop_at(local: Tensor, device: torch.device, steps: int = 1) -> InnerLoop:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(local.numel()))
     layout = Layout.from_named([("weight", (local.numel(),))])
-    inner = dataclasses.replace(INNER, steps=steps)
+    inner = dataclasses.replace(INNER, inner_steps=steps)
     loop = InnerLoop(model, layout, inner, lambda epoch, step: np.zeros((1, 2), np.int64), device)
     loop.begin(0, torch.zeros(local.numel()))
     loop._losses, loop._tokens = [1.0, 1.0, 1.0], 3

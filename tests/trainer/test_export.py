@@ -13,11 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tapestry.node.lineage.huggingface import SPECIAL_TOKENS, ExportError, export_model, sample
-from tapestry.node.spec.training import PRESETS, ModelSettings
+from tapestry.node.spec.training import PRESETS, LlamaSpec
 from tapestry.node.trainer.data.corpus import encode
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 
-MODEL = PRESETS["nano"].model
+MODEL = dataclasses.replace(PRESETS["nano"].model, seed=3)
+LENGTH = PRESETS["nano"].data.sequence_length
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_the_exported_model_gives_the_same_logits(tmp_path: Path, tie: bool) -> 
     settings = dataclasses.replace(MODEL, tie_embeddings=tie)
     out = _export(tmp_path / "model", settings)
     loaded = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
-    ours = build_model(settings)
-    for name, view in model_layout(ours).views(initial_state(settings, seed=3)).items():
+    ours = build_model(settings, LENGTH)
+    for name, view in model_layout(ours).views(initial_state(settings, LENGTH)).items():
         ours.get_parameter(name).data.copy_(view)
     ids = torch.arange(60).reshape(2, 30) * 4
     with torch.no_grad():
@@ -84,8 +85,10 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def _export(out: Path, settings: ModelSettings) -> Path:
+def _export(out: Path, settings: LlamaSpec) -> Path:
     with torch.device("meta"):
-        layout = model_layout(build_model(settings))
-    export_model(out, settings, layout, initial_state(settings, seed=3), meta={"run_id": "abc", "epoch": 4})
+        layout = model_layout(build_model(settings, LENGTH))
+    export_model(
+        out, settings, LENGTH, layout, initial_state(settings, LENGTH), meta={"run_id": "abc", "epoch": 4}
+    )
     return out

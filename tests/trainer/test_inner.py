@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedVector
-from tapestry.node.spec.training import PRESETS, InnerSettings
+from tapestry.node.spec.training import PRESETS, TrainSpec
 from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout, parameter_count
 from tapestry.node.trainer.moments import InnerStateError
 
-MODEL = dataclasses.replace(PRESETS["nano"].model, sequence_length=16)
-DILOCO = dataclasses.replace(PRESETS["nano"].inner, steps=3, batch_size=2)
-GRADIENT = dataclasses.replace(DILOCO, steps=0, accumulation=3)
+MODEL = dataclasses.replace(PRESETS["nano"].model, seed=5)
+LENGTH = 16
+DILOCO = dataclasses.replace(PRESETS["nano"].train, inner_steps=3, batch_size=2)
+GRADIENT = dataclasses.replace(DILOCO, inner_steps=0, accumulation=3)
 
 
 @pytest.fixture(scope="module")
 def base() -> Tensor:
-    return initial_state(MODEL, seed=5)
+    return initial_state(MODEL, LENGTH)
 
 
 def test_the_initial_state_is_a_function_of_its_seed(base: Tensor) -> None:
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    assert torch.equal(initial_state(MODEL, seed=5), base)
+    assert torch.equal(initial_state(MODEL, LENGTH), base)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert not torch.equal(initial_state(MODEL, seed=6), base)
+    assert not torch.equal(initial_state(dataclasses.replace(MODEL, seed=6), LENGTH), base)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -41,14 +42,14 @@ def test_the_initial_state_is_a_function_of_its_seed(base: Tensor) -> None:
 def test_the_parameter_count_is_that_of_the_model(preset: str, tie: bool) -> None:
     settings = dataclasses.replace(PRESETS[preset].model, tie_embeddings=tie)
     with torch.device("meta"):
-        model = build_model(settings)
+        model = build_model(settings, LENGTH)
     assert model_layout(model).n == parameter_count(settings)
 
 
 def test_a_layout_from_the_meta_device_is_that_of_the_real_model() -> None:
     with torch.device("meta"):
-        layout = model_layout(build_model(MODEL))
-    assert layout == model_layout(build_model(MODEL))
+        layout = model_layout(build_model(MODEL, LENGTH))
+    assert layout == model_layout(build_model(MODEL, LENGTH))
 
 
 def test_the_pseudo_gradient_is_base_minus_a_plain_adamw_loop(base: Tensor) -> None:
@@ -292,7 +293,7 @@ def test_an_evaluation_does_not_disturb_the_epoch(base: Tensor) -> None:
 @pytest.mark.parametrize("settings", [DILOCO, GRADIENT], ids=["diloco", "gradient"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_parameters_that_are_not_finite_never_become_a_contribution(
-    base: Tensor, settings: InnerSettings, poison: float
+    base: Tensor, settings: TrainSpec, poison: float
 ) -> None:
     loop, bad = _loop(settings), base.clone()
     bad[100] = poison
@@ -302,7 +303,7 @@ def test_parameters_that_are_not_finite_never_become_a_contribution(
 
 def test_a_last_step_that_overflows_never_becomes_a_contribution(base: Tensor) -> None:
     """Every loss is finite here; only the check of the vector can notice."""
-    loop = _loop(dataclasses.replace(DILOCO, steps=1))
+    loop = _loop(dataclasses.replace(DILOCO, inner_steps=1))
     loop.begin(4, base)
     loop.step()
     loop._local.data[3] = float("nan")
@@ -324,13 +325,13 @@ def keep(out: Tensor) -> Callable[[Write], float]:
 
 
 def _draw(epoch: int, step: int) -> np.ndarray:
-    return np.random.default_rng([epoch, step]).integers(0, 256, size=(2, MODEL.sequence_length + 1))
+    return np.random.default_rng([epoch, step]).integers(0, 256, size=(2, LENGTH + 1))
 
 
 def _loop(
-    settings: InnerSettings, draw: Callable[[int, int], np.ndarray] = _draw, **model_changes: bool
+    settings: TrainSpec, draw: Callable[[int, int], np.ndarray] = _draw, **model_changes: bool
 ) -> InnerLoop:
-    model = build_model(dataclasses.replace(MODEL, **model_changes))  # type: ignore[arg-type]
+    model = build_model(dataclasses.replace(MODEL, **model_changes), LENGTH)  # type: ignore[arg-type]
     return InnerLoop(model, model_layout(model), settings, draw, torch.device("cpu"))
 
 
@@ -347,30 +348,30 @@ def _finish_epoch(loop: InnerLoop, base: Tensor, out: Tensor):  # type: ignore[n
 
 def _reference_model(base: Tensor) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """A model with parameters of its own, and what flattens them."""
-    model = build_model(MODEL)
+    model = build_model(MODEL, LENGTH)
     layout = model_layout(model)
     for name, view in layout.views(base.clone()).items():
         model.get_parameter(name).data.copy_(view)
     return model, lambda: layout.flatten(dict(model.named_parameters()))
 
 
-def _reference_adamw(base: Tensor, settings: InnerSettings) -> tuple[Tensor, list[float]]:
+def _reference_adamw(base: Tensor, settings: TrainSpec) -> tuple[Tensor, list[float]]:
     model, flatten = _reference_model(base)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
+        betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
     losses = []
-    for step in range(settings.steps):
+    for step in range(settings.inner_steps):
         optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / settings.warmup_steps)
         optimizer.zero_grad()
         windows = torch.from_numpy(_draw(4, step))
         loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         losses.append(loss.item())
     return flatten(), losses

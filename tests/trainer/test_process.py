@@ -22,7 +22,8 @@ import uvloop
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
-from tapestry.node.spec.training import TrainingSettings, WorkerSettings, to_plain
+from tapestry.node.spec.tables import plain
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer import process
 from tapestry.node.trainer.messages import Contribution, Failed, Hello, Progress, Saved, Validation
 from tapestry.node.trainer.models.llama import initial_state
@@ -390,7 +391,9 @@ async def _real_worker_scenario(settings: WorkerSettings) -> None:
     try:
         assert trainer.layout.n == 48_448
         await trainer.initialise()
-        assert torch.equal(trainer.params, initial_state(settings.training.model, settings.training.seed))
+        assert torch.equal(
+            trainer.params, initial_state(settings.training.model, settings.training.data.sequence_length)
+        )
         assert os.fstat(trainer._fds["initial"]).st_size == 0
         trainer.evaluate(0)
         trainer.begin(0)
@@ -428,9 +431,9 @@ async def _real_worker_scenario(settings: WorkerSettings) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_the_worker_dies_when_its_node_is_killed(worker_settings: WorkerSettings) -> None:
     """A stopped worker cannot notice that its socket has closed; only the kernel can end it."""
-    settings = _with_steps(worker_settings, 1_000_000)
+    settings = _with_steps(worker_settings, 100_000)
     node = subprocess.Popen(
-        [sys.executable, "-P", "-c", NODE, json.dumps(to_plain(settings))], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", NODE, json.dumps(plain(settings))], stdout=subprocess.PIPE, text=True
     )
     with node:
         assert node.stdout is not None
@@ -445,10 +448,11 @@ NODE = """
 import asyncio, json, sys
 from tapestry.node.trainer.messages import Progress
 from tapestry.node.trainer.process import TrainerProcess
-from tapestry.node.spec.training import worker_settings_from
+from tapestry.node.spec.tables import read_table
+from tapestry.node.spec.training import WorkerSettings
 
 async def main():
-    trainer = await TrainerProcess.start(worker_settings_from(json.loads(sys.argv[1])), on_event)
+    trainer = await TrainerProcess.start(read_table(WorkerSettings, json.loads(sys.argv[1])), on_event)
     trainer.pid_told = False
     started.append(trainer)
     trainer.params.fill_(0.01)
@@ -478,9 +482,8 @@ def _decoded(buffer: torch.Tensor, settings: WorkerSettings) -> torch.Tensor:
 
 
 def _with_steps(settings: WorkerSettings, steps: int) -> WorkerSettings:
-    training = settings.training
-    inner = dataclasses.replace(training.inner, steps=steps)
-    return dataclasses.replace(settings, training=TrainingSettings(training.model, inner, training.seed))
+    train = dataclasses.replace(settings.training.train, inner_steps=steps)
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, train=train))
 
 
 def _broken(event: Event) -> None:

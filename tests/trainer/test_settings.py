@@ -7,64 +7,97 @@ import dataclasses
 import msgpack
 import pytest
 
+from tapestry.node.spec.tables import TableError, plain, read_table
 from tapestry.node.spec.training import (
     PRESETS,
-    InnerSettings,
-    SettingsError,
+    DataSpec,
+    LlamaSpec,
+    ModelSpec,
+    TrainingSpec,
+    TrainSpec,
+    TransformersSpec,
     WorkerSettings,
-    inner_settings_from,
-    model_settings_from,
-    to_plain,
-    training_settings_from,
-    worker_settings_from,
 )
+
+DIGEST = "ab" * 32
+CONFIG = f"config.json 712 {DIGEST}"
+TOKENIZER = f"tokenizer.json 20000 {DIGEST}"
+WEIGHTS = f"model.safetensors 99 {DIGEST}"
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_every_preset_survives_a_trip_through_plain_values(preset: str) -> None:
+def test_every_preset_survives_a_trip_through_plain_values_and_passes_its_checks(preset: str) -> None:
     settings = PRESETS[preset]
-    assert training_settings_from(msgpack.unpackb(msgpack.packb(to_plain(settings)))) == settings
+    settings.check()
+    assert read_table(TrainingSpec, _trip(plain(settings))) == settings
 
 
 def test_worker_settings_survive_a_trip_through_plain_values(worker_settings: WorkerSettings) -> None:
-    assert worker_settings_from(msgpack.unpackb(msgpack.packb(to_plain(worker_settings)))) == worker_settings
+    assert read_table(WorkerSettings, _trip(plain(worker_settings))) == worker_settings
+
+
+def test_a_base_survives_the_trip_and_tells_its_files() -> None:
+    model = TransformersSpec("transformers", (CONFIG, TOKENIZER), DIGEST, 10**9)
+    assert read_table(TrainingSpec, _trip(plain(_training(model)))).model == model
+    assert model.file("tokenizer.json") == (20000, DIGEST)
+    assert model.file("model.safetensors") is None
 
 
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant() -> None:
-    plain = to_plain(PRESETS["nano"].inner) | {"warmup_step": 3}
-    with pytest.raises(SettingsError, match="unknown key 'warmup_step', did you mean 'warmup_steps'"):
-        inner_settings_from(plain)
-
-
-def test_a_missing_key_is_named() -> None:
-    plain = to_plain(PRESETS["nano"].model)
-    del plain["layers"]
-    with pytest.raises(SettingsError, match="model: key 'layers' is missing"):
-        model_settings_from(plain)
+    table = plain(PRESETS["nano"]) | {"train": {"warmup_step": 3}}
+    with pytest.raises(TableError, match=r"train.warmup_step: unknown key; did you mean train.warmup_steps"):
+        read_table(TrainingSpec, table)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("batch_size", "4"), ("batch_size", True), ("lr", "fast"), ("steps", 1.5)]
+    ("key", "value"), [("batch_size", "4"), ("batch_size", True), ("lr", float("nan")), ("inner_steps", 1.5)]
 )
 def test_a_value_of_the_wrong_type_is_refused(key: str, value: object) -> None:
-    with pytest.raises(SettingsError, match=f"inner: {key} must be of type"):
-        inner_settings_from(to_plain(PRESETS["nano"].inner) | {key: value})
-
-
-@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1.0])
-def test_a_rate_that_is_no_rate_is_refused(lr: float) -> None:
-    with pytest.raises(SettingsError, match="lr must be between"):
-        InnerSettings(steps=1, batch_size=1, lr=lr)
+    with pytest.raises(TableError, match=f"train.{key}: "):
+        read_table(TrainingSpec, plain(PRESETS["nano"]) | {"train": {key: value}})
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("model", "reason"),
     [
-        ({"heads": 3}, "multiple of"),
-        ({"kv_heads": 3, "heads": 4}, "kv_heads 3"),
-        ({"architecture": "x"}, "one of"),
+        (LlamaSpec(heads=3), "model.hidden_size: 128 with model.heads = 3"),
+        (LlamaSpec(kv_heads=3), "model.kv_heads: 3 with model.heads = 4"),
+        (TransformersSpec("transformers", (TOKENIZER,), "", 1), "config.json is missing"),
+        (TransformersSpec("transformers", (CONFIG, CONFIG), "", 1), "named twice"),
+        (TransformersSpec("transformers", (CONFIG,), DIGEST, 1, lora_rank=4), "model.safetensors is missing"),
+        (TransformersSpec("transformers", (CONFIG, WEIGHTS), "", 1, lora_rank=4), "adapters need a base"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_refused(changes: dict[str, object], reason: str) -> None:
-    with pytest.raises(SettingsError, match=reason):
-        dataclasses.replace(PRESETS["nano"].model, **changes)  # type: ignore[arg-type]
+def test_a_model_that_cannot_be_built_is_refused(model: ModelSpec, reason: str) -> None:
+    with pytest.raises(TableError, match=reason):
+        _training(model).check()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f"../config.json 1 {DIGEST}", f"model.bin 1 {DIGEST}", "config.json 1 abc", f"config.json {DIGEST}"],
+)
+def test_a_file_that_no_base_has_is_refused(file: str) -> None:
+    table = plain(_training(TransformersSpec("transformers", (file,), "", 1)))
+    with pytest.raises(TableError, match=r"model.files: "):
+        read_table(TrainingSpec, table)
+
+
+def test_the_tokenizer_of_a_base_needs_a_base_with_one() -> None:
+    for model in (LlamaSpec(), TransformersSpec("transformers", (CONFIG,), "", 1)):
+        with pytest.raises(TableError, match=r"names no tokenizer.json"):
+            TrainingSpec(model, DataSpec(tokenizer="base"), TrainSpec()).check()
+
+
+def test_overlap_needs_inner_steps() -> None:
+    training = dataclasses.replace(PRESETS["nano"], train=TrainSpec(inner_steps=0, overlap=True))
+    with pytest.raises(TableError, match=r"train.overlap: true with train.inner_steps = 0"):
+        training.check()
+
+
+def _training(model: ModelSpec) -> TrainingSpec:
+    return TrainingSpec(model, DataSpec(), TrainSpec())
+
+
+def _trip(table: object) -> object:
+    return msgpack.unpackb(msgpack.packb(table))

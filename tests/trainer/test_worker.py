@@ -110,8 +110,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def overlapping(worker_settings: WorkerSettings) -> WorkerSettings:
     training = worker_settings.training
-    inner = dataclasses.replace(training.inner, steps=STEPS, overlap=True)
-    return dataclasses.replace(worker_settings, training=dataclasses.replace(training, inner=inner))
+    inner = dataclasses.replace(training.train, inner_steps=STEPS, overlap=True)
+    return dataclasses.replace(worker_settings, training=dataclasses.replace(training, train=inner))
 
 
 def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping: WorkerSettings) -> None:
@@ -141,7 +141,7 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
         (contributed(2), Stop()),
     )
     perform(worker_settings, script)
-    assert script.steps == 2 * worker_settings.training.inner.steps
+    assert script.steps == 2 * worker_settings.training.train.inner_steps
     assert [report.waited_s > 0 for report in script.of(Contribution)] == [False, True]
 
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import ModelSettings
+from tapestry.node.spec.training import LlamaSpec
 from tapestry.node.trainer.data.corpus import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 
-def initial_state(settings: ModelSettings, seed: int) -> Tensor:
-    """f32 (n,) on the CPU: transformers' own random initialisation, from `seed`."""
+def initial_state(spec: LlamaSpec, sequence_length: int) -> Tensor:
+    """f32 (n,) on the CPU: transformers' own random initialisation, from the spec's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(settings)
+        torch.manual_seed(spec.seed)
+        model = build_model(spec, sequence_length)
     return model_layout(model).flatten(dict(model.named_parameters()))
 
 
@@ -30,13 +30,13 @@ def import_architectures() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
 
 
-def build_model(settings: ModelSettings) -> nn.Module:
+def build_model(spec: LlamaSpec, sequence_length: int) -> nn.Module:
     """A LlamaForCausalLM in f32 on torch's current default device, which may be `meta`."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    config = LlamaConfig(**config_fields(settings), attn_implementation="sdpa")
+    config = LlamaConfig(**config_fields(spec, sequence_length), attn_implementation="sdpa")
     model: nn.Module = LlamaForCausalLM(config).float()
     return model
 
@@ -47,27 +47,27 @@ def model_layout(model: nn.Module) -> Layout:
     return Layout.from_named(named)
 
 
-def parameter_count(settings: ModelSettings) -> int:
+def parameter_count(spec: LlamaSpec) -> int:
     """n, by arithmetic alone: to print in a summary before any model is built."""
-    head_size = settings.hidden_size // settings.heads
-    attention = 2 * settings.hidden_size * head_size * (settings.heads + settings.kv_heads)
-    mlp = 3 * settings.hidden_size * settings.intermediate_size
-    norms = 2 * settings.hidden_size
-    embeddings = VOCAB_SIZE * settings.hidden_size * (1 if settings.tie_embeddings else 2)
-    return settings.layers * (attention + mlp + norms) + embeddings + settings.hidden_size
+    head_size = spec.hidden_size // spec.heads
+    attention = 2 * spec.hidden_size * head_size * (spec.heads + spec.kv_heads)
+    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    norms = 2 * spec.hidden_size
+    embeddings = VOCAB_SIZE * spec.hidden_size * (1 if spec.tie_embeddings else 2)
+    return spec.layers * (attention + mlp + norms) + embeddings + spec.hidden_size
 
 
-def config_fields(settings: ModelSettings) -> dict[str, Any]:
+def config_fields(spec: LlamaSpec, sequence_length: int) -> dict[str, Any]:
     """The fields of a Hugging Face Llama configuration."""
     return {
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": settings.heads,
-        "num_key_value_heads": settings.kv_heads,
-        "max_position_embeddings": settings.sequence_length,
-        "tie_word_embeddings": settings.tie_embeddings,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "max_position_embeddings": sequence_length,
+        "tie_word_embeddings": spec.tie_embeddings,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,

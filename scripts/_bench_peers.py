@@ -173,14 +173,14 @@ class TapestryPeer:
         self.tasks = [asyncio.create_task(runtime.run()), asyncio.create_task(network.run(swarm))]
 
     async def ready(self) -> None:
-        core, count = self.runtime.core, self.options["peers"]
+        count = self.options["peers"]
         deadline = time.monotonic() + READY_S
 
         def met() -> bool:
-            views = [v for v in core.ctx.peers.values() if v.up and v.status is not None]
-            at_head = [v for v in views if v.status.head == core.chain.head and v.status.stage]
+            core = self.runtime.snapshot()
+            at_head = [p for p in core.peers if p.head == core.chain_head and p.taking_part]
             linked = self.runtime.network.linked if self.runtime.network else []
-            return len(at_head) == len(linked) == count - 1 and self.begun == core.chain.epoch
+            return len(at_head) == len(linked) == count - 1 and self.begun == core.chain_epoch
 
         while not met():
             for task in self.tasks:

@@ -52,6 +52,7 @@ class Keeper:
         state: ModelState,
         throttles: Throttles | None = None,  # the node's; None: no caps
     ) -> None:
+        self.run_id = genesis.run_id
         self.store = store
         self.state = state
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
@@ -82,6 +83,10 @@ class Keeper:
             self.store.heads_with_updates(),
             secrets.token_hex(16),
         )
+
+    def copy_of_chain(self) -> Chain:
+        """The chain as it is on disk now, for the loop, where this one must not be read."""
+        return Chain(self._chain.genesis, self._chain.records)
 
     def write_vote(self, vote: Vote) -> None:
         self.store.write_vote(vote)

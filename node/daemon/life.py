@@ -143,7 +143,7 @@ class Daemon:
             runtime.trainer, runtime.network = trainer, network
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
-            self.view.attach(runtime, genesis.run_id, agreed.spec.name)
+            self.view.attach(runtime.show, runtime.addresses_of, agreed.spec.name)
             addresses = ranked(await swarm.addresses())
             _print_banner(identity.peer_id, agreed.spec.name, genesis.run_id, addresses, http.url)
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)

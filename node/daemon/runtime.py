@@ -31,14 +31,16 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.messages import Control, Result, Shard, Stage
-from tapestry.node.protocol.round import Round
+from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.status import Shown
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, TrainerProcess
 
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
 LAG_PROBE_S = 0.1
+PEERS_COUNT_PROBES = 10  # Guess: once a second is often enough for a gauge
 FETCH_OPEN_S = 10.0  # to open a stream to a donor
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
 STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
@@ -84,10 +86,13 @@ class Runtime:
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._contributed = "", 0  # name of our latest contribution, and generation of its begin
+        self._base = ""  # head of the state that the trainer has begun from
         self._clock = PhaseClock(metrics)
-        self._epoch_told = -2
+        self._moved = ev.Moved(-2, "", Stage.AWAY)  # what was told last
         self._health_told = ""
-        self._state_protocol = state_protocol(core.ctx.rules.run_id)
+        self._peers_up = 0
+        self._leaving = False
+        self._state_protocol = state_protocol(keeper.run_id)
         # Two, so that a joiner learns what the run is while all that give state are busy.
         self._genesis_door = _Door(keeper.donor(self._on_state_bytes), GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
         self._state_door = _Door(keeper.donor(self._on_state_bytes), STATE_STREAMS_MAX, None)
@@ -118,13 +123,15 @@ class Runtime:
 
     async def leave(self) -> None:
         """Tell everybody that we stop, and keep what must be kept. The trainer is still running."""
+        self._leaving = True
         self.feed(ev.Stopping())
         await asyncio.sleep(0)  # the farewell is queued; links write it while we save
         if self._fetching is not None:
             self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
         async with self._state_lock:
-            if self.trainer is not None and self.core.sync.state_epoch >= 0:
-                self.trainer.save(self.core.sync.state_epoch)
+            epoch = self.snapshot().state_epoch
+            if self.trainer is not None and epoch >= 0:
+                self.trainer.save(epoch)
             await self._in_disk_thread(self.keeper.checkpoint)
 
     def feed(self, inp: ev.Input) -> None:
@@ -141,59 +148,63 @@ class Runtime:
                 return
             for output in outputs:
                 self._outbox.put_nowait(output)
-            self._after()
+            self._set_timer()
         except Exception as error:
             self._broken.set_exception(error)
 
-    def _after(self) -> None:
-        """Timer, metrics and news after the core has moved."""
-        loop, core, now = asyncio.get_running_loop(), self.core, self._now()
+    def _set_timer(self) -> None:
+        """Call the core again when it has something to do."""
+        loop, now = asyncio.get_running_loop(), self._now()
         if self._timer is not None:
             self._timer.cancel()
-        delay_s = max(0.001, core.wakeup_at(now) - now)
+        delay_s = max(0.001, self.core.wakeup_at(now) - now)
         self._timer = loop.call_later(delay_s, self.feed, ev.Tick())
-        round_ = core.round
-        stage = round_.stage if round_ is not None else Stage.AWAY
-        moved = self._clock.stage(stage, now)
-        if moved and stage == Stage.EXCHANGING and round_ is not None and self.trainer is not None:
-            self.trainer.go_on(round_.epoch)
-        epoch, phase = core.sync.state_epoch, core.phase()
-        if epoch != self._epoch_told:
-            self._epoch_told = epoch
-            self.metrics.set_epoch(max(epoch, 0))
-            if self.network is not None:
-                self.network.tell_moved()
-        health = "working" if phase in ("training", "averaging") else phase
-        if health == "degraded":
-            self.view.tokens_per_second = 0.0
-        if health != self._health_told:
-            self._health_told = health
-            if not core.stopping:  # the daemon says that
-                reason = "at the head" if health == "working" else core.reason(now)
-                _log.info("phase=%s epoch=%d %s", phase, max(epoch, 0), reason)
-                self._live.show(f"{phase}: {reason}")
-        self._count_peers()
+
+    def snapshot(self) -> Snapshot:
+        """What the core shows at this moment."""
+        return self.core.snapshot(self._now())
 
     def _count_peers(self) -> None:
         counts: dict[str, int] = {}
-        for view in self.core.ctx.peers.values():
-            if view.up and view.status is not None:
-                counts[view.status.phase] = counts.get(view.status.phase, 0) + 1
+        peers = self.snapshot().peers
+        for peer in peers:
+            if peer.phase:
+                counts[peer.phase] = counts.get(peer.phase, 0) + 1
+        self._peers_up = len(peers)
         self.metrics.set_peers(counts)
 
     def _now(self) -> float:
         return time.monotonic()
 
     def news(self) -> News:
-        core = self.core
-        return News(core.chain.epoch, core.chain.head, core.phase())
+        core = self.snapshot()
+        return News(core.chain_epoch, core.chain_head, core.phase)
+
+    def show(self) -> Shown:
+        """What /status shows."""
+        view, network = self.view, self.network
+        return Shown(
+            self.snapshot(),
+            view.loss,
+            view.val_loss,
+            view.tokens_total,
+            view.tokens_per_second,
+            self.dropped.records,
+            self.dropped.weight,
+            network.addresses if network is not None else (),
+        )
+
+    def addresses_of(self, peer: str) -> tuple[str, ...]:
+        return self.network.addresses_of(peer) if self.network is not None else ()
 
     async def _probe_lag(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + LAG_PROBE_S
-            await asyncio.sleep(LAG_PROBE_S)
-            self.metrics.loop_lag(max(0.0, loop.time() - due))
+            for _ in range(PEERS_COUNT_PROBES):
+                due = loop.time() + LAG_PROBE_S
+                await asyncio.sleep(LAG_PROBE_S)
+                self.metrics.loop_lag(max(0.0, loop.time() - due))
+            self._count_peers()
 
     # --- links (Listener) ----------------------------------------------------------------------
 
@@ -205,8 +216,6 @@ class Runtime:
 
     def on_message(self, peer: str, message: Control | Shard | Result) -> None:
         self.feed(ev.Received(peer, message))
-        if isinstance(message, Result):
-            self._put_result(message.shard, message.blob, message.digest)
 
     def on_bulk_progress(self, peer: str) -> None:
         self.feed(ev.BulkProgress(peer))
@@ -235,7 +244,7 @@ class Runtime:
         if isinstance(event, tm.Contribution):
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
-            self._spawn(self._take(event, self.core.round))
+            self._spawn(self._take(event, self._base))
         elif isinstance(event, tm.Progress):
             self.metrics.trained(*self.view.take_progress(), event.loss)
             self._show(event)
@@ -253,10 +262,9 @@ class Runtime:
             _log.warning("trainer inner_state=not_saved reason=%r", event.error)
 
     def _show(self, event: tm.Progress) -> None:
-        peers = sum(view.up for view in self.core.ctx.peers.values())
         self._live.show(
             f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {event.loss:.4f}  "
-            f"{event.tokens_per_second:,.0f} tokens/s  {peers} peers  {self.core.phase()}"
+            f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._moved.phase}"
         )
 
     def _trainer_down(self, event: tm.Failed | Died) -> None:
@@ -270,7 +278,7 @@ class Runtime:
         _log.warning("%s", why)
         self.feed(ev.TrainerState(False, why))
 
-    async def _take(self, event: tm.Contribution, round_: Round | None) -> None:
+    async def _take(self, event: tm.Contribution, base: str) -> None:
         """Out of the memory that the trainer will write to again, and to the core."""
         if self.trainer is None:
             return
@@ -282,10 +290,8 @@ class Runtime:
                 self.metrics.refused(refused.reason)
                 self.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
-            if self.core.round is not round_:
-                return  # of the same epoch perhaps, but after a fork: it was made from another base
             self._contributed = token, event.generation
-            self.feed(ev.Contributed(event.epoch, token, event.weight, event.norm, payloads))
+            self.feed(ev.Contributed(event.epoch, base, token, event.weight, event.norm, payloads))
 
     # --- outputs -------------------------------------------------------------------------------
 
@@ -329,15 +335,9 @@ class Runtime:
             self.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
         self.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean))
-        self._put_result(out.shard, mean, digest)
 
-    def _put_result(self, shard: int, payload: Any, digest: str) -> None:
-        """Begin to write a shard that the core has taken as a part of the result."""
-        round_ = self.core.round
-        if round_ is None or self._tasks is None:
-            return
-        if round_.exchange.results.get(shard, ("", None))[1] is payload:
-            self._results.submit(self.keeper.put_result, shard, payload, digest)
+    def do_keep_result(self, out: ev.KeepResult) -> None:
+        self._results.submit(self.keeper.put_result, out.shard, out.blob, out.digest)
 
     async def do_persist_vote(self, out: ev.PersistVote) -> None:
         await self._in_disk_thread(self.keeper.write_vote, out.vote)
@@ -348,12 +348,10 @@ class Runtime:
 
     async def do_append_record(self, out: ev.AppendRecord) -> None:
         await self._in_disk_thread(self.keeper.append_record, out.record)
-        self._tell_if_newest(out.record)
+        if out.newest:  # of many that come at once, the last one is news
+            self._tell_committed(out.record)
 
-    def _tell_if_newest(self, record: Record) -> None:
-        """Of many that come at once, the newest is news."""
-        if record.head != self.core.chain.head:
-            return
+    def _tell_committed(self, record: Record) -> None:
         body = record.body
         weight = sum(m.weight for m in body.members)
         contributors = sum(m.weight > 0 for m in body.members)
@@ -369,7 +367,7 @@ class Runtime:
         records, weight = await self._in_disk_thread(self.keeper.switch_chain, out.epoch, out.records)
         self.dropped = Dropped(self.dropped.records + records, self.dropped.weight + weight)
         self.metrics.dropped(records, weight)
-        self._tell_if_newest(out.records[-1])
+        self._tell_committed(out.records[-1])
 
     def do_apply(self, out: ev.Apply) -> None:
         self._spawn(self._state_job(self.keeper.apply, out.record))
@@ -387,7 +385,7 @@ class Runtime:
                 self.feed(ev.FetchFailed("", "", str(error)))
                 return
         self.feed(ev.Applied(epoch, digest))
-        if self._epochs is not None and epoch >= self._epochs and self.core.sync.at_head:
+        if self._epochs is not None and epoch >= self._epochs and self.snapshot().at_head:
             self.done.set()
         if self.keeper.checkpoint_due(epoch):
             self._spawn(self._checkpoint(epoch))
@@ -414,11 +412,12 @@ class Runtime:
     async def _fetch_state(self, out: ev.FetchState) -> None:
         keeper, opener = self.keeper, self._opener(out.donor)
         async with self._state_lock:
-            if self.core.stopping:
+            if self._leaving:
                 return
             if self.trainer is not None:
                 self.trainer.abort()
-            fetching = keeper.fetch_state(opener, out.epoch_max, self.core.chain, self._on_state_bytes)
+            chain = await self._in_disk_thread(keeper.copy_of_chain)
+            fetching = keeper.fetch_state(opener, out.epoch_max, chain, self._on_state_bytes)
             self._fetching = asyncio.current_task()
             try:
                 why = await self._failure_of(out.donor, fetching)
@@ -483,30 +482,49 @@ class Runtime:
                 self.view.validating(self._now())
                 self.trainer.evaluate(out.epoch)
             self._clock.train(self._now())
-            chain = self.core.chain
-            self.trainer.begin(out.epoch, chain.head_at(out.epoch), chain.head_at(out.epoch - 1))
+            self._base = out.base
+            self.trainer.begin(out.epoch, out.base, out.before)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         if self.trainer is not None:
             self.trainer.close_round(out.epoch)
 
+    def do_exchange_began(self, out: ev.ExchangeBegan) -> None:
+        if self.trainer is not None:
+            self.trainer.go_on(out.epoch)
+
     def do_end_round(self, out: ev.EndRound) -> None:
-        self._settle(out.epoch)
+        self._settle(out.counted)
         self._results.submit(self.keeper.drop_result, out.outcome == "committed")
         self.metrics.round_ended(out.outcome, self._clock.round_ended(self._now()))
         if self.network is not None:
             self.network.drop_bulk()
-        if out.outcome != "committed" and not self.core.stopping:
+        if out.outcome != "committed" and not self._leaving:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
-    def _settle(self, epoch: int) -> None:
+    def _settle(self, counted: str) -> None:
         """Tell the trainer which contribution of ours the record of this round names, if there is one."""
-        chain, me = self.core.chain, self.core.ctx.me
-        members = chain.records[epoch].body.members if epoch < chain.epoch else ()
-        counted = next((m.contribution for m in members if m.peer == me and m.weight), None)
-        if counted is not None and self.trainer is not None:
+        if counted and self.trainer is not None:
             token, generation = self._contributed
             self.trainer.settle(generation if counted == token else UNKNOWN_GENERATION)
+
+    def do_moved(self, out: ev.Moved) -> None:
+        """Metrics, presence and log follow what the node is doing."""
+        self._clock.stage(out.stage, self._now())
+        if out.epoch != self._moved.epoch:
+            self.metrics.set_epoch(max(out.epoch, 0))
+            if self.network is not None:
+                self.network.tell_moved()
+        self._moved = out
+        health = "working" if out.phase in ("training", "averaging") else out.phase
+        if health == "degraded":
+            self.view.tokens_per_second = 0.0
+        if health != self._health_told:
+            self._health_told = health
+            if health != "stopping":  # the daemon says that
+                reason = "at the head" if health == "working" else self.snapshot().reason
+                _log.info("phase=%s epoch=%d %s", out.phase, max(out.epoch, 0), reason)
+                self._live.show(f"{out.phase}: {reason}")
 
     def do_verdict(self, out: ev.Verdict) -> None:
         self.on_refused(out.peer, out.reason, out.text)
@@ -520,6 +538,7 @@ class Runtime:
         ev.SendShard: do_send_shard,
         ev.SendResult: do_send_result,
         ev.Reduce: do_reduce,
+        ev.KeepResult: do_keep_result,
         ev.PersistVote: do_persist_vote,
         ev.PersistResult: do_persist_result,
         ev.AppendRecord: do_append_record,
@@ -530,7 +549,9 @@ class Runtime:
         ev.FetchState: do_fetch_state,
         ev.Train: do_train,
         ev.CloseTraining: do_close_training,
+        ev.ExchangeBegan: do_exchange_began,
         ev.EndRound: do_end_round,
+        ev.Moved: do_moved,
         ev.Verdict: do_verdict,
         ev.Note: do_note,
     }

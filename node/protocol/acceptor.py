@@ -7,7 +7,7 @@ what it promised or accepted is on disk before anybody hears of it, and that no 
 from __future__ import annotations
 
 from tapestry.node.protocol.chain import Body, accept_message, head_of
-from tapestry.node.protocol.events import FetchUpdate, PersistResult, PersistVote, Vote
+from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote, Vote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -95,6 +95,7 @@ class Acceptor:
         state.stage = Stage.EXCHANGING
         state.proposal = proposal
         state.exchange_at = state.progress_at = now
+        self.ctx.emit(ExchangeBegan(state.epoch))
 
     def fetch_proposal(self) -> None:
         propose = self.state.proposal

@@ -1,8 +1,11 @@
 """The protocol of one node: `Core.handle(input, now) -> outputs`.
 
 An IO-less state machine. It owns the chain, the peers as last heard, the round that is under way and the way
-to the head. The shell (node/runtime.py, or the simulator) brings it inputs with the time, executes the
+to the head. The shell (daemon/runtime.py, or the simulator) brings it inputs with the time, executes the
 outputs in order, and calls again with Tick at `wakeup_at`. Nothing in it sleeps, draws lots or does I/O.
+
+The shell acts on outputs alone. Whoever wants to look at the core asks for `snapshot(now)`; its attributes
+are for the protocol and its tests.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from tapestry.node.protocol.events import (
     EndRound,
     FetchFailed,
     Input,
+    Moved,
     Output,
     PeerDown,
     PeerRefused,
@@ -51,6 +55,7 @@ from tapestry.node.protocol.messages import (
     Status,
 )
 from tapestry.node.protocol.round import Outcome, Round
+from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
 
 NOTHING: Final[tuple[Output, ...]] = ()
@@ -83,6 +88,7 @@ class Core:
         self.trainer_reason = ""
         self.stopping = False
         self.told: tuple[object, ...] = ()  # the news that was sent last
+        self.shown: Moved | None = None  # what people were shown last
         self.heartbeat_at = now
 
     # --- questions -----------------------------------------------------------------------------
@@ -108,7 +114,40 @@ class Core:
             return f"not contributing: {self.trainer_reason}"
         return self.round.reason(now)
 
+    def snapshot(self, now: float) -> Snapshot:
+        """All that is shown of the core, as plain values."""
+        chain, sync, round_ = self.chain, self.sync, self.round
+        on_chain = 0 <= sync.state_epoch <= chain.epoch
+        return Snapshot(
+            peer_id=self.ctx.me,
+            run_id=self.ctx.rules.run_id,
+            phase=self.phase(),
+            reason=self.reason(now),
+            at_head=sync.at_head,
+            chain_epoch=chain.epoch,
+            chain_head=chain.head,
+            state_epoch=sync.state_epoch,
+            state_head=chain.head_at(sync.state_epoch) if on_chain else "",
+            state_digest=sync.state_digest,
+            params=chain.genesis.params,
+            round=round_.snapshot() if round_ is not None else None,
+            peers=tuple(
+                self._peer_snapshot(peer, view, now)
+                for peer, view in sorted(self.ctx.peers.items(), key=lambda entry: entry[0])
+                if view.up
+            ),
+        )
+
+    def _peer_snapshot(self, peer: str, view: PeerView, now: float) -> PeerSnapshot:
+        status, heard_s = view.status, now - view.heard_at
+        if status is None:
+            return PeerSnapshot(peer, "", None, "", False, False, heard_s)
+        same_head = (status.head, status.state_epoch) == (self.chain.head, status.epoch)
+        taking_part = status.stage != Stage.AWAY
+        return PeerSnapshot(peer, status.phase, status.epoch, status.head, same_head, taking_part, heard_s)
+
     def wakeup_at(self, now: float) -> float:
+        """When the core has something to do if nothing happens before: the shell then sends Tick."""
         if self.round is None:
             return self.heartbeat_at
         return min(self.heartbeat_at, self.round.wakeup_at(now))
@@ -123,7 +162,17 @@ class Core:
         handler = _HANDLERS[type(inp)]
         handler(self, inp, now)
         self._after(now)
+        self._show()
         return self.ctx.out
+
+    def _show(self) -> None:
+        """Say so when what people are shown has changed."""
+        round_ = self.round
+        stage = round_.stage if round_ is not None else Stage.AWAY
+        shown = Moved(self.sync.state_epoch, self.phase(), stage)
+        if shown != self.shown:
+            self.shown = shown
+            self.ctx.emit(shown)
 
     def _after(self, now: float) -> None:
         """What may follow from any input: a decision, the next job, the next round, the news."""
@@ -153,12 +202,15 @@ class Core:
         self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
-            self.ctx.emit(Train(epoch))
+            self._train(self.round)
         self.round.advance(now)
         # Peers may have told us of this round before we were in it.
         for peer, view in self.ctx.peers.items():
             if view.status is not None and (view.status.epoch, view.status.head) == (epoch, head):
                 self.round.on_ballot_seen(peer, view.status.ballot, now)
+
+    def _train(self, round_: Round) -> None:
+        self.ctx.emit(Train(round_.epoch, round_.head, self.chain.head_at(round_.epoch - 1)))
 
     def _decided(self, record: Record) -> None:
         self.ctx.broadcast(Commit(record))
@@ -180,8 +232,13 @@ class Core:
             if record.body.forced:
                 outcome = Outcome.FORCED
         self.vote = None
-        self.ctx.emit(EndRound(round_.epoch, outcome.value))
+        self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
         self.round = None
+
+    def _counted(self, epoch: int) -> str:
+        """The contribution of ours that the record after `epoch` names; "" if there is none."""
+        members = self.chain.records[epoch].body.members if epoch < self.chain.epoch else ()
+        return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
 
     def _stands_by(self) -> str:
         """Why we may have voted in this head's round without knowing how; "" if we have not, or know.
@@ -257,15 +314,17 @@ class Core:
                     self.sync.on_status(peer, view.status, now)
 
     def handle_contributed(self, inp: Contributed, now: float) -> None:
-        if self.round is not None and inp.epoch == self.round.epoch:
-            self.round.handle_contribution(inp, now)
+        """Of the same epoch, but made from another base, it is of a fork that was left."""
+        round_ = self.round
+        if round_ is not None and (inp.epoch, inp.base) == (round_.epoch, round_.head):
+            round_.handle_contribution(inp, now)
 
     def handle_trainer_state(self, inp: TrainerState, now: float) -> None:
         was_up, self.trainer_up, self.trainer_reason = self.trainer_up, inp.up, inp.reason
         if self.round is not None:
             self.round.handle_trainer(inp.up, now)
             if inp.up and not was_up and self.round.exchange.mine is None:
-                self.ctx.emit(Train(self.round.epoch))
+                self._train(self.round)
 
     def handle_reduced(self, inp: Reduced, now: float) -> None:
         if self.round is not None and (inp.epoch, inp.head) == (self.round.epoch, self.round.head):

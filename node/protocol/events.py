@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.node.protocol.chain import Body, Record
-from tapestry.node.protocol.messages import Blob, Control, Message
+from tapestry.node.protocol.messages import Blob, Control, Message, Stage
 
 # --- inputs -----------------------------------------------------------------------------------------
 
@@ -58,6 +58,7 @@ class Contributed:
     """The trainer finished: its contribution lies encoded in the shell."""
 
     epoch: int
+    base: str  # head of the state that it was made from, as in Train
     contribution: str  # 32 hex digits, random
     weight: int
     norm: float
@@ -192,6 +193,18 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepResult:
+    """A shard of the round's result has come, or was reduced here: it can be written before all are there.
+
+    Another one of the same shard takes its place. PersistResult says what the result is in the end.
+    """
+
+    shard: int
+    digest: str
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
 class PersistVote:
     vote: Vote
 
@@ -208,6 +221,7 @@ class PersistResult:
 @dataclass(frozen=True, slots=True)
 class AppendRecord:
     record: Record
+    newest: bool = True  # False if another that follows it has come with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +274,8 @@ class Train:
     answer may come, since the state of an epoch is another on another side of a fork."""
 
     epoch: int
+    base: str  # head of that state
+    before: str  # head of the state before it; "" at the genesis
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,11 +286,28 @@ class CloseTraining:
 
 
 @dataclass(frozen=True, slots=True)
+class ExchangeBegan:
+    """Phase 2 of a ballot begins. A trainer that has contributed to `epoch` may go on meanwhile."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class EndRound:
     """Nothing of the round that started from `epoch` is needed in memory any more."""
 
     epoch: int
     outcome: str  # committed | aborted | missed | forced
+    counted: str  # our contribution that the record names; "" if none
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What people are shown has changed: how far this node's state is, or what the node is doing."""
+
+    epoch: int  # of the state that the node holds; -1 if none
+    phase: str  # as in /status
+    stage: Stage  # of its round; AWAY if it is in none
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +332,7 @@ Output = (
     | SendShard
     | SendResult
     | Reduce
+    | KeepResult
     | PersistVote
     | PersistResult
     | AppendRecord
@@ -309,7 +343,9 @@ Output = (
     | FetchState
     | Train
     | CloseTraining
+    | ExchangeBegan
     | EndRound
+    | Moved
     | Verdict
     | Note
 )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tapestry.node.protocol.chain import Member, quorum
 from tapestry.node.protocol.context import Context
-from tapestry.node.protocol.events import Contributed, Reduce, Reduced, SendResult, SendShard
+from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
 from tapestry.node.protocol.messages import WAITING_MAX, Blob, Need, Result, Roster, Shard
 
 
@@ -116,9 +116,13 @@ class Exchange:
         if peer != self._reducer(result.shard):
             return "not_reducer"
         if result.shard not in self.results:
-            self.results[result.shard] = (result.digest, result.blob)
-            self.progress += 1
+            self._keep(result.shard, result.digest, result.blob)
         return None
+
+    def _keep(self, shard: int, digest: str, blob: Blob) -> None:
+        self.results[shard] = (digest, blob)
+        self.progress += 1
+        self.ctx.emit(KeepResult(shard, digest, blob))
 
     def _note_early(self, result: Result) -> None:
         """It overtook its roster, as happens when the reducers have all inputs since an earlier ballot. It is
@@ -134,8 +138,7 @@ class Exchange:
             return
         if reduced.ballot != self.members_ballot:
             return  # the mean of other members
-        self.results[reduced.shard] = (reduced.digest, reduced.blob)
-        self.progress += 1
+        self._keep(reduced.shard, reduced.digest, reduced.blob)
         if self._reducer(reduced.shard) == self.ctx.me:
             self._share(reduced.shard)
 

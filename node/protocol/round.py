@@ -31,6 +31,7 @@ from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import Outcome, RoundState
+from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
 from tapestry.node.protocol.watch import Watch
 
@@ -112,6 +113,20 @@ class Round:
     def _quorum_reason(self, now: float) -> str:
         count = len(self.electorate)
         return f"{self.watch.alive(now)} of {count} of the electorate alive, need {quorum(count)}"
+
+    def snapshot(self) -> RoundSnapshot:
+        """What is shown of the round."""
+        state, roster = self.state, self.exchange.roster
+        return RoundSnapshot(
+            epoch=self.epoch,
+            ballot=state.ballot,
+            leader=state.leader,
+            stage=state.stage,
+            forced=state.forced,
+            electorate=len(self.electorate),
+            members=len(roster.members) if roster is not None and state.stage > Stage.READY else 0,
+            waiting_on=self.exchange.waiting_on(),
+        )
 
     def wakeup_at(self, now: float) -> float:
         """When `advance` has something to do if nothing happens before: later than `now`."""

@@ -215,10 +215,10 @@ class Sync:
                     del self.branches[other]
         return peer in self.branches or len(self.branches) < BRANCHES_MAX
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record, newest: bool = True) -> None:
         """A record that the chain has checked."""
         self.chain.append(record)
-        self.ctx.emit(AppendRecord(record))
+        self.ctx.emit(AppendRecord(record, newest))
 
     def _check(self, records: Sequence[Record], common: int, checked: int) -> None:
         for i, record in enumerate(records):
@@ -252,7 +252,7 @@ class Sync:
                 self.rollback_to = common if self.rollback_to is None else min(self.rollback_to, common)
         else:
             for record in theirs:
-                self.append(record)
+                self.append(record, newest=record is theirs[-1])
         return list(theirs)
 
     def _locator(self, peer: str) -> tuple[tuple[int, str], ...]:

@@ -1,14 +1,32 @@
-"""What /status, /peers and /readyz say of a node: read from the runtime when asked, nothing kept."""
+"""What /status, /peers and /readyz say of a node: asked for when somebody looks, nothing kept.
+
+It is given a function that says what there is to show, as plain values; it knows nothing of the daemon.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 
-if TYPE_CHECKING:
-    from tapestry.node.daemon.runtime import Runtime
+WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A running node at one moment."""
+
+    core: Snapshot
+    loss: float  # nats; nan until there is one
+    val_loss: float
+    tokens_total: int
+    tokens_per_second: float
+    dropped_records: int  # given up since the start, because a chain on the other side of a fork was better
+    dropped_weight: int
+    addresses: tuple[str, ...]  # where the node listens
 
 
 class NodeView:
@@ -28,20 +46,24 @@ class NodeView:
         }
         self._version = version
         self._started_at = started_at
-        self._runtime: Runtime | None = None
-        self._run_id = ""
+        self._look: Callable[[], Shown] | None = None
+        self._addresses_of: Callable[[str], tuple[str, ...]]
         self._run_name = ""
 
-    def attach(self, runtime: Runtime, run_id: str, run_name: str) -> None:
+    def attach(
+        self,
+        look: Callable[[], Shown],
+        addresses_of: Callable[[str], tuple[str, ...]],  # of a linked peer, by its own word
+        run_name: str,
+    ) -> None:
         """From now on there is something to show."""
-        self._runtime, self._run_id, self._run_name = runtime, run_id, run_name
+        self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
 
     def status(self) -> dict[str, Any]:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
-        runtime = self._runtime
         base: dict[str, Any] = {
             "peer_id": "",
-            "run_id": self._run_id,
+            "run_id": "",
             "run_name": self._run_name,
             "version": self._version,
             "phase": "stopping" if self.stopping else "starting",
@@ -62,79 +84,67 @@ class NodeView:
             "addresses": [],
             "uptime_s": round(time.time() - self._started_at, 1),
         }
-        if runtime is None:
+        if self._look is None:
             return base
-        core, view = runtime.core, runtime.view
-        epoch = max(core.sync.state_epoch, 0)
-        on_chain = core.sync.state_epoch >= 0 and epoch <= core.chain.epoch
+        shown = self._look()
+        core = shown.core
         return base | {
-            "peer_id": core.ctx.me,
-            "phase": "stopping" if self.stopping else core.phase(),
-            "reason": core.reason(time.monotonic()),
-            "epoch": epoch,
-            "head": core.chain.head_at(epoch) if on_chain else "",
-            "state_digest": core.sync.state_digest,
-            "params": core.chain.genesis.params,
-            "loss": view.loss,
-            "val_loss": view.val_loss,
-            "tokens_total": view.tokens_total,
-            "tokens_per_second": view.tokens_per_second,
-            "peers": sum(v.up for v in core.ctx.peers.values()),
-            "round": self._round(runtime),
-            "dropped_records": runtime.dropped.records,
-            "dropped_weight": runtime.dropped.weight,
-            "addresses": list(runtime.network.addresses) if runtime.network is not None else [],
+            "peer_id": core.peer_id,
+            "run_id": core.run_id,
+            "phase": "stopping" if self.stopping else core.phase,
+            "reason": core.reason,
+            "epoch": max(core.state_epoch, 0),
+            "head": core.state_head,
+            "state_digest": core.state_digest,
+            "params": core.params,
+            "loss": shown.loss,
+            "val_loss": shown.val_loss,
+            "tokens_total": shown.tokens_total,
+            "tokens_per_second": shown.tokens_per_second,
+            "peers": len(core.peers),
+            "round": _round(core.round),
+            "dropped_records": shown.dropped_records,
+            "dropped_weight": shown.dropped_weight,
+            "addresses": list(shown.addresses),
         }
 
     def peers(self) -> list[dict[str, Any]]:
         """One table per peer that is up, as last heard."""
-        runtime = self._runtime
-        if runtime is None:
+        if self._look is None:
             return []
-        now = time.monotonic()
-        tables = []
-        for peer, seen in sorted(runtime.core.ctx.peers.items()):
-            status = seen.status
-            if not seen.up:
-                continue
-            tables.append(
-                {
-                    "peer_id": peer,
-                    "phase": status.phase if status is not None else "",
-                    "epoch": status.epoch if status is not None else None,
-                    "head": status.head if status is not None else "",
-                    "same_head": status is not None
-                    and (status.head, status.state_epoch) == (runtime.core.chain.head, status.epoch),
-                    "heard_s": round(now - seen.heard_at, 1),
-                    "addresses": list(runtime.network.addresses_of(peer))
-                    if runtime.network is not None
-                    else [],
-                }
-            )
-        return tables
+        return [
+            {
+                "peer_id": peer.peer_id,
+                "phase": peer.phase,
+                "epoch": peer.epoch,
+                "head": peer.head,
+                "same_head": peer.same_head,
+                "heard_s": round(peer.heard_s, 1),
+                "addresses": list(self._addresses_of(peer.peer_id)),
+            }
+            for peer in self._look().core.peers
+        ]
 
     def ready(self) -> tuple[bool, str]:
         """Joined, at the head, and contributing."""
-        runtime = self._runtime
         if self.stopping:
             return False, "stopping"
-        if runtime is None:
+        if self._look is None:
             return False, "starting"
-        phase = runtime.core.phase()
-        return phase in ("training", "averaging"), f"{phase}: {runtime.core.reason(time.monotonic())}"
+        core = self._look().core
+        return core.phase in WORKING, f"{core.phase}: {core.reason}"
 
-    def _round(self, runtime: Runtime) -> dict[str, Any] | None:
-        round_ = runtime.core.round
-        if round_ is None:
-            return None
-        roster = round_.exchange.roster
-        return {
-            "epoch": round_.epoch,
-            "ballot": round_.ballot,
-            "leader": round_.leader,
-            "stage": Stage(round_.stage).name.lower(),
-            "forced": round_.forced,
-            "electorate": len(round_.electorate),
-            "members": len(roster.members) if roster is not None and round_.stage > Stage.READY else 0,
-            "waiting_on": list(round_.exchange.waiting_on()),
-        }
+
+def _round(shown: RoundSnapshot | None) -> dict[str, Any] | None:
+    if shown is None:
+        return None
+    return {
+        "epoch": shown.epoch,
+        "ballot": shown.ballot,
+        "leader": shown.leader,
+        "stage": shown.stage.name.lower(),
+        "forced": shown.forced,
+        "electorate": shown.electorate,
+        "members": shown.members,
+        "waiting_on": list(shown.waiting_on),
+    }

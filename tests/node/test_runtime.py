@@ -19,7 +19,7 @@ from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.transfer import DonorFailed
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.trainer import messages as tm
@@ -32,20 +32,13 @@ class FakeCore:
     """Says what a test puts in its mouth."""
 
     def __init__(self) -> None:
-        self.ctx = SimpleNamespace(me="12D3KooWMe", rules=SimpleNamespace(run_id=RUN), peers={})
-        self.sync = SimpleNamespace(state_epoch=3, at_head=True)
-        self.chain = SimpleNamespace(epoch=3, head="cd" * 32, records=[])
-        self.round: Any = None
-        self.stopping = False
         self.says: list[ev.Output] = []
         self.heard: list[ev.Input] = []
         self.raises: Exception | None = None
 
     def handle(self, inp: ev.Input, now: float) -> list[ev.Output]:
         self.heard.append(inp)
-        if isinstance(inp, ev.Stopping):
-            self.stopping = True
-        elif self.raises is not None:
+        if self.raises is not None and not isinstance(inp, ev.Stopping):
             raise self.raises
         says, self.says = self.says, []
         return says
@@ -53,11 +46,9 @@ class FakeCore:
     def wakeup_at(self, now: float) -> float:
         return now + 1000
 
-    def phase(self) -> str:
-        return "training"
-
-    def reason(self, now: float) -> str:
-        return ""
+    def snapshot(self, now: float) -> Snapshot:
+        head = "cd" * 32
+        return Snapshot("12D3KooWMe", RUN, "training", "", True, 3, head, 3, head, "ef" * 32, 9, None, ())
 
 
 class FakeDonor:
@@ -80,6 +71,7 @@ class FakeKeeper:
         self.checkpoints = 0
         self.fetching = asyncio.Event()
         self.reached = (3, "ef" * 32)
+        self.run_id = RUN
 
     def donor(self, on_bytes: object) -> FakeDonor:
         self.donors.append(FakeDonor())
@@ -89,6 +81,8 @@ class FakeKeeper:
         self.checkpoints += 1
 
     def drop_result(self, committed: bool) -> None: ...
+
+    def copy_of_chain(self) -> None: ...
 
     async def fetch_state(self, *_: object) -> None:
         self.fetching.set()
@@ -158,20 +152,28 @@ def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
 CONTRIBUTION = tm.Contribution(3, 1, 8, 1.0, 2.0, 8, 1, 0.0)
 
 
-@pytest.mark.parametrize("fork_changes", [False, True])
-def test_a_contribution_to_a_base_that_was_left_is_dropped(fork_changes):
+def test_a_contribution_names_the_base_that_it_was_made_from():
     async def main() -> None:
         async with Bench() as bench:
-            bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
             bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
-            bench.runtime.trainer = SimpleNamespace(contribution=None)  # type: ignore[assignment]
+            begun: list[tuple[object, ...]] = []
+            bench.runtime.trainer = SimpleNamespace(  # type: ignore[assignment]
+                contribution=None, begin=lambda *args: begun.append(args), evaluate=lambda epoch: None
+            )
+            bench.core.says = [ev.Train(3, "head 3", "head 2")]
+            bench.runtime.feed(ev.Tick())
+            await until(lambda: begun)
             async with bench.runtime._buffer_lock:
-                taking = asyncio.create_task(bench.runtime._take(CONTRIBUTION, bench.core.round))
+                bench.runtime.on_trainer_event(CONTRIBUTION)
                 await turns()
-                if fork_changes:
-                    bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
-            await taking
-            assert any(isinstance(inp, ev.Contributed) for inp in bench.core.heard) != fork_changes
+                bench.core.says = [ev.Train(3, "on another fork", "")]  # while the first is copied
+                bench.runtime.feed(ev.Tick())
+                await turns()
+            await until(lambda: len(begun) == 2)
+            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            assert (contributed.epoch, contributed.base) == (3, "head 3")
+
+    run(main)
 
     run(main)
 
@@ -204,8 +206,6 @@ def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
     async def main() -> None:
         async with Bench() as bench:
             fake, begun = FakeAveraging(), []
-            bench.core.round = SimpleNamespace(stage=Stage.TRAINING)
-            bench.core.chain.head_at = lambda epoch: ""
             bench.runtime.averaging = fake  # type: ignore[assignment]
             trainer = SimpleNamespace(
                 contribution=bytearray(b"abc"),
@@ -215,7 +215,7 @@ def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
             bench.runtime.trainer = trainer  # type: ignore[assignment]
             bench.runtime.on_trainer_event(CONTRIBUTION)
             await turns()
-            bench.core.says = [ev.Train(4)]
+            bench.core.says = [ev.Train(4, "", "")]
             bench.runtime.feed(ev.Tick())
             await turns()
             assert not begun and not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
@@ -251,7 +251,7 @@ def test_a_contribution_that_is_refused_is_never_announced():
             fake.go.set()
             bench.runtime.averaging = fake  # type: ignore[assignment]
             bench.runtime.trainer = SimpleNamespace(contribution=b"")  # type: ignore[assignment]
-            await bench.runtime._take(CONTRIBUTION, bench.core.round)
+            await bench.runtime._take(CONTRIBUTION, "")
             assert not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
             (state,) = (inp for inp in bench.core.heard if isinstance(inp, ev.TrainerState))
             assert not state.up and "refused" in state.reason
@@ -260,23 +260,17 @@ def test_a_contribution_that_is_refused_is_never_announced():
     run(main)
 
 
-@pytest.mark.parametrize(
-    ("named", "settled"), [("ours", [1]), ("another of ours", [-1]), ("none of ours", []), ("no record", [])]
-)
+@pytest.mark.parametrize(("named", "settled"), [("ours", [1]), ("another of ours", [-1]), ("none", [])])
 def test_the_trainer_is_told_whether_its_contribution_counted(named, settled):
     async def main() -> None:
         async with Bench() as bench:
             told: list[int] = []
             bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
             bench.runtime.trainer = SimpleNamespace(contribution=b"", settle=told.append)  # type: ignore[assignment]
-            await bench.runtime._take(CONTRIBUTION, None)
+            await bench.runtime._take(CONTRIBUTION, "")
             (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            name = contributed.contribution if named == "ours" else "ab" * 16
-            peer = OTHER if named == "none of ours" else "12D3KooWMe"
-            members = (SimpleNamespace(peer=peer, weight=8, contribution=name),)
-            bench.core.chain.records = [SimpleNamespace(body=SimpleNamespace(members=members))] * 4
-            bench.core.chain.epoch = 3 if named == "no record" else 4
-            bench.core.says = [ev.EndRound(3, "committed")]
+            names = {"ours": contributed.contribution, "another of ours": "ab" * 16, "none": ""}
+            bench.core.says = [ev.EndRound(3, "committed", names[named])]
             bench.runtime.feed(ev.Tick())
             await turns()
             assert told == settled
@@ -291,8 +285,7 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
             bench.runtime.trainer = SimpleNamespace(  # type: ignore[assignment]
                 begin=lambda *args: begun.append(args), evaluate=lambda epoch: None
             )
-            bench.core.chain.head_at = lambda epoch: f"head {epoch}" if epoch >= 0 else ""
-            bench.core.says = [ev.Train(0), ev.Train(7)]
+            bench.core.says = [ev.Train(0, "head 0", ""), ev.Train(7, "head 7", "head 6")]
             bench.runtime.feed(ev.Tick())
             await turns()
             assert begun == [(0, "head 0", ""), (7, "head 7", "head 6")]
@@ -300,17 +293,14 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
     run(main)
 
 
-def test_the_trainer_goes_on_when_the_exchange_begins_in_every_ballot():
+def test_the_trainer_goes_on_when_an_exchange_begins():
     async def main() -> None:
         async with Bench() as bench:
             told: list[int] = []
             bench.runtime.trainer = SimpleNamespace(go_on=told.append)  # type: ignore[assignment]
-            for stage in (
-                *(Stage.TRAINING, Stage.READY, Stage.EXCHANGING, Stage.EXCHANGING, Stage.ACCEPTED),
-                *(Stage.READY, Stage.EXCHANGING),
-            ):
-                bench.core.round = SimpleNamespace(epoch=3, stage=stage)
-                bench.runtime.feed(ev.Tick())
+            bench.core.says = [ev.ExchangeBegan(3), ev.ExchangeBegan(3)]
+            bench.runtime.feed(ev.Tick())
+            await turns()
             assert told == [3, 3]
 
     run(main)
@@ -398,8 +388,9 @@ def test_a_donor_that_lies_or_fails_is_named_and_the_node_goes_on():
                 bench.keeper.fetch_state = fetch  # type: ignore[method-assign]
                 bench.core.says = [ev.FetchState(PEER, 2)]
                 bench.runtime.feed(ev.Tick())
-                await turns()
-                assert bench.core.heard[-1] == ev.FetchFailed(PEER, "", error.reason)
+                failed = ev.FetchFailed(PEER, "", error.reason)
+                await until(lambda failed=failed: bench.core.heard[-1] == failed)
+                assert bench.core.heard[-1] == failed
             assert not bench.task.done()
 
     run(main)

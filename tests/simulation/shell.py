@@ -112,6 +112,7 @@ class Node:
         self.timer_at = -1.0
         self.backlog: list[ev.Input] = []  # what came while frozen
         self.training = 0  # counts Train outputs; an older one's contribution is dropped
+        self.base = ""  # head of the state that the newest Train named
         self.dying = False  # of its last write
         self.crypto = SimCrypto(name)
         self.left: tuple[int, list[Record]] | None = None  # (common epoch, records) of a fork just left
@@ -288,9 +289,12 @@ class Node:
         for head in [h for h, (e, _) in self.disk.updates.items() if e <= epoch - keep]:
             del self.disk.updates[head]
 
+    def head_at(self, epoch: int) -> str:
+        """The head of `epoch` on the chain that the disk holds."""
+        return self.disk.records[epoch - 1].head if epoch else self.world.genesis.run_id
+
     def do_rollback(self, out: ev.Rollback) -> None:
-        assert self.core is not None
-        head = self.core.chain.head_at(out.epoch)
+        head = self.head_at(out.epoch)
         if head not in self.disk.states:  # its checkpoint and updates were of another life
             self.world.later(0.05, self, ev.FetchFailed("", "", "missing"))
             return
@@ -328,13 +332,11 @@ class Node:
         donor = self.world.nodes.get(out.donor)
 
         def arrive() -> None:
-            assert self.core is not None
-            chain = self.core.chain
             if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
                 self.feed(ev.FetchFailed(out.donor, "", "timeout"))
                 return
-            for epoch in range(min(out.epoch_max, chain.epoch), -1, -1):
-                head = chain.head_at(epoch)
+            for epoch in range(min(out.epoch_max, len(self.disk.records)), -1, -1):
+                head = self.head_at(epoch)
                 if head in donor.disk.states and epoch % self.world.checkpoint_every == 0:
                     state = donor.disk.states[head][1]
                     if self.world.chaos.donor_lies():
@@ -349,6 +351,7 @@ class Node:
     def do_train(self, out: ev.Train) -> None:
         self.world.invariants.on_train(self, out.epoch)
         self.training += 1
+        self.base = out.base
         self._finish_training(out.epoch, self.training, self.world.draw(*self.world.train_s))
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
@@ -361,7 +364,9 @@ class Node:
             self.training += 1
             contribution = self.world.token()
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
-            self.feed(ev.Contributed(epoch, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs))
+            self.feed(
+                ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
+            )
 
         self.world.later(after_s, self, finish)
 
@@ -385,6 +390,7 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.SendShard: Node.do_send_shard,
     ev.SendResult: Node.do_send_result,
     ev.Reduce: Node.do_reduce,
+    ev.KeepResult: Node.do_nothing,
     ev.PersistVote: Node.do_persist_vote,
     ev.PersistResult: Node.do_persist_result,
     ev.AppendRecord: Node.do_append_record,
@@ -395,7 +401,9 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.FetchState: Node.do_fetch_state,
     ev.Train: Node.do_train,
     ev.CloseTraining: Node.do_close_training,
+    ev.ExchangeBegan: Node.do_nothing,
     ev.EndRound: Node.do_end_round,
+    ev.Moved: Node.do_nothing,
     ev.Verdict: Node.do_verdict,
     ev.Note: Node.do_note,
 }

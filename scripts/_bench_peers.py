@@ -52,7 +52,7 @@ def error_of(result: Tensor, peers: int) -> float:
 
 
 class TapestryPeer:
-    """A whole node but for its trainer: Runtime, Core, Keeper, Network and Swarm, as daemon.py makes them.
+    """A whole node but for its trainer, as daemon/assembly.py puts it together.
 
     The trainer is a stand-in that has its contribution at once, as float32 in memory, and encodes it in a
     thread of this process. A round is timed from before that till the outer step of the agreed mean has been
@@ -72,18 +72,13 @@ class TapestryPeer:
         from tapestry.dht.identity import Identity
         from tapestry.dht.p2pd import SwarmConfig
         from tapestry.dht.swarm import Swarm
-        from tapestry.node.daemon.averaging import Averaging
+        from tapestry.node.daemon.assembly import Own, assemble
         from tapestry.node.daemon.keeper import Keeper, found_run
-        from tapestry.node.daemon.life import GENESIS_PROTOCOL, _link_limits, _rules
-        from tapestry.node.daemon.runtime import Runtime
+        from tapestry.node.daemon.views import Reporter
         from tapestry.node.disk.store import Store
         from tapestry.node.home import Home
         from tapestry.node.lineage.crypto import NodeCrypto
-        from tapestry.node.net.join import state_protocol
-        from tapestry.node.net.known_peers import KnownPeers
-        from tapestry.node.net.network import Network
-        from tapestry.node.net.vocabulary import Reader
-        from tapestry.node.protocol.core import Core
+        from tapestry.node.net.throttle import Throttles
         from tapestry.node.spec.run import RunSpec, preset_spec
         from tapestry.node.state.model import Arithmetic, ModelState
         from tapestry.node.surface.logs import LiveLine
@@ -137,14 +132,7 @@ class TapestryPeer:
         genesis = loaded.genesis
         assert genesis is not None
         keeper = TimedKeeper(home, spec, store, loaded, genesis, state)
-        restored = await asyncio.to_thread(keeper.restore)
-        arithmetic = state.arithmetic
-        rules = _rules(spec, genesis.run_id, len(arithmetic.shards))
-        core = Core(identity.peer_id, rules, crypto, restored, time.monotonic())
-        averaging = Averaging(arithmetic.codec, n, spec.compression.shard_elements)
-        metrics = Metrics("0")
-        runtime = Runtime(core, keeper, averaging, metrics, LiveLine(sys.stderr, enabled=False), None)
-        self.runtime, self.state, self.store, self.metrics = runtime, state, store, metrics
+        self.state, self.store, self.metrics = state, store, Metrics("0")
         listen = (parse_listen(f"/ip4/{options['address']}/tcp/0"),)
         config = SwarmConfig(identity_path=home.identity_key, listen=listen, nat_port_map=False)
         swarm = await Swarm.start(config)
@@ -153,24 +141,16 @@ class TapestryPeer:
             (folder / "address-0").write_text((await swarm.addresses())[0])
         else:
             first = [parse_peer(await asyncio.to_thread(_text_of, folder / "address-0"))]
-        network = Network(
-            config,
-            identity,
-            genesis.run_id,
-            first,
-            Reader(crypto),
-            averaging.unpack,
-            runtime,
-            _link_limits(spec, averaging),
-            {GENESIS_PROTOCOL: runtime.serve_genesis, state_protocol(genesis.run_id): runtime.serve_state},
-            KnownPeers(home.peers),
-            runtime.news,
-            metrics.refused,
-        )
-        payloads = PayloadLayout.of(arithmetic.codec, n, spec.compression.shard_elements)
-        self.trainer = _Trainer(vector(options["peer"], n), payloads, self)
-        runtime.trainer, runtime.network = self.trainer, network  # type: ignore[assignment]
-        self.tasks = [asyncio.create_task(runtime.run()), asyncio.create_task(network.run(swarm))]
+        payloads = PayloadLayout.of(state.arithmetic.codec, n, spec.compression.shard_elements)
+        self.trainer: Any = _Trainer(vector(options["peer"], n), payloads, self)
+        reporter = Reporter(self.metrics, LiveLine(sys.stderr, enabled=False))
+        own = Own(home, identity, crypto, config, tuple(first), reporter, Throttles())
+        node = await assemble(own, spec, keeper, self.trainer)
+        self.runtime, self.network = node.runtime, node.network
+        self.tasks = [
+            asyncio.create_task(node.runtime.run()),
+            asyncio.create_task(node.network.run(swarm, node.runtime.network)),
+        ]
 
     async def ready(self) -> None:
         count = self.options["peers"]
@@ -179,7 +159,7 @@ class TapestryPeer:
         def met() -> bool:
             core = self.runtime.snapshot()
             at_head = [p for p in core.peers if p.head == core.chain_head and p.taking_part]
-            linked = self.runtime.network.linked if self.runtime.network else []
+            linked = self.network.linked
             return len(at_head) == len(linked) == count - 1 and self.begun == core.chain_epoch
 
         while not met():
@@ -201,7 +181,7 @@ class TapestryPeer:
         values |= {name: 0.0 for name in ("waited_s",) if name in fields}
         await asyncio.to_thread(self.trainer.encode)
         self.times["encoded"] = time.monotonic()
-        self.runtime.on_trainer_event(Contribution(**values))
+        self.runtime.trainer.on_event(Contribution(**values))
         async with asyncio.timeout(ROUND_S):
             await self.applied.wait()
         members = [m for m in self.record.body.members if m.weight]

@@ -52,12 +52,11 @@ from _netns import Net, parse_link
 from e2e.harness import Node
 
 from tapestry.dht.identity import Identity
-from tapestry.node.disk.store import Store
+from tapestry.node.disk.held import open_run
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import WorkerSettings
-from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
 from tapestry.node.trainer.data.corpus import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
@@ -383,16 +382,10 @@ def make_judge(spec: RunSpec, cache: Path) -> tuple[InnerLoop, np.ndarray]:
 
 def states(spec: RunSpec, home: Path) -> Iterator[torch.Tensor]:
     """The parameters after every epoch, replayed from the update log."""
-    store = Store(Home(home), NodeCrypto(Identity.load(Home(home).identity_key)))
-    loaded = store.load()
-    genesis = loaded.genesis
-    assert genesis is not None
-    params = initial_state(spec.model, spec.data.sequence_length)
-    arithmetic = Arithmetic.of(spec, params.numel())
-    state = ModelState(params, genesis.schema, arithmetic, 0, genesis.run_id)
-    for record in loaded.records:
-        body = record.body
-        state.apply(store.read_update(body.epoch, record.head, body.result), body.epoch, record.head)
+    run = open_run(Home(home), NodeCrypto(Identity.load(Home(home).identity_key)))
+    assert run is not None
+    state = run.state(initial_state(spec.model, spec.data.sequence_length))
+    for _ in run.replay(state):
         yield state.params
 
 

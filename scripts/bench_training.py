@@ -384,29 +384,24 @@ def commits(home: Path) -> list[tuple[float, int]]:
 def tapestry_curve(system: str, plan: Plan, spec: RunSpec, home: Path) -> Curve:
     """Replay the update log from the initial parameters: the state of every epoch, to the bit."""
     from tapestry.dht.identity import Identity
-    from tapestry.node.disk.store import Store
+    from tapestry.node.disk.held import open_run
     from tapestry.node.home import Home
     from tapestry.node.lineage.crypto import NodeCrypto
-    from tapestry.node.state.model import Arithmetic, ModelState
 
-    store = Store(Home(home), NodeCrypto(Identity.load(Home(home).identity_key)))
-    loaded = store.load()
-    genesis = loaded.genesis
-    assert genesis is not None
+    run = open_run(Home(home), NodeCrypto(Identity.load(Home(home).identity_key)))
+    assert run is not None
     params = initial_state(dataclasses.replace(spec.model, seed=plan.seed), spec.data.sequence_length)
-    arithmetic = Arithmetic.of(spec, params.numel())
-    state = ModelState(params, genesis.schema, arithmetic, 0, genesis.run_id)
-    assert state.digest() == genesis.state_digest, "the run did not begin with the common parameters"
+    state = run.state(params)
+    assert state.digest() == run.chain.genesis.state_digest, (
+        "the run did not begin with the common parameters"
+    )
     told = commits(home)
     per_epoch = statistics.median(b[0] - a[0] for a, b in pairwise(told))
     curve = Curve(system, notes={"origin": told[0][0] - per_epoch, "commits": [at for at, _ in told]})
     keep = Keep(curve, plan)
     keep(0.0, 0, 0, params)
     tokens = 0
-    for record, (at, weight) in zip(loaded.records, told, strict=False):
-        epoch = record.body.epoch
-        payloads = store.read_update(epoch, record.head, record.body.result)
-        state.apply(payloads, epoch, record.head)
+    for (at, weight), epoch in zip(told, run.replay(state), strict=False):
         tokens += weight
         keep(at - curve.notes["origin"], tokens, epoch, params)
     return curve

@@ -43,19 +43,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psutil
-import torch
 from _netns import Net, NetError
 from _run import exit_by_signal, work_folder
 from e2e.harness import Node, init
 
 from tapestry.dht.identity import Identity
-from tapestry.node.disk.checkpoints import Checkpoints, restore
+from tapestry.node.disk.held import HeldRun, open_run
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Chain
-from tapestry.node.spec.run import RunSpec
-from tapestry.node.state.model import Arithmetic, ModelState
 
 POLL_S = 0.05
 START_S = 240.0  # for all at once, on a busy machine
@@ -237,15 +234,13 @@ class Chaos:
     def prove(self) -> None:
         """Chains whole, digests single, and the oldest checkpoint plus updates is the newest state."""
         for node in self.nodes:
-            home = Home(node.home)
-            store = Store(home, crypto_of(node))
-            loaded = store.load()
-            assert loaded.genesis is not None
-            chain = Chain(loaded.genesis)
-            for record in loaded.records:
+            run = open_run(Home(node.home), crypto_of(node))
+            assert run is not None
+            chain = Chain(run.chain.genesis)
+            for record in run.chain.records:
                 chain.check(record, crypto_of(node))
                 chain.append(record)
-            self._replay(home, store, chain)
+            self._replay(node.home.name, run)
         # What an island forced may have been dropped since: the logs still have it.
         forced = {r.body.epoch for r in chain.records if r.body.forced}
         forced |= {int(e) for n in self.nodes for e in FORCED.findall(n.log.read_text(errors="replace"))}
@@ -257,23 +252,16 @@ class Chaos:
         counts = f"epochs={chain.epoch} forced={self.forced} seen_apart={self.apart}"
         self.say(f"proved nodes={len(self.nodes)} {counts}")
 
-    def _replay(self, home: Home, store: Store, chain: Chain) -> None:
-        spec = RunSpec.from_canonical(chain.genesis.spec.encode())
-        n = chain.genesis.params
-        checkpoints = Checkpoints(home.checkpoints, chain.genesis.run_id, spec.limits.checkpoints_kept)
-        checkpoints.load()
+    def _replay(self, name: str, run: HeldRun) -> None:
         digests = []
-        for epoch in (min(c.epoch for c in checkpoints.list()), chain.epoch):
-            state = ModelState(
-                torch.zeros(n), chain.genesis.schema, Arithmetic.of(spec, n), 0, chain.genesis.run_id
-            )
-            assert checkpoints.load_newest(chain, epoch, state) is not None
-            for record in chain.records[state.epoch :]:
-                payloads = store.read_update(record.body.epoch, record.head, record.body.result)
-                state.apply(payloads, record.body.epoch, record.head)
+        for epoch in (min(c.epoch for c in run.checkpoints.list()), run.chain.epoch):
+            state = run.state()
+            assert run.checkpoints.load_newest(run.chain, epoch, state) is not None
+            for _ in run.replay(state):
+                pass
             digests.append(state.digest())
-        assert digests[0] == digests[1], f"{home.path.name}: replay gives another state"
-        assert restore(chain, chain.epoch, store, checkpoints, state) is not None
+        assert digests[0] == digests[1], f"{name}: replay gives another state"
+        assert run.restore(state, run.chain.epoch) is not None
 
     # --- faults: each returns how to undo it, if it is to be undone ------------------------------
 

@@ -1,14 +1,30 @@
-"""What a node tells of its own training and rounds: kept beside the core, for status and metrics."""
+"""What a node tells people of its training and rounds: log lines, the live line, metrics, and /status.
+
+Kept beside the core, from what core and trainer report. Nothing here decides anything.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from tapestry.node.net.repeats import Repeats
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.status import WORKING, Shown
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
+
+REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
+
+_log = logging.getLogger("tapestry.node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +84,134 @@ class PhaseClock:
         self._since = 0.0
         self._ready_at: float | None = None
 
-    def stage(self, stage: Stage, now: float) -> bool:
-        """Whether it is another than before."""
+    def stage(self, stage: Stage, now: float) -> None:
         if stage == self._stage:
-            return False
+            return
         if self._stage != Stage.AWAY:
             self._metrics.round_phase_ended(self._stage.name.lower(), now - self._since)
         if stage >= Stage.READY and self._ready_at is None:
             self._ready_at = now
         self._stage, self._since = stage, now
-        return True
 
-    def train(self, now: float) -> None:
+    def train(self) -> None:
         self._ready_at = None
 
     def round_ended(self, now: float) -> float | None:
         """Seconds from having a contribution to the end: what averaging cost. None if there was none."""
         ready_at, self._ready_at = self._ready_at, None
         return None if ready_at is None else now - ready_at
+
+
+class Reporter:
+    """Everything that people are told, from one place."""
+
+    def __init__(self, metrics: Metrics, live: LiveLine) -> None:
+        self.metrics = metrics
+        self.live = live
+        self.training = TrainingView()
+        self.clock = PhaseClock(metrics)
+        self.leaving = False  # rounds that end from now on are no news
+        self._dropped = Dropped(0, 0)
+        self._refusals = Repeats(REFUSAL_LOG_S)
+        self._epoch = -2
+        self._phase = ""
+        self._health = ""
+        self._peers_up = 0
+
+    def show(self, core: Snapshot, addresses: tuple[str, ...]) -> Shown:
+        """What /status shows."""
+        training, dropped = self.training, self._dropped
+        return Shown(
+            core,
+            training.loss,
+            training.val_loss,
+            training.tokens_total,
+            training.tokens_per_second,
+            dropped.records,
+            dropped.weight,
+            addresses,
+        )
+
+    # --- of the trainer ------------------------------------------------------------------------
+
+    def on_event(self, event: Event, now: float) -> None:
+        """A report of the trainer."""
+        self.training.on_event(event, now)
+        if isinstance(event, tm.Contribution):
+            self.metrics.set_contribution_weight(event.weight)
+            self.metrics.trainer_waited(event.waited_s)
+        elif isinstance(event, tm.Progress):
+            self.metrics.trained(*self.training.take_progress(), event.loss)
+            self.live.show(
+                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._phase}"
+            )
+        elif isinstance(event, tm.Validation):
+            self.metrics.set_validation_loss(event.loss)
+            _log.info("epoch=%d validation_loss=%.4f", event.epoch, event.loss)
+
+    # --- of the core ---------------------------------------------------------------------------
+
+    def moved(self, out: ev.Moved, now: float, look: Callable[[], Snapshot]) -> None:
+        """Metrics and log follow what the node is doing."""
+        self.clock.stage(out.stage, now)
+        if out.epoch != self._epoch:
+            self._epoch = out.epoch
+            self.metrics.set_epoch(max(out.epoch, 0))
+        self._phase = out.phase
+        health = "working" if out.phase in WORKING else out.phase
+        if health == "degraded":
+            self.training.tokens_per_second = 0.0
+        if health == self._health:
+            return
+        self._health = health
+        if health != "stopping":  # the daemon says that
+            reason = "at the head" if health == "working" else look().reason
+            _log.info("phase=%s epoch=%d %s", out.phase, max(out.epoch, 0), reason)
+            self.live.show(f"{out.phase}: {reason}")
+
+    def round_ended(self, out: ev.EndRound, now: float) -> None:
+        self.metrics.round_ended(out.outcome, self.clock.round_ended(now))
+        if out.outcome != "committed" and not self.leaving:
+            _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
+
+    def committed(self, record: Record) -> None:
+        """A record that is on disk now."""
+        body, training = record.body, self.training
+        weight = sum(m.weight for m in body.members)
+        contributors = sum(m.weight > 0 for m in body.members)
+        text = f"committed epoch={body.epoch} head={record.head[:12]}"
+        text += f" contributions={contributors} weight={weight}"
+        if math.isfinite(training.loss):
+            text += f" loss={training.loss:.4f} tokens_per_second={training.tokens_per_second:.0f}"
+        if record.ballot:
+            text += f" ballot={record.ballot}"
+        _log.info("%s%s", text, " forced=true" if body.forced else "")
+
+    def dropped(self, records: int, weight: int) -> None:
+        """A fork was left for a better chain."""
+        self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
+        self.metrics.dropped(records, weight)
+
+    def note(self, text: str) -> None:
+        _log.info("%s", text)
+
+    # --- of peers ------------------------------------------------------------------------------
+
+    def refused(self, peer: str, reason: str, text: str) -> None:
+        """Something of `peer` was refused."""
+        self.log_refusal(peer, reason, text)
+        self.metrics.refused(reason)
+
+    def log_refusal(self, peer: str, reason: str, text: str) -> None:
+        """All are counted, but a peer must not fill the disk with what it did, nor all together."""
+        if self._refusals.may_tell(reason if reason == "peers_max" else (peer, reason), time.monotonic()):
+            _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+
+    def count_peers(self, core: Snapshot) -> None:
+        counts: dict[str, int] = {}
+        for peer in core.peers:
+            if peer.phase:
+                counts[peer.phase] = counts.get(peer.phase, 0) + 1
+        self._peers_up = len(core.peers)
+        self.metrics.set_peers(counts)

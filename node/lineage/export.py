@@ -16,16 +16,12 @@ from pathlib import Path
 import torch
 
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.node.disk.checkpoints import Checkpoints, restore
-from tapestry.node.disk.store import Store
+from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.huggingface import ExportError, export_model
-from tapestry.node.protocol.chain import Chain
-from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import LlamaSpec
-from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.trainer.models.llama import build_model, model_layout
 
 
@@ -38,23 +34,16 @@ def export_home(home: Home, out: Path, epoch: int | None) -> None:
     except IdentityError as error:
         raise UserError(str(error)) from error
     with _snapshot(home) as copy:
-        store = Store(copy, NodeCrypto(identity))
-        loaded = store.load()
-        genesis = loaded.genesis
-        assert genesis is not None
-        chain = Chain(genesis, loaded.records)
+        run = open_run(copy, NodeCrypto(identity))
+        assert run is not None
+        chain, spec, genesis = run.chain, run.spec, run.chain.genesis
         wanted = chain.epoch if epoch is None else epoch
         if wanted > chain.epoch:
             raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
-        spec = RunSpec.from_canonical(genesis.spec.encode())
         assert isinstance(spec.model, LlamaSpec)
         layout = model_layout(build_model(spec.model, spec.data.sequence_length))
-        state = ModelState(
-            torch.zeros(layout.n), layout.schema_hash, Arithmetic.of(spec, layout.n), 0, genesis.run_id
-        )
-        checkpoints = Checkpoints(copy.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
-        checkpoints.load()
-        restored = restore(chain, wanted, store, checkpoints, state)
+        state = bare_state(spec, torch.zeros(layout.n), layout.schema_hash, genesis.run_id)
+        restored = run.restore(state, wanted)
         if restored is None or (epoch is not None and restored.epoch != epoch):
             reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
             raise UserError(

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from typing_extensions import Buffer
 
@@ -66,40 +67,48 @@ class News:
     phase: str
 
 
+class Resident(Listener, Protocol):
+    """The node that a network carries: it hears what the links tell, and answers these questions."""
+
+    def news(self) -> News:
+        """What presence is to say."""
+        ...
+
+    def handlers(self) -> dict[str, Handler]:
+        """What serves the streams that peers open: protocol -> handler."""
+        ...
+
+    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+        """A payload of a peer, checked, and the digest of a result. Raises Refused."""
+        ...
+
+    def on_record_refused(self, reason: str) -> None:
+        """A presence record in the DHT was refused."""
+        ...
+
+
 class _P2pdDied(Exception):
     pass
 
 
-class Network:
-    """Use: `run(swarm)` in a task; the rest from the same loop. Without a swarm, sending is losing."""
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Who this node is, in which run, and whom it knows."""
 
-    def __init__(
-        self,
-        config: SwarmConfig,
-        identity: Identity,
-        run_id: str,
-        peers: Sequence[PeerAddress],
-        reader: Reader,
-        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
-        listener: Listener,
-        limits: LinkLimits,
-        handlers: dict[str, Handler],  # protocol -> handler
-        known: KnownPeers,
-        news: Callable[[], News],
-        on_refused: Callable[[str], None],
-    ) -> None:
+    swarm: SwarmConfig
+    identity: Identity
+    run_id: str
+    peers: tuple[PeerAddress, ...]  # that the operator gave
+    limits: LinkLimits
+    reader: Reader
+
+
+class Network:
+    """Use: `run(swarm, node)` in a task; the rest from the same loop. Without a swarm, sending is losing."""
+
+    def __init__(self, config: NetworkConfig, known: KnownPeers) -> None:
         self._config = config
-        self._identity = identity
-        self._run_id = run_id
-        self._peers = peers
-        self._reader = reader
-        self._unpack_payload = unpack_payload
-        self._listener = listener
-        self._limits = limits
-        self._handlers = handlers
         self._known = known
-        self._news = news
-        self._on_refused = on_refused
         self._swarm: Swarm | None = None
         self._links: Links | None = None
         self.up = asyncio.Event()  # we serve, and are in the DHT
@@ -109,15 +118,15 @@ class Network:
 
     # --- life ----------------------------------------------------------------------------------
 
-    async def run(self, swarm: Swarm) -> None:
-        """Keep the node in the swarm until cancelled. Raises UserError if p2pd keeps dying."""
+    async def run(self, swarm: Swarm, node: Resident) -> None:
+        """Keep `node` in the swarm until cancelled. Raises UserError if p2pd keeps dying."""
         deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
-        config = self._config
+        config = self._config.swarm
         if not config.announce:  # announced addresses are not ours to bind
             config = replace(config, listen=with_ports(config.listen, without_peer(await swarm.addresses())))
         while True:
             try:
-                await self._serve(swarm)
+                await self._serve(swarm, node)
             except* (_P2pdDied, SwarmError) as group:
                 reason = str(group.exceptions[0])
             finally:
@@ -132,14 +141,14 @@ class Network:
                     hint="look for what kills it: memory limits, a security policy",
                 )
             deaths.append(now)
-            swarm = await self._restart(config)
+            swarm = await self._restart(config, node)
 
-    async def _restart(self, config: SwarmConfig) -> Swarm:
+    async def _restart(self, config: SwarmConfig, node: Resident) -> Swarm:
         """What killed p2pd, for instance want of memory, may keep it from starting too: for a while."""
         pause_s = 1.0
         while True:
             try:
-                swarm = await Swarm.start(config, on_refused=self._on_refused)
+                swarm = await Swarm.start(config, on_refused=node.on_record_refused)
             except (SwarmError, OSError) as error:
                 _log.error("p2pd=not_restarted reason=%r next=again in_s=%g", str(error), pause_s)
                 await asyncio.sleep(pause_s)
@@ -148,34 +157,33 @@ class Network:
                 _log.warning("p2pd=restarted")
                 return swarm
 
-    async def _serve(self, swarm: Swarm) -> None:
+    async def _serve(self, swarm: Swarm, node: Resident) -> None:
+        config = self._config
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_watch(swarm))
-            for protocol, handler in self._handlers.items():
+            for protocol, handler in node.handlers().items():
                 await swarm.serve(protocol, handler)
             self.addresses = await _addresses_of(swarm)
             self._swarm = swarm
-            self._links = Links(
-                swarm, self._run_id, self._reader, self._unpack_payload, self._listener, self._limits
-            )
+            self._links = Links(swarm, config.run_id, config.reader, node.unpack, node, config.limits)
             tasks.create_task(self._links.run())
             await asyncio.sleep(0)  # they run
             self._want_known(self._links)  # before the DHT, which takes its time
             exchange = PeerExchange(
                 swarm,
                 self._links,
-                self._run_id,
+                config.run_id,
                 lambda: self.addresses,
                 self._known,
-                self._listener,
-                self._limits.throttles,
+                node,
+                config.limits.throttles,
             )
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
-            await swarm.join_dht(self._run_id, self._peers)
+            await swarm.join_dht(config.run_id, config.peers)
             self.up.set()
             tasks.create_task(self._probe(swarm))
-            tasks.create_task(self._publish_presence(swarm))
+            tasks.create_task(self._publish_presence(swarm, node))
             tasks.create_task(self._look_for_peers(swarm, self._links))
             tasks.create_task(self._meet_peers(swarm, self._links))
 
@@ -231,11 +239,11 @@ class Network:
 
     # --- presence ------------------------------------------------------------------------------
 
-    async def _publish_presence(self, swarm: Swarm) -> None:
+    async def _publish_presence(self, swarm: Swarm, node: Resident) -> None:
         while True:
             self._moved.clear()
             try:
-                await self._publish(swarm)
+                await self._publish(swarm, node.news())
             except (SwarmError, PresenceError) as error:
                 _log.warning("presence=not_published reason=%r", str(error))
             await asyncio.sleep(PRESENCE_MIN_S)
@@ -243,30 +251,30 @@ class Network:
                 async with asyncio.timeout(PRESENCE_REFRESH_S):
                     await self._moved.wait()
 
-    async def _publish(self, swarm: Swarm, phase: str | None = None) -> None:
-        news, now = self._news(), time.time()
+    async def _publish(self, swarm: Swarm, news: News) -> None:
+        now = time.time()
         self._expires_at = next_expiry(now, self._expires_at)
         presence = Presence(
-            run_id=self._run_id,
+            run_id=self._config.run_id,
             peer_id=swarm.peer_id,
             epoch=news.epoch,
             head=news.head,
-            phase=phase or news.phase,
+            phase=news.phase,
             addresses=self.addresses[:ADDRESSES_MAX],
             issued_at=now,
             expires_at=self._expires_at,
         )
-        await swarm.publish(encode(presence, self._identity.sign), presence.expires_at)
+        await swarm.publish(encode(presence, self._config.identity.sign), presence.expires_at)
 
-    async def withdraw(self) -> None:
+    async def withdraw(self, news: News) -> None:
         """Say in the DHT that we are stopping."""
         if self._swarm is not None:
             with contextlib.suppress(SwarmError, PresenceError, TimeoutError):
                 async with asyncio.timeout(2.0):
-                    await self._publish(self._swarm, phase="stopping")
+                    await self._publish(self._swarm, replace(news, phase="stopping"))
 
     def _want_known(self, links: Links) -> None:
-        for peer in self._peers:
+        for peer in self._config.peers:
             links.keep(peer.peer_id, peer.maddr)
         for peer_id, addresses in list(self._known.addresses.items())[:KNOWN_AT_START]:
             links.want(peer_id, addresses, hint=True)

@@ -17,14 +17,12 @@ from tapestry.node.net.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network
 ID = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
 LOOPBACK, PUBLIC = f"/ip4/127.0.0.1/tcp/4001/p2p/{ID}", f"/ip4/203.0.113.7/tcp/4001/p2p/{ID}"
 
+RESIDENT: Any = SimpleNamespace(on_record_refused=lambda reason: None)
+
 
 def bare() -> Network:
     """Only what is tested here."""
-    node = Network(
-        SwarmConfig("nowhere"),
-        *([None] * 10),  # type: ignore[arg-type]
-        on_refused=lambda reason: None,
-    )
+    node = Network(None, None)  # type: ignore[arg-type]
     node.addresses = (LOOPBACK,)
     return node
 
@@ -65,7 +63,7 @@ def test_a_p2pd_that_cannot_be_started_at_once_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(Swarm, "start", start)
     monkeypatch.setattr(network.asyncio, "sleep", sleep)
-    assert asyncio.run(bare()._restart(SwarmConfig("nowhere"))) == "a swarm"
+    assert asyncio.run(bare()._restart(SwarmConfig("nowhere"), RESIDENT)) == "a swarm"
     assert len(tries) == 3 and slept == [1.0, 0.001]
 
 
@@ -114,7 +112,7 @@ def test_the_given_are_dialled_first():
         want=lambda peer, addresses, hint: calls.append(("want", peer)),
     )
     node = bare()
-    node._peers = [SimpleNamespace(peer_id="given", maddr="/given")]  # type: ignore[list-item]
+    node._config = SimpleNamespace(peers=(SimpleNamespace(peer_id="given", maddr="/given"),))  # type: ignore[assignment]
     node._known = SimpleNamespace(addresses={f"p{i}": () for i in range(100)})  # type: ignore[assignment]
     node._want_known(links)  # type: ignore[arg-type]
     assert calls[0] == ("keep", "given") and len(calls) == 1 + network.KNOWN_AT_START

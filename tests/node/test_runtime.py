@@ -1,4 +1,4 @@
-"""The loop around the core: what breaks ends the node, what must not does not, and stopping is quick."""
+"""The loop around the core and its desks: what breaks ends the node, and what must not does not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import asyncio
 import logging
 import math
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node.daemon import runtime as runtime_module
+from tapestry.node.daemon import network_desk
 from tapestry.node.daemon.runtime import Runtime
-from tapestry.node.daemon.views import TrainingView
+from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.transfer import DonorFailed
 from tapestry.node.net.wire import RemoteProtocolError
@@ -89,12 +88,78 @@ class FakeKeeper:
         await asyncio.get_running_loop().create_future()
 
 
+class FakeAveraging:
+    """Copies when it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.refuses = False
+
+    def take(self, buffer: bytes) -> tuple[bytes, ...]:
+        self.go.wait(5)
+        if self.refuses:
+            raise RefusedPayload("not_finite", "x")
+        return tuple(bytes(buffer[shard : shard + 1]) for shard in range(3))
+
+    def frame(self, shard: int, payload: bytes) -> bytes:
+        return payload
+
+
+class FakeTrainer:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.contribution = bytearray(b"abc")
+        self.begun: list[tuple[object, ...]] = []
+        self.told: list[tuple[str, int]] = []
+
+    def begin(self, *args: object) -> None:
+        self.begun.append(args)
+
+    def evaluate(self, epoch: int) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def save(self, epoch: int) -> None:
+        self.told.append(("save", epoch))
+
+    def settle(self, generation: int) -> None:
+        self.told.append(("settle", generation))
+
+    def go_on(self, epoch: int) -> None:
+        self.told.append(("go on", epoch))
+
+
+class FakeNetwork:
+    def __init__(self) -> None:
+        self.addresses = ("/ip4/127.0.0.1/tcp/1",)
+        self.sent: list[tuple[str, int, bytes]] = []
+
+    def send_bulk(self, peer: str, message: Any, kind: str, payload: bytes) -> None:
+        self.sent.append((kind, message.shard, payload))
+
+    def drop_bulk(self) -> None: ...
+
+
 class Bench:
+    """A runtime among fakes."""
+
     def __init__(self) -> None:
         self.core, self.keeper = FakeCore(), FakeKeeper()
+        self.averaging, self.trainer, self.network = FakeAveraging(), FakeTrainer(), FakeNetwork()
         self.metrics = Metrics("0")
-        fakes: Any = (self.core, self.keeper, SimpleNamespace())
-        self.runtime = Runtime(*fakes, self.metrics, LiveLine(None, enabled=False), None)  # type: ignore[arg-type]
+        fakes: Any = (self.core, self.keeper, self.averaging, self.trainer, self.network)
+        self.runtime = Runtime(*fakes, Reporter(self.metrics, LiveLine(None, enabled=False)), None)  # type: ignore[arg-type]
+
+    def says(self, *outputs: ev.Output) -> None:
+        """The core answers its next input with these."""
+        self.core.says = list(outputs)
+        self.runtime.feed(ev.Tick())
+
+    def contributed(self) -> list[ev.Contributed]:
+        """What the core has heard of contributions."""
+        return [inp for inp in self.core.heard if isinstance(inp, ev.Contributed)]
 
     async def __aenter__(self) -> Bench:
         self.task = asyncio.create_task(self.runtime.run())
@@ -127,7 +192,7 @@ def test_a_core_that_breaks_off_ends_the_node_whoever_called_it(by):
             if by == "the timer":
                 asyncio.get_running_loop().call_soon(bench.runtime.feed, ev.Tick())
             else:
-                bench.runtime.on_up(PEER)  # swallowed by whoever serves the stream
+                bench.runtime.network.on_up(PEER)  # swallowed by whoever serves the stream
             await asyncio.wait([bench.task])
             with pytest.raises(ExceptionGroup) as ended:
                 bench.task.result()
@@ -139,8 +204,7 @@ def test_a_core_that_breaks_off_ends_the_node_whoever_called_it(by):
 def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
     async def main() -> None:
         async with Bench() as bench:
-            bench.core.says = [ev.FetchState(PEER, 2)]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.FetchState(PEER, 2))
             await bench.keeper.fetching.wait()
             async with asyncio.timeout(1):
                 await bench.runtime.leave()
@@ -152,49 +216,6 @@ def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
 CONTRIBUTION = tm.Contribution(3, 1, 8, 1.0, 2.0, 8, 1, 0.0)
 
 
-def test_a_contribution_names_the_base_that_it_was_made_from():
-    async def main() -> None:
-        async with Bench() as bench:
-            bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
-            begun: list[tuple[object, ...]] = []
-            bench.runtime.trainer = SimpleNamespace(  # type: ignore[assignment]
-                contribution=None, begin=lambda *args: begun.append(args), evaluate=lambda epoch: None
-            )
-            bench.core.says = [ev.Train(3, "head 3", "head 2")]
-            bench.runtime.feed(ev.Tick())
-            await until(lambda: begun)
-            async with bench.runtime._buffer_lock:
-                bench.runtime.on_trainer_event(CONTRIBUTION)
-                await turns()
-                bench.core.says = [ev.Train(3, "on another fork", "")]  # while the first is copied
-                bench.runtime.feed(ev.Tick())
-                await turns()
-            await until(lambda: len(begun) == 2)
-            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            assert (contributed.epoch, contributed.base) == (3, "head 3")
-
-    run(main)
-
-    run(main)
-
-
-class FakeAveraging:
-    """Copies when it is let go."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-        self.refuses = False
-
-    def take(self, buffer: bytearray) -> tuple[bytes, ...]:
-        self.go.wait(5)
-        if self.refuses:
-            raise RefusedPayload("not_finite", "x")
-        return tuple(bytes(buffer[shard : shard + 1]) for shard in range(3))
-
-    def frame(self, shard: int, payload: bytes) -> bytes:
-        return payload
-
-
 async def until(condition: Any) -> None:
     for _ in range(5000):
         if condition():
@@ -202,27 +223,35 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.001)
 
 
+def test_a_contribution_names_the_base_that_it_was_made_from():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.averaging.go.clear()
+            bench.says(ev.Train(3, "head 3", "head 2"))
+            await until(lambda: bench.trainer.begun)
+            bench.runtime.trainer.on_event(CONTRIBUTION)
+            await turns()
+            bench.says(ev.Train(3, "on another fork", ""))  # while it is copied
+            await turns()
+            bench.averaging.go.set()
+            await until(lambda: len(bench.trainer.begun) == 2)
+            assert [(c.epoch, c.base) for c in bench.contributed()] == [(3, "head 3")]
+
+    run(main)
+
+
 def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
     async def main() -> None:
         async with Bench() as bench:
-            fake, begun = FakeAveraging(), []
-            bench.runtime.averaging = fake  # type: ignore[assignment]
-            trainer = SimpleNamespace(
-                contribution=bytearray(b"abc"),
-                begin=lambda *args: begun.append(args),
-                evaluate=lambda e: None,
-            )
-            bench.runtime.trainer = trainer  # type: ignore[assignment]
-            bench.runtime.on_trainer_event(CONTRIBUTION)
+            bench.averaging.go.clear()
+            bench.runtime.trainer.on_event(CONTRIBUTION)
             await turns()
-            bench.core.says = [ev.Train(4, "", "")]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.Train(4, "", ""))
             await turns()
-            assert not begun and not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
-            fake.go.set()
-            await until(lambda: begun)
-            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
-            assert contributed.blobs == (b"a", b"b", b"c")
+            assert not bench.trainer.begun and not bench.contributed()
+            bench.averaging.go.set()
+            await until(lambda: bench.trainer.begun)
+            assert [c.blobs for c in bench.contributed()] == [(b"a", b"b", b"c")]
 
     run(main)
 
@@ -230,15 +259,9 @@ def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
 def test_the_shards_that_are_sent_are_those_that_were_taken():
     async def main() -> None:
         async with Bench() as bench:
-            sent: list[tuple[str, int, bytes]] = []
-            bench.runtime.averaging = FakeAveraging()  # type: ignore[assignment]
-            bench.runtime.network = SimpleNamespace(  # type: ignore[assignment]
-                send_bulk=lambda peer, message, kind, payload: sent.append((kind, message.shard, payload))
-            )
-            bench.core.says = [ev.SendShard(PEER, 3, "ab" * 16, 1, b"b")]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.SendShard(PEER, 3, "ab" * 16, 1, b"b"))
             await turns()
-            assert sent == [("contribution", 1, b"b")]
+            assert bench.network.sent == [("contribution", 1, b"b")]
 
     run(main)
 
@@ -246,15 +269,12 @@ def test_the_shards_that_are_sent_are_those_that_were_taken():
 def test_a_contribution_that_is_refused_is_never_announced():
     async def main() -> None:
         async with Bench() as bench:
-            fake = FakeAveraging()
-            fake.refuses = True
-            fake.go.set()
-            bench.runtime.averaging = fake  # type: ignore[assignment]
-            bench.runtime.trainer = SimpleNamespace(contribution=b"")  # type: ignore[assignment]
-            await bench.runtime._take(CONTRIBUTION, "")
-            assert not any(isinstance(inp, ev.Contributed) for inp in bench.core.heard)
-            (state,) = (inp for inp in bench.core.heard if isinstance(inp, ev.TrainerState))
-            assert not state.up and "refused" in state.reason
+            bench.averaging.refuses = True
+            bench.runtime.trainer.on_event(CONTRIBUTION)
+            await until(lambda: isinstance(bench.core.heard[-1], ev.TrainerState))
+            state = bench.core.heard[-1]
+            assert not bench.contributed()
+            assert isinstance(state, ev.TrainerState) and not state.up and "refused" in state.reason
             assert b'tapestry_refused_total{reason="not_finite"} 1.0' in bench.metrics.render()
 
     run(main)
@@ -264,16 +284,13 @@ def test_a_contribution_that_is_refused_is_never_announced():
 def test_the_trainer_is_told_whether_its_contribution_counted(named, settled):
     async def main() -> None:
         async with Bench() as bench:
-            told: list[int] = []
-            bench.runtime.averaging = SimpleNamespace(take=lambda buffer: ())  # type: ignore[assignment]
-            bench.runtime.trainer = SimpleNamespace(contribution=b"", settle=told.append)  # type: ignore[assignment]
-            await bench.runtime._take(CONTRIBUTION, "")
-            (contributed,) = (inp for inp in bench.core.heard if isinstance(inp, ev.Contributed))
+            bench.runtime.trainer.on_event(CONTRIBUTION)
+            await until(bench.contributed)
+            (contributed,) = bench.contributed()
             names = {"ours": contributed.contribution, "another of ours": "ab" * 16, "none": ""}
-            bench.core.says = [ev.EndRound(3, "committed", names[named])]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.EndRound(3, "committed", names[named]))
             await turns()
-            assert told == settled
+            assert bench.trainer.told == [("settle", generation) for generation in settled]
 
     run(main)
 
@@ -281,14 +298,9 @@ def test_the_trainer_is_told_whether_its_contribution_counted(named, settled):
 def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
     async def main() -> None:
         async with Bench() as bench:
-            begun: list[tuple[object, ...]] = []
-            bench.runtime.trainer = SimpleNamespace(  # type: ignore[assignment]
-                begin=lambda *args: begun.append(args), evaluate=lambda epoch: None
-            )
-            bench.core.says = [ev.Train(0, "head 0", ""), ev.Train(7, "head 7", "head 6")]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.Train(0, "head 0", ""), ev.Train(7, "head 7", "head 6"))
             await turns()
-            assert begun == [(0, "head 0", ""), (7, "head 7", "head 6")]
+            assert bench.trainer.begun == [(0, "head 0", ""), (7, "head 7", "head 6")]
 
     run(main)
 
@@ -296,14 +308,15 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
 def test_the_trainer_goes_on_when_an_exchange_begins():
     async def main() -> None:
         async with Bench() as bench:
-            told: list[int] = []
-            bench.runtime.trainer = SimpleNamespace(go_on=told.append)  # type: ignore[assignment]
-            bench.core.says = [ev.ExchangeBegan(3), ev.ExchangeBegan(3)]
-            bench.runtime.feed(ev.Tick())
+            bench.says(ev.ExchangeBegan(3), ev.ExchangeBegan(3))
             await turns()
-            assert told == [3, 3]
+            assert bench.trainer.told == [("go on", 3), ("go on", 3)]
 
     run(main)
+
+
+def test_every_output_has_a_desk():
+    assert set(Bench().runtime._execute) == set(ev.Output.__args__)
 
 
 def test_steps_taken_ahead_of_a_round_are_counted_once_each():
@@ -320,16 +333,16 @@ def test_one_peer_cannot_take_all_that_a_donor_serves():
     async def main() -> None:
         async with Bench() as bench:
             streams: Any = (None, None)
-            serve = bench.runtime.serve_state
+            serve = bench.runtime.network.serve_state
             mine = [asyncio.create_task(serve(PEER, *streams)) for _ in range(100)]
             other = asyncio.create_task(serve(OTHER, *streams))
             await turns()
             _, state = bench.keeper.donors
-            assert state.serving == runtime_module.STATE_STREAMS_MAX + 1 and not other.done()
+            assert state.serving == network_desk.STATE_STREAMS_MAX + 1 and not other.done()
             for task in (*mine, other):
                 task.cancel()
             await asyncio.wait([*mine, other])
-            assert not bench.runtime._state_door._streams
+            assert not bench.runtime.network._state_door.open
 
     run(main)
 
@@ -339,8 +352,8 @@ def test_a_joiner_learns_the_genesis_while_all_that_give_state_are_busy():
         async with Bench() as bench:
             streams: Any = (None, None)
             tasks = [
-                asyncio.create_task(bench.runtime.serve_state(PEER, *streams)),
-                asyncio.create_task(bench.runtime.serve_genesis(OTHER, *streams)),
+                asyncio.create_task(bench.runtime.network.serve_state(PEER, *streams)),
+                asyncio.create_task(bench.runtime.network.serve_genesis(OTHER, *streams)),
             ]
             await turns()
             assert [donor.serving for donor in bench.keeper.donors] == [1, 1]
@@ -353,10 +366,10 @@ def test_a_joiner_learns_the_genesis_while_all_that_give_state_are_busy():
 
 def test_who_holds_a_genesis_stream_open_is_shown_out(monkeypatch):
     async def main() -> None:
-        monkeypatch.setattr(runtime_module, "GENESIS_STREAM_S", 0.01)
+        monkeypatch.setattr(network_desk, "GENESIS_STREAM_S", 0.01)
         async with Bench() as bench:
             streams: Any = (None, None)
-            await bench.runtime.serve_genesis(PEER, *streams)
+            await bench.runtime.network.serve_genesis(PEER, *streams)
             assert bench.keeper.donors[0].serving == 0
 
     run(main)
@@ -369,8 +382,8 @@ def test_refusals_are_all_counted_and_told_once(monkeypatch):
     async def main() -> None:
         bench = Bench()
         for _ in range(1000):
-            bench.runtime.on_refused(PEER, "malformed", "x")
-        bench.runtime.on_refused(PEER, "oversized", "x")
+            bench.runtime.network.on_refused(PEER, "malformed", "x")
+        bench.runtime.network.on_refused(PEER, "oversized", "x")
         assert b'tapestry_refused_total{reason="malformed"} 1000.0' in bench.metrics.render()
         assert len(told) == 2
 
@@ -386,8 +399,7 @@ def test_a_donor_that_lies_or_fails_is_named_and_the_node_goes_on():
                     raise error
 
                 bench.keeper.fetch_state = fetch  # type: ignore[method-assign]
-                bench.core.says = [ev.FetchState(PEER, 2)]
-                bench.runtime.feed(ev.Tick())
+                bench.says(ev.FetchState(PEER, 2))
                 failed = ev.FetchFailed(PEER, "", error.reason)
                 await until(lambda failed=failed: bench.core.heard[-1] == failed)
                 assert bench.core.heard[-1] == failed

@@ -1,4 +1,4 @@
-"""What the core says of itself without being looked into: the snapshot, and outputs that the shell acts upon."""
+"""What the core says without being looked into: its snapshot, and the outputs that the shell acts upon."""
 
 from __future__ import annotations
 

@@ -1,0 +1,215 @@
+"""The one place where a node is put together: from what it brings and what its run agreed on, to a Node.
+
+    Own (home, identity, peers...) + the run's spec and genesis -> open_state -> Keeper -> assemble -> Node
+
+    Own (home, identity, peers...) + spec and genesis of the run -> open_state -> Keeper -> assemble -> Node
+that is not the run's, a roster that is too long for a message) is refused here, before anything is started.
+A home that is only read needs none of this: see disk/held.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from tapestry.dht.addresses import PeerAddress
+from tapestry.dht.identity import Identity
+from tapestry.dht.p2pd import SwarmConfig
+from tapestry.dht.swarm import Swarm
+from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.daemon.keeper import Keeper, found_run
+from tapestry.node.daemon.runtime import Runtime
+from tapestry.node.daemon.views import Reporter
+from tapestry.node.disk.held import bare_state
+from tapestry.node.disk.store import LoadedStore, Store
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.net.join import Agreed
+from tapestry.node.net.known_peers import KnownPeers
+from tapestry.node.net.links import LinkLimits
+from tapestry.node.net.network import Network, NetworkConfig
+from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.vocabulary import Reader
+from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
+from tapestry.node.protocol.context import Rules
+from tapestry.node.protocol.core import Core
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import RunSpec, training_spec
+from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.state.model import ModelState
+from tapestry.node.trainer.process import TrainerProcess
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a node brings to whatever run it is in."""
+
+    home: Home
+    identity: Identity
+    crypto: Crypto
+    swarm: SwarmConfig
+    peers: tuple[PeerAddress, ...]  # that the operator gave
+    reporter: Reporter
+    throttles: Throttles
+    epochs: int | None = None  # the node ends after so many; None: it does not
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that is put together, and does not run yet."""
+
+    run_id: str
+    keeper: Keeper
+    runtime: Runtime
+    network: Network
+
+    def start(self, swarm: Swarm, tasks: asyncio.TaskGroup) -> tuple[asyncio.Task[None], ...]:
+        """Run it in `tasks`, until they are cancelled. `swarm` is closed when the network ends."""
+        running = tasks.create_task(self.runtime.run())
+        return running, tasks.create_task(self.network.run(swarm, self.runtime.network))
+
+
+async def open_state(
+    own: Own, agreed: Agreed, store: Store, loaded: LoadedStore, trainer: TrainerProcess
+) -> tuple[Keeper, Genesis]:
+    """The keeper of the run's state; for a new run, the initial state and the genesis that names it.
+
+    The parameters are the trainer's shared memory. Raises UserError, OSError.
+    """
+    spec, genesis = agreed.spec, agreed.genesis
+    state = bare_state(spec, trainer.params, trainer.layout.schema_hash)
+    if genesis is None:
+        await trainer.initialise()
+        founder = own.identity.peer_id
+        loaded = await asyncio.to_thread(found_run, spec, founder, state, own.home, store, own.crypto)
+        genesis = loaded.genesis
+        assert genesis is not None
+    elif agreed.from_peer:
+        check_model(genesis, state)
+        await asyncio.to_thread(store.write_genesis, genesis)
+    state.head = genesis.run_id
+    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles), genesis
+
+
+async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProcess) -> Node:
+    """Core, runtime and network around a keeper. Raises UserError, OSError."""
+    restored = await asyncio.to_thread(keeper.restore)
+    state, run_id, peer_id = keeper.state, keeper.run_id, own.identity.peer_id
+    rules = rules_of(spec, run_id, len(state.arithmetic.shards))
+    check_roster(spec, rules.shard_count)
+    core = Core(peer_id, rules, own.crypto, restored, time.monotonic())
+    averaging = Averaging(state.arithmetic.codec, state.n, spec.compression.shard_elements)
+    limits = link_limits(spec, averaging, own.throttles)
+    config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))
+    network = Network(config, KnownPeers(own.home.peers))
+    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, own.epochs)
+    return Node(run_id, keeper, runtime, network)
+
+
+# --- what the spec means for the parts --------------------------------------------------------------
+
+
+def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
+    """What the protocol needs of the spec."""
+    r = spec.round
+    return Rules(
+        run_id=run_id,
+        shard_count=shard_count,
+        straggler_wait_s=r.straggler_wait_s,
+        closing_grace_s=r.closing_grace_s,
+        stall_s=r.stall_s,
+        exchange_max_s=r.exchange_max_s,
+        quorum_loss_s=r.quorum_loss_s,
+        on_quorum_loss=r.on_quorum_loss,
+        min_members=r.min_members,
+        max_influence=r.max_influence,
+        commit_grace_s=r.commit_grace_s,
+        heartbeat_s=min(1.0, r.stall_s / 5),
+        resend_s=min(1.0, r.stall_s / 5),
+        peers_max=spec.limits.max_peers,
+        records_bytes_max=spec.limits.max_control_frame_bytes // 2,
+    )
+
+
+def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> LinkLimits:
+    """What a peer may send, and how long it may be silent."""
+    return LinkLimits(
+        control_bytes_max=spec.limits.max_control_frame_bytes,
+        payload_bytes_max=averaging.frame_bytes_max,
+        peers_max=spec.limits.max_peers,
+        silence_s=3 * spec.round.stall_s,
+        throttles=throttles,
+    )
+
+
+def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSettings:
+    """What the trainer is told, of the run and of this node."""
+    home = config.home
+    return WorkerSettings(
+        training=training_spec(spec),
+        data=config.data,
+        cache_dir=str(home.cache),
+        inner_state_path=str(home.trainer / "inner.safetensors"),
+        node_seed=node_seed(peer_id),
+        codec=spec.compression.codec,
+        shard_elements=spec.compression.shard_elements,
+        residual=spec.compression.residual,
+        device=config.device,
+        threads=config.threads,
+    )
+
+
+def swarm_config(config: NodeConfig) -> SwarmConfig:
+    """How p2pd is started for this node."""
+    loopback = all(address.startswith("/ip4/127.") for address in config.listen)
+    return SwarmConfig(
+        identity_path=config.home.identity_key,
+        listen=config.listen,
+        announce=config.announce,
+        nat_port_map=not loopback,
+    )
+
+
+def node_seed(peer_id: str) -> int:
+    """What makes a node's random windows its own: 63 bits of its peer id's digest."""
+    return int.from_bytes(blake3(peer_id.encode()).digest()[:8], "big") >> 1
+
+
+# --- what must fit together -------------------------------------------------------------------------
+
+
+def check_model(genesis: Genesis, state: ModelState) -> None:
+    """What we build from the spec must be what the founder built. Raises UserError."""
+    if (genesis.schema, genesis.params) != (state.schema, state.n):
+        raise UserError(
+            f"this version builds another model from the run's spec: {state.n} parameters here, "
+            f"{genesis.params} in the run",
+            exit_code=ExitCode.REFUSED,
+            hint="install the versions of tapestry and transformers that the run uses",
+        )
+
+
+def check_roster(spec: RunSpec, shard_count: int) -> None:
+    """A roster names every member, and the reducer of every shard. Raises UserError if it is too long."""
+    roster_bytes = wire_bytes(min(spec.limits.max_peers, MEMBERS_MAX), 0) + 3 * shard_count
+    if roster_bytes > spec.limits.max_control_frame_bytes:
+        raise UserError(
+            f"the model has {shard_count} shards, so a message may have {roster_bytes} bytes, and the run's "
+            f"limits.max_control_frame_bytes is {spec.limits.max_control_frame_bytes}",
+            exit_code=ExitCode.REFUSED,
+            hint="found a run with a larger compression.shard_elements, or with that limit raised",
+        )
+
+
+@contextlib.contextmanager
+def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
+    """What is wrong with the user's files, told as such."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,188 @@
+"""The disk's desk: votes, results, records and states, in the order in which the core says them.
+
+Three kinds of work, kept apart. A write that the core's next word depends on is waited for: nothing is sent
+after a vote before the vote is on disk. The shards of a result are written in a thread of their own: no vote
+waits for their syncs. Jobs on the parameters (apply, go back, fetch, checkpoint) run beside the loop, one
+at a time. A disk that cannot be written ends the node: it must not go on promising.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tapestry.dht.p2pd import SwarmError
+from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.keeper import Keeper, KeeperError
+from tapestry.node.daemon.network_desk import NetworkDesk
+from tapestry.node.daemon.trainer_desk import TrainerDesk
+from tapestry.node.daemon.views import Reporter
+from tapestry.node.net.transfer import DonorFailed, WantedUpdate
+from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.protocol import events as ev
+
+_log = logging.getLogger("tapestry.node")
+
+
+class DiskDesk:
+    """Keeps what must be kept."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        keeper: Keeper,
+        trainer: TrainerDesk,
+        network: NetworkDesk,
+        reporter: Reporter,
+        epochs: int | None,  # `done` is set when the state has come so far; None: never
+    ) -> None:
+        self._loop = loop
+        self._keeper = keeper
+        self._trainer = trainer
+        self._network = network
+        self._reporter = reporter
+        self._epochs = epochs
+        self.done = asyncio.Event()
+        self._leaving = False
+        self._fetching: asyncio.Task[Any] | None = None  # a whole state, from a donor
+        self._state_lock = asyncio.Lock()  # one job on the parameters at a time
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._results = ThreadPoolExecutor(1, thread_name_prefix="result")
+        self.outputs: Outputs = {
+            ev.KeepResult: self.do_keep_result,
+            ev.PersistVote: self.do_persist_vote,
+            ev.PersistResult: self.do_persist_result,
+            ev.AppendRecord: self.do_append_record,
+            ev.SwitchChain: self.do_switch_chain,
+            ev.Apply: self.do_apply,
+            ev.Rollback: self.do_rollback,
+            ev.FetchUpdate: self.do_fetch_update,
+            ev.FetchState: self.do_fetch_state,
+            ev.EndRound: self.do_end_round,
+        }
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        """Keep what must be kept. The trainer is still running."""
+        self._leaving = True
+        if self._fetching is not None:
+            self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
+        async with self._state_lock:
+            epoch = self._loop.snapshot().state_epoch
+            if epoch >= 0:
+                self._trainer.save(epoch)
+            await self._on_disk(self._keeper.checkpoint)
+
+    async def close(self) -> None:
+        """End the threads, when the writes that were begun are done."""
+        self._results.submit(self._keeper.drop_result, False)
+        self._results.shutdown(wait=False)
+        # Not on the loop, which has signals to hear: a second one must find it listening.
+        await asyncio.get_running_loop().run_in_executor(None, self._disk.shutdown)
+
+    async def _on_disk(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+    # --- the round's result and vote -----------------------------------------------------------
+
+    def do_keep_result(self, out: ev.KeepResult) -> None:
+        self._results.submit(self._keeper.put_result, out.shard, out.blob, out.digest)
+
+    async def do_persist_vote(self, out: ev.PersistVote) -> None:
+        await self._on_disk(self._keeper.write_vote, out.vote)
+
+    async def do_persist_result(self, out: ev.PersistResult) -> None:
+        loop, write = asyncio.get_running_loop(), self._keeper.write_update
+        await loop.run_in_executor(self._results, write, out.epoch, out.head, out.blobs)
+
+    def do_end_round(self, out: ev.EndRound) -> None:
+        self._results.submit(self._keeper.drop_result, out.outcome == "committed")
+
+    # --- the chain -----------------------------------------------------------------------------
+
+    async def do_append_record(self, out: ev.AppendRecord) -> None:
+        await self._on_disk(self._keeper.append_record, out.record)
+        if out.newest:  # of many that come at once, the last one is news
+            self._reporter.committed(out.record)
+
+    async def do_switch_chain(self, out: ev.SwitchChain) -> None:
+        records, weight = await self._on_disk(self._keeper.switch_chain, out.epoch, out.records)
+        self._reporter.dropped(records, weight)
+        self._reporter.committed(out.records[-1])
+
+    # --- the state -----------------------------------------------------------------------------
+
+    def do_apply(self, out: ev.Apply) -> None:
+        self._loop.spawn(self._state_job(self._keeper.apply, out.record))
+
+    def do_rollback(self, out: ev.Rollback) -> None:
+        self._trainer.abort()
+        self._loop.spawn(self._state_job(self._keeper.rollback, out.epoch))
+
+    async def _state_job(self, job: Callable[..., tuple[int, str]], *args: Any) -> None:
+        async with self._state_lock:
+            try:
+                epoch, digest = await self._on_disk(job, *args)
+            except KeeperError as error:
+                self._loop.feed(ev.FetchFailed("", "", str(error)))
+                return
+        self._loop.feed(ev.Applied(epoch, digest))
+        if self._epochs is not None and epoch >= self._epochs and self._loop.snapshot().at_head:
+            self.done.set()
+        if self._keeper.checkpoint_due(epoch):
+            self._loop.spawn(self._checkpoint(epoch))
+
+    async def _checkpoint(self, epoch: int) -> None:
+        async with self._state_lock:
+            self._trainer.save(epoch)
+            await self._on_disk(self._keeper.checkpoint)
+
+    # --- from donors ---------------------------------------------------------------------------
+
+    def do_fetch_update(self, out: ev.FetchUpdate) -> None:
+        self._loop.spawn(self._fetch_update(out))
+
+    async def _fetch_update(self, out: ev.FetchUpdate) -> None:
+        wanted = WantedUpdate(out.epoch, out.head, out.result)
+        opener = self._network.opener(out.donor)
+        fetching = self._keeper.fetch_update(opener, wanted, self._network.on_state_bytes)
+        why = await self._failure_of(out.donor, fetching)
+        self._loop.feed(ev.FetchFailed(out.donor, out.head, why) if why else ev.UpdateFetched(out.head))
+
+    def do_fetch_state(self, out: ev.FetchState) -> None:
+        self._loop.spawn(self._fetch_state(out))
+
+    async def _fetch_state(self, out: ev.FetchState) -> None:
+        keeper, opener = self._keeper, self._network.opener(out.donor)
+        async with self._state_lock:
+            if self._leaving:
+                return
+            self._trainer.abort()
+            self._fetching = asyncio.current_task()
+            try:
+                chain = await self._on_disk(keeper.copy_of_chain)
+                fetching = keeper.fetch_state(opener, out.epoch_max, chain, self._network.on_state_bytes)
+                why = await self._failure_of(out.donor, fetching)
+            finally:
+                self._fetching = None
+            if not why:
+                await self._on_disk(keeper.checkpoint)
+        self._loop.feed(ev.FetchFailed(out.donor, "", why) if why else ev.Applied(*keeper.reached))
+
+    async def _failure_of(self, donor: str, fetching: Coroutine[Any, Any, None]) -> str:
+        """Run a fetch: "" or why it failed, in a word. What our own disk raises is passed on."""
+        try:
+            await fetching
+        except RemoteProtocolError as error:
+            self._reporter.refused(donor, error.reason, str(error))
+            return error.reason
+        except DonorFailed as error:
+            return error.reason
+        except SwarmError as error:
+            _log.info("fetch=failed donor=%s reason=%r", donor[-6:], str(error))
+            return "unreachable"
+        return ""

@@ -1,0 +1,202 @@
+"""The network's desk: what peers send goes to the core, what the core says goes to peers.
+
+It is what net/network.py hears as its node: it unpacks payloads, says the news for presence, and serves the
+streams of joiners and of those who catch up. Means are computed here, in threads, since inputs come from
+peers and the mean goes to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from tapestry.compression.refusals import Refused
+from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.keeper import Keeper
+from tapestry.node.daemon.views import Reporter
+from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
+from tapestry.node.net.network import Handler, Network, News, Streams
+from tapestry.node.net.transfer import Donor, OpenStream
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.messages import Control, Result, Shard
+
+FETCH_OPEN_S = 10.0  # to open a stream to a donor
+STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
+GENESIS_STREAMS_MAX = 1
+GENESIS_STREAM_S = 10.0  # as long as a joiner waits: net/join.py
+
+_log = logging.getLogger("tapestry.node")
+
+
+class NetworkDesk:
+    """Speaks with peers; net/network.py, Resident."""
+
+    def __init__(
+        self, loop: Loop, network: Network, averaging: Averaging, keeper: Keeper, reporter: Reporter
+    ) -> None:
+        self._loop = loop
+        self._network = network
+        self._averaging = averaging
+        self._reporter = reporter
+        self._state_protocol = state_protocol(keeper.run_id)
+        self._epoch_told = -2
+        # Two, so that a joiner learns what the run is while all that give state are busy.
+        self._genesis_door = Door(keeper.donor(self.on_state_bytes), GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
+        self._state_door = Door(keeper.donor(self.on_state_bytes), STATE_STREAMS_MAX, None)
+        self.outputs: Outputs = {
+            ev.Send: self.do_send,
+            ev.Broadcast: self.do_broadcast,
+            ev.SendShard: self.do_send_shard,
+            ev.SendResult: self.do_send_result,
+            ev.Reduce: self.do_reduce,
+            ev.EndRound: self.do_end_round,
+            ev.Moved: self.do_moved,
+        }
+
+    # --- what the links tell (Listener) --------------------------------------------------------
+
+    def on_up(self, peer: str) -> None:
+        self._loop.feed(ev.PeerUp(peer))
+
+    def on_down(self, peer: str) -> None:
+        self._loop.feed(ev.PeerDown(peer))
+
+    def on_message(self, peer: str, message: Control | Shard | Result) -> None:
+        self._loop.feed(ev.Received(peer, message))
+
+    def on_bulk_progress(self, peer: str) -> None:
+        self._loop.feed(ev.BulkProgress(peer))
+
+    def on_unusable(self, peer: str, reason: str, text: str) -> None:
+        self._reporter.log_refusal(peer, reason, text)
+        self._loop.feed(ev.PeerRefused(peer, reason))
+
+    def on_refused(self, peer: str, reason: str, text: str) -> None:
+        self._reporter.refused(peer, reason, text)
+
+    def on_bytes(self, direction: str, kind: str, count: int) -> None:
+        self._reporter.metrics.network_bytes(direction, kind, count)
+
+    # --- what the network asks (Resident) ------------------------------------------------------
+
+    def on_record_refused(self, reason: str) -> None:
+        self._reporter.metrics.refused(reason)
+
+    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+        return self._averaging.unpack(message, frame)
+
+    def news(self) -> News:
+        core = self._loop.snapshot()
+        return News(core.chain_epoch, core.chain_head, core.phase)
+
+    def handlers(self) -> dict[str, Handler]:
+        return {GENESIS_PROTOCOL: self.serve_genesis, self._state_protocol: self.serve_state}
+
+    async def serve_genesis(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the genesis protocol."""
+        await self._serve_through(self._genesis_door, peer, reader, writer)
+
+    async def serve_state(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the state protocol."""
+        await self._serve_through(self._state_door, peer, reader, writer)
+
+    async def _serve_through(
+        self, door: Door, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            await door.serve(peer, reader, writer)
+        except RemoteProtocolError as error:
+            self._reporter.refused(peer, error.reason, str(error))
+        except (StreamEnded, TimeoutError, ConnectionError) as error:
+            _log.debug("serving peer=%s ended reason=%r", peer[-6:], error)
+
+    # --- for the disk desk ---------------------------------------------------------------------
+
+    def opener(self, donor: str) -> OpenStream:
+        """What opens a stream to `donor`. It raises SwarmError while there is no swarm."""
+
+        async def open_stream() -> Streams:
+            return await self._network.open_stream(donor, self._state_protocol, FETCH_OPEN_S)
+
+        return open_stream
+
+    def on_state_bytes(self, direction: str, count: int) -> None:
+        self._reporter.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
+
+    # --- outputs -------------------------------------------------------------------------------
+
+    def do_send(self, out: ev.Send) -> None:
+        self._network.send_control(out.peer, out.message)
+
+    def do_broadcast(self, out: ev.Broadcast) -> None:
+        for peer in out.peers:
+            self._network.send_control(peer, out.message)
+
+    def do_send_shard(self, out: ev.SendShard) -> None:
+        message = Shard(out.epoch, out.contribution, out.shard, None)
+        self._send_bulk(out.peer, message, "contribution", out.blob)
+
+    def do_send_result(self, out: ev.SendResult) -> None:
+        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None)
+        self._send_bulk(out.peer, message, "result", out.blob)
+
+    def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
+        self._network.send_bulk(peer, message, kind, self._averaging.frame(message.shard, blob))
+
+    def do_reduce(self, out: ev.Reduce) -> None:
+        self._loop.spawn(self._reduce(out))
+
+    async def _reduce(self, out: ev.Reduce) -> None:
+        reduce = self._averaging.reduce
+        try:
+            mean, digest = await self._loop.compute(reduce, out.shard, out.blobs, out.weights)
+        except Refused as refused:
+            _log.error("reduce=refused shard=%d %s", out.shard, refused)
+            self._loop.feed(ev.PeerRefused(max(out.peers), refused.reason))
+            return
+        self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean))
+
+    def do_end_round(self, out: ev.EndRound) -> None:
+        self._network.drop_bulk()
+
+    def do_moved(self, out: ev.Moved) -> None:
+        """Presence follows the epoch at once."""
+        if out.epoch != self._epoch_told:
+            self._epoch_told = out.epoch
+            self._network.tell_moved()
+
+
+class Door:
+    """A donor's streams: of each peer so many at a time, and if they must be short, so long."""
+
+    def __init__(self, donor: Donor, streams_max: int, stream_s: float | None) -> None:
+        self._donor = donor
+        self._streams_max = streams_max
+        self._stream_s = stream_s
+        self._streams: dict[str, int] = {}
+
+    @property
+    def open(self) -> int:
+        """Streams that are being served."""
+        return sum(self._streams.values())
+
+    async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As Donor.serve. Without this one peer could take all the streams that a donor serves at once."""
+        count = self._streams.get(peer, 0)
+        if count >= self._streams_max:
+            raise RemoteProtocolError("streams", f"more than {self._streams_max} streams at a time")
+        self._streams[peer] = count + 1
+        try:
+            async with asyncio.timeout(self._stream_s):
+                await self._donor.serve(reader, writer)
+        finally:
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]

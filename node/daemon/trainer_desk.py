@@ -1,0 +1,131 @@
+"""The trainer's desk: what the core asks of the trainer, and what the trainer reports.
+
+A contribution is copied out of the memory that the trainer writes to, in a thread; the trainer is not told to
+begin again before that copy is made. The core hears of a contribution together with the base that it was made
+from, and so drops one that was made on a fork that has been left since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from tapestry.compression.refusals import Refused
+from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.views import Reporter
+from tapestry.node.protocol import events as ev
+from tapestry.node.trainer import messages as tm
+from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, TrainerProcess
+
+VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
+
+_log = logging.getLogger("tapestry.node")
+
+
+class TrainerDesk:
+    """Hands the trainer its work."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        trainer: TrainerProcess,
+        averaging: Averaging,
+        reporter: Reporter,
+        epochs: int | None,  # no training from this epoch on; None: without end
+    ) -> None:
+        self._loop = loop
+        self._trainer = trainer
+        self._averaging = averaging
+        self._reporter = reporter
+        self._epochs = epochs
+        self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
+        self._base = ""  # head of the state that the trainer has begun from
+        self._contributed = "", 0  # name of our latest contribution, and generation of its begin
+        self.outputs: Outputs = {
+            ev.Train: self.do_train,
+            ev.CloseTraining: self.do_close_training,
+            ev.ExchangeBegan: self.do_exchange_began,
+            ev.EndRound: self.do_end_round,
+        }
+
+    # --- for the disk desk ---------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """The base is about to change under the trainer: what it makes of it must not pass for another's."""
+        self._trainer.abort()
+
+    def save(self, epoch: int) -> None:
+        """Have the inner optimizer written down, as of the beginning of `epoch`."""
+        self._trainer.save(epoch)
+
+    # --- what the trainer reports --------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        """A report of the trainer, on the loop."""
+        metrics = self._reporter.metrics
+        self._reporter.on_event(event, self._loop.now())
+        if isinstance(event, tm.Contribution):
+            self._loop.spawn(self._take(event, self._base))
+        elif isinstance(event, tm.Hello):
+            metrics.set_trainer_up(True)
+            if event.note:
+                _log.warning("trainer note=%r", event.note)
+            self._loop.feed(ev.TrainerState(True, ""))
+        elif isinstance(event, tm.Failed | Died):
+            self._down(event)
+        elif isinstance(event, tm.Saved) and event.error:
+            _log.warning("trainer inner_state=not_saved reason=%r", event.error)
+
+    def _down(self, event: tm.Failed | Died) -> None:
+        metrics = self._reporter.metrics
+        metrics.set_trainer_up(False)
+        if isinstance(event, Died):
+            metrics.trainer_restarted()
+            last = event.output[-1] if event.output else ""
+            why = f"trainer died, exit {event.exit_code}; next start in {event.will_restart_in_s:g} s {last}"
+        else:
+            why = f"trainer failed: {event.reason}: {event.text}"
+        _log.warning("%s", why)
+        self._loop.feed(ev.TrainerState(False, why))
+
+    async def _take(self, event: tm.Contribution, base: str) -> None:
+        """Copy a contribution out of the memory that the trainer will write to again, and tell the core."""
+        token = secrets.token_hex(16)
+        async with self._buffer_lock:
+            try:
+                payloads = await self._loop.compute(self._averaging.take, self._trainer.contribution)
+            except Refused as refused:
+                self._reporter.metrics.refused(refused.reason)
+                self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
+                return
+            self._contributed = token, event.generation
+            self._loop.feed(ev.Contributed(event.epoch, base, token, event.weight, event.norm, payloads))
+
+    # --- outputs -------------------------------------------------------------------------------
+
+    async def do_train(self, out: ev.Train) -> None:
+        """Begin an epoch, as soon as the contribution before it has been copied."""
+        if self._epochs is not None and out.epoch >= self._epochs:
+            return
+        async with self._buffer_lock:
+            now = self._loop.now()
+            if self._reporter.training.validation_due(now, VALIDATION_SHARE):
+                self._reporter.training.validating(now)
+                self._trainer.evaluate(out.epoch)
+            self._reporter.clock.train()
+            self._base = out.base
+            self._trainer.begin(out.epoch, out.base, out.before)
+
+    def do_close_training(self, out: ev.CloseTraining) -> None:
+        self._trainer.close_round(out.epoch)
+
+    def do_exchange_began(self, out: ev.ExchangeBegan) -> None:
+        self._trainer.go_on(out.epoch)
+
+    def do_end_round(self, out: ev.EndRound) -> None:
+        """Tell the trainer which contribution of ours the record of this round names, if it names one."""
+        if out.counted:
+            token, generation = self._contributed
+            self._trainer.settle(generation if out.counted == token else UNKNOWN_GENERATION)

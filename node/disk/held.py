@@ -1,0 +1,66 @@
+"""A run as a home holds it, to read: its spec and chain, and the state of any epoch that the disk leads to.
+
+For export, proofs and benchmarks; the running node has daemon/keeper.py, which writes as well. Nothing here
+changes the home, but for `Store.load`, which cuts off a torn last line of the chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
+from tapestry.node.disk.store import Store
+from tapestry.node.home import Home
+from tapestry.node.protocol.chain import Chain, Crypto
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.state.model import Arithmetic, ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRun:
+    """What `open_run` found."""
+
+    spec: RunSpec
+    chain: Chain
+    store: Store
+    checkpoints: Checkpoints
+
+    def state(self, params: Tensor | None = None) -> ModelState:
+        """State 0 in `params`; without any, a place for the numbers of a checkpoint."""
+        genesis = self.chain.genesis
+        numbers = torch.zeros(genesis.params) if params is None else params
+        return bare_state(self.spec, numbers, genesis.schema, genesis.run_id)
+
+    def restore(self, state: ModelState, epoch: int) -> Restoration | None:
+        """Bring `state` to `epoch`, or as far as the disk leads; as disk/checkpoints.py says."""
+        return restore(self.chain, epoch, self.store, self.checkpoints, state)
+
+    def replay(self, state: ModelState) -> Iterator[int]:
+        """Apply the updates after `state`, one at a time; gives each epoch. Raises UpdateMissing."""
+        for record in self.chain.records[state.epoch :]:
+            body = record.body
+            payloads = self.store.read_update(body.epoch, record.head, body.result)
+            state.apply(payloads, body.epoch, record.head)
+            yield body.epoch
+
+
+def open_run(home: Home, crypto: Crypto) -> HeldRun | None:
+    """The run that `home` holds; None if it holds none. Raises UserError, OSError."""
+    store = Store(home, crypto)
+    loaded = store.load()
+    genesis = loaded.genesis
+    if genesis is None:
+        return None
+    spec = RunSpec.from_canonical(genesis.spec.encode())
+    checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+    checkpoints.load()
+    return HeldRun(spec, Chain(genesis, loaded.records), store, checkpoints)
+
+
+def bare_state(spec: RunSpec, params: Tensor, schema: str, head: str = "") -> ModelState:
+    """State 0 of a run with this spec, in `params`."""
+    return ModelState(params, schema, Arithmetic.of(spec, params.numel()), 0, head)

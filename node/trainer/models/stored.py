@@ -1,0 +1,223 @@
+"""The safetensors files of a Hugging Face directory: found, checked by their headers, read one tensor at a
+time.
+
+The format (huggingface/safetensors, README "Format"): a length as u64, so many bytes of JSON that name dtype,
+shape and byte range of every tensor, then the bytes. Several files have an index,
+`model.safetensors.index.json`, that says which file holds which tensor. Headers are read strictly, and
+compared with the files' lengths, before anything is allocated: a directory may be half downloaded, or come
+from a peer.
+
+Pickled weights (.bin, .pt, .pth) are never opened: to read a pickle is to run it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tapestry.node.trainer.models.refusal import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# DeepSeek-V3, of 90,000 tensors, has an index of 9 MB.
+INDEX_BYTES_MAX = 32 << 20
+HEADER_BYTES_MAX = 100_000_000  # what the safetensors package itself accepts
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}  # only for buffers
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor by its header."""
+
+    path: Path
+    dtype: str  # as safetensors writes it: "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.n * _item_bytes(self.dtype)
+
+
+class StoredWeights:
+    """The tensors of one directory by name, in no particular order. Make one with `find`."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = dict(tensors)
+
+    @classmethod
+    def find(cls, folder: Path) -> StoredWeights:
+        """Read all headers. Raises ModelError for what is missing, torn, pickled or quantized."""
+        files = _files(folder)
+        tensors: dict[str, StoredTensor] = {}
+        for path in files:
+            for name, tensor in _read_header(path).items():
+                if name in tensors:
+                    raise ModelError(f"{path} holds {name}, as {tensors[name].path.name} does")
+                tensors[name] = tensor
+        if not tensors:
+            raise ModelError(f"{folder} holds no weights at all")
+        _require_indexed(folder, tensors)
+        return cls(tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one in which most elements are stored."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.dtype in FLOATS:
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.n
+        return FLOATS[max(sorted(counts), key=lambda name: counts[name])] if counts else torch.float32
+
+    def read(self, name: str) -> Tensor:  # in its own dtype
+        """One tensor; nothing of it is kept. Raises ModelError if the file changed or cannot be read."""
+        stored = self.tensors[name]
+        try:
+            with safe_open(str(stored.path), "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {name} from {stored.path}: {error}") from error
+        return tensor
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        names = sorted(set(_read_index(folder).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {missing[0]}, which {INDEX} names ({len(missing)} such files)",
+                "download it again: the copy is not complete",
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickled = _first(path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED)
+    if pickled:
+        raise ModelError(
+            f"{folder} holds pickled weights ({pickled}), which run code when they are read",
+            "use a revision with safetensors, or save the model again with transformers' save_pretrained",
+        )
+    raise ModelError(f"{folder} holds no {SINGLE} and no {INDEX}")
+
+
+def _first(names: Iterable[str]) -> str:
+    return next(iter(names), "")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    path = folder / INDEX
+    table = read_json(path, INDEX_BYTES_MAX)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelError(f"{path} names {str(name)[:60]!r}, which is no safetensors file beside it")
+    return weight_map
+
+
+def _require_indexed(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    if not (folder / INDEX).exists():
+        return
+    for name, file in _read_index(folder).items():
+        if name not in tensors or tensors[name].path.name != file:
+            raise ModelError(f"{folder / file} does not hold {name}, as {INDEX} says", "download it again")
+
+
+def read_json(path: Path, bytes_max: int) -> dict[str, Any]:
+    """A JSON table from a file that may be anything. Raises ModelError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(bytes_max + 1)
+        if len(data) > bytes_max:
+            raise ModelError(f"{path} is larger than {bytes_max} bytes")
+        table = json.loads(data)
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no {path}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return table
+
+
+# --- one file's header ------------------------------------------------------------------------------
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_BYTES_MAX + 1
+            if length > HEADER_BYTES_MAX:
+                raise ModelError(
+                    f"{path} is no safetensors file", _GIT_LFS if start[:7] == b"version" else ""
+                )
+            text = file.read(length)
+            file_bytes = file.seek(0, 2)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        table = json.loads(text)
+        tensors = {
+            name: _stored(path, name, entry) for name, entry in table.items() if name != "__metadata__"
+        }
+        data_bytes = max((end for _, end in tensors.values()), default=0)
+    except ModelError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is no safetensors file: its header does not read") from error
+    if file_bytes != 8 + length + data_bytes:
+        raise ModelError(
+            f"{path} has {file_bytes} bytes, its header says {8 + length + data_bytes}",
+            "download it again: the copy is not complete",
+        )
+    return {name: tensor for name, (tensor, _) in tensors.items()}
+
+
+_GIT_LFS = "it is a pointer of Git LFS: fetch the file itself with `git lfs pull`"
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[StoredTensor, int]:
+    """The tensor, and where its bytes end."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in FLOATS and dtype not in OTHERS:
+        raise ModelError(
+            f"{path} stores {name} as {str(dtype)[:20]}: quantized weights cannot be trained",
+            "use the revision in bfloat16, float16 or float32",
+        )
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("shape")
+    tensor = StoredTensor(path, dtype, tuple(shape))
+    if type(start) is not int or type(end) is not int or start < 0 or end - start != tensor.size_bytes:
+        raise ValueError("data_offsets")
+    return tensor, end
+
+
+def _item_bytes(dtype: str) -> int:
+    return FLOATS[dtype].itemsize if dtype in FLOATS else OTHERS[dtype]

@@ -67,6 +67,11 @@ class Home:
         return self.path / "trainer"
 
     @property
+    def base(self) -> Path:
+        """The files of the base that the run pins: disk/base.py."""
+        return self.path / "base"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 

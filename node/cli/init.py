@@ -11,7 +11,7 @@ import click
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.node import NodeToml
-from tapestry.node.spec.run import RUN_NAME, preset_spec
+from tapestry.node.spec.run import RUN_NAME, RunSpec, preset_spec
 
 
 @click.command()
@@ -19,27 +19,65 @@ from tapestry.node.spec.run import RUN_NAME, preset_spec
 @click.option(
     "--preset",
     type=click.Choice(["nano", "tiny", "small"]),
-    default="tiny",
-    show_default=True,
-    help="Size of the model: about 50k, 0.9M or 10M parameters.",
+    help="A Llama of about 50k, 0.9M or 10M random parameters. Default: tiny",
+)
+@click.option(
+    "--base", metavar="HFDIR", help="Continue this open base: a Hugging Face directory, or a hub id."
+)
+@click.option("--config", metavar="HFDIR", help="Train the same architecture from random parameters.")
+@click.option(
+    "--lora",
+    "lora_rank",
+    type=click.IntRange(1, 1024),
+    metavar="R",
+    help="With --base: freeze it, and train adapters of rank R.",
 )
 @click.option("--name", help="The name of the run. Default: the directory's.")
-def init(directory: Path, preset: str, name: str | None) -> None:
+def init(
+    directory: Path,
+    preset: str | None,
+    base: str | None,
+    config: str | None,
+    lora_rank: int | None,
+    name: str | None,
+) -> None:
     """Write a commented run.toml and node.toml into DIR."""
+    if sum(choice is not None for choice in (preset, base, config)) > 1:
+        raise UserError("--preset, --base and --config exclude each other", hint="name one of them")
+    if lora_rank is not None and base is None:
+        raise UserError("--lora trains adapters on a base", hint="name it with --base HFDIR")
     home = Home(directory.expanduser().absolute())
-    files = {
-        home.run_toml: preset_spec(preset, name or _name_for(home.path)).to_toml(),
-        home.node_toml: NodeToml().to_toml(),
-    }
-    for path in files:
+    for path in (home.run_toml, home.node_toml):
         if os.path.lexists(path):
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")
-    home.create()
-    for path, text in files.items():
+    run_name = name or _name_for(home.path)
+    if base is None and config is None:
+        spec, node = preset_spec(preset or "tiny", run_name), NodeToml()
+        home.create()
+    else:
+        spec, node = _adopt(base or config or "", home, run_name, base is not None, lora_rank or 0)
+    for path, text in ((home.run_toml, spec.to_toml()), (home.node_toml, node.to_toml())):
         _write_new(path, text)
         click.echo(f"wrote {path}")
-    click.echo("\nFound the run with your own text, or with --data stdlib for a first trial:\n")
+    trial = "" if base or config else ", or with --data stdlib for a first trial"
+    click.echo(f"\nFound the run with your own text{trial}:\n")
     click.echo(f"  tapestry start --home {shlex.quote(str(directory))} --data PATH")
+
+
+def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) -> tuple[RunSpec, NodeToml]:
+    """A base's files into HOME/base; says what it found."""
+    from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
+
+    home.create()
+    adopted = adopt(source, home.base, name, weights=weights, lora_rank=lora_rank)
+    facts = adopted.facts
+    click.echo(
+        f"base {source}: {facts.architecture}, {facts.parameters:,} parameters, "
+        f"a tokenizer of {facts.tokenizer_ids:,} ids"
+    )
+    if facts.unused:
+        click.echo(f"not used of its weights: {', '.join(facts.unused[:4])}")
+    return adopted.spec, NodeToml(base=str(facts.folder.absolute()) if weights else "")
 
 
 def _name_for(directory: Path) -> str:

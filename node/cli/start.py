@@ -32,6 +32,7 @@ LOG_TAIL_BYTES = 4096
 @click.option("--run", metavar="FILE", help="The run spec. Default: run.toml in the home, if it is there.")
 @click.option("--run-id", metavar="ID", help="Refuse every run but this one.")
 @click.option("--peer", "peers", metavar="MADDR", multiple=True, help="Join by this peer. May be repeated.")
+@click.option("--base", metavar="HFDIR", help="The base that the run continues, if you have it.")
 @click.option("--data", metavar="PATH", multiple=True, help="Text to train on, or stdlib. May be repeated.")
 @click.option("--listen", metavar="MADDR", multiple=True, help="Where other nodes reach this one.")
 @click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")

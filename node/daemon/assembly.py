@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -22,7 +24,8 @@ from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig
 from tapestry.dht.swarm import Swarm
 from tapestry.node.daemon.averaging import Averaging
-from tapestry.node.daemon.keeper import Keeper, found_run
+from tapestry.node.daemon.base import base_folder
+from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.held import bare_state
@@ -40,9 +43,11 @@ from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, training_spec
-from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.state.model import ModelState
-from tapestry.node.trainer.process import TrainerProcess
+from tapestry.node.trainer.process import TrainerError, TrainerProcess
+
+_log = logging.getLogger("tapestry.node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Own:
     reporter: Reporter
     throttles: Throttles
     epochs: int | None = None  # the node ends after so many; None: it does not
+    base: Path | None = None  # a directory with the run's base, if this member has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +90,36 @@ async def open_state(
     spec, genesis = agreed.spec, agreed.genesis
     state = bare_state(spec, trainer.params, trainer.layout.schema_hash)
     if genesis is None:
-        await trainer.initialise()
+        await _initialise(trainer)
         founder = own.identity.peer_id
         loaded = await asyncio.to_thread(found_run, spec, founder, state, own.home, store, own.crypto)
         genesis = loaded.genesis
         assert genesis is not None
     elif agreed.from_peer:
         check_model(genesis, state)
+        if own.base is not None and _begins_from_weights(spec):
+            await _initialise(trainer)
+            if await asyncio.to_thread(keep_initial_state, spec, genesis, state, own.home):
+                _log.info("state=0 of=%s; nothing is downloaded for it", own.base)
+            else:
+                _log.warning("state=0 of=%s is not the run's; it comes from the peers", own.base)
         await asyncio.to_thread(store.write_genesis, genesis)
     state.head = genesis.run_id
-    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles), genesis
+    base = base_folder(own.home, spec)
+    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles, base), genesis
+
+
+def _begins_from_weights(spec: RunSpec) -> bool:
+    """Whether state 0 is the weights of a base, so that a member who has them can make it."""
+    model = spec.model
+    return isinstance(model, TransformersSpec) and bool(model.weights) and not model.lora_rank
+
+
+async def _initialise(trainer: TrainerProcess) -> None:
+    try:
+        await trainer.initialise()
+    except TrainerError as error:
+        raise UserError(f"the model cannot be initialised: {error}") from error
 
 
 async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProcess) -> Node:
@@ -154,6 +180,8 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         training=training_spec(spec),
         data=config.data,
         cache_dir=str(home.cache),
+        base_dir=str(home.base),
+        weights_dir=str(config.base or ""),
         inner_state_path=str(home.trainer / "inner.safetensors"),
         node_seed=node_seed(peer_id),
         codec=spec.compression.codec,

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Checkpoints, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
@@ -51,8 +52,10 @@ class Keeper:
         genesis: Genesis,
         state: ModelState,
         throttles: Throttles | None = None,  # the node's; None: no caps
+        base: BaseFolder | None = None,  # of a run that continues one
     ) -> None:
         self.run_id = genesis.run_id
+        self._base = base
         self.store = store
         self.state = state
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
@@ -167,7 +170,7 @@ class Keeper:
 
     def donor(self, on_bytes: Callable[[str, int], None]) -> Donor:
         """What serves others from this disk."""
-        return Donor(self._chain.genesis, self.store, self.checkpoints, self._transfer, on_bytes)
+        return Donor(self._chain.genesis, self.store, self.checkpoints, self._transfer, on_bytes, self._base)
 
     async def fetch_update(
         self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
@@ -186,6 +189,21 @@ class Keeper:
     def reached(self) -> tuple[int, str]:
         """Epoch and digest of the state."""
         return self.state.epoch, self._digest
+
+
+def keep_initial_state(spec: RunSpec, genesis: Genesis, state: ModelState, home: Home) -> bool:
+    """State 0, made of a joiner's own base: kept as a checkpoint if it is the one that the genesis names.
+
+    Raises OSError.
+    """
+    digest = state.digest()
+    if digest != genesis.state_digest:
+        return False
+    state.head = genesis.run_id
+    checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+    checkpoints.load()
+    checkpoints.save(state, digest)
+    return True
 
 
 def found_run(

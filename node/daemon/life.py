@@ -36,6 +36,7 @@ from tapestry.node.daemon.assembly import (
     swarm_config,
     worker_settings,
 )
+from tapestry.node.daemon.base import have_base
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.store import Store
 from tapestry.node.errors import ExitCode, UserError
@@ -55,6 +56,7 @@ from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 
 STOP_S = 10.0  # the contract: exit 0 within
 TRAINER_STOP_S = 4.0
+USERS_REASONS = ("data", "model", "settings", "device")  # of messages.Failed: what a person can put right
 VERSION = version("tapestry-node")
 
 _log = logging.getLogger("tapestry.node")
@@ -131,6 +133,7 @@ class Daemon:
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
+            await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("starting trainer: it reads the data and builds the model")
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
             await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))
@@ -144,6 +147,7 @@ class Daemon:
                 reporter,
                 self.throttles,
                 config.epochs,
+                config.base,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             node = await assemble(own, agreed.spec, keeper, trainer)
@@ -196,6 +200,9 @@ class Daemon:
             remember_listen(self.home, config.listen, without_peer(await swarm.addresses()))
         return swarm
 
+    def _on_base_bytes(self, direction: str, count: int) -> None:
+        self.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
+
     def _on_trainer_event(self, event: Event) -> None:
         """Before the node is there only the first Hello can come, and that is `start`'s affair."""
         if isinstance(event, Hello):
@@ -207,7 +214,7 @@ class Daemon:
         try:
             await self.trainer.configure(settings, self._on_trainer_event)
         except TrainerError as error:
-            code = ExitCode.USAGE if error.reason in ("data", "settings", "device") else ExitCode.FAILED
+            code = ExitCode.USAGE if error.reason in USERS_REASONS else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
 
     def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:

@@ -6,6 +6,7 @@ A stream carries requests, one frame each, and their answers in the same order:
     update (epoch, head)         -> the count of shards; then a frame for each shard's payload
     checkpoint (epoch_max)       -> the manifest of the newest checkpoint up to epoch_max
     chunk (epoch, head, index)   -> CHUNK_BYTES of that checkpoint's data
+    file (digest, index)         -> PIECE_BYTES of a file of the base that the run pins
 
 or the word `missing` or `busy`. A chunk is named by its checkpoint and not by what was asked before, and
 `Download` knows which chunks it has: so a download can go on after a break, and with several donors.
@@ -38,6 +39,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedPayload
+from tapestry.node.disk.base import PIECE_BYTES, BaseError, BaseFile, BaseFolder
 from tapestry.node.disk.checkpoints import (
     CHUNK_BYTES,
     Checkpoint,
@@ -107,7 +109,9 @@ class Donor:
         checkpoints: Checkpoints,
         limits: TransferLimits,
         on_bytes: OnBytes,
+        base: BaseFolder | None = None,  # of a run that continues one
     ) -> None:
+        self._base = base
         self._genesis = genesis
         self._store = store
         self._checkpoints = checkpoints
@@ -145,6 +149,8 @@ class Donor:
                 await self._send_manifest(stream, _epoch(epoch_max))
             case {"ask": "chunk", "epoch": epoch, "head": head, "index": index, **rest} if not rest:
                 await self._send_chunk(stream, open_file, (_epoch(epoch), _digest(head)), _epoch(index))
+            case {"ask": "file", "digest": digest, "index": index, **rest} if not rest:
+                await self._send_piece(stream, _digest(digest), _epoch(index))
             case _:
                 raise RemoteProtocolError("malformed", "no request that a donor knows")
 
@@ -157,6 +163,13 @@ class Donor:
         await stream.send({"is": "update", "shards": len(payloads)})
         for index, payload in enumerate(payloads):
             await stream.send({"is": "shard", "index": index}, _bytes_of(payload))
+
+    async def _send_piece(self, stream: _Stream, digest: str, index: int) -> None:
+        data = await asyncio.to_thread(self._base.piece, digest, index) if self._base is not None else None
+        if data is None:
+            await stream.send({"is": "missing"})
+        else:
+            await stream.send({"is": "piece", "index": index}, data)
 
     async def _send_manifest(self, stream: _Stream, epoch_max: int) -> None:
         found = [c for c in self._checkpoints.list() if c.epoch <= epoch_max]
@@ -283,6 +296,40 @@ async def fetch_state(
         download = Download(await fetch_manifest(stream, epoch_max, chain, state), state)
         await download.pull(stream)
     return await asyncio.to_thread(download.finish)
+
+
+async def fetch_file(
+    open_stream: OpenStream,
+    file: BaseFile,
+    folder: BaseFolder,
+    limits: TransferLimits,
+    on_bytes: OnBytes,
+) -> None:
+    """Get a file of the base, from where an earlier download ended. It has its name only if it is the one."""
+    async with _opened(open_stream, limits, on_bytes) as stream:
+        count = -(-file.size_bytes // PIECE_BYTES)
+        begin = folder.part_bytes(file) // PIECE_BYTES
+        await asyncio.to_thread(folder.cut, file, begin * PIECE_BYTES)
+        asked: deque[int] = deque()
+        for index in range(begin, count):
+            await stream.send({"ask": "file", "digest": file.digest, "index": index})
+            asked.append(index)
+            if len(asked) == CHUNKS_AHEAD:
+                await _receive_piece(stream, file, folder, asked.popleft())
+        while asked:
+            await _receive_piece(stream, file, folder, asked.popleft())
+    try:
+        await asyncio.to_thread(folder.finish, file)
+    except BaseError as error:
+        raise RemoteProtocolError("digest", str(error)) from error
+
+
+async def _receive_piece(stream: _Stream, file: BaseFile, folder: BaseFolder, index: int) -> None:
+    size = min(PIECE_BYTES, file.size_bytes - index * PIECE_BYTES)
+    answer, data = await stream.answer("piece", {"index": int}, REQUEST_BYTES_MAX, size)
+    if answer["index"] != index or len(data) != size:
+        raise RemoteProtocolError("malformed", f"{len(data)} bytes in place of piece {index} of {file.name}")
+    await asyncio.to_thread(folder.append, file, data)
 
 
 @dataclass(frozen=True, slots=True)

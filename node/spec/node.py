@@ -44,6 +44,7 @@ class NodeConfig:
     run: Path | None  # run.toml; None: resume the home's run, or take the spec from a peer
     run_id: str | None  # 64 hex digits that the run must have
     peers: tuple[str, ...]  # full addresses, ending in /p2p/<peer id>
+    base: Path | None  # a Hugging Face directory with the run's base, if this member has one
     data: tuple[str, ...]  # as trainer/data.py reads them, paths absolute; never empty
     listen: tuple[str, ...]
     announce: tuple[str, ...]
@@ -70,6 +71,7 @@ class NodeConfig:
             run=_run_file(options.run, where["run"], home),
             run_id=_run_id(flags.get("run_id")),
             peers=_addresses(options.peers, where["peers"], lambda text: parse_peer(text).maddr),
+            base=_base(options.base, where["base"]),
             data=_data(options.data, home),
             listen=_addresses(options.listen, where["listen"], parse_listen),
             announce=_addresses(options.announce, where["announce"], parse_announce),
@@ -96,6 +98,11 @@ class NodeToml:
         'Text to train on: files, folders, "FILE.jsonl:FIELD", or "stdlib" (the sources of the Python '
         "standard library). It never leaves this node.",
     ] = ()
+    base: Annotated[
+        str,
+        "A Hugging Face directory with the base that the run continues, if this member has one. The founder "
+        "needs it; whoever joins has it from the peers if this is empty.",
+    ] = ""
     peers: Annotated[
         tuple[str, ...],
         'Whom to join: "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...". With none, start founds the run, or '
@@ -183,7 +190,7 @@ def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _rebased(key: str, value: Any, base: Path) -> Any:
-    if key == "run" and value:
+    if key in ("run", "base") and value:
         return str(_inside(base, value))
     if key == "data":
         return [_data_source(base, source) for source in value]
@@ -223,6 +230,12 @@ def _run_file(text: str, where: str, home: Home) -> Path | None:
     if not Path(text).is_file():
         raise UserError(f"{where}: there is no file {text}")
     return Path(text)
+
+
+def _base(text: str, where: str) -> Path | None:
+    if text and not Path(text).is_dir():
+        raise UserError(f"{where}: there is no directory {text}")
+    return Path(text) if text else None
 
 
 def _run_id(value: str | None) -> str | None:

@@ -102,9 +102,16 @@ def preset_spec(preset: str, name: str) -> RunSpec:
     return new_spec(name, PRESETS[preset])
 
 
-def new_spec(name: str, training: TrainingSpec) -> RunSpec:
+def new_spec(
+    name: str, training: TrainingSpec, shard_elements: int | None = None, exchange_max_s: float | None = None
+) -> RunSpec:
     """The spec of a new run, all else by default; raises UserError for a bad name."""
-    return RunSpec.from_dict({"name": name} | plain(training), "a new run")
+    table = {"name": name} | plain(training)
+    if shard_elements is not None:
+        table["compression"] = {"shard_elements": shard_elements}
+    if exchange_max_s is not None:
+        table["round"] = {"exchange_max_s": exchange_max_s}
+    return RunSpec.from_dict(table, "a new run")
 
 
 def training_spec(spec: RunSpec) -> TrainingSpec:

@@ -97,7 +97,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             data = file.read(FILE_BYTES_MAX + 1)
         if len(data) > FILE_BYTES_MAX:
             raise UserError(f"{path}: larger than {FILE_BYTES_MAX} bytes, which is not a configuration file")
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
 BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
+BASE_FILE_BYTES_MAX = 64 << 20  # a tokenizer.json; Gemma 3's, of 262,144 ids, has 33 MB
 FILE_NAMES = (  # of a base's directory that members need; what else lies there is not taken
     "config.json",
     "generation_config.json",
@@ -202,6 +203,11 @@ def _check_base(model: TransformersSpec) -> None:
         raise TableError("model.files: a file is named twice")
     if "config.json" not in names:
         raise TableError("model.files: config.json is missing")
+    for text in model.files:
+        name, size_bytes, _ = text.split(" ")
+        largest = BASE_FILE_BYTES_MAX + (4 * model.parameters if name == "model.safetensors" else 0)
+        if int(size_bytes) > largest:
+            raise TableError(f"model.files: {name} has {size_bytes} bytes, at most {largest} are allowed")
     if model.lora_rank and "model.safetensors" not in names:
         raise TableError("model.files: model.safetensors is missing, which model.lora_rank > 0 freezes")
     if model.lora_rank and not model.weights:
@@ -223,7 +229,8 @@ class WorkerSettings:
     codec: Annotated[str, "compression.codecs knows the names."]
     shard_elements: Annotated[int, Between(1, 2**26), "Each shard is encoded by itself."]
     residual: Annotated[bool, "Error feedback: trainer/encoder.py."]
-    base_dir: Annotated[str, "HOME/base, where a base's files are; empty for presets."] = ""
+    base_dir: Annotated[str, "HOME/base, where the files of a base are."] = ""
+    weights_dir: Annotated[str, "A directory of this member's own with the base's weights, or empty."] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], "Where to compute."] = "auto"
     threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64

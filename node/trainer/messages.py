@@ -163,7 +163,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The worker gives up and exits. `reason`: data, settings, device, diverged or crashed."""
+    """The worker gives up and exits. `reason`: data, model, settings, device, diverged or crashed."""
 
     reason: str
     text: str

@@ -424,9 +424,8 @@ class TrainerProcess:
 
     def _fail_initialising(self, exit_code: int) -> None:
         if self._initialising is not None and not self._initialising.done():
-            self._initialising.set_exception(
-                TrainerError("died", f"the trainer died while initialising, exit status {exit_code}")
-            )
+            failure = self._failure or Failed("died", f"the trainer died, exit status {exit_code}")
+            self._initialising.set_exception(TrainerError(failure.reason, failure.text))
 
 
 class _Worker:

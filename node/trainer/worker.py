@@ -23,12 +23,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapestry.node.spec.tables import TableError, read_table
-from tapestry.node.spec.training import LlamaSpec, WorkerSettings
+from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.trainer import imports
 from tapestry.node.trainer.messages import (
     HEADER,
@@ -148,7 +148,7 @@ class Worker:
         from tapestry.compression.refusals import Refused
         from tapestry.node.trainer import encoder, inner
         from tapestry.node.trainer.data import corpus as data
-        from tapestry.node.trainer.models import llama as model
+        from tapestry.node.trainer.models import registry
 
         self._settings = settings
         self._channel = channel
@@ -159,9 +159,9 @@ class Worker:
         except data.DataError as error:
             raise WorkerFailure("data", str(error)) from error
         self._validation = corpus.validation_windows(settings.validation_windows)
-        assert isinstance(training.model, LlamaSpec)
-        net = model.build_model(training.model, training.data.sequence_length)
-        self.layout = model.model_layout(net)
+        with _model_refused():
+            net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
+        self.layout = registry.layout_of(net)
         try:
             codec = get_codec(settings.codec)
             self.payloads = PayloadLayout.of(codec, self.layout.n, settings.shard_elements)
@@ -324,11 +324,14 @@ class Worker:
         self._channel.send(Saved(epoch, error_text))
 
     def _initialise(self) -> None:
-        from tapestry.node.trainer.models.llama import initial_state
+        from tapestry.node.trainer.models import registry
 
-        training = self._settings.training
-        assert isinstance(training.model, LlamaSpec)
-        self._initial().copy_(initial_state(training.model, training.data.sequence_length))
+        settings = self._settings
+        training = settings.training
+        with _model_refused():
+            registry.initial_state(
+                training.model, _weights_folder(settings), training.data.sequence_length, self._initial()
+            )
         self._channel.send(Initialised())
 
     def _load_inner_state(self) -> tuple[int, str]:
@@ -339,6 +342,23 @@ class Worker:
         except InnerStateError as error:
             return -1, f"the inner optimizer starts afresh: {error}"
         return (-1 if epoch is None else epoch), ""
+
+
+def _weights_folder(settings: WorkerSettings) -> Path:
+    """Where state 0 is read from: adapters begin on the base that all hold, all else from a member's own."""
+    model = settings.training.model
+    whole = isinstance(model, TransformersSpec) and model.weights and not model.lora_rank
+    return Path(settings.weights_dir if whole else settings.base_dir)
+
+
+@contextlib.contextmanager
+def _model_refused() -> Iterator[None]:
+    from tapestry.node.trainer.models.refusal import ModelError
+
+    try:
+        yield
+    except ModelError as error:
+        raise WorkerFailure("model", f"{error}; {error.hint}" if error.hint else str(error)) from error
 
 
 def _serve(channel: Channel, fds: dict[str, int]) -> None:

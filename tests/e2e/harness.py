@@ -53,9 +53,9 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TAPESTRY_")} | {"OMP_NUM_THREADS": "1"}
 
 
-def init(folder: Path, preset: str = "nano", **changes: str) -> Path:
-    """A home with a run.toml of the preset, in which `key = value` lines are replaced."""
-    done = tapestry("init", folder, "--preset", preset, "--name", "test")
+def init(folder: Path, *flags: object, **changes: str) -> Path:
+    """A home as `init` makes it (preset nano without flags); `key = value` lines of run.toml are replaced."""
+    done = tapestry("init", folder, "--name", "test", *(flags or ("--preset", "nano")))
     assert done.returncode == 0, done.stderr
     run = folder / "run.toml"
     lines = run.read_text().splitlines()

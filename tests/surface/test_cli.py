@@ -119,6 +119,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--run",
         "--run-id",
         "--peer",
+        "--base",
         "--data",
         "--listen",
         "--announce",

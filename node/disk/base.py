@@ -1,0 +1,225 @@
+"""HOME/base: the files of the open base that a run continues, as the run pins them.
+
+A base is a Hugging Face directory. A run takes of it the files that `FILE_NAMES` lists, and names each in
+its spec by size and blake3 digest (`TransformersSpec.files`): so every member holds the same bytes, whoever
+it had them from. A file is written under another name and gets its own when its digest was right; what is
+here under its own name is therefore whole. A download that broke off leaves `NAME.part`, and goes on from
+there.
+
+Blocking; any thread. Must not import torch, transformers or asyncio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blake3 import blake3
+
+from tapestry.node.disk.files import sync_folder, write_file
+from tapestry.node.spec.training import FILE_NAMES, TransformersSpec
+
+PIECE_BYTES = 1 << 20  # that a donor sends for one request
+PART = ".part"
+HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors format
+_READ_BYTES = 8 << 20
+_LENGTH = struct.Struct("<Q")
+
+
+class BaseError(ValueError):
+    """A file of the base is missing, torn or another one; one line that says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFile:
+    """One pinned file."""
+
+    name: str
+    size_bytes: int
+    digest: str  # blake3, 64 hex digits
+
+    @classmethod
+    def of(cls, path: Path) -> BaseFile:
+        """Read the file whole. Raises OSError."""
+        hasher, size_bytes = blake3(), 0
+        with path.open("rb") as file:
+            while data := file.read(_READ_BYTES):
+                hasher.update(data)
+                size_bytes += len(data)
+        return cls(path.name, size_bytes, hasher.hexdigest())
+
+    def __str__(self) -> str:
+        """As the run spec names it."""
+        return f"{self.name} {self.size_bytes} {self.digest}"
+
+
+def pinned(spec: TransformersSpec) -> tuple[BaseFile, ...]:
+    """The files that a run names."""
+    words = (text.split(" ") for text in spec.files)
+    return tuple(BaseFile(name, int(size), digest) for name, size, digest in words)
+
+
+class BaseFolder:
+    """HOME/base of one run: what is there, what is not, and what a donor gives of it."""
+
+    def __init__(self, folder: Path, files: Sequence[BaseFile]) -> None:
+        self.folder = folder
+        self.files = {file.name: file for file in files}
+        self._by_digest = {file.digest: file for file in files}
+
+    def missing(self) -> list[BaseFile]:
+        """Files that are not here, or here with another size."""
+        return [file for file in self.files.values() if self._size(file.name) != file.size_bytes]
+
+    def take(self, source: Path) -> list[BaseFile]:
+        """Copy what is missing from a directory that has the same bytes; gives what is still missing."""
+        for file in self.missing():
+            path = source / file.name
+            with contextlib.suppress(OSError):
+                if path.stat().st_size == file.size_bytes and BaseFile.of(path) == file:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    copy_file(path, self.folder / file.name)
+        return self.missing()
+
+    def part(self, file: BaseFile) -> Path:
+        """Where a file lies while it comes."""
+        return self.folder / (file.name + PART)
+
+    def part_bytes(self, file: BaseFile) -> int:
+        """How much of a file an earlier download left here."""
+        return min(self._size(file.name + PART) or 0, file.size_bytes)
+
+    def cut(self, file: BaseFile, size_bytes: int) -> None:
+        """Keep so much of an earlier download. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(self.part(file), size_bytes)
+
+    def append(self, file: BaseFile, data: bytes | bytearray) -> None:
+        """The next bytes of a download. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.part(file).open("ab") as out:
+            out.write(data)
+
+    def finish(self, file: BaseFile) -> None:
+        """The download is whole: give it its name. Raises BaseError, and drops it, if it is another file."""
+        part = self.part(file)
+        if file.size_bytes == 0:
+            part.touch()
+        found = BaseFile.of(part)
+        if (found.size_bytes, found.digest) != (file.size_bytes, file.digest):
+            part.unlink()
+            raise BaseError(f"{file.name} has the digest {found.digest[:12]}, not {file.digest[:12]}")
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, self.folder / file.name)
+        sync_folder(self.folder)
+
+    def piece(self, digest: str, index: int) -> bytes | None:
+        """PIECE_BYTES of a file, by its digest; None where there is no such file or piece here."""
+        file = self._by_digest.get(digest)
+        if file is None or index * PIECE_BYTES >= max(1, file.size_bytes):
+            return None
+        try:
+            with (self.folder / file.name).open("rb") as source:
+                source.seek(index * PIECE_BYTES)
+                data = source.read(PIECE_BYTES)
+        except OSError:
+            return None
+        whole = min(PIECE_BYTES, file.size_bytes - index * PIECE_BYTES)
+        return data if len(data) == whole else None
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError:
+            return None
+
+
+def take_base(source: Path, target: Path, weights: bool) -> tuple[BaseFile, ...]:
+    """Copy a base's files into HOME/base; with `weights`, its tensors in one file. Gives what was copied.
+
+    Raises OSError, BaseError.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name in FILE_NAMES:
+        if name != "model.safetensors" and (source / name).is_file():
+            copy_file(source / name, target / name)
+            files.append(BaseFile.of(target / name))
+    if weights:
+        join_weights(source, target / "model.safetensors")
+        files.append(BaseFile.of(target / "model.safetensors"))
+    return tuple(files)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The same bytes, whole or not at all. Raises OSError."""
+    with source.open("rb") as file:
+        write_file(target, lambda out: shutil.copyfileobj(file, out, _READ_BYTES))
+
+
+def join_weights(source: Path, target: Path) -> None:
+    """All tensors of a base's safetensors files in one file, sorted by name, their bytes as they are.
+
+    It streams: memory does not grow with the model. Raises OSError, BaseError.
+    """
+    tensors = dict(sorted(_tensors(source)))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (_, entry, size_bytes) in tensors.items():
+        header[name] = {**entry, "data_offsets": [offset, offset + size_bytes]}
+        offset += size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(out: BinaryIO) -> None:
+        out.write(_LENGTH.pack(len(text)) + text)
+        for place, _, size_bytes in tensors.values():
+            with place.path.open("rb") as file:
+                file.seek(place.offset)
+                _copy(file, out, size_bytes, place.path)
+
+    write_file(target, write)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    path: Path
+    offset: int
+
+
+def _tensors(source: Path) -> Iterator[tuple[str, tuple[_Place, dict[str, Any], int]]]:
+    """Name, place, dtype and shape, and bytes of every tensor of the directory's safetensors files."""
+    paths = sorted(source.glob("*.safetensors"))
+    if not paths:
+        raise BaseError(f"{source} holds no safetensors file")
+    for path in paths:
+        with path.open("rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\xff"))
+            if length > HEADER_BYTES_MAX:
+                raise BaseError(f"{path} is no safetensors file")
+            try:
+                header = json.loads(file.read(length))
+                for name, entry in header.items():
+                    if name != "__metadata__":
+                        begin, end = entry["data_offsets"]
+                        kind = {"dtype": entry["dtype"], "shape": entry["shape"]}
+                        yield name, (_Place(path, _LENGTH.size + length + begin), kind, end - begin)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BaseError(f"{path} is no safetensors file: {error}") from error
+
+
+def _copy(file: BinaryIO, out: BinaryIO, size_bytes: int, path: Path) -> None:
+    while size_bytes:
+        data = file.read(min(size_bytes, _READ_BYTES))
+        if not data:
+            raise BaseError(f"{path} is shorter than its header says")
+        out.write(data)
+        size_bytes -= len(data)

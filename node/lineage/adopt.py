@@ -1,0 +1,85 @@
+"""An open base, or the configuration of one -> the spec of a run that continues it, and HOME/base.
+
+`tapestry init --base DIR` looks at the directory without building anything (trainer/models/pretrained.py),
+copies the files that every member must hold, and pins them and the weights by their digests. The numbers of
+training are a start for continued pre-training, to be edited in run.toml before the run is founded.
+
+Imports torch and transformers: only commands that need them come here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapestry.node.disk.base import BaseError, take_base
+from tapestry.node.errors import UserError
+from tapestry.node.spec.run import RunSpec, new_spec
+from tapestry.node.spec.training import DataSpec, TrainingSpec, TrainSpec, TransformersSpec
+from tapestry.node.trainer.models.pretrained import BaseFacts, check_base
+from tapestry.node.trainer.models.refusal import ModelError
+from tapestry.node.trainer.models.weights import weights_digest
+
+SEQUENCE_LENGTH_MAX = 1024  # guess: what a member with little memory can train; larger where all have GPUs
+SHARDS = 512  # guess: about so many, so that their frames neither stall a link nor crowd a roster
+SHARD_ELEMENTS_MIN = 262_144
+MBIT_S_MIN = 10.0  # the slowest line that the default of exchange_max_s allows for
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What `init` says and writes."""
+
+    spec: RunSpec
+    facts: BaseFacts
+
+
+def adopt(
+    source: str,  # a directory, or a hub id
+    target: Path,  # HOME/base
+    name: str,
+    *,
+    weights: bool,  # begin from the base's weights; else from random ones
+    lora_rank: int,  # 0: all parameters are trained
+) -> Adopted:
+    """Copies into `target`. Raises UserError."""
+    try:
+        facts = check_base(source, need_weights=weights, lora=lora_rank > 0)
+        files = take_base(facts.folder, target, weights=lora_rank > 0)
+        digest = weights_digest(facts.folder) if weights else ""
+    except ModelError as error:
+        raise UserError(str(error), hint=error.hint or None) from error
+    except (OSError, BaseError) as error:
+        raise UserError(f"{source}: {error}") from error
+    model = TransformersSpec(
+        "transformers",
+        files=tuple(str(file) for file in files),
+        weights=digest,
+        parameters=facts.parameters,
+        lora_rank=lora_rank,
+        lora_alpha=2.0 * lora_rank or 32.0,
+    )
+    return Adopted(_spec(name, model, facts), facts)
+
+
+def _spec(name: str, model: TransformersSpec, facts: BaseFacts) -> RunSpec:
+    longest = facts.sequence_length_max or SEQUENCE_LENGTH_MAX
+    training = TrainingSpec(
+        model,
+        DataSpec("base", min(longest, SEQUENCE_LENGTH_MAX)),
+        # Guesses: continued pre-training goes on gently, adapters need a larger rate (LoRA, 2106.09685, D.4).
+        TrainSpec(
+            batch_size=8,
+            inner_steps=32,
+            lr=3e-4 if model.lora_rank else 5e-5,
+            weight_decay=0.0 if model.lora_rank else 0.1,
+            betas=(0.9, 0.95),
+            warmup_steps=32,
+        ),
+    )
+    trained = facts.parameters if not model.lora_rank else 0
+    elements = SHARD_ELEMENTS_MIN
+    while elements * SHARDS < trained:
+        elements *= 2
+    exchange_s = 2 * 8 * trained / (MBIT_S_MIN * 1e6)
+    return new_spec(name, training, shard_elements=elements, exchange_max_s=max(300.0, exchange_s))

@@ -1,0 +1,163 @@
+"""HOME/base: files that are pinned by digest, copied, fetched from a donor, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from state.kit import Run
+from state.test_transfer import LIMITS, between, no_count
+
+from tapestry.node.disk.base import (
+    PIECE_BYTES,
+    BaseError,
+    BaseFile,
+    BaseFolder,
+    join_weights,
+    take_base,
+)
+from tapestry.node.net.transfer import Donor, DonorFailed, fetch_file
+from tapestry.node.net.wire import RemoteProtocolError
+
+LARGE = bytes(range(256)) * (PIECE_BYTES // 256) * 2 + b"the end"  # three pieces, the last one short
+
+SHORT = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # and no data
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A base's directory, with a file that no run takes."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_bytes(LARGE)
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    return folder
+
+
+@pytest.fixture
+def held(source: Path, tmp_path: Path) -> BaseFolder:
+    """HOME/base of a member that has it all."""
+    files = take_base(source, tmp_path / "held", weights=False)
+    return BaseFolder(tmp_path / "held", files)
+
+
+def test_a_run_takes_of_a_base_the_files_that_members_need_and_no_other(held: BaseFolder) -> None:
+    assert sorted(path.name for path in held.folder.iterdir()) == ["config.json", "tokenizer.json"]
+    assert held.missing() == []
+    assert str(held.files["config.json"]).startswith("config.json 23 ")
+
+
+def test_a_file_of_another_size_or_none_is_missing(held: BaseFolder) -> None:
+    (held.folder / "config.json").write_text("{}")
+    (held.folder / "tokenizer.json").unlink()
+    assert [file.name for file in held.missing()] == ["config.json", "tokenizer.json"]
+
+
+def test_a_members_own_directory_is_taken_where_it_has_the_same_bytes(
+    held: BaseFolder, source: Path, tmp_path: Path
+) -> None:
+    (source / "config.json").write_text('{"model_type": "LLAMA"}')  # of the same size
+    mine = BaseFolder(tmp_path / "mine", [*held.files.values()])
+    assert [file.name for file in mine.take(source)] == ["config.json"]
+    assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
+
+
+def test_a_file_comes_from_a_donor_to_the_byte(held: BaseFolder, tmp_path: Path, run: Run) -> None:
+    mine = BaseFolder(tmp_path / "mine", [*held.files.values()])
+    for file in mine.missing():
+        between(_serves(run, held), _fetches(file, mine))
+    assert mine.missing() == []
+    assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
+
+
+def test_a_download_goes_on_where_it_broke_off(held: BaseFolder, tmp_path: Path, run: Run) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, LARGE[: PIECE_BYTES + 5])  # a piece, and some of the next
+    asked: list[int] = []
+
+    class Watched(BaseFolder):
+        def piece(self, digest: str, index: int) -> bytes | None:
+            asked.append(index)
+            return super().piece(digest, index)
+
+    watched = Watched(held.folder, [*held.files.values()])
+    between(_serves(run, watched), _fetches(file, mine))
+    assert asked == [1, 2]
+    assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
+
+
+def test_another_file_in_its_place_is_refused_and_dropped(held: BaseFolder, tmp_path: Path, run: Run) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    (held.folder / "tokenizer.json").write_bytes(LARGE[:-1] + b"!")
+    with pytest.raises(RemoteProtocolError, match=r"tokenizer.json has the digest") as caught:
+        between(_serves(run, held), _fetches(file, mine))
+    assert caught.value.reason == "digest"
+    assert [*mine.folder.iterdir()] == []
+
+
+def test_a_donor_without_the_file_says_missing(held: BaseFolder, tmp_path: Path, run: Run) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    (held.folder / "tokenizer.json").unlink()
+    for folder in (held, None):  # None: of a run without a base
+        with pytest.raises(DonorFailed, match="missing"):
+            between(_serves(run, folder), _fetches(file, mine))
+
+
+@pytest.mark.parametrize("index", [3, 2**31])
+def test_a_piece_beyond_the_end_is_none(held: BaseFolder, index: int) -> None:
+    assert held.piece(held.files["tokenizer.json"].digest, index) is None
+    assert held.piece("ab" * 32, 0) is None
+
+
+def test_weights_in_several_files_become_one_with_the_same_tensors(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    tensors = {"b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "a": torch.ones(5)}
+    save_file({"b": tensors["b"]}, parts / "model-00001-of-00002.safetensors")
+    save_file({"a": tensors["a"]}, parts / "model-00002-of-00002.safetensors")
+    join_weights(parts, tmp_path / "model.safetensors")
+    joined = load_file(tmp_path / "model.safetensors")
+    assert [*joined] == ["a", "b"]
+    assert all(torch.equal(joined[name], tensor) for name, tensor in tensors.items())
+    join_weights(tmp_path, tmp_path / "again.safetensors")  # of one file: the same bytes
+    assert (
+        BaseFile.of(tmp_path / "again.safetensors").digest
+        == BaseFile.of(tmp_path / "model.safetensors").digest
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        struct.pack("<Q", 2**60),
+        struct.pack("<Q", 9) + b"not json!",
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        struct.pack("<Q", 62)
+        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode(),
+    ],
+)
+def test_torn_weights_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(BaseError, match=r"model.safetensors is (no safetensors file|shorter)"):
+        join_weights(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _serves(run: Run, base: BaseFolder | None) -> Any:
+    return Donor(run.chain.genesis, run.store, run.checkpoints, LIMITS, no_count, base).serve
+
+
+def _fetches(file: BaseFile, folder: BaseFolder) -> Any:
+    async def fetch(open_stream: Any) -> None:
+        async with asyncio.timeout(10):
+            await fetch_file(open_stream, file, folder, LIMITS, no_count)
+
+    return fetch

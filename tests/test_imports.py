@@ -32,6 +32,26 @@ HIVEMIND_MODULES = (
 NODE_SIDE_OF_TRAINER = "tapestry.node.trainer.process"
 PURE_OF_DHT = ("tapestry.dht.presence",)
 
+# From the ground up: a module imports from its own room and from those below it. The longest name counts, so
+# that disk.files, which writes a file and knows nothing, lies below home, and the rest of disk above state.
+ROOMS = (
+    "tapestry.compression",
+    "tapestry.dht",
+    "tapestry.node.errors",
+    "tapestry.node.protocol",
+    "tapestry.node.disk.files",
+    "tapestry.node.home",
+    "tapestry.node.spec",
+    "tapestry.node.state",
+    "tapestry.node.disk",
+    "tapestry.node.net",
+    "tapestry.node.trainer",
+    "tapestry.node.lineage",
+    "tapestry.node.surface",
+    "tapestry.node.daemon",
+    "tapestry.node.cli",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -163,6 +183,26 @@ def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     ]
 
 
+def imports_point_downward(sources: Mapping[str, Source]) -> list[str]:
+    """Every module is in a room, and imports nothing of a room above its own; TYPE_CHECKING counts too."""
+    faults = []
+    for source in sources.values():
+        room = _room(source.name)
+        if room is None and not source.is_package:
+            faults.append(f"{source.name}:1: is in no room of ROOMS")
+            continue
+        for name, line in source.imports:
+            above = _room(name)
+            if room is not None and above is not None and ROOMS.index(above) > ROOMS.index(room):
+                faults.append(f"{source.name}:{line}: imports {name}, which is above it")
+    return faults
+
+
+def _room(name: str) -> str | None:
+    rooms = [room for room in ROOMS if _is_below(name, room)]
+    return max(rooms, key=len) if rooms else None
+
+
 def no_module_imports_in_a_circle(sources: Mapping[str, Source]) -> list[str]:
     """Imports inside functions count: a circle that is put off is still a circle."""
     graph = {
@@ -188,6 +228,7 @@ RULES: tuple[Rule, ...] = (
     nothing_executes_what_it_reads,
     nobody_uses_the_bare_folder_names,
     the_worker_knows_no_runtime,
+    imports_point_downward,
     no_module_imports_in_a_circle,
 )
 
@@ -235,6 +276,16 @@ BROKEN = [
         "node/trainer/inner.py",
         "from tapestry.node.trainer.process import Trainer",
     ),
+    (imports_point_downward, "compression/codecs.py", "from tapestry.dht import presence"),
+    (imports_point_downward, "node/surface/status.py", "from tapestry.node.daemon.runtime import Runtime"),
+    (
+        imports_point_downward,
+        "node/surface/status.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tapestry.node.daemon import runtime",
+    ),
+    (imports_point_downward, "node/disk/store.py", "def f():\n    from tapestry.node.net import wire"),
+    (imports_point_downward, "node/disk/files.py", "from tapestry.node.home import Home"),
+    (imports_point_downward, "node/protocol/core.py", "from ..spec import run"),
     (no_module_imports_in_a_circle, "dht/identity.py", "from tapestry.dht import identity2"),
 ]
 
@@ -250,6 +301,7 @@ def test_a_source_that_breaks_a_rule_is_found_with_its_line(rule: Rule, path: st
 def test_what_is_allowed_is_not_found() -> None:
     allowed = {
         "node/protocol/core.py": "import json\nfrom tapestry.dht.presence import encode\nfrom . import chain",
+        "node/home.py": "from tapestry.node.disk.files import atomic_write\nfrom tapestry.node import errors",
         "node/net/links.py": "from hivemind.p2p import P2P\nimport torch\nmodel.eval()\nre.compile('x')",
         "node/trainer/worker.py": "from tapestry.node.trainer import model\nimport tapestry.compression",
         "dht/swarm.py": "from tapestry.dht import identity\nimport hivemind",
@@ -259,6 +311,19 @@ def test_what_is_allowed_is_not_found() -> None:
         source = _read(_module_name(Path(path)), text)
         sources[source.name] = source
     assert [fault for rule in RULES for fault in rule(sources)] == []
+
+
+def test_the_floors_of_single_modules_are_kept_too() -> None:
+    texts = {
+        "tapestry.node.home": "from tapestry.node.disk import store",
+        "tapestry.node.disk.store": "from tapestry.node.home import Home",
+        "tapestry.node.attic": "import json",
+    }
+    sources = {name: _read(name, text) for name, text in texts.items()}
+    assert imports_point_downward(sources) == [
+        "tapestry.node.home:1: imports tapestry.node.disk.store, which is above it",
+        "tapestry.node.attic:1: is in no room of ROOMS",
+    ]
 
 
 def test_circles_are_found_over_several_modules_and_through_functions() -> None:

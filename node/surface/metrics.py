@@ -20,19 +20,30 @@ ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messa
 NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
 DIRECTIONS = ("sent", "received")
 BYTE_KINDS = ("control", "contribution", "result", "state")
-REFUSED_REASONS = (
+REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
     *("forged", "stale", "oversized", "foreign", "malformed", "future"),
     # protocol/chain.py and sync.py: records
-    *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record"),
+    *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record", "forced", "influence"),
     # protocol/round.py and exchange.py: messages of a round
-    *("not_leader", "not_reducer", "roster", "weight", "shard", "state_digest", "equivocation"),
+    *(
+        "not_leader",
+        "not_reducer",
+        "not_elector",
+        "roster",
+        "weight",
+        "shard",
+        "state_digest",
+        "equivocation",
+    ),
     # compression: frames and payloads; "digest" is a payload that is not the one that was announced
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
-    *("magic", "version", "digest"),
-    # links.py and runtime.py: more than a peer may have of us
+    *("magic", "version", "digest", "total", "device", "contiguous"),
+    # net/transfer.py: what a donor gives
+    *("genesis", "update"),
+    # net/links.py, daemon/network_desk.py: more than a peer may have of us
     *("streams", "slow", "peers_max"),
-    # what nobody listed here
+    # what a handler of ours raised
     "other",
 )
 

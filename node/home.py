@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
+from tapestry.node.protocol import strict
 
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
 
@@ -248,12 +249,11 @@ def _start_ticks(pid: int) -> int | None:
 
 def _node_info_from(table: object) -> NodeInfo:
     """Raises ValueError unless it is what `write_node_json` writes."""
-    if not isinstance(table, dict) or set(table) != {field.name for field in dataclasses.fields(NodeInfo)}:
-        raise ValueError("not a node.json")
-    pid, addresses = table["pid"], table["addresses"]
-    texts = [table[name] for name in ("peer_id", "run_id", "http", "version", "started_at")]
-    if type(pid) is not int or not isinstance(addresses, list):
-        raise ValueError("not a node.json")
-    if not all(isinstance(text, str) for text in [*texts, *addresses]):
-        raise ValueError("not a node.json")
-    return NodeInfo(**{**table, "addresses": tuple(addresses)})
+    fields = strict.table(table, [field.name for field in dataclasses.fields(NodeInfo)], "node.json")
+    strict.integer(fields["pid"], 0, 2**31, "pid")
+    addresses = strict.sequence(fields["addresses"], NODE_JSON_BYTES_MAX, "addresses")
+    for name in ("peer_id", "run_id", "http", "version", "started_at"):
+        strict.text(fields[name], NODE_JSON_BYTES_MAX, name)
+    for address in addresses:
+        strict.text(address, NODE_JSON_BYTES_MAX, "an address")
+    return NodeInfo(**{**fields, "addresses": tuple(addresses)})

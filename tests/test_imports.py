@@ -31,6 +31,7 @@ HIVEMIND_MODULES = (
 )
 NODE_SIDE_OF_TRAINER = "tapestry.node.trainer.process"
 PURE_OF_DHT = ("tapestry.dht.presence",)
+PURE_OF_PROTOCOL = "tapestry.node.protocol.strict"  # checks of values, which the trainer's messages need too
 
 # From the ground up: a module imports from its own room and from those below it. The longest name counts, so
 # that disk.files, which writes a file and knows nothing, lies below home, and the rest of disk above state.
@@ -168,6 +169,7 @@ def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     """What runs in the trainer's process: the trainer's own side and compression, nothing of the node."""
     allowed = (
         "tapestry.compression",
+        PURE_OF_PROTOCOL,
         "tapestry.node.spec.tables",
         "tapestry.node.spec.training",
         "tapestry.node.trainer",

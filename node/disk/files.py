@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from blake3 import blake3
 
 from tapestry.node.protocol.chain import canonical
+from tapestry.node.protocol.strict import table
 
 TEMPORARY = ".tmp"
 
@@ -96,8 +97,7 @@ def unseal(line: bytes) -> Any:
         raw = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(raw, dict) or set(raw) != {"digest", "value"}:
-        raise ValueError("not a sealed value")
+    table(raw, ("digest", "value"), "a sealed value")
     if raw["digest"] != _digest(raw["value"]):
         raise ValueError("its digest does not match")
     return raw["value"]

@@ -49,6 +49,7 @@ from tapestry.node.disk.files import (
 )
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import (
     Chain,
     Crypto,
@@ -391,15 +392,11 @@ def _vote_to_dict(vote: Vote) -> dict[str, Any]:
 
 def _vote_from_dict(raw: Any) -> Vote:
     """Strict. Raises ValueError."""
-    if not isinstance(raw, dict) or set(raw) != {field.name for field in dataclasses.fields(Vote)}:
-        raise ValueError("not a vote")
-    if type(raw["head"]) is not str or len(raw["head"]) != 64:
-        raise ValueError("head must be 64 hex digits")
-    if type(raw["life"]) is not str or len(raw["life"]) not in (0, 32):
-        raise ValueError("life must be 32 hex digits")
-    numbers = [raw[name] for name in ("epoch", "promised", "accepted_ballot", "weight")]
-    if not all(type(number) is int and number >= -1 for number in numbers):
-        raise ValueError("epoch, ballots and weight must be integers")
+    strict.table(raw, [field.name for field in dataclasses.fields(Vote)], "a vote")
+    strict.hexadecimal(raw["head"], (64,), "head")
+    strict.hexadecimal(raw["life"], (0, 32), "life")
+    for name in ("epoch", "promised", "accepted_ballot", "weight"):
+        strict.integer(raw[name], -1, 2**63, name)
     accepted = None if raw["accepted"] is None else body_from_dict(raw["accepted"])
     if (accepted is None) != (raw["accepted_ballot"] == -1):
         raise ValueError("an accepted body and its ballot go together")

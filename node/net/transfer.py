@@ -57,6 +57,7 @@ from tapestry.node.net.wire import (
     read_frame,
     unpack,
 )
+from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import (
     EPOCH_MAX,
     Chain,
@@ -517,15 +518,17 @@ async def _opened(
 
 def _epoch(value: Any) -> int:
     """An epoch, or an index: from a request. Raises RemoteProtocolError."""
-    if type(value) is not int or not 0 <= value <= EPOCH_MAX:
-        raise RemoteProtocolError("malformed", "a number out of range")
-    return value
+    try:
+        return strict.integer(value, 0, EPOCH_MAX, "a number")
+    except strict.Malformed as error:
+        raise RemoteProtocolError("malformed", str(error)) from None
 
 
 def _digest(value: Any) -> str:
-    if type(value) is not str or len(value) != 64 or value.strip("0123456789abcdef"):
-        raise RemoteProtocolError("malformed", "a head is 64 hex digits")
-    return value
+    try:
+        return strict.hexadecimal(value, (64,), "a head")
+    except strict.Malformed as error:
+        raise RemoteProtocolError("malformed", str(error)) from None
 
 
 def _bytes_of(

@@ -10,14 +10,13 @@ The payload of SHARD and RESULT is not looked at here (node/links.py checks it w
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
 
 from tapestry.node.net.wire import RemoteProtocolError, unpack
-from tapestry.node.protocol import chain
+from tapestry.node.protocol import chain, strict
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
 from tapestry.node.protocol.messages import (
     RECORDS_MAX,
@@ -44,7 +43,7 @@ LOCATOR_MAX = 128  # entries of a GetRecords: two per doubling of the epoch, wit
 PHASE_LENGTH_MAX = 16
 
 Encode = Callable[[Any], Any]
-Decode = Callable[[Any], Any]
+Decode = Callable[[Any, str], Any]  # value and its name; raises ValueError
 
 
 def encode_message(message: Control | Shard | Result) -> bytes:
@@ -90,7 +89,7 @@ class Reader:
         if len(raw) != len(fields) + 1:
             raise RemoteProtocolError("malformed", f"{raw[0]} with {len(raw) - 1} fields")
         try:
-            return kind, [decode(v) for v, (_, _, decode) in zip(raw[1:], fields, strict=True)]
+            return kind, [decode(v, name) for v, (name, _, decode) in zip(raw[1:], fields, strict=True)]
         except InvalidRecord as e:
             raise RemoteProtocolError(e.reason, f"{raw[0]}: {e}") from None
         except (ValueError, TypeError) as e:
@@ -110,77 +109,56 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _integer(low: int, high: int) -> Decode:
-    def decode(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"an integer outside {low} to {high}")
-        return value
+def _any(value: Any, what: str) -> Any:
+    return value
 
-    return decode
+
+def _integer(low: int, high: int) -> Decode:
+    return lambda value, what: strict.integer(value, low, high, what)
 
 
 def _text(length_max: int) -> Decode:
-    def decode(value: Any) -> str:
-        if type(value) is not str or len(value) > length_max:
-            raise ValueError(f"not a text of at most {length_max}")
-        return value
-
-    return decode
+    return lambda value, what: strict.text(value, length_max, what)
 
 
 def _hex(*lengths: int) -> Decode:
-    def decode(value: Any) -> str:
-        if type(value) is not str or len(value) not in lengths or value.strip("0123456789abcdef"):
-            raise ValueError(f"not {' or '.join(map(str, lengths))} hex digits")
-        return value
-
-    return decode
-
-
-def _boolean(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError("not a boolean")
-    return value
-
-
-def _norm(value: Any) -> float:
-    if type(value) is not float or not math.isfinite(value) or value < 0:
-        raise ValueError("not a norm")
-    return value
-
-
-def _tuple_of(item: Decode, count_max: int) -> Decode:
-    def decode(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, tuple) or len(value) > count_max:
-            raise ValueError(f"not a list of at most {count_max}")
-        return tuple(item(v) for v in value)
-
-    return decode
-
-
-def _stage(value: Any) -> Stage:
-    return Stage(_integer(0, len(Stage) - 1)(value))
+    return lambda value, what: strict.hexadecimal(value, lengths, what)
 
 
 def _word(length_max: int) -> Decode:
-    """A word that may be shown anywhere, as phases and peer ids are: ASCII letters and digits."""
+    return lambda value, what: strict.word(value, length_max, what)
 
-    def decode(value: Any) -> str:
-        if type(value) is not str or len(value) > length_max or not (value.isascii() and value.isalnum()):
-            raise ValueError(f"not a word of at most {length_max}")
-        return value
+
+def _norm(value: Any, what: str) -> float:
+    return strict.finite(value, what, 0.0)
+
+
+def _tuple_of(item: Decode, count_max: int) -> Decode:
+    def decode(value: Any, what: str) -> tuple[Any, ...]:
+        return tuple([item(v, what) for v in strict.sequence(value, count_max, what)])
 
     return decode
 
 
-def _known(value: Any) -> tuple[int, str]:
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ValueError("not a pair of epoch and head")
-    return _EPOCH(value[0]), _HEAD(value[1])
+def _stage(value: Any, what: str) -> Stage:
+    return Stage(strict.integer(value, 0, len(Stage) - 1, what))
 
 
-def _optional_body(value: Any) -> chain.Body | None:
-    return None if value is None else chain.body_from_dict(value)
+def _known(value: Any, what: str) -> tuple[int, str]:
+    epoch, head = strict.sequence(value, 2, what, 2)
+    return _EPOCH(epoch, "epoch"), _HEAD(head, "head")
+
+
+def _body(value: Any, what: str) -> chain.Body:
+    return chain.body_from_dict(value)
+
+
+def _member(value: Any, what: str) -> chain.Member:
+    return chain.member_from(value)
+
+
+def _optional_body(value: Any, what: str) -> chain.Body | None:
+    return None if value is None else _body(value, what)
 
 
 def _encode_optional_body(body: chain.Body | None) -> Any:
@@ -216,13 +194,13 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "forced": (_same, _boolean),
+        "forced": (_same, strict.boolean),
     },
     Ready: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "forced": (_same, _boolean),
+        "forced": (_same, strict.boolean),
         "state_digest": (_same, _hex(64)),
         "contribution": (_same, _hex(0, 32)),
         "weight": (_same, _integer(0, WEIGHT_MAX)),
@@ -237,16 +215,16 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "forced": (_same, _boolean),
+        "forced": (_same, strict.boolean),
         "state_digest": (_same, _hex(64)),
-        "members": (_encode_members, _tuple_of(chain.member_from, MEMBERS_MAX)),
+        "members": (_encode_members, _tuple_of(_member, MEMBERS_MAX)),
         "reducers": (_same, _tuple_of(_integer(0, MEMBERS_MAX), SHARDS_MAX)),
     },
     Propose: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "body": (chain.body_to_dict, chain.body_from_dict),
+        "body": (chain.body_to_dict, _body),
         "holders": (_same, _PEERS),
     },
     Accept: {
@@ -257,7 +235,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "result": (_same, _hex(64)),
         "signature": (_same, _text(256)),
     },
-    Commit: {"record": (chain.record_to_dict, _same)},
+    Commit: {"record": (chain.record_to_dict, _any)},
     Need: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
@@ -266,7 +244,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "shards": (_same, _tuple_of(_SHARD, SHARDS_MAX)),
     },
     GetRecords: {"known": (_same, _tuple_of(_known, LOCATOR_MAX))},
-    Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_same, RECORDS_MAX))},
+    Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_any, RECORDS_MAX))},
     Shard: {"epoch": (_same, _EPOCH), "contribution": (_same, _hex(32)), "shard": (_same, _SHARD)},
     Result: {
         "epoch": (_same, _EPOCH),

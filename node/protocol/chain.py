@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
 
+from tapestry.node.protocol.strict import Malformed, boolean, hexadecimal, integer, sequence, table, text
+
 MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
 WEIGHT_MAX = 2**53  # tokens; exact in JSON, in float64 and in msgpack
 EPOCH_MAX = 2**53
@@ -137,24 +139,28 @@ def body_to_dict(body: Body) -> dict[str, Any]:
 
 def body_from_dict(raw: Any) -> Body:
     """Strict. Raises InvalidRecord."""
-    _keys(raw, ("run_id", "epoch", "prev", "state_digest", "members", "result", "forced"), "body")
-    members = raw["members"]
-    if not isinstance(members, (list, tuple)) or not 1 <= len(members) <= MEMBERS_MAX:
-        raise InvalidRecord("malformed", f"members must be a list of 1 to {MEMBERS_MAX}")
+    try:
+        return _body_from(raw)
+    except Malformed as error:
+        raise InvalidRecord("malformed", str(error)) from None
+
+
+def _body_from(raw: Any) -> Body:
+    fields = table(raw, ("run_id", "epoch", "prev", "state_digest", "members", "result", "forced"), "body")
     body = Body(
-        run_id=sys.intern(_hex(raw["run_id"], 64, "run_id")),
-        epoch=_int(raw["epoch"], 1, EPOCH_MAX, "epoch"),
-        prev=sys.intern(_hex(raw["prev"], 64, "prev")),
-        state_digest=_hex(raw["state_digest"], 64, "state_digest"),
-        members=tuple(member_from(m) for m in members),
-        result=_hex(raw["result"], 64, "result"),
-        forced=_bool(raw["forced"], "forced"),
+        run_id=sys.intern(hexadecimal(fields["run_id"], (64,), "run_id")),
+        epoch=integer(fields["epoch"], 1, EPOCH_MAX, "epoch"),
+        prev=sys.intern(hexadecimal(fields["prev"], (64,), "prev")),
+        state_digest=hexadecimal(fields["state_digest"], (64,), "state_digest"),
+        members=tuple([member_from(m) for m in sequence(fields["members"], MEMBERS_MAX, "members", 1)]),
+        result=hexadecimal(fields["result"], (64,), "result"),
+        forced=boolean(fields["forced"], "forced"),
     )
     peers = [m.peer for m in body.members]
     if peers != sorted(set(peers)):
-        raise InvalidRecord("malformed", "members must be sorted by peer, each once")
+        raise Malformed("members must be sorted by peer, each once")
     if not any(m.weight for m in body.members):
-        raise InvalidRecord("malformed", "a record without any contribution")
+        raise Malformed("a record without any contribution")
     return body
 
 
@@ -173,19 +179,22 @@ def wire_bytes(member_count: int, signature_count: int) -> int:
 
 def record_from_dict(raw: Any, crypto: Crypto) -> Record:
     """Strict, without the signatures' check (`check_record`). Raises InvalidRecord."""
-    _keys(raw, ("body", "ballot", "signatures"), "record")
-    body = body_from_dict(raw["body"])
-    pairs = raw["signatures"]
-    if not isinstance(pairs, (list, tuple)) or len(pairs) > MEMBERS_MAX:
-        raise InvalidRecord("malformed", "signatures must be a short list")
+    try:
+        return _record_from(raw, crypto)
+    except Malformed as error:
+        raise InvalidRecord("malformed", str(error)) from None
+
+
+def _record_from(raw: Any, crypto: Crypto) -> Record:
+    fields = table(raw, ("body", "ballot", "signatures"), "record")
+    body = _body_from(fields["body"])
     signatures = []
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise InvalidRecord("malformed", "a signature is a pair of peer and signature")
-        signatures.append((_peer(pair[0], "signer"), _text(pair[1], 256, "signature")))
+    for pair in sequence(fields["signatures"], MEMBERS_MAX, "signatures"):
+        signer, signature = sequence(pair, 2, "a signature", 2)
+        signatures.append((_peer(signer, "signer"), text(signature, 256, "signature", 1)))
     if [s[0] for s in signatures] != sorted({s[0] for s in signatures}):
-        raise InvalidRecord("malformed", "signatures must be sorted by peer, each once")
-    ballot = _int(raw["ballot"], 0, BALLOT_MAX, "ballot")
+        raise Malformed("signatures must be sorted by peer, each once")
+    ballot = integer(fields["ballot"], 0, BALLOT_MAX, "ballot")
     return Record(body, sys.intern(head_of(body, crypto)), ballot, tuple(signatures))
 
 
@@ -195,21 +204,29 @@ def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
 
 def genesis_from_dict(raw: Any, crypto: Crypto) -> Genesis:
     """Strict, signature checked. Raises InvalidRecord."""
-    _keys(raw, ("spec", "founder", "state_digest", "schema", "params", "nonce", "signature"), "genesis")
-    genesis = Genesis(
-        spec=_text(raw["spec"], 64 * 1024, "spec"),
-        founder=_text(raw["founder"], 128, "founder"),
-        state_digest=_hex(raw["state_digest"], 64, "state_digest"),
-        schema=_hex(raw["schema"], 64, "schema"),
-        params=_int(raw["params"], 1, 2**40, "params"),
-        nonce=_hex(raw["nonce"], 32, "nonce"),
-        run_id="",
-        signature=_text(raw["signature"], 256, "signature"),
-    )
-    text = canonical(_genesis_core(genesis))
-    if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v1\0" + text):
+    try:
+        genesis = _genesis_from(raw)
+    except Malformed as error:
+        raise InvalidRecord("malformed", str(error)) from None
+    core = canonical(_genesis_core(genesis))
+    if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v1\0" + core):
         raise InvalidRecord("signature", "the genesis is not signed by the founder it names")
-    return replace(genesis, run_id=crypto.digest(text))
+    return replace(genesis, run_id=crypto.digest(core))
+
+
+def _genesis_from(raw: Any) -> Genesis:
+    names = ("spec", "founder", "state_digest", "schema", "params", "nonce", "signature")
+    fields = table(raw, names, "genesis")
+    return Genesis(
+        spec=text(fields["spec"], 64 * 1024, "spec", 1),
+        founder=text(fields["founder"], 128, "founder", 1),
+        state_digest=hexadecimal(fields["state_digest"], (64,), "state_digest"),
+        schema=hexadecimal(fields["schema"], (64,), "schema"),
+        params=integer(fields["params"], 1, 2**40, "params"),
+        nonce=hexadecimal(fields["nonce"], (32,), "nonce"),
+        run_id="",
+        signature=text(fields["signature"], 256, "signature", 1),
+    )
 
 
 def found(
@@ -217,9 +234,9 @@ def found(
 ) -> Genesis:
     """Make and sign the genesis of a new run. `nonce`: 32 hex digits, drawn for this one."""
     genesis = Genesis(spec, founder, state_digest, schema, params, nonce, "", "")
-    text = canonical(_genesis_core(genesis))
-    signature = crypto.sign(b"tapestry genesis v1\0" + text)
-    return replace(genesis, run_id=crypto.digest(text), signature=signature)
+    core = canonical(_genesis_core(genesis))
+    signature = crypto.sign(b"tapestry genesis v1\0" + core)
+    return replace(genesis, run_id=crypto.digest(core), signature=signature)
 
 
 def _genesis_core(genesis: Genesis) -> dict[str, Any]:
@@ -397,54 +414,22 @@ def better(ours: Sequence[Record], theirs: Sequence[Record]) -> bool:
     return Tip(weight_of(theirs), theirs[-1].head).beats(Tip(weight_of(ours), ours[-1].head))
 
 
-# --- strict fields ----------------------------------------------------------------------------------
-
-
-def _keys(raw: Any, keys: tuple[str, ...], what: str) -> None:
-    if not isinstance(raw, dict) or set(raw) != set(keys):
-        raise InvalidRecord("malformed", f"{what} must have exactly {', '.join(keys)}")
-
-
-def _int(value: Any, low: int, high: int, what: str) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise InvalidRecord("malformed", f"{what} must be an integer from {low} to {high}")
-    return value
-
-
-def _bool(value: Any, what: str) -> bool:
-    if type(value) is not bool:
-        raise InvalidRecord("malformed", f"{what} must be true or false")
-    return value
-
-
-def _text(value: Any, length_max: int, what: str) -> str:
-    if type(value) is not str or not 0 < len(value) <= length_max:
-        raise InvalidRecord("malformed", f"{what} must be a text of at most {length_max}")
-    return value
+# --- fields -----------------------------------------------------------------------------------------
 
 
 def _peer(value: Any, what: str) -> str:
     """The same object in every record: a chain of a year has millions of them."""
-    return sys.intern(_text(value, 128, what))
-
-
-def _hex(value: Any, length: int, what: str) -> str:
-    if type(value) is not str or len(value) != length or value.strip("0123456789abcdef"):
-        raise InvalidRecord("malformed", f"{what} must be {length} hex digits")
-    return value
+    return sys.intern(text(value, 128, what, 1))
 
 
 def member_from(raw: Any) -> Member:
-    if not isinstance(raw, (list, tuple)) or len(raw) != 4:
-        raise InvalidRecord("malformed", "a member is peer, weight, contribution and life")
-    peer, weight, contribution, life = raw
-    weight = _int(weight, 0, WEIGHT_MAX, "weight")
+    """Strict. Raises Malformed."""
+    peer, weight, contribution, life = sequence(raw, 4, "a member", 4)
+    integer(weight, 0, WEIGHT_MAX, "weight")
     if (weight == 0) != (contribution == ""):
-        raise InvalidRecord("malformed", "a member has weight and contribution or neither")
-    if contribution:
-        _hex(contribution, 32, "contribution")
-    if life != "":
-        _hex(life, 32, "life")
+        raise Malformed("a member has weight and contribution or neither")
+    hexadecimal(contribution, (0, 32), "contribution")
+    hexadecimal(life, (0, 32), "life")
     return Member(_peer(peer, "peer"), weight, contribution, sys.intern(life))
 
 

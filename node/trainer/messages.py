@@ -4,19 +4,20 @@ A frame is a 4-byte big-endian length and a msgpack map: `type` and exactly the 
 `Command`s go to the worker, `Report`s come from it. Both ends run the same code on one machine, yet every
 frame is checked in full: a worker that went wrong must not take its node along.
 
-Must not import torch or anything of ours.
+Must not import torch, or anything of ours but protocol/strict.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+
+from tapestry.node.protocol import strict
 
 FRAME_BYTES_MAX = 4 << 20  # a Hello with a hundred thousand named tensors
 TEXT_CHARS_MAX = 4096
@@ -218,47 +219,51 @@ def _unpack(body: bytes, known: dict[str, Any]) -> Any:
 
 
 def _checked(cls: type, field: dataclasses.Field[Any], value: Any) -> Any:
-    valid, convert = _CHECKS[str(field.type)]
-    if not valid(value):
-        raise MessageError(f"{cls.__name__}.{field.name} is not a valid {field.type}")
-    return convert(value)
+    what = f"{cls.__name__}.{field.name}"
+    try:
+        return _FIELDS[str(field.type)](value, what)
+    except strict.Malformed as error:
+        raise MessageError(f"not a valid {field.type}: {error}") from None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 63
+def _integer(value: Any, what: str) -> int:
+    return strict.integer(value, -1, (1 << 63) - 1, what)
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+def _text(value: Any, what: str) -> str:
+    return strict.text(value, TEXT_CHARS_MAX, what)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= TEXT_CHARS_MAX
+def _list(value: Any, what: str) -> Sequence[Any]:
+    return strict.sequence(value, FRAME_BYTES_MAX, what)  # the frame has bounded it
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_text(name) for name in value)
+def _names(value: Any, what: str) -> tuple[str, ...]:
+    return tuple([_text(name, what) for name in _list(value, what)])
 
 
-def _is_shapes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(shape, list) and len(shape) <= 8 and all(_is_int(size) and size >= 0 for size in shape)
-        for shape in value
-    )
+def _shapes(value: Any, what: str) -> tuple[tuple[int, ...], ...]:
+    return tuple([_shape(shape, what) for shape in _list(value, what)])
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
+def _shape(value: Any, what: str) -> tuple[int, ...]:
+    return tuple([strict.integer(size, 0, (1 << 63) - 1, what) for size in strict.sequence(value, 8, what)])
 
 
-_CHECKS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
-    "int": (_is_int, int),
-    "float": (_is_float, float),
-    "bool": (lambda value: isinstance(value, bool), bool),
-    "str": (_is_text, str),
-    "tuple[str, ...]": (_is_names, tuple),
-    "tuple[tuple[int, ...], ...]": (_is_shapes, lambda shapes: tuple(map(tuple, shapes))),
-    "dict[str, Any]": (_is_dict, dict),
+def _dict(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise strict.Malformed(f"{what} must be a map")
+    return value
+
+
+_FIELDS: dict[str, Callable[[Any, str], Any]] = {
+    "int": _integer,
+    "float": strict.finite,
+    "bool": strict.boolean,
+    "str": _text,
+    "tuple[str, ...]": _names,
+    "tuple[tuple[int, ...], ...]": _shapes,
+    "dict[str, Any]": _dict,
 }
 _COMMANDS = {cls.__name__: cls for cls in Command.__args__}
 _REPORTS = {cls.__name__: cls for cls in Report.__args__}

@@ -32,13 +32,14 @@ from tapestry.node.net.wire import (
     FrameLimits,
     RemoteProtocolError,
     StreamEnded,
+    WriteLimits,
     frame_parts,
     read_frame,
+    write_frame,
 )
 from tapestry.node.protocol.messages import Control, Result, Shard
 
 HEADER_BYTES_MAX = 1024  # of a bulk frame
-WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
 BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
@@ -380,23 +381,10 @@ class Links:
 
     async def _write(self, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
         """Write a frame at the peer's pace and within our cap. Returns why that failed, or ""."""
-        throttle = self._limits.throttles.upload
+        waits = kind != "control"
+        limits = WriteLimits(self._limits.throttles.upload, waits, self._limits.silence_s)
         try:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                while view.nbytes:
-                    count = min(view.nbytes, WRITE_BYTES)
-                    if kind == "control":
-                        throttle.spend(count)
-                    else:
-                        count = await throttle.take(count)  # before silence_s begins: this is our own wait
-                    if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
-                        return "the stream broke"
-                    piece, view = view[:count], view[count:]
-                    writer.write(piece)
-                    async with asyncio.timeout(self._limits.silence_s):
-                        await writer.drain()
-                    self._listener.on_bytes("sent", kind, piece.nbytes)
+            await write_frame(writer, parts, limits, lambda n: self._listener.on_bytes("sent", kind, n))
         except TimeoutError:
             return f"it took nothing for {self._limits.silence_s:g} s"
         except OSError as error:

@@ -15,6 +15,7 @@ array of multiaddrs, each with `/p2p/<peer id>`, then the stream's end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -36,9 +37,11 @@ from tapestry.node.net.wire import (
     FrameLimits,
     RemoteProtocolError,
     StreamEnded,
+    WriteLimits,
     frame_parts,
     read_frame,
     unpack,
+    write_frame,
 )
 
 LOOK_S = 1.0  # who is newly linked is asked within so long
@@ -152,14 +155,14 @@ class PeerExchange:
         others = [addresses for other, addresses in self._links.addresses.items() if other != peer]
         others = random.sample(others, min(PEERS_MAX, len(others)))
         told = [address for one in (self._own_addresses(), *others) for address in one[:ADDRESSES_MAX]]
-        answer = memoryview(*frame_parts(msgpack.packb(told)))
-        if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
-            return
-        self._throttles.upload.spend(answer.nbytes)
-        self._listener.on_bytes("sent", "control", answer.nbytes)
-        writer.write(answer)
-        async with asyncio.timeout(ASK_S):
-            await writer.drain()
+        limits = WriteLimits(self._throttles.upload, False, ASK_S, whole_frame=True)
+        with contextlib.suppress(ConnectionResetError):  # it asked and did not wait for the answer
+            await write_frame(
+                writer,
+                frame_parts(msgpack.packb(told)),
+                limits,
+                lambda count: self._listener.on_bytes("sent", "control", count),
+            )
 
     def _may_ask(self, peer: str) -> bool:
         now = asyncio.get_running_loop().time()

@@ -53,9 +53,11 @@ from tapestry.node.net.wire import (
     FrameLimits,
     RemoteProtocolError,
     StreamEnded,
+    WriteLimits,
     frame_parts,
     read_frame,
     unpack,
+    write_frame,
 )
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import (
@@ -450,21 +452,10 @@ class _Stream:
 
     async def send(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
         """Within our cap, whose wait is ours. Raises TimeoutError if the peer does not take it."""
-        loop = asyncio.get_running_loop()
-        left_s = self._stall_s + len(payload) / BYTES_PER_SECOND_MIN
-        for part in frame_parts(msgpack.packb(header), [payload] if payload else ()):
-            view = memoryview(part)
-            while view.nbytes:
-                count = await self._throttles.upload.take(view.nbytes)
-                if self._writer.is_closing():  # uvloop would raise RuntimeError at the write
-                    raise ConnectionResetError("the stream is closed")
-                began_at = loop.time()
-                self._writer.write(view[:count])
-                self._on_bytes("out", count)
-                async with asyncio.timeout(left_s):
-                    await self._writer.drain()
-                left_s -= loop.time() - began_at
-                view = view[count:]
+        patience_s = self._stall_s + len(payload) / BYTES_PER_SECOND_MIN
+        limits = WriteLimits(self._throttles.upload, True, patience_s, whole_frame=True)
+        parts = frame_parts(msgpack.packb(header), [payload] if payload else ())
+        await write_frame(self._writer, parts, limits, lambda count: self._on_bytes("out", count))
 
     async def receive(
         self, header_bytes_max: int, payload_bytes_max: int

@@ -2,9 +2,9 @@
 
 A frame is two big-endian u32 (header length, payload length), a msgpack header, and raw payload bytes.
 Control messages have no payload; a shard or result carries a compression frame as its payload, which is read
-into one buffer and never copied again. What headers say is in node/vocabulary.py.
+into one buffer and never copied again. What headers say is in net/vocabulary.py.
 
-Imports asyncio, msgpack and node/throttle.py; no hivemind.
+Imports asyncio, msgpack and net/throttle.py; no hivemind.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing_extensions import Buffer
 from tapestry.node.net.throttle import Throttle
 
 FRAME = struct.Struct(">II")
+WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
 READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/swarm.py); larger reads come in pieces anyway
 
 
@@ -87,6 +88,48 @@ def frame_parts(header: bytes, payload: Sequence[Buffer] = ()) -> list[Buffer]:
     """What to write for a frame, unjoined."""
     payload_bytes = sum(memoryview(part).nbytes for part in payload)
     return [FRAME.pack(len(header), payload_bytes) + header, *payload]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLimits:
+    """How a frame is written: within our cap, and as long as the peer takes it."""
+
+    throttle: Throttle
+    waits: bool  # for the throttle, as bulk does; control only spends
+    patience_s: float  # for the peer to take a piece, or the whole frame
+    whole_frame: bool = False
+
+
+async def write_frame(
+    writer: asyncio.StreamWriter,
+    parts: Sequence[Buffer],  # of frame_parts
+    limits: WriteLimits,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a frame piece by piece; `on_bytes` hears of each that the peer took.
+
+    What we wait for our own throttle is held against nobody. Raises TimeoutError, ConnectionResetError and
+    whatever else the stream raises.
+    """
+    loop, left_s = asyncio.get_running_loop(), limits.patience_s
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while view.nbytes:
+            count = min(view.nbytes, WRITE_BYTES)
+            if limits.waits:
+                count = await limits.throttle.take(count)
+            else:
+                limits.throttle.spend(count)
+            if writer.is_closing():  # uvloop raises RuntimeError when such a one is written to
+                raise ConnectionResetError("the stream broke")
+            began_at = loop.time()
+            writer.write(view[:count])
+            async with asyncio.timeout(left_s):
+                await writer.drain()
+            if limits.whole_frame:
+                left_s -= loop.time() - began_at
+            on_bytes(count)
+            view = view[count:]
 
 
 def unpack(header: bytes) -> Any:

@@ -5,8 +5,8 @@ Each function gives the value back or raises Malformed with a line that names it
 error of their boundary. Nothing is converted: a boolean is no integer, an integer no float. Checks are of
 types and bounds, in constant time, before anything is built from a value.
 
-Two boundaries keep checks of their own: dht/presence.py, which imports none of ours, and spec/tables.py, whose
-errors help a person to mend a file. Imports only `math`.
+Two boundaries keep checks of their own: dht/presence.py, which imports none of ours, and spec/tables.py,
+whose errors help a person to mend a file. Imports only `math`.
 """
 
 from __future__ import annotations

@@ -4,13 +4,17 @@ import asyncio
 
 import pytest
 
+from tapestry.node.net.throttle import Throttle
 from tapestry.node.net.wire import (
     FRAME,
+    WRITE_BYTES,
     FrameLimits,
     RemoteProtocolError,
     StreamEnded,
+    WriteLimits,
     frame_parts,
     read_frame,
+    write_frame,
 )
 
 LIMITS = FrameLimits(header_bytes_max=100, payload_bytes_max=1000)
@@ -93,3 +97,48 @@ def test_progress_is_told_for_every_byte():
 
     asyncio.run(run())
     assert sum(counts) == FRAME.size + 6 + 7
+
+
+class FakeWriter:
+    """Takes what is written, at once or never."""
+
+    def __init__(self, takes: bool = True, closing: bool = False) -> None:
+        self.written, self.takes, self.closing = b"", takes, closing
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: memoryview) -> None:
+        self.written += bytes(data)
+
+    async def drain(self) -> None:
+        if not self.takes:
+            await asyncio.get_running_loop().create_future()
+
+
+def written(writer: FakeWriter, waits: bool = True) -> list[int]:
+    """The pieces of a frame with a payload of two pieces and a byte."""
+    pieces: list[int] = []
+    parts = frame_parts(b"header", [bytes(2 * WRITE_BYTES), memoryview(b"x")])
+    limits = WriteLimits(Throttle(), waits, patience_s=0.01)
+    asyncio.run(write_frame(writer, parts, limits, pieces.append))  # type: ignore[arg-type]
+    return pieces
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_frame_is_written_in_pieces_and_each_is_counted(waits):
+    writer = FakeWriter()
+    assert written(writer, waits) == [FRAME.size + 6, WRITE_BYTES, WRITE_BYTES, 1]
+    assert writer.written == FRAME.pack(6, 2 * WRITE_BYTES + 1) + b"header" + bytes(2 * WRITE_BYTES) + b"x"
+
+
+def test_a_peer_that_takes_nothing_is_waited_for_only_so_long():
+    with pytest.raises(TimeoutError):
+        written(FakeWriter(takes=False))
+
+
+def test_nothing_is_written_to_a_stream_that_is_closing():
+    writer = FakeWriter(closing=True)
+    with pytest.raises(ConnectionResetError):
+        written(writer)
+    assert writer.written == b""

@@ -10,19 +10,16 @@ from blake3 import blake3
 from tapestry.dht.identity import Identity, verify
 
 
-class NodeCrypto:
-    """What the protocol needs of cryptography. Signatures are hex, so that they fit into canonical JSON."""
-
-    def __init__(self, identity: Identity) -> None:
-        self._identity = identity
+class ReaderCrypto:
+    """What it takes to read a chain: no identity, and so no signature of one's own."""
 
     def digest(self, data: bytes) -> str:
         """64 hex digits."""
         return blake3(data).hexdigest()
 
     def sign(self, message: bytes) -> str:
-        """128 hex digits, by this node."""
-        return self._identity.sign(message).hex()
+        """A reader signs nothing: to ask for it is our bug."""
+        raise AssertionError("a reader of chains has no identity to sign with")
 
     def verify(self, peer: str, signature: str, message: bytes) -> bool:
         """Whether `signature` over `message` is by `peer`; only lower case hex is a signature."""
@@ -31,3 +28,14 @@ class NodeCrypto:
         except ValueError:
             return False
         return raw.hex() == signature and verify(peer, raw, message)
+
+
+class NodeCrypto(ReaderCrypto):
+    """What the protocol needs of cryptography. Signatures are hex, so that they fit into canonical JSON."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+
+    def sign(self, message: bytes) -> str:
+        """128 hex digits, by this node."""
+        return self._identity.sign(message).hex()

@@ -1,7 +1,9 @@
-"""`tapestry export`: a home's state at some epoch -> a Hugging Face directory (node/export.py).
+"""`tapestry export`: a home's state at some epoch -> a Hugging Face directory (huggingface.py).
 
-Works beside a live node: it reads a snapshot of the home (hard links of the files that never change, a copy
-of the chain), so that neither disturbs the other.
+It only reads: the home may be read-only, its disk full, its identity key elsewhere. Works beside a live node:
+a snapshot of the home (links to the files that never change, a copy of the chain) lies beside OUT for as long
+as it takes, and so do the vectors of the state, as mapped files: the state need not fit into memory. A file
+that the live node prunes meanwhile is met by another snapshot.
 """
 
 from __future__ import annotations
@@ -11,81 +13,187 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from tapestry.dht.identity import Identity, IdentityError
+from tapestry.compression.shards import Layout
+from tapestry.node.disk.checkpoints import Restoration
 from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.lineage.huggingface import ExportError, export_model
-from tapestry.node.spec.training import LlamaSpec
-from tapestry.node.trainer.models.llama import build_model, model_layout
+from tapestry.node.lineage.card import Lineage, members_of, model_card
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.huggingface import (
+    DTYPES,
+    ExportError,
+    Form,
+    Progress,
+    export_model,
+    require_free,
+    silent,
+)
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.state.model import ModelState
+from tapestry.node.trainer.models import registry
+from tapestry.node.trainer.models.pretrained import licence_of
+from tapestry.node.trainer.models.refusal import ModelError
+
+TRIES = 3  # Guess: a live node prunes once an epoch; two in a row are bad luck
 
 
-def export_home(home: Home, out: Path, epoch: int | None) -> None:
-    """Write the state of `epoch` (None: the newest on disk) to `out`. Raises UserError."""
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """A state, and what it is a state of."""
+
+    spec: RunSpec
+    layout: Layout
+    flat: Tensor  # f32 (n,), a mapped file
+    lineage: Lineage
+
+
+def export_home(
+    home: Home,
+    out: Path,
+    epoch: int | None,
+    *,
+    dtype: str = "f32",
+    adapters: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write the state of `epoch` (None: the newest on disk) to `out`. Raises UserError.
+
+    `dtype` f32 or bf16, of the weights. `adapters`: those of a LoRA run alone, not merged into the base.
+    """
+    form = Form(DTYPES[dtype], adapters)
     if not home.genesis.exists():
         raise UserError(f"{home.path} holds no run to export")
     try:
-        identity = Identity.load(home.identity_key)
-    except IdentityError as error:
-        raise UserError(str(error)) from error
-    with _snapshot(home) as copy:
-        run = open_run(copy, NodeCrypto(identity))
-        assert run is not None
-        chain, spec, genesis = run.chain, run.spec, run.chain.genesis
-        wanted = chain.epoch if epoch is None else epoch
-        if wanted > chain.epoch:
-            raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
-        assert isinstance(spec.model, LlamaSpec)
-        layout = model_layout(build_model(spec.model, spec.data.sequence_length))
-        state = bare_state(spec, torch.zeros(layout.n), layout.schema_hash, genesis.run_id)
-        restored = run.restore(state, wanted)
-        if restored is None or (epoch is not None and restored.epoch != epoch):
-            reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
-            raise UserError(
-                f"{home.path} no longer holds what makes epoch {wanted} (reached {reached})",
-                exit_code=ExitCode.FAILED,
+        require_free(out)
+        with _beside(out) as scratch:
+            restored = _restore(home, scratch, epoch, progress)
+            export_model(
+                out,
+                restored.spec.model,
+                restored.spec.data.sequence_length,
+                restored.layout,
+                restored.flat,
+                meta=restored.lineage.table(),
+                base=base_folder(home, restored.spec),
+                form=form,
+                card=model_card(restored.lineage, restored.spec, adapters_apart=form.adapters_apart),
+                progress=progress,
             )
-    meta = {
-        "run_id": genesis.run_id,
-        "run_name": spec.name,
-        "epoch": restored.epoch,
-        "head": chain.head_at(restored.epoch),
-        "state_digest": restored.state_digest,
-    }
-    try:
-        export_model(out, spec.model, spec.data.sequence_length, layout, state.params, meta=meta)
     except ExportError as error:
         raise UserError(str(error)) from error
+    except ModelError as error:
+        raise UserError(str(error), hint=error.hint or None) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot export to {out}: {error.strerror or error}", exit_code=ExitCode.FAILED
+        ) from error
+
+
+def base_folder(home: Home, spec: RunSpec) -> Path | None:
+    """Where a run of a base keeps its files."""
+    return home.base if isinstance(spec.model, TransformersSpec) else None
 
 
 @contextmanager
-def _snapshot(home: Home) -> Iterator[Home]:
-    """A home of links to this one's files, gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=home.path))
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder on the disk that OUT will be on, gone afterwards. Raises ExportError."""
+    parent = out.absolute().parent
     try:
-        copy = Home(folder)
-        for source, target in ((home.genesis, copy.genesis), (home.chain, copy.chain)):
-            if source.exists():
-                shutil.copyfile(source, target)
-        for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
-            target.mkdir()
-            for path in sorted(source.glob("*")) if source.exists() else ():
-                if path.suffix in (".safetensors", ".upd"):
-                    _link(path, target / path.name)
-        yield copy
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.export-", dir=parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error}") from error
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -> _Restored:
+    """Raises UserError if the home no longer holds what makes the epoch."""
+    reached = "nothing"
+    wanted = epoch
+    for attempt in range(TRIES):
+        folder = scratch / f"home-{attempt}"
+        run = open_run(_snapshot(home, folder), ReaderCrypto())
+        if run is None:
+            raise UserError(f"{home.path} holds no run to export")
+        chain, spec = run.chain, run.spec
+        wanted = chain.epoch if epoch is None else epoch
+        if wanted > chain.epoch:
+            raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
+        progress("restoring", 0, 1)
+        layout = registry.layout(spec.model, base_folder(home, spec), spec.data.sequence_length)
+        state = _mapped_state(spec, layout, chain.genesis.run_id, folder)
+        restored = run.restore(state, wanted)
+        progress("restoring", 1, 1)
+        if restored is not None and (epoch is None or restored.epoch == epoch):
+            lineage = _lineage(home, spec, chain, restored)
+            return _Restored(spec, layout, state.params, lineage)
+        reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
+        shutil.rmtree(folder)
+    raise UserError(
+        f"{home.path} no longer holds what makes epoch {wanted} (reached {reached})",
+        exit_code=ExitCode.FAILED,
+    )
+
+
+def _mapped_state(spec: RunSpec, layout: Layout, run_id: str, folder: Path) -> ModelState:
+    """A state whose vectors are files: the kernel keeps in memory what it has room for."""
+    state = bare_state(spec, _mapped(folder / "params", layout.n), layout.schema_hash, run_id)
+    state.buffers = {name: _mapped(folder / name, layout.n) for name in state.buffers}
+    return state
+
+
+def _mapped(path: Path, n: int) -> Tensor:  # f32 (n,)
+    """Zeros in a new file. Its blocks are taken at once: a full disk is an OSError now, not a crash later."""
+    with path.open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * n)
+    return torch.from_file(str(path), shared=True, size=n, dtype=torch.float32)
+
+
+def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> Lineage:
+    base = base_folder(home, spec)
+    return Lineage(
+        run_id=chain.genesis.run_id,
+        run_name=spec.name,
+        epoch=restored.epoch,
+        head=chain.head_at(restored.epoch),
+        state_digest=restored.state_digest,
+        members=members_of(chain.records[: restored.epoch]),
+        licence="" if base is None else licence_of(base),
+    )
+
+
+def _snapshot(home: Home, folder: Path) -> Home:
+    """A home of links to this one's files: nothing of this one is written, or moved when it turns out bad."""
+    folder.mkdir()
+    copy = Home(folder)
+    for source, target in ((home.genesis, copy.genesis), (home.chain, copy.chain)):
+        if source.exists():
+            shutil.copyfile(source, target)
+    for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
+        target.mkdir()
+        for path in sorted(source.glob("*")) if source.exists() else ():
+            if path.suffix in (".safetensors", ".upd"):
+                _link(path, target / path.name)
+    return copy
+
+
 def _link(path: Path, target: Path) -> None:
+    """A hard link, which outlives a pruning node; else, on another disk, a symbolic one."""
     try:
         os.link(path, target)
     except FileNotFoundError:
         return  # pruned a moment ago
-    except OSError:  # no hard links here
-        shutil.copyfile(path, target)
+    except OSError:
+        target.symlink_to(path)

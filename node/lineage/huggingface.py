@@ -1,67 +1,279 @@
 """The shared base -> a Hugging Face directory that transformers loads offline; and a sample from one.
 
-`export_model` writes config.json, generation_config.json, model.safetensors, the byte tokenizer in the
-`tokenizers` library's format, and tapestry.json with the lineage. It needs no transformers: the formats
-are written directly. Only `sample`, for a command line or a script, imports it.
+`export_model` writes config.json with all its numbers, generation_config.json, the tokenizer (the base's
+files as they are, or the byte tokenizer in the `tokenizers` library's format), weights in safetensors files
+of at most 5 GB, a model card, and tapestry.json with the lineage. Weights are written tensor by tensor: one
+of them is in memory at a time, unless the architecture's files are cut otherwise than its modules (a mixture
+of experts); then all are.
+
+A LoRA run is written with its adapters merged into the base, or as a PEFT directory of the adapters alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import LlamaSpec
+from tapestry.node.spec.training import LlamaSpec, ModelSpec, TransformersSpec
 from tapestry.node.trainer.data.corpus import BOS_ID, EOS_ID, PAD_ID, encode
+from tapestry.node.trainer.models import lora, registry
 from tapestry.node.trainer.models.llama import config_fields
+from tapestry.node.trainer.models.pretrained import (
+    CONFIG,
+    SHARED_FILES,
+    construct_seeded,
+    described_config,
+    joins_tensors,
+    kept_tensors,
+    load_config,
+    quiet,
+    renames_tensors,
+    same_names,
+    untrained,
+)
+from tapestry.node.trainer.models.stored import INDEX, SINGLE, Source, StoredWeights, write_weights
+from tapestry.node.trainer.models.weights import load_base
 
 # Text that contains these names would be read as the special tokens, so they are unlikely ones.
 SPECIAL_TOKENS = {"<|tapestry_bos|>": BOS_ID, "<|tapestry_eos|>": EOS_ID, "<|tapestry_pad|>": PAD_ID}
 SAMPLE_TEMPERATURE = 0.7  # guess: livelier than the likeliest byte, still words
+FILE_BYTES_MAX = 5 * 10**9  # what save_pretrained took for years; a hub stores no file over 50 GB
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+Progress = Callable[[str, int, int], None]  # what, done, in all
 
 
 class ExportError(RuntimeError):
     """The directory could not be written; one line that says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model is written."""
+
+    dtype: torch.dtype = torch.float32
+    adapters_apart: bool = False  # of a LoRA run
+    file_bytes_max: int = FILE_BYTES_MAX
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """For who does not want to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What is written, and from where."""
+
+    spec: ModelSpec
+    sequence_length: int
+    layout: Layout
+    flat: Tensor  # f32 (n,), may be a mapped file
+    base: Path | None = None  # HOME/base, for a transformers model
+    form: Form = Form()
+
+
 def export_model(
     out_dir: Path,
-    spec: LlamaSpec,
+    spec: ModelSpec,
     sequence_length: int,
     layout: Layout,
     flat: Tensor,  # f32 (n,)
     *,
     meta: Mapping[str, Any],
+    base: Path | None = None,
+    form: Form = Form(),  # frozen
+    card: str = "",
+    progress: Progress = silent,
 ) -> None:
     """Write the whole directory or nothing. `meta` (run id, epoch, head, ...) becomes tapestry.json.
 
-    Raises ExportError if `out_dir` is there already and not an empty folder, or cannot be written.
+    Raises ExportError if `out_dir` is there already and not an empty folder, or cannot be written, or
+    ModelError if the base does not hold.
     """
+    what = Exported(spec, sequence_length, layout, flat, base, form)
     out_dir = out_dir.absolute()
+    require_free(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.{uuid.uuid4().hex}")
     try:
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise ExportError(f"{out_dir} is there already: name a new or an empty folder")
         temporary.mkdir(parents=True)
-        for name, content in _json_files(spec, sequence_length, meta).items():
-            (temporary / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        tensors = {name: view.contiguous() for name, view in layout.views(flat).items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        quiet()
+        _write_json(temporary / "tapestry.json", meta)
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        if form.adapters_apart:
+            _write_adapters(temporary, what)
+        else:
+            _write_model(temporary, what, progress)
         os.replace(temporary, out_dir)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ExportError(f"cannot write {out_dir}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(out_dir: Path) -> None:
+    """Raises ExportError unless `out_dir` can be made: it is not there, or an empty folder."""
+    try:
+        taken = out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
+    except OSError as error:
+        raise ExportError(f"cannot write {out_dir}: {error}") from error
+    if taken:
+        raise ExportError(f"{out_dir} is there already: name a new or an empty folder")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- a whole model ----------------------------------------------------------------------------------
+
+
+def _write_model(folder: Path, what: Exported, progress: Progress) -> None:
+    with torch.device("meta"):
+        frame = registry.build(what.spec, what.base, what.sequence_length)
+    for name, content in _json_files(what, frame).items():
+        _write_json(folder / name, content)
+    _copy_base_files(folder, what.base)
+    sources = _adapted_sources(what, frame) if _is_lora(what.spec) else _whole_sources(what, frame)
+    _write_shards(folder, sources, what.form.file_bytes_max, progress)
+
+
+def _is_lora(spec: ModelSpec) -> bool:
+    return isinstance(spec, TransformersSpec) and spec.lora_rank > 0
+
+
+def _copy_base_files(folder: Path, base: Path | None) -> None:
+    """The tokenizer, the generation config and the chat template, as they are."""
+    for name in SHARED_FILES:
+        if base is not None and name != CONFIG and (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def _whole_sources(what: Exported, frame: nn.Module) -> list[Source]:
+    """Every tensor is a view of the flat vector, but for what the config makes and nobody trains."""
+    tensors: dict[str, Tensor] = dict(what.layout.views(what.flat))
+    if untrained(frame):
+        assert isinstance(what.spec, TransformersSpec) and what.base is not None
+        built = construct_seeded(load_config(what.base), what.base, what.spec.seed)
+        tensors |= {name: tensor for name, tensor in kept_tensors(built) if not tensor.requires_grad}
+    return _sources(_as_stored(frame, tensors), what.form.dtype)
+
+
+def _adapted_sources(what: Exported, frame: nn.Module) -> list[Source]:
+    """The base's tensors, each with what the adapters add to it."""
+    assert isinstance(what.spec, TransformersSpec) and what.base is not None
+    deltas = lora.deltas(frame, what.layout.views(what.flat))
+    with torch.device("meta"):
+        bare = registry.build(dataclasses.replace(what.spec, lora_rank=0), what.base, what.sequence_length)
+    stored = StoredWeights.find(what.base)
+    if same_names(bare, stored):
+        dtype, load = what.form.dtype, functools.partial(_merged, stored, deltas)
+        return [
+            Source(name, tuple(tensor.shape), dtype, functools.partial(load, name))
+            for name, tensor in kept_tensors(bare)
+        ]
+    whole = load_base(what.base, torch.float32)
+    tensors = {name: tensor.detach() for name, tensor in kept_tensors(whole)}
+    for name, delta in deltas.items():
+        tensors[name].add_(delta())
+    return _sources(_as_stored(bare, tensors), what.form.dtype)
+
+
+def _merged(stored: StoredWeights, deltas: Mapping[str, Callable[[], Tensor]], name: str) -> Tensor:
+    weight = stored.read(name)
+    return weight.float() + deltas[name]() if name in deltas else weight
+
+
+def _as_stored(frame: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names, and in the pieces, in which transformers stores this architecture."""
+    if not (joins_tensors(frame) or renames_tensors(frame)):
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model: Any = frame
+    converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return converted
+
+
+def _sources(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[Source]:
+    return [
+        Source(name, tuple(tensor.shape), dtype, functools.partial(_itself, tensor))
+        for name, tensor in tensors.items()
+    ]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _write_shards(folder: Path, sources: list[Source], bytes_max: int, progress: Progress) -> None:
+    """One file, or several with an index."""
+    groups = list(_groups(sources, bytes_max))
+    total, done = sum(source.size_bytes for source in sources), 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("writing", done, total)
+
+    names = [SINGLE]
+    if len(groups) > 1:
+        count = len(groups)
+        names = [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
+        places = {s.name: name for name, group in zip(names, groups, strict=True) for s in group}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    for name, group in zip(names, groups, strict=True):
+        write_weights(folder / name, group, wrote)
+
+
+def _groups(sources: list[Source], bytes_max: int) -> Iterator[list[Source]]:
+    """In order; each at most bytes_max, unless one tensor alone is more."""
+    group: list[Source] = []
+    size = 0
+    for source in sources:
+        if group and size + source.size_bytes > bytes_max:
+            yield group
+            group, size = [], 0
+        group.append(source)
+        size += source.size_bytes
+    yield group
+
+
+# --- adapters apart ---------------------------------------------------------------------------------
+
+
+def _write_adapters(folder: Path, what: Exported) -> None:
+    """A PEFT directory: adapter_config.json, which names the base, and adapter_model.safetensors."""
+    if not _is_lora(what.spec):
+        raise ExportError("this run trains all parameters: it has no adapters to write apart")
+    with torch.device("meta"):
+        model: Any = registry.build(what.spec, what.base, what.sequence_length)
+    settings = model.peft_config["default"].to_dict()
+    settings |= {"base_model_name_or_path": str(what.base), "inference_mode": True}
+    _write_json(folder / "adapter_config.json", {key: _plain(value) for key, value in settings.items()})
+    names = lora.saved_names(what.layout)
+    views = {names[name]: view for name, view in what.layout.views(what.flat).items()}
+    write_weights(folder / "adapter_model.safetensors", _sources(views, what.form.dtype))
+    _copy_base_files(folder, what.base)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def sample(out_dir: Path, prompt: str, n_bytes: int, seed: int) -> str:
@@ -84,17 +296,34 @@ def sample(out_dir: Path, prompt: str, n_bytes: int, seed: int) -> str:
     return bytes(ids[start:]).decode("utf-8", errors="replace")
 
 
-def _json_files(spec: LlamaSpec, sequence_length: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _json_files(what: Exported, frame: nn.Module) -> dict[str, Any]:
+    dtype = str(what.form.dtype).removeprefix("torch.")
+    if isinstance(what.spec, LlamaSpec):
+        return _preset_files(what.spec, what.sequence_length, dtype)
+    assert what.base is not None
+    bare: Any = frame.get_base_model() if _is_lora(what.spec) else frame  # type: ignore[operator]
+    architectures = [type(bare).__name__]
+    return {
+        CONFIG: _with_theta({**described_config(what.base), "architectures": architectures, "dtype": dtype})
+    }
+
+
+def _with_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """The base of the rotary angles also where readers older than transformers 5 look for it."""
+    rope = config.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    return config if theta is None else {"rope_theta": theta, **config}
+
+
+def _preset_files(spec: LlamaSpec, sequence_length: int, dtype: str) -> dict[str, Any]:
+    from transformers import LlamaConfig
+
     specials = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     bos, eos, pad = SPECIAL_TOKENS
+    fields = {**config_fields(spec, sequence_length), "use_cache": True}
+    config = json.loads(LlamaConfig(**fields, architectures=["LlamaForCausalLM"]).to_json_string())
     return {
-        "config.json": {
-            **config_fields(spec, sequence_length),
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "float32",
-            "use_cache": True,
-        },
+        "config.json": _with_theta({**config, "dtype": dtype}),
         "generation_config.json": specials,
         "tokenizer.json": _tokenizer(),
         "tokenizer_config.json": {
@@ -105,7 +334,6 @@ def _json_files(spec: LlamaSpec, sequence_length: int, meta: Mapping[str, Any]) 
             "clean_up_tokenization_spaces": False,
             "model_max_length": sequence_length,
         },
-        "tapestry.json": dict(meta),
     }
 
 

@@ -80,7 +80,7 @@ def node(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Stands in for tapestry.node.daemon.launch and lineage.export; keeps what it was called with."""
-    calls = types.SimpleNamespace(config=None, exported=None, outcome=0)
+    calls = types.SimpleNamespace(config=None, exported=None, form=None, outcome=0)
 
     def run(config: NodeConfig) -> int:
         calls.config = config
@@ -88,8 +88,9 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             raise calls.outcome
         return int(calls.outcome)
 
-    def export_home(home: Home, out: Path, epoch: int | None) -> None:
-        calls.exported = home, out, epoch
+    def export_home(home: Home, out: Path, epoch: int | None, **form: object) -> None:
+        form.pop("progress")
+        calls.exported, calls.form = (home, out, epoch), form
 
     for package, name, function in (
         (daemon_package, "launch", run),

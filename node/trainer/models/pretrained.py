@@ -11,6 +11,7 @@ transformers takes seconds to import: only functions do it. Used by `init`, by j
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -206,6 +207,21 @@ def load_config(folder: Path) -> Any:
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
     return config
+
+
+def described_config(folder: Path) -> dict[str, Any]:
+    """config.json as an export writes it: all numbers, those that the base left to a default too.
+
+    A default that changes in a later transformers then changes no exported model. Raises ModelError.
+    """
+    from transformers import AutoConfig
+
+    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
+    _check_config(folder / CONFIG, table)
+    history = ("transformers_version", "_name_or_path", "torch_dtype")
+    own = {key: value for key, value in table.items() if key not in history}
+    whole = json.loads(AutoConfig.for_model(**own).to_json_string())
+    return {**whole, **own}
 
 
 def construct(config: Any, folder: Path) -> nn.Module:
@@ -474,14 +490,26 @@ def same_names(module: nn.Module, stored: StoredWeights) -> bool:
     Not so where transformers joins stored tensors into larger ones (the experts of a mixture) or renames
     them.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in kept_tensors(module)}
+    held = {name: stored.tensors[name].shape for name in shapes if name in stored.tensors}
+    return not joins_tensors(module) and held == shapes
+
+
+def joins_tensors(module: nn.Module) -> bool:
+    """Whether transformers joins stored tensors into larger ones: the experts of a mixture."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     model: Any = module
-    joins = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model))
-    shapes = {name: tuple(tensor.shape) for name, tensor in kept_tensors(module)}
-    held = {name: stored.tensors[name].shape for name in shapes if name in stored.tensors}
-    return not joins and held == shapes
+    return any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model))
+
+
+def renames_tensors(module: nn.Module) -> bool:
+    """Whether names on disk are others than the module's."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model: Any = module
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def kept_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -498,7 +526,7 @@ def _require_all_stored(folder: Path, module: nn.Module, stored: StoredWeights) 
     """
     names = [name for name, _ in kept_tensors(module)]
     if not same_names(module, stored):
-        if any(name in stored.tensors for name in names[:1]) and not _converts(module):
+        if any(name in stored.tensors for name in names[:1]) and not renames_tensors(module):
             missing = next(
                 name
                 for name, tensor in kept_tensors(module)
@@ -508,14 +536,6 @@ def _require_all_stored(folder: Path, module: nn.Module, stored: StoredWeights) 
         return ()
     whole = module.state_dict(keep_vars=True)
     return tuple(sorted(name for name in stored.tensors if name not in whole))
-
-
-def _converts(module: nn.Module) -> bool:
-    """Whether names on disk differ from the module's."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    model: Any = module
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _refuse_missing(folder: Path, module: nn.Module, stored: StoredWeights, name: str) -> None:

@@ -12,10 +12,12 @@ Pickled weights (.bin, .pt, .pth) are never opened: to read a pickle is to run i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,68 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[StoredTens
 
 def _item_bytes(dtype: str) -> int:
     return FLOATS[dtype].itemsize if dtype in FLOATS else OTHERS[dtype]
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor to be written: what it is called, how large it is, and how to get it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # in which it is written
+    load: Callable[[], Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(path: Path, sources: Sequence[Source], wrote: Callable[[int], None] | None = None) -> None:
+    """One safetensors file; one tensor is in memory at a time. `wrote` is told of bytes. Raises OSError.
+
+    The safetensors package would need all of them at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for source in sources:
+        start, end = end, end + source.size_bytes
+        header[source.name] = {
+            "dtype": _NAMES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the format asks
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for source in sources:
+            flat = source.load().detach().reshape(-1)
+            for start in range(0, flat.numel(), _PIECE):
+                piece = flat[start : start + _PIECE].to("cpu", source.dtype).contiguous().view(torch.uint8)
+                file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
+                if wrote is not None:
+                    wrote(piece.numel())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+_PIECE = 1 << 22  # elements that are converted at once
+
+
+def join_files(folder: Path, out: Path, wrote: Callable[[int], None] | None = None) -> None:
+    """The weights of a folder, however they are cut, as one file: names in order, so equal bytes everywhere.
+
+    For LoRA, whose members all hold the frozen base. Raises ModelError, OSError.
+    """
+    stored = StoredWeights.find(folder)
+    sources = [
+        Source(name, tensor.shape, FLOATS[tensor.dtype], functools.partial(stored.read, name))
+        for name, tensor in sorted(stored.tensors.items())
+        if tensor.dtype in FLOATS
+    ]
+    write_weights(out, sources, wrote)

@@ -1,0 +1,164 @@
+"""README.md of an export: a model card, as the Hugging Face hub reads it.
+
+It says what the chain proves: run, epoch, head, state digest, and whose contributions weigh how much, summed
+over the records. What a run does not know (a licence nobody stated) is left out, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tapestry.node.errors import printable
+from tapestry.node.protocol.chain import Record
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.spec.training import TransformersSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What an export tells of where it comes from; tapestry.json holds the same."""
+
+    run_id: str
+    run_name: str
+    epoch: int
+    head: str
+    state_digest: str
+    members: tuple[tuple[str, int], ...] = ()  # peer id and weight summed over records, heaviest first
+    licence: str = ""  # of the base
+    data: tuple[str, ...] = ()  # descriptions that members publish
+
+    def table(self) -> dict[str, Any]:
+        """For tapestry.json."""
+        return {
+            "run_id": self.run_id,
+            "run_name": self.run_name,
+            "epoch": self.epoch,
+            "head": self.head,
+            "state_digest": self.state_digest,
+            "members": [{"peer": peer, "weight": weight} for peer, weight in self.members],
+        }
+
+
+def members_of(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
+    """Who contributed, with the weights summed; heaviest first, then by peer id."""
+    weights: dict[str, int] = {}
+    for record in records:
+        for member in record.body.members:
+            if member.weight:
+                weights[member.peer] = weights.get(member.peer, 0) + member.weight
+    return tuple(sorted(weights.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def model_card(lineage: Lineage, spec: RunSpec, *, adapters_apart: bool) -> str:
+    """The whole README.md."""
+    sections = [
+        _front_matter(lineage, adapters_apart),
+        _heading(lineage),
+        _loading(adapters_apart),
+        _training(spec),
+        _base(spec, lineage),
+        _members(lineage.members),
+        _data(lineage.data),
+        _provenance(lineage),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _front_matter(lineage: Lineage, adapters_apart: bool) -> str:
+    lines = ["pipeline_tag: text-generation", "tags:", "- tapestry"]
+    lines.insert(0, f"library_name: {'peft' if adapters_apart else 'transformers'}")
+    if lineage.licence:
+        lines.insert(0, f"license: {_yaml(lineage.licence)}")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _yaml(text: str) -> str:
+    """A word as it is; anything else in quotes: what a base says of its licence is a stranger's text."""
+    plain = text.replace("-", "").replace(".", "").isalnum() and text.isascii()
+    return text if plain else '"' + printable(text).replace("\\", "").replace('"', "'") + '"'
+
+
+def _heading(lineage: Lineage) -> str:
+    name = printable(lineage.run_name)
+    return f"# {name}, epoch {lineage.epoch}\n\nA language model that {_count(lineage)} trained together.\n"
+
+
+def _count(lineage: Lineage) -> str:
+    count = len(lineage.members)
+    return {0: "nobody has yet", 1: "one member"}.get(count, f"{count} members")
+
+
+def _loading(adapters_apart: bool) -> str:
+    if adapters_apart:
+        code = [
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            'model = AutoPeftModelForCausalLM.from_pretrained("PATH")',
+        ]
+        note = "These are adapters: put the place of your copy of the base into `adapter_config.json`.\n\n"
+    else:
+        code = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        ]
+        note = ""
+    return "\n".join(["## How to load it", "", note + "```python", *code, "```", ""])
+
+
+def _training(spec: RunSpec) -> str:
+    train, outer = spec.train, spec.outer
+    inner = (
+        f"{train.inner_steps} steps of {train.optimizer} (lr {train.lr:g}, batch {train.batch_size})"
+        if train.inner_steps
+        else f"the mean gradient of {train.accumulation} batches of {train.batch_size}"
+    )
+    return "\n".join(
+        [
+            "## How it was trained",
+            "",
+            f"Each member trained on text of its own: {inner} between two rounds, sequences of "
+            f"{spec.data.sequence_length} tokens. In a round the members' updates were averaged "
+            f"({spec.compression.codec}) and applied by {outer.optimizer} (lr {outer.lr:g}). "
+            "No text left a member.",
+            "",
+        ]
+    )
+
+
+def _base(spec: RunSpec, lineage: Lineage) -> str:
+    model = spec.model
+    if not isinstance(model, TransformersSpec):
+        return ""
+    how = f"adapters of rank {model.lora_rank} (LoRA)" if model.lora_rank else "all parameters"
+    began = f"The base's weights have the digest `{model.weights}`" if model.weights else "It began at random"
+    licence = f" The base says its licence is {lineage.licence}." if lineage.licence else ""
+    return f"## Base\n\n{began}; {how} were trained, of {model.parameters:,} parameters.{licence}\n"
+
+
+def _members(members: Sequence[tuple[str, int]]) -> str:
+    if not members:
+        return ""
+    total = sum(weight for _, weight in members)
+    rows = [f"| `{peer}` | {weight:,} | {100 * weight / total:.1f} % |" for peer, weight in members]
+    head = "Weights of contributions, summed over the records of the chain; a weight counts tokens."
+    return "\n".join(
+        ["## Members", "", head, "", "| peer id | weight | share |", "|---|---:|---:|", *rows, ""]
+    )
+
+
+def _data(data: Sequence[str]) -> str:
+    return "\n".join(["## Data", "", *(f"- {printable(text)}" for text in data), ""]) if data else ""
+
+
+def _provenance(lineage: Lineage) -> str:
+    facts: Mapping[str, object] = {
+        "run": f"{printable(lineage.run_name)} (`{lineage.run_id}`)",
+        "epoch": lineage.epoch,
+        "head": f"`{lineage.head}`",
+        "state digest": f"`{lineage.state_digest}`",
+    }
+    return "\n".join(["## Lineage", "", *(f"- {name}: {value}" for name, value in facts.items()), ""])

@@ -73,6 +73,11 @@ class Home:
         return self.path / "base"
 
     @property
+    def state(self) -> Path:
+        """Where files without a name hold parameters and outer state; may be a link. disk/scratch.py"""
+        return self.path / "state"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 

@@ -230,6 +230,7 @@ class _Trainer:
 
     def __init__(self, vector: Tensor, payloads: Any, peer: TapestryPeer) -> None:
         self.contribution = torch.zeros(payloads.size, dtype=torch.uint8)
+        self.must_copy = True  # it encodes to the same memory every time
         self.norm = float(vector.double().norm())
         self._vector = vector
         self._payloads = payloads

@@ -95,7 +95,7 @@ def trainer_encodes(layout: PayloadLayout, base: Tensor, local: Tensor) -> Way:
 
     def way() -> tuple[float, float]:
         encoder.encode(write, out, 1)
-        payloads = averaging.take(out)
+        payloads = averaging.take(out, copy=True)
         assert len(payloads) == len(layout.shards)
         done = time.perf_counter()
         return done, done

@@ -85,10 +85,11 @@ async def open_state(
 ) -> tuple[Keeper, Genesis]:
     """The keeper of the run's state; for a new run, the initial state and the genesis that names it.
 
-    The parameters are the trainer's shared memory. Raises UserError, OSError.
+    The parameters are the trainer's, which maps them too. Raises UserError, OSError.
     """
     spec, genesis = agreed.spec, agreed.genesis
-    state = bare_state(spec, trainer.params, trainer.layout.schema_hash)
+    params, schema, folder = trainer.params, trainer.layout.schema_hash, own.home.state
+    state = await asyncio.to_thread(bare_state, spec, params, schema, folder=folder)
     if genesis is None:
         await _initialise(trainer)
         founder = own.identity.peer_id

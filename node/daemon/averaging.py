@@ -1,14 +1,14 @@
 """The tensor half of a round: the payloads that the trainer made, their means, and the bytes that travel.
 
 Plain functions of tensors, called in worker threads by node/runtime.py; the protocol core decides what is
-called when and never sees a tensor. A *blob* in the core's words is a payload here: uint8, one shard.
+called when and never sees a tensor. A *blob* in the core's words is a payload here: uint8, one shard; of a
+result it is a `ResultPayload`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from blake3 import blake3
 from torch import Tensor
 from typing_extensions import Buffer
@@ -18,6 +18,18 @@ from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.protocol.messages import Result, Shard
+
+
+class ResultPayload:
+    """A shard of a result, wherever its bytes lie: in memory, and once written, in the update's file.
+
+    Whoever reads takes `tensor` once, and keeps what it took.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # uint8 (payload size,); what takes its place is equal
 
 
 class Averaging:
@@ -36,16 +48,16 @@ class Averaging:
     def take(
         self,
         buffer: Tensor,  # uint8 (size,): a contribution as the trainer encoded it; PayloadLayout
+        copy: bool,
     ) -> tuple[Tensor, ...]:  # uint8, one per shard
-        """Copies, for the trainer writes its next one there while links still send this one.
+        """Where they lie, for the trainer writes nowhere that is held; or copies, if it has no other place.
 
         All are checked: what goes to a reducer, to our own as well, has passed the codec. Raises
         RefusedPayload: then the trainer's process has gone wrong.
         """
-        copy = torch.empty_like(buffer)
-        payloads = self._layout.views(copy)
-        for shard, theirs, payload in zip(self.shards, self._layout.views(buffer), payloads, strict=True):
-            self.codec.check(payload.copy_(theirs), shard.n)
+        payloads = self._layout.views(buffer.clone() if copy else buffer)
+        for shard, payload in zip(self.shards, payloads, strict=True):
+            self.codec.check(payload, shard.n)
         return payloads
 
     def reduce(
@@ -53,16 +65,17 @@ class Averaging:
         shard: int,
         payloads: Sequence[Tensor],  # uint8, in roster order
         weights: Sequence[int],
-    ) -> tuple[Tensor, str]:
+    ) -> tuple[ResultPayload, str]:
         """The encoded mean and its digest. Raises Refused if there is none."""
         mean = reduce_shard(payloads, weights, self.codec, self.shards[shard].n)
-        return mean, payload_digest(mean)
+        return ResultPayload(mean), payload_digest(mean)
 
-    def frame(self, shard: int, payload: Tensor) -> list[Buffer]:
+    def frame(self, shard: int, blob: Tensor | ResultPayload) -> list[Buffer]:
         """What travels: header and payload, unjoined."""
+        payload = blob.tensor if isinstance(blob, ResultPayload) else blob
         return [pack(self.codec, self.shards[shard].n, payload), memoryview(payload.numpy())]  # type: ignore[arg-type]
 
-    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[Tensor, str]:
+    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[Tensor | ResultPayload, str]:
         """A peer's frame, checked to the last code: payload (a view of the frame), digest of a result.
 
         Raises Refused.
@@ -70,7 +83,9 @@ class Averaging:
         if message.shard >= len(self.shards):
             raise RefusedPayload("shard", f"shard {message.shard} of {len(self.shards)}")
         payload = unpack(frame, self.codec, self.shards[message.shard].n)
-        return payload, payload_digest(payload) if isinstance(message, Result) else ""
+        if isinstance(message, Result):
+            return ResultPayload(payload), payload_digest(payload)
+        return payload, ""
 
 
 def payload_digest(payload: Tensor) -> str:

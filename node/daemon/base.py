@@ -16,7 +16,7 @@ from pathlib import Path
 from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
-from tapestry.node.disk.base import BaseError, BaseFile, BaseFolder, join_weights, pinned
+from tapestry.node.disk.base import BaseError, BaseFile, BaseFolder, pinned
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net.join import Agreed, state_protocol
@@ -24,9 +24,10 @@ from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import DonorFailed, OpenStream, TransferLimits, fetch_file
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.spec.run import RunSpec
-from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.spec.training import WEIGHTS, TransformersSpec
+from tapestry.node.trainer.models.refusal import ModelError
+from tapestry.node.trainer.models.stored import join_files
 
-WEIGHTS = "model.safetensors"
 OPEN_S = 10.0  # to open a stream to a donor
 
 _log = logging.getLogger("tapestry.base")
@@ -71,9 +72,9 @@ def _take_own(folder: BaseFolder, own: Path) -> list[BaseFile]:
         missing = folder.take(own)
         weights = next((file for file in missing if file.name == WEIGHTS), None)
         if weights is not None:
-            join_weights(own, folder.part(weights))
+            join_files(own, folder.part(weights))
             folder.finish(weights)
-    except (OSError, BaseError) as error:
+    except (OSError, BaseError, ModelError) as error:
         raise UserError(
             f"--base {own}: {error}", hint="use the run's revision of the base, or leave --base out"
         ) from error

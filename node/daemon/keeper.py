@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Checkpoints, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
@@ -65,7 +67,7 @@ class Keeper:
         self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn
         self._draft = store.draft(state.arithmetic.payload_sizes)
-        self._voted_for: tuple[str, Sequence[Any]] = ("", ())  # head and payloads of the newest result
+        self._voted_for: tuple[str, Sequence[Tensor]] = ("", ())  # head and payloads of the newest result
 
     # --- the disk thread -----------------------------------------------------------------------
 
@@ -95,13 +97,17 @@ class Keeper:
         self.store.write_vote(vote)
 
     def put_result(self, shard: int, payload: Any, digest: str) -> None:
-        """A shard of the round's result, to be written before all of it is there. In the result's thread."""
-        self._draft.put(shard, payload, digest)
+        """A shard of the round's result (ResultPayload), written before all of it is there. In its thread.
+
+        From then on it is read from there: its memory is free.
+        """
+        payload.tensor = self._draft.put(shard, payload.tensor, digest)
 
     def write_update(self, epoch: int, head: str, payloads: Sequence[Any]) -> None:
-        """In the result's thread; kept in memory as well till it is applied or the round ends."""
-        self.store.write_update(epoch, head, payloads, self._draft)
-        self._voted_for = (head, payloads)
+        """In the result's thread; held as well till it is applied or the round ends."""
+        tensors = [payload.tensor for payload in payloads]
+        self.store.write_update(epoch, head, tensors, self._draft)
+        self._voted_for = (head, tensors)
 
     def drop_result(self, committed: bool) -> None:
         """The round is over. In the result's thread."""

@@ -29,7 +29,7 @@ def run(config: NodeConfig) -> int:
 
 
 async def _run(config: NodeConfig, live: LiveLine) -> int:
-    trainer = await TrainerProcess.launch(config.threads)
+    trainer = await TrainerProcess.launch(config.threads, folder=config.home.state)
     try:
         imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
         with imports.lasting():

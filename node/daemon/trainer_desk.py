@@ -91,11 +91,12 @@ class TrainerDesk:
         self._loop.feed(ev.TrainerState(False, why))
 
     async def _take(self, event: tm.Contribution, base: str) -> None:
-        """Copy a contribution out of the memory that the trainer will write to again, and tell the core."""
+        """Check a contribution, which stays while it is held (or is copied), and tell the core."""
         token = secrets.token_hex(16)
         async with self._buffer_lock:
             try:
-                payloads = await self._loop.compute(self._averaging.take, self._trainer.contribution)
+                trainer, take = self._trainer, self._averaging.take
+                payloads = await self._loop.compute(take, trainer.contribution, trainer.must_copy)
             except Refused as refused:
                 self._reporter.metrics.refused(refused.reason)
                 self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
@@ -106,7 +107,7 @@ class TrainerDesk:
     # --- outputs -------------------------------------------------------------------------------
 
     async def do_train(self, out: ev.Train) -> None:
-        """Begin an epoch, as soon as the contribution before it has been copied."""
+        """Begin an epoch, as soon as the contribution before it has been taken."""
         if self._epochs is not None and out.epoch >= self._epochs:
             return
         async with self._buffer_lock:

@@ -12,25 +12,20 @@ Blocking; any thread. Must not import torch, transformers or asyncio.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from blake3 import blake3
 
 from tapestry.node.disk.files import sync_folder, write_file
-from tapestry.node.spec.training import FILE_NAMES, TransformersSpec
+from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 
 PIECE_BYTES = 1 << 20  # that a donor sends for one request
 PART = ".part"
-HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors format
 _READ_BYTES = 8 << 20
-_LENGTH = struct.Struct("<Q")
 
 
 class BaseError(ValueError):
@@ -142,20 +137,14 @@ class BaseFolder:
             return None
 
 
-def take_base(source: Path, target: Path, weights: bool) -> tuple[BaseFile, ...]:
-    """Copy a base's files into HOME/base; with `weights`, its tensors in one file. Gives what was copied.
-
-    Raises OSError, BaseError.
-    """
+def take_base(source: Path, target: Path) -> tuple[BaseFile, ...]:
+    """Copy a base's files, but not its weights, into HOME/base; gives what was copied. Raises OSError."""
     target.mkdir(parents=True, exist_ok=True)
     files = []
     for name in FILE_NAMES:
-        if name != "model.safetensors" and (source / name).is_file():
+        if name != WEIGHTS and (source / name).is_file():
             copy_file(source / name, target / name)
             files.append(BaseFile.of(target / name))
-    if weights:
-        join_weights(source, target / "model.safetensors")
-        files.append(BaseFile.of(target / "model.safetensors"))
     return tuple(files)
 
 
@@ -163,63 +152,3 @@ def copy_file(source: Path, target: Path) -> None:
     """The same bytes, whole or not at all. Raises OSError."""
     with source.open("rb") as file:
         write_file(target, lambda out: shutil.copyfileobj(file, out, _READ_BYTES))
-
-
-def join_weights(source: Path, target: Path) -> None:
-    """All tensors of a base's safetensors files in one file, sorted by name, their bytes as they are.
-
-    It streams: memory does not grow with the model. Raises OSError, BaseError.
-    """
-    tensors = dict(sorted(_tensors(source)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (_, entry, size_bytes) in tensors.items():
-        header[name] = {**entry, "data_offsets": [offset, offset + size_bytes]}
-        offset += size_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(out: BinaryIO) -> None:
-        out.write(_LENGTH.pack(len(text)) + text)
-        for place, _, size_bytes in tensors.values():
-            with place.path.open("rb") as file:
-                file.seek(place.offset)
-                _copy(file, out, size_bytes, place.path)
-
-    write_file(target, write)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    path: Path
-    offset: int
-
-
-def _tensors(source: Path) -> Iterator[tuple[str, tuple[_Place, dict[str, Any], int]]]:
-    """Name, place, dtype and shape, and bytes of every tensor of the directory's safetensors files."""
-    paths = sorted(source.glob("*.safetensors"))
-    if not paths:
-        raise BaseError(f"{source} holds no safetensors file")
-    for path in paths:
-        with path.open("rb") as file:
-            (length,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\xff"))
-            if length > HEADER_BYTES_MAX:
-                raise BaseError(f"{path} is no safetensors file")
-            try:
-                header = json.loads(file.read(length))
-                for name, entry in header.items():
-                    if name != "__metadata__":
-                        begin, end = entry["data_offsets"]
-                        kind = {"dtype": entry["dtype"], "shape": entry["shape"]}
-                        yield name, (_Place(path, _LENGTH.size + length + begin), kind, end - begin)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise BaseError(f"{path} is no safetensors file: {error}") from error
-
-
-def _copy(file: BinaryIO, out: BinaryIO, size_bytes: int, path: Path) -> None:
-    while size_bytes:
-        data = file.read(min(size_bytes, _READ_BYTES))
-        if not data:
-            raise BaseError(f"{path} is shorter than its header says")
-        out.write(data)
-        size_bytes -= len(data)

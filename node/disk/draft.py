@@ -4,8 +4,13 @@ A file of the update log is needed whole, and on disk, before the vote for it. W
 what everybody waits for at the end of a round. So each shard goes to the disk as it comes, and little is left
 to write and to sync.
 
-A draft means nothing by itself: `finish` takes from it only the shards whose payloads are the very objects
-that it is given, writes the others, and only then gives the file its name. One thread at a time.
+What was written is read where it lies: `put` gives a view of the mapped file, and its caller can let the
+payload in memory go. So bytes that were written are never written over: a payload of another result, for a
+shard that is there already, begins a new file, and the views of the old one live on with that file, which has
+no name any more.
+
+A draft means nothing by itself: `finish` takes from it only the shards whose payloads are the very views that
+`put` gave, writes the others, and only then gives the file its name. One thread at a time.
 
 Must not import: asyncio; hivemind.
 """
@@ -13,10 +18,13 @@ Must not import: asyncio; hivemind.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tapestry.node.disk.files import TEMPORARY, pwrite_all, sync_folder
@@ -39,23 +47,30 @@ class Draft:
         for size in sizes:
             self._offsets.append(self._offsets[-1] + size)
         self._fd: int | None = None
-        self._written: dict[int, tuple[Tensor, str]] = {}  # shard -> payload, its digest
+        self._mapped: Tensor | None = None  # uint8 (size of the file,), read only
+        self._written: dict[int, tuple[Tensor, str]] = {}  # shard -> view of the file, its digest
         self._unsynced_bytes = 0
 
-    def put(self, shard: int, payload: Tensor, digest: str) -> None:
-        """Write a shard. What the disk refuses is left for `finish` to find out."""
+    def put(self, shard: int, payload: Tensor, digest: str) -> Tensor:
+        """Write a shard: the same bytes as a view of the file, to be read only. `finish` knows it by that.
+
+        What the disk refuses is left for `finish` to find out; then it is the payload that is given back.
+        """
         if payload.numel() != self._sizes[shard]:
-            return
+            return payload
+        if shard in self._written:
+            self.drop()
         try:
             self._write(shard, payload)
+            view = self._view(shard)
             self._unsynced_bytes += payload.numel()
             if self._unsynced_bytes >= SYNC_BYTES and self._fd is not None:
                 os.fdatasync(self._fd)
                 self._unsynced_bytes = 0
         except OSError:
-            self._written.pop(shard, None)
-        else:
-            self._written[shard] = (payload, digest)
+            return payload
+        self._written[shard] = (view, digest)
+        return view
 
     def digests(self, payloads: Sequence[Tensor]) -> dict[int, str]:
         """Shard -> digest, of those that were put."""
@@ -70,6 +85,9 @@ class Draft:
         assert len(header) == self._offsets[0] and len(payloads) == len(self._sizes)
         try:
             there = self.digests(payloads)
+            if len(there) < len(self._written):
+                self.drop()
+                there = {}
             for shard, payload in enumerate(payloads):
                 assert payload.numel() == self._sizes[shard]
                 if shard not in there:
@@ -86,6 +104,7 @@ class Draft:
     def drop(self) -> None:
         """Forget it; whoever finished it has the file already."""
         self._written.clear()
+        self._mapped = None
         self._unsynced_bytes = 0
         if self._fd is not None:
             os.close(self._fd)
@@ -95,6 +114,16 @@ class Draft:
 
     def _write(self, shard: int, payload: Tensor) -> None:
         pwrite_all(self._open(), memoryview(payload.numpy()), self._offsets[shard])  # type: ignore[arg-type]
+
+    def _view(self, shard: int) -> Tensor:  # uint8 (sizes[shard],)
+        start, stop = self._offsets[shard], self._offsets[shard + 1]
+        if self._mapped is None:
+            os.ftruncate(self._open(), self._offsets[-1])
+            memory = mmap.mmap(self._open(), self._offsets[-1], prot=mmap.PROT_READ)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+                self._mapped = torch.frombuffer(memory, dtype=torch.uint8)
+        return self._mapped[start:stop]
 
     def _open(self) -> int:
         if self._fd is None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
+from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import Chain, Crypto
@@ -61,6 +63,11 @@ def open_run(home: Home, crypto: Crypto) -> HeldRun | None:
     return HeldRun(spec, Chain(genesis, loaded.records), store, checkpoints)
 
 
-def bare_state(spec: RunSpec, params: Tensor, schema: str, head: str = "") -> ModelState:
-    """State 0 of a run with this spec, in `params`."""
-    return ModelState(params, schema, Arithmetic.of(spec, params.numel()), 0, head)
+def bare_state(
+    spec: RunSpec, params: Tensor, schema: str, head: str = "", folder: Path | None = None
+) -> ModelState:
+    """State 0 of a run with this spec, in `params`; its outer state in files in `folder`, if there is one."""
+    arithmetic = Arithmetic.of(spec, params.numel())
+    names = arithmetic.outer.buffer_names
+    buffers = scratch_vectors(folder, names, params.numel()) if folder is not None else None
+    return ModelState(params, schema, arithmetic, 0, head, buffers)

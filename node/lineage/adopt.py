@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapestry.node.disk.base import BaseError, take_base
+from tapestry.node.disk.base import BaseFile, take_base
 from tapestry.node.errors import UserError
 from tapestry.node.spec.run import RunSpec, new_spec
-from tapestry.node.spec.training import DataSpec, TrainingSpec, TrainSpec, TransformersSpec
+from tapestry.node.spec.training import WEIGHTS, DataSpec, TrainingSpec, TrainSpec, TransformersSpec
 from tapestry.node.trainer.models.pretrained import BaseFacts, check_base
 from tapestry.node.trainer.models.refusal import ModelError
+from tapestry.node.trainer.models.stored import join_files
 from tapestry.node.trainer.models.weights import weights_digest
 
 SEQUENCE_LENGTH_MAX = 1024  # guess: what a member with little memory can train; larger where all have GPUs
@@ -45,11 +46,14 @@ def adopt(
     """Copies into `target`. Raises UserError."""
     try:
         facts = check_base(source, need_weights=weights, lora=lora_rank > 0)
-        files = take_base(facts.folder, target, weights=lora_rank > 0)
+        files = take_base(facts.folder, target)
+        if lora_rank:
+            join_files(facts.folder, target / WEIGHTS)
+            files = (*files, BaseFile.of(target / WEIGHTS))
         digest = weights_digest(facts.folder) if weights else ""
     except ModelError as error:
         raise UserError(str(error), hint=error.hint or None) from error
-    except (OSError, BaseError) as error:
+    except OSError as error:
         raise UserError(f"{source}: {error}") from error
     model = TransformersSpec(
         "transformers",

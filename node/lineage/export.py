@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tapestry.compression.shards import Layout
 from tapestry.node.disk.checkpoints import Restoration
 from tapestry.node.disk.held import bare_state, open_run
+from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.card import Lineage, members_of, model_card
@@ -38,7 +38,6 @@ from tapestry.node.lineage.huggingface import (
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
-from tapestry.node.state.model import ModelState
 from tapestry.node.trainer.models import registry
 from tapestry.node.trainer.models.pretrained import licence_of
 from tapestry.node.trainer.models.refusal import ModelError
@@ -133,7 +132,8 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
             raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
         progress("restoring", 0, 1)
         layout = registry.layout(spec.model, base_folder(home, spec), spec.data.sequence_length)
-        state = _mapped_state(spec, layout, chain.genesis.run_id, folder)
+        params = scratch_vectors(folder, ("params",), layout.n)["params"]
+        state = bare_state(spec, params, layout.schema_hash, chain.genesis.run_id, folder)
         restored = run.restore(state, wanted)
         progress("restoring", 1, 1)
         if restored is not None and (epoch is None or restored.epoch == epoch):
@@ -145,20 +145,6 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
         f"{home.path} no longer holds what makes epoch {wanted} (reached {reached})",
         exit_code=ExitCode.FAILED,
     )
-
-
-def _mapped_state(spec: RunSpec, layout: Layout, run_id: str, folder: Path) -> ModelState:
-    """A state whose vectors are files: the kernel keeps in memory what it has room for."""
-    state = bare_state(spec, _mapped(folder / "params", layout.n), layout.schema_hash, run_id)
-    state.buffers = {name: _mapped(folder / name, layout.n) for name in state.buffers}
-    return state
-
-
-def _mapped(path: Path, n: int) -> Tensor:  # f32 (n,)
-    """Zeros in a new file. Its blocks are taken at once: a full disk is an OSError now, not a crash later."""
-    with path.open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, 4 * n)
-    return torch.from_file(str(path), shared=True, size=n, dtype=torch.float32)
 
 
 def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> Lineage:

@@ -375,6 +375,7 @@ class Links:
         while True:
             key, kind, parts = await link.bulk.get()
             why = await self._write(writer, parts, kind)
+            del parts  # of a contribution: where the trainer wrote it it may write again
             link.queued.pop(key, None)
             if why:
                 return why

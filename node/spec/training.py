@@ -17,6 +17,7 @@ from tapestry.node.spec.tables import Between, Pattern, TableError
 
 BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
 BASE_FILE_BYTES_MAX = 64 << 20  # a tokenizer.json; Gemma 3's, of 262,144 ids, has 33 MB
+WEIGHTS = "model.safetensors"
 FILE_NAMES = (  # of a base's directory that members need; what else lies there is not taken
     "config.json",
     "generation_config.json",
@@ -24,7 +25,8 @@ FILE_NAMES = (  # of a base's directory that members need; what else lies there 
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "model.safetensors",
+    "README.md",
+    WEIGHTS,
 )
 BASE_FILE = Pattern(
     rf"({'|'.join(FILE_NAMES).replace('.', '[.]')}) [0-9]{{1,15}} [0-9a-f]{{64}}",
@@ -205,10 +207,10 @@ def _check_base(model: TransformersSpec) -> None:
         raise TableError("model.files: config.json is missing")
     for text in model.files:
         name, size_bytes, _ = text.split(" ")
-        largest = BASE_FILE_BYTES_MAX + (4 * model.parameters if name == "model.safetensors" else 0)
+        largest = BASE_FILE_BYTES_MAX + (4 * model.parameters if name == WEIGHTS else 0)
         if int(size_bytes) > largest:
             raise TableError(f"model.files: {name} has {size_bytes} bytes, at most {largest} are allowed")
-    if model.lora_rank and "model.safetensors" not in names:
+    if model.lora_rank and WEIGHTS not in names:
         raise TableError("model.files: model.safetensors is missing, which model.lora_rank > 0 freezes")
     if model.lora_rank and not model.weights:
         raise TableError("model.weights: empty with model.lora_rank > 0; adapters need a base")

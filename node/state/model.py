@@ -6,6 +6,9 @@ means that a step that fails half-way leaves neither state: it is then *torn*, s
 it, and has to be loaded again. The disk holds checkpoint and updates, which no step touches, so nothing is
 lost by that.
 
+Where the numbers lie is not its affair: the node gives it files that are mapped (disk/scratch.py), and a step
+touches each page once, in order.
+
 The bytes of a state are those of the parameters and then of the buffers, in the order of their names, f32
 little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest does not cover the
 epoch: it identifies the numbers, and the record that carries it says whose they are.
@@ -16,7 +19,7 @@ Must not import: anything that does I/O; asyncio; hivemind.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,18 +70,22 @@ class ModelState:
 
     def __init__(
         self,
-        params: Tensor,  # f32 (n,), contiguous, on the CPU; shared memory, for the trainer
+        params: Tensor,  # f32 (n,), contiguous, on the CPU; shared with the trainer
         schema: str,  # Layout.schema_hash
         arithmetic: Arithmetic,
         epoch: int,
         head: str,
+        buffers: Mapping[str, Tensor] | None = None,  # as params, for each name of the outer; None: zeros
     ) -> None:
         assert sys.byteorder == "little", "a state's bytes are its memory"
         assert params.dtype == torch.float32 and params.dim() == 1 and params.is_contiguous()
         self.params = params
         self.schema = schema
         self.arithmetic = arithmetic
-        self.buffers = {name: torch.zeros_like(params) for name in arithmetic.outer.buffer_names}
+        names = arithmetic.outer.buffer_names
+        made = {name: torch.zeros_like(params) for name in names} if buffers is None else buffers
+        self.buffers = {name: made[name] for name in names}  # in the order of their bytes
+        assert all(buffer.shape == params.shape for buffer in self.buffers.values())
         self.epoch = epoch
         self.head = head
         self.torn = False

@@ -60,6 +60,7 @@ class Begin:
     counted: (
         int  # generation of the contribution that has counted since the last Begin; 0: none; -1: an older
     )
+    slot: int  # of the contribution's buffer, to be written to; shared.py
 
 
 @dataclass(frozen=True, slots=True)

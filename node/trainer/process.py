@@ -7,8 +7,10 @@ format, or is silent for too long while it has something to do, is killed and re
 with back-off.
 
 What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
-contribution of the current `begin` is no longer wanted; copy `contribution` before the next `begin`. With
-overlap as well: a worker that goes on after its contribution touches neither buffer before the next `begin`.
+contribution of the current `begin` is no longer wanted; take `contribution` before the next `begin`, and
+copy it if `must_copy`. What was taken stays as it is, for each `begin` has the worker write where nobody
+reads (shared.py). With overlap as well: a worker that goes on after its contribution touches no buffer before
+the next `begin`.
 
 A worker takes seconds to import what it needs. `launch` starts one before it is known what it shall train,
 and `configure` says it: so a node does its own imports at the same time. That is why this module must not
@@ -20,15 +22,19 @@ Works under asyncio and uvloop.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapestry.compression.refusals import RefusedLayout
+from tapestry.node.disk.scratch import create_scratch, reserve
+from tapestry.node.errors import UserError
 from tapestry.node.spec.tables import plain
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.messages import (
@@ -59,10 +65,12 @@ from tapestry.node.trainer.messages import (
 )
 from tapestry.node.trainer.shared import (
     BUFFERS,
+    SLOTS,
+    Slots,
     create_buffer,
-    map_buffer,
     map_vector,
     size_buffer,
+    slot_stride,
     vector_size,
 )
 
@@ -76,6 +84,7 @@ WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
 OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
 OUTPUT_LINE_BYTES = 500
 UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
+SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
 EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
 
 
@@ -119,9 +128,10 @@ class TrainerProcess:
         on_event: Callable[[Event], None],
         limits: ProcessLimits | None = None,
         command: Sequence[str] = WORKER_COMMAND,
+        folder: Path | None = None,
     ) -> TrainerProcess:
         """Returns when the first worker has said hello. Raises TrainerError if it never does."""
-        trainer = await cls.launch(settings.threads, limits, command)
+        trainer = await cls.launch(settings.threads, limits, command, folder)
         try:
             await trainer.configure(settings, on_event)
             return trainer
@@ -131,20 +141,28 @@ class TrainerProcess:
 
     @classmethod
     async def launch(
-        cls, threads: int, limits: ProcessLimits | None = None, command: Sequence[str] = WORKER_COMMAND
+        cls,
+        threads: int,
+        limits: ProcessLimits | None = None,
+        command: Sequence[str] = WORKER_COMMAND,
+        folder: Path | None = None,
     ) -> TrainerProcess:
-        """Returns when a first worker runs; it waits for `configure`. Its fate is told there."""
-        trainer = cls(threads, limits or ProcessLimits(), command)
+        """Returns when a first worker runs; it waits for `configure`. Its fate is told there.
+
+        The parameters lie in a file without a name in `folder`; without one, in memory. Raises UserError.
+        """
+        trainer = cls(threads, limits or ProcessLimits(), command, folder)
         spawned = asyncio.create_task(trainer._spawned.wait())
         await asyncio.wait({trainer._supervisor, spawned}, return_when=asyncio.FIRST_COMPLETED)
         spawned.cancel()
         return trainer
 
-    def __init__(self, threads: int, limits: ProcessLimits, command: Sequence[str]) -> None:
+    def __init__(
+        self, threads: int, limits: ProcessLimits, command: Sequence[str], folder: Path | None
+    ) -> None:
         """Only for `launch`."""
         self.layout: Layout
         self.params: Tensor  # f32 (n,), shared: written here, read by the worker
-        self.contribution: Tensor  # uint8 (size,), shared: written by the worker, read here; PayloadLayout
         self.restarts = 0
         self.protocol_errors = 0
         self.stale_reports = 0
@@ -153,7 +171,14 @@ class TrainerProcess:
         self._threads = threads
         self._limits = limits
         self._command = command
-        self._fds = {name: create_buffer(f"tapestry-{name}") for name in BUFFERS}
+        self._folder = folder
+        self._fds: dict[str, int] = {}
+        for name in BUFFERS:
+            if folder is not None and name in SCRATCH:
+                self._fds[name] = create_scratch(folder)
+            else:
+                self._fds[name] = create_buffer(f"tapestry-{name}")
+        self._slots: Slots
         self._begun: int | None = None
         self._generation = 0
         self._base = ""  # head of the state that was begun from
@@ -192,7 +217,9 @@ class TrainerProcess:
         self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
         self._generation += 1
         counted, self._counted = self._counted, 0
-        self._send(Begin(epoch, self._generation, follows, counted))
+        slot = self._next_slot()
+        if slot is not None:
+            self._send(Begin(epoch, self._generation, follows, counted, slot))
 
     def settle(self, generation: int) -> None:
         """The contribution of this begin has been committed: its residual counts from the next begin on.
@@ -237,7 +264,7 @@ class TrainerProcess:
         self._initialising = asyncio.get_running_loop().create_future()
         n = self.layout.n
         try:
-            size_buffer(self._fds["initial"], vector_size(n))
+            self._size(self._fds["initial"], vector_size(n))
             self._send(Initialise())
             async with asyncio.timeout(self._limits.hello_timeout_s):
                 await self._initialising
@@ -271,6 +298,16 @@ class TrainerProcess:
         error = self._supervisor.exception()
         if error is not None and not isinstance(error, TrainerError):  # `start` has raised that one
             raise error
+
+    @property
+    def contribution(self) -> Tensor:  # uint8 (size,), PayloadLayout
+        """The latest one, shared with the worker that wrote it; to be read only. It stays while held."""
+        return self._slots.view()
+
+    @property
+    def must_copy(self) -> bool:
+        """Whether the latest contribution has to be copied and let go: the next has no other place."""
+        return self._slots.last
 
     @property
     def pid(self) -> int | None:
@@ -334,6 +371,8 @@ class TrainerProcess:
         except (MessageError, RefusedLayout) as error:
             self.protocol_errors += 1
             self._failure = Failed("protocol", f"the trainer sent what it must not: {error}")
+        except UserError as error:  # no room for the parameters, once it is known how many they are
+            self._failure = Failed("room", f"{error}; {error.hint}")
         finally:
             worker.deadline = None
         worker.kill()
@@ -383,18 +422,47 @@ class TrainerProcess:
         assert self._settings is not None  # the worker has said hello because of them
         codec = get_codec(self._settings.codec)
         payloads = PayloadLayout.of(codec, layout.n, self._settings.shard_elements)
-        size_buffer(self._fds["params"], vector_size(layout.n))
-        size_buffer(self._fds["contribution"], payloads.size)
+        self._size(self._fds["params"], vector_size(layout.n))
         self.layout = layout
         self.params = map_vector(self._fds["params"], layout.n, writable=True)
-        self.contribution = map_buffer(self._fds["contribution"], payloads.size, writable=False)
+        self._map_slots(payloads.size)
+
+    def _map_slots(self, size: int) -> None:
+        size_buffer(self._fds["contribution"], SLOTS * slot_stride(size))
+        self._slots, self._payload_bytes = Slots(self._fds["contribution"], size), size
+
+    def _size(self, fd: int, size: int) -> None:
+        """Raises UserError."""
+        if self._folder is not None:
+            reserve(fd, size, self._folder)
+        else:
+            size_buffer(fd, size)
+
+    def _next_slot(self) -> int | None:
+        """Where the worker shall write. None: nowhere; then it is killed, and the next gets a new buffer.
+
+        That happens only if whoever was told `must_copy` still holds the original. What a peer is being sent
+        must not change.
+        """
+        slot = self._slots.next()
+        if slot is None:
+            gc.collect()
+            slot = self._slots.next()
+        if slot is None:
+            os.close(self._fds["contribution"])
+            self._fds["contribution"] = create_buffer("tapestry-contribution")
+            self._map_slots(self._payload_bytes)
+            if self._worker is not None:
+                self._worker.kill()
+        return slot
 
     def _resume(self, worker: _Worker) -> None:
         """Tell a worker that has just come up what is still wanted."""
         if self._evaluating is not None:
             worker.send(Evaluate(self._evaluating))
         if self._begun is not None:
-            worker.send(Begin(self._begun, self._generation, follows=False, counted=0))  # it has no residual
+            # It has no residual that could be counted.
+            worker.send(Begin(self._begun, self._generation, False, 0, self._slots.current))
             if self._closing:
                 worker.send(Close(self._begun))
 
@@ -424,7 +492,9 @@ class TrainerProcess:
 
     def _fail_initialising(self, exit_code: int) -> None:
         if self._initialising is not None and not self._initialising.done():
-            failure = self._failure or Failed("died", f"the trainer died, exit status {exit_code}")
+            failure = self._failure or Failed(
+                "died", f"the trainer died while initialising, exit status {exit_code}"
+            )
             self._initialising.set_exception(TrainerError(failure.reason, failure.text))
 
 

@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,7 @@ from tapestry.node.trainer.messages import (
     pack,
     unpack_command,
 )
-from tapestry.node.trainer.shared import BUFFERS, lock_for_gpu, map_buffer, map_vector
+from tapestry.node.trainer.shared import BUFFERS, SLOTS, lock_for_gpu, map_slot, map_vector
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,7 @@ class Worker:
             self.device,
         )
         self._closing = False
-        self._generation = 0  # of the latest Begin
+        self._generation = self._slot = 0  # of the latest Begin
         self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
         self._waited_s = 0.0  # since the last contribution
         inner_epoch, note = self._load_inner_state()
@@ -196,11 +196,11 @@ class Worker:
     def run(
         self,
         base: torch.Tensor,  # f32 (n,), shared with the node, which writes it
-        out: torch.Tensor,  # uint8 (payloads.size,), shared with the node, which reads it
+        outs: Sequence[torch.Tensor],  # uint8 (payloads.size,), of each slot; the node reads them
         initial: Callable[[], torch.Tensor],  # f32 (n,), shared with the node for `Initialise`
     ) -> None:
         """Until Stop. Raises ChannelClosed and WorkerFailure."""
-        self._base, self._out, self._initial = base, out, initial
+        self._base, self._outs, self._initial = base, outs, initial
         while True:
             command = self._next_command()
             if isinstance(command, Stop):
@@ -241,7 +241,7 @@ class Worker:
     def _begin(self, command: Begin) -> None:
         self._encoder.settle(command.counted)
         kept = self._inner.begin(command.epoch, self._base, command.follows)
-        self._closing, self._generation = False, command.generation
+        self._closing, self._generation, self._slot = False, command.generation, command.slot
         if not kept:
             self._start_clock()
         elif self._inner.done:
@@ -269,7 +269,7 @@ class Worker:
             raise WorkerFailure("diverged", str(error)) from error
 
     def _contribute(self, epoch: int) -> None:
-        encode, out, generation = self._encoder.encode, self._out, self._generation
+        encode, out, generation = self._encoder.encode, self._outs[self._slot], self._generation
         outcome = self._inner.finish(self._base, lambda write: encode(write, out, generation))
         self._channel.send(
             Contribution(
@@ -386,11 +386,13 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
     if not isinstance(attach, Attach) or attach.n != worker.layout.n:
         raise WorkerFailure("crashed", f"expected Attach of {worker.layout.n} elements, got {attach}")
     base = map_vector(fds["params"], attach.n, writable=False)
-    out = map_buffer(fds["contribution"], worker.payloads.size, writable=True)
+    size = worker.payloads.size
+    outs = [map_slot(fds["contribution"], size, slot, writable=True) for slot in range(SLOTS)]
     if worker.device.type == "cuda":
         lock_for_gpu(base, writable=False)
-        lock_for_gpu(out, writable=True)
-    worker.run(base, out, lambda: map_vector(fds["initial"], attach.n, writable=True))
+        for out in outs:
+            lock_for_gpu(out, writable=True)
+    worker.run(base, outs, lambda: map_vector(fds["initial"], attach.n, writable=True))
 
 
 def _device(wanted: str) -> torch.device:

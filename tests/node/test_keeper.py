@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tapestry.dht.identity import Identity
+from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
@@ -63,7 +64,7 @@ class Run:
         signature = self.crypto.sign(accept_message(head, 0))
         record = Record(body, head, 0, ((self.identity.peer_id, signature),))
         chain.check(record, self.crypto)
-        keeper.write_update(body.epoch, head, payloads)
+        keeper.write_update(body.epoch, head, [*map(ResultPayload, payloads)])
         keeper.append_record(record)
         return record
 

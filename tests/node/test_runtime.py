@@ -96,7 +96,7 @@ class FakeAveraging:
         self.go.set()
         self.refuses = False
 
-    def take(self, buffer: bytes) -> tuple[bytes, ...]:
+    def take(self, buffer: bytes, copy: bool) -> tuple[bytes, ...]:
         self.go.wait(5)
         if self.refuses:
             raise RefusedPayload("not_finite", "x")
@@ -111,6 +111,7 @@ class FakeTrainer:
 
     def __init__(self) -> None:
         self.contribution = bytearray(b"abc")
+        self.must_copy = True
         self.begun: list[tuple[object, ...]] = []
         self.told: list[tuple[str, int]] = []
 

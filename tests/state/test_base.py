@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from state.kit import Run
 from state.test_transfer import LIMITS, between, no_count
 
 from tapestry.node.disk.base import (
     PIECE_BYTES,
-    BaseError,
     BaseFile,
     BaseFolder,
-    join_weights,
     take_base,
 )
 from tapestry.node.net.transfer import Donor, DonorFailed, fetch_file
 from tapestry.node.net.wire import RemoteProtocolError
 
 LARGE = bytes(range(256)) * (PIECE_BYTES // 256) * 2 + b"the end"  # three pieces, the last one short
-
-SHORT = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()  # and no data
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def held(source: Path, tmp_path: Path) -> BaseFolder:
     """HOME/base of a member that has it all."""
-    files = take_base(source, tmp_path / "held", weights=False)
+    files = take_base(source, tmp_path / "held")
     return BaseFolder(tmp_path / "held", files)
 
 
@@ -114,41 +106,6 @@ def test_a_donor_without_the_file_says_missing(held: BaseFolder, tmp_path: Path,
 def test_a_piece_beyond_the_end_is_none(held: BaseFolder, index: int) -> None:
     assert held.piece(held.files["tokenizer.json"].digest, index) is None
     assert held.piece("ab" * 32, 0) is None
-
-
-def test_weights_in_several_files_become_one_with_the_same_tensors(tmp_path: Path) -> None:
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    tensors = {"b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "a": torch.ones(5)}
-    save_file({"b": tensors["b"]}, parts / "model-00001-of-00002.safetensors")
-    save_file({"a": tensors["a"]}, parts / "model-00002-of-00002.safetensors")
-    join_weights(parts, tmp_path / "model.safetensors")
-    joined = load_file(tmp_path / "model.safetensors")
-    assert [*joined] == ["a", "b"]
-    assert all(torch.equal(joined[name], tensor) for name, tensor in tensors.items())
-    join_weights(tmp_path, tmp_path / "again.safetensors")  # of one file: the same bytes
-    assert (
-        BaseFile.of(tmp_path / "again.safetensors").digest
-        == BaseFile.of(tmp_path / "model.safetensors").digest
-    )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        struct.pack("<Q", 2**60),
-        struct.pack("<Q", 9) + b"not json!",
-        struct.pack("<Q", 8) + b'{"a": 1}',
-        struct.pack("<Q", 62)
-        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode(),
-    ],
-)
-def test_torn_weights_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(BaseError, match=r"model.safetensors is (no safetensors file|shorter)"):
-        join_weights(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def _serves(run: Run, base: BaseFolder | None) -> Any:

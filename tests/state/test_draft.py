@@ -33,25 +33,42 @@ def make(tmp_path: Path) -> Draft:
 def test_the_file_is_the_same_whatever_was_written_early(tmp_path, early):
     draft, parts = make(tmp_path), payloads(1)
     for shard in early:
-        draft.put(shard, parts[shard], "")
+        parts[shard] = draft.put(shard, parts[shard], "")
     draft.finish(tmp_path / "it", HEADER, parts)
     assert (tmp_path / "it").read_bytes() == whole(parts)
     assert os.listdir(tmp_path) == ["it"]
 
 
-def test_shards_of_another_result_are_written_over(tmp_path):
+def test_shards_of_another_result_are_in_no_file_and_stay_what_they_were_for_who_reads_them(tmp_path):
     draft, stale, parts = make(tmp_path), payloads(1), payloads(2)
-    for shard in range(3):
-        draft.put(shard, stale[shard], "stale")
-    draft.put(1, parts[1], "one")
+    views = [draft.put(shard, stale[shard], "stale") for shard in range(3)]
+    parts[1] = draft.put(1, parts[1], "one")
     assert draft.digests(parts) == {1: "one"}
     draft.finish(tmp_path / "it", HEADER, parts)
+    assert (tmp_path / "it").read_bytes() == whole(payloads(2))
+    assert all(torch.equal(view, one) for view, one in zip(views, payloads(1), strict=True))
+
+
+def test_a_result_of_which_nothing_was_put_does_not_change_what_was(tmp_path):
+    draft, stale, parts = make(tmp_path), payloads(1), payloads(2)
+    views = [draft.put(shard, stale[shard], "stale") for shard in range(3)]
+    draft.finish(tmp_path / "it", HEADER, parts)
     assert (tmp_path / "it").read_bytes() == whole(parts)
+    assert all(torch.equal(view, one) for view, one in zip(views, payloads(1), strict=True))
+
+
+def test_what_was_put_is_read_from_the_file_also_when_that_has_its_name_and_when_it_is_gone(tmp_path):
+    draft, parts = make(tmp_path), payloads(1)
+    views = [draft.put(shard, parts[shard], "") for shard in range(3)]
+    assert [view.data_ptr() for view in views] != [part.data_ptr() for part in parts]
+    draft.finish(tmp_path / "it", HEADER, views)
+    (tmp_path / "it").unlink()
+    assert all(torch.equal(view, part) for view, part in zip(views, parts, strict=True))
 
 
 def test_equal_bytes_in_another_buffer_are_not_taken_for_what_was_put(tmp_path):
     draft, parts = make(tmp_path), payloads(1)
-    draft.put(0, parts[0].clone(), "zero")
+    draft.put(0, parts[0], "zero")
     assert draft.digests(parts) == {}
 
 
@@ -62,7 +79,7 @@ def test_a_disk_that_fails_early_fails_the_finish_and_leaves_no_file(tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(draft_module.os, "pwrite", full)
-    draft.put(0, parts[0], "zero")
+    assert draft.put(0, parts[0], "zero") is parts[0]
     assert draft.digests(parts) == {}
     with pytest.raises(OSError, match="No space"):
         draft.finish(tmp_path / "it", HEADER, parts)

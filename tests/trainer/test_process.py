@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,11 +79,13 @@ class Fake:
         self._settings = settings
         self._folder = folder
 
-    async def start(self, mode: str, limits: ProcessLimits = QUICK) -> tuple[TrainerProcess, Events]:
+    async def start(
+        self, mode: str, limits: ProcessLimits = QUICK, folder: Path | None = None
+    ) -> tuple[TrainerProcess, Events]:
         events = Events()
         script = Path(__file__).with_name("fake_worker.py")
         command = (sys.executable, "-P", str(script), mode, str(self._folder / "flag"))
-        return await TrainerProcess.start(self._settings, events, limits, command), events
+        return await TrainerProcess.start(self._settings, events, limits, command, folder), events
 
 
 @pytest.fixture
@@ -105,6 +108,77 @@ def test_a_killed_worker_is_restarted_and_begins_again_with_the_same_memory(run:
             await trainer.stop(DEADLINE_S)
 
     run(scenario())
+
+
+def test_parameters_lie_in_a_file_that_a_restarted_worker_maps_again(
+    worker_settings: WorkerSettings, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        fake = Fake(worker_settings, tmp_path)
+        trainer, events = await fake.start("crashes once", folder=tmp_path / "state")
+        try:
+            trainer.params.fill_(3.0)
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert torch.equal(trainer.params, torch.full((6,), 3.0))
+            home = f"{tmp_path / 'state'}/"
+            assert os.readlink(f"/proc/self/fd/{trainer._fds['params']}").startswith(home)
+            assert os.readlink(f"/proc/{trainer.pid}/fd/{trainer._fds['params']}").startswith(home)
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_home_without_room_for_the_parameters_is_told_in_a_line(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: SimpleNamespace(f_bavail=0, f_frsize=1))
+
+    async def scenario() -> None:
+        with pytest.raises(TrainerError, match="needs 24 bytes, 0 are free") as caught:
+            await fake.start("obedient", folder=tmp_path / "state")
+        assert caught.value.reason == "room"
+
+    asyncio.run(scenario())
+
+
+def test_a_contribution_that_is_held_is_not_written_over_by_the_next(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("writes")
+        try:
+            trainer.begin(1)
+            await events.until(Contribution)
+            first = trainer.contribution
+            trainer.begin(2)
+            await events.until(Contribution, 2)
+            assert trainer.must_copy
+            second = trainer.contribution.clone()
+            trainer.begin(3)
+            await events.until(Contribution, 3)
+            assert first.eq(1).all() and second.eq(2).all() and trainer.contribution.eq(3).all()
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_when_every_place_is_held_a_new_worker_writes_to_a_new_buffer(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("writes")
+        try:
+            held = []
+            for epoch in (1, 2, 3):
+                trainer.begin(epoch)
+                await events.until(Contribution, epoch)
+                held.append(trainer.contribution)
+            assert [int(each[0]) for each in held] == [1, 2, 3]
+            assert all(each.eq(each[0]).all() for each in held)
+            assert trainer.restarts == 1
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
 
 
 def test_an_evaluation_is_asked_again_of_a_new_worker_until_it_is_answered(fake: Fake) -> None:

@@ -262,7 +262,7 @@ def pseudo_gradient() -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         corpus = load_corpus(["stdlib:1/8"], Path(folder), preset.data.sequence_length)
         for step in range(STEPS):
-            windows = torch.from_numpy(corpus.training_windows(0, 0, step, 4))
+            windows = torch.from_numpy(corpus.windows_at(4 * step, 4))
             loss = model(input_ids=windows[:, :-1], labels=windows[:, :-1]).loss
             loss.backward()
             optimizer.step()

@@ -55,8 +55,9 @@ from tapestry.dht.identity import Identity
 from tapestry.node.disk.held import open_run
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
-from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.spec.training import TrainSpec, WorkerSettings
 from tapestry.node.state.outer import make_outer
 from tapestry.node.trainer.data.corpus import Corpus, load_corpus
 from tapestry.node.trainer.inner import InnerLoop
@@ -195,9 +196,10 @@ class Alone:
     async def _start(self, index: int, stack: contextlib.AsyncExitStack) -> TrainerProcess:
         settings = WorkerSettings(
             training=self.training,
-            data=(data_part(self.options, index),),
+            data=resolved_data(DataSettings(paths=(data_part(self.options, index),)), ""),
             cache_dir=str(self.folder / f"cache-{index}"),
             inner_state_path=str(self.folder / f"inner-{index}"),
+            cursor_path=str(self.folder / f"cursor-{index}.json"),
             node_seed=index,
             codec="int8-block",
             shard_elements=1 << 18,
@@ -337,9 +339,9 @@ def stale_curve(options: argparse.Namespace, spec: RunSpec, share: float, folder
     inner, length = spec.train, spec.data.sequence_length
     loops = []
     for index in range(options.nodes):
-        corpus = load_corpus([data_part(options, index)], folder, length)
+        corpus = load_corpus([data_part(options, index)], folder, length, seed=index)
         net = build_model(spec.model, spec.data.sequence_length)
-        draw = functools.partial(draw_windows, corpus, index, inner.batch_size)
+        draw = functools.partial(draw_windows, corpus, inner)
         loops.append(InnerLoop(net, model_layout(net), inner, draw, torch.device("cpu")))
     judge, windows = make_judge(spec, folder)
     params, outer = initial_state(spec.model, spec.data.sequence_length), make_outer(spec.outer)
@@ -359,8 +361,8 @@ def stale_curve(options: argparse.Namespace, spec: RunSpec, share: float, folder
         yield judge.evaluate(params, windows)
 
 
-def draw_windows(corpus: Corpus, seed: int, count: int, epoch: int, step: int) -> np.ndarray:
-    return corpus.training_windows(seed, epoch, step, count)
+def draw_windows(corpus: Corpus, inner: TrainSpec, epoch: int, step: int) -> np.ndarray:
+    return corpus.windows_at((epoch * inner.batches + step) * inner.batch_size, inner.batch_size)
 
 
 # ---- loss --------------------------------------------------------------------------------------------

@@ -105,7 +105,9 @@ class Plan:
 
     def corpus(self, part: int) -> Corpus:
         length = self.spec(1).data.sequence_length
-        return load_corpus([f"stdlib:{part + 1}/{self.nodes}"], Path(self.folder) / "cache", length)
+        return load_corpus(
+            [f"stdlib:{part + 1}/{self.nodes}"], Path(self.folder) / "cache", length, self.seed
+        )
 
 
 @dataclass
@@ -242,7 +244,7 @@ class Judge:
         self._model = build_model(plan.spec(1).model, plan.spec(1).data.sequence_length)
         self.layout = model_layout(self._model)
         corpora = [plan.corpus(i) for i in range(plan.nodes)]
-        windows = [c.validation_windows(HELD_OUT_TOKENS // c.sequence_length) for c in corpora]
+        windows = [c.validation_windows(HELD_OUT_TOKENS // c.use.sequence_length) for c in corpora]
         self._windows = torch.from_numpy(np.concatenate(windows))
 
     def evaluate(self, curve: Curve, points: int) -> None:
@@ -592,12 +594,12 @@ class Bench:
         )
 
     def windows(self, step: int, corpus: Corpus | None = None) -> Tensor:
-        drawn = (corpus or self.corpus).training_windows(self.rank, 0, step, self.plan.batch_size)
-        return torch.from_numpy(drawn)
+        count = self.plan.batch_size
+        return torch.from_numpy((corpus or self.corpus).windows_at(step * count, count))
 
     @property
     def batch_tokens(self) -> int:
-        return self.plan.batch_size * self.corpus.sequence_length
+        return self.plan.batch_size * self.corpus.use.sequence_length
 
 
 def work_ddp(plan: Plan, rank: int, trail: Trail) -> None:
@@ -806,8 +808,9 @@ def virtual_run(plan: Plan, epochs: int, codec_name: str | None) -> float:
     for i in range(plan.nodes):
         corpus = plan.corpus(i)
 
-        def windows(epoch: int, step: int, corpus: Corpus = corpus, who: int = i) -> np.ndarray:
-            return corpus.training_windows(1000 * plan.seed + who, epoch, step, plan.batch_size)
+        def windows(epoch: int, step: int, corpus: Corpus = corpus) -> np.ndarray:
+            batches = epoch * settings.train.batches + step
+            return corpus.windows_at(batches * plan.batch_size, plan.batch_size)
 
         model = build_model(settings.model, settings.data.sequence_length)
         members.append(InnerLoop(model, model_layout(model), settings.train, windows, torch.device("cpu")))

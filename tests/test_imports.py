@@ -170,6 +170,7 @@ def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     allowed = (
         "tapestry.compression",
         PURE_OF_PROTOCOL,
+        "tapestry.node.spec.data",
         "tapestry.node.spec.tables",
         "tapestry.node.spec.training",
         "tapestry.node.trainer",

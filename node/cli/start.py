@@ -33,7 +33,15 @@ LOG_TAIL_BYTES = 4096
 @click.option("--run-id", metavar="ID", help="Refuse every run but this one.")
 @click.option("--peer", "peers", metavar="MADDR", multiple=True, help="Join by this peer. May be repeated.")
 @click.option("--base", metavar="HFDIR", help="The base that the run continues, if you have it.")
-@click.option("--data", metavar="PATH", multiple=True, help="Text to train on, or stdlib. May be repeated.")
+@click.option(
+    "--data", metavar="PATH[:FIELD]", multiple=True, help="Text to train on, or stdlib. May be repeated."
+)
+@click.option(
+    "--validation", metavar="[NAME=]PATH[:FIELD]", multiple=True, help="Text to measure on. May be repeated."
+)
+@click.option(
+    "--allow-doubtful-data", is_flag=True, default=None, help="Warn of doubtful data, do not refuse."
+)
 @click.option("--listen", metavar="MADDR", multiple=True, help="Where other nodes reach this one.")
 @click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")
 @click.option("--http", metavar="HOST:PORT", help="Metrics and status. Default: 127.0.0.1:9470")
@@ -87,11 +95,12 @@ def stop(home: str | None, timeout_s: float) -> None:
 
 def _check_early(config: NodeConfig) -> None:
     """What is wrong at first sight is said before the imports, which take seconds."""
-    from tapestry.node.trainer.data.corpus import DataError, list_files
+    from tapestry.node.trainer.data.errors import DataError
+    from tapestry.node.trainer.data.sources import list_data
 
     config.home.require_free()
     try:
-        list_files(config.data)
+        list_data(config.data)
     except DataError as error:
         raise UserError(str(error)) from error
 
@@ -154,6 +163,9 @@ def _foreground_command(home: Home, flags: dict[str, Any]) -> list[str]:
     command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", f"--home={home.path}"]
     for name, value in flags.items():
         flag = "--peer" if name == "peers" else f"--{name.replace('_', '-')}"
+        if value is True:
+            command.append(flag)
+            continue
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         for one in values:
             command += [f"{flag}={one}"]

@@ -184,6 +184,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         base_dir=str(home.base),
         weights_dir=str(config.base or ""),
         inner_state_path=str(home.trainer / "inner.safetensors"),
+        cursor_path=str(home.trainer / "cursor.json"),
         node_seed=node_seed(peer_id),
         codec=spec.compression.codec,
         shard_elements=spec.compression.shard_elements,

@@ -37,7 +37,7 @@ from tapestry.node.daemon.assembly import (
     worker_settings,
 )
 from tapestry.node.daemon.base import have_base
-from tapestry.node.daemon.views import Reporter
+from tapestry.node.daemon.views import Reporter, TokenizingView
 from tapestry.node.disk.store import Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
@@ -51,7 +51,7 @@ from tapestry.node.surface.http import start_http
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
-from tapestry.node.trainer.messages import Hello
+from tapestry.node.trainer.messages import Hello, Tokenizing
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 
 STOP_S = 10.0  # the contract: exit 0 within
@@ -77,6 +77,7 @@ class Daemon:
             Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)
         )
         self.stop = asyncio.Event()
+        self._tokenizing = TokenizingView(live)
         self._node: Node | None = None  # once it runs
 
     async def run(self) -> int:
@@ -204,9 +205,13 @@ class Daemon:
         self.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
 
     def _on_trainer_event(self, event: Event) -> None:
-        """Before the node is there only the first Hello can come, and that is `start`'s affair."""
+        """Before the node is there only the data's progress and the first Hello can come."""
         if isinstance(event, Hello):
+            for line in event.summary:
+                _log.info("%s", line)
             _log.info("trainer=ready device=%r train_tokens=%d", event.device, event.train_tokens)
+        elif isinstance(event, Tokenizing):
+            self._tokenizing.show(event, time.monotonic())
         if self._node is not None:
             self._node.runtime.trainer.on_event(event)
 

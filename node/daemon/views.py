@@ -22,6 +22,7 @@ from tapestry.node.surface.status import WORKING, Shown
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
 
+TOKENIZING_LOG_S = 15.0  # Guess: between two lines of progress in the log
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
 
 _log = logging.getLogger("tapestry.node")
@@ -41,6 +42,8 @@ class TrainingView:
     def __init__(self) -> None:
         self.loss = math.nan
         self.val_loss = math.nan
+        self.val_losses: dict[str, float] = {}  # by the set's name
+        self.data_passes = 0.0
         self.tokens_per_second = 0.0
         self.tokens_total = 0
         self._epoch = -1  # that the trainer is at; with overlap perhaps the one after the round's
@@ -57,8 +60,13 @@ class TrainingView:
             self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
             self.loss = event.loss
             self.tokens_per_second = event.tokens_per_second
+        elif isinstance(event, tm.Contribution):
+            self.data_passes = event.passes
+        elif isinstance(event, tm.Hello):
+            self.val_losses = {name: self.val_losses.get(name, math.nan) for name in event.sets}
         elif isinstance(event, tm.Validation):
             self.val_loss = event.loss
+            self.val_losses = dict(zip(event.sets, event.losses, strict=False))
             self._validation_s = now - self._validation_began
 
     def take_progress(self) -> tuple[int, int]:
@@ -102,6 +110,30 @@ class PhaseClock:
         return None if ready_at is None else now - ready_at
 
 
+def _by_set(losses: dict[str, float]) -> str:
+    """For a log line; one set alone is what was said already."""
+    return "".join(f" {name}={loss:.4f}" for name, loss in losses.items()) if len(losses) > 1 else ""
+
+
+class TokenizingView:
+    """How far the trainer is with its data: in the live line at once, in the log now and then."""
+
+    def __init__(self, live: LiveLine) -> None:
+        self._live = live
+        self._logged_at = -math.inf
+
+    def show(self, event: tm.Tokenizing, now: float) -> None:
+        share = event.done_bytes / event.total_bytes if event.total_bytes else 1.0
+        rate = event.bytes_per_second
+        left_s = (event.total_bytes - event.done_bytes) / rate if rate else math.inf
+        text = f"tokenizing {share:.0%} of {event.total_bytes / 1e6:.0f} MB, {rate / 1e6:.2f} MB/s"
+        text += f", {left_s:.0f} s left" if math.isfinite(left_s) else ""
+        self._live.show(text)
+        if now - self._logged_at >= TOKENIZING_LOG_S:
+            self._logged_at = now
+            _log.info("%s", text)
+
+
 class Reporter:
     """Everything that people are told, from one place."""
 
@@ -125,6 +157,8 @@ class Reporter:
             core,
             training.loss,
             training.val_loss,
+            dict(training.val_losses),
+            training.data_passes,
             training.tokens_total,
             training.tokens_per_second,
             dropped.records,
@@ -140,6 +174,7 @@ class Reporter:
         if isinstance(event, tm.Contribution):
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
+            self.metrics.set_data_passes(event.passes)
         elif isinstance(event, tm.Progress):
             self.metrics.trained(*self.training.take_progress(), event.loss)
             self.live.show(
@@ -147,8 +182,11 @@ class Reporter:
                 f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._phase}"
             )
         elif isinstance(event, tm.Validation):
-            self.metrics.set_validation_loss(event.loss)
-            _log.info("epoch=%d validation_loss=%.4f", event.epoch, event.loss)
+            self.metrics.set_validation_losses(self.training.val_losses)
+            by_set = _by_set(self.training.val_losses)
+            _log.info("epoch=%d validation_loss=%.4f%s", event.epoch, event.loss, by_set)
+        elif isinstance(event, tm.Hello):
+            self.metrics.set_validation_losses(self.training.val_losses)
 
     # --- of the core ---------------------------------------------------------------------------
 

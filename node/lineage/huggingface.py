@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
 from tapestry.node.spec.training import LlamaSpec, ModelSpec, TransformersSpec
-from tapestry.node.trainer.data.corpus import BOS_ID, EOS_ID, PAD_ID, encode
 from tapestry.node.trainer.models import lora, registry
 from tapestry.node.trainer.models.llama import config_fields
 from tapestry.node.trainer.models.pretrained import (
@@ -46,6 +45,7 @@ from tapestry.node.trainer.models.pretrained import (
 )
 from tapestry.node.trainer.models.stored import INDEX, SINGLE, Source, StoredWeights, write_weights
 from tapestry.node.trainer.models.weights import load_base
+from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, PAD_ID, encode
 
 # Text that contains these names would be read as the special tokens, so they are unlikely ones.
 SPECIAL_TOKENS = {"<|tapestry_bos|>": BOS_ID, "<|tapestry_eos|>": EOS_ID, "<|tapestry_pad|>": PAD_ID}

@@ -22,6 +22,15 @@ from typing import Annotated, Any, Literal
 from tapestry.dht.addresses import AddressError, parse_announce, parse_listen, parse_peer
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.spec.data import (
+    NO_DATA,
+    DataSettings,
+    data_table,
+    merged_data,
+    rebased_data,
+    resolved_data,
+    validation_of,
+)
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
 
 RUN_ID_HEX_DIGITS = 64  # blake3
@@ -45,7 +54,7 @@ class NodeConfig:
     run_id: str | None  # 64 hex digits that the run must have
     peers: tuple[str, ...]  # full addresses, ending in /p2p/<peer id>
     base: Path | None  # a Hugging Face directory with the run's base, if this member has one
-    data: tuple[str, ...]  # as trainer/data.py reads them, paths absolute; never empty
+    data: DataSettings  # resolved: named sources with absolute paths, never none
     listen: tuple[str, ...]
     announce: tuple[str, ...]
     http_host: str
@@ -93,11 +102,6 @@ class NodeToml:
     run: Annotated[
         str, 'The run spec. "" uses run.toml beside this file if it is there, and else asks a peer.'
     ] = ""
-    data: Annotated[
-        tuple[str, ...],
-        'Text to train on: files, folders, "FILE.jsonl:FIELD", or "stdlib" (the sources of the Python '
-        "standard library). It never leaves this node.",
-    ] = ()
     base: Annotated[
         str,
         "A Hugging Face directory with the base that the run continues, if this member has one. The founder "
@@ -133,6 +137,7 @@ class NodeToml:
     ] = ""
     max_download: Annotated[str, RATE, "The same for what this node receives."] = ""
     log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
+    data: Annotated[DataSettings, "What this member trains on and is measured on."] = NO_DATA
 
     def to_toml(self) -> str:
         """A commented node.toml that reads back to these values."""
@@ -156,6 +161,8 @@ def _file_layer(home: Home) -> _Layer:
     for cap in ("max_upload", "max_download"):
         if table.get(cap) == 0 and type(table[cap]) is int:
             table[cap] = "0"  # the only number that needs no unit
+    if "data" in table:
+        table["data"] = data_table(table["data"])
     return _Layer(table, lambda key: f"{home.node_toml}: {key}", home.path)
 
 
@@ -168,7 +175,21 @@ def _flags_layer(flags: Mapping[str, Any]) -> _Layer:
     names = {key: f"--{_FLAGS.get(key, key).replace('_', '-')}" for key in NodeToml.__dataclass_fields__}
     given = {key: flags.get(key) for key in names if flags.get(key) not in (None, ())}
     table = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-    return _Layer(table, lambda key: names[key], Path.cwd())
+    data = _data_flags(flags)
+    table = {**table, "data": data} if data else {key: table[key] for key in table if key != "data"}
+    return _Layer(table, lambda key: names.get(key, f"--{key.split('.')[0]}"), Path.cwd())
+
+
+def _data_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """--data, --validation and --allow-doubtful-data as the table [data]; only what was given."""
+    table: dict[str, Any] = {}
+    if flags.get("data"):
+        table["paths"] = list(flags["data"])
+    if flags.get("validation"):
+        table["validation"] = [validation_of(text) for text in flags["validation"]]
+    if flags.get("allow_doubtful_data"):
+        table["allow_doubtful"] = True
+    return table
 
 
 def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -184,7 +205,10 @@ def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
         except TableError as error:
             key, _, problem = str(error).partition(": ")
             raise UserError(f"{layer.where(key)}: {problem}") from error
-        values |= {key: _rebased(key, value, layer.base) for key, value in layer.table.items()}
+        new = {key: _rebased(key, value, layer.base) for key, value in layer.table.items()}
+        if "data" in new:
+            new["data"] = merged_data(values.get("data", {}), new["data"])
+        values |= new
         where |= {key: layer.where(key) for key in layer.table}
     return values, where
 
@@ -193,15 +217,8 @@ def _rebased(key: str, value: Any, base: Path) -> Any:
     if key in ("run", "base") and value:
         return str(_inside(base, value))
     if key == "data":
-        return [_data_source(base, source) for source in value]
+        return rebased_data(value, base)
     return value
-
-
-def _data_source(base: Path, source: str) -> str:
-    """A path made absolute; the words that trainer/data.py knows, and a `:FIELD`, stay."""
-    if source == "stdlib" or source.startswith("stdlib:"):
-        return source
-    return str(_inside(base, source))
 
 
 def _inside(base: Path, text: str) -> Path:
@@ -251,14 +268,12 @@ def _addresses(texts: tuple[str, ...], where: str, parse: Callable[[str], str]) 
         raise UserError(f"{where}: {error}") from error
 
 
-def _data(sources: tuple[str, ...], home: Home) -> tuple[str, ...]:
-    if not sources:
-        raise UserError(
-            "no data to train on",
-            hint=f"--data PATH (a file or a folder of text), or data = [...] in {home.node_toml}; "
-            "--data stdlib takes the sources of the Python standard library",
-        )
-    return sources
+def _data(settings: DataSettings, home: Home) -> DataSettings:
+    hint = (
+        f"--data PATH (a file or a folder of text), or data = [...] in {home.node_toml}; "
+        "--data stdlib takes the sources of the Python standard library"
+    )
+    return resolved_data(settings, hint)
 
 
 def _bytes_s(text: str, where: str) -> float | None:

@@ -143,6 +143,8 @@ def _read_value(key: Key, value: object, path: str) -> object:
     if get_origin(key.kind) is not tuple:
         return _read_scalar(key.kind, key.rule, value, path)
     element, *rest = get_args(key.kind)
+    if is_section(element):
+        return _read_tables(element, value, path)
     count = None if rest == [Ellipsis] else 1 + len(rest)
     if not isinstance(value, list) or count not in (None, len(value)):
         what = "a list" if count is None else f"a list of {count}"
@@ -167,6 +169,13 @@ def _read_section(kinds: tuple[type, ...], value: object, path: str) -> object:
                 f"{path}.{name}: no key of {tag_name} = {shown(tag)}, which takes {', '.join(known[1:])}"
             )
     return read_table(tags[tag], value, f"{path}.")
+
+
+def _read_tables(kind: type, value: object, path: str) -> object:
+    """An array of tables, [[path]] in TOML."""
+    if not isinstance(value, list):
+        raise TableError(f"{path}: {shown(value)} is not an array of tables, [[{path}]]")
+    return tuple(read_table(kind, item, f"{path}[{number}].") for number, item in enumerate(value, 1))
 
 
 def _read_scalar(kind: Any, rule: Rule | None, value: object, path: str) -> object:
@@ -215,16 +224,41 @@ def _refuse_constant(name: str) -> NoReturn:
     raise TableError(f"{name} is no number")
 
 
-def commented_toml(table: object) -> str:
-    """The dataclass as TOML, every key under its comment, sections last."""
+def commented_toml(table: object, prefix: str = "") -> str:
+    """The dataclass as TOML, every key under its comment, arrays of tables and sections last."""
     keys = list(keys_of(type(table)))
-    plain = [_commented(name, key, getattr(table, name)) for name, key in keys if not is_section(key.kind)]
+    plain = [
+        _commented(name, key, getattr(table, name))
+        for name, key in keys
+        if not is_section(key.kind) and not _is_array(key.kind)
+    ]
+    arrays = [
+        _commented_array(prefix + name, key, getattr(table, name))
+        for name, key in keys
+        if _is_array(key.kind)
+    ]
     sections = [
-        f"{_comment(key.comment)}\n[{name}]\n{commented_toml(getattr(table, name))}"
+        f"{_comment(key.comment)}\n[{name}]\n{commented_toml(getattr(table, name), f'{prefix}{name}.')}"
         for name, key in keys
         if is_section(key.kind)
     ]
-    return "\n".join(plain + sections)
+    return "\n".join(plain + arrays + sections)
+
+
+def _is_array(kind: Any) -> bool:
+    """Whether a key's type is an array of tables: a tuple of dataclasses."""
+    return get_origin(kind) is tuple and is_section(get_args(kind)[0])
+
+
+def _commented_array(path: str, key: Key, tables: tuple[object, ...]) -> str:
+    """The tables; where there is none, the keys that one may have, as comments."""
+    if tables:
+        written = (f"[[{path}]]\n{commented_toml(one, f'{path}.')}" for one in tables)
+        return _comment(key.comment) + "\n" + "\n".join(written)
+    example = "\n".join(
+        f"#   {name} = ...  {inner.comment}" for name, inner in keys_of(get_args(key.kind)[0])
+    )
+    return f"{_comment(key.comment)}\n# [[{path}]]\n{example}\n"
 
 
 def _commented(name: str, key: Key, value: object) -> str:
@@ -265,6 +299,8 @@ def shown(value: object) -> str:
         )
     if isinstance(value, Mapping):
         return "a table"
+    if value is None:
+        return "nothing"
     if isinstance(value, int) and value.bit_length() > 64:
         return "a number of many digits"
     return _clipped(toml_value(value))
@@ -286,7 +322,7 @@ def plain(value: Any) -> Any:
     """Dataclasses as dicts, tuples as lists."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

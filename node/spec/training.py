@@ -5,7 +5,7 @@ Every key is declared here once, with its bounds, its default and its comment. r
 the run spec; the node sends WorkerSettings to its trainer as plain values, and the trainer reads them with
 the same strict reader as a file.
 
-Must not import torch, or anything of ours but tables.py: reading settings costs nothing.
+Must not import torch, or anything of ours but tables.py and data.py: reading settings costs nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tapestry.node.spec.data import DataSettings
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
 BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
@@ -224,9 +225,10 @@ class WorkerSettings:
     """One node's trainer: the run's training and encoding, and this node's data, places and device."""
 
     training: Annotated[TrainingSpec, "What the run agrees on."]
-    data: Annotated[tuple[str, ...], "As given with --data; see trainer/data."]
+    data: Annotated[DataSettings, "Resolved: what to train on and to measure on."]
     cache_dir: Annotated[str, "For tokens."]
     inner_state_path: Annotated[str, "Of the inner optimizer."]
+    cursor_path: Annotated[str, "Where each epoch begins in the data: trainer/data/cursor.py."]
     node_seed: Annotated[int, Between(0, 2**63 - 1), "Makes this node's random windows its own."]
     codec: Annotated[str, "compression.codecs knows the names."]
     shard_elements: Annotated[int, Between(1, 2**26), "Each shard is encoded by itself."]

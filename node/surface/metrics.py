@@ -1,8 +1,8 @@
 """The node's Prometheus metrics: names and labels are the contract of the operator's surface.
 
 Every series exists from the start, so that a rate or an alert never waits for a first event. Labels take
-fixed values only: nothing that a peer says becomes a label, and no peer is one. The two losses are NaN
-until there is a loss, because a loss of 0 would be a lie.
+fixed values only, or names from this member's own configuration: nothing that a peer says becomes a label,
+and no peer is one. Losses are NaN until there is a loss, because a loss of 0 would be a lie.
 
 Must not import torch or hivemind.
 """
@@ -123,8 +123,14 @@ class Metrics:
         """Before its latest contribution the trainer had nothing to do for so long."""
         self._train_waiting.inc(duration_s)
 
-    def set_validation_loss(self, loss: float) -> None:
-        self._validation_loss.set(loss)
+    def set_validation_losses(self, losses: Mapping[str, float]) -> None:
+        """Of each of this member's validation sets; NaN for one that has not been measured yet."""
+        for name, loss in losses.items():
+            self._validation_loss.labels(set=name).set(loss)
+
+    def set_data_passes(self, passes: float) -> None:
+        """How often the trainer has gone over this member's data."""
+        self._data_passes.set(passes)
 
     def set_trainer_up(self, up: bool) -> None:
         self._trainer_up.set(up)
@@ -192,10 +198,13 @@ class Metrics:
         self._train_loss.set(math.nan)
         self._validation_loss = Gauge(
             "tapestry_validation_loss",
-            "Loss of the shared base on this node's held-out data.",
+            "Loss of the shared base on this member's validation sets, nats.",
+            labelnames=["set"],
             registry=registry,
         )
-        self._validation_loss.set(math.nan)
+        self._data_passes = Gauge(
+            "tapestry_train_data_passes", "Passes over this member's training data.", registry=registry
+        )
         self._train_tokens = Counter("tapestry_train_tokens", "Tokens trained on.", registry=registry)
         self._train_steps = Counter("tapestry_train_steps", "Inner steps taken.", registry=registry)
         self._train_waiting = Counter(

@@ -6,7 +6,7 @@ It is given a function that says what there is to show, as plain values; it know
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ class Shown:
 
     core: Snapshot
     loss: float  # nats; nan until there is one
-    val_loss: float
+    val_loss: float  # mean of the sets'
+    val_losses: Mapping[str, float]  # by the set's name
+    data_passes: float  # over this member's data
     tokens_total: int
     tokens_per_second: float
     dropped_records: int  # given up since the start, because a chain on the other side of a fork was better
@@ -74,6 +76,8 @@ class NodeView:
             "params": 0,
             "loss": None,
             "val_loss": None,
+            "val_losses": {},
+            "data_passes": 0.0,
             "tokens_total": 0,
             "tokens_per_second": 0.0,
             "peers": 0,
@@ -99,6 +103,8 @@ class NodeView:
             "params": core.params,
             "loss": shown.loss,
             "val_loss": shown.val_loss,
+            "val_losses": dict(shown.val_losses),
+            "data_passes": shown.data_passes,
             "tokens_total": shown.tokens_total,
             "tokens_per_second": shown.tokens_per_second,
             "peers": len(core.peers),

@@ -112,6 +112,17 @@ class Hello:
     device: str  # for people
     inner_epoch: int
     note: str  # why a saved inner state was not used; empty otherwise
+    sets: tuple[str, ...] = ()  # names of the validation sets
+    summary: tuple[str, ...] = ()  # what was read of the data, left out and doubted; for people
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizing:
+    """Before the Hello: so many bytes of the data's files are tokenized, at this rate since the start."""
+
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +158,17 @@ class Contribution:
     tokens: int
     steps: int
     waited_s: float  # since the last one: had no step to take
+    passes: float = 0.0  # over this member's data, so far
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
+    """The losses of the base on this member's sets; `loss` is their mean."""
+
     epoch: int
     loss: float
+    sets: tuple[str, ...] = ()
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +181,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The worker gives up and exits. `reason`: data, model, settings, device, diverged or crashed."""
+    """The worker gives up and exits. `reason`: data, disk, model, settings, device, diverged or crashed."""
 
     reason: str
     text: str
 
 
 Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Save | Stop
-Report = Hello | Initialised | Progress | Contribution | Validation | Saved | Failed
+Report = Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Failed
 
 
 def pack(message: Command | Report) -> bytes:
@@ -243,6 +259,10 @@ def _names(value: Any, what: str) -> tuple[str, ...]:
     return tuple([_text(name, what) for name in _list(value, what)])
 
 
+def _floats(value: Any, what: str) -> tuple[float, ...]:
+    return tuple([strict.finite(one, what) for one in _list(value, what)])
+
+
 def _shapes(value: Any, what: str) -> tuple[tuple[int, ...], ...]:
     return tuple([_shape(shape, what) for shape in _list(value, what)])
 
@@ -263,6 +283,7 @@ _FIELDS: dict[str, Callable[[Any, str], Any]] = {
     "bool": strict.boolean,
     "str": _text,
     "tuple[str, ...]": _names,
+    "tuple[float, ...]": _floats,
     "tuple[tuple[int, ...], ...]": _shapes,
     "dict[str, Any]": _dict,
 }

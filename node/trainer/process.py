@@ -58,6 +58,7 @@ from tapestry.node.trainer.messages import (
     Save,
     Saved,
     Stop,
+    Tokenizing,
     Validation,
     body_length,
     pack,
@@ -100,7 +101,7 @@ class TrainerError(RuntimeError):
 class ProcessLimits:
     """How long to wait, and how patiently to start again."""
 
-    hello_timeout_s: float = 900.0  # imports, and tokenizing some tens of GB
+    hello_timeout_s: float = 900.0  # imports, and from one sign of tokenizing to the next
     silence_timeout_s: float = 300.0  # longer than any single inner step
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -115,7 +116,7 @@ class Died:
     output: tuple[str, ...]  # its last lines
 
 
-Event = Hello | Progress | Contribution | Validation | Saved | Failed | Died
+Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Failed | Died
 
 
 class TrainerProcess:
@@ -381,6 +382,9 @@ class TrainerProcess:
     def _handle(self, worker: _Worker, report: Report) -> None:
         if isinstance(report, Hello):
             self._handle_hello(worker, report)
+        elif isinstance(report, Tokenizing) and not worker.attached:
+            self._wait_on(worker)
+            self._on_event(report)
         elif not worker.attached and not isinstance(report, Failed):
             raise MessageError(f"{type(report).__name__} before Hello")
         elif isinstance(report, Initialised):
@@ -391,6 +395,12 @@ class TrainerProcess:
         else:
             self._settle(report)
             self._on_event(report)
+
+    def _wait_on(self, worker: _Worker) -> None:
+        """A worker that gets on with the data may take as long as they need."""
+        if worker.deadline is not None:
+            now_s = asyncio.get_running_loop().time()
+            worker.deadline.reschedule(now_s + self._limits.hello_timeout_s)
 
     def _is_stale(self, report: Progress | Contribution) -> bool:
         """Of another begin; a Progress may be of the epoch after the one that was contributed to."""
@@ -593,7 +603,8 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",  # before there is a model, all threads are the tokenizer's
+        "RAYON_NUM_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
         # Trainers that share cores must not spin: three with two threads each on two cores were 5x slower.
         "OMP_WAIT_POLICY": "PASSIVE",

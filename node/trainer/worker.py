@@ -51,6 +51,7 @@ from tapestry.node.trainer.messages import (
     Save,
     Saved,
     Stop,
+    Tokenizing,
     Validation,
     body_length,
     pack,
@@ -61,10 +62,14 @@ from tapestry.node.trainer.shared import BUFFERS, SLOTS, lock_for_gpu, map_slot,
 if TYPE_CHECKING:
     import torch
 
+    from tapestry.node.trainer.data.corpus import Corpus
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # the node's loop answers its peers first; guess
 AUTOGROUP = Path("/proc/self/autogroup")
 PROGRESS_INTERVAL_S = 0.2
+TOKENIZING_INTERVAL_S = 1.0
+SUMMARY_LINES_MAX = 400  # Guess: 256 sources, and what is doubtful of the first
 EXIT_FAILED = 3
 
 
@@ -147,18 +152,16 @@ class Worker:
         from tapestry.compression.payloads import PayloadLayout
         from tapestry.compression.refusals import Refused
         from tapestry.node.trainer import encoder, inner
-        from tapestry.node.trainer.data import corpus as data
+        from tapestry.node.trainer.data.feed import Feed
         from tapestry.node.trainer.models import registry
 
         self._settings = settings
         self._channel = channel
         self.device = _device(settings.device)
         training = settings.training
-        try:
-            corpus = data.load_corpus(settings.data, Path(settings.cache_dir), training.data.sequence_length)
-        except data.DataError as error:
-            raise WorkerFailure("data", str(error)) from error
-        self._validation = corpus.validation_windows(settings.validation_windows)
+        corpus = _open_corpus(settings, channel)
+        self._feed = Feed(corpus, training.train.batch_size, Path(settings.cursor_path))
+        self._validation = corpus.validation(settings.validation_windows)
         with _model_refused():
             net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
         self.layout = registry.layout_of(net)
@@ -168,12 +171,11 @@ class Worker:
         except Refused as refused:
             raise WorkerFailure("settings", str(refused)) from refused
         self._encoder = encoder.Encoder(self.payloads, self.device, settings.residual)
-        batch_size = training.train.batch_size
         self._inner = inner.InnerLoop(
             net,
             self.layout,
             training.train,
-            lambda epoch, step: corpus.training_windows(settings.node_seed, epoch, step, batch_size),
+            lambda epoch, step: self._feed.draw(epoch, step).ids,
             self.device,
         )
         self._closing = False
@@ -185,11 +187,13 @@ class Worker:
             Hello(
                 names=self.layout.names,
                 shapes=self.layout.shapes,
-                train_tokens=corpus.train_count,
-                validation_tokens=corpus.validation_count,
+                train_tokens=corpus.train_tokens,
+                validation_tokens=corpus.validation_tokens,
                 device=_described(self.device),
                 inner_epoch=inner_epoch,
                 note=note[:TEXT_CHARS_MAX],
+                sets=tuple(self._validation),
+                summary=tuple(_sendable(line)[:1000] for line in corpus.summary[:SUMMARY_LINES_MAX]),
             )
         )
 
@@ -271,6 +275,11 @@ class Worker:
     def _contribute(self, epoch: int) -> None:
         encode, out, generation = self._encoder.encode, self._outs[self._slot], self._generation
         outcome = self._inner.finish(self._base, lambda write: encode(write, out, generation))
+        try:
+            self._feed.finish(epoch, outcome.batches)
+        except OSError as error:
+            text = f"{self._settings.cursor_path} cannot be written: {error.strerror}"
+            raise WorkerFailure("disk", text) from error
         self._channel.send(
             Contribution(
                 epoch=epoch,
@@ -281,6 +290,7 @@ class Worker:
                 tokens=outcome.weight,
                 steps=outcome.batches,
                 waited_s=self._waited_s,
+                passes=self._feed.passes,
             )
         )
         self._waited_s = 0.0
@@ -310,10 +320,13 @@ class Worker:
         )
 
     def _evaluate(self, epoch: int) -> None:
-        loss = self._inner.evaluate(self._base, self._validation)
-        if not loss < float("inf"):
-            raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {loss}")
-        self._channel.send(Validation(epoch, loss))
+        losses = {
+            name: self._inner.evaluate(self._base, batch.ids) for name, batch in self._validation.items()
+        }
+        mean = sum(losses.values()) / len(losses)
+        if not mean < float("inf"):
+            raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")
+        self._channel.send(Validation(epoch, mean, tuple(losses), tuple(losses.values())))
 
     def _save(self, epoch: int) -> None:
         error_text = ""
@@ -359,6 +372,56 @@ def _model_refused() -> Iterator[None]:
         yield
     except ModelError as error:
         raise WorkerFailure("model", f"{error}; {error.hint}" if error.hint else str(error)) from error
+
+
+def _open_corpus(settings: WorkerSettings, channel: Channel) -> Corpus:
+    """Tokenizes what is not yet, and tells how far it is. Raises WorkerFailure and ChannelClosed."""
+    from tapestry.node.trainer.data.corpus import Use, open_corpus
+    from tapestry.node.trainer.data.errors import DataError
+    from tapestry.node.trainer.tokenizers.api import TokenizerError
+    from tapestry.node.trainer.tokenizers.base import eos_id_of
+    from tapestry.node.trainer.tokenizers.registry import open_tokenizer
+
+    training, base = settings.training, Path(settings.base_dir)
+    use = Use(
+        sequence_length=training.data.sequence_length,
+        windows_per_epoch=training.train.batches * training.train.batch_size,
+        seed=settings.node_seed,
+        attend_across_documents=training.data.attend_across_documents,
+    )
+    try:
+        eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
+        tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
+        progress = _TellTokenizing(channel)
+        return open_corpus(settings.data, tokenizer, Path(settings.cache_dir), use, progress)
+    except (DataError, TokenizerError) as error:
+        raise WorkerFailure("data", _sendable(str(error))) from error
+
+
+def _sendable(text: str) -> str:
+    """Short enough for a message; the bytes of a file's name that are no text become question marks."""
+    return text.encode("utf-8", "replace").decode()[:TEXT_CHARS_MAX]
+
+
+class _TellTokenizing:
+    """Progress as messages, a few a second; and the moment to see that the node wants us gone."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._began_s = self._told_s = time.monotonic()
+        self._first_bytes: int | None = None  # done by an earlier start
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now_s = time.monotonic()
+        if self._first_bytes is None:
+            self._first_bytes = done_bytes
+        if now_s - self._told_s < TOKENIZING_INTERVAL_S:
+            return
+        self._told_s = now_s
+        if isinstance(self._channel.receive(wait=False), Stop):
+            raise ChannelClosed
+        rate = (done_bytes - self._first_bytes) / (now_s - self._began_s)
+        self._channel.send(Tokenizing(done_bytes, total_bytes, max(0.0, rate)))
 
 
 def _serve(channel: Channel, fds: dict[str, int]) -> None:

@@ -122,6 +122,8 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--peer",
         "--base",
         "--data",
+        "--validation",
+        "--allow-doubtful-data",
         "--listen",
         "--announce",
         "--http",
@@ -249,7 +251,7 @@ def test_start_gives_the_daemon_its_configuration_and_ends_with_its_exit_code(
     result = _run("start", *args, env={"TAPESTRY_HOME": str(tmp_path)})
     assert (result.exit_code, result.output) == (4, "")
     assert daemon.config.home == Home(tmp_path)
-    assert daemon.config.data == ("stdlib", str(texts))
+    assert [one.path for one in daemon.config.data.source] == ["stdlib", str(texts)]
     assert (daemon.config.http_port, daemon.config.epochs) == (0, 2)
 
 
@@ -347,6 +349,7 @@ def test_detach_starts_the_same_command_without_the_flag(
         "3",
         "--log-format",
         "json",
+        "--allow-doubtful-data",
     ]
     assert _run("start", "--home", str(tmp_path), *flags, "--detach").exit_code == 0
     assert commands == [
@@ -359,6 +362,7 @@ def test_detach_starts_the_same_command_without_the_flag(
             "--http=127.0.0.1:0",
             "--epochs=3",
             "--log-format=json",
+            "--allow-doubtful-data",
         ]
     ]
 

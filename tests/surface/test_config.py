@@ -11,6 +11,7 @@ import pytest
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
 from tapestry.node.spec.node import NodeConfig, NodeToml
 from tapestry.node.spec.tables import read_table
 
@@ -61,10 +62,74 @@ def test_paths_in_node_toml_start_at_the_home_and_those_in_flags_here(
     )
     from_file = _resolve(home, data=())
     assert from_file.run == home / "spec.toml"
-    assert from_file.data == (f"{home}/texts", f"{home}/a.jsonl:body", "stdlib:1/3", "/d")
+    assert [(one.path, one.field, one.name) for one in from_file.data.source] == [
+        (f"{home}/texts", "", "texts"),
+        (f"{home}/a.jsonl", "body", "a"),
+        ("stdlib:1/3", "", "stdlib-1-3"),
+        ("/d", "", "d"),
+    ]
     from_flags = _resolve(home, run="spec.toml", data=("texts", "stdlib"))
     assert from_flags.run == here / "spec.toml"
-    assert from_flags.data == (f"{here}/texts", "stdlib")
+    assert [one.path for one in from_flags.data.source] == [f"{here}/texts", "stdlib"]
+
+
+NODE_TOML = """
+[data]
+rehearsal_share = 0.2
+left_out_max = 0.1
+
+[[data.source]]
+path = "fr"
+name = "français"
+weight = 2
+encoding = "latin-1"
+
+[[data.source]]
+path = "old.parquet:text"
+rehearsal = true
+
+[[data.validation]]
+path = "/held:text"
+name = "held"
+"""
+
+
+def test_node_toml_says_everything_about_data_and_flags_go_before_it(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text(NODE_TOML)
+    data = _resolve(tmp_path, data=()).data
+    assert (data.rehearsal_share, data.left_out_max, data.paths) == (0.2, 0.1, ())
+    french, old = data.source
+    assert (french.name, french.weight, french.encoding) == ("français", 2.0, "latin-1")
+    assert (old.path, old.field, old.name, old.rehearsal) == (f"{tmp_path}/old.parquet", "text", "old", True)
+    assert [(one.name, one.path, one.field) for one in data.validation] == [("held", "/held", "text")]
+    with pytest.raises(UserError, match="rehearsal_share and the sources with rehearsal = true do not fit"):
+        _resolve(tmp_path, data=("stdlib",))
+    (tmp_path / "node.toml").write_text(NODE_TOML.replace("rehearsal", "# rehearsal"))
+    flags = {"data": ("/x:y", "/x:z"), "validation": ("seen=/s:t", "/u"), "allow_doubtful_data": True}
+    told = _resolve(tmp_path, **flags).data
+    assert [(one.path, one.field, one.name) for one in told.source] == [("/x", "y", "x"), ("/x", "z", "x-2")]
+    assert [(one.name, one.path, one.field) for one in told.validation] == [
+        ("seen", "/s", "t"),
+        ("u", "/u", ""),
+    ]
+    assert told.allow_doubtful and told.left_out_max == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[data]\nsource = ["a"]', r"data\.source\[1\]: \"a\" is not a table"),
+        ('[[data.source]]\npath = "a"\nwieght = 2', r"did you mean data\.source\[1\]\.weight"),
+        ('[[data.source]]\nname = "a"', r"data\.source\[1\]\.path: missing"),
+        ('[[data.source]]\npath = "a"\nencoding = "latin-99"', "there is no encoding 'latin-99'"),
+        ('[[data.source]]\npath = "a"\nweight = 0', "above 0"),
+        ("data = 5", "not a table"),
+    ],
+)
+def test_a_mistake_about_data_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "node.toml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        NodeConfig.resolve(Home(tmp_path), {}, {})
 
 
 def test_run_toml_in_the_home_is_found_without_being_named(tmp_path: Path) -> None:
@@ -113,9 +178,9 @@ def test_what_is_not_host_and_port_is_refused_by_its_flag(tmp_path: Path, text: 
     [
         ("htpp = 1", "htpp: unknown key; did you mean http?"),
         ("peer = []", "peer: unknown key; did you mean peers?"),
-        ("zzz = 1", "zzz: unknown key; known here: run, data, peers, listen"),
-        ("data = 'stdlib'", 'data: "stdlib" is not a list'),
-        ("data = [1]", "data: 1 is not a string"),
+        ("zzz = 1", "zzz: unknown key; known here: run, base, peers, listen"),
+        ("data = 'stdlib'", 'data: "stdlib" is not a table'),
+        ("data = [1]", "data.paths: 1 is not a string"),
         ("threads = -1", "threads: -1 is not an integer from 0 to 1024"),
         ("device = 'tpu'", 'device: "tpu" is not "auto" or "cpu" or "cuda"'),
         ("http = 9470", "http: 9470 is not a string"),
@@ -218,5 +283,15 @@ def test_a_flag_lifts_a_cap_of_node_toml_and_zero_needs_no_quotes(tmp_path: Path
 
 
 def test_the_commented_node_toml_reads_back_to_the_same_values() -> None:
-    written = NodeToml(run='a"b\\c\x7f.toml', data=("stdlib", "Überſicht.txt"), threads=2)
+    data = DataSettings(
+        paths=("stdlib", "Überſicht.txt"),
+        source=(SourceSettings("a", weight=2.5), SourceSettings("b:text", rehearsal=True)),
+        validation=(ValidationSettings("c", "set"),),
+        rehearsal_share=0.25,
+    )
+    for one in (data, DataSettings()):
+        _reads_back(NodeToml(run='a"b\\c\x7f.toml', data=one, threads=2))
+
+
+def _reads_back(written: NodeToml) -> None:
     assert read_table(NodeToml, tomllib.loads(written.to_toml())) == written

@@ -19,7 +19,8 @@ CONTRACT = {
     "tapestry_round_phase_seconds": ("histogram", {"phase"}),
     "tapestry_network_bytes": ("counter", {"direction", "kind"}),
     "tapestry_train_loss": ("gauge", set()),
-    "tapestry_validation_loss": ("gauge", set()),
+    "tapestry_validation_loss": ("gauge", {"set"}),
+    "tapestry_train_data_passes": ("gauge", set()),
     "tapestry_train_tokens": ("counter", set()),
     "tapestry_train_waiting_seconds": ("counter", set()),
     "tapestry_train_steps": ("counter", set()),
@@ -43,10 +44,17 @@ def _samples(metrics: Metrics) -> dict[str, float]:
     }
 
 
+def _with_sets() -> Metrics:
+    """As soon as the trainer has said which sets this member has."""
+    metrics = Metrics("0.1.0")
+    metrics.set_validation_losses({"fr": math.nan, "de": math.nan})
+    return metrics
+
+
 def test_names_types_and_labels_are_those_of_the_contract() -> None:
     found = {
         family.name: (family.type, {key for sample in family.samples for key in sample.labels} - {"le"})
-        for family in text_string_to_metric_families(Metrics("0.1.0").render().decode())
+        for family in text_string_to_metric_families(_with_sets().render().decode())
         if family.name.startswith("tapestry_")
     }
     assert found == CONTRACT
@@ -63,7 +71,7 @@ def test_process_metrics_are_there() -> None:
 
 
 def test_every_series_exists_from_the_start_and_no_event_makes_a_new_one() -> None:
-    metrics = Metrics("0.1.0")
+    metrics = _with_sets()
     before = _samples(metrics)
     for outcome in ("committed", "aborted", "missed", "forced"):
         metrics.round_ended(outcome, 1.0)
@@ -75,13 +83,15 @@ def test_every_series_exists_from_the_start_and_no_event_makes_a_new_one() -> No
     metrics.set_peers({"training": 2, "joining": 1})
     metrics.trained(1, 2, 3.0)
     metrics.refused("not_finite")
+    metrics.set_validation_losses({"fr": 1.0, "de": 2.0})
+    metrics.set_data_passes(0.5)
     metrics.loop_lag(0.1)
     assert list(_samples(metrics)) == list(before)
 
 
 def test_everything_starts_at_zero_but_the_losses_which_are_not_known_yet() -> None:
-    samples = _samples(Metrics("0.1.0"))
-    losses = {"tapestry_train_loss", "tapestry_validation_loss"}
+    samples = _samples(_with_sets())
+    losses = {"tapestry_train_loss", *(f'tapestry_validation_loss{{set="{name}"}}' for name in ("fr", "de"))}
     for name, value in samples.items():
         if name in losses:
             assert math.isnan(value)
@@ -98,7 +108,8 @@ def test_each_call_moves_its_series() -> None:
     metrics.network_bytes("sent", "result", 100)
     metrics.trained(steps=10, tokens=5120, loss=2.5)
     metrics.trained(steps=10, tokens=5120, loss=2.25)
-    metrics.set_validation_loss(2.0)
+    metrics.set_validation_losses({"fr": 2.0, "de": 3.0})
+    metrics.set_data_passes(1.5)
     metrics.set_contribution_weight(10240)
     metrics.dropped(2, 20480)
     metrics.set_trainer_up(True)
@@ -115,7 +126,9 @@ def test_each_call_moves_its_series() -> None:
     assert samples["tapestry_train_steps_total"] == 20
     assert samples["tapestry_train_tokens_total"] == 10240
     assert samples["tapestry_train_loss"] == 2.25
-    assert samples["tapestry_validation_loss"] == 2.0
+    assert samples['tapestry_validation_loss{set="fr"}'] == 2.0
+    assert samples['tapestry_validation_loss{set="de"}'] == 3.0
+    assert samples["tapestry_train_data_passes"] == 1.5
     assert samples["tapestry_contribution_weight"] == 10240
     assert samples["tapestry_dropped_records_total"] == 2
     assert samples["tapestry_dropped_weight_total"] == 20480

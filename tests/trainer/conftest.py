@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.training import PRESETS, WorkerSettings
 
 
@@ -20,9 +21,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worker_settings(text_file: Path, tmp_path: Path) -> WorkerSettings:
     return WorkerSettings(
         training=PRESETS["nano"],
-        data=(str(text_file),),
+        data=resolved_data(DataSettings(paths=(str(text_file),)), ""),
         cache_dir=str(tmp_path / "cache"),
         inner_state_path=str(tmp_path / "inner.safetensors"),
+        cursor_path=str(tmp_path / "cursor.json"),
         node_seed=7,
         codec="int8-block",
         shard_elements=16_384,

@@ -28,6 +28,9 @@ def main(mode: str, flag: Path, channel: socket.socket) -> int:
     if mode == "dies before hello":
         print("first line\nlast words", file=sys.stderr)  # noqa: T201
         return 5
+    if mode == "tokenizes":
+        for done in (3, 6):
+            channel.sendall(pack(messages.Tokenizing(done, 6, 1.5)))
     shape = (2, 3) if not (mode == "another model" and ran_before) else (3, 2)
     channel.sendall(pack(messages.Hello(("weight",), (shape,), 100, 10, "cpu", -1, "")))
     while True:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tapestry.node.lineage.huggingface import SPECIAL_TOKENS, ExportError, export_model, sample
 from tapestry.node.spec.training import PRESETS, LlamaSpec
-from tapestry.node.trainer.data.corpus import encode
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
+from tapestry.node.trainer.tokenizers.byte import encode
 
 MODEL = dataclasses.replace(PRESETS["nano"].model, seed=3)
 LENGTH = PRESETS["nano"].data.sequence_length

@@ -17,16 +17,18 @@ from tapestry.node.trainer.messages import (
     unpack_report,
 )
 
-HELLO = messages.Hello(("a", "b"), ((2, 3), ()), 100, 5, "cpu", -1, "")
+HELLO = messages.Hello(("a", "b"), ((2, 3), ()), 100, 5, "cpu", -1, "", ("fr",), ("data fr: 1 files",))
 REPORTS = [
     HELLO,
+    messages.Tokenizing(5, 10, 2.5),
     messages.Initialised(),
     messages.Progress(3, 2, 1, 8, 5.5, 128, 1e4),
-    messages.Contribution(3, 2, 128, 2.5, 5.5, 128, 8, 0.5),
-    messages.Validation(3, 5.5),
+    messages.Contribution(3, 2, 128, 2.5, 5.5, 128, 8, 0.5, 1.25),
+    messages.Validation(3, 5.5, ("fr", "de"), (5.0, 6.0)),
     messages.Saved(3, ""),
     messages.Failed("data", "no such file"),
 ]
+VALIDATION = {"type": "Validation", "epoch": 1, "loss": 2.0, "sets": ["fr"], "losses": [2.0]}
 COMMANDS = [
     messages.Configure({"a": [1, {"b": 2.5}]}),
     messages.Attach(6),
@@ -76,12 +78,14 @@ def test_every_truncation_is_refused(report: messages.Report, data: st.DataObjec
     "fields",
     [
         {"type": "Validation", "epoch": 1},
-        {"type": "Validation", "epoch": 1, "loss": 2.0, "more": 1},
-        {"type": "Validation", "epoch": "1", "loss": 2.0},
-        {"type": "Validation", "epoch": True, "loss": 2.0},
-        {"type": "Validation", "epoch": -2, "loss": 2.0},
-        {"type": "Validation", "epoch": 1, "loss": float("nan")},
-        {"type": "Validation", "epoch": 1, "loss": 2},
+        VALIDATION | {"more": 1},
+        VALIDATION | {"epoch": "1"},
+        VALIDATION | {"epoch": True},
+        VALIDATION | {"epoch": -2},
+        VALIDATION | {"loss": float("nan")},
+        VALIDATION | {"loss": 2},
+        VALIDATION | {"losses": [2]},
+        VALIDATION | {"sets": "fr"},
         {"type": "Begin", "epoch": 1, "generation": 1, "follows": True, "counted": 0},
         {"type": "Saved", "epoch": 1, "error": "x" * 5000},
         {"type": ["Saved"]},

@@ -26,7 +26,15 @@ from tapestry.compression.payloads import PayloadLayout
 from tapestry.node.spec.tables import plain
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer import process
-from tapestry.node.trainer.messages import Contribution, Failed, Hello, Progress, Saved, Validation
+from tapestry.node.trainer.messages import (
+    Contribution,
+    Failed,
+    Hello,
+    Progress,
+    Saved,
+    Tokenizing,
+    Validation,
+)
 from tapestry.node.trainer.models.llama import initial_state
 from tapestry.node.trainer.process import (
     UNKNOWN_GENERATION,
@@ -177,6 +185,14 @@ def test_when_every_place_is_held_a_new_worker_writes_to_a_new_buffer(fake: Fake
             assert trainer.restarts == 1
         finally:
             await trainer.stop(DEADLINE_S)
+
+
+def test_progress_of_tokenizing_comes_before_the_hello(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("tokenizes")
+        await trainer.stop(DEADLINE_S)
+        assert events.of(Tokenizing) == [Tokenizing(3, 6, 1.5), Tokenizing(6, 6, 1.5)]
+        assert (trainer.restarts, trainer.protocol_errors) == (0, 0)
 
     asyncio.run(scenario())
 

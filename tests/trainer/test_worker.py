@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.messages import (
     Abort,
@@ -16,6 +18,7 @@ from tapestry.node.trainer.messages import (
     Close,
     Command,
     Contribution,
+    Evaluate,
     GoOn,
     Hello,
     Progress,
@@ -23,8 +26,10 @@ from tapestry.node.trainer.messages import (
     Save,
     Saved,
     Stop,
+    Tokenizing,
+    Validation,
 )
-from tapestry.node.trainer.worker import Worker, WorkerFailure
+from tapestry.node.trainer.worker import ChannelClosed, Worker, WorkerFailure, _TellTokenizing
 
 STEPS = 4
 TOKENS = 4 * 32  # of a step
@@ -247,6 +252,55 @@ def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
     assert (kept is not None) == bool(counted)
     if kept is not None:
         assert 0 < kept.abs().max() < 0.01
+
+
+def test_every_set_has_its_loss_and_the_data_their_passes(
+    worker_settings: WorkerSettings, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{i * 7919 % 1009} " for i in range(3000)))
+    sets = resolved_data(DataSettings(paths=(str(text_file), str(other))), "")
+    settings = dataclasses.replace(worker_settings, data=sets)
+    script = Script(
+        (at_once, Evaluate(0)),
+        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (contributed(1), Stop()),
+    )
+    perform(settings, script)
+    (hello,), (validation,), (contribution,) = map(script.of, (Hello, Validation, Contribution))
+    assert hello.sets == validation.sets == ("corpus", "other")
+    assert [line.split(":")[0] for line in hello.summary] == ["data corpus", "data other"]
+    assert validation.losses[0] != validation.losses[1]
+    assert validation.loss == pytest.approx(sum(validation.losses) / 2)
+    assert contribution.passes == pytest.approx(contribution.weight / hello.train_tokens)
+
+
+def test_a_trainer_that_died_goes_on_with_the_windows_after_those_it_contributed(
+    worker_settings: WorkerSettings,
+) -> None:
+    """In this process: what dies is the worker's memory."""
+    first = Script((at_once, Begin(0, 1, follows=False, counted=0)), (contributed(1), Stop()))
+    perform(worker_settings, first)
+    whole = Script(
+        (at_once, Begin(1, 1, follows=False, counted=0)),
+        (contributed(1), Begin(2, 2, follows=True, counted=0)),
+        (contributed(2), Stop()),
+    )
+    perform(worker_settings, whole)
+    passes = [report.passes for report in (*first.of(Contribution), *whole.of(Contribution))]
+    assert passes == pytest.approx([passes[0], 2 * passes[0], 3 * passes[0]])
+
+
+def test_a_stop_while_the_data_are_tokenized_ends_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((0.0, 1.5, 1.6, 3.0))
+    monkeypatch.setattr("tapestry.node.trainer.worker.time.monotonic", lambda: next(times))
+    script = Script((lambda script: len(script.told) == 1, Stop()))
+    tell = _TellTokenizing(script)  # type: ignore[arg-type]
+    tell(10, 100)
+    tell(20, 100)
+    with pytest.raises(ChannelClosed):
+        tell(30, 100)
+    assert script.told == [Tokenizing(10, 100, 0.0)]
 
 
 def test_a_codec_or_shards_that_there_are_not_are_a_fault_of_the_settings(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
 from tapestry.node.spec.training import LlamaSpec
-from tapestry.node.trainer.data.corpus import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
+from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 
 def initial_state(spec: LlamaSpec, sequence_length: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Formats of data, one file each; registry.py names them all."""

@@ -1,0 +1,306 @@
+"""Which files a source means: `list_files` finds them, and counts what it leaves out and why.
+
+This is the cheap half of reading data: nothing is tokenized, so a command line finds every mistake about
+paths, fields and encodings before it starts anything. A file is known by its real path and counts once,
+however many names and sources lead to it. A link that leads out of the folder it lies in is not followed
+unless the member says so: what lies elsewhere was not meant.
+
+Must not import torch, numpy or pyarrow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapestry.node.spec.data import HUB, STDLIB, DataSettings, SourceSettings, ValidationSettings
+from tapestry.node.trainer.data import hub
+from tapestry.node.trainer.data.errors import DamagedFile, DataError
+from tapestry.node.trainer.data.files import NotText, SourceFile, check_text
+from tapestry.node.trainer.data.readers.format import Format
+from tapestry.node.trainer.data.readers.registry import format_of, require
+from tapestry.node.trainer.data.tally import Group, Tally, merged_names, size
+
+FILES_MAX = 1_000_000
+OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|validation|valid|val|dev|eval)([/_.-]|$)", re.IGNORECASE)
+TRAIN_SPLIT = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.IGNORECASE)
+_STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+# What shows that a folder is a home of this program, or a cache: https://bford.info/cachedir
+CACHE_TAG = "CACHEDIR.TAG"
+_OURS = frozenset({"identity.key", CACHE_TAG})
+
+AnySource = SourceSettings | ValidationSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One source's files in a fixed order, and what was left out of them."""
+
+    source: AnySource
+    files: tuple[SourceFile, ...]
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Listings:
+    """All sources, and the validation sets that were given."""
+
+    sources: tuple[Listing, ...]
+    validation: tuple[Listing, ...]
+
+
+def list_data(settings: DataSettings) -> Listings:
+    """Every file once: a validation set's files are not trained on. Raises DataError."""
+    if not settings.source:
+        raise DataError("no data given: name files or folders of text with --data, or --data stdlib")
+    taken: set[str] = set()
+    validation = tuple(_listing(one, taken, "--validation") for one in settings.validation)
+    sources = tuple(_listing(one, taken, "--data") for one in settings.source)
+    for one in [*validation, *sources]:
+        _refuse_mostly_left_out(one, settings)
+    return Listings(sources, validation)
+
+
+def _listing(source: AnySource, taken: set[str], flag: str) -> Listing:
+    tally = Tally()
+    where = f"{flag} {source.path}"
+    try:
+        files = tuple(_once(_files_of(source, tally, where), taken, tally))
+    except FileNotFoundError:
+        raise DataError(f"{where}: there is no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from error
+    if not files:
+        left = "; ".join(tally.lines()[1:])
+        raise DataError(f"{where}: no text to read there{': ' + left if left else ''}")
+    if len(files) > FILES_MAX:
+        raise DataError(f"{where}: {len(files)} files, more than {FILES_MAX}: join them into larger ones")
+    tally.files, tally.file_bytes = len(files), sum(file.size_bytes for file in files)
+    return Listing(source, files, tally)
+
+
+def _refuse_mostly_left_out(listing: Listing, settings: DataSettings) -> None:
+    """Raises DataError where a run on what is left would hardly be what the member meant."""
+    tally = listing.tally
+    if tally.left_out_share <= settings.left_out_max or settings.allow_doubtful:
+        return
+    raise DataError(
+        f"data {listing.source.path}: {tally.left_out_share:.0%} of its bytes would be left out "
+        f"({'; '.join(tally.lines()[1:4])}) and {size(tally.file_bytes)} taken; "
+        "name what you mean, or --allow-doubtful-data"
+    )
+
+
+def _once(files: Iterator[SourceFile], taken: set[str], tally: Tally) -> Iterator[SourceFile]:
+    for file in files:
+        real = os.path.realpath(file.path)
+        if real in taken:
+            tally.left_out.setdefault("read once already", Group()).add(file.path)
+            continue
+        taken.add(real)
+        yield file
+
+
+def _files_of(source: AnySource, tally: Tally, where: str) -> Iterator[SourceFile]:
+    stdlib, on_hub = STDLIB.fullmatch(source.path), HUB.fullmatch(source.path)
+    if stdlib:
+        return iter(_stdlib_files(where, stdlib))
+    if on_hub:
+        folder = hub.folder_of(on_hub["id"], on_hub["revision"])
+        return _folder_files(str(folder), source, tally, within=str(folder.parent.parent), one_split=True)
+    if source.path.startswith(("stdlib:", "hub:")):
+        raise DataError(f"{where}: write stdlib:K/N, or hub:OWNER/NAME and perhaps @REVISION")
+    mode = os.stat(source.path).st_mode
+    if stat.S_ISDIR(mode):
+        return _folder_files(source.path, source, tally, within=source.path)
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{where}: neither a file nor a folder")
+    return iter([_single_file(source, where)])
+
+
+def _single_file(source: AnySource, where: str) -> SourceFile:
+    file_format = format_of(source.path)
+    if file_format.name == "csv" and not source.field:
+        file_format = _text_format()
+    require(file_format, where)
+    file = _source_file(source.path, file_format, source)
+    try:
+        if file_format.is_table and not source.field:
+            raise DataError(_which_field(file_format, file, where))
+        if not file_format.is_packed:
+            check_text(source.path, source.encoding)
+    except (NotText, DamagedFile) as error:
+        raise DataError(f"{where}: {error}") from error
+    return file
+
+
+def _which_field(file_format: Format, file: SourceFile, where: str) -> str:
+    names = file_format.fields(file)
+    example = next(
+        (name for name in ("text", "content", "body") if name in names), names[0] if names else "text"
+    )
+    there = f" (there are: {merged_names(names)})" if names else ""
+    return f"{where}: say which field holds the text{there}, as in {where}:{example}"
+
+
+def _folder_files(
+    root: str, source: AnySource, tally: Tally, within: str, one_split: bool = False
+) -> Iterator[SourceFile]:
+    saved = _saved_dataset(root)
+    paths = list(saved) if saved is not None else list(_walk(root, source.follow_links, within, tally))
+    if one_split:
+        paths = _train_split(root, paths, tally)
+    for path in paths:
+        file = _file_in_folder(path, source, tally)
+        if file is not None:
+            yield file
+
+
+def _file_in_folder(path: str, source: AnySource, tally: Tally) -> SourceFile | None:
+    """None, and counted, if it cannot be read."""
+    try:
+        size_bytes = os.stat(path).st_size
+        if not size_bytes:
+            return None
+        file_format = format_of(path)
+        if file_format.name == "csv" and not source.field:
+            file_format = _text_format()
+        if file_format.is_table and not source.field:
+            reason = f"{file_format.name} without a field, give the folder as FOLDER:FIELD"
+            tally.leave_out(reason, path, size_bytes)
+            return None
+        require(file_format, path)
+        if not file_format.is_packed:
+            check_text(path, source.encoding)
+        return _source_file(path, file_format, source)
+    except NotText as reason:
+        tally.leave_out(str(reason), path, size_bytes)
+    except DamagedFile as reason:
+        tally.leave_out(str(reason).partition(":")[0], path, size_bytes)
+    except OSError as error:
+        tally.leave_out(f"cannot be read: {error.strerror}", path, 0)
+    return None
+
+
+def _walk(root: str, follow_links: bool, within: str, tally: Tally) -> Iterator[str]:
+    """Files below `root` in a fixed order; nothing hidden, no loop of links."""
+    inside = os.path.realpath(within)
+    seen = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=follow_links):
+        if _OURS & set(names):
+            folders[:] = []
+            tally.leave_out("homes and caches of this program", folder, 0)
+            continue
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(folder, name)
+            if name.startswith(".") or name == "__pycache__":
+                continue
+            if os.path.islink(path) and not follow_links:
+                tally.leave_out("links to folders, not followed", path, 0)
+            elif os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                kept.append(name)
+        folders[:] = kept
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if name.startswith(".") or not os.path.isfile(path):
+                continue
+            if os.path.islink(path) and not follow_links and not _is_inside(path, inside):
+                tally.leave_out("links that lead out of the folder, not followed", path, 0)
+                continue
+            yield path
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return os.path.realpath(path).startswith(root.rstrip("/") + "/")
+
+
+def _saved_dataset(root: str) -> Iterator[str] | None:
+    """The arrow files of a folder that `datasets` saved, of its split `train` if it has several; or None."""
+    splits = _json_of(os.path.join(root, "dataset_dict.json")).get("splits")
+    if isinstance(splits, list) and splits:
+        root = os.path.join(root, "train" if "train" in splits else str(splits[0]))
+    listed = _json_of(os.path.join(root, "state.json")).get("_data_files")
+    if not isinstance(listed, list):
+        return None
+    names = [one.get("filename") for one in listed if isinstance(one, dict)]
+    return iter([os.path.join(root, name) for name in names if isinstance(name, str) and "/" not in name])
+
+
+def _json_of(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _train_split(root: str, paths: Sequence[str], tally: Tally) -> list[str]:
+    """Without what is named as another split, where one is named train: a test set must stay one."""
+    names = {path: os.path.relpath(path, root) for path in paths}
+    if not any(TRAIN_SPLIT.search(name) for name in names.values()):
+        return list(paths)
+    others = [
+        path for path, name in names.items() if OTHER_SPLIT.search(name) and not TRAIN_SPLIT.search(name)
+    ]
+    for path in others:
+        tally.left_out.setdefault("of another split than train", Group()).add(path)
+    return [path for path in paths if path not in set(others)]
+
+
+def _stdlib_files(where: str, match: re.Match[str]) -> list[SourceFile]:
+    part, parts = (int(match[1]), int(match[2])) if match[1] else (1, 1)
+    if not 1 <= part <= parts:
+        raise DataError(f"{where}: the part must be between 1 and {parts}")
+    source = SourceSettings("stdlib")
+    files = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib"), onerror=_raise):
+        folders[:] = sorted(set(folders) - _STDLIB_LEFT_OUT)
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if name.endswith(".py") and os.path.getsize(path):
+                files.append(_source_file(path, _text_format(), source))
+    chosen = _balanced_part(files, part, parts)
+    if not chosen:
+        raise DataError(f"{where}: there are only {len(files)} files, fewer than {parts} parts")
+    return chosen
+
+
+def _balanced_part(files: list[SourceFile], part: int, parts: int) -> list[SourceFile]:
+    """The largest file not yet placed goes to the smallest part: disjoint, and near equal in bytes."""
+    if parts > len(files):
+        return []
+    totals = [0] * parts
+    chosen = []
+    for file in sorted(files, key=lambda file: (-file.size_bytes, file.path)):
+        smallest = totals.index(min(totals))
+        totals[smallest] += file.size_bytes
+        if smallest == part - 1:
+            chosen.append(file)
+    return sorted(chosen, key=lambda file: file.path)
+
+
+def _source_file(path: str, file_format: Format, source: AnySource) -> SourceFile:
+    info = os.stat(path)
+    field = source.field if file_format.is_table else ""
+    encoding = "" if file_format.is_packed else source.encoding
+    absolute = str(Path(path).absolute())
+    return SourceFile(absolute, info.st_size, info.st_mtime_ns, file_format.name, field, encoding)
+
+
+def _text_format() -> Format:
+    return format_of("x")
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,301 @@
+"""A source's text -> ids on disk, once: in bounded memory, and going on where a killed trainer stopped.
+
+Each source has one file of ids, uint16 or uint32 by the vocabulary; every document ends with eos. Its name
+is a digest of everything that the ids depend on: the tokenizer, how the source is read, and path, size and
+time of each file. The file grows under another name; every PART_TOKENS ids it is synced and its length
+noted together with the place in the text, and a start that finds such a note goes on from there. To find
+the place it reads the text of the current file again, but does not tokenize it, which is what takes time.
+
+One process at a time builds in a folder: a lock, which the kernel drops with whoever held it. The files are
+this member's text in another form, so only their owner may read them.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tapestry.node.trainer.data.errors import DamagedFile, DataError
+from tapestry.node.trainer.data.files import Piece, SourceFile
+from tapestry.node.trainer.data.readers.registry import format_named
+from tapestry.node.trainer.data.sources import CACHE_TAG, Listing
+from tapestry.node.trainer.data.tally import Tally
+from tapestry.node.trainer.tokenizers.api import Tokenizer
+
+CACHE_VERSION = 2
+PART_TOKENS = 1 << 24  # Guess: ten seconds of a core's work, the most that a kill costs
+BATCH_CHARS = 1 << 20  # that the tokenizer's threads share; guess
+BATCH_PIECES = 4096
+CACHE_TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n"  # https://bford.info/cachedir
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """The ids of one source, memory-mapped."""
+
+    key: str
+    tokens: np.ndarray  # uint16 or uint32 (count,)
+    tally: Tally
+
+
+# Bytes of files done so far of this source. Called every BATCH_CHARS; may raise to end the work.
+OnProgress = Callable[[int], None]
+
+
+def tokenize(
+    listing: Listing,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    on_progress: OnProgress,
+    check: Callable[[Tally], None],
+) -> TokenFile:
+    """The ids of the source, made or found. `check` raises DataError for a tally that is too bad to go on.
+
+    Raises DataError.
+    """
+    key = source_key(listing, tokenizer)
+    try:
+        with _locked(cache_dir):
+            build = _Build(listing, tokenizer, cache_dir, key, on_progress, check)
+            tally = build.finished_tally()
+            if tally is None:
+                tally = build.run()
+                build.remove_superseded()
+    except OSError as error:
+        raise DataError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
+    check(tally)
+    return TokenFile(key, _mapped(build.done_path, build.dtype), tally)
+
+
+def source_key(listing: Listing, tokenizer: Tokenizer) -> str:
+    """Everything that the ids of the source depend on."""
+    files = [
+        [one.path, one.size_bytes, one.modified_ns, one.format, one.field, one.encoding]
+        for one in listing.files
+    ]
+    return _digest({"version": CACHE_VERSION, "tokenizer": tokenizer.digest, "files": files})
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    count = path.stat().st_size // dtype.itemsize
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """How far the work has come: all that is needed to go on."""
+
+    file: int = 0
+    pieces: int = 0  # of this file
+    tokens: int = 0  # in all
+    tally: Any = None  # plain, as it was at the beginning of this file
+
+
+class _Build:
+    """The tokenization of one source."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        tokenizer: Tokenizer,
+        cache_dir: Path,
+        key: str,
+        on_progress: OnProgress,
+        check: Callable[[Tally], None],
+    ) -> None:
+        self.done_path = cache_dir / f"tokens-{key}.bin"
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self._manifest = cache_dir / f"tokens-{key}.manifest"
+        self._part = cache_dir / f"tokens-{key}.part"
+        self._progress = cache_dir / f"tokens-{key}.progress"
+        self._listing = listing
+        self._tokenizer = tokenizer
+        self._owner = _owner_key(listing, tokenizer)
+        self._on_progress = on_progress
+        self._check = check
+        self._eos = np.array([tokenizer.eos_id], dtype=self.dtype)
+        self._done_bytes = 0  # of whole files
+        self._noted = 0  # tokens
+
+    def finished_tally(self) -> Tally | None:
+        """Of a complete file of ids; None where there is none, or one that does not fit its manifest."""
+        manifest = _read_json(self._manifest)
+        try:
+            if self.done_path.stat().st_size != manifest["tokens"] * self.dtype.itemsize:
+                return None
+            return Tally.from_plain(manifest["tally"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def run(self) -> Tally:
+        place, tally = self._last_place()
+        self._noted = place.tokens
+        with open(os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as out:
+            out.truncate(place.tokens * self.dtype.itemsize)
+            out.seek(0, os.SEEK_END)
+            for number, file in enumerate(self._listing.files):
+                if number >= place.file:
+                    place = self._write_file(replace(place, file=number, tally=tally.to_plain()), tally, out)
+                self._done_bytes += file.size_bytes
+            _sync(out)
+        manifest = {"version": CACHE_VERSION, "owner": self._owner, "tokens": place.tokens}
+        os.replace(self._part, self.done_path)
+        write_json(self._manifest, {**manifest, "tally": tally.to_plain()})
+        self._progress.unlink(missing_ok=True)
+        return tally
+
+    def _last_place(self) -> tuple[_Place, Tally]:
+        """Where a killed trainer stopped, and the tally at the beginning of that file; else the beginning."""
+        noted = _read_json(self._progress)
+        try:
+            place = _Place(**noted["place"])
+            enough = self._part.stat().st_size >= place.tokens * self.dtype.itemsize
+            if enough and 0 <= place.file < len(self._listing.files):
+                return place, Tally.from_plain(place.tally)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            pass  # nothing was noted, or what was is damaged
+        return _Place(), Tally.from_plain(self._listing.tally.to_plain())
+
+    def _write_file(self, place: _Place, tally: Tally, out: BinaryIO) -> _Place:
+        """The rest of one file, from the place on; the place at its end."""
+        batch: list[Piece] = []
+        chars = seen_chars = pieces = 0
+        for piece in _pieces(self._listing.files[place.file], tally):
+            pieces += 1
+            _count(piece, tally, self._listing.files[place.file].path)
+            if pieces <= place.pieces:
+                continue
+            batch.append(piece)
+            chars += len(piece[0])
+            if chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
+                place = self._write_batch(replace(place, pieces=pieces), batch, out)
+                seen_chars += chars
+                self._tell(place.file, seen_chars)
+                self._check_on_the_way(tally)
+                batch, chars = [], 0
+        place = self._write_batch(replace(place, pieces=pieces), batch, out)
+        self._tell(place.file, seen_chars + chars)
+        return replace(place, file=place.file + 1, pieces=0)
+
+    def _write_batch(self, place: _Place, batch: list[Piece], out: BinaryIO) -> _Place:
+        encoded = self._tokenizer.encode_batch([text for text, _ in batch])
+        for ids, (_, ends) in zip(encoded, batch, strict=True):
+            out.write(ids.astype(self.dtype).tobytes())
+            if ends:
+                out.write(self._eos.tobytes())
+        count = sum(map(len, encoded)) + sum(ends for _, ends in batch)
+        place = replace(place, tokens=place.tokens + count)
+        if place.tokens - self._noted >= PART_TOKENS:
+            _sync(out)
+            fields = {name: getattr(place, name) for name in _Place.__dataclass_fields__}
+            write_json(self._progress, {"owner": self._owner, "version": CACHE_VERSION, "place": fields})
+            self._noted = place.tokens
+        return place
+
+    def _tell(self, file: int, chars: int) -> None:
+        """Of a packed file nobody knows how far one is in it; by the characters, at most to its end."""
+        self._on_progress(self._done_bytes + min(chars, self._listing.files[file].size_bytes))
+
+    def _check_on_the_way(self, tally: Tally) -> None:
+        """A hundred gigabytes without the field are not read to their end. Not for the first few rows."""
+        if tally.rows >= 10_000:
+            self._check(tally)
+
+    def remove_superseded(self) -> None:
+        """Ids of the same source as it was before: a corpus that grows every day would fill the disk.
+
+        A trainer that has one mapped keeps it until it closes it.
+        """
+        for path in sorted(self.done_path.parent.glob("tokens-*")):
+            if path.suffix not in (".manifest", ".progress") or path == self._manifest:
+                continue
+            noted = _read_json(path)
+            if noted.get("version") != CACHE_VERSION or noted.get("owner") == self._owner:
+                for suffix in (".manifest", ".progress", ".bin", ".part"):
+                    with contextlib.suppress(OSError):
+                        path.with_suffix(suffix).unlink()
+
+
+def _pieces(file: SourceFile, tally: Tally) -> Iterator[Piece]:
+    """A file's text. One that breaks off is counted, and what came before counts."""
+    try:
+        yield from format_named(file.format).read(file, tally)
+    except DamagedFile as damage:
+        tally.damaged.add(f"{file.path}: {damage}", file.size_bytes)
+        yield "", True
+    except OSError as error:
+        raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+
+
+def _count(piece: Piece, tally: Tally, path: str) -> None:
+    text, ends = piece
+    tally.chars += len(text)
+    tally.documents += ends
+    if wrong := text.count("\ufffd"):
+        tally.replaced.add(path, count=wrong)
+
+
+def _owner_key(listing: Listing, tokenizer: Tokenizer) -> str:
+    """The source as the member names it, whatever is in it today."""
+    source = listing.source
+    return _digest([source.path, source.field, source.encoding, tokenizer.digest])
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (folder / CACHE_TAG).exists():
+        _write_private(folder / CACHE_TAG, CACHE_TAG_TEXT)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Whole or not at all, and on disk when this returns. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer: the lock, or the home's
+    _write_private(temporary, json.dumps(value).encode("utf-8", "surrogateescape"))
+    os.replace(temporary, path)
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        _sync(file)
+
+
+def _sync(out: BinaryIO) -> None:
+    out.flush()
+    os.fsync(out.fileno())

@@ -1,0 +1,1 @@
+"""Text -> ids. One file per tokenizer; registry.py opens them by name."""

@@ -1,0 +1,178 @@
+"""The cache of ids: made once, gone on with after a kill, private, and never of other data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trainer.data.kit import LENGTH, corpus_of, documents_of, settings_of, write_jsonl
+
+from tapestry.node.trainer.data import files, tokens
+from tapestry.node.trainer.data.corpus import Use, open_corpus
+from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.tokenizers.byte import EOS_ID, ByteTokenizer
+
+
+class Killed(Exception):
+    """Where a trainer died."""
+
+
+class Counting(ByteTokenizer):
+    """Counts the characters that it was given; dies after so many."""
+
+    def __init__(self, dies_after: int = 1 << 60) -> None:
+        self.chars = 0
+        self.dies_after = dies_after
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.chars >= self.dies_after:
+            raise Killed
+        self.chars += sum(map(len, texts))
+        return super().encode_batch(texts)
+
+
+class Wide(ByteTokenizer):
+    vocab_size = 100_000
+    digest = "wide"
+    eos_id = 99_999
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "PART_TOKENS", 64)
+    monkeypatch.setattr(tokens, "BATCH_CHARS", 16)
+    monkeypatch.setattr(files, "PIECE_CHARS", 16)
+
+
+def test_ids_are_those_of_the_text_with_eos_after_each_document(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("second " * 20)
+    (tmp_path / "a.txt").write_text("first é" * 20)
+    ids = corpus_of(settings_of(tmp_path), tmp_path / "cache").parts[0].tokens
+    assert ids.tolist() == [*("first é" * 20).encode(), EOS_ID, *("second " * 20).encode(), EOS_ID]
+    assert ids.dtype == np.uint16
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first " * 20)
+    ids = corpus_of(settings_of(tmp_path), tmp_path / "cache", Wide()).parts[0].tokens
+    assert (ids.dtype, ids[-1]) == (np.uint32, 99_999)
+
+
+def test_small_pieces_give_the_same_ids(tmp_path: Path, small_parts: None) -> None:
+    text = "".join(f"line {i} é\n" for i in range(300)) + "x" * 500
+    (tmp_path / "a.txt").write_text(text)
+    corpus = corpus_of(settings_of(tmp_path), tmp_path / "cache")
+    assert documents_of(corpus) == [text]
+
+
+@pytest.mark.parametrize("dies_after", range(1, 1600, 150))
+def test_a_killed_tokenization_goes_on_where_its_last_part_ended(
+    tmp_path: Path, small_parts: None, dies_after: int
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    texts = [f"document {number} {'x' * number}" for number in range(40)]
+    path = write_jsonl(data / "a.jsonl", texts)
+    path.write_text(path.read_text() + '{"n": 1}\n')
+    (data / "b.txt").write_text("".join(f"line {number}\n" for number in range(50)))
+    settings = settings_of(f"{data}:text", malformed_max=0.1)
+    whole = corpus_of(settings, tmp_path / "whole")
+    total = whole.parts[0].tokens.size
+    with pytest.raises(Killed):
+        corpus_of(settings, tmp_path / "cache", Counting(dies_after))
+    second = Counting()
+    resumed = corpus_of(settings, tmp_path / "cache", second)
+    assert resumed.parts[0].tokens.tolist() == whole.parts[0].tokens.tolist()
+    assert resumed.summary == whole.summary  # rows are not counted twice
+    assert second.chars <= max(total - dies_after, 0) + 64 + 3 * 48  # a part, and what a batch holds
+    assert sorted(path.suffix for path in (tmp_path / "cache").glob("tokens-*")) == [".bin", ".manifest"]
+
+
+def test_progress_rises_to_all_the_bytes(tmp_path: Path, small_parts: None) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["some text"] * 40)
+    (tmp_path / "b.txt").write_text("more text\n" * 40)
+    told: list[tuple[int, int]] = []
+    use = Use(LENGTH, 1, seed=7)
+    open_corpus(
+        settings_of(f"{tmp_path}:text"),
+        ByteTokenizer(),
+        tmp_path / "cache",
+        use,
+        lambda done, total: told.append((done, total)),
+    )
+    assert told == sorted(told) and len(told) > 10
+    assert told[-1][0] == told[-1][1] == sum(path.stat().st_size for path in tmp_path.glob("*.*"))
+
+
+def test_the_cache_is_reused_until_a_file_or_the_tokenizer_changes(tmp_path: Path) -> None:
+    source, cache = tmp_path / "a.txt", tmp_path / "cache"
+    source.write_text("some text " * 20)
+    corpus_of(settings_of(source), cache)
+    again = Counting()
+    corpus_of(settings_of(source), cache, again)
+    assert again.chars == 0
+    corpus_of(settings_of(source), cache, Wide())
+    assert len(list(cache.glob("*.bin"))) == 2
+    for number, word in enumerate(("more ", "else ")):  # same path, same size, other text
+        source.write_text(word * 40)
+        os.utime(source, (1000 + number, 1000 + number))
+        assert documents_of(corpus_of(settings_of(source), cache))[0] == word * 40
+
+
+def test_what_a_source_was_before_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    data, other, cache = tmp_path / "data", tmp_path / "other.txt", tmp_path / "cache"
+    data.mkdir()
+    other.write_text("other text " * 20)
+    corpus_of(settings_of(other), cache)
+    mapped = None
+    for number in range(4):
+        (data / f"{number}.txt").write_text("some text " * 20)
+        mapped = mapped or corpus_of(settings_of(data), cache)
+        corpus_of(settings_of(data), cache)
+    assert len(list(cache.glob("*.bin"))) == len(list(cache.glob("*.manifest"))) == 2
+    assert documents_of(mapped) == ["some text " * 20]  # it was removed, and who has it reads on
+
+
+@pytest.mark.parametrize("damage", ["truncate", "manifest", "no manifest", "wrong manifest"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, damage: str) -> None:
+    source, cache = tmp_path / "a.txt", tmp_path / "cache"
+    source.write_text("some text " * 20)
+    corpus_of(settings_of(source), cache)
+    (bin_path,), (manifest,) = cache.glob("*.bin"), cache.glob("*.manifest")
+    if damage == "truncate":
+        bin_path.write_bytes(bin_path.read_bytes()[:-2])
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("[1" if damage == "manifest" else '{"tokens": 201, "tally": {"x": 1}}')
+    assert documents_of(corpus_of(settings_of(source), cache)) == ["some text " * 20]
+
+
+def test_only_their_owner_may_read_the_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    cache = tmp_path / "cache"
+    corpus_of(settings_of(tmp_path / "a.txt"), cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in cache.iterdir()} == {0o600}
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    with pytest.raises(DataError, match="cannot write the token cache in /dev/null/cache: Not a directory"):
+        corpus_of(settings_of(tmp_path / "a.txt"), Path("/dev/null/cache"))
+
+
+def test_rows_without_the_field_end_the_work_before_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "BATCH_PIECES", 50)
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"] * 11_000)
+    text = path.read_text().splitlines()
+    path.write_text("\n".join(line if i % 2 else "{}" for i, line in enumerate(text * 2)))
+    counted = Counting()
+    with pytest.raises(DataError, match="is malformed or has no text"):
+        corpus_of(settings_of(f"{path}:text"), tmp_path / "cache", counted)
+    assert counted.chars < 6000

@@ -123,6 +123,10 @@ class BlockCodec:
         """Bytes of the payload of n elements."""
         return n + SCALE_BYTES * block_count(n)
 
+    def pieces(self, n: int) -> list[tuple[int, int]]:
+        """Whole blocks that fit the cache, and at last a short block."""
+        return pieces(n)
+
     def encode(
         self,
         x: Tensor,  # f32 (n,), on the CPU or where the kernel works

@@ -14,7 +14,7 @@ Must not import: anything outside this package of ours; asyncio; anything that d
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,7 @@ HEADER_BYTES = _HEADER.size
 
 
 class OpenPayload(Protocol):
-    """A checked payload, to be decoded piece by piece; `blocks.pieces` says which elements a piece has."""
+    """A checked payload, to be decoded piece by piece; `Codec.pieces` says which elements a piece has."""
 
     def decode_piece(
         self,
@@ -67,6 +67,10 @@ class Codec(Protocol):
 
     def payload_size(self, n: int) -> int:
         """Bytes of the payload of n elements."""
+
+    def pieces(self, n: int) -> Sequence[tuple[int, int]]:
+        """Start and stop of the parts in which a vector of n elements is encoded and decoded, in order and
+        without gaps. How it is cut is the codec's own affair; a piece should fit the cache."""
 
     def encode(
         self,

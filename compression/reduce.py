@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tapestry.compression.blocks import pieces, thread_scratch
+from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, OpenPayload
 from tapestry.compression.refusals import RefusedPayload, RefusedVector, RefusedWeights
 
@@ -67,7 +67,7 @@ def weighted_mean(
     """
     members = _open(payloads, weights, codec, n)
     mean = torch.empty(n) if out is None else out
-    for index, (start, stop) in enumerate(pieces(n)):
+    for index, (start, stop) in enumerate(codec.pieces(n)):
         _add_up(members, index, mean[start:stop])
         _check_finite(mean[start:stop])
     return mean

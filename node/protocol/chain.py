@@ -152,7 +152,7 @@ def _body_from(raw: Any) -> Body:
         epoch=integer(fields["epoch"], 1, EPOCH_MAX, "epoch"),
         prev=sys.intern(hexadecimal(fields["prev"], (64,), "prev")),
         state_digest=hexadecimal(fields["state_digest"], (64,), "state_digest"),
-        members=tuple([member_from(m) for m in sequence(fields["members"], MEMBERS_MAX, "members", 1)]),
+        members=tuple([_member_from(m) for m in sequence(fields["members"], MEMBERS_MAX, "members", 1)]),
         result=hexadecimal(fields["result"], (64,), "result"),
         forced=boolean(fields["forced"], "forced"),
     )
@@ -423,7 +423,14 @@ def _peer(value: Any, what: str) -> str:
 
 
 def member_from(raw: Any) -> Member:
-    """Strict. Raises Malformed."""
+    """Strict. Raises InvalidRecord."""
+    try:
+        return _member_from(raw)
+    except Malformed as error:
+        raise InvalidRecord("malformed", str(error)) from None
+
+
+def _member_from(raw: Any) -> Member:
     peer, weight, contribution, life = sequence(raw, 4, "a member", 4)
     integer(weight, 0, WEIGHT_MAX, "weight")
     if (weight == 0) != (contribution == ""):

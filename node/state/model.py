@@ -26,7 +26,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from tapestry.compression.blocks import pieces, thread_scratch
+from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.chain import canonical
@@ -126,7 +126,7 @@ class ModelState:
         self.torn = True
         for shard, payload in zip(shards, payloads, strict=True):
             opened = codec.open(payload, shard.n)
-            for index, (start, stop) in enumerate(pieces(shard.n)):
+            for index, (start, stop) in enumerate(codec.pieces(shard.n)):
                 mean = thread_scratch("mean", stop - start)
                 opened.decode_piece(index, mean)
                 outer.step(self.params, self.buffers, mean, shard.start + start, shard.start + stop, epoch)

@@ -19,7 +19,7 @@ What a fetch raises: RemoteProtocolError when the donor did or sent what it may 
 cannot or will not serve, ended the stream, was silent for stall_s, or slower than BYTES_PER_SECOND_MIN;
 OSError when our own disk failed; and what opening the stream raises.
 
-Imports: node/wire.py's frames and asyncio; no hivemind. What opens streams is given.
+Imports: net/wire.py's frames and asyncio; no hivemind. What opens streams is given.
 """
 
 from __future__ import annotations

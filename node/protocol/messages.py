@@ -1,4 +1,4 @@
-"""What peers say to each other, as typed values. `node/wire.py` turns them into frames.
+"""What peers say to each other, as typed values. `net/vocabulary.py` and `net/wire.py` turn them into frames.
 
 Every message of a round names epoch and head (the state that the round starts from), so that nothing said
 in one round, or on one side of a fork, is ever heard in another. All of them may be lost, doubled, delayed

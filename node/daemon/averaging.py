@@ -1,6 +1,6 @@
 """The tensor half of a round: the payloads that the trainer made, their means, and the bytes that travel.
 
-Plain functions of tensors, called in worker threads by daemon/trainer_desk.py and network_desk.py; the protocol core decides what is
+Plain functions of tensors, called in worker threads by the daemon's desks; the protocol core decides what is
 called when and never sees a tensor. A *blob* in the core's words is a payload here: uint8, one shard; of a
 result it is a `ResultPayload`.
 """

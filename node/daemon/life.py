@@ -51,6 +51,7 @@ from tapestry.node.surface.http import start_http
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
+from tapestry.node.surface.trackers import open_trackers
 from tapestry.node.trainer.messages import Hello, Tokenizing
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
 
@@ -138,7 +139,11 @@ class Daemon:
             _log.info("starting trainer: it reads the data and builds the model")
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
             await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))
-            reporter = Reporter(self.metrics, self.live)
+            trackers = await asyncio.to_thread(
+                open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
+            )
+            stack.push_async_callback(asyncio.to_thread, trackers.close)
+            reporter = Reporter(self.metrics, self.live, trackers)
             own = Own(
                 self.home,
                 identity,

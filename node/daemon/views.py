@@ -19,6 +19,7 @@ from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import WORKING, Shown
+from tapestry.node.surface.trackers import Trackers
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
 
@@ -91,12 +92,15 @@ class PhaseClock:
         self._stage = Stage.AWAY
         self._since = 0.0
         self._ready_at: float | None = None
+        self._phases: dict[str, float] = {}  # seconds, since they were taken
 
     def stage(self, stage: Stage, now: float) -> None:
         if stage == self._stage:
             return
         if self._stage != Stage.AWAY:
-            self._metrics.round_phase_ended(self._stage.name.lower(), now - self._since)
+            phase, duration_s = self._stage.name.lower(), now - self._since
+            self._metrics.round_phase_ended(phase, duration_s)
+            self._phases[phase] = self._phases.get(phase, 0.0) + duration_s
         if stage >= Stage.READY and self._ready_at is None:
             self._ready_at = now
         self._stage, self._since = stage, now
@@ -108,6 +112,11 @@ class PhaseClock:
         """Seconds from having a contribution to the end: what averaging cost. None if there was none."""
         ready_at, self._ready_at = self._ready_at, None
         return None if ready_at is None else now - ready_at
+
+    def take_phases(self) -> dict[str, float]:
+        """Seconds in each stage since the last call."""
+        phases, self._phases = self._phases, {}
+        return phases
 
 
 def _by_set(losses: dict[str, float]) -> str:
@@ -137,9 +146,10 @@ class TokenizingView:
 class Reporter:
     """Everything that people are told, from one place."""
 
-    def __init__(self, metrics: Metrics, live: LiveLine) -> None:
+    def __init__(self, metrics: Metrics, live: LiveLine, trackers: Trackers | None = None) -> None:
         self.metrics = metrics
         self.live = live
+        self._trackers = trackers or Trackers({})
         self.training = TrainingView()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
@@ -185,6 +195,8 @@ class Reporter:
             self.metrics.set_validation_losses(self.training.val_losses)
             by_set = _by_set(self.training.val_losses)
             _log.info("epoch=%d validation_loss=%.4f%s", event.epoch, event.loss, by_set)
+            losses = self.training.val_losses.items()
+            self._trackers.put(event.epoch, {f"validation/loss/{name}": loss for name, loss in losses})
         elif isinstance(event, tm.Hello):
             self.metrics.set_validation_losses(self.training.val_losses)
 
@@ -209,7 +221,10 @@ class Reporter:
             self.live.show(f"{out.phase}: {reason}")
 
     def round_ended(self, out: ev.EndRound, now: float) -> None:
-        self.metrics.round_ended(out.outcome, self.clock.round_ended(now))
+        seconds, phases = self.clock.round_ended(now), self.clock.take_phases()
+        self.metrics.round_ended(out.outcome, seconds)
+        timed = {f"round/{phase}_seconds": duration for phase, duration in phases.items()}
+        self._trackers.put(out.epoch, {"round/seconds": seconds, **timed})
         if out.outcome != "committed" and not self.leaving:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
@@ -225,6 +240,14 @@ class Reporter:
         if record.ballot:
             text += f" ballot={record.ballot}"
         _log.info("%s%s", text, " forced=true" if body.forced else "")
+        point = {
+            "train/loss": training.loss,
+            "train/tokens_per_second": training.tokens_per_second,
+            "train/tokens": training.tokens_total,
+            "data/passes": training.data_passes,
+            "round/members": contributors,
+        }
+        self._trackers.put(body.epoch, point)
 
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""

@@ -64,6 +64,7 @@ class NodeConfig:
     upload_bytes_per_second: float | None  # cap; None: there is none
     download_bytes_per_second: float | None
     log_format: Literal["text", "json"]
+    trackers: tuple[str, ...]  # surface/trackers.KINDS
     epochs: int | None  # stop after so many; None: go on
 
     @classmethod
@@ -91,6 +92,7 @@ class NodeConfig:
             upload_bytes_per_second=_bytes_s(options.max_upload, where["max_upload"]),
             download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
             log_format=options.log_format,
+            trackers=options.trackers,
             epochs=_epochs(flags.get("epochs")),
         )
 
@@ -137,6 +139,11 @@ class NodeToml:
     ] = ""
     max_download: Annotated[str, RATE, "The same for what this node receives."] = ""
     log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+        "Experiment trackers that get loss, speed and round times of every epoch. tensorboard writes to "
+        "HOME/tensorboard. Each is an extra: pip install 'tapestry-node[tensorboard]'.",
+    ] = ()
     data: Annotated[DataSettings, "What this member trains on and is measured on."] = NO_DATA
 
     def to_toml(self) -> str:

@@ -44,7 +44,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import numpy as np
 import psutil
 import torch
 from _bench import into, machine, table, write_json
@@ -60,6 +59,7 @@ from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import TrainSpec, WorkerSettings
 from tapestry.node.state.outer import make_outer
 from tapestry.node.trainer.data.corpus import Corpus, load_corpus
+from tapestry.node.trainer.gradients import Windows
 from tapestry.node.trainer.inner import InnerLoop
 from tapestry.node.trainer.messages import Progress, Validation
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
@@ -355,14 +355,14 @@ def stale_curve(options: argparse.Namespace, spec: RunSpec, share: float, folder
             contributions.append(torch.empty_like(params))
             loop.finish(params, into(contributions[-1]))
             loop.go_on()
-            for _ in range(round(share * inner.steps)):
+            for _ in range(round(share * inner.inner_steps)):
                 loop.step()
         outer.step(params, buffers, torch.stack(contributions).mean(0), 0, params.numel(), epoch + 1)
         yield judge.evaluate(params, windows)
 
 
-def draw_windows(corpus: Corpus, inner: TrainSpec, epoch: int, step: int) -> np.ndarray:
-    return corpus.windows_at((epoch * inner.batches + step) * inner.batch_size, inner.batch_size)
+def draw_windows(corpus: Corpus, inner: TrainSpec, epoch: int, step: int) -> Windows:
+    return Windows(corpus.windows_at((epoch * inner.batches + step) * inner.batch_size, inner.batch_size))
 
 
 # ---- loss --------------------------------------------------------------------------------------------
@@ -375,11 +375,11 @@ def losses_of(spec: RunSpec, home: Path, epochs: set[int]) -> dict[int, float]:
     return {epoch: judge.evaluate(params, windows) for epoch, params in found if epoch in epochs}
 
 
-def make_judge(spec: RunSpec, cache: Path) -> tuple[InnerLoop, np.ndarray]:
+def make_judge(spec: RunSpec, cache: Path) -> tuple[InnerLoop, Windows]:
     net = build_model(spec.model, spec.data.sequence_length)
     windows = load_corpus(["stdlib"], cache, spec.data.sequence_length).validation_windows(HELD_OUT_WINDOWS)
     judge = InnerLoop(net, model_layout(net), spec.train, no_draw, torch.device("cpu"))
-    return judge, windows
+    return judge, Windows(windows)
 
 
 def states(spec: RunSpec, home: Path) -> Iterator[torch.Tensor]:

@@ -55,6 +55,7 @@ from tapestry.compression.reduce import reduce_shard
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.state.outer import f32, make_outer
 from tapestry.node.trainer.data.corpus import Corpus, load_corpus
+from tapestry.node.trainer.gradients import Windows
 from tapestry.node.trainer.inner import InnerLoop
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 from tapestry.node.trainer.worker import NICENESS
@@ -808,9 +809,9 @@ def virtual_run(plan: Plan, epochs: int, codec_name: str | None) -> float:
     for i in range(plan.nodes):
         corpus = plan.corpus(i)
 
-        def windows(epoch: int, step: int, corpus: Corpus = corpus) -> np.ndarray:
+        def windows(epoch: int, step: int, corpus: Corpus = corpus) -> Windows:
             batches = epoch * settings.train.batches + step
-            return corpus.windows_at(batches * plan.batch_size, plan.batch_size)
+            return Windows(corpus.windows_at(batches * plan.batch_size, plan.batch_size))
 
         model = build_model(settings.model, settings.data.sequence_length)
         members.append(InnerLoop(model, model_layout(model), settings.train, windows, torch.device("cpu")))

@@ -45,7 +45,7 @@ LOG_TAIL_BYTES = 4096
 @click.option("--listen", metavar="MADDR", multiple=True, help="Where other nodes reach this one.")
 @click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")
 @click.option("--http", metavar="HOST:PORT", help="Metrics and status. Default: 127.0.0.1:9470")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to train. Default: auto")
+@click.option("--device", metavar="auto|cpu|cuda|cuda:0,1,...", help="Where to train. Default: auto")
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")

@@ -190,6 +190,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         shard_elements=spec.compression.shard_elements,
         residual=spec.compression.residual,
         device=config.device,
+        local=config.training,
         threads=config.threads,
     )
 

@@ -75,6 +75,8 @@ class TrainerDesk:
             self._loop.feed(ev.TrainerState(True, ""))
         elif isinstance(event, tm.Failed | Died):
             self._down(event)
+        elif isinstance(event, tm.Notice):
+            _log.warning("trainer %s", event.text)
         elif isinstance(event, tm.Saved) and event.error:
             _log.warning("trainer inner_state=not_saved reason=%r", event.error)
 

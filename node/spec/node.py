@@ -32,6 +32,7 @@ from tapestry.node.spec.data import (
     validation_of,
 )
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
+from tapestry.node.spec.training import AS_USUAL, DEVICE, LocalTraining
 
 RUN_ID_HEX_DIGITS = 64  # blake3
 # Below, a peer of 64 gets less than what links.py takes for a drip. Guess; above is no line.
@@ -59,8 +60,9 @@ class NodeConfig:
     announce: tuple[str, ...]
     http_host: str
     http_port: int  # 0: a free one
-    device: Literal["auto", "cpu", "cuda"]
+    device: str  # as spec.training.DEVICE
     threads: int  # of the trainer, at least 1
+    training: LocalTraining
     upload_bytes_per_second: float | None  # cap; None: there is none
     download_bytes_per_second: float | None
     log_format: Literal["text", "json"]
@@ -89,6 +91,7 @@ class NodeConfig:
             http_port=port,
             device=options.device,
             threads=options.threads or len(os.sched_getaffinity(0)),
+            training=options.training,
             upload_bytes_per_second=_bytes_s(options.max_upload, where["max_upload"]),
             download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
             log_format=options.log_format,
@@ -127,7 +130,10 @@ class NodeToml:
         str, 'HOST:PORT of the metrics and status pages; port 0 takes a free port. "[::1]:9470" for IPv6.'
     ] = "127.0.0.1:9470"
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], "Where the trainer computes; auto takes a GPU if there is one."
+        str,
+        DEVICE,
+        "Where the trainer computes; auto takes a GPU if there is one. Several GPUs share the model and each "
+        "batch (FSDP2).",
     ] = "auto"
     threads: Annotated[int, Between(0, 1_024), "CPU threads of the trainer; 0: one per core."] = 0
     max_upload: Annotated[
@@ -145,6 +151,9 @@ class NodeToml:
         "HOME/tensorboard. Each is an extra: pip install 'tapestry-node[tensorboard]'.",
     ] = ()
     data: Annotated[DataSettings, "What this member trains on and is measured on."] = NO_DATA
+    training: Annotated[
+        LocalTraining, "How this node's trainer computes what the run asks for. The result is the same."
+    ] = AS_USUAL
 
     def to_toml(self) -> str:
         """A commented node.toml that reads back to these values."""

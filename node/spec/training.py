@@ -142,15 +142,53 @@ class TrainSpec:
         int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
     ] = 1
     optimizer: Annotated[
-        Literal["adamw"], "The inner optimizer; its state never leaves the member. The only one so far."
+        Literal["adamw", "muon", "adamw8bit"],
+        "The inner optimizer; its state never leaves the member. adamw: 8 bytes of state a parameter. "
+        "muon: Muon for the matrices inside the network, 4 bytes each, and AdamW for the rest. "
+        "adamw8bit: AdamW with 2 bytes of state a parameter, by bitsandbytes.",
     ] = "adamw"
     lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 1e-3
+    muon_lr: Annotated[
+        float,
+        Between(0, 10),
+        "With muon, the matrices' learning rate; their updates are scaled to the size of AdamW's "
+        "(2502.16982), so it is of AdamW's order. 0: lr.",
+    ] = 0.0
+    muon_momentum: Annotated[
+        float, Between(0, BELOW_ONE), "With muon, the matrices' Nesterov momentum. Jordan 2024: 0.95."
+    ] = 0.95
     betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (0.9, 0.99)
     eps: Annotated[float, Between(1e-30, 1), "AdamW's epsilon."] = 1e-8
-    weight_decay: Annotated[float, Between(0, 10), "AdamW's weight decay. DiLoCo, table 5: 0.1."] = 0.1
+    weight_decay: Annotated[
+        float,
+        Between(0, 10),
+        "The inner optimizer's weight decay; biases, norms and what has one dimension are left out. "
+        "DiLoCo, table 5: 0.1.",
+    ] = 0.1
     warmup_steps: Annotated[
-        int, Between(0, 1_000_000), "Inner steps, counted over the whole run, in which lr rises from 0."
+        int,
+        Between(0, 1_000_000),
+        "Inner steps, counted over the whole run, in which lr rises from 0; for a member whose optimizer "
+        "starts afresh in a later epoch, counted from there.",
     ] = 30
+    schedule: Annotated[
+        Literal["constant", "cosine", "wsd"],
+        "What lr does after the warm-up. constant: it stays. cosine: it falls by a cosine over "
+        "schedule_steps. wsd: it stays, and falls by a straight line in the last decay_share of "
+        "schedule_steps.",
+    ] = "constant"
+    schedule_steps: Annotated[
+        int,
+        Between(0, 1_000_000_000),
+        "With cosine and wsd: the run's length in inner steps, warm-up included; an epoch has inner_steps of "
+        "them. After it lr stays at its lowest.",
+    ] = 0
+    min_lr_ratio: Annotated[float, Between(0, 1), "With cosine and wsd: the lowest lr, as a share of lr."] = (
+        0.1
+    )
+    decay_share: Annotated[
+        float, Between(0, 1), "With wsd: the share of schedule_steps in which lr falls. 2405.18392: 0.2."
+    ] = 0.2
     grad_clip: Annotated[
         float,
         Between(1e-9, 1e9),
@@ -185,6 +223,11 @@ class TrainingSpec:
             raise TableError(
                 "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "
                 "set train.inner_steps above 0, or train.overlap = false"
+            )
+        if self.train.schedule != "constant" and not self.train.schedule_steps:
+            raise TableError(
+                f'train.schedule_steps: 0 with train.schedule = "{self.train.schedule}", '
+                "which needs the run's length in inner steps"
             )
 
 
@@ -221,6 +264,43 @@ def _check_base(model: TransformersSpec) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalTraining:
+    """[training] of node.toml: how this member computes what the run asks for."""
+
+    precision: Annotated[
+        Literal["auto", "f32", "bf16"],
+        "bf16 computes in bfloat16 where that is safe (autocast); parameters and gradients stay f32. auto: "
+        "bf16 on a GPU that has it, f32 elsewhere.",
+    ] = "auto"
+    micro_batch: Annotated[
+        int,
+        Between(0, 65_536),
+        "Samples in one forward pass; as many passes as it takes add up to the run's batch_size. Fewer need "
+        "less memory. 0: all of the batch.",
+    ] = 0
+    checkpointing: Annotated[
+        bool,
+        "Activation checkpointing: keep the layers' inputs only and compute the rest again. A third slower, "
+        "with much less memory.",
+    ] = False
+    compile: Annotated[
+        bool, "torch.compile: faster steps after a minute or more at each start of the trainer."
+    ] = False
+    on_out_of_memory: Annotated[
+        Literal["stop", "adapt"],
+        "A step that does not fit in memory. stop: the trainer says what would fit, and starts again. adapt: "
+        "it tries half the micro_batch, down to 1, then checkpointing, and says so in the log.",
+    ] = "stop"
+
+
+AS_USUAL = LocalTraining()
+DEVICE = Pattern(
+    r"auto|cpu(:[1-9])?|cuda(:[0-9]{1,2}(,[0-9]{1,2})*)?",
+    "auto, cpu, cuda, cuda:1, or cuda:0,1 for several; cpu:2 is two processes, for trials",
+)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """One node's trainer: the run's training and encoding, and this node's data, places and device."""
 
@@ -235,7 +315,8 @@ class WorkerSettings:
     residual: Annotated[bool, "Error feedback: trainer/encoder.py."]
     base_dir: Annotated[str, "HOME/base, where the files of a base are."] = ""
     weights_dir: Annotated[str, "A directory of this member's own with the base's weights, or empty."] = ""
-    device: Annotated[Literal["auto", "cpu", "cuda"], "Where to compute."] = "auto"
+    device: Annotated[str, DEVICE, "Where to compute."] = "auto"
+    local: Annotated[LocalTraining, "How to compute."] = AS_USUAL
     threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
 

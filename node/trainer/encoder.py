@@ -5,7 +5,9 @@ it. The vector is nowhere whole, and finite is what the codec takes. On a CUDA d
 there, some shards are made and encoded at a time, and their payloads alone cross the bus. For another codec
 the pieces are brought to the CPU.
 
-The bytes are those of `codec.encode` of each shard of the vector, wherever they are made.
+The bytes are those of `codec.encode` of each shard of the vector, wherever they are made. Of several
+processes that hold a share of every parameter each (`group`), all make a span of shards together, and the one
+whose turn it is encodes it.
 
 With `residual` (error feedback, 1-bit SGD 2014; off by default: at 8 bits no paper found it to matter), what
 encoding rounded away is added to the next contribution, and only if this one was committed: else the whole
@@ -27,6 +29,7 @@ from torch import Tensor
 from tapestry.compression.blocks import DEVICE_PIECE, PIECE, thread_scratch
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.shards import Shard
+from tapestry.node.trainer.group import Group
 
 # (start, stop, out): write elements start <= i < stop of the vector to `out`, f32 (stop - start,), which lies
 # on the CPU or where the vector is made.
@@ -36,10 +39,13 @@ Write = Callable[[int, int, Tensor], None]
 class Encoder:
     """A run's codec and shards for one trainer on `device`; keeps the residual."""
 
-    def __init__(self, layout: PayloadLayout, device: torch.device, residual: bool) -> None:
+    def __init__(
+        self, layout: PayloadLayout, device: torch.device, residual: bool, group: Group | None = None
+    ) -> None:
         self._layout = layout
         self._device = device if device.type in layout.codec.devices else torch.device("cpu")
-        self._in_pieces = self._device.type == "cpu"
+        self._group = group
+        self._in_pieces = self._device.type == "cpu" and group is None
         self._keeps = residual
         self._residual: Tensor | None = None  # f32 (n,), CPU, of what counted; None: zeros
         self._pending: tuple[int, Tensor] | None = None  # generation, f32 (n,), CPU; of the newest encoded
@@ -62,13 +68,18 @@ class Encoder:
             for shard, payload in zip(self._layout.shards, payloads, strict=True):
                 self._encode_pieces(write, shard, payload, rest, squares)
         else:
-            for first, last in alike(self._layout):
-                self._encode_together(write, first, last, out, rest, squares)
+            for turn, (first, last) in enumerate(alike(self._layout)):
+                self._encode_together(write, first, last, out, rest, squares, self._is_mine(turn))
         if rest is not None:
             for shard, payload in zip(self._layout.shards, payloads, strict=True):
                 self._layout.codec.accumulate(payload, shard.n, -1.0, rest[shard.start : shard.stop])
         self._pending = None if rest is None else (generation, rest)
-        return math.sqrt(math.fsum(squares))
+        total = math.fsum(squares)
+        return math.sqrt(total if self._group is None else self._group.sum(total))
+
+    def _is_mine(self, turn: int) -> bool:
+        """Whether this process encodes these shards; all help to put them together."""
+        return self._group is None or turn % self._group.size == self._group.rank
 
     def settle(self, counted: int) -> None:
         """A round is over, in which the contribution of this generation counted; 0: none did.
@@ -108,12 +119,15 @@ class Encoder:
         out: Tensor,  # uint8 (layout.size,), CPU: their part is written
         rest: Tensor | None,  # f32 (n,): their part is written
         squares: list[float],  # grows
+        mine: bool,
     ) -> None:
         """All of it where the vector is made."""
         layout = self._layout
         place = slice(layout.shards[first].start, layout.shards[last - 1].stop)
         x = torch.empty(place.stop - place.start, device=self._device)
         write(place.start, place.stop, x)
+        if not mine:
+            return
         squares.append(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2)
         if rest is not None:
             if self._residual is not None:

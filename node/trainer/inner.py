@@ -1,17 +1,24 @@
 """The inner loop: base parameters and local text -> one contribution.
 
-With `inner_steps` = H > 0 this is DiLoCo (2311.08105, algorithm 1): H AdamW steps from the base, then the
+With `inner_steps` = H > 0 this is DiLoCo (2311.08105, algorithm 1): H optimizer steps from the base, then the
 pseudo-gradient, base minus local. With `inner_steps` = 0 it is the mean gradient of `accumulation` batches.
 Contribution weight = tokens trained on. A loss or vector that is not finite raises Diverged and is never
 a contribution.
 
-The model's parameters are views into one flat vector, and so are their gradients: loading the base, AdamW
-and the snapshot are each one operation on f32 (n,). The contribution is made piece by piece, as whoever
-encodes it asks (trainer/encoder.py). The base of the difference is read again from the CPU, where it lies in
-shared memory: on a GPU that costs 4 bytes a parameter up the bus once an epoch, where a copy kept there would
-cost 4 bytes of its memory all the time. AdamW's moments live on from
-epoch to epoch, as in DiLoCo. The moments with which an epoch began are kept until the next begins, so an
-epoch that is begun again, after an aborted round or a restart, gives the same bits again.
+The model's parameters are views into one flat vector, and so are their gradients (`held`): loading the base,
+clipping and the difference are each one operation on f32 (n,). Each process of a trainer of several holds a
+share of every parameter; this loop runs in all of them, and they take the same steps (`group`). The
+contribution is made piece by piece, as whoever encodes it asks (trainer/encoder.py). The base of the
+difference is read again from the CPU, where it lies in shared memory: on a GPU that costs 4 bytes a parameter
+up the bus once an epoch, where a copy kept there would cost 4 bytes of its memory all the time.
+
+The inner optimizer's state lives on from epoch to epoch, as in DiLoCo. The state with which an epoch began is
+kept until the next begins, so an epoch that is begun again, after an aborted round or a restart, gives the
+same bits again; what a model draws at random, for dropout, is drawn from the step's number in the run.
+
+What a member chooses for itself (`LocalTraining`) leaves the contribution as it is, to float error; in bf16,
+to bf16's. A step that does not fit in memory raises OutOfMemory; where the member allows it, it is done
+again with less at a time.
 
 With overlap the loop need not wait for the round: after `finish` it may `go_on` with the steps of the next
 epoch, from where it is. It is then *ahead* of its base. `begin` with the base that follows moves all by the
@@ -28,15 +35,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import TrainSpec
+from tapestry.node.spec.training import AS_USUAL, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
-from tapestry.node.trainer.moments import Moments, Snapshot, read_snapshot, write_snapshot
+from tapestry.node.trainer.gradients import Batch, Gradients
+from tapestry.node.trainer.group import Group
+from tapestry.node.trainer.held import all_of, share_of
+from tapestry.node.trainer.memory import Footing, OutOfMemory, advice, is_out_of_memory
+from tapestry.node.trainer.optimizers.registry import InnerOptimizer, make_optimizer
+from tapestry.node.trainer.optimizers.state import (
+    Identity,
+    Snapshot,
+    put_back,
+    read_snapshot,
+    take_snapshot,
+    write_snapshot,
+)
+from tapestry.node.trainer.schedule import lr_factor, run_step
 
 
 class Diverged(ArithmeticError):
@@ -57,8 +76,8 @@ class InnerLoop:
     """One model, its flat parameters, and the inner optimizer.
 
     Call `begin`, then `step` until `done` or until it is time to `finish`; then perhaps `go_on`, and `step`
-    until the next `begin`. `draw(epoch, step)` gives the batch of that step, int64 (batch,
-    sequence_length + 1).
+    until the next `begin`. `draw(epoch, step)` gives the batch of that step, the same whenever it is asked.
+    `tell` takes what the member should read in its log. Raises OptimizerUnavailable.
     """
 
     def __init__(
@@ -66,23 +85,39 @@ class InnerLoop:
         model: nn.Module,
         layout: Layout,
         settings: TrainSpec,
-        draw: Callable[[int, int], np.ndarray],
+        draw: Callable[[int, int], Batch],
         device: torch.device,
+        local: LocalTraining = AS_USUAL,
+        tell: Callable[[str], None] = lambda text: None,
+        group: Group | None = None,
     ) -> None:
-        self._model = model.to(device)
         self._settings = settings
         self._draw = draw
         self._device = device
-        self._schema = layout.schema_hash
-        self._local = nn.Parameter(torch.zeros(layout.n, device=device))
-        self._local.grad = torch.zeros(layout.n, device=device)
-        _make_views(model, layout, self._local.data, self._local.grad)
-        self._moments = Moments(self._local) if settings.inner_steps else None
+        self._adapts = local.on_out_of_memory == "adapt"
+        self._tell = tell
+        self._group = group
+        self._held = (
+            all_of(model, layout, device) if group is None else share_of(model, layout, device, group)
+        )
+        self._gradients = Gradients(
+            model,
+            device,
+            Footing(local.micro_batch or settings.batch_size, local.checkpointing),
+            bf16=_is_bf16(local.precision, device),
+            compiled=local.compile,
+            group=group,
+        )
+        self._identity = Identity(settings.optimizer, layout.schema_hash)
+        self._optimizer: InnerOptimizer | None = None
+        if settings.inner_steps:
+            self._optimizer = make_optimizer(settings, self._held.parts, alone=group is None)
+        self._steps = 0  # of the optimizer
         self._snapshots: dict[int, Snapshot] = {}  # by epoch: of the one that goes on; ahead, of two
         self._epoch: int | None = None
         self._finished: int | None = None  # the epoch that has just ended in a contribution
         self._ahead = False
-        self._left: Tensor | None = None  # f32 (n,), local parameters when we went on; made at the first need
+        self._left: list[Tensor] | None = None  # local parameters when we went on; made at the first need
         self._losses: list[float] = []
         self._tokens = 0
 
@@ -102,22 +137,20 @@ class InnerLoop:
         if keeps:
             self._rebase(epoch, base)
             return True
-        if self._moments is not None:
-            self._take_moments_of(epoch)
-        self._local.data.copy_(base)
-        self._gradient.zero_()
+        if self._optimizer is not None:
+            self._take_state_of(epoch)
+        self._held.take(base)
+        self._held.forget_gradient()
         self._epoch, self._losses, self._tokens = epoch, [], 0
         return False
 
     def go_on(self) -> None:
         """After `finish`: take the steps of the next epoch from where we are, until its base is there."""
-        if self._finished is None or self._moments is None:
+        if self._finished is None or self._optimizer is None:
             raise RuntimeError("nothing to go on from")
         epoch, self._finished = self._finished + 1, None
-        if self._left is None:
-            self._left = torch.empty_like(self._local.data)
-        self._left.copy_(self._local.data)
-        self._snapshots[epoch] = self._moments.snapshot(epoch)
+        self._left = self._held.copy(self._left)
+        self._snapshots[epoch] = self._snapshot(epoch)
         self._epoch, self._losses, self._tokens, self._ahead = epoch, [], 0, True
 
     def _rebase(
@@ -126,38 +159,75 @@ class InnerLoop:
         base: Tensor,  # f32 (n,), CPU
     ) -> None:
         assert self._left is not None
-        self._local.data.sub_(self._left).add_(base.to(self._device))
+        self._held.move(self._left, base)
         self._snapshots = {epoch: self._snapshots[epoch]}
 
-    def _take_moments_of(self, epoch: int) -> None:
-        """Take up the moments with which the epoch began, if it has before; else those of now are they."""
-        assert self._moments is not None
+    def _take_state_of(self, epoch: int) -> None:
+        """Take up the state with which the epoch began, if it has begun before; else that of now is it."""
         kept = self._snapshots.get(epoch)
         if kept is None:
-            kept = self._moments.snapshot(epoch)
+            kept = self._snapshot(epoch)
         else:
-            self._moments.restore(kept)
+            self._restore(kept)
         self._snapshots = {epoch: kept}
 
+    def _snapshot(self, epoch: int) -> Snapshot:
+        assert self._optimizer is not None
+        return take_snapshot(self._optimizer.tensors(), epoch, self._steps)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        assert self._optimizer is not None
+        put_back(snapshot, self._optimizer.tensors())
+        self._optimizer.resume(snapshot.steps)
+        self._steps = snapshot.steps
+
     def step(self) -> float:
-        """One batch; returns its loss, f32 mean over its tokens. Raises Diverged."""
+        """One batch; returns its loss, the mean over its tokens. Raises Diverged and OutOfMemory."""
         if self._epoch is None:
             raise RuntimeError("step before begin")
-        windows = torch.from_numpy(self._draw(self._epoch, len(self._losses))).to(self._device)
-        if self._moments is not None:
-            self._gradient.zero_()
-        self._model.train()
-        loss = _mean_loss(self._model, windows)
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = loss.item()
+        value, tokens = self._fitting(self._add_gradient)
         if not math.isfinite(value):
             raise Diverged(f"epoch {self._epoch}, batch {len(self._losses) + 1}: the loss is {value}")
-        if self._moments is not None:
-            nn.utils.clip_grad_norm_([self._local], self._settings.grad_clip)
-            self._moments.step(self._settings)
+        if self._optimizer is not None:
+            self._held.clip_gradient(self._settings.grad_clip)
+            number = run_step(self._settings, self._epoch, len(self._losses))
+            self._optimizer.step(lr_factor(self._settings, number, self._steps))
+            self._steps += 1
         self._losses.append(value)
-        self._tokens += windows.shape[0] * (windows.shape[1] - 1)
+        self._tokens += tokens
         return value
+
+    def _add_gradient(self) -> tuple[float, int]:
+        assert self._epoch is not None
+        if self._optimizer is not None:
+            self._held.forget_gradient()
+        step, rank = len(self._losses), 0 if self._group is None else self._group.rank
+        torch.manual_seed((rank << 48) + run_step(self._settings, self._epoch, step))
+        return self._gradients.add(self._draw(self._epoch, step))
+
+    def _fitting(self, work: Callable[[], tuple[float, int]]) -> tuple[float, int]:
+        """Do it; where that takes too much memory, and the member allows it, again with less at a time."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not within `except`: the error holds on to what the step had made.
+            self._make_room()
+
+    def _make_room(self) -> None:
+        footing = self._gradients.footing
+        smaller = footing.smaller(self._gradients.can_checkpoint)
+        if smaller is None or not self._adapts or self._group is not None:
+            raise OutOfMemory(advice(footing, smaller))
+        self._gradients.take(smaller)
+        self._tell(f"a training step did not fit in memory with {footing}: going on with {smaller}")
+        if self._optimizer is None:  # half a batch may be in the sum
+            self._held.forget_gradient()
+            self._losses, self._tokens = [], 0
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def finish(
         self,
@@ -168,7 +238,8 @@ class InnerLoop:
         batches = len(self._losses)
         if self._epoch is None or self._ahead or not batches:
             raise RuntimeError("finish before the first step, or before begin")
-        write = self._mean_gradient(batches) if self._moments is None else self._pseudo_gradient(base)
+        held = self._held
+        write = held.mean_gradient(batches) if self._optimizer is None else held.pseudo_gradient(base)
         try:
             norm = encode(write)
         except RefusedVector as refused:
@@ -178,26 +249,6 @@ class InnerLoop:
         self._epoch, self._finished = None, self._epoch
         return Outcome(self._tokens, norm, math.fsum(self._losses) / batches, batches)
 
-    def _pseudo_gradient(
-        self,
-        base: Tensor,  # f32 (n,), CPU
-    ) -> Write:
-        local = self._local.data
-
-        def write(start: int, stop: int, out: Tensor) -> None:
-            torch.sub(base[start:stop].to(out.device), local[start:stop].to(out.device), out=out)
-
-        return write
-
-    def _mean_gradient(self, batches: int) -> Write:
-        gradient, count = self._gradient, self._gradient.new_full((1,), batches)
-
-        def write(start: int, stop: int, out: Tensor) -> None:
-            # By a tensor: torch on CUDA multiplies by the reciprocal of a number.
-            torch.div(gradient[start:stop].to(out.device), count.to(out.device), out=out)
-
-        return write
-
     def abandon(self) -> None:
         """Forget the epoch that is going on, if any."""
         self._epoch, self._finished, self._ahead = None, None, False
@@ -205,20 +256,19 @@ class InnerLoop:
     def evaluate(
         self,
         base: Tensor,  # f32 (n,), CPU
-        windows: np.ndarray,  # int64 (count, sequence_length + 1)
+        batch: Batch,
     ) -> float:
-        """Mean loss of the base on the windows; an epoch that is going on is not disturbed."""
-        aside = self._local.detach().clone() if self._epoch is not None else None
-        self._local.data.copy_(base)
-        self._model.eval()
-        total = 0.0
-        with torch.no_grad():
-            for start in range(0, len(windows), self._settings.batch_size):
-                batch = torch.from_numpy(windows[start : start + self._settings.batch_size]).to(self._device)
-                total += _mean_loss(self._model, batch).item() * len(batch)
-        if aside is not None:
-            self._local.data.copy_(aside)
-        return total / len(windows)
+        """Mean loss of the base on all its windows; an epoch that is going on is not disturbed.
+
+        Raises OutOfMemory.
+        """
+        aside = self._held.copy() if self._epoch is not None else None
+        self._held.take(base)
+        try:
+            return self._fitting(lambda: self._gradients.loss(batch))[0]
+        finally:
+            if aside is not None:
+                self._held.put_back(aside)
 
     @property
     def epoch(self) -> int | None:
@@ -265,46 +315,23 @@ class InnerLoop:
 
         Without an inner optimizer (`inner_steps` = 0) there is nothing to save. Raises OSError.
         """
-        if self._moments is None:
+        if self._optimizer is None:
             return
         kept = self._snapshots.get(epoch)
-        if kept is None:
-            kept = self._moments.snapshot(epoch)
-        write_snapshot(path, kept, self._schema)
+        write_snapshot(path, self._snapshot(epoch) if kept is None else kept, self._identity)
 
     def load(self, path: Path) -> int | None:
         """Take up a saved inner optimizer; its epoch, or None if there is no file. Raises InnerStateError."""
-        if self._moments is None or not path.exists():
+        if self._optimizer is None or not path.exists():
             return None
-        snapshot = read_snapshot(path, self._local.numel(), self._schema)
-        self._moments.restore(snapshot)
+        snapshot = read_snapshot(path, self._optimizer.tensors(), self._identity)
+        self._restore(snapshot)
         self._snapshots = {snapshot.epoch: snapshot}
         return snapshot.epoch
 
-    @property
-    def _gradient(self) -> Tensor:
-        assert self._local.grad is not None
-        return self._local.grad
 
-
-def _make_views(
-    model: nn.Module,
-    layout: Layout,
-    flat: Tensor,  # f32 (n,)
-    flat_gradient: Tensor,  # f32 (n,)
-) -> None:
-    """Point every parameter and its gradient into the flat vectors; backward then adds in place."""
-    parameters = dict(model.named_parameters())
-    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        place = slice(offset, offset + math.prod(shape))
-        parameters[name].data = flat[place].view(shape)
-        parameters[name].grad = flat_gradient[place].view(shape)
-
-
-def _mean_loss(
-    model: nn.Module,
-    windows: Tensor,  # int64 (batch, sequence_length + 1)
-) -> Tensor:
-    """Scalar: cross entropy in nats per predicted token."""
-    logits = model(input_ids=windows[:, :-1]).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+def _is_bf16(precision: str, device: torch.device) -> bool:
+    """`auto`: on a GPU that has it. On most processors bf16 is slower than f32."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"

@@ -180,15 +180,23 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """What whoever runs the node should read in its log: the worker goes on otherwise than it was told."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
-    """The worker gives up and exits. `reason`: data, disk, model, settings, device, diverged or crashed."""
+    """The worker gives up and exits. `reason`: data, disk, model, settings, device, memory, diverged,
+    or crashed."""
 
     reason: str
     text: str
 
 
 Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Save | Stop
-Report = Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Failed
+Report = Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Notice | Failed
 
 
 def pack(message: Command | Report) -> bytes:

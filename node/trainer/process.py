@@ -53,6 +53,7 @@ from tapestry.node.trainer.messages import (
     Initialise,
     Initialised,
     MessageError,
+    Notice,
     Progress,
     Report,
     Save,
@@ -116,7 +117,7 @@ class Died:
     output: tuple[str, ...]  # its last lines
 
 
-Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Failed | Died
+Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Notice | Failed | Died
 
 
 class TrainerProcess:

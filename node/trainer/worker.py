@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from tapestry.node.spec.tables import TableError, read_table
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
-from tapestry.node.trainer import imports
+from tapestry.node.trainer import group, imports
 from tapestry.node.trainer.messages import (
     HEADER,
     TEXT_CHARS_MAX,
@@ -46,6 +46,7 @@ from tapestry.node.trainer.messages import (
     Hello,
     Initialise,
     Initialised,
+    Notice,
     Progress,
     Report,
     Save,
@@ -90,12 +91,14 @@ def main() -> int:
     arguments = _parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent(arguments.parent)
-    channel = Channel(socket.socket(fileno=arguments.channel))
+    leads = not arguments.rank
+    channel = Channel(socket.socket(fileno=arguments.channel)) if leads else group.FollowingChannel()
     try:
-        _serve(channel, {name: getattr(arguments, name) for name in BUFFERS})
+        _serve(channel, {name: getattr(arguments, name) for name in BUFFERS}, arguments.rank, arguments.store)
     except ChannelClosed:
         return 0
     except WorkerFailure as failure:
+        sys.stderr.write(f"{failure}\n")
         channel.send_last(Failed(failure.reason, str(failure)[:TEXT_CHARS_MAX]))
         return EXIT_FAILED
     except Exception as error:
@@ -147,7 +150,9 @@ class Channel:
 class Worker:
     """What is going on, and what each command does to it."""
 
-    def __init__(self, settings: WorkerSettings, channel: Channel) -> None:
+    def __init__(
+        self, settings: WorkerSettings, channel: group.Channel, together: group.Group | None = None
+    ) -> None:
         from tapestry.compression.codecs import get_codec
         from tapestry.compression.payloads import PayloadLayout
         from tapestry.compression.refusals import Refused
@@ -157,10 +162,16 @@ class Worker:
 
         self._settings = settings
         self._channel = channel
-        self.device = _device(settings.device)
+        self.device = _device(settings.device) if together is None else together.device
+        self._inner_state = Path(settings.inner_state_path)
+        if together is not None and together.rank:
+            self._inner_state = self._inner_state.with_suffix(f".{together.rank}{self._inner_state.suffix}")
         training = settings.training
-        corpus = _open_corpus(settings, channel)
-        self._feed = Feed(corpus, training.train.batch_size, Path(settings.cursor_path))
+        corpus = _open_corpus(settings, channel if together is None else None)
+        cursor = Path(settings.cursor_path)
+        if together is not None:
+            cursor = together.own_copy(cursor)
+        self._feed = Feed(corpus, training.train.batch_size, cursor)
         self._validation = corpus.validation(settings.validation_windows)
         with _model_refused():
             net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
@@ -170,14 +181,18 @@ class Worker:
             self.payloads = PayloadLayout.of(codec, self.layout.n, settings.shard_elements)
         except Refused as refused:
             raise WorkerFailure("settings", str(refused)) from refused
-        self._encoder = encoder.Encoder(self.payloads, self.device, settings.residual)
-        self._inner = inner.InnerLoop(
-            net,
-            self.layout,
-            training.train,
-            lambda epoch, step: self._feed.draw(epoch, step).ids,
-            self.device,
-        )
+        self._encoder = encoder.Encoder(self.payloads, self.device, settings.residual, together)
+        with _named_failures():
+            self._inner = inner.InnerLoop(
+                net,
+                self.layout,
+                training.train,
+                self._feed.draw,
+                self.device,
+                settings.local,
+                lambda text: channel.send(Notice(text[:TEXT_CHARS_MAX])),
+                together,
+            )
         self._closing = False
         self._generation = self._slot = 0  # of the latest Begin
         self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
@@ -209,10 +224,11 @@ class Worker:
             command = self._next_command()
             if isinstance(command, Stop):
                 return
-            if command is not None:
-                self._handle(command)
-            else:
-                self._advance()
+            with _named_failures():
+                if command is not None:
+                    self._handle(command)
+                else:
+                    self._advance()
 
     def _next_command(self) -> Command | None:
         """Waits for one while there is no step to take."""
@@ -268,8 +284,8 @@ class Worker:
             if (inner.done or self._closing) and not inner.ahead:
                 self._contribute(epoch)
         except Diverged as error:
-            # The saved moments are part of what led here: the next worker starts with fresh ones.
-            Path(self._settings.inner_state_path).unlink(missing_ok=True)
+            # The saved inner state is part of what led here: the next worker starts with a fresh one.
+            self._inner_state.unlink(missing_ok=True)
             raise WorkerFailure("diverged", str(error)) from error
 
     def _contribute(self, epoch: int) -> None:
@@ -320,9 +336,7 @@ class Worker:
         )
 
     def _evaluate(self, epoch: int) -> None:
-        losses = {
-            name: self._inner.evaluate(self._base, batch.ids) for name, batch in self._validation.items()
-        }
+        losses = {name: self._inner.evaluate(self._base, batch) for name, batch in self._validation.items()}
         mean = sum(losses.values()) / len(losses)
         if not mean < float("inf"):
             raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")
@@ -331,7 +345,7 @@ class Worker:
     def _save(self, epoch: int) -> None:
         error_text = ""
         try:
-            self._inner.save(Path(self._settings.inner_state_path), epoch)
+            self._inner.save(self._inner_state, epoch)
         except OSError as error:
             error_text = str(error)[:TEXT_CHARS_MAX]
         self._channel.send(Saved(epoch, error_text))
@@ -348,10 +362,10 @@ class Worker:
         self._channel.send(Initialised())
 
     def _load_inner_state(self) -> tuple[int, str]:
-        from tapestry.node.trainer.moments import InnerStateError
+        from tapestry.node.trainer.optimizers.state import InnerStateError
 
         try:
-            epoch = self._inner.load(Path(self._settings.inner_state_path))
+            epoch = self._inner.load(self._inner_state)
         except InnerStateError as error:
             return -1, f"the inner optimizer starts afresh: {error}"
         return (-1 if epoch is None else epoch), ""
@@ -374,8 +388,8 @@ def _model_refused() -> Iterator[None]:
         raise WorkerFailure("model", f"{error}; {error.hint}" if error.hint else str(error)) from error
 
 
-def _open_corpus(settings: WorkerSettings, channel: Channel) -> Corpus:
-    """Tokenizes what is not yet, and tells how far it is. Raises WorkerFailure and ChannelClosed."""
+def _open_corpus(settings: WorkerSettings, channel: group.Channel | None) -> Corpus:
+    """Tokenizes what is not yet, and tells the channel. Raises WorkerFailure and ChannelClosed."""
     from tapestry.node.trainer.data.corpus import Use, open_corpus
     from tapestry.node.trainer.data.errors import DataError
     from tapestry.node.trainer.tokenizers.api import TokenizerError
@@ -392,7 +406,7 @@ def _open_corpus(settings: WorkerSettings, channel: Channel) -> Corpus:
     try:
         eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
         tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
-        progress = _TellTokenizing(channel)
+        progress = (lambda done, total: None) if channel is None else _TellTokenizing(channel)
         return open_corpus(settings.data, tokenizer, Path(settings.cache_dir), use, progress)
     except (DataError, TokenizerError) as error:
         raise WorkerFailure("data", _sendable(str(error))) from error
@@ -406,7 +420,7 @@ def _sendable(text: str) -> str:
 class _TellTokenizing:
     """Progress as messages, a few a second; and the moment to see that the node wants us gone."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: group.Channel) -> None:
         self._channel = channel
         self._began_s = self._told_s = time.monotonic()
         self._first_bytes: int | None = None  # done by an earlier start
@@ -424,7 +438,8 @@ class _TellTokenizing:
         self._channel.send(Tokenizing(done_bytes, total_bytes, max(0.0, rate)))
 
 
-def _serve(channel: Channel, fds: dict[str, int]) -> None:
+def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -> None:
+    """A process of the trainer, from its imports to `Stop`; `rank` and `store` as in group.py."""
     imports.do_without("scipy")  # transformers takes it, where it is, for the losses of object detection
     with imports.lasting():
         import torch
@@ -440,8 +455,14 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
         settings.training.check()
     except TableError as error:
         raise WorkerFailure("settings", str(error)) from error
-    torch.set_num_threads(settings.threads)
-    worker = Worker(settings, channel)
+    devices = group.devices_of(settings.device)
+    torch.set_num_threads(max(1, settings.threads // len(devices)))
+    if len(devices) > 1 and not rank:
+        _open_corpus(settings, channel)  # tokenized once, before the others come
+    together = group.meet(first, devices, fds, rank, store or f"{settings.inner_state_path}.meet")
+    if together is not None:
+        channel = group.LeadingChannel(channel, together) if not rank else group.FollowingChannel(together)
+    worker = Worker(settings, channel, together)
     _let_others_first()  # not before: a node that comes back is waited for
     attach = channel.receive(wait=True)
     if isinstance(attach, Stop):
@@ -458,11 +479,32 @@ def _serve(channel: Channel, fds: dict[str, int]) -> None:
     worker.run(base, outs, lambda: map_vector(fds["initial"], attach.n, writable=True))
 
 
+@contextlib.contextmanager
+def _named_failures() -> Iterator[None]:
+    """What the inner loop cannot do, as a WorkerFailure with its reason."""
+    from tapestry.node.trainer.gradients import DocumentsLeak
+    from tapestry.node.trainer.memory import is_out_of_memory
+    from tapestry.node.trainer.optimizers.unavailable import OptimizerUnavailable
+
+    try:
+        yield
+    except OptimizerUnavailable as error:
+        raise WorkerFailure("device", str(error)) from error
+    except DocumentsLeak as error:
+        raise WorkerFailure("settings", str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WorkerFailure("memory", str(error).splitlines()[0]) from error
+
+
 def _device(wanted: str) -> torch.device:
     import torch
 
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise WorkerFailure("device", "device is cuda, but torch finds none here: use --device cpu or auto")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkerFailure(
+            "device", f"device is {wanted}, but torch finds none here: use --device cpu or auto"
+        )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
@@ -479,6 +521,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="started by the Tapestry node, not by hand")
     for name in ("channel", *BUFFERS, "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--rank", type=int, default=0, help="of a trainer of several processes: group.py")
+    parser.add_argument("--store", default="", help="where they meet")
     return parser.parse_args()
 
 

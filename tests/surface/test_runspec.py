@@ -237,7 +237,11 @@ def _specs(draw: st.DrawFn) -> RunSpec:
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", fullmatch=True)),
         "model": draw(st.sampled_from([llama, base])),
         "data": data,
-        "train": train | {"overlap": train["overlap"] and train["inner_steps"] > 0},
+        "train": train
+        | {
+            "overlap": train["overlap"] and train["inner_steps"] > 0,
+            "schedule_steps": max(1, train["schedule_steps"]),
+        },
         "compression": draw(_section(CompressionSpec)),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -66,16 +67,20 @@ def encoded(encoder: Encoder, vector: Tensor, generation: int = 1) -> Tensor:
     return out
 
 
+def no_batch(epoch: int, step: int) -> NoReturn:
+    raise AssertionError("nobody takes a step here")
+
+
 def loop_at(local: Tensor, device: torch.device, steps: int = 1) -> InnerLoop:
     """An inner loop whose epoch is over; its parameters, or its gradient without steps, are `local`."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(local.numel()))
     layout = Layout.from_named([("weight", (local.numel(),))])
     inner = dataclasses.replace(INNER, inner_steps=steps)
-    loop = InnerLoop(model, layout, inner, lambda epoch, step: np.zeros((1, 2), np.int64), device)
+    loop = InnerLoop(model, layout, inner, no_batch, device)
     loop.begin(0, torch.zeros(local.numel()))
     loop._losses, loop._tokens = [1.0, 1.0, 1.0], 3
-    (loop._local.data if steps else loop._gradient).copy_(local)
+    (loop._held.pieces[0].values if steps else loop._held.pieces[0].gradient).copy_(local)
     return loop
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedVector
-from tapestry.node.spec.training import PRESETS, TrainSpec
+from tapestry.node.spec.training import AS_USUAL, PRESETS, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
+from tapestry.node.trainer.gradients import Gradients, Windows
 from tapestry.node.trainer.inner import Diverged, InnerLoop
+from tapestry.node.trainer.memory import OutOfMemory
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout, parameter_count
-from tapestry.node.trainer.moments import InnerStateError
+from tapestry.node.trainer.optimizers.state import InnerStateError
 
 MODEL = dataclasses.replace(PRESETS["nano"].model, seed=5)
 LENGTH = 16
@@ -95,18 +97,18 @@ def test_steps_taken_ahead_are_kept_and_the_contribution_is_measured_from_the_ne
     loop, twin, out = _loop(DILOCO), _loop(DILOCO), torch.empty_like(base)
     left, ahead = _one_step_ahead(loop, base), _one_step_ahead(twin, base)
     torch.testing.assert_close(left, ahead, rtol=0, atol=0)
-    moved = loop._local.detach() - left
+    moved = loop._held.pieces[0].values - left
     assert moved.abs().max() > 0
     after = base + 0.01 * torch.sin(torch.arange(base.numel()))
     loop.begin(5, after, follows=True)
-    torch.testing.assert_close(loop._local.detach(), after + moved, rtol=0, atol=1e-7)
+    torch.testing.assert_close(loop._held.pieces[0].values, after + moved, rtol=0, atol=1e-7)
     assert (loop.epoch, loop.batches, loop.tokens, loop.ahead) == (5, 1, 2 * 16, False)
 
     outcome = _finish_epoch(loop, after, out)
     assert (outcome.weight, outcome.batches) == (3 * 2 * 16, 3)
-    torch.testing.assert_close(out, after - loop._local.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(out, after - loop._held.pieces[0].values, rtol=0, atol=0)
     # The same by hand: the twin's step, then two plain ones from where it is moved to.
-    twin._local.data.add_(after - ahead)
+    twin._held.pieces[0].values.add_(after - ahead)
     twin._ahead = False
     by_hand = torch.empty_like(base)
     _finish_epoch(twin, after, by_hand)
@@ -128,7 +130,7 @@ def test_with_no_step_ahead_the_epoch_is_that_of_a_loop_that_waited(base: Tensor
 def test_windows_are_drawn_once_each_whether_ahead_or_not(base: Tensor) -> None:
     drawn: list[tuple[int, int]] = []
 
-    def draw(epoch: int, step: int) -> np.ndarray:
+    def draw(epoch: int, step: int) -> Windows:
         drawn.append((epoch, step))
         return _draw(epoch, step)
 
@@ -170,7 +172,7 @@ def test_a_begin_that_does_not_follow_drops_what_was_ahead(base: Tensor, case: s
     follows = case != "another head"  # even if it is said: only the epoch that was gone on with is kept
     loop.begin(epoch, other, follows=follows)
     assert (loop.batches, loop.ahead) == (0, False)
-    assert torch.equal(loop._local.detach(), other)
+    assert torch.equal(loop._held.pieces[0].values, other)
     if case == "a later epoch":
         return  # the moments are what they are
     _finish_epoch(loop, other, got)
@@ -206,9 +208,9 @@ def test_the_inner_state_saved_ahead_is_that_of_either_epochs_beginning(
 def test_an_evaluation_does_not_disturb_what_is_ahead(base: Tensor) -> None:
     loop, out = _loop(DILOCO), torch.empty_like(base)
     left = _one_step_ahead(loop, base)
-    before = loop._local.detach().clone()
-    assert loop.evaluate(base, _draw(0, 0)) == pytest.approx(_reference_loss(base, _draw(0, 0)), rel=1e-5)
-    assert torch.equal(loop._local.detach(), before)
+    before = loop._held.pieces[0].values.clone()
+    assert loop.evaluate(base, _draw(0, 0)) == pytest.approx(_reference_loss(base, _ids(0, 0)), rel=1e-5)
+    assert torch.equal(loop._held.pieces[0].values, before)
     loop.begin(5, left, follows=True)
     _finish_epoch(loop, left, out)
 
@@ -226,7 +228,7 @@ def test_nobody_goes_on_from_nothing_or_from_a_gradient(base: Tensor) -> None:
 def _one_step_ahead(loop: InnerLoop, base: Tensor) -> Tensor:
     """Epoch 4 and a step of epoch 5; where the loop went on from."""
     _run_epoch(loop, base, torch.empty_like(base))
-    left = loop._local.detach().clone()
+    left = loop._held.pieces[0].values.clone()
     loop.go_on()
     loop.step()
     return left
@@ -262,7 +264,7 @@ def test_a_saved_inner_state_that_does_not_fit_is_refused(base: Tensor, tmp_path
     path = tmp_path / "inner"
     loop = _loop(DILOCO)
     if damage == "nan":
-        loop._moments._state["exp_avg"][7] = float("nan")  # type: ignore[union-attr]
+        loop._optimizer.tensors()["first"][7] = float("nan")  # type: ignore[union-attr]
     loop.save(path, 4)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -287,7 +289,9 @@ def test_an_evaluation_does_not_disturb_the_epoch(base: Tensor) -> None:
     inside = loop.evaluate(base, windows)
     _finish_epoch(loop, base, disturbed)
     assert torch.equal(plain, disturbed)
-    assert inside == loop.evaluate(base, windows) == pytest.approx(_reference_loss(base, windows), rel=1e-5)
+    assert (
+        inside == loop.evaluate(base, windows) == pytest.approx(_reference_loss(base, windows.ids), rel=1e-5)
+    )
 
 
 @pytest.mark.parametrize("settings", [DILOCO, GRADIENT], ids=["diloco", "gradient"])
@@ -306,7 +310,7 @@ def test_a_last_step_that_overflows_never_becomes_a_contribution(base: Tensor) -
     loop = _loop(dataclasses.replace(DILOCO, inner_steps=1))
     loop.begin(4, base)
     loop.step()
-    loop._local.data[3] = float("nan")
+    loop._held.pieces[0].values[3] = float("nan")
     with pytest.raises(Diverged, match="the contribution is not finite"):
         loop.finish(base, keep(torch.empty_like(base)))
 
@@ -324,15 +328,26 @@ def keep(out: Tensor) -> Callable[[Write], float]:
     return encode
 
 
-def _draw(epoch: int, step: int) -> np.ndarray:
+def _draw(epoch: int, step: int) -> Windows:
+    return Windows(_ids(epoch, step))
+
+
+def _ids(epoch: int, step: int) -> np.ndarray:
     return np.random.default_rng([epoch, step]).integers(0, 256, size=(2, LENGTH + 1))
 
 
 def _loop(
-    settings: TrainSpec, draw: Callable[[int, int], np.ndarray] = _draw, **model_changes: bool
+    settings: TrainSpec,
+    draw: Callable[[int, int], Windows] = _draw,
+    local: LocalTraining = AS_USUAL,
+    tell: Callable[[str], None] = lambda text: None,
+    attention_dropout: float = 0.0,
+    **model_changes: bool,
 ) -> InnerLoop:
     model = build_model(dataclasses.replace(MODEL, **model_changes), LENGTH)  # type: ignore[arg-type]
-    return InnerLoop(model, model_layout(model), settings, draw, torch.device("cpu"))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.attention_dropout = attention_dropout
+    return InnerLoop(model, model_layout(model), settings, draw, torch.device("cpu"), local, tell)
 
 
 def _run_epoch(loop: InnerLoop, base: Tensor, out: Tensor, epoch: int = 4):  # type: ignore[no-untyped-def]
@@ -357,18 +372,19 @@ def _reference_model(base: Tensor) -> tuple[torch.nn.Module, Callable[[], Tensor
 
 def _reference_adamw(base: Tensor, settings: TrainSpec) -> tuple[Tensor, list[float]]:
     model, flatten = _reference_model(base)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         betas=settings.betas,
         eps=settings.eps,
-        weight_decay=settings.weight_decay,
     )
     losses = []
     for step in range(settings.inner_steps):
-        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / settings.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (step + 1) / settings.warmup_steps)  # it starts afresh
         optimizer.zero_grad()
-        windows = torch.from_numpy(_draw(4, step))
+        windows = torch.from_numpy(_ids(4, step))
         loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -380,7 +396,7 @@ def _reference_adamw(base: Tensor, settings: TrainSpec) -> tuple[Tensor, list[fl
 def _reference_gradient(base: Tensor, batches: int) -> Tensor:
     model, _ = _reference_model(base)
     for step in range(batches):
-        windows = torch.from_numpy(_draw(4, step))
+        windows = torch.from_numpy(_ids(4, step))
         (model(input_ids=windows, labels=windows).loss / batches).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
 
@@ -389,3 +405,95 @@ def _reference_loss(base: Tensor, windows: np.ndarray) -> float:
     model, _ = _reference_model(base)
     ids = torch.from_numpy(windows)
     return float(model.eval()(input_ids=ids, labels=ids).loss.detach())
+
+
+# ---- what a member chooses for itself ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [DILOCO, GRADIENT], ids=["diloco", "gradient"])
+def test_what_a_member_chooses_leaves_its_contribution_as_it_is(base: Tensor, settings: TrainSpec) -> None:
+    plain, other = torch.empty_like(base), torch.empty_like(base)
+    expected = _run_epoch(_loop(settings), base, plain)
+    got = _run_epoch(_loop(settings, local=LocalTraining(micro_batch=1, checkpointing=True)), base, other)
+    assert (got.weight, got.batches) == (expected.weight, expected.batches)
+    assert got.loss == pytest.approx(expected.loss, rel=1e-5)
+    torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [DILOCO, GRADIENT], ids=["diloco", "gradient"])
+def test_a_step_that_does_not_fit_is_done_again_with_less_where_the_member_allows_it(
+    base: Tensor, settings: TrainSpec
+) -> None:
+    """The second batch does not fit at first: the sum of a mean gradient must begin again."""
+    plain, small, told = torch.empty_like(base), torch.empty_like(base), []
+    expected = _run_epoch(_loop(settings), base, plain)
+    loop = _loop(settings, local=LocalTraining(on_out_of_memory="adapt"), tell=told.append)
+    loop._gradients = Starving(loop._gradients, [None, (1, True)])  # type: ignore[assignment]
+    got = _run_epoch(loop, base, small)
+    assert (got.weight, got.batches) == (expected.weight, expected.batches)
+    torch.testing.assert_close(small, plain, rtol=1e-3, atol=1e-6)
+    assert [text.partition(": ")[2] for text in told] == [
+        "going on with micro_batch = 1, checkpointing = false",
+        "going on with micro_batch = 1, checkpointing = true",
+    ]
+
+
+def test_a_step_that_does_not_fit_says_what_would(base: Tensor) -> None:
+    loop = _loop(DILOCO)
+    loop._gradients = Starving(loop._gradients, [(1, False)])  # type: ignore[assignment]
+    loop.begin(4, base)
+    with pytest.raises(OutOfMemory, match=r"micro_batch = 1, checkpointing = false in node\.toml"):
+        loop.step()
+
+
+def test_where_nothing_smaller_is_left_the_loop_gives_up(base: Tensor) -> None:
+    loop = _loop(DILOCO, local=LocalTraining(on_out_of_memory="adapt"))
+    loop._gradients = Starving(loop._gradients, [(0, False)])  # type: ignore[assignment]
+    loop.begin(4, base)
+    with pytest.raises(OutOfMemory, match="nothing smaller is left"):
+        loop.step()
+
+
+class Starving:
+    """Gradients whose memory holds, for each batch in turn, no more than that; the last one for the rest."""
+
+    def __init__(self, inner: Gradients, rooms: list[tuple[int, bool] | None]) -> None:
+        self._inner = inner
+        self._rooms = rooms
+
+    def add(self, batch: Windows) -> tuple[float, int]:
+        found = self._inner.add(batch)
+        room, footing = self._rooms[0], self._inner.footing
+        if room is not None and (footing.micro_batch > room[0] or footing.checkpointing < room[1]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(self._rooms) > 1:
+            self._rooms.pop(0)
+        return found
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+
+# ---- the schedule --------------------------------------------------------------------------------------
+
+
+def test_a_late_epoch_is_late_in_the_schedule_whoever_takes_its_steps(base: Tensor) -> None:
+    """A joiner with no warm-up to do takes the steps that the others take: lr comes from the epoch."""
+    settings = dataclasses.replace(
+        DILOCO, warmup_steps=0, schedule="wsd", schedule_steps=30, decay_share=0.5, min_lr_ratio=0.0
+    )
+    norms = {}
+    for epoch in (0, 9, 10):
+        norms[epoch] = _run_epoch(_loop(settings), base, torch.empty_like(base), epoch=epoch).norm
+    assert norms[9] < 0.3 * norms[0]
+    assert norms[10] == 0.0
+
+
+def test_what_is_dropped_at_random_is_dropped_alike_when_an_epoch_is_begun_again(base: Tensor) -> None:
+    loop, first, second = _loop(DILOCO, attention_dropout=0.5), torch.empty_like(base), torch.empty_like(base)
+    _run_epoch(loop, base, first)
+    torch.manual_seed(12345)
+    _run_epoch(loop, base, second)
+    plain = torch.empty_like(base)
+    _run_epoch(_loop(DILOCO), base, plain)
+    assert torch.equal(first, second) and not torch.equal(first, plain)

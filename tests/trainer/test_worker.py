@@ -89,7 +89,7 @@ def perform(settings: WorkerSettings, script: Script) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     worker = Worker(settings, script)  # type: ignore[arg-type]
     base, out = buffers_of(worker)
-    worker.run(base, out, no_initial)
+    worker.run(base, [out, out], no_initial)
     assert not script.lines
     return base, out
 
@@ -121,9 +121,9 @@ def overlapping(worker_settings: WorkerSettings) -> WorkerSettings:
 
 def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), GoOn(0)),
-        (waiting, Begin(1, 2, follows=True, counted=0)),
+        (waiting, Begin(1, 2, follows=True, counted=0, slot=0)),
         (contributed(2), Stop()),
     )
     perform(overlapping, script)
@@ -141,8 +141,8 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
     worker_settings: WorkerSettings,
 ) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
-        (contributed(1), Begin(1, 2, follows=True, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
+        (contributed(1), Begin(1, 2, follows=True, counted=0, slot=0)),
         (contributed(2), Stop()),
     )
     perform(worker_settings, script)
@@ -153,8 +153,8 @@ def test_without_overlap_nothing_is_done_between_contribution_and_begin(
 def test_with_overlap_nothing_is_done_before_the_exchange(overlapping: WorkerSettings) -> None:
     """Who is ready first waits for the others: ahead of them it would be as far ahead of its base."""
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
-        (waiting, Begin(1, 2, follows=True, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
+        (waiting, Begin(1, 2, follows=True, counted=0, slot=0)),
         (at_once, GoOn(0)),  # too late
         (contributed(2), Stop()),
     )
@@ -164,11 +164,11 @@ def test_with_overlap_nothing_is_done_before_the_exchange(overlapping: WorkerSet
 
 
 def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlapping: WorkerSettings) -> None:
-    begin = Begin(1, 2, follows=False, counted=0)
+    begin = Begin(1, 2, follows=False, counted=0, slot=0)
     aborted = [(contributed(1, 2), Abort()), (at_once, dataclasses.replace(begin, follows=True))]
     for lines in ([(contributed(1, 2), begin)], aborted):
         script = Script(
-            (at_once, Begin(0, 1, follows=False, counted=0)),
+            (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
             (contributed(1), GoOn(0)),
             *lines,
             (contributed(2), Stop()),
@@ -180,9 +180,9 @@ def test_an_abort_or_a_begin_that_does_not_follow_starts_from_nothing(overlappin
 
 def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), GoOn(0)),
-        (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=0, slot=0)),
         (at_once, Close(1)),
         (contributed(2), Stop()),
     )
@@ -192,10 +192,10 @@ def test_a_close_after_a_begin_that_follows_counts_the_steps_before_it(overlappi
 
 def test_a_close_that_comes_too_late_closes_nothing(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), GoOn(0)),
         (contributed(1, 1), Close(0)),
-        (contributed(1, 2), Begin(1, 2, follows=True, counted=0)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=0, slot=0)),
         (contributed(2), Stop()),
     )
     perform(overlapping, script)
@@ -214,18 +214,18 @@ def test_the_contribution_is_not_touched_before_the_next_begin(overlapping: Work
                 kept.append(buffers[0].clone())
 
     script = Watching(
-        (at_once, Begin(0, 1, follows=False, counted=0)), (contributed(1), GoOn(0)), (waiting, Stop())
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)), (contributed(1), GoOn(0)), (waiting, Stop())
     )
     worker = Worker(overlapping, script)  # type: ignore[arg-type]
     base, out = buffers_of(worker)
     buffers.append(out)
-    worker.run(base, out, no_initial)
+    worker.run(base, [out, out], no_initial)
     assert len(script.of(Hello)) == 1 and torch.equal(out, kept[0])
 
 
 def test_both_inner_states_can_be_saved_while_ahead(overlapping: WorkerSettings) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), GoOn(0)),
         (contributed(1, 2), Save(0)),
         (at_once, Save(1)),
@@ -240,14 +240,14 @@ def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
     overlapping: WorkerSettings, counted: int
 ) -> None:
     script = Script(
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), GoOn(0)),
-        (contributed(1, 2), Begin(1, 2, follows=True, counted=counted)),
+        (contributed(1, 2), Begin(1, 2, follows=True, counted=counted, slot=0)),
         (contributed(2), Stop()),
     )
     worker = Worker(dataclasses.replace(overlapping, residual=True), script)  # type: ignore[arg-type]
     base, out = buffers_of(worker)
-    worker.run(base, out, no_initial)
+    worker.run(base, [out, out], no_initial)
     kept = worker._encoder._residual
     assert (kept is not None) == bool(counted)
     if kept is not None:
@@ -263,7 +263,7 @@ def test_every_set_has_its_loss_and_the_data_their_passes(
     settings = dataclasses.replace(worker_settings, data=sets)
     script = Script(
         (at_once, Evaluate(0)),
-        (at_once, Begin(0, 1, follows=False, counted=0)),
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
         (contributed(1), Stop()),
     )
     perform(settings, script)
@@ -279,11 +279,11 @@ def test_a_trainer_that_died_goes_on_with_the_windows_after_those_it_contributed
     worker_settings: WorkerSettings,
 ) -> None:
     """In this process: what dies is the worker's memory."""
-    first = Script((at_once, Begin(0, 1, follows=False, counted=0)), (contributed(1), Stop()))
+    first = Script((at_once, Begin(0, 1, follows=False, counted=0, slot=0)), (contributed(1), Stop()))
     perform(worker_settings, first)
     whole = Script(
-        (at_once, Begin(1, 1, follows=False, counted=0)),
-        (contributed(1), Begin(2, 2, follows=True, counted=0)),
+        (at_once, Begin(1, 1, follows=False, counted=0, slot=0)),
+        (contributed(1), Begin(2, 2, follows=True, counted=0, slot=0)),
         (contributed(2), Stop()),
     )
     perform(worker_settings, whole)

@@ -248,6 +248,85 @@ def test_the_nodes_of_bench_averaging_meet_and_agree(tmp_path: Path) -> None:
     assert system["max_divergence"] == 0 and 0 < system["error"] < 0.01 and system["median_s"] > 0
 
 
+# ---- a benchmark of learning -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learning() -> ModuleType:
+    return _module_from(ROOT / "scripts" / "bench" / "learning.py")
+
+
+@pytest.fixture
+def two_languages(tmp_path: Path) -> list[str]:
+    for name, words in {"first": "alpha beta gamma ", "second": "un deux trois "}.items():
+        (tmp_path / f"{name}.txt").write_text(words * 2000)
+    return [str(tmp_path / "first.txt"), str(tmp_path / "second.txt")]
+
+
+def test_bench_learning_shows_every_variant_and_writes_its_figures(
+    learning: ModuleType, two_languages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    variants = [
+        "pooled",
+        "alone",
+        "members:inner_steps=1@0.5+2,plain=0.5",
+        "mixed:optimizer=muon,moments=second,merge=normed",
+    ]
+    flags = ["--preset", "nano", "--windows-per-member", "16", "--validation-windows", "4", "--points", "1"]
+    assert learning.main([*two_languages, *flags, "--json", str(found), "--variants", *variants]) == 0
+    results = json.loads(found.read_text())["results"]
+    assert list(results) == variants
+    assert all(0 < loss < 7 for (run,) in results.values() for loss in run["losses"])
+    assert results[variants[2]][0]["rounds"] == 3 and len(results[variants[2]][0]["cosine"]) == 3
+    shown = capsys.readouterr().out
+    assert all(f"| {name} " in shown for name in variants)
+
+
+def test_members_of_bench_learning_see_the_windows_that_pooled_training_sees(
+    learning: ModuleType, two_languages: list[str]
+) -> None:
+    flags = ["--preset", "nano", "--windows-per-member", "32", "--variants", "pooled"]
+    options = learning.parse([*two_languages, *flags])
+    texts = [learning.load_text(source) for source in options.sources]
+    bench = learning.Bench(options, texts, options.variants["pooled"], 0)
+    members = {w.tobytes() for member in (0, 1) for step in range(8) for w in bench.draw_own(member, step)}
+    mixed = {w.tobytes() for member in (0, 1) for step in range(8) for w in bench.draw_mixed(member, step)}
+    assert {w.tobytes() for step in range(16) for w in bench.draw_pooled(step)} == members == mixed
+
+
+@pytest.mark.parametrize(
+    ("variant", "line"),
+    [
+        ("members:inner=4", "no setting is called 'inner'"),
+        ("swarm", "kind is one of pooled"),
+        ("pooled:schedule=warm", "schedule is one of"),
+        ("members:inner_steps=four", "invalid literal"),
+    ],
+)
+def test_bench_learning_refuses_a_variant_that_it_does_not_know(
+    learning: ModuleType, variant: str, line: str
+) -> None:
+    with pytest.raises(ValueError, match=line):
+        learning.Variant.parse(variant)
+
+
+def test_the_sketch_of_bench_learning_runs_every_kind_of_variant(
+    two_languages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sketch = _module_from(ROOT / "scripts" / "bench" / "learning_sketch.py")
+    variants = ["pooled", "alone", "members:inner_steps=1,moments=reset,merge=normed", "mixed:optimizer=muon"]
+    flags = ["--hidden", "16", "--layers", "1", "--sequence-length", "16", "--windows-per-member", "8"]
+    assert sketch.main([*two_languages, *flags, "--validation-windows", "4", "--variants", *variants]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"| {name} " in shown for name in variants)
+
+
+def test_inner_steps_by_shares_of_the_run_add_up_to_it(learning: ModuleType) -> None:
+    lengths = learning.Variant.parse("members:inner_steps=4@0.25+16@0.5+64").lengths(160)
+    assert lengths == [4] * 10 + [16] * 3 + [64, 8] and sum(lengths) == 160
+
+
 # ---- helpers -----------------------------------------------------------------------------------------
 
 

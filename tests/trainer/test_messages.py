@@ -33,7 +33,7 @@ COMMANDS = [
     messages.Configure({"a": [1, {"b": 2.5}]}),
     messages.Attach(6),
     messages.Initialise(),
-    messages.Begin(3, 2, follows=True, counted=-1),
+    messages.Begin(3, 2, follows=True, counted=-1, slot=1),
     messages.Close(3),
     messages.GoOn(3),
     messages.Abort(),
@@ -56,7 +56,7 @@ def test_a_command_survives_the_wire(command: messages.Command) -> None:
 
 
 def test_a_command_with_a_number_for_yes_is_refused() -> None:
-    fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1, "counted": 0}
+    fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1, "counted": 0, "slot": 0}
     with pytest.raises(MessageError, match=r"Begin\.follows"):
         unpack_command(msgpack.packb(fields))
 

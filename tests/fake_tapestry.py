@@ -1,7 +1,8 @@
 """A `tapestry` command as far as scripts/quickstart can see, for its tests: no network, no training.
 
 The nodes share a folder beside their homes. Whoever first sees that a tick is over commits the next epoch
-there, with those as members who are alive. FAKE_FAULT="KIND:NUMBER" makes node NUMBER misbehave:
+there, with those as members who are alive. A home called lone1 is a swarm of its own. The model of an epoch
+that was named has no weights. FAKE_FAULT="KIND:NUMBER" makes node NUMBER misbehave:
 
 digest  shows another state digest         deaf    does not end with SIGTERM
 loss    learns nothing                     orphan  has a child that outlives it
@@ -29,6 +30,23 @@ from tapestry.node.protocol.chain import Body, Member, body_to_dict, canonical
 
 TICK_S = 0.4
 RUN_ID = blake3(b"run").hexdigest()
+RUN_TOML = """\
+[model]
+seed = 0
+[data]
+sequence_length = 1024
+[train]
+batch_size = 8
+inner_steps = 32
+lr = 0.0003
+warmup_steps = 32
+[outer]
+lr = 0.7
+[round]
+min_members = 1
+[limits]
+checkpoint_every_epochs = 5
+"""
 
 
 def main(command: str, *arguments: str) -> None:
@@ -36,22 +54,28 @@ def main(command: str, *arguments: str) -> None:
         home = Path(arguments[0])
         home.mkdir(parents=True)
         (home / "node.toml").write_text("threads = 0\n")
-        (home / "run.toml").write_text("[model]\nseed = 0\n")
+        (home / "run.toml").write_text(RUN_TOML)
     elif command == "export":
-        _export(Path(arguments[0]))
+        flags = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        _export(Path(arguments[0]), flags.get("--epoch"))
     else:
         flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        FakeNode(Path(flags["--home"]), flags.get("--peer")).run()
+        FakeNode(Path(flags["--home"]), flags.get("--peer"), int(flags.get("--epochs", "0"))).run()
 
 
 class FakeNode:
-    def __init__(self, home: Path, peer: str | None) -> None:
-        self.home, self.shared = home, home.parent / "swarm"
-        self.number = home.name.removeprefix("node")
+    def __init__(self, home: Path, peer: str | None, epochs: int) -> None:
+        self.home, self.epochs = home, epochs
+        lone = home.name.startswith("lone")
+        self.shared = home.parent / (f"swarm-{home.name}" if lone else "swarm")
+        self.number = home.name[-1]
+        self.first = self.number if lone else "1"  # who founded the run
+        spec = (home if lone else home.with_name("node1")) / "run.toml"
+        self.min_members = int(spec.read_text().split("min_members = ")[1].split()[0])
         kind, _, number = os.environ.get("FAKE_FAULT", "").partition(":")
         self.fault = kind if number == self.number else ""
         self.epoch = 0
-        if self.number == "1":
+        if self.number == self.first:
             assert "threads = 1" in (home / "node.toml").read_text()
         else:
             assert peer is not None and "/p2p/" in peer and not (home / "run.toml").exists()
@@ -68,6 +92,8 @@ class FakeNode:
         while not stopped.wait(0.05):
             self._commit()
             self._follow()
+            if self.epochs and self.epoch >= self.epochs:
+                break
             if self.fault == "dies" and self.epoch >= 2:
                 sys.stderr.write("error: no peer could be reached\n")
                 os._exit(3)
@@ -79,7 +105,8 @@ class FakeNode:
         """Write the next record, unless another node is first or the tick is not over."""
         epoch = self._latest() + 1
         last = self.shared / f"{epoch - 1}.json"
-        if time.time() - (last if last.exists() else self.shared / "live1").stat().st_mtime < TICK_S:
+        began = last if last.exists() else self.shared / f"live{self.first}"
+        if time.time() - began.stat().st_mtime < TICK_S or len(self._alive()) < self.min_members:
             return
         temporary = self.shared / f"temporary{self.number}"
         temporary.write_text(self._record(epoch))
@@ -107,7 +134,8 @@ class FakeNode:
         self.epoch = latest
 
     def _latest(self) -> int:
-        return max((int(path.stem) for path in self.shared.glob("*.json")), default=0)
+        latest = max((int(path.stem) for path in self.shared.glob("*.json")), default=0)
+        return min(latest, self.epochs) if self.epochs else latest
 
     def _alive(self) -> list[str]:
         live = sorted(self.shared.glob("live*"))
@@ -159,7 +187,11 @@ class FakeNode:
         temporary.rename(self.home / "node.json")
 
 
-def _export(out: Path) -> None:
+def _export(out: Path, epoch: str | None) -> None:
+    if epoch is not None:
+        out.mkdir()
+        (out / "tapestry.json").write_text(json.dumps({"state_digest": _state_digest(int(epoch))}))
+        return
     from tapestry.node.lineage.huggingface import export_model
     from tapestry.node.spec.training import PRESETS
     from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout

@@ -22,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from bases import make_base
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = f"{shlex.quote(sys.executable)} -P {shlex.quote(str(ROOT / 'tests' / 'fake_tapestry.py'))}"
@@ -130,6 +131,8 @@ def test_the_nodes_end_also_when_the_quickstart_is_killed(quickstart: Any, tmp_p
         (["--minutes", "nan"], "--minutes: from 0 to 1440"),
         (["--seed", "-1"], "--seed: from 0 to"),
         (["--keep", str(ROOT / "scripts")], "name a new or an empty folder"),
+        (["--base", str(ROOT / "tests")], "holds no config.json; scripts/real-base makes"),
+        (["--epochs", "0"], "--epochs: from 1 to 1000"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )
@@ -147,40 +150,44 @@ def script() -> ModuleType:
     return _module_from(ROOT / "scripts" / "quickstart.py")
 
 
-def _chain(script: ModuleType, count: int) -> list[Any]:
+@pytest.fixture(scope="module")
+def nodes() -> ModuleType:
+    return _module_from(ROOT / "scripts" / "_nodes.py")
+
+
+def _chain(nodes: ModuleType, count: int) -> list[Any]:
     heads = ["run", *(f"head{epoch}" for epoch in range(1, count + 1))]
     return [
-        script.ChainRecord(epoch, heads[epoch - 1], heads[epoch], f"s{epoch - 1}", frozenset(), False)
+        nodes.ChainRecord(epoch, heads[epoch - 1], heads[epoch], f"s{epoch - 1}", frozenset(), False)
         for epoch in range(1, count + 1)
     ]
 
 
-def _swarm_that_showed(epochs: int) -> Any:
-    digests = {epoch: {f"s{epoch}": 1} for epoch in range(epochs + 1)}
-    return SimpleNamespace(digests=digests, nodes=[SimpleNamespace(info={"run_id": "run"})])
+def _digests_of(epochs: int) -> dict[int, dict[str, list[str]]]:
+    return {epoch: {f"s{epoch}": ["node 1"]} for epoch in range(epochs + 1)}
 
 
-def test_a_whole_chain_has_no_fault(script: ModuleType) -> None:
-    assert script.chain_faults(1, _chain(script, 5), _swarm_that_showed(5)) == []
+def test_a_whole_chain_has_no_fault(nodes: ModuleType) -> None:
+    assert nodes.chain_faults("node 1", _chain(nodes, 5), "run", _digests_of(5)) == []
 
 
-def test_an_epoch_that_was_shown_but_is_not_in_the_chain_is_lost(script: ModuleType) -> None:
-    faults = script.chain_faults(1, _chain(script, 4), _swarm_that_showed(5))
+def test_an_epoch_that_was_shown_but_is_not_in_the_chain_is_lost(nodes: ModuleType) -> None:
+    faults = nodes.chain_faults("node 1", _chain(nodes, 4), "run", _digests_of(5))
     assert faults == ["node 1: its chain ends at epoch 4, epoch 5 was shown"]
 
 
-def test_a_record_that_does_not_follow_is_found(script: ModuleType) -> None:
-    chain = _chain(script, 5)
+def test_a_record_that_does_not_follow_is_found(nodes: ModuleType) -> None:
+    chain = _chain(nodes, 5)
     chain[2] = dataclasses.replace(chain[2], prev="another")
-    assert script.chain_faults(1, chain, _swarm_that_showed(5)) == [
+    assert nodes.chain_faults("node 1", chain, "run", _digests_of(5)) == [
         "node 1: record 3 does not follow the one before"
     ]
 
 
-def test_a_signed_digest_that_is_not_the_shown_one_is_found(script: ModuleType) -> None:
-    chain = _chain(script, 5)
+def test_a_signed_digest_that_is_not_the_shown_one_is_found(nodes: ModuleType) -> None:
+    chain = _chain(nodes, 5)
     chain[2] = dataclasses.replace(chain[2], state_digest="another")
-    assert script.chain_faults(1, chain, _swarm_that_showed(5)) == [
+    assert nodes.chain_faults("node 1", chain, "run", _digests_of(5)) == [
         "node 1: state 2 was shown with another digest than the signed one"
     ]
 
@@ -189,15 +196,159 @@ def test_a_signed_digest_that_is_not_the_shown_one_is_found(script: ModuleType) 
 def test_the_loss_must_fall_by_30_percent_of_where_the_run_started(
     script: ModuleType, last: float, falls: bool
 ) -> None:
-    first, late = SimpleNamespace(number=1, losses=[(0, 5.0), (9, 1.0)]), SimpleNamespace(number=2)
+    first, late = (
+        SimpleNamespace(label="node 1", losses=[(0, 5.0), (9, 1.0)]),
+        SimpleNamespace(label="node 2"),
+    )
     late.losses = [(2, 4.0), (9, last)]
     assert (script.loss_faults([first, late]) == []) is falls
 
 
 def test_a_node_without_a_loss_is_a_fault(script: ModuleType) -> None:
-    assert script.loss_faults([SimpleNamespace(number=2, losses=[])]) == [
+    assert script.loss_faults([SimpleNamespace(label="node 2", losses=[])]) == [
         "node 2: never showed a validation loss"
     ]
+
+
+# ---- the story on a base ------------------------------------------------------------------------------
+
+# What the models are worth is given, for no fake node makes one: FAKE_LOSSES, by the folder's name.
+TELL_WITH_GIVEN_LOSSES = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import quickstart, quickstart_base
+
+class Measure:
+    def __init__(self, base, texts):
+        assert len(texts) == 3 and all(len(text) > 1000 for text in texts)
+    def losses(self, folder):
+        return json.loads(os.environ["FAKE_LOSSES"])[folder.name]
+    def sample(self, folder, seed):
+        return os.environ["FAKE_SAMPLE"]
+
+quickstart_base.Measure = Measure
+sys.exit(quickstart.main(sys.argv[1:]))
+"""
+WORDS = "to read the text of a file and to return what is in it, or else none when there is no such object"
+LOSSES = {
+    "base": [2.0, 1.5, 3.0],
+    "model": [1.8, 1.0, 2.9],
+    "model-of-lone1": [1.75, 1.25, 3.25],
+    "model-of-lone2": [2.25, 0.75, 3.5],
+    "model-of-lone3": [2.0, 1.5, 2.95],
+}
+
+
+@pytest.fixture
+def base_story(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs scripts/quickstart.py --base with fake nodes and given losses."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+
+    def run(fault: str = "", sample: str = WORDS, **losses: list[float]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, "-P", "-c", TELL_WITH_GIVEN_LOSSES, ROOT / "scripts"),
+                *("--tapestry", FAKE, "--base", tmp_path / "base", "--epochs", "2"),
+            ],
+            env={
+                **os.environ,
+                "TMPDIR": str(tmp_path / "tmp"),
+                "FAKE_FAULT": fault,
+                "FAKE_LOSSES": json.dumps(LOSSES | losses),
+                "FAKE_SAMPLE": sample,
+            },
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+
+    return run
+
+
+def test_the_story_on_a_base_compares_together_with_alone(base_story: Any, tmp_path: Path) -> None:
+    done = base_story()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        r"node 1: has Python sources, \d+ kB",
+        r"node 3: tapestry start --home \S+/node3 --data \S+/text/prose .* --peer \S+/p2p/peer1",
+        r"all three: epoch \d+, state digest \w{16}",
+        r"lone 2: tapestry start --home \S+/lone2 --data \S+/text/headers .* --epochs 2",
+        r"epoch +\d: state digest \w{16} on \d of 3 nodes",
+        r"node 1 +Python sources +2\.000 +1\.800 +1\.750",
+        r"node 2 +C\+\+ headers +1\.500 +1\.000 +0\.750",
+        r"node 3 +English prose +3\.000 +2\.900 +2\.950",
+        r"all three texts +2\.167 +1\.900 +2\.133",
+        r"lower together than alone for\s+1 of 3 members",
+        re.escape(WORDS),
+        r"OK: epoch 2 has the same bits on all three members",
+    ):
+        assert re.search(part, done.stdout), part
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ({"model": [1.8, 1.5, 2.9]}, r"FAILED: node 2: its loss on C\+\+ headers is 1\.500, not below"),
+        ({"fault": "digest:3"}, r"FAILED: epoch \d has two state digests"),
+    ],
+)
+def test_the_story_on_a_base_fails_in_one_line(
+    base_story: Any, tmp_path: Path, fault: Any, line: str
+) -> None:
+    done = base_story(**fault)
+    assert done.returncode == 1 and re.search(line, done.stdout), done.stdout + done.stderr
+    assert _left_in(tmp_path / "tmp") == [] and _processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("sample", "faults"),
+    [
+        (WORDS, []),
+        ("the " * 40, ["the sample does not read like language: 1 words, 100% of them known"]),
+        ("%& 12", ["the sample does not read like language: 0 words, 0% of them known"]),
+    ],
+)
+def test_a_sample_of_many_known_words_reads_like_language(
+    script: Any, sample: str, faults: list[str]
+) -> None:
+    assert script.quickstart_base.sample_faults(sample, [SimpleNamespace(held_out=WORDS)]) == faults
+
+
+def test_a_model_is_measured_on_each_text_and_writes(script: Any, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    measure = script.quickstart_base.Measure(
+        base, ["line 1: the square of 1 is 1\n" * 100, "other words " * 9]
+    )
+    losses = measure.losses(base)
+    assert all(4 < loss < 9 for loss in losses) and len(losses) == 2 and losses == measure.losses(base)
+    assert measure.sample(base, seed=0) == measure.sample(base, seed=0) != measure.sample(base, seed=1)
+
+
+def test_every_kind_of_text_differs_and_none_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
+    texts = _module_from(ROOT / "scripts" / "_texts.py")
+    copied = texts.copied_texts(tmp_path, seed=0)
+    assert [text.name for text in copied] == ["python", "headers", "prose"]
+    for text in copied:
+        trained = [path.read_text() for path in text.folder.iterdir()]
+        assert sum(map(len, trained)) > texts.TRAIN_BYTES / 4
+        assert len(text.held_out) > texts.HELD_OUT_BYTES / 2
+        assert not any(document in text.held_out for document in trained)
+
+
+def test_a_base_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", ROOT / "scripts" / "real_base.py", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: {tmp_path} is there already: name a new folder\n"
 
 
 # ---- the environment ---------------------------------------------------------------------------------

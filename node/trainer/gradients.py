@@ -141,6 +141,7 @@ class Gradients:
         self._tried_head = group is not None  # FSDP2 gathers a model's parameters for the model's own call
         self._tried_documents = False
         self._logits_at_a_time = LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME["cpu"])
+        self.on_part: Callable[[], None] = lambda: None  # a forward pass is over: a step may have many
         self.footing = footing
         self.take(footing)
 
@@ -181,6 +182,7 @@ class Gradients:
             inputs = inputs.share(self._group.rank, self._group.size)
         for start in range(0, len(inputs.ids), self.footing.micro_batch):
             yield inputs.rows(start, start + self.footing.micro_batch)
+            self.on_part()
 
     def _backward(self, inputs: Inputs, count: int) -> Tensor:
         """Scalar: this part's share of the mean."""

@@ -253,6 +253,10 @@ class InnerLoop:
         """Forget the epoch that is going on, if any."""
         self._epoch, self._finished, self._ahead = None, None, False
 
+    def tell_of_parts(self, on_part: Callable[[], None]) -> None:
+        """Have `on_part` called after each forward pass, in a step or an evaluation: both may take long."""
+        self._gradients.on_part = on_part
+
     def evaluate(
         self,
         base: Tensor,  # f32 (n,), CPU

@@ -162,6 +162,11 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """A step or an evaluation takes long, and gets on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The losses of the base on this member's sets; `loss` is their mean."""
 
@@ -196,7 +201,9 @@ class Failed:
 
 
 Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Save | Stop
-Report = Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Notice | Failed
+Report = (
+    Alive | Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Notice | Failed
+)
 
 
 def pack(message: Command | Report) -> bytes:

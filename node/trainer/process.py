@@ -40,6 +40,7 @@ from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.messages import (
     HEADER,
     Abort,
+    Alive,
     Attach,
     Begin,
     Close,
@@ -391,6 +392,8 @@ class TrainerProcess:
         elif isinstance(report, Initialised):
             if self._initialising is not None and not self._initialising.done():
                 self._initialising.set_result(None)
+        elif isinstance(report, Alive):
+            return  # that it came is all it says
         elif isinstance(report, Progress | Contribution) and self._is_stale(report):
             self.stale_reports += 1
         else:

@@ -34,6 +34,7 @@ from tapestry.node.trainer.messages import (
     HEADER,
     TEXT_CHARS_MAX,
     Abort,
+    Alive,
     Attach,
     Begin,
     Close,
@@ -69,6 +70,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # the node's loop answers its peers first; guess
 AUTOGROUP = Path("/proc/self/autogroup")
 PROGRESS_INTERVAL_S = 0.2
+ALIVE_S = 10.0  # far below ProcessLimits.silence_timeout_s
 TOKENIZING_INTERVAL_S = 1.0
 SUMMARY_LINES_MAX = 400  # Guess: 256 sources, and what is doubtful of the first
 EXIT_FAILED = 3
@@ -175,6 +177,8 @@ class Worker:
         self._validation = corpus.validation(settings.validation_windows)
         with _model_refused():
             net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
+        if self.device.type == "cpu":
+            net.float()  # a frozen base may be stored in bf16, which most CPUs multiply many times slower
         self.layout = registry.layout_of(net)
         try:
             codec = get_codec(settings.codec)
@@ -193,6 +197,8 @@ class Worker:
                 lambda text: channel.send(Notice(text[:TEXT_CHARS_MAX])),
                 together,
             )
+        self._inner.tell_of_parts(self._show_life)
+        self._told_s = time.monotonic()  # of the last sign of life
         self._closing = False
         self._generation = self._slot = 0  # of the latest Begin
         self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
@@ -341,6 +347,13 @@ class Worker:
         if not mean < float("inf"):
             raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")
         self._channel.send(Validation(epoch, mean, tuple(losses), tuple(losses.values())))
+
+    def _show_life(self) -> None:
+        """In the middle of a long step or evaluation: the node must not take us for stuck."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= ALIVE_S:
+            self._told_s = now_s
+            self._channel.send(Alive())
 
     def _save(self, epoch: int) -> None:
         error_text = ""

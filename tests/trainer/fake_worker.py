@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from tapestry.node.trainer import messages
@@ -70,6 +71,10 @@ def on_begin(mode: str, ran_before: bool, channel: socket.socket, command: messa
         if generation == 1:
             return
         channel.sendall(pack(contribution(epoch, generation - 1)))
+    if mode == "slow":
+        for _ in range(6):
+            channel.sendall(pack(messages.Alive()))
+            time.sleep(0.3)
     if mode == "writes":
         write(command)
     weight = 5

@@ -19,6 +19,7 @@ from tapestry.node.trainer.messages import (
 
 HELLO = messages.Hello(("a", "b"), ((2, 3), ()), 100, 5, "cpu", -1, "", ("fr",), ("data fr: 1 files",))
 REPORTS = [
+    messages.Alive(),
     HELLO,
     messages.Tokenizing(5, 10, 2.5),
     messages.Initialised(),

@@ -291,6 +291,19 @@ def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_no
     asyncio.run(scenario())
 
 
+def test_a_worker_that_takes_long_and_shows_life_is_let_be(fake: Fake) -> None:
+    async def scenario() -> None:
+        trainer, events = await fake.start("slow", dataclasses.replace(QUICK, silence_timeout_s=1.0))
+        try:
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert not events.of(Failed) and trainer.restarts == 0
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_a_restarted_worker_with_another_model_is_refused(fake: Fake) -> None:
     async def scenario() -> None:
         trainer, events = await fake.start("another model")

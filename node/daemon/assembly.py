@@ -200,7 +200,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
 
 
 def validation_windows(sequence_length: int) -> int:
-    """Windows of each validation set: of about as many tokens for every run, so that measuring stays cheap."""
+    """Windows of each validation set: about as many tokens in every run, so that measuring stays cheap."""
     return min(VALIDATION_WINDOWS_MAX, max(VALIDATION_WINDOWS_MIN, VALIDATION_TOKENS // sequence_length))
 
 

@@ -43,6 +43,7 @@ class Text:
     name: str
     what: str
     folder: Path  # to train on
+    trained: str  # what lies there
     held_out: str
     held_out_file: Path  # the beginning of it, for the node to measure every epoch
 
@@ -62,7 +63,7 @@ def _copied(name: str, what: str, found: Found, place: Path, seed: int) -> Text:
     folder.mkdir(parents=True)
     for index, document in enumerate(train):
         (folder / f"{index:04}.txt").write_text(document, encoding="utf-8")
-    text = Text(name, what, folder, "\n\n".join(held_out), place / f"held-out-{name}.txt")
+    text = Text(name, what, folder, "\n\n".join(train), "\n\n".join(held_out), place / f"held-out-{name}.txt")
     text.held_out_file.write_text(text.held_out[:HELD_OUT_FILE_CHARS], encoding="utf-8")
     return text
 

@@ -59,8 +59,8 @@ READY_S = 300.0  # with the base on its way from the first node: 30 s on two cor
 EPOCH_S = 150.0  # at most; 25 s on two cores
 MEASURED_WINDOWS = 16  # of each held-out text, as long as a training sample: 2,048 tokens
 MEASURED_AT_ONCE = 4
-PROMPT = "The purpose of this library is"
-SAMPLE_TOKENS = 60
+PROMPT = "The history of the city begins"  # code would follow what the members' own texts begin with
+SAMPLE_TOKENS = 120
 WORDS_KNOWN_MIN = 0.6  # of the sample's words; what a broken model writes has none
 WORDS_MIN = 15
 
@@ -342,8 +342,8 @@ def loss_faults(texts: Sequence[Text], losses: Losses) -> list[str]:
 
 
 def sample_faults(sample: str, texts: Sequence[Text]) -> list[str]:
-    """Whether it reads like language: words that occur in the held-out texts, and more than a few."""
-    known = {word for text in texts for word in _words(text.held_out)}
+    """Whether it reads like language: words that occur in the members' texts, and more than a few."""
+    known = {word for text in texts for word in _words(f"{text.trained} {text.held_out}")}
     words = _words(sample)
     share = sum(word in known for word in words) / max(len(words), 1)
     if len(set(words)) < WORDS_MIN or share < WORDS_KNOWN_MIN:

@@ -315,7 +315,9 @@ def test_the_story_on_a_base_fails_in_one_line(
 def test_a_sample_of_many_known_words_reads_like_language(
     script: Any, sample: str, faults: list[str]
 ) -> None:
-    assert script.quickstart_base.sample_faults(sample, [SimpleNamespace(held_out=WORDS)]) == faults
+    assert (
+        script.quickstart_base.sample_faults(sample, [SimpleNamespace(trained="", held_out=WORDS)]) == faults
+    )
 
 
 def test_a_model_is_measured_on_each_text_and_writes(script: Any, tmp_path: Path) -> None:

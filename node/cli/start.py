@@ -17,6 +17,7 @@ from tapestry.node.cli.options import home_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
 from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.training import DEVICE
 
 POLL_S = 0.05
 
@@ -25,6 +26,12 @@ DETACH_WAIT_S = 300.0  # Guess: to join may take the download of a state; after 
 
 
 LOG_TAIL_BYTES = 4096
+
+
+def _checked_device(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not DEVICE.admits(value):
+        raise click.BadParameter(f"'{value}' is not {DEVICE.words.removeprefix('the form ')}")
+    return value
 
 
 @click.command()
@@ -45,7 +52,9 @@ LOG_TAIL_BYTES = 4096
 @click.option("--listen", metavar="MADDR", multiple=True, help="Where other nodes reach this one.")
 @click.option("--announce", metavar="MADDR", multiple=True, help="Address to tell the others instead.")
 @click.option("--http", metavar="HOST:PORT", help="Metrics and status. Default: 127.0.0.1:9470")
-@click.option("--device", metavar="auto|cpu|cuda|cuda:0,1,...", help="Where to train. Default: auto")
+@click.option(
+    "--device", metavar="DEVICE", callback=_checked_device, help="auto, cpu, cuda, cuda:0,1. Default: auto"
+)
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")

@@ -296,7 +296,7 @@ class LocalTraining:
 AS_USUAL = LocalTraining()
 DEVICE = Pattern(
     r"auto|cpu(:[1-9])?|cuda(:[0-9]{1,2}(,[0-9]{1,2})*)?",
-    "auto, cpu, cuda, cuda:1, or cuda:0,1 for several; cpu:2 is two processes, for trials",
+    "the form auto, cpu, cuda, cuda:1, or cuda:0,1 for several; cpu:2 is two processes, for trials",
 )
 
 

@@ -164,6 +164,7 @@ class Worker:
 
         self._settings = settings
         self._channel = channel
+        self._together = together
         self.device = _device(settings.device) if together is None else together.device
         self._inner_state = Path(settings.inner_state_path)
         if together is not None and together.rank:
@@ -361,6 +362,8 @@ class Worker:
             self._inner.save(self._inner_state, epoch)
         except OSError as error:
             error_text = str(error)[:TEXT_CHARS_MAX]
+        if self._together is not None and self._together.sum(float(bool(error_text))) and not error_text:
+            error_text = "another process of this trainer could not save its part"
         self._channel.send(Saved(epoch, error_text))
 
     def _initialise(self) -> None:

@@ -57,9 +57,9 @@ from tapestry.compression.shards import shard_bounds
 from tapestry.node.spec.run import NesterovSpec
 from tapestry.node.spec.training import PRESETS, LlamaSpec, TrainSpec
 from tapestry.node.state.outer import Nesterov
+from tapestry.node.trainer.data.corpus import Batch
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
-from tapestry.node.trainer.moments import Snapshot
 from tapestry.node.trainer.tokenizers.byte import EOS_ID
 
 HELD_OUT_EVERY = 50  # blocks: 2 %
@@ -297,14 +297,18 @@ class Bench:
             model.compile()
         settings = TrainSpec(batch_size=variant.batch)
         loop = InnerLoop(
-            model, layout, settings, lambda epoch, step: draw(optimizer.steps), torch.device("cpu")
+            model,
+            layout,
+            settings,
+            lambda epoch, step: Batch(draw(optimizer.steps), None),
+            torch.device("cpu"),
         )
         optimizer = Optimizer(model, loop, variant, steps)
-        loop._moments = optimizer  # type: ignore[assignment]  # one that knows schedules and Muon
+        loop._optimizer = optimizer  # one whose moments can be settled between members
         return loop, optimizer
 
     def losses(self, loop: InnerLoop, base: Tensor) -> list[float]:
-        return [loop.evaluate(base, windows) for windows in self.validation]
+        return [loop.evaluate(base, Batch(windows, None)) for windows in self.validation]
 
 
 def model_spec(options: argparse.Namespace) -> LlamaSpec:
@@ -348,7 +352,7 @@ def run_one(bench: Bench, draw: Callable[[int], np.ndarray], steps: int) -> Resu
     for step in range(1, steps + 1):
         loop.step()
         if step in points:
-            losses = bench.losses(loop, loop._local.data.clone())
+            losses = bench.losses(loop, torch.cat([part.flatten() for part in loop._held.copy()]))
             curve.append((step / steps, statistics.fmean(losses)))
     return Result(losses, curve)
 
@@ -476,13 +480,13 @@ class Optimizer:
             rest = [p for name, p in named if not (p.dim() == 2 and ".layers." in name)]
             self._muon = Muon(matrices)
         else:
-            rest = [loop._local]
+            rest = list(model.parameters())
         self._adamw = torch.optim.AdamW(
             rest, lr=0.0, betas=(0.9, variant.beta2), eps=variant.eps, weight_decay=0.1, fused=True
         )
         self._rest = rest
 
-    def step(self, settings: TrainSpec) -> None:
+    def step(self, scale: float) -> None:
         variant = self._variant
         warm = min(1.0, (self.steps + 1) / variant.warmup) if variant.warmup else 1.0
         rate = warm * SCHEDULES[variant.schedule](self.steps / self._steps_max, variant.decay)
@@ -492,11 +496,14 @@ class Optimizer:
         if self._muon is not None:
             self._muon.step(variant.muon_lr * rate)
 
-    def snapshot(self, epoch: int) -> Snapshot:
-        """No epoch is begun twice here, so nothing is copied."""
-        return Snapshot(epoch, self.steps, torch.empty(0), torch.empty(0))
+    def tensors(self) -> dict[str, Tensor]:
+        """No epoch is begun twice here, so there is nothing to be copied."""
+        return {}
 
-    def tensors(self, names: Sequence[str]) -> list[Tensor]:
+    def resume(self, steps: int) -> None:
+        """As `tensors` says: this does not come."""
+
+    def moments(self, names: Sequence[str]) -> list[Tensor]:
         """Some of AdamW's moments, in an order that is the same for every member; with the first, Muon's."""
         states = [self._adamw.state[p] for p in self._rest]
         found = [state[name] for state in states for name in names]
@@ -513,7 +520,7 @@ def settle_moments(optimizers: Sequence[Optimizer], how: str) -> None:
     if how == "keep":
         return
     names = [SECOND] if how == "second" else [FIRST, SECOND]
-    for together in zip(*(optimizer.tensors(names) for optimizer in optimizers), strict=True):
+    for together in zip(*(optimizer.moments(names) for optimizer in optimizers), strict=True):
         new = torch.zeros_like(together[0]) if how == "reset" else torch.stack(list(together)).mean(0)
         for tensor in together:
             tensor.copy_(new)

@@ -182,7 +182,7 @@ def test_what_is_not_host_and_port_is_refused_by_its_flag(tmp_path: Path, text: 
         ("data = 'stdlib'", 'data: "stdlib" is not a table'),
         ("data = [1]", "data.paths: 1 is not a string"),
         ("threads = -1", "threads: -1 is not an integer from 0 to 1024"),
-        ("device = 'tpu'", 'device: "tpu" is not "auto" or "cpu" or "cuda"'),
+        ("device = 'tpu'", 'device: "tpu" is not a string of the form auto, cpu, cuda'),
         ("http = 9470", "http: 9470 is not a string"),
         ("http = '9470'", "http: '9470' is not HOST:PORT"),
         ("peers = ['/ip4/1.2.3.4/tcp/1']", "peers: '/ip4/1.2.3.4/tcp/1' does not say which peer is there"),

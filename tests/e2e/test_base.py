@@ -41,8 +41,7 @@ def test_two_members_continue_a_base_and_export_it(tmp_path: Path, family: str) 
             second.wait_epoch(epoch)
             assert [second.stop(), founder.stop()] == [0, 0], second.tail()
     exported = tmp_path / "model"
-    done = tapestry("export", exported, "--home", home)
-    assert done.returncode == 0, done.stderr
+    _export(exported, home)
     torch.testing.assert_close(_logits_of(exported), _logits_of_home(home), rtol=0, atol=1e-5)
     assert (exported / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
@@ -63,8 +62,7 @@ def test_a_joiner_needs_one_address_and_no_files(tmp_path: Path) -> None:
     for name in names:
         assert (second.home / "base" / name).read_bytes() == (home / "base" / name).read_bytes()
     merged = tmp_path / "merged"
-    done = tapestry("export", merged, "--home", second.home)
-    assert done.returncode == 0, done.stderr
+    _export(merged, second.home)
     torch.testing.assert_close(_logits_of(merged), _logits_of_home(second.home), rtol=1e-4, atol=1e-4)
 
 
@@ -91,6 +89,17 @@ def _three_epochs_with_one_digest(first: Node, second: Node) -> None:
     digests.wait("an epoch on both", lambda: any(len(names) == 2 for names in digests.shared.values()))
 
 
+def _export(out: Path, home: Path) -> None:
+    """The epoch of the home's newest checkpoint: a node that stops may be an update ahead of it."""
+    epoch = _newest_checkpoint(home).name.split("-")[0]
+    done = tapestry("export", out, "--home", home, "--epoch", int(epoch))
+    assert done.returncode == 0, done.stderr
+
+
+def _newest_checkpoint(home: Path) -> Path:
+    return max((home / "checkpoints").glob("*.safetensors"), key=lambda p: int(p.name.split("-")[0]))
+
+
 def _logits_of(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
@@ -99,8 +108,7 @@ def _logits_of(folder: Path) -> torch.Tensor:
 
 def _logits_of_home(home: Path) -> torch.Tensor:
     """Of the network that the run trains, with the parameters of the newest checkpoint."""
-    newest = max((home / "checkpoints").glob("*.safetensors"), key=lambda p: int(p.name.split("-")[0]))
-    with safe_open(newest, framework="pt") as file:
+    with safe_open(_newest_checkpoint(home), framework="pt") as file:
         flat = file.get_tensor("params")
     genesis = (home / "genesis.json").read_text()
     spec = RunSpec.from_canonical(_spec_of(genesis))

@@ -33,7 +33,7 @@ COMMAND = [sys.executable, "-P", "-m", "tapestry.node.cli"]
 
 # A node as far as the command line can see: takes the home, says so, ends with SIGTERM (or does not).
 NODE = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from tapestry.node.home import Home, NodeInfo
 home, behaviour = Home(Path(sys.argv[1])), sys.argv[2]
@@ -46,7 +46,7 @@ if behaviour == "fails":
 if behaviour != "slow":
     home.write_node_json(NodeInfo(os.getpid(), "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))
 while True:
-    signal.pause()
+    time.sleep(0.02)  # not signal.pause(): a signal that comes just before it would not wake it
 """
 
 

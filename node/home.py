@@ -86,6 +86,11 @@ class Home:
         return self.path / "node.json"
 
     @property
+    def http_token(self) -> Path:
+        """What the endpoint asks for where other machines reach it: surface/token.py"""
+        return self.path / "http.token"
+
+    @property
     def listen(self) -> Path:
         """What port 0 became the last time."""
         return self.path / "listen.json"

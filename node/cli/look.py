@@ -13,6 +13,7 @@ import click
 from tapestry.node.cli.options import home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
+from tapestry.node.surface.token import bearer
 
 HTTP_TIMEOUT_S = 5.0
 
@@ -59,7 +60,8 @@ def _ask_node(home: Home, path: str) -> object:
         raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the node is local: no proxy
     try:
-        with opener.open(state.info.http + path, timeout=HTTP_TIMEOUT_S) as response:
+        request = urllib.request.Request(state.info.http + path, headers=bearer(home.http_token))
+        with opener.open(request, timeout=HTTP_TIMEOUT_S) as response:
             data = response.read(HTTP_BYTES_MAX + 1)
         if len(data) > HTTP_BYTES_MAX:
             raise ValueError(f"the answer is longer than {HTTP_BYTES_MAX} bytes")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tapestry.dht.p2pd import SwarmConfig
 from tapestry.dht.swarm import Swarm
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.base import base_folder
+from tapestry.node.daemon.descriptors import streams_max
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
@@ -212,6 +214,7 @@ def swarm_config(config: NodeConfig) -> SwarmConfig:
         listen=config.listen,
         announce=config.announce,
         nat_port_map=not loopback,
+        streams_max=streams_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
 
 

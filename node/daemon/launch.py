@@ -12,6 +12,7 @@ import os
 
 import uvloop
 
+from tapestry.node.daemon.descriptors import raise_limit
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface.logs import LiveLine, start_logging
 from tapestry.node.trainer import imports
@@ -21,6 +22,7 @@ from tapestry.node.trainer.process import TrainerProcess
 def run(config: NodeConfig) -> int:
     """Run a node until it is stopped. Returns 0; raises UserError."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
+    raise_limit()
     live = start_logging(config.log_format)
     config.home.create()
     with config.home.lock():

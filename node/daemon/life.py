@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -47,10 +48,11 @@ from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
-from tapestry.node.surface.http import start_http
+from tapestry.node.surface.http import needs_token, start_http
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
+from tapestry.node.surface.token import Token
 from tapestry.node.surface.trackers import open_trackers
 from tapestry.node.trainer.messages import Hello, Tokenizing
 from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
@@ -128,7 +130,9 @@ class Daemon:
             identity = Identity.load_or_create(self.home.identity_key)
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
-            http = await start_http(self.view, self.metrics, config.http_host, config.http_port)
+            token = Token.load_or_create(self.home.http_token) if needs_token(config.http_host) else None
+            http = await start_http(self.view, self.metrics, config.http_host, config.http_port, token)
+            _show_new(token)
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
@@ -248,6 +252,13 @@ def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str
     sys.stdout.flush()
 
 
+def _show_new(token: Token | None) -> None:
+    """Once: from then on it is in its file only."""
+    if token is not None and token.new:
+        sys.stdout.write(f"endpoint token  {token.text}  (kept in {token.path}, not shown again)\n")
+        sys.stdout.flush()
+
+
 # --- helpers ----------------------------------------------------------------------------------------
 
 
@@ -259,6 +270,12 @@ def _first(error: Exception) -> Exception:
 
 
 def _disk_failed(home: Home, error: OSError) -> UserError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(
+            f"cannot go on: {error.strerror} ({error.filename or home.path})",
+            exit_code=ExitCode.FAILED,
+            hint="the disk is well: raise the limit (ulimit -n 65536) and start again",
+        )
     return UserError(
         f"cannot go on: {error.strerror or error} ({error.filename or home.path})",
         exit_code=ExitCode.FAILED,

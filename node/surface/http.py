@@ -2,26 +2,43 @@
 
 Reads the node through `View` and `Metrics` and can change nothing. Bound to a loopback address it answers
 only requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding)
-gets 403. Bound to any other address it answers whoever reaches it; put a proxy in front for more.
+gets 403. Bound to any other address it answers who shows the home's token (token.py), and of /healthz only
+that the loop is alive.
+
+Whoever reaches it cannot harm the node: door.py bounds connections, their time and the rate of requests;
+requests are small and bodies are never read; /metrics is answered from a text made at most once a second.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.surface.door import Door, DoorLimits
 from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
+from tapestry.node.surface.token import Token
 
 CLOSE_TIMEOUT_S = 1.0  # requests under way get so long when the node stops
 REQUEST_BYTES_MAX = 1024  # nothing here takes a body
+LINE_BYTES_MAX = 4096  # of a request, and of each of its headers. Guess: browsers send one of a kilobyte
+HEADERS_MAX = 64  # Guess
+BACKLOG = 64  # that wait in the kernel, and so are taken at once at most
+METRICS_EVERY_S = 1.0  # a scraper asks every 15 s; making the text takes 1 ms
+OPEN_PATHS = ("/healthz",)  # that need no token
+
+_log = logging.getLogger("tapestry.http")
 
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
@@ -47,29 +64,83 @@ class HttpServer:
     port: int
     url: str
     runner: web.AppRunner
+    listener: asyncio.Server
 
     async def close(self) -> None:
         """Stop listening; returns when the last request is answered, or after CLOSE_TIMEOUT_S."""
+        self.listener.close()
         await self.runner.cleanup()
 
 
-async def start_http(view: View, metrics: Metrics, host: str, port: int) -> HttpServer:
+async def start_http(
+    view: View,
+    metrics: Metrics,
+    host: str,
+    port: int,
+    token: Token | None = None,  # None: whoever passes the host check is answered
+    limits: DoorLimits | None = None,
+) -> HttpServer:
     """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
-    app = _application(view, metrics, host)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_TIMEOUT_S)
+    doors: list[Door] = []  # one, as soon as there is aiohttp's server behind it
+    runner = web.AppRunner(
+        _application(view, metrics, _guard(host, token, doors)),
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=CLOSE_TIMEOUT_S,
+        logger=_Library(_log),
+        auto_decompress=False,  # bodies are not read, packed ones neither
+        lingering_time=0.0,
+        max_line_size=LINE_BYTES_MAX,
+        max_field_size=LINE_BYTES_MAX,
+        max_headers=HEADERS_MAX,
+    )
     await runner.setup()
+    assert runner.server is not None
+    doors.append(Door(runner.server, limits or DoorLimits()))
+    loop = asyncio.get_running_loop()
     try:
-        await web.TCPSite(runner, host, port).start()
+        listener = await loop.create_server(doors[0], host, port, backlog=BACKLOG)
     except OSError as error:
         await runner.cleanup()
         raise _cannot_listen(host, port, error) from error
-    bound_port = int(runner.addresses[0][1])
-    return HttpServer(host, bound_port, _url(host, bound_port), runner)
+    bound_port = int(listener.sockets[0].getsockname()[1])
+    return HttpServer(host, bound_port, _url(host, bound_port), runner, listener)
 
 
-def _application(view: View, metrics: Metrics, host: str) -> web.Application:
+def needs_token(host: str) -> bool:
+    """Whether an endpoint bound to `host` can be reached from other machines."""
+    return not _is_loopback(host)
+
+
+class _Library(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log: what a client did wrong is a line for who looks for it, never a traceback."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        error = kwargs.pop("exc_info", None)
+        ours = isinstance(error, Exception) and not isinstance(error, web.HTTPException | HttpProcessingError)
+        self.logger.log(level if ours else logging.DEBUG, msg, *args, exc_info=error if ours else None)
+
+
+class _Rendered:
+    """The text of /metrics, made again when it is old."""
+
+    def __init__(self, render: Callable[[], bytes]) -> None:
+        self._render = render
+        self._text = b""
+        self._made_at = -math.inf
+
+    def text(self) -> bytes:
+        now = asyncio.get_running_loop().time()
+        if now - self._made_at >= METRICS_EVERY_S:
+            self._text, self._made_at = self._render(), now
+        return self._text
+
+
+def _application(view: View, metrics: Metrics, guard: Middleware) -> web.Application:
+    rendered = _Rendered(metrics.render)
+
     async def get_metrics(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=rendered.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def get_status(_: web.Request) -> web.Response:
         return _json(view.status())
@@ -88,7 +159,7 @@ def _application(view: View, metrics: Metrics, host: str) -> web.Application:
         headers = {"Content-Security-Policy": _PAGE_POLICY}
         return web.Response(text=_PAGE, content_type="text/html", headers=headers)
 
-    app = web.Application(middlewares=[_guard(host)], client_max_size=REQUEST_BYTES_MAX)
+    app = web.Application(middlewares=[guard], client_max_size=REQUEST_BYTES_MAX)
     app.router.add_get("/metrics", get_metrics)
     app.router.add_get("/status", get_status)
     app.router.add_get("/peers", get_peers)
@@ -98,15 +169,25 @@ def _application(view: View, metrics: Metrics, host: str) -> web.Application:
     return app
 
 
-def _guard(bound_host: str) -> Middleware:
-    """Refuse foreign Host headers on a loopback binding; keep answers out of caches."""
+def _guard(bound_host: str, token: Token | None, doors: list[Door]) -> Middleware:
+    """Refuse foreign Host headers on a loopback binding, and elsewhere who does not show the token."""
     loopback_only = _is_loopback(bound_host)
+
+    def refusal(request: web.Request) -> web.Response | None:
+        if loopback_only and not _is_loopback(_host_of(request.headers.get("Host", ""))):
+            return web.Response(text="this endpoint answers to localhost and 127.0.0.1 only\n", status=403)
+        shown = request.headers.get("Authorization", "")
+        if token is None or request.path in OPEN_PATHS or token.is_in(shown):
+            return None
+        text = f"this endpoint needs a token; it is in {token.path.name} in the node's home\n"
+        return web.Response(text=text, status=401, headers={"WWW-Authenticate": 'Basic realm="tapestry"'})
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if loopback_only and not _is_loopback(_host_of(request.headers.get("Host", ""))):
-            return web.Response(text="this endpoint answers to localhost and 127.0.0.1 only\n", status=403)
-        response = await handler(request)
+        with doors[0].answering(request.protocol):
+            await doors[0].turn()
+            refused = refusal(request)
+            response = await handler(request) if refused is None else refused
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response

@@ -1,4 +1,4 @@
-"""The result of the round under way, written to disk while its shards still come.
+"""A file of the update log, written to disk while its shards still come: of a round, or from a donor.
 
 A file of the update log is needed whole, and on disk, before the vote for it. Written only then, it would be
 what everybody waits for at the end of a round. So each shard goes to the disk as it comes, and little is left
@@ -32,16 +32,28 @@ from tapestry.node.disk.files import TEMPORARY, pwrite_all, sync_folder
 SYNC_BYTES = 8 << 20  # Guess: what a disk takes in a few milliseconds, so that the last sync is short
 
 
+def mapped(
+    fd: int,
+    size_bytes: int,  # above 0
+) -> Tensor:  # uint8 (size_bytes,), read only
+    """A file's bytes where they lie; the file may lose its name meanwhile, but nothing may write to it."""
+    memory = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class Draft:
-    """One at a time for a folder. Without a `put` nothing is on disk."""
+    """One at a time for a folder and name. Without a `put` nothing is on disk."""
 
     def __init__(
         self,
         folder: Path,
         header_bytes: int,
         sizes: Sequence[int],  # bytes of each shard's payload
+        name: str = "draft",
     ) -> None:
-        self._path = folder / f"draft{TEMPORARY}"  # swept up at the next start if this process is killed
+        self._path = folder / f"{name}{TEMPORARY}"  # swept up at the next start if this process is killed
         self._sizes = tuple(sizes)
         self._offsets = [header_bytes]
         for size in sizes:
@@ -119,10 +131,7 @@ class Draft:
         start, stop = self._offsets[shard], self._offsets[shard + 1]
         if self._mapped is None:
             os.ftruncate(self._open(), self._offsets[-1])
-            memory = mmap.mmap(self._open(), self._offsets[-1], prot=mmap.PROT_READ)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-                self._mapped = torch.frombuffer(memory, dtype=torch.uint8)
+            self._mapped = mapped(self._open(), self._offsets[-1])
         return self._mapped[start:stop]
 
     def _open(self) -> int:

@@ -36,7 +36,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from tapestry.node.disk.draft import Draft
+from tapestry.node.disk.draft import Draft, mapped
 from tapestry.node.disk.files import (
     atomic_write,
     pwrite_all,
@@ -274,9 +274,9 @@ class Store:
                 write_file(path, write)
             self._updates[head] = UpdateFile(epoch, path, header.size_bytes)
 
-    def draft(self, sizes: Sequence[int]) -> Draft:
-        """For the results of rounds, of payloads of these sizes."""
-        return Draft(self._home.updates, _UPDATE.size + 8 * len(sizes), sizes)
+    def draft(self, sizes: Sequence[int], name: str = "draft") -> Draft:
+        """For an update of payloads of these sizes; one of a name at a time."""
+        return Draft(self._home.updates, _UPDATE.size + 8 * len(sizes), sizes, name)
 
     def has_update(self, head: str) -> bool:
         return head in self._updates
@@ -404,16 +404,12 @@ def _vote_from_dict(raw: Any) -> Vote:
 
 
 def _read_update(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
-    """The file's parts. Raises ValueError and OSError."""
+    """The file's parts, as views of the mapped file. Raises ValueError and OSError."""
     with path.open("rb") as file:
         header = _read_header(file)
-        payloads = []
-        for length in header.lengths:
-            payload = torch.empty(length, dtype=torch.uint8)
-            if length and file.readinto(_bytes_of(payload)) != length:
-                raise ValueError("it became shorter")
-            payloads.append(payload)
-    return header, payloads
+        whole = mapped(file.fileno(), header.size_bytes)
+    begin = header.size_bytes - sum(header.lengths)
+    return header, list(torch.split(whole[begin:], list(header.lengths)))
 
 
 def _read_header(file: BinaryIO) -> UpdateHeader:

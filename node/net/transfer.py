@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 from collections import deque
@@ -47,6 +48,7 @@ from tapestry.node.disk.checkpoints import (
     chunk_count,
     read_chunk,
 )
+from tapestry.node.disk.draft import Draft
 from tapestry.node.disk.store import Store, UpdateMissing, result_digest
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import (
@@ -81,6 +83,7 @@ DIGEST_BYTES = 32
 OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 OnBytes = Callable[[str, int], None]  # direction ("in" or "out"), count
 
+_fetches = itertools.count()  # names of the drafts of this process
 _log = logging.getLogger(__name__)
 
 
@@ -269,18 +272,36 @@ async def fetch_update(
     limits: TransferLimits,
     on_bytes: OnBytes,
 ) -> None:
-    """Get an update into the update log. Nothing is written unless it is the one that the record names."""
-    async with _opened(open_stream, limits, on_bytes) as stream:
-        await stream.send({"ask": "update", "epoch": wanted.epoch, "head": wanted.head})
-        answer, _ = await stream.answer("update", {"shards": int}, REQUEST_BYTES_MAX, 0)
-        if answer["shards"] != len(arithmetic.shards):
-            raise RemoteProtocolError("update", f"{answer['shards']} shards, not {len(arithmetic.shards)}")
-        payloads = [
-            await _receive_shard(stream, arithmetic, index) for index in range(len(arithmetic.shards))
-        ]
-    if await asyncio.to_thread(result_digest, payloads) != wanted.result:
-        raise RemoteProtocolError("digest", f"update {wanted.epoch} is not the one that its record names")
-    await asyncio.to_thread(store.write_update, wanted.epoch, wanted.head, payloads)
+    """Get an update into the update log. It is there only if it is the one that the record names.
+
+    Each shard goes to the disk as it comes: an update need not fit into memory.
+    """
+    draft = store.draft(arithmetic.payload_sizes, f"fetch-{next(_fetches)}")
+    try:
+        async with _opened(open_stream, limits, on_bytes) as stream:
+            await stream.send({"ask": "update", "epoch": wanted.epoch, "head": wanted.head})
+            answer, _ = await stream.answer("update", {"shards": int}, REQUEST_BYTES_MAX, 0)
+            if answer["shards"] != len(arithmetic.shards):
+                text = f"{answer['shards']} shards, not {len(arithmetic.shards)}"
+                raise RemoteProtocolError("update", text)
+            payloads = []
+            for index in range(len(arithmetic.shards)):
+                payload = await _receive_shard(stream, arithmetic, index)
+                payloads.append(await asyncio.to_thread(_put, draft, index, payload))
+        if await asyncio.to_thread(result_digest, payloads, draft.digests(payloads)) != wanted.result:
+            text = f"update {wanted.epoch} is not the one that its record names"
+            raise RemoteProtocolError("digest", text)
+        await asyncio.to_thread(store.write_update, wanted.epoch, wanted.head, payloads, draft)
+    finally:
+        draft.drop()
+
+
+def _put(
+    draft: Draft,
+    index: int,
+    payload: Tensor,  # uint8 (payload size,)
+) -> Tensor:
+    return draft.put(index, payload, blake3(_bytes_of(payload)).hexdigest())
 
 
 async def fetch_state(

@@ -5,6 +5,7 @@ Imports nothing outside this package; holds no behaviour beyond questions about 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,8 @@ class PeerView:
         return status.stage
 
 
+CLOSE_BEHIND = 8  # epochs. Guess: what is decided in a few round trips, where epochs are short
+BEHIND_PATIENCE = 4  # rounds in a row that a peer may be too late for before it is waited for. Guess
 UPDATES_MAX = 4096  # heads remembered as being in the update log; a forgotten one is fetched again. G7
 
 
@@ -61,6 +64,7 @@ class Context:
     peers: dict[str, PeerView] = field(default_factory=dict)
     out: list[Output] = field(default_factory=list)
     updates: dict[str, None] = field(default_factory=dict)  # heads whose update lies in the update log
+    behind: dict[str, int] = field(default_factory=dict)  # rounds in a row that a peer was too late for
 
     def emit(self, output: Output) -> None:
         self.out.append(output)
@@ -112,6 +116,24 @@ class Context:
             and self.heard(peer, now)
         )
 
+    def count_behind(self, epoch: int, contributors: Container[str]) -> None:
+        """A round from state `epoch` was decided: who followed it closely, and was not in it."""
+        close = [p for p, view in self.peers.items() if p not in contributors and _follows(view, epoch)]
+        self.behind = {p: self.behind.get(p, 0) + 1 for p in close}
+
+    def awaited(self, epoch: int, now: float) -> list[str]:
+        """Peers that have been too late for many rounds in a row, by little: where an epoch is as short as it
+        takes to get an update, they would be so for good. They are waited for in the 4th such round, the 8th,
+        the 16th and so on: whoever never comes costs the others less and less."""
+        return [
+            peer
+            for peer, rounds in self.behind.items()
+            if rounds >= BEHIND_PATIENCE
+            and rounds.bit_count() == 1
+            and self.heard(peer, now)
+            and _follows(self.peers[peer], epoch)
+        ]
+
     def stage_at(self, peer: str, epoch: int, head: str) -> Stage:
         """How far `peer` is in the round that starts from `head`; AWAY if it is elsewhere."""
         view = self.peers.get(peer)
@@ -124,3 +146,9 @@ class Context:
             for peer, view in self.peers.items()
             if self._heard(view, now) and view.stage_at(epoch, head) != Stage.AWAY
         ]
+
+
+def _follows(view: PeerView, epoch: int) -> bool:
+    """Whether it says that it is at state `epoch`, or takes the last few steps to it."""
+    status = view.status
+    return view.up and status is not None and status.state_epoch >= max(0, epoch - CLOSE_BEHIND)

@@ -232,6 +232,8 @@ class Core:
             if record.body.forced:
                 outcome = Outcome.FORCED
         self.vote = None
+        if record is not None:
+            self.ctx.count_behind(round_.epoch, {m.peer for m in record.body.members if m.weight})
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
         self.round = None
 
@@ -278,6 +280,7 @@ class Core:
         for peer, view in self.ctx.peers.items():
             if not view.up:
                 del self.ctx.peers[peer]
+                self.ctx.behind.pop(peer, None)
                 self.sync.forget(peer)
                 if self.round is not None:
                     self.round.forget_stranger(peer)

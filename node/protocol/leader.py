@@ -160,10 +160,12 @@ class Leader:
             self.excluded.clear()
 
     def _expected(self, now: float) -> list[str]:
-        """Who may yet be ready: all at our head, and the electors that were in the round before just now."""
+        """Who may yet be ready: all at our head, the electors that were in the round before just now, and who
+        was too late for many rounds by little."""
         state, ctx = self.state, self.ctx
         live = ctx.live_at(state.epoch, state.head, now)
         live += [p for p in state.electorate if ctx.on_the_way(p, state.epoch, now)]
+        live += [p for p in ctx.awaited(state.epoch, now) if p not in live]
         if state.stage < Stage.READY:
             live.append(ctx.me)
         return [p for p in live if p not in self.excluded]

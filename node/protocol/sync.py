@@ -5,8 +5,10 @@ chains meet, the one with more committed weight since the common record wins, an
 to that record. The *state* follows the chain one update at a time: from our own update log if we took part,
 from a donor if not; and from a donor's checkpoint if nobody keeps the updates we lack.
 
-One job is out at a time. What a donor gives is compared with what is signed, by the shell for an update
-(its digest is in the record) and here for a state; a donor that gave something else is named and left.
+One job on the state is out at a time (apply, rollback, state). Updates are fetched beside it, several at a
+time, so that who catches up gains on the run however far away the donors are. What a donor gives is compared
+with what is signed, by the shell for an update (its digest is in the record) and here for a state; a donor
+that gave something else is named and left.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, St
 BRANCH_RECORDS_MAX = 16_384
 BRANCHES_MAX = 4  # forks that are looked at at a time, each of another peer
 NO_STATE = -1
+FETCHES_MAX = 4  # updates that are fetched at a time; so many streams a donor serves (net/transfer.py)
 
 
 @dataclass(slots=True)
@@ -61,6 +64,15 @@ class Branch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An update that is being fetched."""
+
+    epoch: int
+    donor: str
+    guessed: bool  # the donor need not have it
+
+
 class Sync:
     """Mutable; owned by Core."""
 
@@ -69,10 +81,9 @@ class Sync:
         self.chain = chain
         self.state_epoch = state_epoch  # NO_STATE before a joiner has one
         self.state_digest = state_digest
-        self.job = ""  # what is out: apply, rollback, update, state; "" if nothing
-        self.job_head = ""  # of the update that is being fetched
-        self.job_donor = ""  # who was asked last
-        self.asking_around = False  # for that update: it is asked of a peer that need not have it
+        self.job = ""  # what is out: apply, rollback, state; "" if nothing
+        self.state_donor = ""  # who was asked for a state last
+        self.fetches: dict[str, Fetch] = {}  # by head: the updates that are being fetched
         self.rollback_to: int | None = None
         # What lies on our disk may be what a donor gave just before a crash, not compared yet.
         signed = chain.state_digest_at(state_epoch) if 0 <= state_epoch <= chain.epoch else None
@@ -98,7 +109,8 @@ class Sync:
     @property
     def taking_the_step(self) -> bool:
         """Applying the newest update, or getting it: the end of a round, not a way to catch up."""
-        return self.job in ("apply", "update") and self.held_epoch == self.chain.epoch - 1
+        getting_it = self.job == "apply" or self.chain.head in self.fetches
+        return getting_it and self.held_epoch == self.chain.epoch - 1
 
     def reason(self, now: float) -> str:
         what = f"needs a state, chain at {self.chain.epoch}"
@@ -106,8 +118,12 @@ class Sync:
             what = f"state {self.state_epoch} of {self.chain.epoch}"
         if self.stuck_since is None or now - self.stuck_since < self.ctx.rules.stall_s:
             return what
-        if self.job in ("update", "state"):
-            return f"{what}; nobody has given it yet, asking {self.job_donor[-6:]}"
+        asked = self.state_donor if self.job == "state" else ""
+        for fetch in self.fetches.values():
+            if fetch.epoch == self.state_epoch + 1:
+                asked = fetch.donor
+        if asked:
+            return f"{what}; nobody has given it yet, asking {asked[-6:]}"
         return f"{what}; no peer that we hear can give it"
 
     # --- records -------------------------------------------------------------------------------
@@ -286,78 +302,99 @@ class Sync:
             self._diverged(f"job={job}")
 
     def on_update_fetched(self, head: str) -> None:
-        if self.job == "update" and self.job_head == head:
-            self.job = ""
+        if self.fetches.pop(head, None) is not None:
             self.stuck_since = None
         self.ctx.keep_update(head)
 
     def on_fetch_failed(self, failed: FetchFailed, now: float) -> None:
         donor, reason = failed.donor, failed.reason
-        ours = self.job == "update" and self.job_head == failed.head if failed.head else self.job != "update"
-        if not ours and not (donor == "" and self.job == "apply"):
-            return  # of a round, this one or one that is over
+        if failed.head:
+            fetch = self.fetches.pop(failed.head, None)
+            if fetch is not None:
+                self._update_failed(fetch, reason, now)
+            return  # else it was of a round
+        if self.job != "state" and not (donor == "" and self.job in ("apply", "rollback")):
+            return
         job, self.job = self.job, ""
         if donor == "":
             self.need_state = True
             self.ctx.emit(Note(f"{job}=failed reason={reason!r} next=fetch_state"))
             return
         if donor in self.ctx.peers:
-            if reason == "missing" and job == "update" and not self.asking_around:
-                self.lacks[donor] = max(self.lacks.get(donor, 0), self.state_epoch + 1)
+            self.failed_at[donor] = now
+        self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
+
+    def _update_failed(self, fetch: Fetch, reason: str, now: float) -> None:
+        donor = fetch.donor
+        if donor in self.ctx.peers:
+            if reason == "missing" and not fetch.guessed:
+                self.lacks[donor] = max(self.lacks.get(donor, 0), fetch.epoch)
             else:
                 self.failed_at[donor] = now
-        if not self.asking_around or reason != "missing":  # else it was a guess, and `reason` tells of it
-            self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
+        if not fetch.guessed or reason != "missing":  # else it was a guess, and `reason` tells of it
+            self.ctx.emit(Note(f"update=failed donor={donor} reason={reason!r}"))
 
     def pump(self, now: float) -> None:
-        """Start the next job, if one is due and none is out."""
-        if self.job:
-            return
-        self.asking_around = False
+        """Start the next job, if one is due and none is out; and fetch what the jobs after it will need."""
+        if not self.job:
+            self._next_job(now)
+        if not self.need_state and self.rollback_to is None:
+            self._fetch_updates(now)
+        waits = not self.job and not self.at_head
+        if waits and self.stuck_since is None and not self._asked_who_has_it():
+            self.stuck_since = now
+
+    def _asked_who_has_it(self) -> bool:
+        return any(f.epoch == self.state_epoch + 1 and not f.guessed for f in self.fetches.values())
+
+    def _next_job(self, now: float) -> None:
         if self.rollback_to is not None and not self.need_state:
             if self.state_epoch > self.rollback_to:
                 self.job = "rollback"
                 self.ctx.emit(Rollback(self.rollback_to))
                 return
             self.rollback_to = None
+        if not self.need_state and self.state_epoch < self.chain.epoch:
+            self._advance()
         if self.need_state:
             self._fetch_state(now)
-        elif self.state_epoch < self.chain.epoch:
-            self._advance(now)
-        if not self.at_head and not self.job and self.stuck_since is None:
-            self.stuck_since = now
 
-    def _advance(self, now: float) -> None:
+    def _advance(self) -> None:
         record = self.chain.records[self.state_epoch]
         if record.body.state_digest != self.state_digest:
             self._diverged(f"record={record.body.epoch}")
-            self._fetch_state(now)
         elif record.head in self.ctx.updates:
             del self.ctx.updates[record.head]
             self.job = "apply"
             self.ctx.emit(Apply(record))
-        else:
-            self._fetch_update(record, now)
+
+    def _fetch_updates(self, now: float) -> None:
+        """Those that are missing next, while there is room. In the round after them all have the update."""
+        begin = self.state_epoch + (1 if self.job == "apply" else 0)
+        for record in self.chain.records[begin : begin + FETCHES_MAX]:
+            if len(self.fetches) >= FETCHES_MAX or self.need_state:
+                return
+            if record.head not in self.ctx.updates and record.head not in self.fetches:
+                self._fetch_update(record, now)
 
     def _fetch_update(self, record: Record, now: float) -> None:
         """From who is further on our chain. If all of them have dropped it we need a state of theirs.
 
         If nobody is, whom to ask is a guess: who voted for the record may not know that it was decided.
         """
-        donors = [peer for peer, _ in self._donors(now)]
-        able = [p for p in donors if self.lacks.get(p, 0) < record.body.epoch]
-        if donors and not able:
-            self._fetch_state(now)
+        epoch, head = record.body.epoch, record.head
+        donors = [peer for peer, status in self._donors(now) if status.state_epoch >= epoch]
+        able = [p for p in donors if self.lacks.get(p, 0) < epoch]
+        is_next = epoch == self.state_epoch + 1
+        if donors and not able and is_next:
+            if not self.job:
+                self._fetch_state(now)
             return
-        asked = able or self._others(now)
-        if not asked:
-            return
-        self.asking_around = not able
-        if self.asking_around and self.stuck_since is None:
-            self.stuck_since = now
-        epoch, head, result = record.body.epoch, record.head, record.body.result
-        self.job, self.job_head, self.job_donor = "update", head, asked[epoch % len(asked)]
-        self.ctx.emit(FetchUpdate(epoch, head, result, self.job_donor))
+        asked = able or (self._others(now) if is_next else [])
+        if asked:
+            donor = asked[epoch % len(asked)]
+            self.fetches[head] = Fetch(epoch, donor, guessed=not able)
+            self.ctx.emit(FetchUpdate(epoch, head, record.body.result, donor))
 
     def _fetch_state(self, now: float) -> None:
         """From one of the furthest on our chain, but not before we know where the head is."""
@@ -366,9 +403,9 @@ class Sync:
         held = {peer: status.state_epoch for peer, status in self._donors(now)}
         donors = [peer for peer, epoch in held.items() if epoch == max(held.values())]
         if donors:
-            self.job, self.job_donor = "state", donors[self.chain.epoch % len(donors)]
+            self.job, self.state_donor = "state", donors[self.chain.epoch % len(donors)]
             self.rollback_to = None
-            self.ctx.emit(FetchState(self.job_donor, max(0, self.chain.epoch - 1)))
+            self.ctx.emit(FetchState(self.state_donor, max(0, self.chain.epoch - 1)))
 
     def _head_ahead(self, now: float) -> bool:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""

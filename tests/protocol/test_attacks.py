@@ -450,7 +450,7 @@ def test_an_applied_state_that_the_disk_lost_does_not_end_the_waiting_for_it():
     world = swarm()
     sync = nodes(world)[0].core.sync
     sync.job = "apply"
-    sync.on_fetch_failed(ev.FetchFailed("", "ab" * 32, "disk"), world.now)
+    sync.on_fetch_failed(ev.FetchFailed("", "", "disk"), world.now)
     assert sync.job == "" and sync.need_state
 
 

@@ -588,3 +588,42 @@ def test_who_stands_by_gives_its_state():
     assert "disk was lost" in stands_by.core.reason(world.now)
     epoch = world.epoch()
     world.until(lambda: world.epoch() >= epoch + 2, 30)
+
+
+# --- far away --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far_s", [0.05, 0.1, 0.15])
+def test_a_joiner_far_away_contributes_though_an_epoch_is_as_short_as_getting_an_update(far_s: float) -> None:
+    for seed in SEEDS:
+        world = not_started(seed, peers=3)
+        world.train_s = (0.1, 0.3)
+        world.far_s["p2"] = far_s
+        for name in ("p0", "p1"):
+            world.nodes[name].start()
+        world.until(lambda world=world: world.epoch() >= 10, 60)
+        joined = world.epoch()
+        world.nodes["p2"].start()
+        world.until(lambda world=world: contributed(world, "p2"), 60)
+        assert world.epoch() - joined <= 12
+
+
+def test_a_peer_that_stays_close_behind_is_waited_for_less_and_less() -> None:
+    """Its updates never come. The others lose a straggler's wait in the 4th round, the 8th, the 16th ..."""
+    world = not_started(1, peers=3)
+    world.train_s = (0.1, 0.3)
+    for name in ("p0", "p1"):
+        world.nodes[name].start()
+    world.until(lambda: world.epoch() >= 4, 60)
+    alone_s = world.until(lambda: world.epoch() >= 68, 120)
+    world.far_s["p2"] = 0.3
+    world.fetch_s = lambda a, b: 1e9 if world.epoch() > 72 else 0.01  # type: ignore[method-assign]
+    world.nodes["p2"].start()
+    begin = world.epoch()
+    late_s = world.until(lambda: world.epoch() >= begin + 64, 300)
+    assert late_s < 1.3 * alone_s + 5 * (1.0 + 0.5 + 1.0)
+
+
+def contributed(world: World, name: str) -> bool:
+    records = world.nodes["p0"].disk.records
+    return any(m.peer == name and m.weight for m in records[-1].body.members)

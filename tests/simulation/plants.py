@@ -105,7 +105,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 2)
+@plant("votes of who is no elector count", 0)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 21)
+@plant("a lower ballot is followed after a higher one was promised", 2)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -125,7 +125,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 2)
+@plant("a ballot is led again after a restart", 0)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -137,7 +137,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 29)
+@plant("a new leader makes a new value, whatever was accepted", 129)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -163,7 +163,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 332)
+@plant("a member that lost its disk votes at once", 2)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -181,7 +181,7 @@ def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
 
-@plant("of two chains the lighter one wins", 8)
+@plant("of two chains the lighter one wins", 23)
 def fork_choice_reversed() -> list[Patch]:
     better = sync_module.better
     reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
@@ -335,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 6)
+@plant("a leader that says nothing is waited for", 3)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

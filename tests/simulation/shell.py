@@ -322,7 +322,7 @@ class Node:
                 self.disk.updates[out.head] = (epoch, shards)
                 self.feed(ev.UpdateFetched(out.head))
 
-        self.world.later(self.world.delay(bulk=True), self, arrive)
+        self.world.later(self.world.fetch_s(out.donor, self.name), self, arrive)
 
     def update_holds(self, result: str, shards: tuple[object, ...]) -> bool:
         """Whether an update is the one that the record names: the shell's check, as node/state has it."""
@@ -346,7 +346,7 @@ class Node:
                     return
             self.feed(ev.FetchFailed(out.donor, "", "missing"))
 
-        self.world.later(self.world.delay(bulk=True), self, arrive)
+        self.world.later(self.world.fetch_s(out.donor, self.name), self, arrive)
 
     def do_train(self, out: ev.Train) -> None:
         self.world.invariants.on_train(self, out.epoch)

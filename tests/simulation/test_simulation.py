@@ -45,6 +45,7 @@ def test_the_same_seed_is_the_same_trace_whatever_the_hash_seed():
     assert traces[0] == traces[1] and len(set(traces[0])) == 3
 
 
+@pytest.mark.long
 def test_a_compiled_world_is_the_same_world():
     if shutil.which("gcc") is None:
         pytest.skip("no gcc to compile the simulator with")

@@ -32,6 +32,8 @@ SETTLE_S = 90.0  # after the network has healed: all nodes at one head, two epoc
 SURVIVE_S = 25.0  # after a reducer's death: two epochs on. Detection, two rounds of up to 7 s, some ballots
 Happening = ev.Input | Callable[[], object]
 EXAM_EVERY = 3  # seeds, of which one ends with a death
+FAR_SHARE = 0.1  # of the worlds have one node far from all others
+FAR_S = (0.05, 0.2)  # one way
 
 
 class World:
@@ -93,6 +95,10 @@ class World:
             max_influence=self.rng.choice([1.0, 1.0, 0.6]),
             records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
         )
+        self.far_s: dict[str, float] = {}  # node -> what a message takes longer to it, and from it
+        far = random.Random(f"far {seed}")  # a draw of its own: the other worlds stay as they were
+        if faults is None and peers > 1 and far.random() < FAR_SHARE:
+            self.far_s[names[-1]] = far.uniform(*FAR_S)
         self.invariants = Invariants(self)
         self.nodes = {name: Node(self, name) for name in names}
         if self.faults.skew_s:
@@ -272,6 +278,14 @@ class World:
             delay_s += faults.tail_s * draw()
         return delay_s
 
+    def way_s(self, a: str, b: str) -> float:
+        """What distance adds to a message from `a` to `b`."""
+        return self.far_s.get(a, 0.0) + self.far_s.get(b, 0.0) if self.far_s else 0.0
+
+    def fetch_s(self, a: str, b: str) -> float:
+        """What a fetch takes: open a stream, ask, be answered, as if the bytes came at once."""
+        return self.delay(bulk=True) + 4 * self.way_s(a, b)
+
     def is_cut(self, a: Node, b: Node) -> bool:
         return bool(self.cuts) and self.cuts.get((a.name, b.name), 0.0) > self.now
 
@@ -280,9 +294,10 @@ class World:
         self.messages += 1
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
+        way_s = self.way_s(sender.name, to)
         if self.healed:
             self.tell(sender.name, message, to)
-            self.later(self.delay(bulk), receiver, ev.Received(sender.name, message))
+            self.later(self.delay(bulk) + way_s, receiver, ev.Received(sender.name, message))
             return
         draw, faults = self.random, self.faults
         if faults.loss and draw() < faults.loss:
@@ -291,9 +306,9 @@ class World:
         if bulk and faults.corrupt and draw() < faults.corrupt:
             received = ev.PeerRefused(sender.name, "checksum")
         self.tell(sender.name, message, to)
-        self.later(self.delay(bulk), receiver, received)
+        self.later(self.delay(bulk) + way_s, receiver, received)
         if faults.duplicate and draw() < faults.duplicate:
-            self.later(self.delay(bulk), receiver, received)
+            self.later(self.delay(bulk) + way_s, receiver, received)
 
     def heartbeat(self, sender: Node, peers: tuple[str, ...], status: Status) -> None:
         """A broadcast that reaches most of its receivers at one moment: the lion's share of all messages."""
@@ -305,14 +320,18 @@ class World:
             receiver = self.nodes.get(peer)
             if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
                 continue
+            way_s = self.way_s(sender.name, peer)
             if not self.healed:
                 if faults.loss and draw() < faults.loss:
                     continue
                 if faults.tail and draw() < faults.tail:
-                    self.later(faults.tail_s * draw(), receiver, received)
+                    self.later(faults.tail_s * draw() + way_s, receiver, received)
                     continue
                 if faults.duplicate and draw() < faults.duplicate:
-                    self.later(self.delay(), receiver, received)
+                    self.later(self.delay() + way_s, receiver, received)
+            if way_s:
+                self.later(self.delay() + way_s, receiver, received)
+                continue
             together.append((receiver, receiver.life))
         if self.story is not None:
             for receiver, _ in together:
@@ -330,7 +349,7 @@ class World:
             return
         for one, other in ((a, b), (b, a)):
             self.links[other.name, one.name] = self.count
-            self.later(self.delay(), one, ev.PeerUp(other.name))
+            self.later(self.delay() + self.way_s(a.name, b.name), one, ev.PeerUp(other.name))
 
     def link_down(self, name: str, at: Node) -> None:
         """`at` hears that its link to `name` is gone, unless a new one is there by then."""

@@ -48,6 +48,7 @@ ROOMS = (
     "tapestry.node.net",
     "tapestry.node.trainer",
     "tapestry.node.lineage",
+    "tapestry.node.sovereign",
     "tapestry.node.surface",
     "tapestry.node.daemon",
     "tapestry.node.cli",

@@ -28,8 +28,23 @@ INTERVAL_S = 0.5
     help="Of the weights; bf16 takes half the space and rounds.",
 )
 @click.option("--adapters", is_flag=True, help="Of a LoRA run: the adapters alone, for PEFT, not merged.")
-def export(out: Path, home: str | None, epoch: int | None, dtype: str, adapters: bool) -> None:
-    """Write the shared base into OUT as a Hugging Face model."""
+@click.option("--derivative", metavar="NAME", help="One's own model in place of the base.")
+@click.option("--version", "number", type=click.IntRange(min=1), metavar="N", help="Of the derivative.")
+def export(
+    out: Path,
+    home: str | None,
+    epoch: int | None,
+    dtype: str,
+    adapters: bool,
+    derivative: str | None,
+    number: int | None,
+) -> None:
+    """Write the shared base, or a derivative of it, into OUT as a Hugging Face model."""
+    if derivative is not None:
+        if adapters or epoch is not None:
+            raise click.UsageError("--epoch and --adapters are of the base; a derivative has --version")
+        _release(Home.locate(home, os.environ), derivative, number, out, dtype)
+        return
     from tapestry.node.lineage.export import export_home
 
     line = ProgressLine()
@@ -39,6 +54,17 @@ def export(out: Path, home: str | None, epoch: int | None, dtype: str, adapters:
     finally:
         line.end()
     click.echo(f"wrote {out}")
+
+
+def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -> None:
+    from tapestry.node.sovereign.release import release
+
+    line = ProgressLine()
+    try:
+        version = release(home, name, number, out, dtype, line.update)
+    finally:
+        line.end()
+    click.echo(f"wrote {name} {version.number} to {out}")
 
 
 class ProgressLine:

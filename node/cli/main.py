@@ -1,4 +1,4 @@
-"""The command line: `tapestry init|start|status|peers|stop|export`.
+"""The command line: `tapestry init|start|status|peers|stop|export`, and derive|evaluate|rebase|merge.
 
 Every command ends in an exit code of errors.ExitCode. What is wrong is said in one line on stderr, as
 `error: ...`, with `hint: ...` where there is something to do. `stop` with nothing to stop is done: 0.
@@ -20,6 +20,7 @@ import click
 from tapestry.node.cli.init import init
 from tapestry.node.cli.lineage import export
 from tapestry.node.cli.look import peers, status
+from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
 from tapestry.node.cli.start import start, stop
 from tapestry.node.errors import ExitCode, UserError
 
@@ -54,7 +55,7 @@ def cli() -> None:
     """Train one shared base model together with others, without a coordinator."""
 
 
-for _command in (init, start, status, peers, stop, export):
+for _command in (init, start, status, peers, stop, export, derive, evaluate, rebase, merge, derivatives):
     cli.add_command(_command)
 
 

@@ -148,7 +148,7 @@ def _write_model(folder: Path, what: Exported, progress: Progress) -> None:
         _write_json(folder / name, content)
     _copy_base_files(folder, what.base)
     sources = _adapted_sources(what, frame) if _is_lora(what.spec) else _whole_sources(what, frame)
-    _write_shards(folder, sources, what.form.file_bytes_max, progress)
+    write_shards(folder, sources, what.form.file_bytes_max, progress)
 
 
 def _is_lora(spec: ModelSpec) -> bool:
@@ -219,8 +219,8 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _write_shards(folder: Path, sources: list[Source], bytes_max: int, progress: Progress) -> None:
-    """One file, or several with an index."""
+def write_shards(folder: Path, sources: list[Source], bytes_max: int, progress: Progress) -> None:
+    """One file of weights, or several with an index, in `folder`. Raises OSError."""
     groups = list(_groups(sources, bytes_max))
     total, done = sum(source.size_bytes for source in sources), 0
 

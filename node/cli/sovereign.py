@@ -1,0 +1,243 @@
+"""`tapestry derive`, `evaluate`, `rebase`, `merge`, `derivatives`: what a member makes of the base for
+itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tapestry.node.cli.lineage import ProgressLine
+from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.errors import ExitCode
+from tapestry.node.home import Home
+from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
+from tapestry.node.sovereign.recipe import load_recipe
+from tapestry.node.spec.tables import plain
+
+if TYPE_CHECKING:
+    from tapestry.node.sovereign.build import Built
+
+SAID_EVERY_S = 30.0  # where stderr is no terminal; guess: a log of a night's work stays readable
+
+_epoch = click.IntRange(min=0)
+_way = click.option(
+    "--way",
+    type=click.Choice(["task", "ties", "dare"]),
+    default="task",
+    show_default=True,
+    help="How differences are joined.",
+)
+_scale = click.option("--scale", type=float, default=1.0, show_default=True, help="Of the difference.")
+_density = click.option(
+    "--density", type=float, default=0.5, show_default=True, help="ties, dare: the share that is kept."
+)
+
+
+@click.command()
+@click.argument("name", metavar="NAME")
+@home_option
+@click.option("--from", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="A recipe, TOML."
+)
+@click.option("--stage", type=click.Choice(["cpt", "sft", "dpo"]), help="What kind of training.")
+@click.option("--method", type=click.Choice(["full", "lora"]), help="What is trained.")
+@click.option("--data", metavar="SOURCE", multiple=True, help="Text, or rows. May be repeated.")
+@click.option("--passes", type=float, metavar="N", help="How often the data are gone over. Default: 1")
+@click.option("--steps", type=int, metavar="N", help="In place of --passes.")
+@click.option("--batch-size", type=int, metavar="N", help="Default: 8")
+@click.option("--sequence-length", type=int, metavar="N", help="Default: as many as the base takes, to 1024.")
+@click.option("--lr", type=float, metavar="RATE", help="Default: by stage and method.")
+@click.option("--lora-rank", type=int, metavar="R", help="Default: 16")
+@click.option("--seed", type=int, metavar="N", help="Default: 0")
+@click.option("--restart", is_flag=True, help="Begin anew, and forget a training that was not finished.")
+def derive(
+    name: str, home: str | None, epoch: int | None, recipe_file: Path | None, restart: bool, **flags: Any
+) -> None:
+    """Make a model of one's own from the base. The same command goes on where it was ended."""
+    recipe = load_recipe(recipe_file, flags)
+    from tapestry.node.sovereign import build
+
+    with _Said() as told:
+        built = build.derive(
+            Home.locate(home, os.environ), name, recipe, epoch, restart=restart, told=told.update
+        )
+    _say_built(built)
+
+
+@click.command()
+@click.argument("name", metavar="NAME|base")
+@home_option
+@json_option
+@click.option(
+    "--suite", "suite_file", type=click.Path(path_type=Path), metavar="FILE", help="Default: HOME/suite.toml"
+)
+@click.option(
+    "--version", "number", type=click.IntRange(min=1), metavar="N", help="Default: the current one."
+)
+@click.option("--epoch", type=_epoch, metavar="E", help="Of the base.")
+def evaluate(
+    name: str, home: str | None, as_json: bool, suite_file: Path | None, number: int | None, epoch: int | None
+) -> int:
+    """Measure a derivative, or the base; the gate decides anew which version is current."""
+    from tapestry.node.sovereign import build
+    from tapestry.node.sovereign.suite import table
+
+    where = Home.locate(home, os.environ)
+    if name == "base":
+        with _Said() as told:
+            parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
+        if as_json:
+            click.echo(json.dumps({"base": plain(parent), "report": plain(report)}, indent=1))
+        else:
+            click.echo(f"the base at {parent}")
+            click.echo("\n".join(table(report, ())))
+        return ExitCode.DONE
+    with _Said() as told:
+        built, _ = build.evaluate(where, name, number, suite_file, told=told.update)
+    if as_json:
+        click.echo(json.dumps(plain(built.version), indent=1))
+    else:
+        _say_built(built)
+    return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
+
+
+@click.command()
+@click.argument("name", metavar="NAME")
+@home_option
+@click.option("--onto", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
+@_way
+@_scale
+@_density
+@click.option(
+    "--repair",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.05,
+    show_default=True,
+    metavar="SHARE",
+    help="Steps of training afterwards, as a share of those it took. 0: none.",
+)
+def rebase(
+    name: str, home: str | None, epoch: int | None, way: Any, scale: float, density: float, repair: float
+) -> int:
+    """Bring a derivative to a newer base. Both versions stay; the new one counts if its gate holds."""
+    from tapestry.node.sovereign import build
+
+    with _Said() as told:
+        built = build.rebase(
+            Home.locate(home, os.environ),
+            name,
+            epoch,
+            Transplant(way, scale, density),
+            repair_share=repair,
+            told=told.update,
+        )
+    _say_built(built)
+    return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
+
+
+@click.command()
+@click.argument("names", metavar="NAME NAME...", nargs=-1, required=True)
+@click.option("--into", required=True, metavar="NAME", help="What the merged one is called.")
+@click.option("--weights", metavar="W,W,...", help="One for each. Default: equal, and 1 in all.")
+@home_option
+@_way
+@_scale
+@_density
+def merge(
+    names: tuple[str, ...],
+    into: str,
+    weights: str | None,
+    home: str | None,
+    way: Any,
+    scale: float,
+    density: float,
+) -> int:
+    """Join derivatives of one base into one."""
+    shares = _weights(weights)
+    from tapestry.node.sovereign import build
+
+    with _Said() as told:
+        built = build.merge(
+            Home.locate(home, os.environ),
+            into,
+            names,
+            shares,
+            Transplant(way, scale, density),
+            told=told.update,
+        )
+    _say_built(built)
+    return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
+
+
+@click.command()
+@home_option
+@json_option
+def derivatives(home: str | None, as_json: bool) -> None:
+    """The derivatives in a home, with their versions."""
+    shelf = Shelf(Home.locate(home, os.environ))
+    found = [shelf.require(name) for name in shelf.names()]
+    if as_json:
+        click.echo(json.dumps([plain(one) for one in found], indent=1))
+        return
+    if not found:
+        click.echo("no derivatives yet: tapestry derive makes one")
+    for one in found:
+        for version in one.versions:
+            mark = "*" if version.number == one.current else " "
+            click.echo(f"{mark} {one.name} {version.number}  {_made(version)}")
+
+
+def _weights(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not numbers with commas between them") from None
+
+
+def _made(version: Version) -> str:
+    made = f"{version.how} {version.recipe.stage} {version.recipe.method}"
+    of = f" of {', '.join(version.made_of)}" if version.made_of else ""
+    return f"{made}{of}, on {version.parent}, {version.steps} steps, {version.made_at}"
+
+
+def _say_built(built: Built) -> None:
+    from tapestry.node.sovereign.suite import table
+
+    version = built.version
+    click.echo(f"{built.derivative.name} {version.number}: {_made(version)}")
+    click.echo("\n".join(table(version.report, version.base_report)))
+    for reason in version.reasons:
+        click.echo(f"gate  {reason}")
+    if version.promoted:
+        click.echo(f"promoted: {built.derivative.name} is now version {version.number}, in {built.folder}")
+    else:
+        kept = f"version {built.derivative.current} stays" if built.derivative.current else "none is current"
+        click.echo(f"not promoted, {kept}; this one is in {built.folder}")
+
+
+class _Said:
+    """How far a long command is: a line on a terminal; else a line now and then."""
+
+    def __init__(self) -> None:
+        self._line = ProgressLine()
+        self._said_s = time.monotonic()
+
+    def __enter__(self) -> _Said:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.end()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        self._line.update(what, done, total)
+        now_s = time.monotonic()
+        if not sys.stderr.isatty() and now_s - self._said_s >= SAID_EVERY_S:
+            self._said_s = now_s
+            click.echo(f"{what} {done} of {total}", err=True)

@@ -1,0 +1,159 @@
+"""Whether a new version takes the place of the one before: HOME/gates.toml, or what holds without one.
+
+    gain_kept_min = 0.9          # rebase and merge: of what the version before had won over its base
+
+    [[gate]]
+    measure = "*/loss|*/acc"     # names of measures, with * for any text and | for or
+    own = true                   # only what was held out of the member's own data
+    gain_min = 0.02              # at least 2 % better than the base
+
+    [[gate]]
+    measure = "general/loss"
+    fall_max = 0.01              # at most 1 % worse than the base
+
+A gate that finds no measure of its name does not hold: what was not measured is not known to be good. Without
+the file: what is held out of the member's own data is not worse than with the base (of preferences, the share
+that is preferred; what their training costs in likelihood is no reason), and a rebase keeps 90 % of the gain.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tapestry.node.errors import UserError
+from tapestry.node.sovereign.derivative import Measure
+from tapestry.node.spec.tables import Between, TableError, read_table, read_toml
+
+OWN = "*/loss|*/prefers"
+_SMALL = 1e-12  # a figure of 0 has no shares of itself
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One condition."""
+
+    measure: Annotated[str, "Which measures: names of the report, with * for any text, | for or."]
+    own: Annotated[bool, "Only those of the member's own held-out data."] = False
+    gain_min: Annotated[float, Between(-1e9, 1e9), "At least so much better."] = 0.0
+    fall_max: Annotated[float, Between(0.0, 1e9), "At most so much worse; it goes before gain_min."] = 0.0
+    absolute: Annotated[bool, "In the measure's own unit. Else as a share of the base's figure."] = False
+    against: Annotated[Literal["base", "before"], "The parent's figure, or that of the version before."] = (
+        "base"
+    )
+
+    @property
+    def least(self) -> float:
+        return -self.fall_max if self.fall_max else self.gain_min
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """All that must hold."""
+
+    gate: Annotated[tuple[Gate, ...], "Every one of them."] = (Gate(OWN, own=True),)
+    gain_kept_min: Annotated[
+        float,
+        Between(-10.0, 10.0),
+        "rebase: of the loss that the version before had won on its own held-out data, how much is left.",
+    ] = 0.9
+
+    @classmethod
+    def load(cls, path: Path) -> Gates:
+        """Those of the file; the usual ones if there is none. Raises UserError."""
+        if not path.exists():
+            return cls()
+        try:
+            return read_table(cls, read_toml(path))
+        except TableError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether all gates hold, and what each found."""
+
+    holds: bool
+    reasons: tuple[str, ...]  # those that do not hold first
+
+
+def judge(
+    gates: Gates,
+    now: Sequence[Measure],
+    base: Sequence[Measure],
+    before: Sequence[Measure] = (),  # of the version before, on the same sets
+    before_base: Sequence[Measure] = (),  # of the base that it stands on
+) -> Verdict:
+    """Decides promotion. A version that was made from another one is also asked what it kept of its gain."""
+    found = [line for gate in gates.gate for line in _asked(gate, now, base, before)]
+    if before:
+        found += _kept(gates.gain_kept_min, now, before, before_base)
+    failed = [text for held, text in found if not held]
+    return Verdict(not failed, (*failed, *(text for held, text in found if held)))
+
+
+def _asked(
+    gate: Gate, now: Sequence[Measure], base: Sequence[Measure], before: Sequence[Measure]
+) -> Iterator[tuple[bool, str]]:
+    chosen = [one for one in now if _matches(one.name, gate.measure) and (one.own or not gate.own)]
+    if not chosen:
+        yield False, f"{gate.measure}: was not measured"
+    others = _by_name(before or base if gate.against == "before" else base)
+    for one in chosen:
+        other = others.get(one.name)
+        if other is None:
+            yield False, f"{one.name}: was not measured on the {gate.against}"
+            continue
+        gain = one.gain_over(other.value)
+        if not gate.absolute:
+            gain /= max(abs(other.value), _SMALL)
+        yield gain >= gate.least, _said(one, other, gain, gate)
+
+
+def _said(one: Measure, other: Measure, gain: float, gate: Gate) -> str:
+    by = f"{gain:+.4f}" if gate.absolute else f"{100 * gain:+.2f} %"
+    least = f"{gate.least:+.4f}" if gate.absolute else f"{100 * gate.least:+.2f} %"
+    verb = "holds" if gain >= gate.least else "fails"
+    return (
+        f"{one.name}: {verb}: {other.value:.4f} to {one.value:.4f} against the {gate.against}, "
+        f"a gain of {by}, asked {least}"
+    )
+
+
+def _kept(
+    least: float, now: Sequence[Measure], before: Sequence[Measure], before_base: Sequence[Measure]
+) -> Iterator[tuple[bool, str]]:
+    """Of every own loss: what is left of the gain over the base that the version before stands on."""
+    olds, grounds = _by_name(before), _by_name(before_base)
+    for one in now:
+        old, ground = olds.get(one.name), grounds.get(one.name)
+        if not (one.own and _matches(one.name, OWN)) or old is None or ground is None:
+            continue
+        share = gain_kept(one, old, ground)
+        if share is None:
+            continue
+        verb = "holds" if share >= least else "fails"
+        yield (
+            share >= least,
+            f"{one.name}: {verb}: keeps {100 * share:.1f} % of the gain of the version before, "
+            f"asked {100 * least:.1f} %",
+        )
+
+
+def gain_kept(now: Measure, before: Measure, before_base: Measure) -> float | None:
+    """The gain over the old base, as a share of what the version before had; None if that had none."""
+    had = before.gain_over(before_base.value)
+    return now.gain_over(before_base.value) / had if had > _SMALL else None
+
+
+def _matches(name: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split("|"))
+
+
+def _by_name(measures: Iterable[Measure]) -> dict[str, Measure]:
+    return {one.name: one for one in measures}

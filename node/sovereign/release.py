@@ -1,0 +1,170 @@
+"""A derivative as a directory for others: weights in f32 or bf16, tokenizer, a card, and tapestry.json.
+
+The card names the parent by run, epoch and head, the recipe, the sources by what they are called (never their
+content, nor the member's paths), and every evaluation with the base's figure beside it. tapestry.json says
+the same for programs, with the digest of the parent's tensors and of the model's own as f32 and as written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tapestry.node.errors import ExitCode, UserError, printable
+from tapestry.node.home import Home
+from tapestry.node.lineage.huggingface import (
+    DTYPES,
+    FILE_BYTES_MAX,
+    ExportError,
+    Progress,
+    require_free,
+    write_shards,
+)
+from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
+from tapestry.node.sovereign.suite import table
+from tapestry.node.spec.tables import plain
+from tapestry.node.trainer.models.refusal import ModelError
+from tapestry.node.trainer.models.stored import FLOATS, Source, StoredWeights
+from tapestry.node.trainer.models.weights import weights_digest
+
+
+def release(home: Home, name: str, number: int | None, out: Path, dtype: str, progress: Progress) -> Version:
+    """Write the version (None: the current one) to `out`, wholly or not at all. Raises UserError."""
+    shelf = Shelf(home)
+    derivative = shelf.require(name)
+    version = derivative.version(number)
+    model = shelf.model(name, version.number)
+    temporary = out.absolute().with_name(f".{out.name}.release-{os.getpid()}")
+    try:
+        require_free(out)
+        if weights_digest(model) != version.digest:
+            raise ExportError(f"{model} is not what was made: its tensors changed")
+        temporary.mkdir(parents=True)
+        _write(model, temporary, DTYPES[dtype], progress)
+        written = weights_digest(temporary)
+        _write_json(temporary / "tapestry.json", _lineage(derivative, version, dtype, written))
+        (temporary / "README.md").write_text(card(derivative, version), encoding="utf-8")
+        os.replace(temporary, out.absolute())
+    except (ExportError, ModelError) as error:
+        raise UserError(str(error), exit_code=ExitCode.FAILED) from error
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}", exit_code=ExitCode.FAILED) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return version
+
+
+def _write(model: Path, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
+    for path in sorted(model.iterdir()):
+        if (
+            path.is_file() and path.suffix == ".json" and "safetensors" not in path.name
+        ) or path.suffix == ".jinja":
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_bytes())
+    _write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    stored = StoredWeights.find(model)
+    sources = [
+        Source(name, tensor.shape, dtype, functools.partial(_read, stored, name))
+        for name, tensor in sorted(stored.tensors.items())
+        if tensor.dtype in FLOATS
+    ]
+    write_shards(folder, sources, FILE_BYTES_MAX, progress)
+
+
+def _read(stored: StoredWeights, name: str) -> Tensor:
+    return stored.read(name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _lineage(derivative: Derivative, version: Version, dtype: str, written: str) -> dict[str, Any]:
+    described = plain(version)
+    described["data"] = [{**use, "source": _called(use["source"])} for use in described["data"]]
+    described["recipe"]["data"] = [_called(source) for source in version.recipe.data]
+    described["reasons"] = list(version.reasons)
+    return {"derivative": derivative.name, "version": described, "dtype": dtype, "weights": written}
+
+
+def _called(source: str) -> str:
+    """A source's last name: where it lies on the member's disk is nobody's affair."""
+    return os.path.basename(source.rstrip("/")) or source
+
+
+def card(derivative: Derivative, version: Version) -> str:
+    """README.md."""
+    parent, recipe = version.parent, version.recipe
+    facts = [
+        ("parent run", f"{printable(parent.run_name)} (`{parent.run_id}`)"),
+        ("parent epoch", str(parent.epoch)),
+        ("parent head", f"`{parent.head}`"),
+        ("parent weights", f"`{parent.weights}`"),
+        ("weights (f32)", f"`{version.digest}`"),
+    ]
+    rows = [(name, value) for name, value in plain(recipe).items() if name not in ("data", "lr")]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            "- tapestry",
+            "- sovereign",
+            "---",
+            "",
+            f"# {derivative.name}, version {version.number}",
+            "",
+            f"Made by one member from the shared base of the run {printable(parent.run_name)}.",
+            _history(version),
+            "",
+            "## Lineage",
+            "",
+            *(f"- {name}: {value}" for name, value in facts),
+            "",
+            "## Recipe",
+            "",
+            f"- learning rate: {recipe.learning_rate:g}",
+            *(f"- {name}: {value}" for name, value in rows),
+            f"- steps taken: {version.steps}, tokens read: {version.tokens:,}",
+            "",
+            "## Data",
+            "",
+            *(_data_lines(version) or ["- none: it was joined from others"]),
+            "",
+            "## Evaluations",
+            "",
+            "```",
+            *table(version.report, version.base_report),
+            "```",
+            "",
+            *(f"- gate: {printable(reason)}" for reason in version.reasons),
+            f"- promoted: {'yes' if version.promoted else 'no'}",
+            "",
+        ]
+    )
+
+
+def _history(version: Version) -> str:
+    if version.how == "derive":
+        return "Its training is described below."
+    way = version.transplant.way
+    if version.how == "merge":
+        shares = ", ".join(f"{weight:g}" for weight in version.weights)
+        return f"Joined from {', '.join(version.made_of)} with weights {shares} ({way})."
+    return f"Brought here from {version.made_of[0]} ({way}); the recipe is that of its repair."
+
+
+def _data_lines(version: Version) -> list[str]:
+    return [
+        f"- {printable(_called(use.source))}: {use.examples} examples, {use.held_out} held out, "
+        f"digest `{use.digest}`"
+        for use in version.data
+    ]

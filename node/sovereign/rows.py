@@ -1,0 +1,393 @@
+"""A member's own data for a stage -> examples to train on, and examples held out to measure on.
+
+cpt reads text as the node does (trainer/data), into the same cache, and cuts it into windows of L + 1 ids.
+sft and dpo read rows, from jsonl (also packed), csv and parquet:
+
+    sft   {"prompt": TEXT, "completion": TEXT}, or {"messages": [{"role": ..., "content": ...}, ...]}
+    dpo   {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}; or all three as messages
+
+Messages need the base's chat template. Of messages the last one is the completion: only completions count in
+the loss. A row that spells a special token is left out: data must not speak as the system or end a document.
+So is one whose prompt fills the whole sequence. What is left out is counted and named, and more than 1 % of
+malformed rows is refused.
+
+Every k-th row is held out, as `held_out_share` says, and no row that equals one of those is trained on. Two
+passes over the files, bounded memory. Must not import torch or trl.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from tapestry.node.errors import UserError
+from tapestry.node.sovereign.derivative import DataUse
+from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.spec.data import DataSettings, resolved_data
+from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
+from tapestry.node.trainer.data.errors import DamagedFile, DataError
+from tapestry.node.trainer.data.files import SourceFile, decoded, without_packing
+from tapestry.node.trainer.data.readers.registry import format_of, require
+from tapestry.node.trainer.data.tally import Group
+from tapestry.node.trainer.tokenizers.api import Tokenizer
+
+HELD_OUT_MAX = 1024  # of a source; guess: more would measure no better
+MALFORMED_MAX = 0.01  # as of text: spec/data.py
+LINE_CHARS_MAX = 64 << 20  # guess: a longer line is no row
+IGNORED = -100  # the label that counts in no loss, by transformers' convention
+TABLES = ("jsonl", "csv", "parquet")
+
+Row = dict[str, Any]
+Example = dict[str, list[int]]  # ids and labels; or of a preference, prompt, chosen and rejected
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a recipe's data are."""
+
+    train: Callable[[], Iterator[Row]]  # what the trainer takes: ids and labels; of dpo, texts
+    examples: int
+    uses: tuple[DataUse, ...]
+    held_out: dict[str, list[Example]]  # by the set's name
+
+    @property
+    def digest(self) -> str:
+        """Of all sources, in order."""
+        return blake3("".join(use.digest for use in self.uses).encode()).hexdigest()
+
+
+def prepare(
+    recipe: Recipe,
+    sequence_length: int,
+    text_tokenizer: Tokenizer,  # cpt: the run's, as the node reads text
+    row_tokenizer: Any,  # sft, dpo: the same as transformers loads it, with its chat template
+    cache: Path,
+    progress: Progress,
+) -> Prepared:
+    """Raises UserError."""
+    try:
+        if recipe.stage == "cpt":
+            return _windows(recipe, sequence_length, text_tokenizer, cache, progress)
+        return _rows(recipe, sequence_length, row_tokenizer)
+    except (DataError, DamagedFile) as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+# --- text -------------------------------------------------------------------------------------------
+
+
+def _windows(recipe: Recipe, length: int, tokenizer: Tokenizer, cache: Path, progress: Progress) -> Prepared:
+    settings = resolved_data(DataSettings(paths=recipe.data), "name text with --data")
+    use = Use(length, windows_per_epoch=1, seed=recipe.seed)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    corpus = open_corpus(
+        settings, tokenizer, cache, use, lambda done, total: progress("reading", done, total)
+    )
+    uses = tuple(
+        DataUse(source.path, _digest_of(part.tokens), part.train_windows, len(part.held_out))
+        for source, part in zip(settings.source, corpus.parts, strict=True)
+    )
+    held_out = {
+        part.name: [{"ids": ids.tolist(), "labels": ids.tolist()} for ids in part.validation(HELD_OUT_MAX)]
+        for part in corpus.sets
+    }
+
+    def train() -> Iterator[Row]:
+        for part in corpus.parts:
+            for ids in _training(part):
+                yield {"input_ids": ids, "labels": ids}
+
+    return Prepared(train, sum(use.examples for use in uses), uses, held_out)
+
+
+def _training(part: Part) -> Iterator[list[int]]:
+    for start in range(0, part.train_windows, 256):
+        numbers = np.arange(start, min(start + 256, part.train_windows), dtype=np.int64)
+        yield from part.training(numbers).tolist()
+
+
+def _digest_of(tokens: np.ndarray) -> str:
+    hasher = blake3()
+    for start in range(0, len(tokens), 1 << 20):
+        hasher.update(np.ascontiguousarray(tokens[start : start + (1 << 20)], dtype="<u4").tobytes())
+    return hasher.hexdigest()
+
+
+# --- rows -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Rows that were seen, and those that cannot be used."""
+
+    rows: int = 0
+    malformed: Group = field(default_factory=Group)
+    special: Group = field(default_factory=Group)
+    filled: Group = field(default_factory=Group)
+    repeated: Group = field(default_factory=Group)
+    cut: Group = field(default_factory=Group)  # used, but not to their end
+
+    def lines(self) -> tuple[str, ...]:
+        said = (
+            ("without what the stage needs", self.malformed),
+            ("that spell a special token", self.special),
+            ("whose prompt fills the sequence", self.filled),
+            ("that equal a held-out row", self.repeated),
+            ("used, but cut at the sequence's end", self.cut),
+        )
+        return tuple(f"{group} rows {what}" for what, group in said if group.count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Rows of a stage -> examples."""
+
+    stage: str
+    length: int
+    tokenizer: Any
+    special: tuple[str, ...]
+
+    def example(self, row: Row, where: str, tally: _Tally) -> tuple[Row, Example] | None:
+        """The row in the form that trl takes, and its ids; None, and counted, if it cannot be used."""
+        try:
+            shaped = _shaped(row, self.stage)
+        except (KeyError, TypeError, ValueError, IndexError):
+            tally.malformed.add(where)
+            return None
+        if any(word in text for text in _texts(shaped) for word in self.special):
+            tally.special.add(where)
+            return None
+        example = self._encoded(shaped)
+        prompt = len(example["prompt"]) if "prompt" in example else _prompt_length(example["labels"])
+        longest = max(len(ids) for name, ids in example.items() if name != "prompt")
+        longest += prompt if "prompt" in example else 0
+        if prompt >= self.length:
+            tally.filled.add(where)
+            return None
+        if longest > self.length:
+            tally.cut.add(where)
+        return shaped, self._cut(example, prompt)
+
+    def _cut(self, example: Example, prompt: int) -> Example:
+        if "prompt" not in example:
+            return {name: ids[: self.length] for name, ids in example.items()}
+        room = self.length - prompt
+        return {name: ids if name == "prompt" else ids[:room] for name, ids in example.items()}
+
+    def _encoded(self, row: Row) -> Example:
+        if self.stage == "sft":
+            prompt, whole = self._pair(row["prompt"], row["completion"])
+            return {"ids": whole, "labels": [IGNORED] * prompt + whole[prompt:]}
+        chosen_prompt, chosen = self._pair(row["prompt"], row["chosen"])
+        rejected_prompt, rejected = self._pair(row["prompt"], row["rejected"])
+        prompt = min(chosen_prompt, rejected_prompt)
+        return {"prompt": chosen[:prompt], "chosen": chosen[prompt:], "rejected": rejected[prompt:]}
+
+    def _pair(self, prompt: Any, completion: Any) -> tuple[int, list[int]]:
+        """How many ids of the whole are the prompt's, and all of them."""
+        if isinstance(prompt, list):
+            before = self._chat(prompt, True)
+            whole = self._chat(prompt + completion, False)
+        else:
+            before = self.tokenizer(prompt)["input_ids"]
+            whole = [*self.tokenizer(prompt + completion)["input_ids"]]
+            if not whole or whole[-1] != self.tokenizer.eos_token_id:
+                whole.append(self.tokenizer.eos_token_id)
+        common = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), None)
+        return (min(len(before), len(whole)) if common is None else common), whole
+
+    def _chat(self, messages: list[Row], open_end: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=open_end, tokenize=True, return_dict=True
+        )["input_ids"]
+        return ids
+
+
+def _rows(recipe: Recipe, length: int, tokenizer: Any) -> Prepared:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the base's tokenizer has no end of a text: rows cannot be ended")
+    special = tuple(sorted({text for text in tokenizer.all_special_tokens if text}))
+    reader = _Reader(recipe.stage, length, tokenizer, special)
+    every = round(1 / recipe.held_out_share)
+    uses, held_out, chosen = [], {}, []
+    for path, name in zip(recipe.data, _names(recipe.data), strict=True):
+        use, kept, equal = _look_through(path, reader, every)
+        uses.append(use)
+        held_out[name] = kept
+        chosen.append((path, equal))
+
+    def train() -> Iterator[Row]:
+        for path, equal in chosen:
+            for shaped, example in _usable(path, reader, _Tally()):
+                if _row_digest(shaped) not in equal:
+                    yield _for_trainer(shaped, example)
+
+    return Prepared(train, sum(use.examples for use in uses), tuple(uses), held_out)
+
+
+def _look_through(path: str, reader: _Reader, every: int) -> tuple[DataUse, list[Example], frozenset[bytes]]:
+    """The first pass: which rows are held out, and what there is."""
+    tally, hasher = _Tally(), blake3()
+    kept: list[Example] = []
+    equal: set[bytes] = set()
+    count = 0
+    for shaped, example in _usable(path, reader, tally):
+        digest = _row_digest(shaped)
+        hasher.update(digest)
+        if count % every == every // 2 and len(kept) < HELD_OUT_MAX and digest not in equal:
+            kept.append(example)
+            equal.add(digest)
+        count += 1
+    if tally.malformed.count > MALFORMED_MAX * tally.rows:
+        raise UserError(
+            f"data {path}: {tally.malformed} of {tally.rows} rows without what {reader.stage} needs",
+            hint=_NEEDS[reader.stage],
+        )
+    trained = sum(_row_digest(shaped) not in equal for shaped, _ in _usable(path, reader, _Tally()))
+    if not kept or not trained:
+        raise UserError(f"data {path}: {count} usable rows: too few to train on some and measure on others")
+    for _ in range(count - trained - len(kept)):
+        tally.repeated.add(path)
+    return DataUse(path, hasher.hexdigest(), trained, len(kept), tally.lines()), kept, frozenset(equal)
+
+
+_NEEDS = {
+    "sft": 'rows are {"prompt": TEXT, "completion": TEXT} or {"messages": [...]} that end with the assistant',
+    "dpo": 'rows are {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages',
+}
+
+
+def _usable(path: str, reader: _Reader, tally: _Tally) -> Iterator[tuple[Row, Example]]:
+    for where, row in read_rows(path):
+        tally.rows += 1
+        if not isinstance(row, dict):
+            tally.malformed.add(where)
+        elif (found := reader.example(row, where, tally)) is not None:
+            yield found
+
+
+def _for_trainer(shaped: Row, example: Example) -> Row:
+    if "prompt" in example:
+        return shaped
+    return {"input_ids": example["ids"], "labels": example["labels"]}
+
+
+def _shaped(row: Row, stage: str) -> Row:
+    """Only what the stage needs, checked. Raises KeyError, TypeError, ValueError, IndexError."""
+    if stage == "sft" and "messages" in row:
+        messages = _messages(row["messages"])
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError("no answer of the assistant at the end")
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+    names = ("prompt", "completion") if stage == "sft" else ("prompt", "chosen", "rejected")
+    values = {name: row[name] for name in names}
+    if all(isinstance(value, str) for value in values.values()):
+        if not all(values[name] for name in names[1:]):
+            raise ValueError("nothing to learn")
+        return values
+    shaped = {name: _messages(value) for name, value in values.items()}
+    if not all(shaped.values()):
+        raise ValueError("no messages")
+    return shaped
+
+
+def _messages(value: Any) -> list[Row]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError("no messages")
+    messages = [{"role": one["role"], "content": one["content"]} for one in value]
+    if not all(isinstance(text, str) for one in messages for text in one.values()):
+        raise TypeError("a message is a role and a text")
+    return messages
+
+
+def _texts(shaped: Mapping[str, Any]) -> Iterator[str]:
+    for value in shaped.values():
+        if isinstance(value, str):
+            yield value
+        else:
+            for message in value:
+                yield from message.values()
+
+
+def _prompt_length(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def _row_digest(shaped: Row) -> bytes:
+    return blake3(
+        json.dumps(shaped, sort_keys=True, separators=(",", ":")).encode("utf-8", "replace")
+    ).digest()
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    settings = resolved_data(DataSettings(paths=tuple(paths)), "name rows with --data")
+    return [source.name for source in settings.source]
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and the row; None for one that cannot be read. Raises UserError, OSError."""
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    tables = [file for file in files if file.is_file() and format_of(str(file)).name in TABLES]
+    if not tables:
+        raise UserError(f"data {path}: no rows there (jsonl, csv, tsv or parquet)")
+    for file in tables:
+        yield from _READERS[format_of(str(file)).name](file)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with decoded(_source_file(path, "jsonl")) as text:
+        number = 0
+        while line := text.readline(LINE_CHARS_MAX):
+            number += 1
+            if line.strip():
+                try:
+                    yield f"{path}:{number}", json.loads(line)
+                except (ValueError, RecursionError):
+                    yield f"{path}:{number}", None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with decoded(_source_file(path, "csv")) as text:
+        tabs = "\t" if without_packing(path.name).endswith(".tsv") else ","
+        for number, row in enumerate(csv.DictReader(text, delimiter=tabs), 2):
+            yield f"{path}:{number}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    require(format_of(str(path)), str(path))
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data {path}: broken parquet: {str(error)[:200]}") from error
+
+
+def _source_file(path: Path, form: str) -> SourceFile:
+    info = path.stat()
+    return SourceFile(str(path.absolute()), info.st_size, info.st_mtime_ns, form)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    "jsonl": _json_rows,
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+}

@@ -1,0 +1,262 @@
+"""One stage of training, by trl's trainers and peft's adapters: a model's folder, examples and a recipe in; a
+model's folder out.
+
+What trl is given is tokenized already (but for dpo, which it tokenizes itself, from rows that spell no
+special token), so that what is trained on and what is measured on are cut alike. Its checkpoints lie in the
+work folder; a call after a kill goes on from the newest whole one, with the same order of data, and ends at
+the same step.
+
+Heavy, and an extra: trl is imported here, within functions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.rows import Prepared
+from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.trainer.models.lora import lora_config
+from tapestry.node.trainer.models.pretrained import quiet
+from tapestry.node.trainer.models.weights import load_base
+
+EXTRA = "pip install 'tapestry-node[sovereign]'"
+LOG_STEPS = 10  # guess: a line of history a few times a minute
+CHECKPOINTS_KEPT = 2  # the newest may be torn
+
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a stage took."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def require_extra() -> None:
+    """Raises UserError where trl is not installed: said before anything is read."""
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("derivatives are trained by trl, which is not installed", hint=EXTRA)
+
+
+def train(
+    base: Path,
+    prepared: Prepared,
+    recipe: Recipe,
+    sequence_length: int,
+    work: Path,  # of this training alone; kept until it ends
+    out: Path,  # is made: model/, and of LoRA adapters/
+    progress: Told,
+    steps: int = 0,  # 0: as the recipe says; a repair is shorter
+) -> Trained:
+    """Train and write the model. Raises UserError; on Ctrl-C what was saved stays in `work`."""
+    require_extra()
+    from transformers import PrinterCallback
+
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    total = steps or steps_of(recipe, prepared.examples)
+    clock = _Clock(work / "seconds.json")
+    with _quietly():
+        model = load_base(base, torch.float32)
+        dataset = _dataset(prepared, recipe, work)
+        trainer = _trainer(model, dataset, base, recipe, sequence_length, work, total)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_teller(progress, total, clock))
+        try:
+            trainer.train(resume_from_checkpoint=_newest_whole(work))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the device has too little memory for this recipe",
+                exit_code=ExitCode.FAILED,
+                hint="a smaller --batch-size, gradient_checkpointing, or --method lora",
+            ) from error
+        _require_finite(trainer.state.log_history)
+        _write(trainer.model, recipe, out)
+    (out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    tokens = total * recipe.batch_size * recipe.accumulation * sequence_length
+    return Trained(trainer.state.global_step, tokens, clock.total_s)
+
+
+def steps_of(recipe: Recipe, examples: int) -> int:
+    """Of the whole recipe."""
+    if recipe.steps:
+        return recipe.steps
+    return max(1, math.ceil(recipe.passes * examples / (recipe.batch_size * recipe.accumulation)))
+
+
+def device_of() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dataset(prepared: Prepared, recipe: Recipe, work: Path) -> Any:
+    """On disk, mapped: the examples need not fit into memory. Made again only if the data are others."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = work / f"data-{prepared.digest[:16]}"
+    if recipe.stage == "dpo":
+        features = None
+    else:
+        ids = datasets.Sequence(datasets.Value("int32"))
+        features = datasets.Features({"input_ids": ids, "labels": ids})
+    return datasets.Dataset.from_generator(
+        prepared.train, features=features, cache_dir=str(folder), fingerprint=prepared.digest[:32]
+    )
+
+
+def _trainer(
+    model: Any, dataset: Any, base: Path, recipe: Recipe, length: int, work: Path, total: int
+) -> Any:
+    import trl
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    peft_config = None
+    if recipe.method == "lora":
+        settings = TransformersSpec(
+            "transformers", (), "", 1, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha
+        )
+        peft_config = lora_config(model, settings)
+    common = _common(recipe, length, work, total)
+    if recipe.stage == "dpo":
+        return trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(**common, beta=recipe.beta),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    return trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def _common(recipe: Recipe, length: int, work: Path, total: int) -> dict[str, Any]:
+    """What both trainers are told. Nothing is reported anywhere: no tracker, no hub."""
+    bf16 = recipe.precision == "bf16" or (
+        recipe.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
+    return {
+        "output_dir": str(work),
+        "max_length": length + 1,  # windows of text hold one id more than they predict
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "max_steps": total,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": int(recipe.warmup_share * total),
+        "lr_scheduler_type": "cosine",
+        "weight_decay": recipe.weight_decay,
+        "bf16": bf16,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": device_of() == "cpu",
+        "dataloader_pin_memory": device_of() != "cpu",
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every_steps,
+        "save_total_limit": CHECKPOINTS_KEPT,
+        "logging_steps": LOG_STEPS,
+        "report_to": [],
+        "push_to_hub": False,
+        "disable_tqdm": True,
+    }
+
+
+def _newest_whole(work: Path) -> str | None:
+    """A checkpoint that was written to its end: its trainer_state.json comes last, and must be JSON."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _write(model: Any, recipe: Recipe, out: Path) -> None:
+    quiet()  # trl and transformers have turned their bars on again
+    if recipe.method == "lora":
+        model.save_pretrained(out / "adapters")
+        model = model.merge_and_unload()
+    model.to("cpu", torch.float32).save_pretrained(out / "model")
+
+
+def _require_finite(history: list[dict[str, Any]]) -> None:
+    losses = [line["loss"] for line in history if "loss" in line]
+    if losses and not math.isfinite(losses[-1]):
+        raise UserError(
+            "the training diverged: its loss is no number",
+            exit_code=ExitCode.FAILED,
+            hint="a smaller --lr, then the same command with --restart",
+        )
+
+
+class _Clock:
+    """Seconds of training over restarts, beside the checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before_s = 0.0
+        try:
+            self._before_s = float(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            self._before_s = 0.0
+        self._began_s = time.monotonic()
+
+    @property
+    def total_s(self) -> float:
+        return self._before_s + time.monotonic() - self._began_s
+
+    def save(self) -> None:
+        self._path.write_text(json.dumps(self.total_s))
+
+
+def _teller(progress: Told, total: int, clock: _Clock) -> Any:
+    from transformers import TrainerCallback
+
+    class Teller(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            progress("training", state.global_step, total)
+
+        def on_save(self, *_args: Any, **_: Any) -> None:
+            clock.save()
+
+    return Teller()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries' advice is about settings that are ours to know; what goes wrong is raised."""
+    import logging
+
+    quiet()
+    logger = logging.getLogger("trl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,114 @@
+"""Whole homes for tests: a run of some epochs with real signatures, real updates and checkpoints, on a preset
+or on a small base (bases.py), written by the modules with which a node writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bases import make_base
+from torch import Tensor
+
+from tapestry.dht.identity import Identity
+from tapestry.node.disk.base import BaseFile
+from tapestry.node.disk.checkpoints import Checkpoints
+from tapestry.node.disk.store import Store, result_digest
+from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.spec.run import RunSpec, new_spec
+from tapestry.node.spec.training import PRESETS, DataSpec, ModelSpec, TrainingSpec, TransformersSpec
+from tapestry.node.state.model import Arithmetic, ModelState
+from tapestry.node.trainer.models import registry
+from tapestry.node.trainer.models.pretrained import check_base
+from tapestry.node.trainer.models.weights import weights_digest
+
+LENGTH = 32
+PINNED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass
+class MadeHome:
+    """A home, and a run in it that can go on."""
+
+    home: Home
+    spec: RunSpec
+    identities: tuple[Identity, ...]  # the founder first
+    chain: Chain
+    store: Store
+    checkpoints: Checkpoints
+    state: ModelState
+    rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(3))
+
+    @property
+    def params(self) -> Tensor:
+        return self.state.params
+
+    def advance(self, epochs: int = 1, *, scale: float = 0.05, checkpoint: bool = False) -> None:
+        """So many epochs of random updates, each signed by all."""
+        for _ in range(epochs):
+            self._epoch(scale)
+        if checkpoint:
+            self.checkpoints.save(self.state, self.state.digest())
+
+    def _epoch(self, scale: float) -> None:
+        codec, shards = self.state.arithmetic.codec, self.state.arithmetic.shards
+        payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
+        epoch = self.chain.epoch + 1
+        members = tuple(
+            Member(one.peer_id, 300 - 100 * index, f"{epoch:030x}{index:02x}")
+            for index, one in enumerate(self.identities)
+        )
+        body = Body(
+            self.chain.genesis.run_id,
+            epoch,
+            self.chain.head,
+            self.state.digest(),
+            tuple(sorted(members, key=lambda member: member.peer)),
+            result_digest(payloads),
+        )
+        crypto = NodeCrypto(self.identities[0])
+        head = head_of(body, crypto)
+        message = accept_message(head, 0)
+        signatures = [(one.peer_id, NodeCrypto(one).sign(message)) for one in self.identities]
+        record = Record(body, head, 0, tuple(sorted(signatures)))
+        self.store.write_update(epoch, head, payloads)
+        self.store.append_record(record)
+        self.chain.append(record)
+        self.state.apply(payloads, epoch, head)
+
+
+def base_spec(home: Path, family: str, **fields: Any) -> TransformersSpec:
+    """A base of bases.py in HOME/base, pinned."""
+    folder = make_base(home / "base", family)
+    files = tuple(str(BaseFile.of(folder / name)) for name in PINNED)
+    parameters = check_base(folder).parameters
+    return TransformersSpec("transformers", files, weights_digest(folder), parameters, **fields)
+
+
+def make_home(folder: Path, model: ModelSpec, *, members: int = 2, length: int = LENGTH) -> MadeHome:
+    """Epoch 0, with a checkpoint. A base's weights are left out of HOME/base, as a node leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = Identity.load_or_create(folder / "identity.key")
+    others = [Identity.load_or_create(folder.parent / f"member-{n}.key") for n in range(1, members)]
+    home, crypto = Home(folder), NodeCrypto(identity)
+    is_base = isinstance(model, TransformersSpec)
+    data = DataSpec("base" if is_base else "byte", length)
+    spec = new_spec("a run", TrainingSpec(model, data, replace(PRESETS["nano"].train)))
+    base = home.base if is_base else None
+    layout = registry.layout(model, base, length)
+    params = registry.initial_state(model, base, length)
+    state = ModelState(params, layout.schema_hash, Arithmetic.of(spec, layout.n), 0, "")
+    digest = state.digest()
+    text = spec.canonical().decode()
+    genesis = found(text, identity.peer_id, digest, layout.schema_hash, layout.n, "0" * 32, crypto)
+    state.head = genesis.run_id
+    store = Store(home, crypto)
+    store.load()
+    store.write_genesis(genesis)
+    checkpoints = Checkpoints(home.checkpoints, genesis.run_id, 3)
+    checkpoints.load()
+    checkpoints.save(state, digest)
+    return MadeHome(home, spec, (identity, *others), Chain(genesis), store, checkpoints, state)

@@ -1,0 +1,203 @@
+"""Derivatives of a small base, from data to a promoted version: derive, resume, rebase, merge, release."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from homes import MadeHome, base_spec, make_home
+from transformers import AutoModelForCausalLM
+
+from tapestry.node.errors import UserError
+from tapestry.node.sovereign import build
+from tapestry.node.sovereign.build import Built
+from tapestry.node.sovereign.derivative import Shelf, Transplant
+from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.release import release
+from tapestry.node.trainer.models.stored import StoredWeights
+from tapestry.node.trainer.models.weights import weights_digest
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
+    folder = tmp_path_factory.mktemp("sovereign")
+    rows = [{"prompt": f"the square of {i} is ", "completion": str(i * i)} for i in range(120)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.txt").write_text("".join(f"le carré de {i} est {i * i}\n" for i in range(600)))
+    made = make_home(folder / "home", base_spec(folder / "home", "qwen3"))
+    made.advance(2, scale=0.005)
+    return made
+
+
+def _recipe(made: MadeHome, stage: str = "sft", **keys: object) -> Recipe:
+    data = "text.txt" if stage == "cpt" else "pairs.jsonl"
+    keys = {"lr": 3e-3, "steps": 12, "save_every_steps": 4, **keys}
+    return Recipe(stage, "full", (str(made.home.path.parent / data),), **keys)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def squares(made: MadeHome) -> Built:
+    """A derivative by sft, at epoch 2."""
+    return build.derive(made.home, "squares", _recipe(made), None, told=_quiet)
+
+
+@pytest.fixture(scope="module")
+def french(made: MadeHome, squares: Built) -> Built:
+    """One by cpt and adapters, from an epoch that is named; the base has moved on meanwhile."""
+    made.advance(1, scale=0.002)
+    return build.derive(made.home, "french", replace(_recipe(made, "cpt"), method="lora"), 2, told=_quiet)
+
+
+def test_a_derivative_learns_its_data_and_says_what_it_was_made_from(made: MadeHome, squares: Built) -> None:
+    version = squares.version
+    (now,), (base,) = version.report, version.base_report
+    assert now.name == "pairs/loss" and now.own and now.value < 0.9 * base.value
+    assert version.promoted and squares.derivative.current == 1
+    assert (version.parent.epoch, version.parent.head) == (2, made.chain.head_at(2))
+    assert version.steps == 12 and version.recipe == _recipe(made)
+    assert Shelf(made.home).require("squares") == squares.derivative
+    assert not (squares.folder.parent / "work").exists()
+
+
+def test_its_model_loads_with_its_tokenizer_and_has_the_digest_it_names(squares: Built) -> None:
+    model = AutoModelForCausalLM.from_pretrained(squares.folder)
+    assert weights_digest(squares.folder) == squares.version.digest
+    assert model.config.model_type == "qwen3" and (squares.folder / "tokenizer.json").exists()
+
+
+def test_a_training_that_was_killed_goes_on_and_ends_the_same(
+    made: MadeHome, squares: Built, tmp_path: Path
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killing(what: str, done: int, _total: int) -> None:
+        if (what, done) == ("training", 7):
+            raise Killed
+
+    with pytest.raises(Killed):
+        build.derive(made.home, "again", _recipe(made), 2, told=killing)
+    with pytest.raises(UserError, match="begun with another recipe") as raised:
+        build.derive(made.home, "again", _recipe(made, seed=5), 2, told=_quiet)
+    assert raised.value.details == ("seed: 0 before, 5 now",)
+    steps: list[int] = []
+    built = build.derive(
+        made.home,
+        "again",
+        _recipe(made),
+        2,
+        told=lambda what, done, _: steps.append(done) if what == "training" else None,
+    )
+    assert steps == [*range(5, 13)]
+    assert built.version.digest == squares.version.digest
+
+
+def test_adapters_are_merged_and_kept_apart_as_well(made: MadeHome, squares: Built, french: Built) -> None:
+    assert french.version.parent == squares.version.parent and french.version.promoted
+    assert french.version.parent.state_digest == made.chain.state_digest_at(2)
+    assert (french.folder.parent / "adapters" / "adapter_model.safetensors").exists()
+    base = StoredWeights.find(Shelf(made.home).base(french.version.parent))
+    own = StoredWeights.find(french.folder)
+    moved = {name for name in base.tensors if not torch.equal(base.read(name), own.read(name))}
+    assert moved and all("proj" in name for name in moved)
+
+
+def test_a_rebase_stands_on_the_new_base_keeps_the_gain_and_both_versions(
+    made: MadeHome, squares: Built, french: Built
+) -> None:
+    with pytest.raises(UserError, match=r"stands on epoch 2 of a run .* already"):
+        build.rebase(made.home, "squares", 2, Transplant(), told=_quiet)
+    built = build.rebase(made.home, "squares", None, Transplant(), repair_share=0.1, told=_quiet)
+    version = built.version
+    assert (version.number, version.parent.epoch, version.steps) == (2, made.chain.epoch, 1)
+    assert version.promoted and any("of the gain of the version before" in line for line in version.reasons)
+    assert squares.folder.exists() and built.derivative.current == 2
+    assert built.derivative.version(1) == squares.version
+
+
+def test_a_rebase_that_fails_its_gate_stays_beside_and_says_why(made: MadeHome, french: Built) -> None:
+    (made.home.path / "gates.toml").write_text("gain_kept_min = 5.0\n")
+    try:
+        built = build.rebase(made.home, "french", None, Transplant("dare"), repair_share=0.0, told=_quiet)
+        assert not built.version.promoted and built.derivative.current == 1
+        assert built.version.reasons[0].startswith("text/loss: fails: keeps")
+        assert (built.folder / "model.safetensors").exists() and built.version.steps == 0
+    finally:
+        (made.home.path / "gates.toml").unlink()
+    _, verdict = build.evaluate(made.home, "french", 2, None, told=_quiet)
+    assert verdict.holds and Shelf(made.home).require("french").current == 2
+
+
+def test_derivatives_of_one_base_are_merged_and_measured_on_both(
+    made: MadeHome, squares: Built, french: Built
+) -> None:
+    with pytest.raises(UserError, match="squares stands on epoch 3") as raised:
+        build.merge(made.home, "both", ["again", "squares"], (), Transplant(), told=_quiet)
+    assert raised.value.hint == "tapestry rebase squares --onto 2 first"
+    build.rebase(made.home, "again", 3, Transplant(), repair_share=0.0, told=_quiet)
+    built = build.merge(made.home, "both", ["again", "squares"], (0.5, 0.5), Transplant("ties"), told=_quiet)
+    assert [one.name for one in built.version.report] == ["again.pairs/loss", "squares.pairs/loss"]
+    assert built.version.promoted and built.version.made_of == ("again:2", "squares:2")
+
+
+def test_a_suite_adds_sets_and_commands_to_the_report(made: MadeHome, squares: Built, tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(
+        "import json, pathlib, sys\n"
+        "print(json.dumps({'files': len(list(pathlib.Path(sys.argv[1]).iterdir()))}))"
+    )
+    (tmp_path / "suite.toml").write_text(
+        f'[[set]]\nname = "french"\npath = "{made.home.path.parent / "text.txt"}"\n'
+        f'[[command]]\nname = "count"\nrun = ["{sys.executable}", "{tmp_path}/score.py", "{{model}}"]\n'
+    )
+    built, _ = build.evaluate(made.home, "squares", 1, tmp_path / "suite.toml", told=_quiet)
+    names = {one.name: one for one in built.version.report}
+    assert list(names) == ["pairs/loss", "french/loss", "count/files"] and not names["french/loss"].own
+    _, report = build.evaluate_base(made.home, 2, tmp_path / "suite.toml", told=_quiet)
+    assert report[0] == next(one for one in built.version.base_report if one.name == "french/loss")
+    (tmp_path / "score.py").write_text("raise SystemExit('no such language')")
+    with pytest.raises(UserError, match="the suite's command count: exit 1: no such language"):
+        build.evaluate_base(made.home, 2, tmp_path / "suite.toml", told=_quiet)
+
+
+def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
+    made: MadeHome, squares: Built, tmp_path: Path
+) -> None:
+    release(made.home, "squares", 1, tmp_path / "out", "bf16", _quiet)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for word in (
+        squares.version.parent.head,
+        squares.version.digest,
+        "pairs/loss",
+        "pairs.jsonl",
+        "lora_rank",
+    ):
+        assert word in card
+    assert str(made.home.path.parent) not in card + (tmp_path / "out" / "tapestry.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
+    assert table["weights"] == weights_digest(tmp_path / "out")
+
+
+def test_a_model_that_was_changed_is_not_released_or_measured(
+    made: MadeHome, squares: Built, tmp_path: Path
+) -> None:
+    path = squares.folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(UserError, match="its tensors changed"):
+            release(made.home, "squares", 1, tmp_path / "out", "f32", _quiet)
+        with pytest.raises(UserError, match="is not what was made"):
+            build.evaluate(made.home, "squares", 1, None, told=_quiet)
+    finally:
+        path.write_bytes(whole)
+    assert not (tmp_path / "out").exists()

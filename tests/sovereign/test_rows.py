@@ -1,0 +1,134 @@
+"""Rows -> examples: what is held out, what counts in the loss, and what is left out with its reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bases import BOS, make_tokenizer
+from transformers import AutoTokenizer
+
+from tapestry.node.errors import UserError
+from tapestry.node.sovereign.recipe import Recipe, load_recipe
+from tapestry.node.sovereign.rows import IGNORED, Prepared, prepare
+from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _file(path: Path, rows: Sequence[Mapping[str, Any] | str]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def _prepared(tokenizer: Any, stage: str, *paths: str, length: int = 64, **keys: Any) -> Prepared:
+    recipe = Recipe(stage, "full", paths, **keys)  # type: ignore[arg-type]
+    return prepare(recipe, length, ByteTokenizer(), tokenizer, Path("unused"), lambda *_: None)
+
+
+def _pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"the cube of {i} is ", "completion": str(i**3)} for i in range(count)]
+
+
+def test_only_the_completion_and_its_end_count_in_the_loss(tmp_path: Path, tokenizer: Any) -> None:
+    prepared = _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", _pairs(40)))
+    row = next(prepared.train())
+    counted = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(counted) == "0" + tokenizer.eos_token
+    assert tokenizer.decode(row["input_ids"]) == "the cube of 0 is 0" + tokenizer.eos_token
+
+
+def test_of_messages_the_last_answer_counts(tmp_path: Path, tokenizer: Any) -> None:
+    chat = [
+        [
+            {"role": "user", "content": f"the square of {i}?"},
+            {"role": "assistant", "content": f"it is {i * i}"},
+        ]
+        for i in range(40)
+    ]
+    prepared = _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", [{"messages": one} for one in chat]))
+    row = next(prepared.train())
+    assert "it is 0" in tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+    assert "square" not in tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def test_a_share_is_held_out_and_nothing_equal_to_it_is_trained_on(tmp_path: Path, tokenizer: Any) -> None:
+    path = _file(tmp_path / "a.jsonl", _pairs(50) * 2)
+    prepared = _prepared(tokenizer, "sft", path, held_out_share=0.1)
+    held_out = {tuple(one["ids"]) for one in prepared.held_out["a"]}
+    trained = [tuple(row["input_ids"]) for row in prepared.train()]
+    assert len(held_out) == 5 and not held_out & set(trained)
+    (use,) = prepared.uses
+    assert (use.examples, use.held_out) == (len(trained), 5) == (90, 5)
+    assert any("equal a held-out row" in line for line in use.left_out)
+
+
+def test_a_row_that_spells_a_special_token_is_left_out_and_named(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*_pairs(40), {"prompt": f"a {BOS} b", "completion": "c"}]
+    prepared = _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", rows))
+    assert prepared.uses[0].left_out == (f"1 ({tmp_path}/a.jsonl:41) rows that spell a special token",)
+    assert all(tokenizer.bos_token_id not in row["input_ids"] for row in prepared.train())
+
+
+def test_a_prompt_that_fills_the_sequence_is_left_out_and_a_long_answer_cut(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [*_pairs(40), {"prompt": "x " * 200, "completion": "y"}, {"prompt": "p", "completion": "z " * 200}]
+    prepared = _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", rows), length=32)
+    said = " ".join(prepared.uses[0].left_out)
+    assert "a.jsonl:41) rows whose prompt fills" in said and "a.jsonl:42) rows used, but cut" in said
+    assert max(len(row["input_ids"]) for row in prepared.train()) == 32
+
+
+def test_preferences_are_a_prompt_and_two_ends(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"{i}? ", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    prepared = _prepared(tokenizer, "dpo", _file(tmp_path / "a.jsonl", rows))
+    example = prepared.held_out["a"][0]
+    assert tokenizer.decode(example["chosen"]) == "yes" + tokenizer.eos_token
+    assert next(prepared.train())["rejected"] == "no"
+
+
+def test_many_malformed_rows_are_refused_with_what_a_row_is(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*_pairs(40), "{not json", '{"prompt": "a"}']
+    with pytest.raises(UserError, match=r"2 .*a\.jsonl:41.* of 42 rows without what sft needs") as raised:
+        _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", rows))
+    assert '"completion": TEXT' in (raised.value.hint or "")
+
+
+def test_tables_of_other_kinds_are_read_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = _pairs(40)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = [
+        [row["input_ids"] for row in _prepared(tokenizer, "sft", path).train()]
+        for path in (_file(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet"), str(tmp_path / "a.csv"))
+    ]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 38
+
+
+def test_flags_go_before_the_recipe_file_and_every_key_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('stage = "sft"\nmethod = "lora"\ndata = ["a.jsonl"]\nsteps = 5\n')
+    recipe = load_recipe(path, {"steps": 7, "lr": None, "data": ()})
+    assert (recipe.steps, recipe.learning_rate) == (7, 2e-4)
+    assert recipe.data == (str(Path.cwd() / "a.jsonl"),)
+    path.write_text(path.read_text() + "lora_rang = 8\n")
+    with pytest.raises(UserError, match="lora_rang: unknown key; did you mean lora_rank"):
+        load_recipe(path, {})
+    with pytest.raises(UserError, match="the recipe says no stage"):
+        load_recipe(None, {"method": "full", "data": ("x",)})

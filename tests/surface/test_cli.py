@@ -110,7 +110,8 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     result = _run("--help")
     assert result.exit_code == 0
     listed = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    assert listed == ["export", "init", "peers", "start", "status", "stop"]
+    ours = ["derivatives", "derive", "evaluate", "merge", "rebase"]
+    assert listed == sorted(["export", "init", "peers", "start", "status", "stop", *ours])
 
 
 def test_start_has_the_flags_of_the_contract() -> None:

@@ -2,18 +2,16 @@
 
 A reducer has every member's payload of a shard and the payload of their mean. Of these, `agreement_sums`
 makes a few numbers for each member, which add up over shards: squared norms, dot products with the mean,
-and the number of elements that have the mean's sign. `agreement` makes the whole vector's figures of them:
+and the number of elements that have the mean's sign. node/protocol/agreement.py makes the whole vector's
+figures of them: what everybody in the round computes alike, and the record holds.
 
-    cosine          of a member's contribution to the mean, the mean over members
-    norm_kept       the mean's norm, divided by the members' mean norm: 1 if all are alike, 1/sqrt(n) if each
-                    goes its own way
-    sign_agreement  the share of the elements, of all members, that have the sign which the mean has there;
-                    elements for which mean or member is zero are not counted
+Norms are of all elements, because the outer step may divide by what is made of them; dot products and signs
+are for people, and looked at in one piece of EVERY (a shard's first piece at least).
 
 The numbers depend on the payloads alone, not on the machine: sums are made in a fixed order, every operation
-rounded by itself to f32, of pieces scaled by a power of two; the error is below 2**-16 of the sum of the
-terms' magnitudes. Over pieces and shards `math.fsum` adds, which is exact before one rounding, so the shards'
-order does not matter.
+rounded by itself to f32, of pieces that are scaled by a power of two where their squares could overflow or
+vanish; the error is below 2**-16 of the sum of the terms' magnitudes. Over pieces `math.fsum` adds, which is
+exact before one rounding.
 
 Must not import: anything outside this package of ours; asyncio; anything that does I/O.
 """
@@ -32,27 +30,21 @@ from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, OpenPayload
 
 ROW = 1024  # elements that are added at once: the fastest of 256 to 4096 on 2 MiB of level 2 cache
+EVERY = 4  # pieces, of which one is looked at for dots and signs: all of them take half as long again
+PLAIN_EXPONENTS = range(-30, 51)  # of a piece's largest magnitude: f32 has room for its squares, unscaled
 
 
 @dataclass(frozen=True, slots=True)
 class AgreementSums:
-    """Of one shard, or of several together; lists are in the roster's order."""
+    """Of one shard; tuples are in the roster's order. `sampled` is of one piece in EVERY."""
 
     squares: tuple[float, ...]  # ||x_i||^2 of each member
-    dots: tuple[float, ...]  # x_i . mean
     mean_square: float  # ||mean||^2
-    same_sign: tuple[int, ...]  # elements where neither is zero and both have one sign
-    other_sign: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Of the whole vector."""
-
-    cosines: tuple[float, ...]  # of each member to the mean; 0 for a vector of zeros
-    cosine: float  # their mean
-    norm_kept: float  # 0 if all members are zeros
-    sign_agreement: float  # 0 if nothing was counted
+    sampled_squares: tuple[float, ...]
+    sampled_dots: tuple[float, ...]  # x_i . mean
+    sampled_mean_square: float
+    same_sign: int  # sampled elements, of all members, that have the mean's sign; neither is zero
+    other_sign: int
 
 
 def agreement_sums(
@@ -60,43 +52,25 @@ def agreement_sums(
     mean: Tensor,  # uint8 (codec.payload_size(n),), as reduce_shard made it
     codec: Codec,
     n: int,
-    every: int = 1,  # look at one piece of so many: a sample, where time is short
+    every: int = EVERY,
 ) -> AgreementSums:
-    """The sums of one shard, of its first piece at least. Raises RefusedPayload, as codec.open."""
+    """The sums of one shard. Raises RefusedPayload, as codec.open."""
     members, middle = [_Member(codec.open(payload, n)) for payload in payloads], codec.open(mean, n)
     mean_squares: list[float] = []
-    for index, (start, stop) in list(enumerate(codec.pieces(n)))[::every]:
+    for index, (start, stop) in enumerate(codec.pieces(n)):
         m, unit = _unit_piece(middle, index, "agreement_mean", stop - start)
         product = thread_scratch("agreement_product", stop - start).numpy()
         mean_squares.append(_sum(np.multiply(m, m, out=product)) * unit * unit)
         for member in members:
-            member.add_piece(index, m, unit, product)
+            member.add_piece(index, m, unit, product, sampled=index % every == 0)
     return AgreementSums(
-        tuple(math.fsum(member.squares) for member in members),
-        tuple(math.fsum(member.dots) for member in members),
-        math.fsum(mean_squares),
-        tuple(member.same for member in members),
-        tuple(member.other for member in members),
-    )
-
-
-def agreement(shards: Sequence[AgreementSums]) -> Agreement:
-    """The figures of the whole vector: the same for any order of its shards."""
-    squares = [math.fsum(column) for column in zip(*(s.squares for s in shards), strict=True)]
-    dots = [math.fsum(column) for column in zip(*(s.dots for s in shards), strict=True)]
-    mean_norm = math.sqrt(math.fsum(s.mean_square for s in shards))
-    norms = [math.sqrt(square) for square in squares]
-    cosines = tuple(
-        dot / (norm * mean_norm) if norm and mean_norm else 0.0 for dot, norm in zip(dots, norms, strict=True)
-    )
-    same = sum(sum(s.same_sign) for s in shards)
-    other = sum(sum(s.other_sign) for s in shards)
-    total = math.fsum(norms)
-    return Agreement(
-        cosines,
-        math.fsum(cosines) / len(cosines),
-        len(norms) * mean_norm / total if total else 0.0,
-        same / (same + other) if same + other else 0.0,
+        squares=tuple(math.fsum(member.squares) for member in members),
+        mean_square=math.fsum(mean_squares),
+        sampled_squares=tuple(math.fsum(member.squares[::every]) for member in members),
+        sampled_dots=tuple(math.fsum(member.dots) for member in members),
+        sampled_mean_square=math.fsum(mean_squares[::every]),
+        same_sign=sum(member.same for member in members),
+        other_sign=sum(member.other for member in members),
     )
 
 
@@ -116,9 +90,12 @@ class _Member:
         m: np.ndarray,  # f32 (count,), the mean in units of `mean_unit`
         mean_unit: float,
         product: np.ndarray,  # f32 (count,), free to use
+        sampled: bool,
     ) -> None:
         x, unit = _unit_piece(self._opened, index, "agreement_member", len(m))
         self.squares.append(_sum(np.multiply(x, x, out=product)) * unit * unit)
+        if not sampled:
+            return
         np.multiply(x, m, out=product)
         self.same += int(np.count_nonzero(product > 0))
         self.other += int(np.count_nonzero(product < 0))
@@ -127,14 +104,14 @@ class _Member:
 
 def _unit_piece(
     opened: OpenPayload, index: int, use: str, count: int
-) -> tuple[
-    np.ndarray, float
-]:  # f32 (count,), all |x| < 1; the power of two that they are to be multiplied by
-    """Scaled, so that no product of two overflows, and none vanishes that could matter."""
+) -> tuple[np.ndarray, float]:  # f32 (count,); the power of two that they are to be multiplied by
+    """Scaled where need be, so that no product of two overflows and none vanishes that could matter."""
     out = thread_scratch(use, count)
     opened.decode_piece(index, out)
     lowest, highest = torch.aminmax(out)
     _, exponent = math.frexp(max(-float(lowest), float(highest)))
+    if exponent in PLAIN_EXPONENTS:
+        return out.numpy(), 1.0
     # In two factors: one alone could be too large for f32.
     out.mul_(2.0 ** -(exponent // 2)).mul_(2.0 ** -(exponent - exponent // 2))
     return out.numpy(), 2.0**exponent

@@ -7,16 +7,19 @@ result it is a `ResultPayload`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from blake3 import blake3
 from torch import Tensor
 from typing_extensions import Buffer
 
+from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import HEADER_BYTES, Codec, pack, unpack
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
+from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Result, Shard
 
 
@@ -65,10 +68,15 @@ class Averaging:
         shard: int,
         payloads: Sequence[Tensor],  # uint8, in roster order
         weights: Sequence[int],
-    ) -> tuple[ResultPayload, str]:
-        """The encoded mean and its digest. Raises Refused if there is none."""
-        mean = reduce_shard(payloads, weights, self.codec, self.shards[shard].n)
-        return ResultPayload(mean), payload_digest(mean)
+    ) -> tuple[ResultPayload, str, ShardSums]:
+        """The encoded mean, its digest, and the sums that say how far the payloads agree.
+
+        Raises Refused if there is no mean.
+        """
+        n = self.shards[shard].n
+        mean = reduce_shard(payloads, weights, self.codec, n)
+        found = agreement_sums(payloads, mean, self.codec, n)
+        return ResultPayload(mean), payload_digest(mean), ShardSums(*dataclasses.astuple(found))
 
     def frame(self, shard: int, blob: Tensor | ResultPayload) -> list[Buffer]:
         """What travels: header and payload, unjoined."""

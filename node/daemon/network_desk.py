@@ -144,7 +144,7 @@ class NetworkDesk:
         self._send_bulk(out.peer, message, "contribution", out.blob)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None, out.sums)
         self._send_bulk(out.peer, message, "result", out.blob)
 
     def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
@@ -156,12 +156,12 @@ class NetworkDesk:
     async def _reduce(self, out: ev.Reduce) -> None:
         reduce = self._averaging.reduce
         try:
-            mean, digest = await self._loop.compute(reduce, out.shard, out.blobs, out.weights)
+            mean, digest, sums = await self._loop.compute(reduce, out.shard, out.blobs, out.weights)
         except Refused as refused:
             _log.error("reduce=refused shard=%d %s", out.shard, refused)
             self._loop.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
-        self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean))
+        self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean, sums))
 
     def do_end_round(self, out: ev.EndRound) -> None:
         self._network.drop_bulk()

@@ -235,6 +235,10 @@ class Reporter:
         contributors = sum(m.weight > 0 for m in body.members)
         text = f"committed epoch={body.epoch} head={record.head[:12]}"
         text += f" contributions={contributors} weight={weight}"
+        figures = body.agreement.shares()
+        self.metrics.set_agreement(figures)
+        if contributors > 1:
+            text += "".join(f" {figure}={share:.3f}" for figure, share in figures.items())
         if math.isfinite(training.loss):
             text += f" loss={training.loss:.4f} tokens_per_second={training.tokens_per_second:.0f}"
         if record.ballot:
@@ -246,6 +250,7 @@ class Reporter:
             "train/tokens": training.tokens_total,
             "data/passes": training.data_passes,
             "round/members": contributors,
+            **{f"agreement/{figure}": share for figure, share in figures.items()},
         }
         self._trackers.put(body.epoch, point)
 

@@ -163,7 +163,7 @@ def restore(
         except UpdateMissing as error:
             reason = f"{error.reason}: {error}"
             break
-        state.apply(payloads, record.body.epoch, record.head)
+        state.apply(payloads, record)
     return Restoration(state.epoch, state.digest(), reason)
 
 

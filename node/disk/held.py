@@ -46,7 +46,7 @@ class HeldRun:
         for record in self.chain.records[state.epoch :]:
             body = record.body
             payloads = self.store.read_update(body.epoch, record.head, body.result)
-            state.apply(payloads, body.epoch, record.head)
+            state.apply(payloads, record)
             yield body.epoch
 
 

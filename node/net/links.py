@@ -39,7 +39,7 @@ from tapestry.node.net.wire import (
 )
 from tapestry.node.protocol.messages import Control, Result, Shard
 
-HEADER_BYTES_MAX = 1024  # of a bulk frame
+HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
 BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network

@@ -17,6 +17,13 @@ import msgpack
 
 from tapestry.node.net.wire import RemoteProtocolError, unpack
 from tapestry.node.protocol import chain, strict
+from tapestry.node.protocol.agreement import (
+    ShardSums,
+    agreement_from,
+    agreement_to_list,
+    sums_from,
+    sums_to_list,
+)
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
 from tapestry.node.protocol.messages import (
     RECORDS_MAX,
@@ -77,8 +84,8 @@ class Reader:
         if kind is Shard:
             epoch, contribution, shard = values
             return Shard(epoch, contribution, shard, blob)
-        epoch, head, ballot, shard = values
-        return Result(epoch, head, ballot, shard, digest, blob)
+        epoch, head, ballot, shard, sums = values
+        return Result(epoch, head, ballot, shard, digest, blob, sums)
 
     def _read(self, header: bytes, kinds: Mapping[str, type]) -> tuple[type, list[Any]]:
         raw = unpack(header)
@@ -157,6 +164,10 @@ def _member(value: Any, what: str) -> chain.Member:
     return chain.member_from(value)
 
 
+def _sums(value: Any, what: str) -> ShardSums:
+    return sums_from(value, MEMBERS_MAX, what)
+
+
 def _optional_body(value: Any, what: str) -> chain.Body | None:
     return None if value is None else _body(value, what)
 
@@ -233,6 +244,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "ballot": (_same, _BALLOT),
         "body_head": (_same, _HEAD),
         "result": (_same, _hex(64)),
+        "agreement": (agreement_to_list, agreement_from),
         "signature": (_same, _text(256)),
     },
     Commit: {"record": (chain.record_to_dict, _any)},
@@ -251,6 +263,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
         "shard": (_same, _SHARD),
+        "sums": (sums_to_list, _sums),
     },
 }
 _NOT_IN_HEADER = {"blob", "digest"}  # the payload, and what the receiver computes of it

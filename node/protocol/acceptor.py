@@ -6,6 +6,7 @@ what it promised or accepted is on disk before anybody hears of it, and that no 
 
 from __future__ import annotations
 
+from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, accept_message, head_of
 from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote, Vote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
@@ -129,7 +130,7 @@ class Acceptor:
         """All shards are here: they and the roster are the value. Write it down, then vote. As `accept`."""
         exchange = self.state.exchange
         assert exchange.roster is not None
-        body = body_of(self.state, exchange.roster, exchange.result_digest())
+        body = body_of(self.state, exchange.roster, exchange.result_digest(), exchange.agreement())
         head = head_of(body, self.ctx.crypto)
         self.ctx.keep_update(head)
         self.ctx.emit(PersistResult(body.epoch, head, exchange.result_blobs()))
@@ -163,12 +164,18 @@ class Acceptor:
     def _vote_for(self, body: Body, head: str) -> Accept:
         state = self.state
         signature = self.ctx.crypto.sign(accept_message(head, state.ballot))
-        return Accept(state.epoch, state.head, state.ballot, head, body.result, signature)
+        return Accept(state.epoch, state.head, state.ballot, head, body.result, body.agreement, signature)
 
 
-def body_of(state: RoundState, roster: Roster, result: str) -> Body:
+def body_of(state: RoundState, roster: Roster, result: str, agreement: Agreement) -> Body:
     """The value that `roster` and the mean it determines are."""
-    run_id = state.ctx.rules.run_id
     return Body(
-        run_id, state.epoch + 1, state.head, state.state_digest, roster.members, result, roster.forced
+        run_id=state.ctx.rules.run_id,
+        epoch=state.epoch + 1,
+        prev=state.head,
+        state_digest=state.state_digest,
+        members=roster.members,
+        result=result,
+        forced=roster.forced,
+        agreement=agreement,
     )

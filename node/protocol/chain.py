@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
 
+from tapestry.node.protocol.agreement import ALIKE, Agreement, agreement_from, agreement_to_list
 from tapestry.node.protocol.strict import Malformed, boolean, hexadecimal, integer, sequence, table, text
 
 MEMBERS_MAX = 1024  # G7; a run spec's limits.max_peers is smaller
@@ -78,6 +79,7 @@ class Body:
     members: tuple[Member, ...]  # sorted by peer; the electorate of the next round
     result: str  # digest of the encoded mean
     forced: bool = False  # made without a quorum, by the policy of on_quorum_loss
+    agreement: Agreement = ALIKE  # of the contributions: a function of them and the weights, as `result` is
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,11 @@ def body_to_dict(body: Body) -> dict[str, Any]:
         "members": [member_to_list(m) for m in body.members],
         "result": body.result,
         "forced": body.forced,
+        "agreement": agreement_to_list(body.agreement),
     }
+
+
+_BODY_KEYS = ("run_id", "epoch", "prev", "state_digest", "members", "result", "forced", "agreement")
 
 
 def body_from_dict(raw: Any) -> Body:
@@ -146,7 +152,7 @@ def body_from_dict(raw: Any) -> Body:
 
 
 def _body_from(raw: Any) -> Body:
-    fields = table(raw, ("run_id", "epoch", "prev", "state_digest", "members", "result", "forced"), "body")
+    fields = table(raw, _BODY_KEYS, "body")
     body = Body(
         run_id=sys.intern(hexadecimal(fields["run_id"], (64,), "run_id")),
         epoch=integer(fields["epoch"], 1, EPOCH_MAX, "epoch"),
@@ -155,6 +161,7 @@ def _body_from(raw: Any) -> Body:
         members=tuple([_member_from(m) for m in sequence(fields["members"], MEMBERS_MAX, "members", 1)]),
         result=hexadecimal(fields["result"], (64,), "result"),
         forced=boolean(fields["forced"], "forced"),
+        agreement=agreement_from(fields["agreement"], "agreement"),
     )
     peers = [m.peer for m in body.members]
     if peers != sorted(set(peers)):

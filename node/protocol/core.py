@@ -136,6 +136,7 @@ class Core:
                 for peer, view in sorted(self.ctx.peers.items(), key=lambda entry: entry[0])
                 if view.up
             ),
+            agreement=chain.records[-1].body.agreement if chain.records else None,
         )
 
     def _peer_snapshot(self, peer: str, view: PeerView, now: float) -> PeerSnapshot:

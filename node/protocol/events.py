@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
 
@@ -81,6 +82,7 @@ class Reduced:
     shard: int
     digest: str
     blob: Blob
+    sums: ShardSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ class SendResult:
     ballot: int
     shard: int
     blob: Blob
+    sums: ShardSums
 
 
 @dataclass(frozen=True, slots=True)

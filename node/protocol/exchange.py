@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
 from tapestry.node.protocol.chain import Member, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
@@ -30,6 +31,15 @@ class Input:
     blobs: dict[int, Blob]  # shard -> blob
 
 
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A reduced shard, and its sums."""
+
+    digest: str
+    blob: Blob
+    sums: ShardSums
+
+
 class Exchange:
     """The data half of a round at one node. `Round` decides; this moves."""
 
@@ -41,7 +51,7 @@ class Exchange:
         self.roster: Roster | None = None
         self.members_ballot = -1  # the ballot that last changed the members: names a set of results
         self.inputs: dict[str, Input] = {}
-        self.results: dict[int, tuple[str, Blob]] = {}  # shard -> (digest, blob)
+        self.results: dict[int, Mean] = {}  # by shard
         self.reducing: set[int] = set()  # asked of the shell; membership tests only
         self.sent: set[tuple[str, int]] = set()  # (reducer, shard); membership tests only
         self.unusable: dict[str, str] = {}  # contributor -> why its contribution cannot be used
@@ -115,14 +125,16 @@ class Exchange:
             return "shard"
         if peer != self._reducer(result.shard):
             return "not_reducer"
+        if not result.sums.of_so_many(len(self._weights())):
+            return "agreement"
         if result.shard not in self.results:
-            self._keep(result.shard, result.digest, result.blob)
+            self._keep(result.shard, Mean(result.digest, result.blob, result.sums))
         return None
 
-    def _keep(self, shard: int, digest: str, blob: Blob) -> None:
-        self.results[shard] = (digest, blob)
+    def _keep(self, shard: int, mean: Mean) -> None:
+        self.results[shard] = mean
         self.progress += 1
-        self.ctx.emit(KeepResult(shard, digest, blob))
+        self.ctx.emit(KeepResult(shard, mean.digest, mean.blob))
 
     def _note_early(self, result: Result) -> None:
         """It overtook its roster, as happens when the reducers have all inputs since an earlier ballot. It is
@@ -138,7 +150,7 @@ class Exchange:
             return
         if reduced.ballot != self.members_ballot:
             return  # the mean of other members
-        self._keep(reduced.shard, reduced.digest, reduced.blob)
+        self._keep(reduced.shard, Mean(reduced.digest, reduced.blob, reduced.sums))
         if self._reducer(reduced.shard) == self.ctx.me:
             self._share(reduced.shard)
 
@@ -155,9 +167,7 @@ class Exchange:
                 if mine is not None and ours and self._reducer(shard) == peer:
                     self.ctx.emit(SendShard(peer, self.epoch, mine.contribution, shard, mine.blobs[shard]))
             elif need.ballot == roster.ballot and shard in self.results:
-                self.ctx.emit(
-                    SendResult(peer, self.epoch, self.head, need.ballot, shard, self.results[shard][1])
-                )
+                self._send_result(peer, need.ballot, shard)
 
     # --- how far we are ------------------------------------------------------------------------
 
@@ -167,10 +177,14 @@ class Exchange:
 
     def result_digest(self) -> str:
         """Digest of the whole encoded mean: of its shards' digests in order."""
-        return result_digest(self.ctx, [self.results[s][0] for s in range(len(self.results))])
+        return result_digest(self.ctx, [self.results[s].digest for s in range(len(self.results))])
 
     def result_blobs(self) -> tuple[Blob, ...]:
-        return tuple(self.results[s][1] for s in range(len(self.results)))
+        return tuple(self.results[s].blob for s in range(len(self.results)))
+
+    def agreement(self) -> Agreement:
+        """What the sums of all shards come to."""
+        return agreement([self.results[s].sums for s in range(len(self.results))], self._weights())
 
     def pull(self) -> None:
         """Ask for what did not come."""
@@ -212,6 +226,11 @@ class Exchange:
     def _reducer(self, shard: int) -> str:
         assert self.roster is not None
         return self.roster.members[self.roster.reducers[shard]].peer
+
+    def _weights(self) -> list[int]:
+        """Of the roster's contributors, in its order."""
+        members = self.roster.members if self.roster is not None else ()
+        return [m.weight for m in members if m.weight]
 
     def is_member(self, peer: str) -> bool:
         """Of the roster that we follow."""
@@ -255,10 +274,13 @@ class Exchange:
 
     def _share(self, shard: int) -> None:
         assert self.roster is not None
-        blob = self.results[shard][1]
         for member in self.roster.members:
             if member.peer != self.ctx.me:
-                self.ctx.emit(SendResult(member.peer, self.epoch, self.head, self.roster.ballot, shard, blob))
+                self._send_result(member.peer, self.roster.ballot, shard)
+
+    def _send_result(self, peer: str, ballot: int, shard: int) -> None:
+        mean = self.results[shard]
+        self.ctx.emit(SendResult(peer, self.epoch, self.head, ballot, shard, mean.blob, mean.sums))
 
     def _missing(self) -> dict[str, tuple[str, list[int]]]:
         """Peer -> (contribution or "" for results, shards) that we lack."""

@@ -324,7 +324,8 @@ class Leader:
         roster = state.exchange.roster
         if roster is None or roster.ballot != state.ballot:
             return None
-        body = body_of(state, roster, next(iter(votes.values())).result)
+        vote = next(iter(votes.values()))
+        body = body_of(state, roster, vote.result, vote.agreement)
         return body if head_of(body, crypto) == head else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from tapestry.node.protocol.agreement import Agreement, ShardSums
 from tapestry.node.protocol.chain import Body, Member, Record
 
 Blob = object  # opaque to the core: a key of the shell's store, or a value in the simulator
@@ -113,7 +114,8 @@ class Accept:
     head: str
     ballot: int
     body_head: str  # of the body that is accepted: record epoch + 1
-    result: str  # its result digest, so that a leader who lacks the result can name the body
+    result: str  # its result digest and
+    agreement: Agreement  # figures, so that a leader who lacks the result can name the body
     signature: str
 
 
@@ -168,6 +170,7 @@ class Result:
     shard: int
     digest: str  # of the encoded bytes, computed by the receiver
     blob: Blob
+    sums: ShardSums
 
 
 Control = Status | Call | Ready | Closing | Roster | Propose | Accept | Commit | Need | GetRecords | Records

@@ -3,13 +3,14 @@
 Plain values, copied when they are asked for: whoever holds a snapshot can neither change the core nor see it
 change. What the shell must *act* on comes as an output (events.py); a snapshot is for looking.
 
-Imports nothing but the messages' stages.
+Imports nothing but the messages' stages and the records' agreement.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.messages import Stage
 
 
@@ -57,3 +58,4 @@ class Snapshot:
     params: int  # count
     round: RoundSnapshot | None
     peers: tuple[PeerSnapshot, ...]  # sorted by peer id
+    agreement: Agreement | None = None  # of the contributions that the newest record names; None at epoch 0

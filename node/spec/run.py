@@ -163,6 +163,11 @@ class NesterovSpec:
     optimizer: Annotated[Literal["nesterov"], OUTER_COMMENT] = "nesterov"
     lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate. DiLoCo: 0.7."] = 0.7
     momentum: Annotated[float, Between(0, BELOW_ONE), "Nesterov momentum. DiLoCo: 0.9."] = 0.9
+    norm: Annotated[
+        Literal["mean", "members"],
+        "How long the averaged contribution is before the step. mean: as it is, which is 1/sqrt(n) of theirs "
+        "where members go their own ways. members: as long as contributions are on average.",
+    ] = "mean"
 
 
 @dataclass(frozen=True, slots=True)

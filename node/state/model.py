@@ -29,9 +29,10 @@ from torch import Tensor
 from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
-from tapestry.node.protocol.chain import canonical
-from tapestry.node.spec.run import RunSpec
-from tapestry.node.state.outer import Outer, make_outer
+from tapestry.node.protocol.agreement import lengthening
+from tapestry.node.protocol.chain import Body, Record, canonical
+from tapestry.node.spec.run import NesterovSpec, RunSpec
+from tapestry.node.state.outer import Outer, f32, make_outer
 
 HASH_BYTES = 4 << 20  # per call, each without the GIL; Guess
 FLOAT_BYTES = 4
@@ -52,12 +53,20 @@ class Arithmetic:
     shards: tuple[Shard, ...]
     codec: Codec
     outer: Outer
+    lengthens: bool = False  # the mean is made as long as contributions are on average, before the outer step
 
     @classmethod
     def of(cls, spec: RunSpec, n: int) -> Arithmetic:
         """For a flat vector of n parameters."""
         shards = shard_bounds(n, spec.compression.shard_elements)
-        return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer))
+        lengthens = isinstance(spec.outer, NesterovSpec) and spec.outer.norm == "members"
+        return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer), lengthens)
+
+    def divisor(self, body: Body) -> float:
+        """What the mean of this record is divided by, an f32: from the record alone, so the same for all."""
+        if not self.lengthens:
+            return 1.0
+        return f32(lengthening(body.agreement, sum(member.weight > 0 for member in body.members)))
 
     @property
     def payload_sizes(self) -> tuple[int, ...]:
@@ -113,24 +122,27 @@ class ModelState:
     def apply(
         self,
         payloads: Sequence[Tensor],  # uint8 (codec.payload_size(shard.n),) for each shard
-        epoch: int,
-        head: str,
+        record: Record,  # of the state that this makes
     ) -> None:
-        """Go from state epoch - 1 to state `epoch`. Raises TornState, or what the codec refuses.
+        """Go from one state to the next. Raises TornState, or what the codec refuses.
 
         After any exception the state is torn.
         """
+        epoch = record.body.epoch
         self._require_whole()
         shards, codec, outer = self.arithmetic.shards, self.arithmetic.codec, self.arithmetic.outer
         assert epoch == self.epoch + 1 and len(payloads) == len(shards)
+        divisor = self.arithmetic.divisor(record.body)
         self.torn = True
         for shard, payload in zip(shards, payloads, strict=True):
             opened = codec.open(payload, shard.n)
             for index, (start, stop) in enumerate(codec.pieces(shard.n)):
                 mean = thread_scratch("mean", stop - start)
                 opened.decode_piece(index, mean)
+                if divisor != 1.0:
+                    mean.div_(divisor)
                 outer.step(self.params, self.buffers, mean, shard.start + start, shard.start + stop, epoch)
-        self.epoch, self.head, self.torn = epoch, head, False
+        self.epoch, self.head, self.torn = epoch, record.head, False
 
     def vectors(self) -> list[memoryview]:
         """The bytes of parameters and buffers, without a copy. Whoever writes says `overwrite` first."""

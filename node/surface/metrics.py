@@ -16,6 +16,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 ROUND_OUTCOMES = ("committed", "aborted", "missed", "forced")
+AGREEMENT_FIGURES = ("cosine", "sign", "norm_kept")  # protocol/agreement.py
 ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messages.py, Stage
 NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
 DIRECTIONS = ("sent", "received")
@@ -35,6 +36,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
         "shard",
         "state_digest",
         "equivocation",
+        "agreement",
     ),
     # compression: frames and payloads; "digest" is a payload that is not the one that was announced
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
@@ -111,6 +113,11 @@ class Metrics:
     def set_contribution_weight(self, weight: float) -> None:
         self._contribution_weight.set(weight)
 
+    def set_agreement(self, figures: Mapping[str, float]) -> None:
+        """How far the contributions of the latest committed round agree."""
+        for figure, value in figures.items():
+            self._agreement[_one_of(AGREEMENT_FIGURES, figure)].set(value)
+
     # ---- training ------------------------------------------------------------------------------------
 
     def trained(self, steps: int, tokens: int, loss: float) -> None:
@@ -186,6 +193,15 @@ class Metrics:
         self._dropped_weight = Counter(
             "tapestry_dropped_weight", "Tokens behind those records.", registry=registry
         )
+        agreement = Gauge(
+            "tapestry_agreement",
+            "How far the contributions of the latest committed round agree: 1 is wholly.",
+            labelnames=["figure"],
+            registry=registry,
+        )
+        self._agreement = {figure: agreement.labels(figure=figure) for figure in AGREEMENT_FIGURES}
+        for gauge in self._agreement.values():
+            gauge.set(math.nan)
         self._contribution_weight = Gauge(
             "tapestry_contribution_weight",
             "Tokens behind this node's latest contribution.",

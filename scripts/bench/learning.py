@@ -23,7 +23,7 @@ so they have equal tokens and, but for the order, equal data. Settings, with the
                        the outer step; in the first `plain` of the run (a share): lr 1, momentum 0
     moments=keep|reset|mean|second  what becomes of the inner optimizer's moments after a round: kept by each,
                        forgotten, or averaged, both of them or the second alone (that of AdamW's part)
-    merge=mean|normed|elected  normed: the mean, scaled to the members' mean norm; elected: TIES' signs
+    merge=mean|normed|elected  normed: as [outer] norm = "members"; elected: TIES' signs
     codec=int8-block|none
 
 Every loss is in nats per byte, on windows that are spread evenly over each text and trained on by nobody.
@@ -50,13 +50,14 @@ import torch
 from _bench import into, machine, table, write_json
 from torch import Tensor, nn
 
-from tapestry.compression.agreement import Agreement, agreement, agreement_sums
+from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.shards import shard_bounds
+from tapestry.node.protocol.agreement import PPM, Agreement, ShardSums, agreement, lengthening
 from tapestry.node.spec.run import NesterovSpec
 from tapestry.node.spec.training import PRESETS, LlamaSpec, TrainSpec
-from tapestry.node.state.outer import Nesterov
+from tapestry.node.state.outer import Nesterov, f32
 from tapestry.node.trainer.data.corpus import Batch
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
@@ -384,9 +385,9 @@ def run_rounds(bench: Bench, draw: Callable[[int, int], np.ndarray]) -> Result:
             loop.finish(base, into(vector))
         settle_moments([optimizer for _, optimizer in made], variant.moments)
         mean, figures = combine(vectors, variant)
-        result.cosine.append(figures.cosine)
-        result.kept.append(figures.norm_kept)
-        result.signs.append(figures.sign_agreement)
+        result.cosine.append(figures.cosine_ppm / PPM)
+        result.kept.append(figures.norm_kept_ppm / PPM)
+        result.signs.append(figures.sign_ppm / PPM)
         stepper = plain if done < variant.plain * steps else outer
         stepper.step(base, buffers, mean, 0, n, epoch + 1)
         done += length
@@ -416,7 +417,8 @@ def combine(
     for shard in shard_bounds(n, SHARD_ELEMENTS):
         payloads = [codec.encode(vector[shard.start : shard.stop]) for vector in vectors]
         reduced = reduce_shard(payloads, [1] * len(payloads), codec, shard.n)
-        sums.append(agreement_sums(payloads, reduced, codec, shard.n))
+        found = agreement_sums(payloads, reduced, codec, shard.n)
+        sums.append(ShardSums(*dataclasses.astuple(found)))
         if variant.codec == "none":
             torch.stack([v[shard.start : shard.stop] for v in vectors]).mean(
                 0, out=mean[shard.start : shard.stop]
@@ -426,9 +428,9 @@ def combine(
         else:
             decoded = torch.stack([codec.decode(payload, shard.n) for payload in payloads])
             mean[shard.start : shard.stop] = merge(decoded)
-    figures = agreement(sums)
+    figures = agreement(sums, [1] * len(vectors))
     if variant.merge == "normed":
-        mean.div_(figures.norm_kept)
+        mean.div_(f32(lengthening(figures, len(vectors))))
     return mean, figures
 
 

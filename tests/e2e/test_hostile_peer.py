@@ -27,6 +27,7 @@ from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
+from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.messages import (
     Accept,
@@ -183,8 +184,8 @@ async def forged_votes(enemy: Enemy) -> None:
             "control",
             said(
                 Ready(epoch, head, 0, False, "00" * 32, TOKEN, 2**40, 1.0, -1, None),
-                Accept(epoch, head, 0, new_head, "ab" * 32, signature),
-                Accept(epoch, head, 0, new_head, "ab" * 32, "00"),
+                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, signature),
+                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, "00"),
                 Commit(record),
                 Commit(stolen),
                 Records(epoch, (record,)),

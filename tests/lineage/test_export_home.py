@@ -284,7 +284,7 @@ def _home(folder: Path, model: ModelSpec) -> Made:
     record = Record(body, head_of(body, crypto), 0, ())
     store.write_update(1, record.head, payloads)
     store.append_record(record)
-    state.apply(payloads, 1, record.head)
+    state.apply(payloads, record)
     return Made(home, model, state.params, identity.peer_id)
 
 

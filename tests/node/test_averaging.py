@@ -6,10 +6,12 @@ import torch
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging, payload_digest
+from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Result, Shard
 
 N = 1000
 HEAD, TOKEN = "ab" * 32, "cd" * 16
+SUMS = ShardSums((1.0,), 1.0, (1.0,), (1.0,), 1.0, 1, 0)
 
 
 def averaging() -> Averaging:
@@ -32,7 +34,7 @@ def test_a_frame_that_was_sent_is_the_payload_that_is_received():
     for shard, payload in enumerate(payloads):
         frame = bytearray(b"".join(bytes(part) for part in a.frame(shard, payload)))
         assert len(frame) <= a.frame_bytes_max
-        got, digest = a.unpack(Result(0, HEAD, 0, shard, "", None), frame)
+        got, digest = a.unpack(Result(0, HEAD, 0, shard, "", None, SUMS), frame)
         assert torch.equal(got.tensor, payload) and digest == payload_digest(payload)
         assert b"".join(bytes(part) for part in a.frame(shard, got)) == frame
         got, digest = a.unpack(Shard(0, TOKEN, shard, None), frame)
@@ -75,6 +77,7 @@ def test_the_mean_is_the_same_whoever_computes_it():
     inputs = [one.take(encoded(seed), copy=True) for seed in range(3)]
     for shard in range(4):
         blobs = [payloads[shard] for payloads in inputs]
-        a, digest_a = one.reduce(shard, blobs, [3, 1, 5])
-        b, digest_b = other.reduce(shard, [blob.clone() for blob in blobs], [3, 1, 5])
+        a, digest_a, sums_a = one.reduce(shard, blobs, [3, 1, 5])
+        b, digest_b, sums_b = other.reduce(shard, [blob.clone() for blob in blobs], [3, 1, 5])
         assert torch.equal(a.tensor, b.tensor) and digest_a == digest_b
+        assert sums_a == sums_b and sums_a.of_so_many(3)

@@ -17,7 +17,9 @@ from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.transfer import DonorFailed
 from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
@@ -374,6 +376,29 @@ def test_who_holds_a_genesis_stream_open_is_shown_out(monkeypatch):
             assert bench.keeper.donors[0].serving == 0
 
     run(main)
+
+
+@pytest.mark.parametrize(("contributors", "said"), [(1, ""), (2, " cosine=0.707 sign=0.750 norm_kept=0.500")])
+def test_a_commit_says_how_far_contributions_agree_where_there_are_several(monkeypatch, contributors, said):
+    told, points = [], []
+    monkeypatch.setattr(
+        logging.getLogger("tapestry.node"), "info", lambda *args: told.append(args[0] % args[1:])
+    )
+
+    class FakeTrackers:
+        def put(self, step: int, point: dict[str, float]) -> None:
+            points.append(point)
+
+    metrics = Metrics("0")
+    members = tuple(chain.Member(f"p{index}", 5, "ab" * 16) for index in range(contributors))
+    agreement = Agreement(707_107, 750_000, 500_000)
+    body = chain.Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
+    Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(chain.Record(body, RUN, 0, ()))
+    assert told == [
+        f"committed epoch=4 head={RUN[:12]} contributions={contributors} weight={5 * contributors}{said}"
+    ]
+    assert points[0]["agreement/norm_kept"] == 0.5 and points[0]["agreement/sign"] == 0.75
+    assert b'tapestry_agreement{figure="norm_kept"} 0.5' in metrics.render()
 
 
 def test_refusals_are_all_counted_and_told_once(monkeypatch):

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tapestry.node.net.links import HEADER_BYTES_MAX
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain, messages
+from tapestry.node.protocol.agreement import COUNT_MAX, SUM_MAX, Agreement, ShardSums
 
 HEAD = "ab" * 32
 TOKEN = "cd" * 16
@@ -28,6 +30,7 @@ class FakeCrypto:
 
 CRYPTO = FakeCrypto()
 READER = Reader(CRYPTO)
+SUMS = ShardSums((4.0, 0.5), 1.0, (2.0, 0.25), (-1.0, 1e-9), 0.5, 7, 2)
 MEMBERS = (chain.Member("a", 5, TOKEN), chain.Member("b", 0, ""))
 BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD)
 RECORD = chain.Record(BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")))
@@ -40,13 +43,13 @@ CONTROL = [
     messages.Closing(6, HEAD, 2),
     messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1)),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
-    messages.Accept(6, HEAD, 2, HEAD, HEAD, "aa"),
+    messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),
     messages.Records(6, (RECORD,)),
 ]
-DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, HEAD, 1, 2, "digest", "blob")]
+DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, HEAD, 1, 2, "digest", "blob", SUMS)]
 
 
 @pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)
@@ -117,6 +120,20 @@ def test_no_record_is_longer_on_the_wire_than_is_reckoned(members, signers):
     record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
     header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
     assert 0.8 * chain.wire_bytes(members, signers) < len(header) <= chain.wire_bytes(members, signers)
+
+
+def test_the_sums_of_the_most_contributors_fit_into_a_bulk_header():
+    many = (SUM_MAX,) * chain.MEMBERS_MAX
+    sums = ShardSums(many, SUM_MAX, many, many, SUM_MAX, COUNT_MAX, COUNT_MAX)
+    result = messages.Result(chain.EPOCH_MAX, HEAD, chain.BALLOT_MAX, 2**20 - 1, "digest", "blob", sums)
+    assert len(encode_message(result)) <= HEADER_BYTES_MAX
+
+
+def test_a_result_with_sums_that_are_none_is_refused():
+    name, *fields, sums = msgpack.unpackb(encode_message(DATA[1]))
+    for wrong in ([], [[-1.0], *sums[1:]], [[float("nan")], *sums[1:]], [*sums[:6], -1], None):
+        with pytest.raises(RemoteProtocolError):
+            READER.data(msgpack.packb([name, *fields, wrong]), "blob", "digest")
 
 
 def test_unsorted_or_repeated_members_of_a_record_are_refused():

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 from simulation.lies import STRANGER, draw_lie
-from simulation.shell import Disk
+from simulation.shell import Disk, Mean
 from simulation.world import Faults, SimCrypto, World, digest
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import ALIKE, PPM, SUM_MAX, ShardSums
 from tapestry.node.protocol.chain import (
     BALLOT_MAX,
     EPOCH_MAX,
@@ -368,11 +369,63 @@ def test_one_unusable_contribution_blames_nobody_else():
 def test_a_reducer_that_withholds_results_is_left_out_within_two_stalls():
     """It reduces, answers heartbeats, and sends its results to nobody."""
     world = swarm()
-    rogue = world.nodes["p3"]
+    rogue = world.nodes["p0"]  # there are three shards, and p3 would average none
     rogue.do_send_result = lambda out: None
     rogue.execute = {**rogue.execute, ev.SendResult: lambda self, out: None}
     took = goes_on(world, epochs=1, limit_s=60)
     assert took < 2 * world.rules.stall_s + 8.0
+
+
+def test_a_reducer_whose_sums_are_of_another_number_is_refused_and_left_out_within_two_stalls():
+    world = swarm()
+    rogue = world.nodes["p0"]
+
+    def lie(self, out) -> None:
+        self.do_send_result(replace(out, sums=replace(out.sums, squares=(1.0,))))
+
+    rogue.execute = {**rogue.execute, ev.SendResult: lie}
+    world.until(lambda: world.refused.get("agreement"), 60)
+    assert goes_on(world, epochs=1, limit_s=60) < 2 * world.rules.stall_s + 8.0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_reducers_wrong_sums_break_no_round_and_give_figures_within_their_range(sign):
+    """It tells everybody the same, itself too: sums as large as may be, and of vectors of nothing."""
+    world = swarm()
+    rogue = world.nodes["p0"]
+
+    def lie(self, out) -> None:
+        count = len(out.blobs)
+        most, none = (SUM_MAX,) * count, (0.0,) * count
+        dots = (sign * SUM_MAX,) * count
+        squares, mean_square = (none, SUM_MAX) if sign > 0 else (most, 0.0)
+        false = ShardSums(squares, mean_square, (1e-300,) * count, dots, SUM_MAX, 0, 2**62)
+        reduced = Mean(out.shard, out.blobs, out.weights)
+        answer = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, reduced.digest, reduced, false)
+        self.world.later(0.01, self, answer)
+
+    world.invariants.liar_leads = True  # what it says is not what its means come to
+    rogue.execute = {**rogue.execute, ev.Reduce: lie}
+    goes_on(world, epochs=2)
+    body = nodes(world)[0].core.chain.records[-1].body
+    assert body.agreement.cosine_ppm in (-PPM, PPM) and body.agreement.norm_kept_ppm in (0, PPM)
+
+
+def test_a_reducer_that_tells_members_different_sums_forks_nobody_and_halts_nobody():
+    """No two votes of its ballot are equal; the next leader proposes one of the values, lie and all."""
+    world = swarm()
+    rogue = world.nodes["p0"]
+
+    def lie(self, out) -> None:
+        self.do_send_result(replace(out, sums=replace(out.sums, same_sign=10**6 * int(out.peer[1:]))))
+
+    world.invariants.liar_leads = True  # what it says is not what its means come to
+    rogue.execute = {**rogue.execute, ev.SendResult: lie}
+    goes_on(world)
+    chains = [n.core.chain for n in nodes(world)]
+    common = min(chain.epoch for chain in chains)
+    assert len({chain.head_at(common) for chain in chains}) == 1
+    assert world.outcomes.get("aborted", 0) == 0
 
 
 def test_a_dripping_peer_holds_a_round_up_no_longer_than_exchange_max_s():
@@ -432,7 +485,7 @@ def test_a_thousand_identities_leave_the_tables_bounded():
             round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, "", 0, 0.0, -1, None
         )
         node.feed(ev.Received(peer, ready))
-        node.feed(ev.Received(peer, Accept(round_.epoch, round_.head, round_.ballot, HEX, HEX, HEX)))
+        node.feed(ev.Received(peer, Accept(round_.epoch, round_.head, round_.ballot, HEX, HEX, ALIKE, HEX)))
         if i % 2:
             node.feed(ev.PeerDown(peer))
     tables = (

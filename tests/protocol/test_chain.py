@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from simulation.world import SimCrypto, digest
 
 from tapestry.node.protocol import chain as c
+from tapestry.node.protocol.agreement import PPM, Agreement
 
 CRYPTO = SimCrypto("a")
 PREV = digest(b"prev")
@@ -28,7 +29,10 @@ def bodies(draw):
         for p, voter in zip(peers, voters, strict=True)
     )
     epoch = draw(st.integers(1, c.EPOCH_MAX))
-    return c.Body(draw(HEADS), epoch, draw(HEADS), draw(HEADS), members, draw(HEADS), draw(st.booleans()))
+    shares = st.integers(0, PPM)
+    agreement = Agreement(draw(st.integers(-PPM, PPM)), draw(shares), draw(shares))
+    heads = [draw(HEADS) for _ in range(4)]
+    return c.Body(heads[0], epoch, heads[1], heads[2], members, heads[3], draw(st.booleans()), agreement)
 
 
 def signed(body: c.Body, signers, ballot: int = 0) -> c.Record:

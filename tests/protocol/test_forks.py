@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+from simulation.shell import sums_of
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.exchange import Mean
 from tapestry.node.protocol.messages import Need, Result, Stage
 
 OTHER = "ab" * 32  # the head of the other side
+SUMS = sums_of(OTHER, contributors=4)
 
 
 def in_exchange():
@@ -31,10 +34,10 @@ def in_exchange():
 def test_a_result_of_the_other_side_is_not_mixed_in():
     _, node, round_, reducer, shard = in_exchange()
     ballot = round_.exchange.roster.ballot
-    late = Result(round_.epoch, OTHER, ballot, shard, OTHER, "the mean of other members")
+    late = Result(round_.epoch, OTHER, ballot, shard, OTHER, "the mean of other members", SUMS)
     node.feed(ev.Received(reducer, late))
     assert shard not in round_.exchange.results
-    node.feed(ev.Received(reducer, Result(round_.epoch, round_.head, ballot, shard, OTHER, "ours")))
+    node.feed(ev.Received(reducer, Result(round_.epoch, round_.head, ballot, shard, OTHER, "ours", SUMS)))
     assert shard in round_.exchange.results
 
 
@@ -43,13 +46,13 @@ def test_a_mean_that_was_ordered_on_the_other_side_is_dropped():
     exchange = round_.exchange
     exchange.reducing.add(0)
     exchange.results.pop(0, None)
-    node.feed(ev.Reduced(round_.epoch, OTHER, exchange.members_ballot, 0, OTHER, "theirs"))
+    node.feed(ev.Reduced(round_.epoch, OTHER, exchange.members_ballot, 0, OTHER, "theirs", SUMS))
     assert 0 not in exchange.results
 
 
 def test_who_asks_from_the_other_side_gets_nothing_of_ours():
     world, node, round_, reducer, _ = in_exchange()
-    round_.exchange.results[0] = (OTHER, "blob")
+    round_.exchange.results[0] = Mean(OTHER, "blob", SUMS)
     ballot = round_.exchange.roster.ballot
     for head, count in ((OTHER, 0), (round_.head, 1)):
         need = Need(round_.epoch, head, ballot, "", (0,))
@@ -62,7 +65,7 @@ def test_a_result_that_overtook_its_roster_is_asked_for_with_the_roster():
     exchange, ctx = round_.exchange, node.core.ctx
     later = replace(exchange.roster, ballot=exchange.roster.ballot + len(round_.electorate))
     ctx.out = []
-    exchange.on_result(reducer, Result(round_.epoch, round_.head, later.ballot, shard, OTHER, "early"))
+    exchange.on_result(reducer, Result(round_.epoch, round_.head, later.ballot, shard, OTHER, "early", SUMS))
     assert shard not in exchange.results  # whose it must be is not known yet
     exchange.start(later)
     asked = [out for out in ctx.out if isinstance(out, ev.Send) and isinstance(out.message, Need)]

@@ -455,7 +455,16 @@ def lacks_an_update(*, is_there: bool):
     world = swarm(1, peers=3, on_quorum_loss="wait")
     gone, told, voted = alive(world)
     epoch = world.epoch() + 1
-    world.until(lambda: all(n.core.chain.epoch >= epoch for n in alive(world)), 20)
+
+    def all_have_it() -> bool:
+        chains = [n.core.chain for n in alive(world)]
+        there = all(
+            c.epoch >= epoch and c.head in n.disk.updates for c, n in zip(chains, alive(world), strict=True)
+        )
+        return there and len({c.head for c in chains}) == 1
+
+    world.until(all_have_it, 60)
+    epoch = told.core.chain.epoch
     head, before = told.core.chain.head, told.core.chain.head_at(epoch - 1)
     for node in (gone, told, voted):
         node.crash()

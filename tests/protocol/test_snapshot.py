@@ -45,7 +45,9 @@ def test_a_snapshot_is_what_the_core_is_and_stays_as_it_was():
     assert [peer.peer_id for peer in before.peers] == ["p0", "p2"]
     assert before.round is not None and before.round.electorate == 3
     world.until(lambda: core.chain.epoch > before.chain_epoch, 60)
-    assert core.snapshot(world.now).chain_epoch == before.chain_epoch + 1
+    after = core.snapshot(world.now)
+    assert after.chain_epoch == before.chain_epoch + 1
+    assert after.agreement == core.chain.records[-1].body.agreement != before.agreement
     with pytest.raises(AttributeError):
         before.phase = "other"  # type: ignore[misc]
 

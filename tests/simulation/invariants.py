@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from simulation.shell import Mean
 
+from tapestry.node.protocol.agreement import agreement
 from tapestry.node.protocol.chain import Body, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
@@ -181,6 +182,9 @@ class Invariants:
             got = blob.averaged
             if blob.shard != index or got != expected:
                 self.fail(node, f"G2: shard {index} averages {got}, the record says {expected}")
+        sums = [blob.sums for blob in shards if isinstance(blob, Mean)]
+        if record.body.agreement != agreement(sums, [weight for _, _, weight in expected]):
+            self.fail(node, f"record {record.body.epoch} says another agreement than its shards")
 
     def on_vote(self, node: Node, before: Vote | None, after: Vote) -> None:
         if before is None or (before.epoch, before.head) != (after.epoch, after.head):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from simulation.draws import choice, hex_digits, randint
 
+from tapestry.node.protocol.agreement import ALIKE, COUNT_MAX, SUM_MAX, ShardSums
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, WEIGHT_MAX, Body, Member, Record
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
@@ -31,6 +32,7 @@ from tapestry.node.protocol.messages import (
     Status,
 )
 
+FALSE_SUMS = ShardSums((0.0, SUM_MAX), SUM_MAX, (1.0, 0.0), (SUM_MAX, -SUM_MAX), 0.0, 0, COUNT_MAX)
 STRANGER = "stranger"  # connected, in no electorate, and takes part in nothing
 
 
@@ -132,7 +134,8 @@ class _Liar:
         ballot = choice(
             self.rng, [-1, BALLOT_MAX]
         )  # a reducer's wrong mean is a wrong contribution by any name
-        return Result(self.epoch(), self.head(), ballot, self.shard_index(), self.hex(64), "mean of a liar")
+        epoch, head, shard, hexes = self.epoch(), self.head(), self.shard_index(), self.hex(64)
+        return Result(epoch, head, ballot, shard, hexes, "mean of a liar", FALSE_SUMS)
 
     def closing(self) -> Closing:
         return Closing(self.epoch(), self.head(), self.ballot())
@@ -168,7 +171,9 @@ class _Liar:
         return Propose(self.epoch(), self.head(), self.ballot(), self.body(), holders)
 
     def accept(self) -> Accept:
-        return Accept(self.epoch(), self.head(), self.ballot(), self.hex(64), self.hex(64), self.hex(64))
+        return Accept(
+            self.epoch(), self.head(), self.ballot(), self.hex(64), self.hex(64), ALIKE, self.hex(64)
+        )
 
     def commit(self) -> Commit:
         return Commit(self.record())

@@ -16,6 +16,7 @@ from simulation.draws import randint
 from simulation.lies import STRANGER
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.chain import Chain, Record
 from tapestry.node.protocol.core import NOTHING, Core, Restored
 from tapestry.node.protocol.messages import Result, Shard, Status
@@ -75,9 +76,19 @@ class Mean:
             inputs.append(f"({blob.text if isinstance(blob, Part) else repr(blob)}, {weight})")
         self.text = f"({shard}, ({', '.join(inputs)}{',' if len(inputs) == 1 else ''}))"
         self.digest = digest(self.text.encode())
+        self.sums = sums_of(self.digest, len(blobs))
 
     def __repr__(self) -> str:
         return self.text
+
+
+def sums_of(digest: str, contributors: int) -> ShardSums:
+    """Some that follow from what was averaged, as those of real shards do; every mean has others."""
+    lots = [int(digest[at : at + 4], 16) for at in range(0, 16, 4)]
+    mean_square = 1.0 + lots[0]
+    squares = tuple(mean_square * (1.0 + lots[1] % 7 + index) for index in range(contributors))
+    dots = (float(lots[2] % 100),) * contributors
+    return ShardSums(squares, mean_square, squares, dots, mean_square, lots[3], lots[2])
 
 
 def digest_of(blob: object) -> str:
@@ -215,12 +226,12 @@ class Node:
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        message = Result(out.epoch, out.head, out.ballot, out.shard, digest_of(out.blob), out.blob)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, digest_of(out.blob), out.blob, out.sums)
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_reduce(self, out: ev.Reduce) -> None:
         mean = Mean(out.shard, out.blobs, out.weights)
-        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, mean.digest, mean)
+        reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, mean.digest, mean, mean.sums)
         self.world.later(self.world.draw(0.005, 0.05), self, reduced)
 
     def do_persist_vote(self, out: ev.PersistVote) -> None:

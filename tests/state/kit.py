@@ -85,7 +85,7 @@ class Run:
             self.store.write_update(record.body.epoch, record.head, payloads)
             self.store.append_record(record)
             self.chain.append(record)
-            self.state.apply(payloads, record.body.epoch, record.head)
+            self.state.apply(payloads, record)
             self.digest = self.state.digest()
             self.payloads.append(payloads)
             self.numbers.append(state_bytes(self.state))

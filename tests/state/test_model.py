@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from state.kit import SCHEMA, arithmetic, new_state, state_bytes
 
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node.spec.run import AdamWSpec
-from tapestry.node.state.model import DigestMismatch, ModelState, TornState, spans
+from tapestry.node.protocol.agreement import ALIKE, PPM, Agreement
+from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.spec.run import AdamWSpec, NesterovSpec, preset_spec
+from tapestry.node.state.model import Arithmetic, DigestMismatch, ModelState, TornState, spans
 
 HEAD = "aa" * 32
 
@@ -21,6 +25,13 @@ def _payloads(state: ModelState, seed: int = 0) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     codec = state.arithmetic.codec
     return [codec.encode(torch.randn(shard.n, generator=rng)) for shard in state.arithmetic.shards]
+
+
+def record(agreement: Agreement = ALIKE, contributors: int = 4) -> Record:
+    """Of epoch 1; a voter that contributed nothing is in it too."""
+    members = tuple(Member(f"p{index}", 3, "c0" * 16) for index in range(contributors))
+    body = Body(HEAD, 1, HEAD, HEAD, (*members, Member("voter", 0, "")), HEAD, agreement=agreement)
+    return Record(body, HEAD, 0, ())
 
 
 def test_the_digest_is_of_schema_names_and_bytes_and_not_of_the_epoch() -> None:
@@ -43,7 +54,7 @@ def test_one_bit_in_any_vector_changes_the_digest(vector: int) -> None:
 def test_apply_is_the_outer_step_on_the_decoded_mean() -> None:
     state, expected = new_state(700, fill=0.5), new_state(700, fill=0.5)
     payloads = _payloads(state)
-    state.apply(payloads, 1, HEAD)
+    state.apply(payloads, record())
     codec = state.arithmetic.codec
     decoded = [codec.decode(p, s.n) for p, s in zip(payloads, state.arithmetic.shards, strict=True)]
     expected.arithmetic.outer.step(expected.params, expected.buffers, torch.cat(decoded), 0, 700, 1)
@@ -51,16 +62,46 @@ def test_apply_is_the_outer_step_on_the_decoded_mean() -> None:
     assert (state.epoch, state.head, state.torn) == (1, HEAD, False)
 
 
+@pytest.mark.parametrize(
+    ("norm_kept_ppm", "divisor"), [(600_000, 0.6), (PPM, 1.0), (1, 0.5), (0, 0.5), (333_333, 0.5)]
+)
+def test_with_the_members_norm_the_mean_is_divided_by_what_the_record_says_is_kept(
+    norm_kept_ppm: int, divisor: float
+) -> None:
+    """Bit for bit as numpy divides, and never by less than four unrelated members keep, which is a half."""
+    state, expected = (
+        new_state(700, dataclasses.replace(arithmetic(700), lengthens=True), fill=0.5) for _ in range(2)
+    )
+    payloads = _payloads(state)
+    state.apply(payloads, record(Agreement(0, 0, norm_kept_ppm)))
+    codec = state.arithmetic.codec
+    decoded = [codec.decode(p, s.n) for p, s in zip(payloads, state.arithmetic.shards, strict=True)]
+    mean = torch.from_numpy(torch.cat(decoded).numpy() / np.float32(divisor))
+    expected.arithmetic.outer.step(expected.params, expected.buffers, mean, 0, 700, 1)
+    assert state_bytes(state) == state_bytes(expected)
+
+
+def test_one_contributor_alone_has_its_own_norm_whatever_the_record_says() -> None:
+    longer = dataclasses.replace(arithmetic(10), lengthens=True)
+    assert longer.divisor(record(Agreement(0, 0, 5), contributors=1).body) == 1.0
+
+
+@pytest.mark.parametrize(("norm", "divisor"), [("mean", 1.0), ("members", 0.5)])
+def test_the_run_spec_says_whose_norm_the_mean_has(norm: str, divisor: float) -> None:
+    spec = dataclasses.replace(preset_spec("nano", "n"), outer=NesterovSpec(norm=norm))  # type: ignore[arg-type]
+    assert Arithmetic.of(spec, 300).divisor(record(Agreement(0, 0, 5)).body) == divisor
+
+
 def test_a_step_that_fails_half_way_leaves_a_torn_state_that_says_so() -> None:
     state = new_state(700)
     payloads = _payloads(state)
     payloads[-1] = payloads[-1][:-1]
     with pytest.raises(RefusedPayload):
-        state.apply(payloads, 1, HEAD)
+        state.apply(payloads, record())
     with pytest.raises(TornState, match="loaded again"):
         state.digest()
     with pytest.raises(TornState, match="loaded again"):
-        state.apply(_payloads(state), 1, HEAD)
+        state.apply(_payloads(state), record())
 
 
 def test_adopt_takes_only_the_announced_numbers() -> None:

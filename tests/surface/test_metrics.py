@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tapestry.dht import presence
+from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.surface.metrics import Metrics
 
 # name -> type, labels without `le`. The last four are ours, beyond the contract.
@@ -24,6 +25,7 @@ CONTRACT = {
     "tapestry_train_tokens": ("counter", set()),
     "tapestry_train_waiting_seconds": ("counter", set()),
     "tapestry_train_steps": ("counter", set()),
+    "tapestry_agreement": ("gauge", {"figure"}),
     "tapestry_peers": ("gauge", {"phase"}),
     "tapestry_contribution_weight": ("gauge", set()),
     "tapestry_dropped_records": ("counter", set()),
@@ -66,6 +68,17 @@ def test_counters_end_in_total_on_the_wire_and_have_no_created_twins() -> None:
     assert "_created" not in text
 
 
+def test_agreement_is_unknown_before_the_first_round_and_then_that_of_the_latest() -> None:
+    metrics = Metrics("0.1.0")
+    figures = Agreement(-250_000, 700_000, 500_000).shares()
+    names = {figure: f'tapestry_agreement{{figure="{figure}"}}' for figure in figures}
+    assert all(math.isnan(_samples(metrics)[name]) for name in names.values())
+    metrics.set_agreement(figures)
+    found = _samples(metrics)
+    assert {figure: found[name] for figure, name in names.items()} == figures
+    assert figures == {"cosine": -0.25, "sign": 0.7, "norm_kept": 0.5}
+
+
 def test_process_metrics_are_there() -> None:
     assert _samples(Metrics("0.1.0"))["process_resident_memory_bytes"] > 0
 
@@ -89,11 +102,11 @@ def test_every_series_exists_from_the_start_and_no_event_makes_a_new_one() -> No
     assert list(_samples(metrics)) == list(before)
 
 
-def test_everything_starts_at_zero_but_the_losses_which_are_not_known_yet() -> None:
+def test_everything_starts_at_zero_but_losses_and_agreement_which_are_not_known_yet() -> None:
     samples = _samples(_with_sets())
     losses = {"tapestry_train_loss", *(f'tapestry_validation_loss{{set="{name}"}}' for name in ("fr", "de"))}
     for name, value in samples.items():
-        if name in losses:
+        if name in losses or name.startswith("tapestry_agreement"):
             assert math.isnan(value)
         elif name.startswith("tapestry_") and not name.startswith("tapestry_info"):
             assert value == 0.0, name

@@ -342,6 +342,7 @@ def test_a_key_that_only_one_side_has_is_a_difference() -> None:
     assert diff(DEFAULT, peer) == [
         'outer.optimizer: "nesterov" here, "adamw" at the peer',
         "outer.momentum: 0.9 here, not at the peer",
+        'outer.norm: "mean" here, not at the peer',
         "outer.betas: not here, [0.9, 0.95] at the peer",
         "outer.eps: not here, 1e-08 at the peer",
         "outer.weight_decay: not here, 0.0 at the peer",

@@ -2,20 +2,20 @@
 
 torch's own Muon: Nesterov momentum, five Newton-Schulz steps in bf16, and the scale of 2502.16982, 0.2 times
 the root of the longer side, with which an update is as large as AdamW's, so that a learning rate found for
-AdamW is of the right size. The stacked matrices of a mixture's experts are stepped one by one.
-
-On a processor without bf16 arithmetic the Newton-Schulz steps take long beside a small batch.
+AdamW is of the right size; on a processor the same in f32 (muon_f32.py). The stacked matrices of a mixture's
+experts are matrices by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tapestry.node.spec.training import TrainSpec
 from tapestry.node.trainer.optimizers.adamw import AdamW
+from tapestry.node.trainer.optimizers.muon_f32 import Matrix, MuonF32
 from tapestry.node.trainer.optimizers.parts import Kind, Part, make_part
 
 
@@ -29,28 +29,15 @@ class Muon:
         n = sum(matrix.parameter.numel() for matrix in matrices)
         device = parts[0].parameter.device
         self._momentum = torch.zeros(n, device=device)
-        self._muon = None
+        self._step_matrices: Callable[[float], None] | None = None
         if matrices:
-            self._muon = torch.optim.Muon(
-                [matrix.parameter for matrix in matrices],
-                lr=self._lr,
-                weight_decay=settings.weight_decay,
-                momentum=settings.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            start = 0
-            for matrix in matrices:
-                stop = start + matrix.parameter.numel()
-                buffer = self._momentum[start:stop].view(matrix.parameter.shape)
-                self._muon.state[matrix.parameter] = {"momentum_buffer": buffer}
-                start = stop
+            make = _in_f32 if device.type == "cpu" else _of_torch
+            self._step_matrices = make(settings, matrices, self._momentum)
 
     def step(self, scale: float) -> None:
         """One step, with both learning rates times `scale`."""
-        if self._muon is not None:
-            for group in self._muon.param_groups:
-                group["lr"] = self._lr * scale
-            self._muon.step()  # type: ignore[no-untyped-call]
+        if self._step_matrices is not None:
+            self._step_matrices(self._lr * scale)
         self._adamw.step(scale)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,6 +47,42 @@ class Muon:
     def resume(self, steps: int) -> None:
         """Muon itself counts nothing."""
         self._adamw.resume(steps)
+
+
+def _of_torch(settings: TrainSpec, matrices: Sequence[Part], momentum: Tensor) -> Callable[[float], None]:
+    """What steps them with a learning rate: torch's own Muon, with its momenta in `momentum`."""
+    muon = torch.optim.Muon(
+        [matrix.parameter for matrix in matrices],
+        weight_decay=settings.weight_decay,
+        momentum=settings.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for matrix, buffer in zip(matrices, _views(matrices, momentum), strict=True):
+        muon.state[matrix.parameter] = {"momentum_buffer": buffer}
+
+    def step(lr: float) -> None:
+        for group in muon.param_groups:
+            group["lr"] = lr
+        muon.step()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _in_f32(settings: TrainSpec, matrices: Sequence[Part], momentum: Tensor) -> Callable[[float], None]:
+    """The same, in f32."""
+    made = []
+    for matrix, buffer in zip(matrices, _views(matrices, momentum), strict=True):
+        gradient = matrix.parameter.grad
+        assert gradient is not None
+        made.append(Matrix(matrix.parameter.detach(), gradient, buffer))
+    return MuonF32(made, settings.muon_momentum, settings.weight_decay).step
+
+
+def _views(matrices: Sequence[Part], flat: Tensor) -> list[Tensor]:
+    sizes = [matrix.parameter.numel() for matrix in matrices]
+    return [
+        part.view(matrix.parameter.shape) for matrix, part in zip(matrices, flat.split(sizes), strict=True)
+    ]
 
 
 def _single(part: Part) -> list[Part]:

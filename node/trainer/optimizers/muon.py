@@ -8,6 +8,7 @@ experts are matrices by themselves.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,9 +80,11 @@ def _in_f32(settings: TrainSpec, matrices: Sequence[Part], momentum: Tensor) -> 
 
 
 def _views(matrices: Sequence[Part], flat: Tensor) -> list[Tensor]:
-    sizes = [matrix.parameter.numel() for matrix in matrices]
+    """A place in `flat` for each, of its shape."""
+    ends = itertools.accumulate(matrix.parameter.numel() for matrix in matrices)
     return [
-        part.view(matrix.parameter.shape) for matrix, part in zip(matrices, flat.split(sizes), strict=True)
+        flat[end - matrix.parameter.numel() : end].view(matrix.parameter.shape)
+        for matrix, end in zip(matrices, ends, strict=True)
     ]
 
 

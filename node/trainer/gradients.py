@@ -26,6 +26,7 @@ Knows of no epoch and no optimizer.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -136,9 +137,11 @@ class Gradients:
         self._bf16 = bf16
         self._group = group
         self._wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
+        self._balance = _balance_of(model)
         self._head: _Head | None = None  # of the model, once it has been tried
         self._whole = self._wrap(model)
-        self._tried_head = group is not None  # FSDP2 gathers a model's parameters for the model's own call
+        # FSDP2 gathers parameters for the model's own call, and a mixture tells there of its experts.
+        self._tried_head = group is not None or self._balance > 0
         self._tried_documents = False
         self._logits_at_a_time = LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME["cpu"])
         self.on_part: Callable[[], None] = lambda: None  # a forward pass is over: a step may have many
@@ -188,9 +191,11 @@ class Gradients:
         """Scalar: this part's share of the mean."""
         if self._head is None:
             with self._autocast():
-                share = _cross_entropy(self._logits(inputs), inputs.targets) / count
+                logits, unbalance = self._logits(inputs)
+                share = _cross_entropy(logits, inputs.targets) / count
             # FSDP2 takes the mean over the ranks of what is to be added up.
-            scaled = share * (1 if self._group is None else self._group.size)
+            ranks = 1 if self._group is None else self._group.size
+            scaled = (share + self._balance * unbalance * inputs.targets.numel() / count) * ranks
             scaled.backward()  # type: ignore[no-untyped-call]
             return share.detach()
         with self._autocast():
@@ -209,13 +214,17 @@ class Gradients:
         """Scalar: the sum of this part's losses."""
         with self._autocast():
             if self._head is None:
-                return _cross_entropy(self._logits(inputs), inputs.targets)
+                return _cross_entropy(self._logits(inputs)[0], inputs.targets)
             pieces = self._pieces(self._head.hidden(inputs), inputs.targets)
             return torch.stack([self._head.loss(*piece) for piece in pieces]).sum()
 
-    def _logits(self, inputs: Inputs) -> Tensor:
-        logits: Tensor = self._whole(**_arguments(inputs)).logits
-        return logits
+    def _logits(self, inputs: Inputs) -> tuple[Tensor, Tensor | float]:
+        """(rows, sequence_length, vocabulary); and how unevenly a mixture used its experts, 0 for others."""
+        if not self._balance:
+            logits: Tensor = self._whole(**_arguments(inputs)).logits
+            return logits, 0.0
+        out = self._whole(**_arguments(inputs), output_router_logits=True)
+        return out.logits, out.aux_loss
 
     def _pieces(
         self,
@@ -314,6 +323,19 @@ def _keeps_documents_apart(model: nn.Module, device: torch.device) -> bool:
     except TypeError:  # it takes no positions
         return False
     return torch.allclose(logits[0, 2:], logits[1, 2:], rtol=1e-4, atol=1e-5)
+
+
+def _balance_of(model: nn.Module) -> float:
+    """By how much a mixture of experts weighs the loss that keeps them all in use; 0 for what is none.
+
+    It is the base's own figure (router_aux_loss_coef), whether or not its configuration turns it on: without
+    that loss a mixture that trains for long comes to use a few experts alone (2101.03961, section 2.2).
+    """
+    causal = _causal(model)
+    takes = "output_router_logits" in inspect.signature(causal.forward).parameters
+    return (
+        float(getattr(getattr(causal, "config", None), "router_aux_loss_coef", None) or 0.0) if takes else 0.0
+    )
 
 
 def _causal(model: nn.Module) -> Any:

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from bases import FAMILIES, STATE_SPACE, edit_json, make_base
+from bases import FAMILIES, MIXTURES, STATE_SPACE, edit_json, make_base
 from torch import Tensor, nn
 
 from tapestry.node.spec.training import PRESETS, TransformersSpec
+from tapestry.node.trainer.gradients import Gradients, Windows
+from tapestry.node.trainer.memory import Footing
 from tapestry.node.trainer.models import hub, lora, registry
 from tapestry.node.trainer.models.pretrained import check_base, require_fits
 from tapestry.node.trainer.models.refusal import ModelError
@@ -417,3 +419,31 @@ def _logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model.eval()(input_ids=IDS).logits
     return logits
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_trains_with_its_load_balancing_loss_as_transformers_adds_it(
+    tmp_path: Path, family: str
+) -> None:
+    folder = make_base(tmp_path, family, router_aux_loss_coef=1.0)
+    spec = _spec(folder)
+    state = registry.initial_state(spec, folder, LENGTH)
+    grads = []
+    for ours in (True, False):
+        model = _filled(registry.build(spec, folder, LENGTH), state).train()
+        if ours:
+            batch = Windows(IDS.numpy())
+            told, _ = Gradients(model, torch.device("cpu"), Footing(len(IDS), False)).add(batch)
+        else:
+            targets = IDS[:, 1:].contiguous()
+            out = model(
+                input_ids=IDS[:, :-1], labels=targets, shift_labels=targets, output_router_logits=True
+            )
+            out.loss.backward()
+            assert out.aux_loss > 0
+            # What people and validation see is the cross entropy alone.
+            assert told == pytest.approx(
+                (out.loss - model.config.router_aux_loss_coef * out.aux_loss).item(), rel=1e-5
+            )
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)

@@ -113,7 +113,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 2)
+@plant("a lower ballot is followed after a higher one was promised", 21)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -168,7 +168,7 @@ def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
 
-@plant("a member that lost records votes at once", 42)
+@plant("a member that lost records votes at once", 99)
 def lost_records_vote() -> list[Patch]:
     return [(Core, "_stands_by", Core._forgot_votes)]
 
@@ -176,7 +176,7 @@ def lost_records_vote() -> list[Patch]:
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 5)
+@plant("records are taken as they come", 17)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
 
@@ -266,7 +266,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 3)
+@plant("results of other members are kept for the next roster", 1)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -295,7 +295,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 60)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 72)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 
@@ -335,7 +335,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 3)
+@plant("a leader that says nothing is waited for", 6)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

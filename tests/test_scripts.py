@@ -26,7 +26,7 @@ from bases import make_base
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = f"{shlex.quote(sys.executable)} -P {shlex.quote(str(ROOT / 'tests' / 'fake_tapestry.py'))}"
-LIMIT_S = 60.0
+LIMIT_S = 180.0  # on a busy machine
 
 
 @pytest.fixture

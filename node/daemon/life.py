@@ -163,7 +163,9 @@ class Daemon:
             node = await assemble(own, agreed.spec, keeper, trainer)
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
-            self.view.attach(node.runtime.show, node.network.addresses_of, agreed.spec.name)
+            self.view.attach(
+                node.runtime.show, node.network.addresses_of, node.network.bans, agreed.spec.name
+            )
             addresses = ranked(await swarm.addresses())
             _print_banner(identity.peer_id, agreed.spec.name, genesis.run_id, addresses, http.url)
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import glob
 import ipaddress
 import logging
@@ -26,6 +27,7 @@ _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
 STOP_TIMEOUT_S = 3.0
+_LOCK = "lock"  # in a folder of sockets
 
 
 class SwarmError(Exception):
@@ -138,15 +140,37 @@ def require_free(address: str) -> None:
 def make_socket_folder() -> str:
     """A folder that only this user can enter, for the sockets between us and p2pd.
 
-    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. Named after our process, so that
-    what a killed one left is swept up by the next.
+    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. What a killed one left is swept up
+    by the next: where `hold_folder` had locked it and nobody holds the lock. A pid would not tell: the owner
+    may live in another pid namespace, with the same /tmp.
     """
     for left in glob.glob("/tmp/tapestry-*-*"):
-        pid = left.split("-")[1]
-        with contextlib.suppress(FileNotFoundError):  # another node sweeps too
-            if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
+        with contextlib.suppress(OSError):  # another node sweeps too
+            if os.stat(left).st_uid == os.getuid() and _is_left(left):
                 shutil.rmtree(left, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
+
+
+def hold_folder(folder: str) -> int:
+    """Lock it while this descriptor, or this process, lives. The lock appears held, or not at all."""
+    path = os.path.join(folder, _LOCK)
+    descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(path + ".new", path)
+    return descriptor
+
+
+def _is_left(folder: str) -> bool:
+    """Whether its owner is gone for certain."""
+    descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 async def launch_p2pd(

@@ -41,6 +41,7 @@ from tapestry.dht.p2pd import (
     STOP_TIMEOUT_S,
     SwarmConfig,
     SwarmError,
+    hold_folder,
     launch_p2pd,
     make_socket_folder,
     quiet_hivemind,
@@ -121,6 +122,7 @@ class Swarm:
             require_free(address)
         async with contextlib.AsyncExitStack() as cleanup:
             folder = make_socket_folder()
+            cleanup.callback(os.close, hold_folder(folder))
             cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
             swarm: Swarm | None = None
 

@@ -121,7 +121,8 @@ class Daemon:
             self.stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, on_signal)
 
     async def _run(self) -> None:
         config, trainer = self.config, self.trainer

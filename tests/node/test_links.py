@@ -391,3 +391,60 @@ def test_unusable_data_is_told_and_the_stream_goes_on():
             assert bench.heard.unusable == 1 and not bench.heard.refused
 
     run(main)
+
+
+def test_answers_to_who_asks_for_records_again_and_again_are_bounded(monkeypatch):
+    """23 MB of questions were answered with 571 MB."""
+
+    async def main() -> None:
+        monkeypatch.setattr(links_module, "ANSWERS_BYTES_PER_S", 1000.0)
+        async with Bench() as bench:
+            await bench.linked()
+            for _ in range(1000):
+                bench.links.send_control(PEER, Records(3, ()))
+            bench.links.send_control(PEER, STATUS)
+            answer, status = encode_message(Records(3, ())), encode_message(STATUS)
+            control = bench.swarm.opened[0][1]
+            await until(lambda: framed(status) in control.written)
+            assert 1 <= control.written.count(framed(answer)) <= 3
+
+    run(main)
+
+
+def test_a_flood_of_messages_is_read_at_the_rate_of_its_sender(monkeypatch):
+    async def main() -> None:
+        monkeypatch.setattr(links_module, "CONTROL_BYTES_PER_S", 1000.0)
+        async with Bench() as bench:
+            bench.stream("control", framed(encode_message(STATUS)) * 5000)
+            await until(lambda: bench.heard.messages)
+            await asyncio.sleep(0.1)
+            first = len(bench.heard.messages)
+            assert first * len(encode_message(STATUS)) < 20_000
+            bench.stream("control", framed(encode_message(STATUS)), "12D3KooWOther")
+            await until(lambda: len(bench.heard.messages) > first)
+
+    run(main)
+
+
+def test_who_sends_what_cannot_be_used_is_read_slowly_after_it(monkeypatch):
+    async def main() -> None:
+        monkeypatch.setattr(links_module, "JUNK_BYTES_PER_S", 1000.0)
+        async with Bench() as bench:
+            junk = framed(encode_message(Shard(3, "cd" * 16, 0, None)), b"junk" * (PAYLOAD_BYTES // 4 - 1))
+            bench.stream("bulk", junk * 200)
+            await until(lambda: bench.heard.unusable)
+            await asyncio.sleep(0.1)
+            assert bench.heard.unusable < 40
+
+    run(main)
+
+
+def test_all_peers_together_get_half_of_the_loop():
+    async def main() -> None:
+        async with Bench(peers_max=16) as bench:
+            for i in range(10):
+                bench.stream("control", framed(encode_message(STATUS)), f"12D3KooWPeer{i}")
+            await until(lambda: len(bench.heard.messages) == 10)
+            assert bench.links._control_share() == pytest.approx(0.05)
+
+    run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgpack
@@ -102,7 +103,8 @@ class Bench:
 
     def call(self, who: PeerID, data: bytes) -> None:
         context = P2PContext(handle_name="find", local_id=who, remote_id=who)
-        asyncio.run(self.guard.serve(dht_pb2.FindRequest, data, context, self.answer))
+        with contextlib.suppress(StopIteration):  # nothing in it waits: no loop is needed
+            self.guard.serve(dht_pb2.FindRequest, data, context, self.answer).send(None)
 
 
 def test_a_sender_under_another_id_than_its_own_is_refused_unless_the_operator_named_it():
@@ -117,12 +119,12 @@ def test_a_sender_under_another_id_than_its_own_is_refused_unless_the_operator_n
 
 def test_calls_of_all_peers_together_take_a_bounded_part_of_the_loop():
     bench = Bench(cost_s=0.01)
-    while bench.now < 100.0:
-        for number in range(200):
+    while bench.now < 20.0:
+        for number in range(100):
             try:
                 bench.call(peer(number), find([KEY]))
             except CallRefused:
-                bench.now += 0.001
+                bench.now += 0.005
     busy_s = bench.answered * bench.cost_s
     assert busy_s <= BURST_S + bench.cost_s + CALLS_SHARE * bench.now
     assert {reason for _, reason in bench.refused} <= {"calls", "busy"} and bench.refused
@@ -130,7 +132,7 @@ def test_calls_of_all_peers_together_take_a_bounded_part_of_the_loop():
 
 def test_one_peer_cannot_use_up_what_there_is_for_all():
     bench = Bench(cost_s=0.01)
-    for _ in range(10_000):
+    for _ in range(2000):
         try:
             bench.call(peer(1), find([KEY]))
         except CallRefused:

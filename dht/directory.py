@@ -18,6 +18,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P
 
 from tapestry.dht.addresses import short
+from tapestry.dht.guard import Guard, id_of
 from tapestry.dht.identity import verify
 from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, PresenceError, decode
 
@@ -118,11 +119,11 @@ def unwrap(value: bytes) -> bytes:
     return record
 
 
-async def create_dht_node(p2p: P2P, run_id: str, on_refused: Callable[[str], None]) -> DHTNode:
-    return await DHTNode.create(
+async def create_dht_node(p2p: P2P, run_id: str, guard: Guard, on_refused: Callable[[str], None]) -> DHTNode:
+    node = await DHTNode.create(
         p2p=p2p,
         # The same after a restart: the peer takes the place of its own stale contact.
-        node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
+        node_id=id_of(p2p.peer_id),
         record_validator=PresenceValidator(run_id, on_refused),
         # A presence lives a minute or two; a cached one only delays the news of the next.
         cache_locally=False,
@@ -133,3 +134,5 @@ async def create_dht_node(p2p: P2P, run_id: str, on_refused: Callable[[str], Non
         # not be asked for another day.
         backoff_rate=1.0,
     )
+    guard.bind(node.protocol)
+    return node

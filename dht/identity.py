@@ -11,6 +11,8 @@ Must not import hivemind or torch: the command line reads identities and has to 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -31,6 +33,9 @@ _FILE_BYTES = len(_PRIVATE_PREFIX) + 2 * _KEY_BYTES
 _PEER_ID_BYTES = len(_PEER_ID_PREFIX) + _KEY_BYTES
 # 38 bytes that begin 00 24 08 01 12 20 take exactly this many base58 characters.
 _PEER_ID_CHARS = 52
+
+# What file systems without hard links say: FAT, some network and container ones.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 _RESTORE = "restore it from a backup, or move it away to get a new identity"
 
@@ -121,16 +126,31 @@ def _create_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _write_new(path, content)
     finally:
         os.unlink(temporary)
     _sync_folder(path.parent)
 
 
+def _write_new(path: Path, content: bytes) -> None:
+    """Where a file system has no hard links: a file that is torn by a crash is found when it is read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # EINVAL: this file system cannot; the key itself is synced
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import glob
 import ipaddress
 import logging
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import multiaddr
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.logging import use_hivemind_log_handler
+
+from tapestry.dht.guard import Answer, Guard
 
 _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
 STOP_TIMEOUT_S = 3.0
+_LOCK = "lock"  # in a folder of sockets
 
 
 class SwarmError(Exception):
@@ -41,17 +45,40 @@ class SwarmConfig:
     startup_timeout_s: float = 60.0
     use_relay: bool = True  # reach peers behind NAT through relays
     use_auto_relay: bool = False  # be reached through relays
+    # p2pd's own Kademlia: finds where a peer is by its id alone. Members tell each other their addresses, and
+    # it keeps 524 bytes for a day of whatever record anybody gives it, at 34,000 a second.
+    serve_kademlia: bool = False
+    serve_relay: bool = False  # carry the traffic of peers behind NAT, whoever they are
     nat_port_map: bool = True
     streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
+    peer_streams_max: int = 64  # of these, of one peer. A member has two, and some while it catches up
 
 
 class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
-    """hivemind's P2P, with a daemon that cannot outlive us and does not write on the user's screen."""
+    """hivemind's P2P, with a daemon that cannot outlive us and does not write on the user's screen.
 
-    @staticmethod
-    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+    What peers ask of hivemind's DHT goes through our guard.
+    """
+
+    guard: Guard
+    config: SwarmConfig
+
+    @classmethod
+    def _make_process_args(cls, *args: Any, **kwargs: Any) -> list[str]:
+        if not cls.config.serve_kademlia:
+            kwargs = {key: value for key, value in kwargs.items() if key != "dhtServer"}
+        kwargs["relayService"] = cls.config.serve_relay
         daemon_args = P2P._make_process_args(*args, **kwargs)
         return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
+
+    async def _add_protobuf_unary_handler(
+        self, handle_name: str, handler: Answer, input_protobuf_type: type, balanced: bool = False
+    ) -> None:
+        async def serve(data: bytes, remote: PeerID) -> bytes:
+            context = P2PContext(handle_name=handle_name, local_id=self.peer_id, remote_id=remote)
+            return await self.guard.serve(input_protobuf_type, data, context, handler)
+
+        await self._client.add_unary_handler(handle_name, serve, balanced=balanced)
 
     async def _read_outputs(self, ready: asyncio.Future[None]) -> None:
         """As in hivemind, but a line longer than the buffer does not end the reading, and so block p2pd."""
@@ -113,24 +140,50 @@ def require_free(address: str) -> None:
 def make_socket_folder() -> str:
     """A folder that only this user can enter, for the sockets between us and p2pd.
 
-    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. Named after our process, so that
-    what a killed one left is swept up by the next.
+    Not in $TMPDIR: the path of a Unix socket has at most 107 characters. What a killed one left is swept up
+    by the next: where `hold_folder` had locked it and nobody holds the lock. A pid would not tell: the owner
+    may live in another pid namespace, with the same /tmp.
     """
     for left in glob.glob("/tmp/tapestry-*-*"):
-        pid = left.split("-")[1]
-        with contextlib.suppress(FileNotFoundError):  # another node sweeps too
-            if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(left).st_uid == os.getuid():
+        with contextlib.suppress(OSError):  # another node sweeps too
+            if os.stat(left).st_uid == os.getuid() and _is_left(left):
                 shutil.rmtree(left, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
 
 
-async def launch_p2pd(config: SwarmConfig, folder: str, cleanup: contextlib.AsyncExitStack) -> P2P:
+def hold_folder(folder: str) -> int:
+    """Lock it while this descriptor, or this process, lives. The lock appears held, or not at all."""
+    path = os.path.join(folder, _LOCK)
+    descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(path + ".new", path)
+    return descriptor
+
+
+def _is_left(folder: str) -> bool:
+    """Whether its owner is gone for certain."""
+    descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+async def launch_p2pd(
+    config: SwarmConfig, folder: str, guard: Guard, cleanup: contextlib.AsyncExitStack
+) -> P2P:
     class Launched(_P2pd):
         _UNIX_SOCKET_PREFIX = f"/unix{folder}/"
 
         def __init__(self) -> None:  # create() keeps to itself a daemon whose start then fails
             super().__init__()
             cleanup.push_async_callback(_stop_p2pd, self)
+
+    Launched.guard, Launched.config = guard, config
 
     try:
         return await Launched.create(

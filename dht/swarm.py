@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,12 +33,15 @@ from hivemind.utils.multiaddr import Multiaddr as HivemindMultiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from tapestry.dht.addresses import PeerAddress, full_addresses, short
-from tapestry.dht.directory import create_dht_node, presence_key
+from tapestry.dht.conduct import Ban, Conduct
+from tapestry.dht.directory import PEERS_MAX, create_dht_node, presence_key
+from tapestry.dht.guard import Guard
 from tapestry.dht.identity import Identity, verify
 from tapestry.dht.p2pd import (
     STOP_TIMEOUT_S,
     SwarmConfig,
     SwarmError,
+    hold_folder,
     launch_p2pd,
     make_socket_folder,
     quiet_hivemind,
@@ -54,6 +59,9 @@ STREAM_BUFFER_BYTES = 1 << 18
 # p2pd answers its own control socket in milliseconds; this is for a machine that swaps.
 _CONTROL_TIMEOUT_S = 10.0
 _CHILD_END_S = 1.0
+# New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
+STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
+_PACES_KEPT = 1024
 
 
 class Unreachable(SwarmError):
@@ -67,8 +75,18 @@ class Unreachable(SwarmError):
 class Swarm:
     """A running p2pd, its streams and, once the run is known, its DHT. Make one with `Swarm.start`."""
 
-    def __init__(self, p2p: P2P, folder: str, config: SwarmConfig, on_refused: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        p2p: P2P,
+        folder: str,
+        config: SwarmConfig,
+        on_refused: Callable[[str], None],
+        conduct: Conduct,
+        guard: Guard,
+    ) -> None:
         self.peer_id: str = p2p.peer_id.to_base58()
+        self.conduct = conduct
+        self._guard = guard
         self._p2p = p2p
         self._config = config
         self._on_refused = on_refused
@@ -76,15 +94,24 @@ class Swarm:
         self._streams_path = os.path.join(folder, "streams.sock")
         self._handlers: dict[str, StreamHandler] = {}
         self._inbound: dict[asyncio.Task[Any], None] = {}
+        self._streams: Counter[str] = Counter()  # of these, by peer
+        self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
+        self._disconnecting: dict[str, asyncio.Task[None]] = {}
+        self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
         self._run_id = ""
         self._dht: DHTNode | None = None
         self._cleanup = contextlib.AsyncExitStack()
 
     @classmethod
     async def start(
-        cls, config: SwarmConfig, *, on_refused: Callable[[str], None] = lambda reason: None
+        cls,
+        config: SwarmConfig,
+        *,
+        on_refused: Callable[[str], None] = lambda reason: None,
+        conduct: Conduct | None = None,
     ) -> Swarm:
-        """Start p2pd and listen. `on_refused(reason)` is called for each presence record that is refused.
+        """Start p2pd and listen. `on_refused(reason)` is called for each presence record, DHT call and stream
+        that is refused. `conduct` remembers who was banned, from the swarm before this one.
 
         Raises IdentityError; SwarmError when an address cannot be listened on or p2pd does not start. A
         cancelled or failed start leaves no process and no file.
@@ -95,9 +122,18 @@ class Swarm:
             require_free(address)
         async with contextlib.AsyncExitStack() as cleanup:
             folder = make_socket_folder()
+            cleanup.callback(os.close, hold_folder(folder))
             cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-            p2p = await launch_p2pd(config, folder, cleanup)
-            swarm = cls(p2p, folder, config, on_refused)
+            swarm: Swarm | None = None
+
+            def on_call_refused(peer: str, reason: str) -> None:
+                on_refused(reason)
+                if swarm is not None:
+                    swarm.blame(peer, reason)
+
+            guard = Guard(on_call_refused)
+            p2p = await launch_p2pd(config, folder, guard, cleanup)
+            swarm = cls(p2p, folder, config, on_refused, conduct or Conduct(), guard)
             server = await asyncio.start_unix_server(
                 swarm._on_inbound, path=swarm._streams_path, limit=STREAM_BUFFER_BYTES
             )
@@ -138,6 +174,36 @@ class Swarm:
         """Where this node listens (or what it announces), each with `/p2p/<peer id>`."""
         response = await self._control(_request("IDENTIFY"))
         return full_addresses(_texts_of(response.identify.addrs), self.peer_id)
+
+    def blame(self, peer_id: str, reason: str) -> None:
+        """A peer did what no honest one does at the door. Who does so again and again is turned away."""
+        ban_s = self.conduct.fault(peer_id, reason, self._now())
+        if ban_s:
+            _log.warning("banned peer=%s reason=%s for_s=%g", short(peer_id), reason, ban_s)
+            self._disconnect(peer_id)
+
+    def is_banned(self, peer_id: str) -> bool:
+        return self.conduct.is_banned(peer_id, self._now())
+
+    def bans(self) -> tuple[Ban, ...]:
+        """Those who are turned away at this moment."""
+        return self.conduct.bans(self._now())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _disconnect(self, peer_id: str) -> None:
+        """End p2pd's connection with a peer: what it sends then stops there, and not at our socket."""
+        if peer_id not in self._disconnecting:
+            task = asyncio.create_task(self._end_connection(peer_id))
+            self._disconnecting[peer_id] = task
+            task.add_done_callback(lambda _: self._disconnecting.pop(peer_id, None))
+
+    async def _end_connection(self, peer_id: str) -> None:
+        request = _request("DISCONNECT")
+        request.disconnect.CopyFrom(p2pd_pb2.DisconnectRequest(peer=base58.b58decode(peer_id)))
+        with contextlib.suppress(SwarmError):  # p2pd is ending, or the peer was quicker
+            await self._control(request)
 
     async def connected_peers(self) -> tuple[str, ...]:
         """The peer ids that p2pd has a connection with, sorted."""
@@ -213,12 +279,14 @@ class Swarm:
         p2pd does not answer. Called again for the same run, it only enters through the peers once more.
         """
         assert self._dht is None or self._run_id == run_id, "a swarm is of one run"
+        for peer in peers:
+            self._guard.trust_id_of(peer.peer_id)
         reached = await self._reach(peers, timeout_s)
         if self._dht is not None:
             return await self.meet(reached, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                self._dht = await create_dht_node(self._p2p, run_id, self._on_refused)
+                self._dht = await create_dht_node(self._p2p, run_id, self._guard, self._on_refused)
         except TimeoutError:
             raise SwarmError(f"the DHT did not start in {timeout_s:g} s") from None
         self._run_id = run_id
@@ -284,7 +352,7 @@ class Swarm:
         presences: list[Presence] = []
         for record in records:
             try:
-                presences.append(decode(record, verify, run_id=self._run_id, now=now))
+                presences.append(decode(record, self._verify, run_id=self._run_id, now=now))
             except PresenceError as error:
                 self._on_refused(error.reason)
         return sorted(presences, key=lambda presence: presence.peer_id)
@@ -388,19 +456,57 @@ class Swarm:
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             return
         peer_id = base58.b58encode(info.peer).decode()
+        if not self._lets_in(peer_id):
+            return
+        self._streams[peer_id] += 1
         try:
             await self._handlers[info.proto](peer_id, reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             _log.debug("stream broke proto=%s peer=%s error=%r", info.proto, short(peer_id), error)
         except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
             _log.exception("stream handler failed proto=%s peer=%s", info.proto, short(peer_id))
+        finally:
+            self._streams[peer_id] -= 1
+            if not self._streams[peer_id]:
+                del self._streams[peer_id]
+
+    def _lets_in(self, peer_id: str) -> bool:
+        """Whether a peer may have one more stream here, now."""
+        if self.is_banned(peer_id):
+            self._disconnect(peer_id)
+            return False
+        if peer_id not in self._pace:
+            if len(self._pace) >= _PACES_KEPT:
+                self._pace.pop(next(iter(self._pace)))
+            self._pace[peer_id] = _Bucket(STREAMS_PER_S, STREAMS_BURST, self._now())
+        if self._streams[peer_id] < self._config.peer_streams_max and self._pace[peer_id].take(self._now()):
+            return True
+        self._on_refused("streams")
+        self.blame(peer_id, "streams")
+        return False
 
     async def _end_inbound(self) -> None:
-        tasks = list(self._inbound)
+        tasks = [*self._inbound, *self._disconnecting.values()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+
+
+class _Bucket:
+    """How many may come now: a burst, and a rate."""
+
+    def __init__(self, per_s: float, burst: float, now: float) -> None:
+        self._per_s, self._burst = per_s, burst
+        self._left, self._at = burst, now
+
+    def take(self, now: float) -> bool:
+        self._left = min(self._burst, self._left + self._per_s * (now - self._at))
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 class _Refused(Exception):

@@ -10,6 +10,7 @@ without exec while it is held.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -24,6 +25,7 @@ from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.protocol import strict
 
+GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
 
 
@@ -123,6 +125,10 @@ class Home:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the home {self.path}: {error.strerror}") from error
+        ignore = self.path / ".gitignore"
+        if not os.path.lexists(ignore):
+            with contextlib.suppress(OSError):  # a home that is only read
+                ignore.write_text(GITIGNORE)
 
     def require_free(self) -> None:
         """Raise what `lock` would raise if a live node has it: for a look before anything is started."""

@@ -27,6 +27,7 @@ HIVEMIND_MODULES = (
     "tapestry.dht.p2pd",
     "tapestry.dht.swarm",
     "tapestry.dht.directory",
+    "tapestry.dht.guard",
     "tapestry.node.net.links",
 )
 NODE_SIDE_OF_TRAINER = "tapestry.node.trainer.process"

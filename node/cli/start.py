@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import click
@@ -57,11 +58,14 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 )
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
+@click.option("--max-params", type=int, metavar="N", help="Join no run of more parameters.")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
 def start(home: str | None, detach: bool, **flags: Any) -> int:
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
+    os.umask(0o077)  # what a node writes is its owner's: texts in caches, checkpoints, the chain, the log
+    signal.signal(signal.SIGTERM, _end_early)
     place = Home.locate(home, os.environ)
     config = NodeConfig.resolve(place, flags, os.environ)
     _check_early(config)
@@ -100,6 +104,11 @@ def stop(home: str | None, timeout_s: float) -> None:
             )
         time.sleep(POLL_S)
     click.echo(f"stopped the node (pid {pid})")
+
+
+def _end_early(number: int, frame: FrameType | None) -> None:
+    """Until the daemon has handlers of its own: as process 1 of a container nothing else would end it."""
+    raise SystemExit(int(ExitCode.DONE))
 
 
 def _check_early(config: NodeConfig) -> None:

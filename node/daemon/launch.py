@@ -13,6 +13,7 @@ import os
 import uvloop
 
 from tapestry.node.daemon.descriptors import raise_limit
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface.logs import LiveLine, start_logging
 from tapestry.node.trainer import imports
@@ -34,8 +35,19 @@ async def _run(config: NodeConfig, live: LiveLine) -> int:
     trainer = await TrainerProcess.launch(config.threads, folder=config.home.state)
     try:
         imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
-        with imports.lasting():
-            from tapestry.node.daemon.life import Daemon  # takes seconds, in which the loop stands still
+        try:
+            with imports.lasting():
+                from tapestry.node.daemon.life import Daemon  # takes seconds, in which the loop stands still
+        except OSError as error:  # hivemind makes locks of multiprocessing when it is imported
+            raise _no_shared_memory(error) from error
         return await Daemon(config, live, trainer).run()
     finally:
         await trainer.stop(0)
+
+
+def _no_shared_memory(error: OSError) -> UserError:
+    return UserError(
+        f"cannot start: {error.strerror or error}, most likely of /dev/shm, this machine's shared memory",
+        exit_code=ExitCode.FAILED,
+        hint="look at `df /dev/shm`: it must be a tmpfs that this user may write to, with room in it",
+    )

@@ -121,7 +121,8 @@ class Daemon:
             self.stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, on_signal)
 
     async def _run(self) -> None:
         config, trainer = self.config, self.trainer
@@ -163,7 +164,9 @@ class Daemon:
             node = await assemble(own, agreed.spec, keeper, trainer)
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
-            self.view.attach(node.runtime.show, node.network.addresses_of, agreed.spec.name)
+            self.view.attach(
+                node.runtime.show, node.network.addresses_of, node.network.bans, agreed.spec.name
+            )
             addresses = ranked(await swarm.addresses())
             _print_banner(identity.peer_id, agreed.spec.name, genesis.run_id, addresses, http.url)
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)

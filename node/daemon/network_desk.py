@@ -114,6 +114,7 @@ class NetworkDesk:
             await door.serve(peer, reader, writer)
         except RemoteProtocolError as error:
             self._reporter.refused(peer, error.reason, str(error))
+            self._network.blame(peer, error.reason)
         except (StreamEnded, TimeoutError, ConnectionError) as error:
             _log.debug("serving peer=%s ended reason=%r", peer[-6:], error)
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import logging
 import os
@@ -64,12 +66,23 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in the folder durable."""
+    """Make renames and removals in the folder durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _tell_unsynced(str(folder))
     finally:
         os.close(fd)
+
+
+@functools.cache  # once
+def _tell_unsynced(folder: str) -> None:
+    _log.warning(
+        "folder=%s cannot be synced: after a power cut its newest files may be those of before", folder
+    )
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -6,7 +6,8 @@ I.371, annex A, with the emission interval 1/rate and the tolerance burst/rate.
 Every byte adds to the debt, which the rate pays off. Bulk asks first, and waits until its piece fits under
 the burst; control never asks, and what it spends bulk waits for. So at the moment a bulk piece is let
 through, what has passed in any t seconds up to then is at most burst + rate * t, control included. Nothing is
-saved up beyond the burst: an idle hour buys no flood.
+saved up beyond the burst: an idle hour buys no flood. And no more is owed than DEBT_S of the rate: who floods
+us with what we did not ask for would else stop our bulk for long after.
 
 Pure: `now` comes in, how long to wait comes out. Imports nothing.
 """
@@ -17,6 +18,7 @@ BURST_S = 0.1  # of the rate: 5 % of two seconds, and more than a busy loop is l
 PIECE_S = (
     0.02  # of the rate: a piece of bulk is so long on the line, and waits so long for its forerunner. Guess
 )
+DEBT_S = 2.0  # Guess: longer than the control messages of a round take
 PIECE_BYTES_MIN = 1 << 12  # below, what each write costs is more than its bytes. Guess
 PIECE_BYTES_MAX = 1 << 18  # as much as an uncapped link writes at once
 
@@ -24,9 +26,10 @@ PIECE_BYTES_MAX = 1 << 18  # as much as an uncapped link writes at once
 class Bucket:
     """One direction's budget. Bytes and seconds."""
 
-    def __init__(self, bytes_per_second: float, now: float) -> None:
+    def __init__(self, bytes_per_second: float, now: float, debt_s: float = DEBT_S) -> None:
         self.piece_bytes = int(min(max(PIECE_S * bytes_per_second, PIECE_BYTES_MIN), PIECE_BYTES_MAX))
         self.burst_bytes = max(BURST_S * bytes_per_second, 2.0 * self.piece_bytes)
+        self.debt_bytes_max = self.burst_bytes + debt_s * bytes_per_second
         self._rate = bytes_per_second
         self._debt = 0.0
         self._at = now
@@ -41,7 +44,7 @@ class Bucket:
     def spend(self, count: int, now: float) -> None:
         """`count` bytes pass now, allowed or not."""
         self._pay(now)
-        self._debt += count
+        self._debt = min(self._debt + count, max(self._debt, self.debt_bytes_max))
 
     def _pay(self, now: float) -> None:
         self._debt = max(0.0, self._debt - self._rate * max(0.0, now - self._at))

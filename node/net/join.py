@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol.chain import Crypto, Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff
+from tapestry.node.spec.size import Machine, size_fault, size_lines
 
 GENESIS_PROTOCOL = "/tapestry/genesis/1"
 CONNECT_S = 10.0
@@ -67,7 +70,10 @@ async def agree_on_run(
         _check_spec(config.run, spec, "the peer's run")
         sys.stdout.write(f"joining run {spec.name}, {genesis.run_id}, founded by {genesis.founder}:\n")
         sys.stdout.write(_indented(spec))
+        sys.stdout.write("".join(f"  {line}\n" for line in size_lines(spec, genesis.params)))
         sys.stdout.flush()
+        _check_size(config, spec, genesis)
+        await _ask_consent(config)
         return Agreed(genesis, spec, from_peer=True)
     if config.run is None:
         raise UserError(
@@ -146,6 +152,49 @@ async def _compare_with_peers(
                 exit_code=ExitCode.REFUSED,
                 hint="use another --home for that run",
             )
+
+
+def _check_size(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
+    """By arithmetic, before anything is built or downloaded. Raises UserError."""
+    machine = Machine(_free_memory_bytes(), shutil.disk_usage(config.home.path).free, config.max_params)
+    fault = size_fault(spec, genesis.params, machine)
+    if fault:
+        raise UserError(
+            f"the peer's run is refused: {fault}",
+            exit_code=ExitCode.REFUSED,
+            hint="if that is the run you meant, use a larger machine, or raise --max-params",
+        )
+
+
+def _free_memory_bytes() -> int:
+    """MemAvailable; all there is of an unknown machine. proc(5), meminfo."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+async def _ask_consent(config: NodeConfig) -> None:
+    """A person at a terminal agrees to a run that only its peer's address named. Raises UserError."""
+    named = config.run_id is not None or config.max_params is not None
+    if named or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    sys.stdout.write("join this run? [y/N] ")
+    sys.stdout.flush()
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError(
+            "not joined",
+            exit_code=ExitCode.REFUSED,
+            hint="--run-id ID or --max-params N joins without a question",
+        )
 
 
 class _NoGenesis(Exception):

@@ -24,9 +24,12 @@ from typing_extensions import Buffer
 
 from tapestry.compression.refusals import Refused
 from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.presence import ADDRESSES_MAX
 from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.net.bucket import Bucket
+from tapestry.node.net.dials import Dials
 from tapestry.node.net.repeats import Repeats
-from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.throttle import SLEEP_MIN_S, Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import (
     FrameLimits,
@@ -37,12 +40,17 @@ from tapestry.node.net.wire import (
     read_frame,
     write_frame,
 )
-from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.protocol.messages import Control, Records, Result, Shard
 
 HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
+CONTROL_SHARE_ALL = 0.5  # Guess: for those of all; six that flooded us had one and a half loops
 BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
+CONTROL_BYTES_PER_S = 1e6  # of one peer's messages; a quarter of the download cap if that is less. Guess
+ANSWERS_BYTES_PER_S = 4e6  # records, to all who ask; a quarter of the upload cap if that is less. Guess
+JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at this rate for JUNK_S_MAX. Guess
+JUNK_S_MAX = 60.0
 BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
 STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
 TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
@@ -85,7 +93,7 @@ class LinkLimits:
 class Pace:
     """How long a peer may occupy the loop: a burst, and a share of the time that passes."""
 
-    def __init__(self, share: float, clock: Callable[[], float]) -> None:
+    def __init__(self, share: Callable[[], float], clock: Callable[[], float]) -> None:
         self._share = share
         self._clock = clock
         self._spent_s = 0.0
@@ -106,17 +114,14 @@ class Pace:
     def pause_s(self) -> float:
         """How long to wait before the next message is read."""
         now = self._clock()
-        self._spent_s = max(0.0, self._spent_s - self._share * (now - self._at))
+        share = self._share()
+        self._spent_s = max(0.0, self._spent_s - share * (now - self._at))
         self._at = now
-        return max(0.0, self._spent_s - BURST_S) / self._share
+        return max(0.0, self._spent_s - BURST_S) / share
 
     async def wait(self) -> None:
         """At least one turn for everybody else: a full buffer is thousands of messages."""
         await asyncio.sleep(self.pause_s())
-
-
-def _pace(share: float) -> Pace:
-    return Pace(share, asyncio.get_running_loop().time)
 
 
 @dataclass(slots=True)
@@ -124,6 +129,10 @@ class _Peer:
     """What we know of one peer, and its two queues."""
 
     peer: str
+    control_pace: Pace
+    bulk_pace: Pace
+    control_bytes_in: Bucket  # what it may send us
+    junk: Bucket  # what it sent that was refused
     addresses: tuple[str, ...] = ()
     seen_at: float = 0.0
     up: bool = False
@@ -135,8 +144,9 @@ class _Peer:
     broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
     why_broken: str = ""
     inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk -> its reader
-    control_pace: Pace = field(default_factory=lambda: _pace(CONTROL_SHARE))
-    bulk_pace: Pace = field(default_factory=lambda: _pace(BULK_SHARE))
+    proven: bool = False  # it was here or was reached: not only a hint
+    hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
+    answers_at: float = 0.0  # when its next question is answered
 
     @property
     def is_there(self) -> bool:
@@ -165,6 +175,7 @@ class Links:
         self._peers: dict[str, _Peer] = {}
         self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
         self._failures = Repeats(TELL_AGAIN_S)
+        self.dials = Dials()
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -182,23 +193,48 @@ class Links:
         """Keep a link to this peer, found at these addresses or wherever p2pd knows it.
 
         A `hint` is what nobody has proven, such as a presence record: only peers_max of those that are not
-        there are tried at a time.
+        there are tried at a time, once each, and within the budget of dials.py.
         """
-        if peer == self._swarm.peer_id or self._tasks is None:
+        if peer == self._swarm.peer_id or self._tasks is None or self._swarm.is_banned(peer):
             return
-        known = self._peers.get(peer)
+        known, now = self._peers.get(peer), asyncio.get_running_loop().time()
         if known is None:
             peers_max = self._limits.peers_max
+            if hint and not self.dials.may_try(peer, now):
+                return
             if hint and sum(not p.is_there for p in self._peers.values()) >= peers_max:
                 return
             if (self.full or len(self._peers) >= 2 * peers_max) and peer not in self._given:
                 self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
                 return
-            known = self._peers[peer] = _Peer(peer)
+            known = self._peers[peer] = self._new_peer(peer)
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
+        if hint and not known.up:
+            fresh = dict.fromkeys(a for a in addresses if a not in known.addresses)
+            if known.proven:
+                addresses = (*known.addresses, *fresh)[:ADDRESSES_MAX]  # what is proven stays
+            known.hinted = {a: None for a in (*known.hinted, *fresh) if a in addresses}
+        known.proven |= not hint
         known.addresses = tuple(dict.fromkeys([*(addresses or known.addresses), *self._given.get(peer, ())]))
-        known.seen_at = asyncio.get_running_loop().time()
+        known.seen_at = now
         known.wake.set()
+
+    def _new_peer(self, peer: str) -> _Peer:
+        clock = asyncio.get_running_loop().time
+        cap = self._limits.throttles.download.bytes_per_second
+        bytes_per_second = CONTROL_BYTES_PER_S if cap is None else min(CONTROL_BYTES_PER_S, cap / 4)
+        return _Peer(
+            peer,
+            control_pace=Pace(self._control_share, clock),
+            bulk_pace=Pace(lambda: BULK_SHARE, clock),
+            control_bytes_in=Bucket(bytes_per_second, clock(), JUNK_S_MAX),
+            junk=Bucket(JUNK_BYTES_PER_S, clock(), JUNK_S_MAX),
+        )
+
+    def _control_share(self) -> float:
+        """Of each peer that is there: all together have CONTROL_SHARE_ALL."""
+        count = sum(link.is_there for link in self._peers.values())
+        return min(CONTROL_SHARE, CONTROL_SHARE_ALL / max(1, count))
 
     def keep(self, peer: str, address: str) -> None:
         """As `want`, for good: this address is tried too, whatever the peer says of itself."""
@@ -229,8 +265,13 @@ class Links:
         link = self._peers.get(peer)
         if link is None or not link.up:
             return
+        now = asyncio.get_running_loop().time()
+        if isinstance(message, Records) and now < link.answers_at:
+            return  # it asks faster than it may; it asks again if it has to
         with link.control_pace.spending():
             header = encode_message(message)
+        if isinstance(message, Records):
+            link.answers_at = now + len(header) / self._answers_bytes_per_s(now)
         bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
         full = link.control.qsize() >= self._limits.queue_frames_max
         if full or link.control_bytes + len(header) > bytes_max:
@@ -238,6 +279,12 @@ class Links:
             return
         link.control_bytes += len(header)
         link.control.put_nowait(header)
+
+    def _answers_bytes_per_s(self, now: float) -> float:
+        """One peer's part of what answers may take: those who asked of late share it."""
+        cap = self._limits.throttles.upload.bytes_per_second
+        asking = sum(now < link.answers_at for link in self._peers.values())
+        return (ANSWERS_BYTES_PER_S if cap is None else min(ANSWERS_BYTES_PER_S, cap / 4)) / (1 + asking)
 
     def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
         """Queue a shard, unless the same one waits in the queue already. `kind` is for the metrics."""
@@ -274,12 +321,11 @@ class Links:
         loop, limits = asyncio.get_running_loop(), self._limits
         backoff_s = limits.backoff_initial_s
         try:
-            while self._is_awaited(link):
+            while self._is_awaited(link) and not self._swarm.is_banned(link.peer):
                 link.wake.clear()
                 pause_s = limits.backoff_initial_s
                 try:
-                    if link.addresses:
-                        await self._swarm.connect_any(link.peer, link.addresses, limits.dial_timeout_s)
+                    await self._dial(link)
                     began_at = loop.time()
                     why = await self._linked(link)
                     _log.info("link=down peer=%s reason=%r", link.peer[-6:], why)
@@ -289,6 +335,9 @@ class Links:
                         pause_s = backoff_s  # it comes and goes: its dialling is no reason to hurry
                 except (SwarmError, OSError) as error:
                     self._log_failure(link.peer, error)
+                    if not link.proven and not link.inbound:
+                        self.dials.failed(link.peer, loop.time())
+                        return  # it was a hint; its place is for another
                 await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(backoff_s):
@@ -298,6 +347,18 @@ class Links:
                 backoff_s = min(2 * backoff_s, limits.backoff_max_s)
         finally:
             del self._peers[link.peer]
+
+    async def _dial(self, link: _Peer) -> None:
+        """Connect where it is said to be; what nobody has proven, within the budget. Raises Unreachable."""
+        addresses, now = link.addresses, asyncio.get_running_loop().time()
+        if addresses and not link.proven:
+            addresses = self.dials.take(addresses, now)
+            if not addresses and not link.inbound:
+                raise Unreachable(
+                    "backoff", f"peer {link.peer[-6:]}: too many dials to where it is said to be"
+                )
+        if addresses:
+            await self._swarm.connect_any(link.peer, addresses, self._limits.dial_timeout_s)
 
     def _log_failure(self, peer: str, error: SwarmError | OSError) -> None:
         """Who runs this node is told of the peers that they named, now and then; of others, if they ask."""
@@ -345,7 +406,9 @@ class Links:
         link.queued.clear()
         link.control_bytes = 0
         link.broken.clear()
-        link.up = True
+        link.up = link.proven = True
+        link.hinted.clear()
+        self.dials.reached(link.peer)
         _log.info("link=up peer=%s", link.peer[-6:])
         self._listener.on_up(link.peer)
 
@@ -425,6 +488,9 @@ class Links:
             await read(link, reader)
         except RemoteProtocolError as error:
             self._listener.on_refused(peer, error.reason, str(error))
+            self._swarm.blame(peer, error.reason)
+            if self._swarm.is_banned(peer) and link.up:
+                self._break(link, "it is banned")
         except (StreamEnded, TimeoutError, OSError):
             return  # the link back tells the listener what there is to tell
         finally:
@@ -440,6 +506,7 @@ class Links:
             with link.control_pace.spending():
                 self._listener.on_message(link.peer, self._reader.control(header))
             await link.control_pace.wait()
+            await _paid(link.control_bytes_in, len(header))
 
     async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max
@@ -458,9 +525,11 @@ class Links:
         while True:
             header, payload = await self._frame(reader, limits, on_bytes)
             with link.bulk_pace.spending():
-                self._on_data(link.peer, header, payload, waiting)
+                usable = self._on_data(link.peer, header, payload, waiting)
             waiting = 0
             await link.bulk_pace.wait()
+            if not usable:
+                await _paid(link.junk, len(payload))
 
     async def _frame(
         self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
@@ -468,7 +537,8 @@ class Links:
         """The next frame, however long it takes to begin; once begun it may not fall silent."""
         return await read_frame(reader, limits, None, self._limits.silence_s, on_bytes)
 
-    def _on_data(self, peer: str, header: bytes, payload: bytearray, byte_count: int) -> None:
+    def _on_data(self, peer: str, header: bytes, payload: bytearray, byte_count: int) -> bool:
+        """Whether the payload is one."""
         message = self._reader.data(header, None, "")
         kind = "contribution" if isinstance(message, Shard) else "result"
         self._listener.on_bytes("received", kind, byte_count)
@@ -476,8 +546,17 @@ class Links:
             blob, digest = self._unpack_payload(message, payload)
         except Refused as refused:
             self._listener.on_unusable(peer, refused.reason, refused.detail)
-            return
+            return False
         self._listener.on_message(peer, self._reader.data(header, blob, digest))
+        return True
+
+
+async def _paid(bucket: Bucket, count: int) -> None:
+    """These bytes are the sender's: what it owes is paid off before more is read of it."""
+    clock = asyncio.get_running_loop().time
+    bucket.spend(count, clock())
+    if wait_s := bucket.wait_s(0, clock()):
+        await asyncio.sleep(max(wait_s, SLEEP_MIN_S))
 
 
 async def _ended(reader: asyncio.StreamReader) -> str:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import re
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from tapestry.dht.addresses import PeerAddress, is_usable, parse_listen, parse_peer, ranked, usable_addresses
+from tapestry.dht.conduct import Ban, Conduct
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX, LIFETIME_S_MAX, Presence, PresenceError, encode
@@ -110,6 +112,7 @@ class Network:
         self._config = config
         self._known = known
         self._swarm: Swarm | None = None
+        self._conduct: Conduct | None = None  # outlives a p2pd
         self._links: Links | None = None
         self.up = asyncio.Event()  # we serve, and are in the DHT
         self._moved = asyncio.Event()
@@ -121,7 +124,7 @@ class Network:
     async def run(self, swarm: Swarm, node: Resident) -> None:
         """Keep `node` in the swarm until cancelled. Raises UserError if p2pd keeps dying."""
         deaths: deque[float] = deque(maxlen=RESTARTS_MAX)
-        config = self._config.swarm
+        config, self._conduct = self._config.swarm, swarm.conduct
         if not config.announce:  # announced addresses are not ours to bind
             config = replace(config, listen=with_ports(config.listen, without_peer(await swarm.addresses())))
         while True:
@@ -148,7 +151,7 @@ class Network:
         pause_s = 1.0
         while True:
             try:
-                swarm = await Swarm.start(config, on_refused=node.on_record_refused)
+                swarm = await Swarm.start(config, on_refused=node.on_record_refused, conduct=self._conduct)
             except (SwarmError, OSError) as error:
                 _log.error("p2pd=not_restarted reason=%r next=again in_s=%g", str(error), pause_s)
                 await asyncio.sleep(pause_s)
@@ -233,6 +236,15 @@ class Network:
     def linked(self) -> list[str]:
         return self._links.linked if self._links is not None else []
 
+    def blame(self, peer: str, reason: str) -> None:
+        """It broke the protocol of a stream of ours."""
+        if self._swarm is not None:
+            self._swarm.blame(peer, reason)
+
+    def bans(self) -> tuple[Ban, ...]:
+        """Who is turned away at this moment."""
+        return self._swarm.bans() if self._swarm is not None else ()
+
     def addresses_of(self, peer: str) -> tuple[str, ...]:
         """Where a linked peer can be reached, by its own word; () if it has said nothing yet."""
         return self._links.addresses.get(peer, ()) if self._links is not None else ()
@@ -283,7 +295,8 @@ class Network:
         while True:
             self._known.remember(links.addresses)
             try:
-                for presence in await swarm.list_presence(time.time()):
+                listed = await swarm.list_presence(time.time())
+                for presence in random.sample(listed, len(listed)):  # nobody's id comes first
                     if presence.phase != "stopping":
                         usable = usable_addresses(presence.addresses, presence.peer_id)
                         links.want(presence.peer_id, usable, hint=True)

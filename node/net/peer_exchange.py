@@ -151,6 +151,7 @@ class PeerExchange:
         """Answer `peer`: we come first. Raises TimeoutError and OSError."""
         if not self._may_ask(peer):
             self._listener.on_refused(peer, "streams", "it asks for peers all the time")
+            self._swarm.blame(peer, "streams")
             return
         others = [addresses for other, addresses in self._links.addresses.items() if other != peer]
         others = random.sample(others, min(PEERS_MAX, len(others)))
@@ -209,6 +210,9 @@ class PeerExchange:
         try:
             async with asyncio.timeout(ASK_S):
                 if addresses:
+                    addresses = self._links.dials.take(addresses, asyncio.get_running_loop().time())
+                    if not addresses:
+                        return  # named too often; they may be named again
                     await self._swarm.connect_any(peer, addresses, ASK_S)
                 answer = await self._read_answer(peer)
             told = _by_peer(answer)
@@ -220,6 +224,7 @@ class PeerExchange:
             return
         except RemoteProtocolError as error:
             self._listener.on_refused(peer, error.reason, str(error))
+            self._swarm.blame(peer, error.reason)
         except (SwarmError, StreamEnded, TimeoutError, OSError) as error:
             _log.debug("peers=not_told peer=%s reason=%r", peer[-6:], error)
         except Exception as error:  # an answer ends one question, never the loop

@@ -29,6 +29,7 @@ class Throttle:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self.bytes_per_second = bytes_per_second
         self._clock = clock
         self._sleep = sleep
         self._bucket = None if bytes_per_second is None else Bucket(bytes_per_second, clock())

@@ -68,6 +68,7 @@ class NodeConfig:
     log_format: Literal["text", "json"]
     trackers: tuple[str, ...]  # surface/trackers.KINDS
     epochs: int | None  # stop after so many; None: go on
+    max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
 
     @classmethod
     def resolve(cls, home: Home, flags: Mapping[str, Any], env: Mapping[str, str]) -> NodeConfig:
@@ -97,6 +98,7 @@ class NodeConfig:
             log_format=options.log_format,
             trackers=options.trackers,
             epochs=_epochs(flags.get("epochs")),
+            max_params=options.max_params or None,
         )
 
 
@@ -144,6 +146,11 @@ class NodeToml:
         "what the line may give.",
     ] = ""
     max_download: Annotated[str, RATE, "The same for what this node receives."] = ""
+    max_params: Annotated[
+        int,
+        Between(0, 2**50),
+        "Refuse to join a run of more parameters than this; 0: of more than this machine has memory for.",
+    ] = 0
     log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
     trackers: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...],

@@ -43,6 +43,8 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *("magic", "version", "digest", "total", "device", "contiguous"),
     # net/transfer.py: what a donor gives
     *("genesis", "update"),
+    # dht/guard.py: calls to the DHT
+    *("calls", "busy"),
     # net/links.py, daemon/network_desk.py: more than a peer may have of us
     *("streams", "slow", "peers_max"),
     # what a handler of ours raised

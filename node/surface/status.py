@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tapestry.dht.conduct import Ban
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 
+BANS_SHOWN_MAX = 64
 WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
 
 
@@ -50,16 +52,19 @@ class NodeView:
         self._started_at = started_at
         self._look: Callable[[], Shown] | None = None
         self._addresses_of: Callable[[str], tuple[str, ...]]
+        self._bans: Callable[[], tuple[Ban, ...]]
         self._run_name = ""
 
     def attach(
         self,
         look: Callable[[], Shown],
         addresses_of: Callable[[str], tuple[str, ...]],  # of a linked peer, by its own word
+        bans: Callable[[], tuple[Ban, ...]],
         run_name: str,
     ) -> None:
         """From now on there is something to show."""
         self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
+        self._bans = bans
 
     def status(self) -> dict[str, Any]:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
@@ -117,10 +122,10 @@ class NodeView:
         }
 
     def peers(self) -> list[dict[str, Any]]:
-        """One table per peer that is up, as last heard."""
+        """One table per peer that is up, as last heard, and one per peer that is turned away."""
         if self._look is None:
             return []
-        return [
+        live = [
             {
                 "peer_id": peer.peer_id,
                 "phase": peer.phase,
@@ -131,6 +136,10 @@ class NodeView:
                 "addresses": list(self._addresses_of(peer.peer_id)),
             }
             for peer in self._look().core.peers
+        ]
+        return live + [
+            {"peer_id": ban.peer, "phase": "banned", "why": ban.reason, "left_s": round(ban.left_s, 1)}
+            for ban in self._bans()[:BANS_SHOWN_MAX]
         ]
 
     def ready(self) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapestry.node.net.bucket import BURST_S, PIECE_BYTES_MAX, PIECE_BYTES_MIN, Bucket
+from tapestry.node.net.bucket import BURST_S, DEBT_S, PIECE_BYTES_MAX, PIECE_BYTES_MIN, Bucket
 
 MBIT = 1e6 / 8
 RATES = st.sampled_from([1 * MBIT, 3.3 * MBIT, 20 * MBIT, 50 * MBIT, 1e3 * MBIT])
@@ -101,9 +101,16 @@ def test_an_idle_hour_saves_nothing_up():
 
 def test_bulk_waits_for_what_control_spent():
     bucket = Bucket(1000.0, 0.0)
-    bucket.spend(int(bucket.burst_bytes) + 5000, 0.0)
-    assert bucket.wait_s(1, 0.0) == pytest.approx(5.001)
-    assert bucket.wait_s(1, 5.002) == 0
+    bucket.spend(int(bucket.burst_bytes) + 1500, 0.0)
+    assert bucket.wait_s(1, 0.0) == pytest.approx(1.501)
+    assert bucket.wait_s(1, 1.502) == 0
+
+
+def test_a_flood_delays_bulk_by_seconds_however_large_it_is():
+    bucket = Bucket(20 * MBIT, 0.0)
+    for _ in range(371):
+        bucket.spend(10**6, 1.0)
+    assert bucket.wait_s(1, 1.0) == pytest.approx(DEBT_S, abs=0.01)
 
 
 def test_a_clock_that_goes_back_gives_nothing_away():

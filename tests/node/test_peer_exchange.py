@@ -14,6 +14,7 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
 from tapestry.dht.swarm import Unreachable
 from tapestry.node.net import peer_exchange
+from tapestry.node.net.dials import Dials
 from tapestry.node.net.known_peers import KNOWN_MAX, RECENT, KnownPeers
 from tapestry.node.net.peer_exchange import (
     ANSWERS_MAX,
@@ -53,6 +54,7 @@ class FakeLinks:
         self.given: dict[str, tuple[str, ...]] = {}  # by `want`
         self.wanted: list[str] = []
         self.full = False
+        self.dials = Dials()
 
     def want(self, peer: str, addresses: Sequence[str] = ()) -> None:
         self.given[peer] = tuple(addresses)
@@ -68,6 +70,8 @@ class FakeSwarm:
         self.dialled: list[tuple[str, tuple[str, ...]]] = []
         self.asked: Counter[str] = Counter()
         self.writers: list[FakeWriter] = []
+
+    def blame(self, peer: str, reason: str) -> None: ...
 
     async def connect_any(self, peer: str, addresses: Sequence[str], timeout_s: float) -> None:
         self.dialled.append((peer, tuple(addresses)))
@@ -192,7 +196,9 @@ def test_an_answer_names_ourselves_and_the_linked_but_not_who_asks(monkeypatch):
 def test_the_longest_answer_is_one_that_is_accepted(monkeypatch):
     many = [peer_id(i) for i in range(3 * PEERS_MAX)]
     serving = Bench(monkeypatch, FakeLinks(*many))
-    serving.links.addresses = {p: tuple(at(p, 1000 + i) for i in range(2 * ADDRESSES_MAX)) for p in many}
+    serving.links.addresses = {
+        p: tuple(at(p, 100 * (n + 10) + i) for i in range(2 * ADDRESSES_MAX)) for n, p in enumerate(many)
+    }
     asking = Bench(monkeypatch, FakeLinks(ME), {ME: serving.told(A)})
     asking.swarm.peer_id = A
     asking.ask()

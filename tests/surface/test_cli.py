@@ -131,6 +131,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--device",
         "--max-upload",
         "--max-download",
+        "--max-params",
         "--epochs",
         "--log-format",
         "--detach",

@@ -1,0 +1,550 @@
+"""What a stranger at the door can do to real nodes, and what it costs their rounds.
+
+    .venv/bin/python -P scripts/attack.py NAME... [--members 2] [--seconds 20] [--repeat 2] [--strength 200]
+                                          [--slower-max 0.10] [--json FILE] [--keep DIR]
+    .venv/bin/python -P scripts/attack.py list
+
+Members of the model `nano` run on loopback with their default settings. Quiet times and times under attack
+alternate; hostile processes (at low priority, since they share this machine's cores) attack the first member.
+Printed: epochs a second in either, how much slower a round was, the memory of the member, whom it turned away
+and what it refused. Exit 1 if a round was slower than --slower-max, a member ended, its memory grew by more
+than MEMORY_MAX, its log has a traceback, or members disagree.
+
+An attack is one function of this file: `async def name(target)` under `@attack("what it does")`. It runs
+until it is cancelled, in a process of its own. An attack by members is one too: what it needs is in `Target`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import psutil
+from _run import exit_by_signal, work_folder
+from e2e.harness import Node, init
+
+WAIT_S = 120.0
+MEMORY_MAX = 100 << 20  # Guess: what a member may grow under attack
+SETTLE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The member under attack, as anybody can know it who was told its address."""
+
+    address: str  # /ip4/.../p2p/...
+    run_id: str
+    http: str
+    strength: int  # connections, or whatever an attack has many of
+    folder: Path  # of the hostile process: identities and sockets
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        host, port = self.http.removeprefix("http://").split(":")
+        return host, int(port)
+
+    @property
+    def p2p_port(self) -> int:
+        return int(self.address.split("/tcp/")[1].split("/")[0])
+
+    @property
+    def peer_id(self) -> str:
+        return self.address.rsplit("/", 1)[1]
+
+
+Attack = Callable[[Target], Awaitable[None]]
+ATTACKS: dict[str, tuple[str, Attack]] = {}
+
+
+def attack(what: str) -> Callable[[Attack], Attack]:
+    """Names an attack; its function's name is how it is called."""
+
+    def add(function: Attack) -> Attack:
+        ATTACKS[function.__name__.replace("_", "-")] = (what, function)
+        return function
+
+    return add
+
+
+# --- at the endpoint --------------------------------------------------------------------------------
+
+
+@attack("idle connections to the endpoint, opened again when they are closed")
+async def http_idle(target: Target) -> None:
+    await _many(target, lambda i: _held(target.endpoint, b""))
+
+
+@attack("requests to the endpoint that never end")
+async def http_slow(target: Target) -> None:
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"X-Slow: 1\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.2)
+
+    await _many(
+        target, lambda i: _held(target.endpoint, b"GET /status HTTP/1.1\r\nHost: localhost\r\n", drip)
+    )
+
+
+@attack("requests to the endpoint with headers and bodies of megabytes, packed ones too")
+async def http_huge(target: Target) -> None:
+    head = b"POST /status HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\n"
+    bodies = (
+        head + b"Content-Length: 1000000000\r\n\r\n" + os.urandom(1 << 20),
+        b"GET /" + b"a" * (1 << 20) + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * (1 << 16),
+    )
+    await _many(target, lambda i: _held(target.endpoint, bodies[i % 3]))
+
+
+@attack("300 scrapes of /metrics a second, each on a connection of its own")
+async def http_scrapes(target: Target) -> None:
+    async def one() -> None:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(10):
+                reader, writer = await asyncio.open_connection(*target.endpoint)
+                writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                await reader.read(-1)
+                writer.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            tasks.create_task(one())
+            await asyncio.sleep(1 / 300)
+
+
+# --- at the peers' door -----------------------------------------------------------------------------
+
+
+@attack("TCP connections to the peers' port that say nothing or nonsense, opened again when they are closed")
+async def connections(target: Target) -> None:
+    words = (b"", b"\x13/multistream/1.0.0\n", os.urandom(4096))
+    await _many(target, lambda i: _held(("127.0.0.1", target.p2p_port), words[i % 3]))
+
+
+@attack("streams of every protocol, opened and closed without end")
+async def streams(target: Target) -> None:
+    async with _stranger(target) as stranger:
+        await _many(target, lambda i: stranger.opened_and_closed(i), width=16)
+
+
+@attack("valid STATUS messages as fast as they go")
+async def messages(target: Target) -> None:
+    from tapestry.node.net.vocabulary import encode_message
+    from tapestry.node.protocol.messages import Stage, Status
+
+    status = Status(0, "ab" * 32, 0, "training", Stage.AWAY, 0, 0, ())
+    async with _stranger(target) as stranger:
+        await stranger.pour("control", _framed(encode_message(status)) * 500)
+
+
+@attack("questions for records, whose answers are many times as long, none of them taken")
+async def records(target: Target) -> None:
+    from tapestry.node.net.vocabulary import encode_message
+    from tapestry.node.protocol.messages import GetRecords
+
+    ask = _framed(encode_message(GetRecords(((0, target.run_id),))))
+    async with _stranger(target) as stranger:
+        await stranger.pour("control", ask * 500)
+
+
+@attack("junk on the bulk stream, as fast as it goes")
+async def junk(target: Target) -> None:
+    async with _stranger(target) as stranger:
+        await stranger.pour("bulk", _framed(b"\x93\xa5shard\x00\x00", os.urandom(1 << 16)) * 8)
+
+
+@attack("streams whose answers are asked for and never read")
+async def slow_readers(target: Target) -> None:
+    import msgpack
+
+    ask = _framed(msgpack.packb({"ask": "checkpoint", "epoch_max": 2**40}))
+    async with _stranger(target) as stranger:
+
+        async def one() -> None:
+            _, writer = await stranger.open("state")
+            writer.write(ask * 100)
+            await asyncio.sleep(30.0)
+            writer.close()
+
+        await _many(target, lambda i: one(), width=16)
+
+
+@attack("calls to the DHT with 20,000 equal keys, ids out of range, forged dictionaries")
+async def dht_calls(target: Target) -> None:
+    from hivemind.dht.routing import DHTID
+    from hivemind.proto import dht_pb2
+
+    from tapestry.dht.directory import presence_key
+
+    key = DHTID.generate(source=presence_key(target.run_id)).to_bytes()
+    async with _stranger(target) as stranger:
+        find = dht_pb2.FindRequest(keys=[key] * 20_000, peer=dht_pb2.NodeInfo(node_id=key))
+        ping = dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=b"\xff" * 40), validate=True)
+        small = dht_pb2.FindRequest(keys=[key])
+        calls = (("rpc_find", find), ("rpc_ping", ping), ("rpc_find", small))
+
+        async def one(index: int) -> None:
+            name, request = calls[index % 3]
+            await stranger.call(name, request, dht_pb2)
+
+        await _many(target, one, width=16)
+
+
+@attack("pings of the DHT under ids without number: an eclipse")
+async def pings(target: Target) -> None:
+    from hivemind.proto import dht_pb2
+
+    async with _stranger(target) as stranger:
+
+        async def one() -> None:
+            node = dht_pb2.NodeInfo(node_id=random.randbytes(20))
+            await stranger.call("rpc_ping", dht_pb2.PingRequest(peer=node), dht_pb2)
+
+        await _many(target, lambda i: one(), width=16)
+
+
+@attack("presence of 300 made-up peers that name a third party's address")
+async def presence(target: Target) -> None:
+    from tapestry.dht.identity import Identity
+    from tapestry.dht.presence import Presence, encode
+
+    async with _stranger(target) as stranger:
+        await stranger.swarm.join_dht(target.run_id, [stranger.member])
+        made = [Identity.load_or_create(target.folder / f"made-up-{i}") for i in range(300)]
+        while True:
+            now = time.time()
+            for one in made:
+                said = Presence(
+                    target.run_id,
+                    one.peer_id,
+                    1,
+                    "cd" * 32,
+                    "training",
+                    (f"/ip4/127.0.0.1/tcp/9/p2p/{one.peer_id}",),
+                    now,
+                    now + 500.0,
+                )
+                await stranger.store(one.peer_id, encode(said, one.sign), said.expires_at)
+            await asyncio.sleep(1.0)
+
+
+# --- what attacks are made of -----------------------------------------------------------------------
+
+
+async def _many(target: Target, one: Callable[[int], Awaitable[None]], width: int | None = None) -> None:
+    """So many at a time, each again when it has ended."""
+
+    async def again(index: int) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                await one(index)
+            await asyncio.sleep(0.01)
+
+    await asyncio.gather(*(again(index) for index in range(width or target.strength)))
+
+
+async def _held(
+    where: tuple[str, int],
+    first: bytes,
+    then: Callable[[asyncio.StreamWriter], Awaitable[None]] | None = None,
+) -> None:
+    """A connection that is held until the other side ends it."""
+    reader, writer = await asyncio.open_connection(*where)
+    try:
+        writer.write(first)
+        talking = asyncio.ensure_future(then(writer)) if then else None
+        try:
+            while await reader.read(1 << 16):
+                pass
+        finally:
+            if talking is not None:
+                talking.cancel()
+    finally:
+        writer.close()
+
+
+def _framed(header: bytes, payload: bytes = b"") -> bytes:
+    from tapestry.node.net.wire import frame_parts
+
+    return b"".join(bytes(part) for part in frame_parts(header, [payload] if payload else ()))
+
+
+class _Stranger:
+    """A libp2p peer that is no member."""
+
+    def __init__(self, swarm: object, target: Target) -> None:
+        from tapestry.dht.addresses import parse_peer
+        from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
+
+        self.swarm, self.target, self.member = swarm, target, parse_peer(target.address)
+        run = f"/tapestry/{target.run_id}"
+        self.protocols = {
+            "control": f"{run}/control/1",
+            "bulk": f"{run}/bulk/1",
+            "peers": f"{run}/peers/1",
+            "state": state_protocol(target.run_id),
+            "genesis": GENESIS_PROTOCOL,
+        }
+
+    async def open(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        await self.swarm.connect(self.member, 5.0)
+        return await self.swarm.open_stream(self.target.peer_id, self.protocols[name], 5.0)
+
+    async def opened_and_closed(self, index: int) -> None:
+        names = list(self.protocols)
+        _, writer = await self.open(names[index % len(names)])
+        writer.close()
+
+    async def pour(self, name: str, data: bytes) -> None:
+        """This, again and again, on as few streams as it takes."""
+        while True:
+            with contextlib.suppress(Exception):
+                _, writer = await self.open(name)
+                try:
+                    while True:
+                        writer.write(data)
+                        await writer.drain()
+                finally:
+                    writer.close()
+            await asyncio.sleep(0.1)
+
+    async def call(self, name: str, request: object, dht_pb2: object) -> None:
+        from hivemind.p2p import PeerID
+
+        kind = getattr(dht_pb2, {"rpc_find": "FindResponse", "rpc_ping": "PingResponse"}[name])
+        peer = PeerID.from_base58(self.target.peer_id)
+        await asyncio.wait_for(
+            self.swarm._p2p.call_protobuf_handler(peer, f"DHTProtocol.{name}", request, kind), 5.0
+        )
+
+    async def store(self, subkey: str, record: bytes, expires_at: float) -> None:
+        from hivemind.dht.routing import DHTID
+        from hivemind.p2p import PeerID
+        from hivemind.utils import MSGPackSerializer
+
+        from tapestry.dht.directory import presence_key
+
+        key = DHTID.generate(source=presence_key(self.target.run_id))
+        peer, value = PeerID.from_base58(self.target.peer_id), MSGPackSerializer.dumps(record)
+        await self.swarm._dht.protocol.call_store(peer, [key], [value], [expires_at], [subkey])
+
+
+@contextlib.asynccontextmanager
+async def _stranger(target: Target) -> AsyncIterator[_Stranger]:
+    from tapestry.dht.identity import Identity
+    from tapestry.dht.p2pd import SwarmConfig
+    from tapestry.dht.swarm import Swarm
+
+    key = target.folder / "stranger.key"
+    Identity.load_or_create(key)
+    swarm = await Swarm.start(SwarmConfig(key, ("/ip4/127.0.0.1/tcp/0",), nat_port_map=False))
+    try:
+        stranger = _Stranger(swarm, target)
+        for name in ("control", "bulk"):
+            await swarm.serve(stranger.protocols[name], _swallow)
+        await swarm.connect(stranger.member, 10.0)
+        yield stranger
+    finally:
+        await swarm.close()
+
+
+async def _swallow(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(1 << 16):
+        pass
+
+
+def hostile(name: str, about: str) -> None:
+    """The process that attacks, until SIGTERM."""
+    table = json.loads(about)
+    target = Target(**{**table, "folder": Path(table["folder"])})
+
+    async def main() -> None:
+        running = asyncio.ensure_future(ATTACKS[name][1](target))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(main())
+
+
+# --- the measurement --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an attack did."""
+
+    name: str
+    quiet_epochs_per_s: float
+    attacked_epochs_per_s: float
+    slower: float  # a share of the round; negative: faster
+    grown_mb: float
+    banned: int
+    refused: dict[str, int]
+    faults: list[str]
+
+
+@contextlib.contextmanager
+def attacked(name: str, node: Node, folder: Path, strength: int) -> Iterator[None]:
+    """Hostile processes attack `node` inside."""
+    about = node.json()
+    folder.mkdir(exist_ok=True)
+    target = Target(node.address, about["run_id"], about["http"], strength, folder)
+    table = json.dumps({**asdict(target), "folder": str(folder)})
+    with (folder / "hostile.log").open("ab") as log:
+        process = subprocess.Popen(
+            ["nice", "-n", "19", sys.executable, "-P", __file__, "--hostile", name, "--about", table],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def epochs_per_s(node: Node, seconds: float) -> float:
+    began_at, epoch = time.monotonic(), node.status()["epoch"]
+    time.sleep(seconds)
+    return float((node.status()["epoch"] - epoch) / (time.monotonic() - began_at))
+
+
+def measured(name: str, members: list[Node], folder: Path, options: argparse.Namespace) -> Outcome:
+    """Quiet, attacked, quiet, attacked ..."""
+    node = members[0]
+    process = psutil.Process(node.pid)
+    quiet, under, banned = [], [], 0
+    before = process.memory_info().rss
+    most = before
+    for _ in range(options.repeat):
+        quiet.append(epochs_per_s(node, options.seconds))
+        with attacked(name, node, folder, options.strength):
+            time.sleep(SETTLE_S)
+            under.append(epochs_per_s(node, options.seconds))
+            most = max(most, process.memory_info().rss)
+            banned = max(banned, sum(peer["phase"] == "banned" for peer in json.loads(node.get("/peers"))))
+        time.sleep(SETTLE_S)
+    calm, busy = statistics.median(quiet), statistics.median(under)
+    outcome = Outcome(name, calm, busy, calm / max(busy, 1e-9) - 1.0, (most - before) / 1e6, banned, {}, [])
+    outcome.refused = refusals(node)
+    outcome.faults = faults_of(outcome, members, options.slower_max)
+    return outcome
+
+
+def refusals(node: Node) -> dict[str, int]:
+    lines = [line for line in node.get("/metrics").splitlines() if line.startswith("tapestry_refused_total{")]
+    counts = {line.split('"')[1]: int(float(line.rsplit(" ", 1)[1])) for line in lines}
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def faults_of(outcome: Outcome, members: list[Node], slower_max: float) -> list[str]:
+    faults = []
+    if outcome.slower > slower_max:
+        faults.append(f"a round was {outcome.slower:.0%} slower, at most {slower_max:.0%} is wanted")
+    if outcome.grown_mb > MEMORY_MAX / 1e6:
+        faults.append(f"the member grew by {outcome.grown_mb:.0f} MB")
+    for node in members:
+        if node.process is None or node.process.poll() is not None:
+            faults.append(f"{node.home.name} ended")
+        if "Traceback" in node.log.read_text(errors="replace"):
+            faults.append(f"{node.home.name} has a traceback in its log")
+    return faults
+
+
+def run(options: argparse.Namespace, place: Path) -> list[Outcome]:
+    outcomes = []
+    with contextlib.ExitStack() as stack:
+        founder = stack.enter_context(Node(init(place / "a")))
+        members = [founder.wait_ready()]
+        for index in range(1, options.members):
+            home = place / "bcdefgh"[index - 1]
+            home.mkdir(mode=0o700)
+            (home / "node.toml").write_text("threads = 1\n")
+            node = Node(home, "--peer", founder.address, data=f"stdlib:{index + 1}/{options.members + 1}")
+            members.append(stack.enter_context(node).wait_ready())
+        for node in members:
+            node.wait_epoch(3, WAIT_S)
+        for name in options.names:
+            outcomes.append(measured(name, members, place / f"hostile-{name}", options))
+            say(outcomes[-1])
+    return outcomes
+
+
+def say(outcome: Outcome) -> None:
+    refused = ", ".join(f"{reason} {count}" for reason, count in outcome.refused.items()) or "nothing"
+    speeds = f"{outcome.quiet_epochs_per_s:.2f} -> {outcome.attacked_epochs_per_s:.2f} epochs/s"
+    print(
+        f"{outcome.name:14} {speeds}, "
+        f"a round {outcome.slower:+.1%}, memory {outcome.grown_mb:+.0f} MB, banned {outcome.banned}, "
+        f"refused so far: {refused}",
+        flush=True,
+    )
+    for fault in outcome.faults:
+        print(f"  FAULT: {fault}", flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks, `all`, or `list`")
+    parser.add_argument("--members", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each quiet time and each attack")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--strength", type=int, default=200, help="hostile connections at once")
+    parser.add_argument("--slower-max", type=float, default=0.10)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--hostile", help=argparse.SUPPRESS)
+    parser.add_argument("--about", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.names = list(ATTACKS) if options.names == ["all"] else options.names
+    unknown = [name for name in options.names if name not in ATTACKS and name != "list"]
+    if unknown or not (options.names or options.hostile):
+        parser.error(f"no attack {unknown[0]!r}" if unknown else "name an attack")
+    return options
+
+
+def main() -> int:
+    options = parsed()
+    if options.hostile:
+        hostile(options.hostile, options.about)
+        return 0
+    if options.names == ["list"]:
+        for name, (what, _) in ATTACKS.items():
+            print(f"{name:14} {what}")
+        return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, exit_by_signal)
+    with work_folder(options.keep, "tapestry-attack-") as place:
+        outcomes = run(options, place)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    return int(any(outcome.faults for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

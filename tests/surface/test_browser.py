@@ -2,7 +2,7 @@
 
     scripts/test -m browser
 
-Needs a Chromium and the extra `browser`; without them it fails, and says what to install. Screenshots at
+Needs a Chromium and the extra `dev`; without them it fails, and says what to install. Screenshots at
 three widths are in the folder that pytest's --basetemp names.
 """
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.browser
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = {"phone": (390, 844), "laptop": (1100, 900), "wide": (1800, 1100)}
-INSTALL = "apt install chromium (or playwright install chromium); pip install 'tapestry-node[browser]'"
+INSTALL = "apt install chromium (or playwright install chromium); pip install 'tapestry-node[dev]'"
 PEERS = [f"12D3KooW{letter * 44}" for letter in "ABCD"]
 INKED = """(chart) => {
   const canvas = document.querySelector(chart);
@@ -181,7 +181,7 @@ class Served:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         server: Future[HttpServer] = asyncio.run_coroutine_threadsafe(
-            start_http(view, Metrics("0.1.0"), "127.0.0.1", 0, history), self._loop
+            start_http(view, Metrics("0.1.0"), "127.0.0.1", 0, history=history), self._loop
         )
         self.server = server.result(10)
 

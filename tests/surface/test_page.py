@@ -120,7 +120,7 @@ def test_a_vendored_file_that_was_changed_is_found(vendor: ModuleType, tmp_path:
 async def _served(
     history: History, view: FakeView | None = None
 ) -> AsyncIterator[tuple[HttpServer, aiohttp.ClientSession]]:
-    server = await start_http(view or FakeView(), Metrics("0.1.0"), "127.0.0.1", 0, history)
+    server = await start_http(view or FakeView(), Metrics("0.1.0"), "127.0.0.1", 0, history=history)
     async with aiohttp.ClientSession(server.url) as session:
         try:
             yield server, session

@@ -317,6 +317,7 @@ class Reporter:
             received=now.received - before.received,
             sent_float32=now.sent_float32 - before.sent_float32,
             received_float32=now.received_float32 - before.received_float32,
+            agreement=record.body.agreement.shares() if contributors > 1 else {},
         )
 
     def dropped(self, records: int, weight: int) -> None:

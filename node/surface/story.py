@@ -97,13 +97,13 @@ class Story:
         absent = [peer for peer, weight in before.items() if weight and peer not in there]
         new = [peer for peer in there if not before.get(peer)]
         all_of_it = len({*there, *(peer for peer, weight in before.items() if weight)})
-        share = f"{len(there)} of {all_of_it} contributed{took}"
+        share = f"{len(there)} of {all_of_it}"
         if absent:
-            self._tell_at_times(
-                ("absent", *absent), f"{made} went on without {self._names(absent)}: {share}", now
-            )
+            text = f"{made} went on without {self._names(absent)}: {share} contributed{took}"
+            self._tell_at_times(("absent", *absent), text, now)
         elif new:
-            self._tell_at_times(("new", *new), f"{self._names(new)} contributed: {made}, {share}", now)
+            text = f"{self._names(new)} contributed to {made}: {share}{took}"
+            self._tell_at_times(("new", *new), text, now)
 
     def _tell_at_times(self, key: object, text: str, now: float) -> None:
         """Where the same comes again round after round."""

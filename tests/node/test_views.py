@@ -8,6 +8,7 @@ import pytest
 
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
@@ -26,7 +27,7 @@ class Bench:
         self.reporter = Reporter(self.metrics, LiveLine(None, enabled=False), None, self.history)  # type: ignore[arg-type]
         self.reporter.float32_ratio = 4.0
 
-    def round(self, epoch: int, outcome: str = "committed") -> None:
+    def round(self, epoch: int, other: int = 0) -> None:
         """The round that makes `epoch`, from this node's contribution to its end, of 3 s."""
         report = self.reporter
         report.on_event(tm.Contribution(epoch - 1, 1, 64, 1.0, 2.0 + epoch, 64, 10, 0.0, 0.5 * epoch), 1.0)
@@ -37,10 +38,11 @@ class Bench:
             (13.0, Stage.AWAY),
         ):
             report.moved(ev.Moved(epoch - 1, "training", stage), now, lambda: CORE)
-        members = (Member("a", 64, "01" * 16), Member("b", 0, ""))
-        body = Body("ab" * 32, epoch, "cd" * 32, "ef" * 32, members, "23" * 32)
+        members = (Member("a", 64, "01" * 16), Member("b", other, "45" * 16 if other else ""))
+        agreement = Agreement(750_000, 500_000, 250_000)
+        body = Body("ab" * 32, epoch, "cd" * 32, "ef" * 32, members, "23" * 32, False, agreement)
         report.committed(Record(body, f"{epoch:064x}", 0, ()), tokens=1000 * epoch)
-        report.round_ended(ev.EndRound(epoch - 1, outcome, ""), 13.0)
+        report.round_ended(ev.EndRound(epoch - 1, "committed", ""), 13.0)
 
     @property
     def points(self) -> list[dict]:
@@ -68,6 +70,14 @@ def test_a_round_becomes_a_point_with_loss_times_and_bytes_beside_float32() -> N
     assert point["phases"] == pytest.approx({"training": 10.0, "ready": 1.0, "exchanging": 2.0})
     assert [record["epoch"] for record in bench.history.everything()["records"]] == [1, 2]
     assert bench.reporter.show(CORE, ()).traffic.sent == 1110
+
+
+def test_contributions_agree_or_not_where_there_are_two() -> None:
+    bench = Bench()
+    bench.round(1)
+    bench.round(2, other=64)
+    agreement = {"cosine": 0.75, "sign": 0.5, "norm_kept": 0.25}
+    assert [point.get("agreement") for point in bench.points] == [None, agreement]
 
 
 def test_a_loss_of_the_base_goes_to_the_epoch_that_it_is_of() -> None:

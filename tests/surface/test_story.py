@@ -68,7 +68,7 @@ def test_a_round_that_goes_on_without_somebody_says_so_once_and_says_who_is_back
     bench.round(43, me=5, lima=5, oslo=5, hanoi=5, seconds=1.0)
     assert bench.said == [
         "round 41 went on without Hanoi: 3 of 4 contributed, 0.4 s",
-        "Hanoi contributed: round 43, 4 of 4 contributed, 1.0 s",
+        "Hanoi contributed to round 43: 4 of 4, 1.0 s",
     ]
 
 

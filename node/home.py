@@ -103,6 +103,11 @@ class Home:
         return self.path / "peers.json"
 
     @property
+    def history(self) -> Path:
+        """What the page shows of the past: surface/history.py. Nothing depends on it."""
+        return self.path / "history.jsonl"
+
+    @property
     def node_toml(self) -> Path:
         return self.path / "node.toml"
 

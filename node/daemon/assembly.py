@@ -136,6 +136,7 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     check_roster(spec, rules.shard_count)
     core = Core(peer_id, rules, own.crypto, restored, time.monotonic())
     averaging = Averaging(state.arithmetic.codec, state.n, spec.compression.shard_elements)
+    own.reporter.float32_ratio = averaging.float32_ratio
     limits = link_limits(spec, averaging, own.throttles)
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))
     network = Network(config, KnownPeers(own.home.peers))

@@ -48,6 +48,11 @@ class Averaging:
         """The largest frame payload that a peer may send."""
         return HEADER_BYTES + max(self.codec.payload_size(s.n) for s in self.shards)
 
+    @property
+    def float32_ratio(self) -> float:
+        """How many times as large a vector is in float32 as in this codec."""
+        return 4 * sum(s.n for s in self.shards) / sum(self.codec.payload_size(s.n) for s in self.shards)
+
     def take(
         self,
         buffer: Tensor,  # uint8 (size,): a contribution as the trainer encoded it; PayloadLayout

@@ -107,12 +107,12 @@ class DiskDesk:
     async def do_append_record(self, out: ev.AppendRecord) -> None:
         await self._on_disk(self._keeper.append_record, out.record)
         if out.newest:  # of many that come at once, the last one is news
-            self._reporter.committed(out.record)
+            self._reporter.committed(out.record, self._keeper.committed_tokens)
 
     async def do_switch_chain(self, out: ev.SwitchChain) -> None:
         records, weight = await self._on_disk(self._keeper.switch_chain, out.epoch, out.records)
         self._reporter.dropped(records, weight)
-        self._reporter.committed(out.records[-1])
+        self._reporter.committed(out.records[-1], self._keeper.committed_tokens)
 
     # --- the state -----------------------------------------------------------------------------
 

@@ -192,6 +192,11 @@ class Keeper:
         self._digest = await fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes)
 
     @property
+    def committed_tokens(self) -> int:
+        """Behind the chain as it is on disk: of all members, since the genesis."""
+        return self._chain.weight
+
+    @property
     def reached(self) -> tuple[int, str]:
         """Epoch and digest of the state."""
         return self.state.epoch, self._digest

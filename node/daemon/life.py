@@ -48,6 +48,7 @@ from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.surface.history import History, HistoryFile, read_history
 from tapestry.node.surface.http import needs_token, start_http
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
@@ -76,6 +77,7 @@ class Daemon:
         self.view = NodeView(
             VERSION, self.started_at, config.upload_bytes_per_second, config.download_bytes_per_second
         )
+        self.history = History()
         self.throttles = Throttles(
             Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)
         )
@@ -105,6 +107,7 @@ class Daemon:
         if not main.done():
             self.view.stopping = True
             _log.info("stopping")
+            self.history.tell("this node stops")
             asyncio.get_running_loop().call_later(STOP_S, _give_up_stopping)
             main.cancel()
         stop.cancel()
@@ -131,8 +134,11 @@ class Daemon:
             identity = Identity.load_or_create(self.home.identity_key)
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
+            self.history.tell(f"this node starts, version {VERSION}")
             token = Token.load_or_create(self.home.http_token) if needs_token(config.http_host) else None
-            http = await start_http(self.view, self.metrics, config.http_host, config.http_port, token)
+            http = await start_http(
+                self.view, self.metrics, config.http_host, config.http_port, token, history=self.history
+            )
             _show_new(token)
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
@@ -148,7 +154,7 @@ class Daemon:
                 open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
             )
             stack.push_async_callback(asyncio.to_thread, trackers.close)
-            reporter = Reporter(self.metrics, self.live, trackers)
+            reporter = Reporter(self.metrics, self.live, trackers, self.history)
             own = Own(
                 self.home,
                 identity,
@@ -162,6 +168,7 @@ class Daemon:
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             node = await assemble(own, agreed.spec, keeper, trainer)
+            stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
             self.view.attach(
@@ -197,6 +204,13 @@ class Daemon:
         await node.network.withdraw(node.runtime.network.news())
 
     # --- pieces --------------------------------------------------------------------------------
+
+    async def _remember(self, run_id: str) -> HistoryFile:
+        """The history goes on where this home's ended."""
+        before = await asyncio.to_thread(read_history, self.home.history, run_id)
+        file = HistoryFile(self.home.history, run_id)
+        self.history.keep_in(file, before)
+        return file
 
     async def _start_swarm(self) -> Swarm:
         """On the ports of the last time, where a free one was asked for: others know us by them."""

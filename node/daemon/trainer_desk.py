@@ -64,12 +64,11 @@ class TrainerDesk:
 
     def on_event(self, event: Event) -> None:
         """A report of the trainer, on the loop."""
-        metrics = self._reporter.metrics
         self._reporter.on_event(event, self._loop.now())
         if isinstance(event, tm.Contribution):
             self._loop.spawn(self._take(event, self._base))
         elif isinstance(event, tm.Hello):
-            metrics.set_trainer_up(True)
+            self._reporter.trainer_up()
             if event.note:
                 _log.warning("trainer note=%r", event.note)
             self._loop.feed(ev.TrainerState(True, ""))
@@ -81,15 +80,13 @@ class TrainerDesk:
             _log.warning("trainer inner_state=not_saved reason=%r", event.error)
 
     def _down(self, event: tm.Failed | Died) -> None:
-        metrics = self._reporter.metrics
-        metrics.set_trainer_up(False)
         if isinstance(event, Died):
-            metrics.trainer_restarted()
+            self._reporter.metrics.trainer_restarted()
             last = event.output[-1] if event.output else ""
             why = f"trainer died, exit {event.exit_code}; next start in {event.will_restart_in_s:g} s {last}"
         else:
             why = f"trainer failed: {event.reason}: {event.text}"
-        _log.warning("%s", why)
+        self._reporter.trainer_down(why)
         self._loop.feed(ev.TrainerState(False, why))
 
     async def _take(self, event: tm.Contribution, base: str) -> None:

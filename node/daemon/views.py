@@ -16,9 +16,11 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
-from tapestry.node.surface.status import WORKING, Shown
+from tapestry.node.surface.status import WORKING, Shown, Traffic
+from tapestry.node.surface.story import Story
 from tapestry.node.surface.trackers import Trackers
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
@@ -47,6 +49,7 @@ class TrainingView:
         self.data_passes = 0.0
         self.tokens_per_second = 0.0
         self.tokens_total = 0
+        self._contributed = -1, math.nan  # epoch that the latest contribution is made from, and its loss
         self._epoch = -1  # that the trainer is at; with overlap perhaps the one after the round's
         self._epoch_tokens = 0
         self._epoch_steps = 0
@@ -63,12 +66,18 @@ class TrainingView:
             self.tokens_per_second = event.tokens_per_second
         elif isinstance(event, tm.Contribution):
             self.data_passes = event.passes
+            self._contributed = event.epoch, event.loss
         elif isinstance(event, tm.Hello):
             self.val_losses = {name: self.val_losses.get(name, math.nan) for name in event.sets}
         elif isinstance(event, tm.Validation):
             self.val_loss = event.loss
             self.val_losses = dict(zip(event.sets, event.losses, strict=False))
             self._validation_s = now - self._validation_began
+
+    def loss_of(self, epoch: int) -> float:
+        """The mean of this node's steps from state `epoch`, if that is what it contributed last."""
+        contributed, loss = self._contributed
+        return loss if contributed == epoch else math.nan
 
     def take_progress(self) -> tuple[int, int]:
         """Steps and tokens since the last call."""
@@ -146,10 +155,19 @@ class TokenizingView:
 class Reporter:
     """Everything that people are told, from one place."""
 
-    def __init__(self, metrics: Metrics, live: LiveLine, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        live: LiveLine,
+        trackers: Trackers | None = None,
+        history: History | None = None,
+    ) -> None:
         self.metrics = metrics
         self.live = live
+        self.float32_ratio = 1.0  # how many times as large what is sent would be
         self._trackers = trackers or Trackers({})
+        self._history = history or History()
+        self._story = Story(self._history)
         self.training = TrainingView()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
@@ -159,6 +177,14 @@ class Reporter:
         self._phase = ""
         self._health = ""
         self._peers_up = 0
+        self._trainer_up = True
+        self._traffic_told = self.traffic  # up to the latest point of the history
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has crossed the network since the start."""
+        by_kind = self.metrics.bytes_by_kind
+        return Traffic.of(by_kind("sent"), by_kind("received"), self.float32_ratio)
 
     def show(self, core: Snapshot, addresses: tuple[str, ...]) -> Shown:
         """What /status shows."""
@@ -174,6 +200,7 @@ class Reporter:
             dropped.records,
             dropped.weight,
             addresses,
+            self.traffic,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -197,8 +224,21 @@ class Reporter:
             _log.info("epoch=%d validation_loss=%.4f%s", event.epoch, event.loss, by_set)
             losses = self.training.val_losses.items()
             self._trackers.put(event.epoch, {f"validation/loss/{name}": loss for name, loss in losses})
+            self._history.point(event.epoch, validation=self.training.val_losses)
         elif isinstance(event, tm.Hello):
             self.metrics.set_validation_losses(self.training.val_losses)
+
+    def trainer_up(self) -> None:
+        self.metrics.set_trainer_up(True)
+        if not self._trainer_up:
+            self._story.trainer("the trainer works again", up=True)
+        self._trainer_up = True
+
+    def trainer_down(self, why: str) -> None:
+        self.metrics.set_trainer_up(False)
+        self._trainer_up = False
+        _log.warning("%s", why)
+        self._story.trainer(why, up=False)
 
     # --- of the core ---------------------------------------------------------------------------
 
@@ -219,17 +259,22 @@ class Reporter:
             reason = "at the head" if health == "working" else look().reason
             _log.info("phase=%s epoch=%d %s", out.phase, max(out.epoch, 0), reason)
             self.live.show(f"{out.phase}: {reason}")
+            self._story.health(health, reason)
 
     def round_ended(self, out: ev.EndRound, now: float) -> None:
         seconds, phases = self.clock.round_ended(now), self.clock.take_phases()
         self.metrics.round_ended(out.outcome, seconds)
         timed = {f"round/{phase}_seconds": duration for phase, duration in phases.items()}
         self._trackers.put(out.epoch, {"round/seconds": seconds, **timed})
+        if out.outcome != "aborted":
+            self._history.point(out.epoch + 1, round_s=seconds, phases=phases)
+        if not self.leaving:
+            self._story.round_ended(out.epoch, out.outcome, seconds, now)
         if out.outcome != "committed" and not self.leaving:
             _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
 
-    def committed(self, record: Record) -> None:
-        """A record that is on disk now."""
+    def committed(self, record: Record, tokens: int) -> None:
+        """A record that is on disk now; behind the chain up to it are so many tokens."""
         body, training = record.body, self.training
         weight = sum(m.weight for m in body.members)
         contributors = sum(m.weight > 0 for m in body.members)
@@ -253,11 +298,33 @@ class Reporter:
             **{f"agreement/{figure}": share for figure, share in figures.items()},
         }
         self._trackers.put(body.epoch, point)
+        self._remember(record, contributors, tokens)
+
+    def _remember(self, record: Record, contributors: int, tokens: int) -> None:
+        """The record and its epoch's point in the history."""
+        epoch, training = record.body.epoch, self.training
+        before, now = self._traffic_told, self.traffic
+        self._traffic_told = now
+        self._story.committed(record, time.time())
+        self._history.point(
+            epoch,
+            contributions=contributors,
+            tokens=tokens,
+            loss=training.loss_of(epoch - 1),
+            tokens_per_second=training.tokens_per_second,
+            passes=training.data_passes,
+            sent=now.sent - before.sent,
+            received=now.received - before.received,
+            sent_float32=now.sent_float32 - before.sent_float32,
+            received_float32=now.received_float32 - before.received_float32,
+            agreement=record.body.agreement.shares() if contributors > 1 else {},
+        )
 
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
         self.metrics.dropped(records, weight)
+        self._story.dropped(records, weight)
 
     def note(self, text: str) -> None:
         _log.info("%s", text)
@@ -273,6 +340,7 @@ class Reporter:
         """All are counted, but a peer must not fill the disk with what it did, nor all together."""
         if self._refusals.may_tell(reason if reason == "peers_max" else (peer, reason), time.monotonic()):
             _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+            self._story.refused(peer, reason, text)
 
     def count_peers(self, core: Snapshot) -> None:
         counts: dict[str, int] = {}
@@ -281,3 +349,5 @@ class Reporter:
                 counts[peer.phase] = counts.get(peer.phase, 0) + 1
         self._peers_up = len(core.peers)
         self.metrics.set_peers(counts)
+        if not self.leaving:
+            self._story.peers(core)

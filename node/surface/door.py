@@ -90,6 +90,12 @@ class Door:
             if self._guests.pop(guest.inner, None) is not None:
                 self._guests[guest.inner] = guest  # the one that was silent for the shortest time
 
+    def goes_on(self, inner: asyncio.BaseProtocol | None) -> None:
+        """An answer without an end (/events) is being taken: its time begins anew."""
+        guest = self._guests.get(cast(asyncio.BaseProtocol, inner))
+        if guest is not None:
+            guest.give(self._limits.answer_s)
+
 
 class Guest(asyncio.Protocol):
     """One connection: all goes to aiohttp's protocol, until its time is over."""

@@ -1,4 +1,4 @@
-"""The local endpoint: /metrics /status /peers /healthz /readyz, and a page that shows the status.
+"""The local endpoint: /metrics /status /peers /history /events /healthz /readyz, and at / the page.
 
 Reads the node through `View` and `Metrics` and can change nothing. Bound to a loopback address it answers
 only requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding)
@@ -26,8 +26,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.surface.assets import PREFIX, get_asset, get_page
 from tapestry.node.surface.door import Door, DoorLimits
+from tapestry.node.surface.history import History
 from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
+from tapestry.node.surface.sse import EventStreams
 from tapestry.node.surface.token import Token
 
 CLOSE_TIMEOUT_S = 1.0  # requests under way get so long when the node stops
@@ -39,8 +42,6 @@ METRICS_EVERY_S = 1.0  # a scraper asks every 15 s; making the text takes 1 ms
 OPEN_PATHS = ("/healthz",)  # that need no token
 
 _log = logging.getLogger("tapestry.http")
-
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 class View(Protocol):
@@ -79,11 +80,12 @@ async def start_http(
     port: int,
     token: Token | None = None,  # None: whoever passes the host check is answered
     limits: DoorLimits | None = None,
+    history: History | None = None,  # None: an empty one
 ) -> HttpServer:
     """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
     doors: list[Door] = []  # one, as soon as there is aiohttp's server behind it
     runner = web.AppRunner(
-        _application(view, metrics, _guard(host, token, doors)),
+        _application(view, metrics, history or History(), _guard(host, token, doors), doors),
         access_log=None,
         handle_signals=False,
         shutdown_timeout=CLOSE_TIMEOUT_S,
@@ -136,7 +138,9 @@ class _Rendered:
         return self._text
 
 
-def _application(view: View, metrics: Metrics, guard: Middleware) -> web.Application:
+def _application(
+    view: View, metrics: Metrics, history: History, guard: Middleware, doors: list[Door]
+) -> web.Application:
     rendered = _Rendered(metrics.render)
 
     async def get_metrics(_: web.Request) -> web.Response:
@@ -148,6 +152,9 @@ def _application(view: View, metrics: Metrics, guard: Middleware) -> web.Applica
     async def get_peers(_: web.Request) -> web.Response:
         return _json(view.peers())
 
+    async def get_history(_: web.Request) -> web.Response:
+        return _json(history.everything())
+
     async def get_healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
@@ -155,17 +162,26 @@ def _application(view: View, metrics: Metrics, guard: Middleware) -> web.Applica
         ready, reason = view.ready()
         return web.Response(text="ready\n" if ready else f"{reason}\n", status=200 if ready else 503)
 
-    async def get_page(_: web.Request) -> web.Response:
-        headers = {"Content-Security-Policy": _PAGE_POLICY}
-        return web.Response(text=_PAGE, content_type="text/html", headers=headers)
+    def now() -> object:
+        ready, reason = view.ready()
+        return _finite({"status": view.status(), "peers": view.peers(), "ready": ready, "reason": reason})
 
+    def goes_on(request: web.Request) -> None:
+        for door in doors:
+            door.goes_on(request.protocol)
+
+    streams = EventStreams(now, history, goes_on)
     app = web.Application(middlewares=[guard], client_max_size=REQUEST_BYTES_MAX)
     app.router.add_get("/metrics", get_metrics)
     app.router.add_get("/status", get_status)
     app.router.add_get("/peers", get_peers)
+    app.router.add_get("/history", get_history)
+    app.router.add_get("/events", streams.serve)
     app.router.add_get("/healthz", get_healthz)
     app.router.add_get("/readyz", get_readyz)
     app.router.add_get("/", get_page)
+    app.router.add_get(PREFIX + "{path:[a-zA-Z0-9./_-]+}", get_asset)
+    app.on_shutdown.append(streams.close)
     return app
 
 
@@ -246,47 +262,3 @@ def _url(host: str, port: int) -> str:
     """Where this machine finds the endpoint; a wildcard address is found on loopback."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Tapestry node</title>
-<style>
-  :root { color-scheme: light dark; }
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-  table { border-collapse: collapse; width: 100%; }
-  th { text-align: left; font-weight: 600; vertical-align: top; padding: .2rem 1rem .2rem 0; }
-  td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; padding: .2rem 0; }
-</style>
-<h1>Tapestry node</h1>
-<p id="note" role="status">loading</p>
-<table id="status"></table>
-<p><a href="/metrics">metrics</a> <a href="/status">status</a> <a href="/peers">peers</a></p>
-<script>
-  const note = document.getElementById("note"), table = document.getElementById("status");
-  const text = (value) => typeof value === "string" ? value : JSON.stringify(value);
-  function show(status) {
-    table.replaceChildren(...Object.entries(status).map(([key, value]) => {
-      const row = document.createElement("tr"), head = document.createElement("th");
-      head.scope = "row";
-      head.textContent = key;
-      row.append(head, document.createElement("td"));
-      row.lastChild.textContent = text(value);
-      return row;
-    }));
-  }
-  async function poll() {
-    try {
-      const answer = await fetch("/status", { signal: AbortSignal.timeout(5000) });
-      show(await answer.json());
-      note.textContent = "live";
-    } catch {
-      note.textContent = "the node does not answer";
-    }
-    setTimeout(poll, 2000);
-  }
-  poll();
-</script>
-"""

@@ -151,6 +151,11 @@ class Metrics:
 
     def network_bytes(self, direction: str, kind: str, byte_count: int) -> None:
         self._network_bytes[_one_of(DIRECTIONS, direction), _one_of(BYTE_KINDS, kind)].inc(byte_count)
+        self._bytes[direction][kind] += byte_count
+
+    def bytes_by_kind(self, direction: str) -> Mapping[str, int]:
+        """What `network_bytes` was told since the start."""
+        return dict(self._bytes[direction])
 
     def set_peers(self, counts: Mapping[str, int]) -> None:
         """Live peers by the phase they say they are in; phases that are not named have none."""
@@ -250,6 +255,7 @@ class Metrics:
             for direction in DIRECTIONS
             for kind in BYTE_KINDS
         }
+        self._bytes = {direction: dict.fromkeys(BYTE_KINDS, 0) for direction in DIRECTIONS}
         peers = Gauge("tapestry_peers", "Live peers, by phase.", labelnames=["phase"], registry=registry)
         self._peers = {phase: peers.labels(phase=phase) for phase in NODE_PHASES}
         refused = Counter(

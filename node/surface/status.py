@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tapestry.dht.conduct import Ban
@@ -15,6 +15,29 @@ from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 
 BANS_SHOWN_MAX = 64
 WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes with peers since the start, and what they were if contributions and results went as float32."""
+
+    sent: int
+    received: int
+    sent_float32: int
+    received_float32: int
+
+    @classmethod
+    def of(
+        cls, sent: Mapping[str, int], received: Mapping[str, int], float32_ratio: float
+    ) -> Traffic:  # bytes by kind, as metrics.BYTE_KINDS
+        def float32(kinds: Mapping[str, int]) -> int:
+            encoded = kinds["contribution"] + kinds["result"]
+            return sum(kinds.values()) + round(encoded * (float32_ratio - 1))
+
+        return cls(sum(sent.values()), sum(received.values()), float32(sent), float32(received))
+
+
+NO_TRAFFIC = Traffic(0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +54,7 @@ class Shown:
     dropped_records: int  # given up since the start, because a chain on the other side of a fork was better
     dropped_weight: int
     addresses: tuple[str, ...]  # where the node listens
+    traffic: Traffic
 
 
 class NodeView:
@@ -91,6 +115,7 @@ class NodeView:
             "dropped_records": 0,
             "dropped_weight": 0,
             "caps": self._caps,
+            "bytes": asdict(NO_TRAFFIC),
             "addresses": [],
             "uptime_s": round(time.time() - self._started_at, 1),
         }
@@ -118,6 +143,7 @@ class NodeView:
             "agreement": core.agreement.shares() if core.agreement is not None else None,
             "dropped_records": shown.dropped_records,
             "dropped_weight": shown.dropped_weight,
+            "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
         }
 

@@ -1,0 +1,115 @@
+"""What the daemon's views tell the history: one point for each epoch, of what core, trainer and disk say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tapestry.node.daemon.views import Reporter
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
+from tapestry.node.surface.history import History
+from tapestry.node.surface.logs import LiveLine
+from tapestry.node.surface.metrics import Metrics
+from tapestry.node.trainer import messages as tm
+
+CORE = Snapshot("me", "ab" * 32, "training", "", True, 1, "cd" * 32, 1, "cd" * 32, "ef" * 32, 100, None, ())
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.history = History()
+        self.metrics = Metrics("0.1.0")
+        self.reporter = Reporter(self.metrics, LiveLine(None, enabled=False), None, self.history)  # type: ignore[arg-type]
+        self.reporter.float32_ratio = 4.0
+
+    def round(self, epoch: int, other: int = 0) -> None:
+        """The round that makes `epoch`, from this node's contribution to its end, of 3 s."""
+        report = self.reporter
+        report.on_event(tm.Contribution(epoch - 1, 1, 64, 1.0, 2.0 + epoch, 64, 10, 0.0, 0.5 * epoch), 1.0)
+        for now, stage in (
+            (0.0, Stage.TRAINING),
+            (10.0, Stage.READY),
+            (11.0, Stage.EXCHANGING),
+            (13.0, Stage.AWAY),
+        ):
+            report.moved(ev.Moved(epoch - 1, "training", stage), now, lambda: CORE)
+        members = (Member("a", 64, "01" * 16), Member("b", other, "45" * 16 if other else ""))
+        agreement = Agreement(750_000, 500_000, 250_000)
+        body = Body("ab" * 32, epoch, "cd" * 32, "ef" * 32, members, "23" * 32, False, agreement)
+        report.committed(Record(body, f"{epoch:064x}", 0, ()), tokens=1000 * epoch)
+        report.round_ended(ev.EndRound(epoch - 1, "committed", ""), 13.0)
+
+    @property
+    def points(self) -> list[dict]:
+        return list(self.history.everything()["points"])
+
+    @property
+    def said(self) -> list[str]:
+        return [event["text"] for event in self.history.everything()["events"]]
+
+
+def test_a_round_becomes_a_point_with_loss_times_and_bytes_beside_float32() -> None:
+    bench = Bench()
+    bench.metrics.network_bytes("sent", "state", 1000)
+    bench.round(1)
+    bench.metrics.network_bytes("sent", "control", 10)
+    bench.metrics.network_bytes("sent", "contribution", 100)
+    bench.metrics.network_bytes("received", "result", 50)
+    bench.round(2)
+    point = bench.points[1]
+    assert point["epoch"] == 2 and point["loss"] == 4.0 and point["passes"] == 1.0
+    assert point["tokens"] == 2000 and point["contributions"] == 1
+    assert (point["sent"], point["sent_float32"]) == (110, 410)
+    assert (point["received"], point["received_float32"]) == (50, 200)
+    assert point["round_s"] == pytest.approx(3.0)
+    assert point["phases"] == pytest.approx({"training": 10.0, "ready": 1.0, "exchanging": 2.0})
+    assert [record["epoch"] for record in bench.history.everything()["records"]] == [1, 2]
+    assert bench.reporter.show(CORE, ()).traffic.sent == 1110
+
+
+def test_contributions_agree_or_not_where_there_are_two() -> None:
+    bench = Bench()
+    bench.round(1)
+    bench.round(2, other=64)
+    agreement = {"cosine": 0.75, "sign": 0.5, "norm_kept": 0.25}
+    assert [point.get("agreement") for point in bench.points] == [None, agreement]
+
+
+def test_a_loss_of_the_base_goes_to_the_epoch_that_it_is_of() -> None:
+    bench = Bench()
+    bench.reporter.on_event(tm.Validation(0, 5.0, ("fr",), (5.0,)), 0.0)
+    bench.round(1)
+    bench.round(2)
+    bench.reporter.on_event(tm.Validation(1, 4.0, ("fr",), (4.0,)), 0.0)
+    assert [point.get("validation") for point in bench.points] == [{"fr": 5.0}, {"fr": 4.0}, None]
+
+
+def test_a_loss_of_another_epoch_than_the_records_is_not_taken_for_its_own() -> None:
+    bench = Bench()
+    bench.reporter.on_event(tm.Contribution(7, 1, 64, 1.0, 2.5, 64, 10, 0.0, 0.5), 1.0)
+    body = Body("ab" * 32, 3, "cd" * 32, "ef" * 32, (Member("b", 64, "01" * 16),), "23" * 32)
+    bench.reporter.committed(Record(body, "3" * 64, 0, ()), tokens=3)
+    assert "loss" not in bench.points[0]
+
+
+def test_a_trainer_that_dies_and_works_again_is_told_and_the_first_start_is_no_news() -> None:
+    bench = Bench()
+    bench.reporter.trainer_up()
+    bench.reporter.trainer_down("trainer died, exit -9")
+    bench.reporter.trainer_up()
+    assert bench.said == ["trainer died, exit -9", "the trainer works again"]
+
+
+def test_peers_that_come_and_go_are_told_until_this_node_leaves() -> None:
+    bench = Bench()
+    peer = PeerSnapshot("12D3KooWhanoi1", "training", 1, "", True, True, 0.1)
+    bench.reporter.count_peers(replace(CORE, peers=(peer,)))
+    bench.reporter.count_peers(CORE)
+    bench.reporter.leaving = True
+    bench.reporter.count_peers(replace(CORE, peers=(peer,)))
+    assert bench.said == ["…hanoi1 is here", "…hanoi1 is not heard any more"]

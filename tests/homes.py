@@ -84,7 +84,7 @@ class MadeHome:
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)
         self.chain.append(record)
-        self.state.apply(payloads, epoch, head)
+        self.state.apply(payloads, record)
 
 
 def base_spec(home: Path, family: str, *, pin_weights: bool = False, **fields: Any) -> TransformersSpec:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
-from tapestry.node.protocol.chain import Genesis, InvalidRecord
+from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.state.model import DigestMismatch, ModelState, state_digest_of
@@ -99,6 +99,7 @@ class _Signed:
     head: str
     result: str  # of the update that made it; "" of epoch 0
     state: str | None  # digest of the state, signed one record later; None at the head
+    record: Record | None = None  # None of epoch 0
 
 
 def verify(path: Path, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
@@ -157,9 +158,9 @@ def _follow(
             body = record.body
             before = body.epoch - 1
             if before in signed and before:
-                signed[before] = _Signed(signed[before].head, signed[before].result, body.state_digest)
+                signed[before] = replace(signed[before], state=body.state_digest)
             if body.epoch in needed:
-                signed[body.epoch] = _Signed(record.head, body.result, None)
+                signed[body.epoch] = _Signed(record.head, body.result, None, record)
             if anchor is not None and anchor.epoch == body.epoch:
                 anchored = anchor.head == record.head
             proof.records += 1
@@ -356,7 +357,7 @@ def _replay(
     while state.epoch < proof.epoch:
         epoch = state.epoch + 1
         path, said = updates.get(epoch), signed.get(epoch)
-        if path is None or said is None:
+        if path is None or said is None or said.record is None:
             later = [one for one in sorted(checkpoints) if one > epoch]
             proof.notes.append(f"the updates have no epoch {epoch}: replayed no further than {state.epoch}")
             if not later and proof.holds:
@@ -364,7 +365,7 @@ def _replay(
             return
         try:
             _, payloads = read_update_file(path)
-            state.apply(payloads, epoch, said.head)
+            state.apply(payloads, said.record)
         except (ValueError, OSError) as error:
             proof.fault(f"updates/{path.name}", f"cannot be applied: {error}", epoch)
             return

@@ -1,4 +1,4 @@
-"""`tapestry export`, `verify`, `log`, `anchor`: the shared base for others, and where it comes from."""
+"""`tapestry export`, `verify`, `log`, `anchor`, `exit`: the base for others, and where it comes from."""
 
 from __future__ import annotations
 
@@ -108,6 +108,21 @@ def anchor(home: str | None) -> None:
     from tapestry.node.lineage.log import newest
 
     click.echo(str(newest(Home.locate(home, os.environ))))
+
+
+@click.command("exit")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@home_option
+def leave(out: Path, home: str | None) -> None:
+    """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
+    from tapestry.node.lineage.leave import leave as taken
+
+    line = ProgressLine()
+    try:
+        proof = taken(Home.locate(home, os.environ), out, line.update)
+    finally:
+        line.end()
+    click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
 
 
 def _text_of(given: str) -> str:

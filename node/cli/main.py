@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from tapestry.node.cli.init import init
-from tapestry.node.cli.lineage import anchor, export, log, verify
+from tapestry.node.cli.lineage import anchor, export, leave, log, verify
 from tapestry.node.cli.look import peers, status
 from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
 from tapestry.node.cli.start import start, stop
@@ -65,6 +65,7 @@ for _command in (
     verify,
     log,
     anchor,
+    leave,
     derive,
     evaluate,
     rebase,

@@ -19,7 +19,14 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
 from tapestry.node.spec.run import RunSpec, new_spec
-from tapestry.node.spec.training import PRESETS, DataSpec, ModelSpec, TrainingSpec, TransformersSpec
+from tapestry.node.spec.training import (
+    PRESETS,
+    WEIGHTS,
+    DataSpec,
+    ModelSpec,
+    TrainingSpec,
+    TransformersSpec,
+)
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.trainer.models import registry
 from tapestry.node.trainer.models.pretrained import check_base
@@ -77,13 +84,14 @@ class MadeHome:
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)
         self.chain.append(record)
-        self.state.apply(payloads, epoch, head)
+        self.state.apply(payloads, record)
 
 
-def base_spec(home: Path, family: str, **fields: Any) -> TransformersSpec:
-    """A base of bases.py in HOME/base, pinned."""
+def base_spec(home: Path, family: str, *, pin_weights: bool = False, **fields: Any) -> TransformersSpec:
+    """A base of bases.py in HOME/base, pinned; of a LoRA run its weights too."""
     folder = make_base(home / "base", family)
-    files = tuple(str(BaseFile.of(folder / name)) for name in PINNED)
+    pinned = (*PINNED, WEIGHTS) if pin_weights else PINNED
+    files = tuple(str(BaseFile.of(folder / name)) for name in pinned)
     parameters = check_base(folder).parameters
     return TransformersSpec("transformers", files, weights_digest(folder), parameters, **fields)
 

@@ -1,7 +1,9 @@
-"""`tapestry export`: the shared base as a model for others."""
+"""`tapestry export`, `verify`, `log`, `anchor`, `exit`: the base for others, and where it comes from."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.options import home_option
+from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 
 QUIET_S = 2.0  # what takes longer says how far it is
@@ -54,6 +57,82 @@ def export(
     finally:
         line.end()
     click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.argument("path", metavar="HOME|OUT", type=click.Path(path_type=Path))
+@json_option
+@click.option("--anchor", metavar="LINE|FILE", help="What was published of this chain.")
+@click.option("--no-replay", is_flag=True, help="Signatures and digests only: no state is computed again.")
+def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool) -> int:
+    """Check a home or an export, offline: records, updates, checkpoints, files, and the states themselves."""
+    from tapestry.node.lineage.anchor import Anchor
+    from tapestry.node.lineage.verify import lines
+    from tapestry.node.lineage.verify import verify as proven
+
+    line = ProgressLine()
+    try:
+        given = None if anchor is None else Anchor.parse(_text_of(anchor))
+        proof = proven(path, anchor=given, replay=not no_replay, told=line.update)
+    finally:
+        line.end()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(proof) | {"holds": proof.holds}, indent=1))
+    else:
+        click.echo("\n".join(lines(proof)))
+        click.echo("it holds" if proof.holds else f"it does not hold: {len(proof.faults)} faults")
+    return ExitCode.DONE if proof.holds else ExitCode.FAILED
+
+
+@click.command()
+@home_option
+@json_option
+@click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N epochs.")
+def log(home: str | None, as_json: bool, last: int | None) -> None:
+    """The epochs of a home's chain: when, who with which share, how many bytes, which head."""
+    from tapestry.node.lineage.log import lines, read_log
+
+    entries = read_log(Home.locate(home, os.environ), last)
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(entry.table()))
+    else:
+        for text in lines(entries):
+            click.echo(text)
+
+
+@click.command()
+@home_option
+def anchor(home: str | None) -> None:
+    """The head and its signatures as one line, to publish anywhere; `verify --anchor` checks against it."""
+    from tapestry.node.lineage.log import newest
+
+    click.echo(str(newest(Home.locate(home, os.environ))))
+
+
+@click.command("exit")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@home_option
+def leave(out: Path, home: str | None) -> None:
+    """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
+    from tapestry.node.lineage.leave import leave as taken
+
+    line = ProgressLine()
+    try:
+        proof = taken(Home.locate(home, os.environ), out, line.update)
+    finally:
+        line.end()
+    click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
+
+
+def _text_of(given: str) -> str:
+    """An anchor as it is, or the file that holds it."""
+    if " " in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the anchor in {given}: {error}") from error
 
 
 def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -> None:

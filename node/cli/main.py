@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from tapestry.node.cli.init import init
-from tapestry.node.cli.lineage import export
+from tapestry.node.cli.lineage import anchor, export, leave, log, verify
 from tapestry.node.cli.look import peers, status
 from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
 from tapestry.node.cli.start import start, stop
@@ -55,7 +55,23 @@ def cli() -> None:
     """Train one shared base model together with others, without a coordinator."""
 
 
-for _command in (init, start, status, peers, stop, export, derive, evaluate, rebase, merge, derivatives):
+for _command in (
+    init,
+    start,
+    status,
+    peers,
+    stop,
+    export,
+    verify,
+    log,
+    anchor,
+    leave,
+    derive,
+    evaluate,
+    rebase,
+    merge,
+    derivatives,
+):
     cli.add_command(_command)
 
 

@@ -79,7 +79,7 @@ class Checkpoints:
         self._files = {}
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             try:
-                self._files[path] = _read_checkpoint(path, self._run_id)
+                self._files[path] = read_checkpoint(path, self._run_id)
             except ValueError as error:
                 set_aside(path, str(error))
 
@@ -98,7 +98,7 @@ class Checkpoints:
         path = self._folder / f"{state.epoch:08d}-{state.head[:16]}{SUFFIX}"
         if path not in self._files:
             write_file(path, lambda file: _write_checkpoint(file, state, digest, self._run_id))
-            self._files[path] = _read_checkpoint(path, self._run_id)
+            self._files[path] = read_checkpoint(path, self._run_id)
         return self._files[path]
 
     def prune(self, chain: Chain) -> None:
@@ -242,7 +242,7 @@ def _chunks(vectors: Sequence[memoryview]) -> Iterator[list[memoryview]]:
         yield [*spans(vectors, start, min(start + CHUNK_BYTES, total))]
 
 
-def _read_checkpoint(path: Path, run_id: str) -> Checkpoint:
+def read_checkpoint(path: Path, run_id: str) -> Checkpoint:
     """By the header, compared with the file's length. Raises ValueError and OSError."""
     with path.open("rb") as file:
         start = file.read(_LENGTH.size)

@@ -255,7 +255,7 @@ class Store:
     ) -> None:
         """On disk when this returns. Writing one again does nothing."""
         views = [_bytes_of(payload) for payload in payloads]
-        path = self._home.updates / f"{epoch:08d}-{head[:16]}{UPDATE_SUFFIX}"
+        path = self._home.updates / update_name(epoch, head)
 
         known = draft.digests(payloads) if draft is not None else {}
         header = UpdateHeader(epoch, head, result_digest(payloads, known), tuple(map(len, views)))
@@ -301,7 +301,7 @@ class Store:
         if update is None or update.epoch != epoch:
             raise UpdateMissing("missing", f"the update log has no update {epoch} of {head[:12]}")
         try:
-            header, payloads = _read_update(update.path)
+            header, payloads = read_update_file(update.path)
         except FileNotFoundError:
             self._updates.pop(head, None)
             raise UpdateMissing("missing", f"{update.path} is gone") from None
@@ -342,7 +342,7 @@ class Store:
         for path in sorted(folder.glob(f"*{UPDATE_SUFFIX}")):
             try:
                 with path.open("rb") as file:
-                    header = _read_header(file)
+                    header = read_update_header(file)
             except ValueError as error:
                 _log.warning("update dropped path=%s reason=%r", path, str(error))
                 path.unlink()
@@ -354,6 +354,11 @@ class Store:
             update = self._updates.pop(head, None)
             if update is not None:
                 set_aside(update.path, why)
+
+
+def update_name(epoch: int, head: str) -> str:
+    """Of its file in HOME/updates."""
+    return f"{epoch:08d}-{head[:16]}{UPDATE_SUFFIX}"
 
 
 def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_KNOWN) -> str:
@@ -403,16 +408,16 @@ def _vote_from_dict(raw: Any) -> Vote:
     return Vote(**{**raw, "accepted": accepted})
 
 
-def _read_update(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
+def read_update_file(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
     """The file's parts, as views of the mapped file. Raises ValueError and OSError."""
     with path.open("rb") as file:
-        header = _read_header(file)
+        header = read_update_header(file)
         whole = mapped(file.fileno(), header.size_bytes)
     begin = header.size_bytes - sum(header.lengths)
     return header, list(torch.split(whole[begin:], list(header.lengths)))
 
 
-def _read_header(file: BinaryIO) -> UpdateHeader:
+def read_update_header(file: BinaryIO) -> UpdateHeader:
     """Nothing is allocated before the file's length agreed with what it says. Raises ValueError."""
     file_bytes = os.fstat(file.fileno()).st_size
     fixed = file.read(_UPDATE.size)

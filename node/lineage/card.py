@@ -28,6 +28,7 @@ class Lineage:
     members: tuple[tuple[str, int], ...] = ()  # peer id and weight summed over records, heaviest first
     licence: str = ""  # of the base
     data: tuple[str, ...] = ()  # descriptions that members publish
+    vectors: tuple[tuple[str, str], ...] = ()  # digest of each vector of the state, in order
 
     def table(self) -> dict[str, Any]:
         """For tapestry.json."""
@@ -38,6 +39,7 @@ class Lineage:
             "head": self.head,
             "state_digest": self.state_digest,
             "members": [{"peer": peer, "weight": weight} for peer, weight in self.members],
+            "vectors": [list(pair) for pair in self.vectors],
         }
 
 

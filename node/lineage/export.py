@@ -8,12 +8,13 @@ that the live node prunes meanwhile is met by another snapshot.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.card import Lineage, members_of, model_card
 from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.exported import described
 from tapestry.node.lineage.huggingface import (
     DTYPES,
     ExportError,
@@ -35,6 +37,7 @@ from tapestry.node.lineage.huggingface import (
     require_free,
     silent,
 )
+from tapestry.node.lineage.manifest import LINEAGE, write_manifest
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -53,6 +56,7 @@ class _Restored:
     layout: Layout
     flat: Tensor  # f32 (n,), a mapped file
     lineage: Lineage
+    source: Home  # a snapshot, as long as the export takes
 
 
 def export_home(
@@ -81,11 +85,13 @@ def export_home(
                 restored.spec.data.sequence_length,
                 restored.layout,
                 restored.flat,
-                meta=restored.lineage.table(),
+                meta=restored.lineage.table()
+                | described(restored.layout, _form(restored.spec, form), form.dtype),
                 base=base_folder(home, restored.spec),
                 form=form,
                 card=model_card(restored.lineage, restored.spec, adapters_apart=form.adapters_apart),
                 progress=progress,
+                finish=lambda folder: _carry(restored, folder),
             )
     except ExportError as error:
         raise UserError(str(error)) from error
@@ -100,6 +106,24 @@ def export_home(
 def base_folder(home: Home, spec: RunSpec) -> Path | None:
     """Where a run of a base keeps its files."""
     return home.base if isinstance(spec.model, TransformersSpec) else None
+
+
+def _form(spec: RunSpec, form: Form) -> str:
+    if form.adapters_apart:
+        return "adapters"
+    return "merged" if isinstance(spec.model, TransformersSpec) and spec.model.lora_rank else "whole"
+
+
+def _carry(restored: _Restored, folder: Path) -> None:
+    """The genesis and the records up to the one that signs this state; then the manifest of it all."""
+    (folder / LINEAGE).mkdir()
+    shutil.copyfile(restored.source.genesis, folder / LINEAGE / "genesis.json")
+    lines = restored.lineage.epoch + 1
+    with (folder / LINEAGE / "chain.jsonl").open("wb") as out:
+        if restored.source.chain.exists():
+            with restored.source.chain.open("rb") as chain:
+                out.writelines(line for line in itertools.islice(chain, lines) if line.endswith(b"\n"))
+    write_manifest(folder)
 
 
 @contextmanager
@@ -137,8 +161,10 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
         restored = run.restore(state, wanted)
         progress("restoring", 1, 1)
         if restored is not None and (epoch is None or restored.epoch == epoch):
-            lineage = _lineage(home, spec, chain, restored)
-            return _Restored(spec, layout, state.params, lineage)
+            lineage = replace(
+                _lineage(home, spec, chain, restored), vectors=tuple(state.vector_digests().items())
+            )
+            return _Restored(spec, layout, state.params, lineage, Home(folder))
         reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
         shutil.rmtree(folder)
     raise UserError(

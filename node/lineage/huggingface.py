@@ -97,8 +97,10 @@ def export_model(
     form: Form = Form(),  # frozen
     card: str = "",
     progress: Progress = silent,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the whole directory or nothing. `meta` (run id, epoch, head, ...) becomes tapestry.json.
+    """Write the whole directory or nothing. `meta` (run id, epoch, head, ...) becomes tapestry.json; `finish`
+    adds to the directory before it gets its name.
 
     Raises ExportError if `out_dir` is there already and not an empty folder, or cannot be written, or
     ModelError if the base does not hold.
@@ -117,6 +119,8 @@ def export_model(
             _write_adapters(temporary, what)
         else:
             _write_model(temporary, what, progress)
+        if finish is not None:
+            finish(temporary)
         os.replace(temporary, out_dir)
     except OSError as error:
         raise ExportError(f"cannot write {out_dir}: {error}") from error

@@ -25,6 +25,7 @@ from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.derivative import (
@@ -511,7 +512,7 @@ def _make_folder_like(model: Path, folder: Path) -> None:
 
 def _copy_beside(source: Path, target: Path) -> None:
     """Config, tokenizer and templates, where the target has none of that name."""
-    skipped = (INDEX, "README.md", "tapestry.json")
+    skipped = (INDEX, MANIFEST, "README.md", "tapestry.json")
     for path in sorted(source.iterdir()):
         plain_file = path.is_file() and path.suffix != ".safetensors" and path.name not in skipped
         if plain_file and not (target / path.name).exists():

@@ -27,6 +27,7 @@ from tapestry.node.lineage.huggingface import (
     require_free,
     write_shards,
 )
+from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 from tapestry.node.sovereign.suite import table
 from tapestry.node.spec.tables import plain
@@ -51,6 +52,7 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
         written = weights_digest(temporary)
         _write_json(temporary / "tapestry.json", _lineage(derivative, version, dtype, written))
         (temporary / "README.md").write_text(card(derivative, version), encoding="utf-8")
+        write_manifest(temporary)
         os.replace(temporary, out.absolute())
     except (ExportError, ModelError) as error:
         raise UserError(str(error), exit_code=ExitCode.FAILED) from error

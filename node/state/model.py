@@ -10,8 +10,10 @@ Where the numbers lie is not its affair: the node gives it files that are mapped
 touches each page once, in order.
 
 The bytes of a state are those of the parameters and then of the buffers, in the order of their names, f32
-little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest does not cover the
-epoch: it identifies the numbers, and the record that carries it says whose they are.
+little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest is made of one for
+each vector: whoever has the parameters alone, and the digests of the buffers, can make it too
+(docs/decisions/012-digest-of-vectors.md). It does not cover the epoch: it identifies the numbers, and the
+record that carries it says whose they are.
 
 Must not import: anything that does I/O; asyncio; hivemind.
 """
@@ -115,9 +117,14 @@ class ModelState:
         return FLOAT_BYTES * self.n * len(self.names)
 
     def digest(self) -> str:
-        """blake3 of what the numbers are (schema, length, names) and of their bytes. Raises TornState."""
+        """Of what the numbers are (schema, length, names) and of their bytes. Raises TornState."""
         self._require_whole()
         return self._hash()
+
+    def vector_digests(self) -> dict[str, str]:
+        """blake3 of each vector's bytes, by its name. Raises TornState."""
+        self._require_whole()
+        return dict(zip(self.names, map(_digest_of, self.vectors()), strict=True))
 
     def apply(
         self,
@@ -162,15 +169,25 @@ class ModelState:
         self.epoch, self.head, self.torn = epoch, head, False
 
     def _hash(self) -> str:
-        hasher = blake3(canonical(["tapestry state 1", self.schema, self.n, list(self.names)]))
-        for vector in self.vectors():
-            for start in range(0, len(vector), HASH_BYTES):
-                hasher.update(vector[start : start + HASH_BYTES])
-        return hasher.hexdigest()
+        digests = dict(zip(self.names, map(_digest_of, self.vectors()), strict=True))
+        return state_digest_of(self.schema, self.n, digests)
 
     def _require_whole(self) -> None:
         if self.torn:
             raise TornState("the state was left half-written; it has to be loaded again")
+
+
+def state_digest_of(schema: str, n: int, vectors: Mapping[str, str]) -> str:
+    """A state's digest from those of its vectors, by name in the order of their bytes."""
+    pairs = [[name, digest] for name, digest in vectors.items()]
+    return blake3(canonical(["tapestry state 2", schema, n, pairs])).hexdigest()
+
+
+def _digest_of(vector: memoryview) -> str:
+    hasher = blake3()
+    for start in range(0, len(vector), HASH_BYTES):
+        hasher.update(vector[start : start + HASH_BYTES])
+    return hasher.hexdigest()
 
 
 def spans(vectors: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:

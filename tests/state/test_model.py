@@ -36,8 +36,10 @@ def record(agreement: Agreement = ALIKE, contributors: int = 4) -> Record:
 
 def test_the_digest_is_of_schema_names_and_bytes_and_not_of_the_epoch() -> None:
     state = new_state(300, fill=1.5)
-    text = b'["tapestry state 1","%s",300,["params","momentum"]]' % SCHEMA.encode()
-    expected = blake3(text + np.full(300, 1.5, "<f4").tobytes() + bytes(4 * 300)).hexdigest()
+    params, momentum = blake3(np.full(300, 1.5, "<f4").tobytes()).hexdigest(), blake3(bytes(1200)).hexdigest()
+    text = f'["tapestry state 2","{SCHEMA}",300,[["params","{params}"],["momentum","{momentum}"]]]'
+    expected = blake3(text.encode()).hexdigest()
+    assert state.vector_digests() == {"params": params, "momentum": momentum}
     assert state.digest() == expected
     state.epoch, state.head = 5, HEAD
     assert state.digest() == expected

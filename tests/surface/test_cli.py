@@ -110,7 +110,7 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     result = _run("--help")
     assert result.exit_code == 0
     listed = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    ours = ["derivatives", "derive", "evaluate", "merge", "rebase"]
+    ours = ["anchor", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
     assert listed == sorted(["export", "init", "peers", "start", "status", "stop", *ours])
 
 

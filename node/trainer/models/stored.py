@@ -68,7 +68,7 @@ class StoredWeights:
         files = _files(folder)
         tensors: dict[str, StoredTensor] = {}
         for path in files:
-            for name, tensor in _read_header(path).items():
+            for name, tensor in weights_of(path).items():
                 if name in tensors:
                     raise ModelError(f"{path} holds {name}, as {tensors[name].path.name} does")
                 tensors[name] = tensor
@@ -171,7 +171,7 @@ def read_json(path: Path, bytes_max: int) -> dict[str, Any]:
 # --- one file's header ------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def weights_of(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             start = file.read(8)

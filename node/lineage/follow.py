@@ -1,0 +1,105 @@
+"""The records of a run, one after the other: each checked against the one before, and nothing else kept.
+
+`Follower` holds what it takes to judge the next record (the head, the electorate), so a chain of any length
+is verified in the memory of one record. Reading touches no file: unlike disk/store.py it cuts no torn line
+off, because a proof must not mend what it looks at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapestry.node.disk.files import seal, unseal
+from tapestry.node.protocol.chain import (
+    Crypto,
+    Genesis,
+    InvalidRecord,
+    Record,
+    canonical,
+    check_record,
+    exceeds_influence,
+    genesis_from_dict,
+    genesis_to_dict,
+    record_from_dict,
+    record_to_dict,
+)
+from tapestry.node.spec.run import RunSpec
+
+GENESIS_BYTES_MAX = 1 << 20  # guess: a spec has at most 64 kB
+LINE_BYTES_MAX = 16 << 20  # guess: a record with 1,024 members and as many signatures has 0.4 MB
+
+
+class Broken(ValueError):
+    """A file does not hold; `epoch` is of the record at fault, or None."""
+
+    def __init__(self, text: str, epoch: int | None = None, unfinished: bool = False) -> None:
+        super().__init__(text)
+        self.epoch = epoch
+        self.unfinished = unfinished  # it may be a line that a live node is writing
+
+
+@dataclass(slots=True)
+class Follower:
+    """Where a chain is; `take` goes on by one record."""
+
+    genesis: Genesis
+    spec: RunSpec
+    crypto: Crypto
+    epoch: int
+    head: str
+    electorate: tuple[str, ...]
+
+    @classmethod
+    def start(cls, genesis: Genesis, spec: RunSpec, crypto: Crypto) -> Follower:
+        """At epoch 0."""
+        return cls(genesis, spec, crypto, 0, genesis.run_id, (genesis.founder,))
+
+    def take(self, record: Record) -> None:
+        """Link, electorate, signatures and weights, as a member judges them. Raises InvalidRecord."""
+        body = record.body
+        if body.epoch != self.epoch + 1:
+            raise InvalidRecord("unlinked", f"record {body.epoch} at epoch {self.epoch}")
+        if body.run_id != self.genesis.run_id:
+            raise InvalidRecord("foreign", "a record of another run")
+        if self.epoch == 0 and body.state_digest != self.genesis.state_digest:
+            raise InvalidRecord("state", "record 1 follows another state than that of the genesis")
+        check_record(record, self.head, self.electorate, self.crypto)
+        if exceeds_influence([m.weight for m in body.members], self.spec.round.max_influence):
+            raise InvalidRecord("influence", f"record {body.epoch}: a weight above max_influence")
+        self.epoch, self.head = body.epoch, record.head
+        self.electorate = tuple(member.peer for member in body.members)
+
+
+def read_genesis(path: Path, crypto: Crypto) -> tuple[Genesis, RunSpec]:
+    """Signed, and in exactly the form in which a node writes it. Raises Broken, UserError, OSError."""
+    with path.open("rb") as file:
+        data = file.read(GENESIS_BYTES_MAX + 1)
+    try:
+        genesis = genesis_from_dict(json.loads(data), crypto)
+    except (ValueError, RecursionError) as error:
+        raise Broken(str(error)) from error
+    if canonical(genesis_to_dict(genesis)) + b"\n" != data:
+        raise Broken("not in the form in which a node writes it")
+    return genesis, RunSpec.from_canonical(genesis.spec.encode())
+
+
+def read_records(path: Path, crypto: Crypto) -> Iterator[Record]:
+    """Each in exactly the form in which a node writes it; not yet checked. Raises Broken, OSError."""
+    if not path.exists():
+        return
+    epoch = 0
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES_MAX):
+            epoch += 1
+            if not line.endswith(b"\n"):
+                raise Broken("its last line is not finished", epoch, unfinished=True)
+            try:
+                record = record_from_dict(unseal(line[:-1]), crypto)
+            except ValueError as error:
+                raise Broken(str(error), epoch) from error
+            if seal(record_to_dict(record)) + b"\n" != line:
+                raise Broken("not in the form in which a node writes it", epoch)
+            yield record

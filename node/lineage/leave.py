@@ -1,0 +1,101 @@
+"""`tapestry exit OUT`: everything that a member has of a run, as one directory that holds by itself.
+
+OUT is a home: identity, genesis, chain, updates, checkpoints, the base's files, the trainer's own state,
+settings and derivatives. It is made beside a running node or from a stopped one, verified before it gets its
+name, and asks nobody's leave. What is left out is what can be made again or would lead back: token caches,
+the running node's lock and addresses, and where the others were. So `tapestry start --home OUT` finds nobody,
+and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an island.
+
+The identity is the same one: a member that goes on from OUT does not start the old home again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import read_records
+from tapestry.node.lineage.verify import Proof, verify_home
+
+# Beside chain, updates and checkpoints, which are taken at one epoch.
+FILES = ("identity.key", "genesis.json", "vote.json", "run.toml", "node.toml", "gates.toml", "suite.toml")
+FOLDERS = ("base", "trainer", "derivatives")
+LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
+
+Told = Callable[[str, int, int], None]
+
+
+def leave(home: Home, out: Path, told: Told) -> Proof:
+    """Write OUT, verified, or nothing. Raises UserError, with what does not hold as its details."""
+    if not home.genesis.exists():
+        raise UserError(f"{home.path} holds no run to leave with")
+    if out.exists():
+        raise UserError(f"{out} is there already: name a new folder")
+    new = out.absolute().with_name(f".{out.name}.exit-{os.getpid()}")
+    try:
+        new.mkdir(mode=0o700, parents=True)
+        _copy(home, Home(new), told)
+        proof = verify_home(Home(new), told=told)
+        if not proof.holds:
+            raise UserError(
+                f"{home.path} does not hold, and nothing was written",
+                exit_code=ExitCode.FAILED,
+                details=[str(fault) for fault in proof.faults],
+                hint=f"tapestry verify {home.path}",
+            )
+        os.replace(new, out.absolute())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}", exit_code=ExitCode.FAILED
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return proof
+
+
+def _copy(home: Home, copy: Home, told: Told) -> None:
+    """The chain first; then of updates and checkpoints those that it has. A live node goes on meanwhile."""
+    for name in FILES:
+        if (home.path / name).is_file():
+            shutil.copy2(home.path / name, copy.path / name)
+    if home.chain.exists():
+        shutil.copy2(home.chain, copy.chain)
+        _cut_unfinished(copy.chain)
+    epoch = sum(1 for _ in read_records(copy.chain, ReaderCrypto()))
+    for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
+        target.mkdir()
+        _copy_until(source, target, epoch, told)
+    for name in FOLDERS:
+        if (home.path / name).is_dir():
+            told(name, 0, 1)
+            shutil.copytree(home.path / name, copy.path / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def _copy_until(source: Path, target: Path, epoch: int, told: Told) -> None:
+    """Files of epochs that the chain has. One that the live node prunes meanwhile is needed no more."""
+    paths = [path for path in sorted(source.glob("*-*")) if path.suffix in (".upd", ".safetensors")]
+    for done, path in enumerate(paths):
+        told(source.name, done, len(paths))
+        if int(path.name.partition("-")[0]) > epoch:
+            continue
+        try:
+            shutil.copy2(path, target / path.name)
+        except FileNotFoundError:
+            (target / path.name).unlink(missing_ok=True)
+
+
+def _cut_unfinished(chain: Path) -> None:
+    """The line that a live node was just writing."""
+    with chain.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)

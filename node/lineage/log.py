@@ -1,0 +1,137 @@
+"""`tapestry log`: what the chain in a home says, an epoch a line; of a running node or a stopped one.
+
+Everything but the time is in the records, which all members signed. The time is when this node wrote the
+update to its disk, as the file system says, and is there as long as the update is. Bytes are those of the
+update. It streams and checks as `verify` does, though it recomputes no numbers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapestry.node.disk.store import update_name
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
+from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One epoch."""
+
+    epoch: int
+    time: str  # UTC; "" where the update is gone
+    members: tuple[tuple[str, float], ...]  # who contributed, with its share of the mean; by peer id
+    voters: int  # named in the record, contributors among them
+    signers: int
+    forced: bool
+    update_bytes: int  # 0 where the update is gone
+    head: str
+
+    def table(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "epoch": self.epoch,
+            "time": self.time or None,
+            "members": [{"peer": peer, "share": round(share, 6)} for peer, share in self.members],
+            "voters": self.voters,
+            "signers": self.signers,
+            "forced": self.forced,
+            "update_bytes": self.update_bytes or None,
+            "head": self.head,
+        }
+
+
+def read_log(home: Home, last: int | None) -> Iterator[Line]:
+    """Oldest first; of a long chain the `last` ones. Raises UserError where the chain does not hold."""
+    records = _records(home)
+    chosen = records if last is None else iter(deque(records, maxlen=last))
+    for record in chosen:
+        yield _line(record, home.updates)
+
+
+def newest(home: Home) -> Anchor:
+    """The head, to be published. Raises UserError."""
+    genesis, _ = _genesis(home)
+    found = deque(_records(home), maxlen=1)
+    return Anchor.of(genesis, found[0] if found else None)
+
+
+def _genesis(home: Home) -> tuple[Genesis, Any]:
+    try:
+        return read_genesis(home.genesis, ReaderCrypto())
+    except FileNotFoundError:
+        raise UserError(f"{home.path} holds no run") from None
+    except (Broken, OSError) as error:
+        raise UserError(f"{home.genesis}: {error}", exit_code=ExitCode.FAILED) from error
+
+
+def _records(home: Home) -> Iterator[Record]:
+    """Each checked against the one before. A live node's half-written last line is not there yet."""
+    genesis, spec = _genesis(home)
+    crypto = ReaderCrypto()
+    follower = Follower.start(genesis, spec, crypto)
+    try:
+        for record in read_records(home.chain, crypto):
+            follower.take(record)
+            yield record
+    except Broken as error:
+        if error.unfinished:
+            return
+        raise _broken(home, error.epoch, error) from error
+    except InvalidRecord as error:
+        raise _broken(home, follower.epoch + 1, error) from error
+    except OSError as error:
+        raise UserError(f"cannot read {home.chain}: {error.strerror}", exit_code=ExitCode.FAILED) from error
+
+
+def _broken(home: Home, epoch: int | None, error: Exception) -> UserError:
+    return UserError(
+        f"{home.chain}, epoch {epoch}: {error}",
+        exit_code=ExitCode.FAILED,
+        hint=f"tapestry verify {home.path} says what else does not hold",
+    )
+
+
+def _line(record: Record, updates: Path) -> Line:
+    body = record.body
+    total = sum(member.weight for member in body.members)
+    time, size = "", 0
+    try:
+        info = os.stat(updates / update_name(body.epoch, record.head))
+        stamp = datetime.datetime.fromtimestamp(info.st_mtime, datetime.UTC)
+        time, size = stamp.strftime("%Y-%m-%dT%H:%M:%SZ"), info.st_size
+    except OSError:
+        pass  # the limits of the update log have taken it
+    return Line(
+        epoch=body.epoch,
+        time=time,
+        members=tuple((m.peer, m.weight / total) for m in body.members if m.weight),
+        voters=len(body.members),
+        signers=len(record.signatures),
+        forced=body.forced,
+        update_bytes=size,
+        head=record.head,
+    )
+
+
+def lines(log: Iterator[Line]) -> Iterator[str]:
+    """For people."""
+    yield f"{'epoch':>8}  {'time':<20}  {'bytes':>11}  {'signed':>7}  {'head':<12}  members and shares"
+    for line in log:
+        shares = " ".join(f"{peer[-6:]}:{100 * share:.0f}%" for peer, share in line.members)
+        size = str(line.update_bytes or "-")
+        forced = "  forced" if line.forced else ""
+        yield (
+            f"{line.epoch:>8}  {line.time or '-':<20}  {size:>11}  {line.signers:>3}/{line.voters:<3}  "
+            f"{line.head[:12]}  {shares}{forced}"
+        )

@@ -1,0 +1,480 @@
+"""`tapestry verify`: whether a home, or an export, is what it says it is. Offline, and it changes nothing.
+
+A home: the genesis and its signature; every record's link, electorate, weights and signatures from there to
+the head; every update against the record that names it; every checkpoint against the record that signed it;
+the base's files against the spec; and then the states themselves, replayed from the oldest checkpoint, each
+compared with the digest in the record after it.
+
+An export: every file against its manifest; the records that it carries, from the genesis on; and its tensors,
+which must have the digest that the record after them signed. What cannot be proven (rounded weights, merged
+adapters, a state at the head, which nobody had signed yet) is said in a note, and is no fault.
+
+It streams: one record, one piece of an update and one state in mapped files are held at a time; of the chain
+only what the updates and checkpoints on the disk need is remembered.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tapestry.node.disk.base import BaseFile, pinned
+from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
+from tapestry.node.disk.files import unseal
+from tapestry.node.disk.held import bare_state
+from tapestry.node.disk.scratch import scratch_vectors
+from tapestry.node.disk.store import (
+    UPDATE_SUFFIX,
+    read_update_file,
+    read_update_header,
+    result_digest,
+    update_name,
+)
+from tapestry.node.errors import UserError, printable
+from tapestry.node.home import Home
+from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
+from tapestry.node.lineage.manifest import LINEAGE, check_manifest
+from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
+from tapestry.node.spec.run import RunSpec
+from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.state.model import DigestMismatch, ModelState, state_digest_of
+
+FAULTS_MAX = 100  # that are kept: more say nothing new
+
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that does not hold."""
+
+    file: str  # relative to what was verified
+    epoch: int | None
+    what: str
+
+    def __str__(self) -> str:
+        at = "" if self.epoch is None else f", epoch {self.epoch}"
+        return f"{self.file}{at}: {self.what}"
+
+
+@dataclass(slots=True)
+class Proof:
+    """What was found."""
+
+    kind: str  # home, export, derivative
+    run_id: str = ""
+    run_name: str = ""
+    epoch: int = 0
+    head: str = ""
+    records: int = 0
+    signatures: int = 0
+    updates: int = 0
+    checkpoints: int = 0
+    files: int = 0
+    replayed_from: int | None = None
+    replayed_to: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        return not self.faults
+
+    def fault(self, file: str, what: str, epoch: int | None = None) -> None:
+        if len(self.faults) < FAULTS_MAX:
+            self.faults.append(Fault(file, epoch, what))
+
+
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    """What the chain says of one epoch."""
+
+    head: str
+    result: str  # of the update that made it; "" of epoch 0
+    state: str | None  # digest of the state, signed one record later; None at the head
+    record: Record | None = None  # None of epoch 0
+
+
+def verify(path: Path, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
+    """Of a home or an export. Raises UserError if `path` is neither."""
+    if (path / MANIFEST).is_file():
+        return verify_export(path, anchor=anchor, told=told)
+    if (path / "genesis.json").is_file():
+        return verify_home(Home(path), anchor=anchor, replay=replay, told=told)
+    raise UserError(f"{path} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}")
+
+
+# --- a home -------------------------------------------------------------------------------------------
+
+
+def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
+    """Everything of the run that lies there."""
+    proof = Proof("home")
+    crypto = ReaderCrypto()
+    try:
+        genesis, spec = read_genesis(home.genesis, crypto)
+    except (Broken, UserError, OSError) as error:
+        proof.fault("genesis.json", str(error))
+        return proof
+    proof.run_id, proof.run_name = genesis.run_id, spec.name
+    updates = _updates(home, proof)
+    checkpoints = _checkpoints(home, genesis, proof)
+    needed = {*updates, *checkpoints}
+    signed = _follow(home.chain, genesis, spec, crypto, needed, anchor, proof, told)
+    for epoch, path in sorted(updates.items()):
+        _check_update(path, epoch, signed.get(epoch), proof)
+        proof.updates += 1
+        told("updates", proof.updates, len(updates))
+    _check_small_files(home, spec, proof)
+    if replay:
+        _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
+    return proof
+
+
+def _follow(
+    path: Path,
+    genesis: Genesis,
+    spec: RunSpec,
+    crypto: ReaderCrypto,
+    needed: set[int],
+    anchor: Anchor | None,
+    proof: Proof,
+    told: Told,
+) -> dict[int, _Signed]:
+    """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
+    follower = Follower.start(genesis, spec, crypto)
+    signed = {0: _Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
+    anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
+    try:
+        for record in read_records(path, crypto):
+            follower.take(record)
+            body = record.body
+            before = body.epoch - 1
+            if before in signed and before:
+                signed[before] = replace(signed[before], state=body.state_digest)
+            if body.epoch in needed:
+                signed[body.epoch] = _Signed(record.head, body.result, None, record)
+            if anchor is not None and anchor.epoch == body.epoch:
+                anchored = anchor.head == record.head
+            proof.records += 1
+            proof.signatures += len(record.signatures)
+            if body.epoch % 256 == 0:
+                told("records", body.epoch, body.epoch + 1)
+    except Broken as error:
+        proof.fault(path.name, str(error), error.epoch)
+    except InvalidRecord as error:
+        proof.fault(path.name, str(error), follower.epoch + 1)
+    except OSError as error:
+        proof.fault(path.name, f"cannot be read: {error.strerror}")
+    proof.epoch, proof.head = follower.epoch, follower.head
+    if anchor is not None:
+        _check_anchor(anchor, genesis, anchored, follower.epoch, crypto, proof)
+    return signed
+
+
+def _check_anchor(
+    anchor: Anchor, genesis: Genesis, anchored: bool, epoch: int, crypto: ReaderCrypto, proof: Proof
+) -> None:
+    if anchor.run_id != genesis.run_id:
+        proof.fault("anchor", f"it is of the run {anchor.run_id[:12]}, not {genesis.run_id[:12]}")
+    elif epoch < anchor.epoch:
+        proof.fault("anchor", f"the chain ends at epoch {epoch}, before it", anchor.epoch)
+    elif not anchored:
+        proof.fault("anchor", f"the chain has another head there than {anchor.head[:12]}", anchor.epoch)
+    for peer in anchor.bad_signatures(crypto):
+        proof.fault("anchor", f"its signature by {peer} does not hold", anchor.epoch)
+
+
+def _updates(home: Home, proof: Proof) -> dict[int, Path]:
+    """The update log by epoch, as the files' names say."""
+    found: dict[int, Path] = {}
+    for path in sorted(home.updates.glob(f"*{UPDATE_SUFFIX}")) if home.updates.exists() else ():
+        epoch = _epoch_of(path)
+        if epoch is None or epoch in found:
+            proof.fault(f"updates/{path.name}", "two updates of one epoch" if epoch else "not a name of ours")
+        else:
+            found[epoch] = path
+    return found
+
+
+def _epoch_of(path: Path) -> int | None:
+    head, _, _ = path.stem.partition("-")
+    return int(head) if head.isdigit() else None
+
+
+def _check_update(path: Path, epoch: int, signed: _Signed | None, proof: Proof) -> None:
+    name = f"updates/{path.name}"
+    if signed is None:
+        if epoch == proof.epoch + 1:
+            proof.notes.append(f"{name}: of a round that is not decided")
+        else:
+            proof.fault(name, f"of an epoch that the chain does not have (it ends at {proof.epoch})", epoch)
+        return
+    try:
+        with path.open("rb") as file:
+            header = read_update_header(file)
+            file.seek(0)
+            exact = file.read(len(header.pack())) == header.pack()
+        _, payloads = read_update_file(path)
+    except (ValueError, OSError) as error:
+        proof.fault(name, str(error), epoch)
+        return
+    if not exact:
+        proof.fault(name, "its header is not in the form in which a node writes it", epoch)
+    elif (header.epoch, header.head) != (epoch, signed.head) or path.name != update_name(epoch, signed.head):
+        proof.fault(name, "it is of another record than the chain's", epoch)
+    elif header.result != signed.result:
+        proof.fault(name, "it names another result than the record", epoch)
+    elif result_digest(payloads) != signed.result:
+        proof.fault(name, "its numbers are not those that the record names", epoch)
+
+
+def _check_small_files(home: Home, spec: RunSpec, proof: Proof) -> None:
+    if home.vote.exists():
+        try:
+            data = home.vote.read_bytes()
+            unseal(data[:-1] if data.endswith(b"\n") else b"")
+        except (ValueError, OSError) as error:
+            proof.fault("vote.json", str(error))
+    if isinstance(spec.model, TransformersSpec):
+        for file in pinned(spec.model):
+            _check_base_file(home.base / file.name, file, proof)
+
+
+def _check_base_file(path: Path, file: BaseFile, proof: Proof) -> None:
+    try:
+        found = BaseFile.of(path)
+    except OSError as error:
+        proof.fault(f"base/{file.name}", f"cannot be read: {error.strerror}")
+        return
+    proof.files += 1
+    if (found.size_bytes, found.digest) != (file.size_bytes, file.digest):
+        proof.fault(f"base/{file.name}", f"has the digest {found.digest[:12]}, not {file.digest[:12]}")
+
+
+# --- states -------------------------------------------------------------------------------------------
+
+
+def _checkpoints(home: Home, genesis: Genesis, proof: Proof) -> dict[int, Checkpoint]:
+    """By epoch. Their headers are read here; their numbers when their turn comes."""
+    found: dict[int, Checkpoint] = {}
+    for path in sorted(home.checkpoints.glob(f"*{SUFFIX}")) if home.checkpoints.exists() else ():
+        try:
+            checkpoint = read_checkpoint(path, genesis.run_id)
+        except (ValueError, OSError) as error:
+            proof.fault(f"checkpoints/{path.name}", str(error), _epoch_of(path))
+            continue
+        if path.name != f"{checkpoint.epoch:08d}-{checkpoint.head[:16]}{SUFFIX}":
+            proof.fault(f"checkpoints/{path.name}", "its name is of another state", checkpoint.epoch)
+        found[checkpoint.epoch] = checkpoint
+    return found
+
+
+def _check_states(
+    home: Home,
+    genesis: Genesis,
+    spec: RunSpec,
+    signed: dict[int, _Signed],
+    updates: dict[int, Path],
+    checkpoints: dict[int, Checkpoint],
+    proof: Proof,
+    told: Told,
+) -> None:
+    """Every checkpoint's numbers; then replay from the oldest usable one as far as the updates go."""
+    with tempfile.TemporaryDirectory(prefix="tapestry-verify-") as folder:
+        state = _empty_state(genesis, spec, Path(folder))
+        start: Checkpoint | None = None
+        for epoch in sorted(checkpoints):
+            if _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof):
+                start = start or checkpoints[epoch]
+            proof.checkpoints += 1
+            told("checkpoints", proof.checkpoints, len(checkpoints))
+        if start is None:
+            if proof.holds:
+                proof.fault("checkpoints", "there is none to replay from")
+            return
+        _load(start, state)
+        state.adopt(start.epoch, start.head, start.state_digest)
+        _replay(state, signed, updates, checkpoints, proof, told)
+
+
+def _empty_state(genesis: Genesis, spec: RunSpec, folder: Path) -> ModelState:
+    params = scratch_vectors(folder, ("params",), genesis.params)["params"]
+    return bare_state(spec, params, genesis.schema, genesis.run_id, folder)
+
+
+def _check_checkpoint(
+    checkpoint: Checkpoint, state: ModelState, genesis: Genesis, signed: _Signed | None, proof: Proof
+) -> bool:
+    name = f"checkpoints/{checkpoint.path.name}"
+    shape = (checkpoint.schema, checkpoint.n, checkpoint.names)
+    if signed is None or checkpoint.head != signed.head:
+        proof.fault(name, "it is of another record than the chain's", checkpoint.epoch)
+    elif signed.state not in (None, checkpoint.state_digest):
+        proof.fault(name, "its digest is not the one that the record signed", checkpoint.epoch)
+    elif shape != (genesis.schema, genesis.params, state.names):
+        proof.fault(name, "it is of another model", checkpoint.epoch)
+    else:
+        try:
+            with checkpoint.path.open("rb") as file:
+                for index in range(chunk_count(checkpoint.data_bytes)):
+                    read_chunk(checkpoint, file, index)
+            _load(checkpoint, state)
+            state.adopt(checkpoint.epoch, checkpoint.head, checkpoint.state_digest)
+        except (ValueError, DigestMismatch, OSError) as error:
+            proof.fault(name, str(error), checkpoint.epoch)
+        else:
+            return True
+    return False
+
+
+def _load(checkpoint: Checkpoint, state: ModelState) -> None:
+    """Raises ValueError, OSError. The state is torn after it."""
+    with checkpoint.path.open("rb") as file:
+        file.seek(checkpoint.data_start)
+        for vector in state.overwrite():
+            if len(vector) and file.readinto(vector) != len(vector):
+                raise ValueError("it is cut short")
+
+
+def _replay(
+    state: ModelState,
+    signed: dict[int, _Signed],
+    updates: dict[int, Path],
+    checkpoints: dict[int, Checkpoint],
+    proof: Proof,
+    told: Told,
+) -> None:
+    proof.replayed_from = proof.replayed_to = state.epoch
+    first = state.epoch
+    while state.epoch < proof.epoch:
+        epoch = state.epoch + 1
+        path, said = updates.get(epoch), signed.get(epoch)
+        if path is None or said is None or said.record is None:
+            later = [one for one in sorted(checkpoints) if one > epoch]
+            proof.notes.append(f"the updates have no epoch {epoch}: replayed no further than {state.epoch}")
+            if not later and proof.holds:
+                proof.fault("updates", "nothing on the disk leads to the head", epoch)
+            return
+        try:
+            _, payloads = read_update_file(path)
+            state.apply(payloads, said.record)
+        except (ValueError, OSError) as error:
+            proof.fault(f"updates/{path.name}", f"cannot be applied: {error}", epoch)
+            return
+        digest = state.digest()
+        if said.state is not None and digest != said.state:
+            proof.fault(
+                "chain.jsonl", f"replay makes the state {digest[:12]}, it says {said.state[:12]}", epoch
+            )
+            return
+        held = checkpoints.get(epoch)
+        if held is not None and held.state_digest != digest:
+            proof.fault(f"checkpoints/{held.path.name}", "replay makes another state", epoch)
+        proof.replayed_to = epoch
+        told("replaying", epoch - first, proof.epoch - first)
+
+
+# --- an export ----------------------------------------------------------------------------------------
+
+
+def verify_export(folder: Path, *, anchor: Anchor | None = None, told: Told) -> Proof:
+    """Every file, the records that it carries, and its tensors."""
+    proof = Proof("export")
+    told("files", 0, 1)
+    for name, what in check_manifest(folder):
+        proof.fault(name, what)
+    if proof.faults:
+        return proof
+    proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
+    table = json.loads((folder / "tapestry.json").read_bytes())
+    if "derivative" in table:
+        _check_derivative(folder, table, proof)
+        return proof
+    crypto = ReaderCrypto()
+    epoch = int(table["epoch"])
+    try:
+        genesis, spec = read_genesis(folder / LINEAGE / "genesis.json", crypto)
+    except (Broken, UserError, OSError) as error:
+        proof.fault(f"{LINEAGE}/genesis.json", str(error))
+        return proof
+    proof.run_id, proof.run_name = genesis.run_id, spec.name
+    signed = _follow(folder / LINEAGE / "chain.jsonl", genesis, spec, crypto, {epoch}, anchor, proof, told)
+    said = signed.get(epoch)
+    if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
+        proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)
+        return proof
+    proof.epoch, proof.head = epoch, said.head
+    _check_tensors(folder, table, genesis, said, proof, told)
+    return proof
+
+
+def _check_tensors(
+    folder: Path,
+    table: dict[str, Any],
+    genesis: Genesis,
+    said: _Signed,
+    proof: Proof,
+    told: Told,
+) -> None:
+    """The digest of the exported tensors, joined with those of the outer buffers, is what was signed."""
+    from tapestry.node.lineage.exported import Unprovable, params_digest
+    from tapestry.node.trainer.models.refusal import ModelError
+
+    epoch = int(table["epoch"])
+    vectors = {str(name): str(digest) for name, digest in table["vectors"]}
+    if state_digest_of(genesis.schema, genesis.params, vectors) != table["state_digest"]:
+        proof.fault("tapestry.json", "its digests do not make its state digest", epoch)
+    if said.state is None:
+        proof.notes.append(f"the state at epoch {epoch} was the head's: nobody had signed it at the export")
+    elif said.state != table["state_digest"]:
+        proof.fault("tapestry.json", "another state digest than the record after it signed", epoch)
+    told("tensors", 0, 1)
+    try:
+        found = params_digest(folder, table, genesis)
+    except Unprovable as reason:
+        proof.notes.append(str(reason))
+        return
+    except (ModelError, ValueError, KeyError) as error:
+        proof.fault("tapestry.json", str(error), epoch)
+        return
+    if found != vectors.get("params"):
+        proof.fault("model.safetensors", "its tensors are not those of the signed state", epoch)
+
+
+def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None:
+    from tapestry.node.trainer.models.weights import weights_digest
+
+    proof.kind = "derivative"
+    version = table["version"]
+    proof.run_id, proof.run_name = version["parent"]["run_id"], version["parent"]["run_name"]
+    proof.epoch, proof.head = version["parent"]["epoch"], version["parent"]["head"]
+    found = weights_digest(folder)
+    if found != table["weights"]:
+        proof.fault("model.safetensors", f"has the digest {found[:12]}, not {table['weights'][:12]}")
+    if table["dtype"] == "f32" and found != version["digest"]:
+        proof.fault("tapestry.json", "names another model than it carries")
+    proof.notes.append("what a derivative says of its parent and its making is its maker's word, not signed")
+
+
+def lines(proof: Proof) -> Iterator[str]:
+    """For people."""
+    run = f"{printable(proof.run_name)} ({proof.run_id[:16]})"
+    yield f"{proof.kind} of {run}, epoch {proof.epoch}, head {proof.head[:16]}"
+    if proof.records:
+        yield f"records {proof.records}, signatures {proof.signatures}: every one checked from the genesis on"
+    if proof.updates or proof.checkpoints:
+        yield f"updates {proof.updates}, checkpoints {proof.checkpoints}, files of the base {proof.files}"
+    if proof.replayed_to is not None:
+        yield f"replayed from epoch {proof.replayed_from} to {proof.replayed_to}: the states that were signed"
+    for note in proof.notes:
+        yield f"note  {note}"
+    for fault in proof.faults:
+        yield f"FAULT {fault}"

@@ -1,0 +1,61 @@
+"""`tapestry exit`: one directory that holds by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from homes import MadeHome, make_home
+
+from tapestry.node.disk.held import open_run
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.leave import leave
+from tapestry.node.lineage.verify import verify
+from tapestry.node.spec.training import PRESETS
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeHome:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(3, checkpoint=True)
+    (made.home.path / "trainer").mkdir()
+    (made.home.path / "trainer" / "cursor.json").write_text("{}")
+    made.home.peers.write_text("[]")
+    return made
+
+
+def test_a_member_leaves_with_a_home_that_holds_and_leads_to_nobody(made: MadeHome, tmp_path: Path) -> None:
+    proof = leave(made.home, tmp_path / "out", _quiet)
+    assert proof.holds and (proof.epoch, proof.replayed_to) == (3, 3)
+    out = Home(tmp_path / "out")
+    assert verify(out.path, told=_quiet).holds
+    assert out.identity_key.stat().st_mode & 0o777 == 0o600 and out.path.stat().st_mode & 0o777 == 0o700
+    assert (out.trainer / "cursor.json").exists() and not out.peers.exists()
+    run = open_run(out, ReaderCrypto())
+    assert run is not None
+    state = run.state()
+    restored = run.restore(state, 3)
+    assert restored is not None and restored.state_digest == made.state.digest()
+
+
+def test_what_a_live_node_is_just_writing_is_left_behind(made: MadeHome, tmp_path: Path) -> None:
+    with made.home.chain.open("ab") as file:
+        file.write(b'{"digest":"half a line')
+    (made.home.updates / f"00000004-{'ab' * 8}.upd").write_bytes(b"of a round under way")
+    assert leave(made.home, tmp_path / "out", _quiet).epoch == 3
+    assert len(list((tmp_path / "out" / "updates").iterdir())) == 3
+
+
+def test_a_home_that_does_not_hold_is_said_and_nothing_is_written(made: MadeHome, tmp_path: Path) -> None:
+    (path,) = made.home.updates.glob("00000002-*")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="does not hold, and nothing was written") as raised:
+        leave(made.home, tmp_path / "out", _quiet)
+    assert any(detail.startswith(f"updates/{path.name}, epoch 2") for detail in raised.value.details)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["home", "member-1.key"]

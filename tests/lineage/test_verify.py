@@ -1,0 +1,234 @@
+"""`tapestry verify`, `log` and `anchor`: what holds is proven, and a flipped bit has a file and an epoch."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from homes import MadeHome, base_spec, make_home
+
+from tapestry.node.disk.files import atomic_write, seal
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.log import newest, read_log
+from tapestry.node.lineage.verify import Proof, verify
+from tapestry.node.protocol.chain import record_to_dict
+from tapestry.node.spec.training import PRESETS
+
+FLIPS = 160  # scripts/flip_bits.py makes a thousand
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+def _verify(path: Path, **how: object) -> Proof:
+    return verify(path, told=_quiet, **how)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
+    """Five epochs of a base, checkpoints at 0, 2 and 5."""
+    folder = tmp_path_factory.mktemp("verify")
+    made = make_home(folder / "home", base_spec(folder / "home", "llama"))
+    made.advance(2, checkpoint=True)
+    made.advance(3, checkpoint=True)
+    atomic_write(made.home.vote, seal({"epoch": 5}) + b"\n")
+    return made
+
+
+@pytest.fixture
+def copy(made: MadeHome, tmp_path: Path) -> Home:
+    shutil.copytree(made.home.path, tmp_path / "copy")
+    return Home(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def exported(made: MadeHome, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an epoch that the record after it signed."""
+    out = tmp_path_factory.mktemp("export") / "out"
+    export_home(made.home, out, 4)
+    return out
+
+
+# ---- homes -------------------------------------------------------------------------------------------
+
+
+def test_a_home_is_proven_from_the_genesis_to_the_head_and_replayed(made: MadeHome) -> None:
+    before = {path: path.read_bytes() for path in made.home.path.rglob("*") if path.is_file()}
+    proof = _verify(made.home.path)
+    assert proof.holds and proof.notes == []
+    assert (proof.epoch, proof.head, proof.records, proof.signatures) == (5, made.chain.head, 5, 10)
+    assert (proof.updates, proof.checkpoints, proof.files) == (5, 3, 4)
+    assert (proof.replayed_from, proof.replayed_to) == (0, 5)
+    assert before == {path: path.read_bytes() for path in made.home.path.rglob("*") if path.is_file()}
+
+
+def _covered(path: Path) -> list[Path]:
+    """What a run consists of; a key and an operator's own settings are not part of it."""
+    own = {"identity.key", "lock"}
+    files = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name not in own]
+    pinned = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    return [one for one in files if one.parent.name != "base" or one.name in pinned]
+
+
+@pytest.mark.parametrize("kind", ["home", "export"])
+def test_one_flipped_bit_anywhere_is_found_in_its_file(
+    made: MadeHome, exported: Path, tmp_path: Path, kind: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made.home.path if kind == "home" else exported, copy)
+    rng = random.Random(4)
+    files = _covered(copy)
+    missed = []
+    for index in range(FLIPS // 2):
+        path = files[index % len(files)]
+        whole = path.read_bytes()
+        place, bit = rng.randrange(len(whole)), 1 << rng.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        named = {fault.file for fault in _verify(copy).faults}
+        if path.relative_to(copy).as_posix() not in named:
+            missed.append((path.name, place, bit, named))
+        path.write_bytes(whole)
+    assert missed == [] and _verify(copy).holds
+
+
+def test_a_fault_says_file_and_epoch(copy: Home) -> None:
+    (path,) = copy.updates.glob("00000003-*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (first, *_) = _verify(copy.path).faults
+    assert (first.file, first.epoch) == (f"updates/{path.name}", 3)
+    assert str(first).endswith("its numbers are not those that the record names")
+
+
+def test_a_record_whose_signatures_are_of_others_is_found(made: MadeHome, copy: Home) -> None:
+    lines = copy.chain.read_bytes().splitlines(keepends=True)
+    record = record_to_dict(made.chain.records[2])
+    other = record_to_dict(made.chain.records[3])
+    lines[2] = seal({**record, "signatures": other["signatures"]}) + b"\n"
+    copy.chain.write_bytes(b"".join(lines))
+    fault = _verify(copy.path).faults[0]
+    assert (fault.file, fault.epoch) == ("chain.jsonl", 3) and "bad signature of" in fault.what
+
+
+def test_a_whole_checkpoint_of_numbers_that_nobody_signed_is_found(made: MadeHome, copy: Home) -> None:
+    """Its own digests are all right; only the chain knows better."""
+    from tapestry.node.disk.checkpoints import Checkpoints
+
+    (path,) = copy.checkpoints.glob("00000002-*")
+    path.unlink()
+    checkpoints = Checkpoints(copy.checkpoints, made.chain.genesis.run_id, 3)
+    checkpoints.load()
+    state = made.state
+    epoch, head = state.epoch, state.head
+    try:
+        state.epoch, state.head = 2, made.chain.head_at(2)
+        checkpoints.save(state, state.digest())
+    finally:
+        state.epoch, state.head = epoch, head
+    fault = _verify(copy.path).faults[0]
+    assert (fault.file, fault.epoch) == (f"checkpoints/{path.name}", 2)
+    assert fault.what == "its digest is not the one that the record signed"
+
+
+def test_a_chain_that_was_cut_off_inside_leaves_updates_that_it_does_not_have(copy: Home) -> None:
+    lines = copy.chain.read_bytes().splitlines(keepends=True)
+    copy.chain.write_bytes(b"".join(lines[:3]))
+    assert {fault.epoch for fault in _verify(copy.path).faults} >= {5}
+
+
+def test_without_its_oldest_updates_it_is_replayed_from_a_later_checkpoint(copy: Home) -> None:
+    for path in [*copy.updates.glob("0000000[12]-*"), *copy.checkpoints.glob("00000000-*")]:
+        path.unlink()
+    proof = _verify(copy.path)
+    assert proof.holds and (proof.replayed_from, proof.replayed_to) == (2, 5)
+
+
+# ---- anchors and the log -----------------------------------------------------------------------------
+
+
+def test_an_anchor_holds_a_chain_to_what_was_published(made: MadeHome, tmp_path: Path) -> None:
+    anchor = Anchor.parse(f"In the gazette:\n{newest(made.home)}\n")
+    assert (anchor.epoch, anchor.head, len(anchor.signatures)) == (5, made.chain.head, 2)
+    assert _verify(made.home.path, anchor=anchor).holds
+    other = make_home(tmp_path / "other", PRESETS["nano"].model)
+    other.advance(5)
+    assert "it is of the run" in str(_verify(other.home.path, anchor=anchor, replay=False).faults[0])
+    peer, signature = anchor.signatures[0]
+    forged = Anchor.parse(str(anchor).replace(signature, signature[::-1]))
+    assert str(_verify(made.home.path, anchor=forged, replay=False).faults[0]) == (
+        f"anchor, epoch 5: its signature by {peer} does not hold"
+    )
+    with pytest.raises(UserError, match="no anchor"):
+        Anchor.parse("tapestry-anchor-1 abc")
+
+
+def test_the_log_says_who_had_which_share_and_when(made: MadeHome) -> None:
+    lines = list(read_log(made.home, 2))
+    assert [line.epoch for line in lines] == [4, 5] and lines[1].head == made.chain.head
+    assert sorted(round(share, 2) for _, share in lines[0].members) == [0.4, 0.6]
+    assert lines[0].update_bytes > 1000 and lines[0].time.endswith("Z")
+    assert json.loads(json.dumps(lines[0].table()))["signers"] == 2
+
+
+# ---- exports -----------------------------------------------------------------------------------------
+
+
+def test_whoever_has_only_the_export_can_check_its_tensors(exported: Path, made: MadeHome) -> None:
+    proof = _verify(exported)
+    assert proof.holds and proof.notes == [] and proof.records == 5
+    table = json.loads((exported / "tapestry.json").read_text())
+    assert table["state_digest"] == made.chain.state_digest_at(4)
+
+
+def test_tensors_of_another_state_are_found_though_the_manifest_was_made_again(
+    made: MadeHome, exported: Path, tmp_path: Path
+) -> None:
+    from tapestry.node.lineage.manifest import write_manifest
+
+    forged = tmp_path / "forged"
+    shutil.copytree(exported, forged)
+    export_home(made.home, tmp_path / "three", 3)
+    shutil.copyfile(tmp_path / "three" / "model.safetensors", forged / "model.safetensors")
+    write_manifest(forged)
+    (fault,) = _verify(forged).faults
+    assert str(fault) == "model.safetensors, epoch 4: its tensors are not those of the signed state"
+
+
+def test_what_cannot_be_proven_is_said(made: MadeHome, tmp_path: Path) -> None:
+    export_home(made.home, tmp_path / "head", None)
+    assert "nobody had signed it" in _verify(tmp_path / "head").notes[0]
+    export_home(made.home, tmp_path / "half", 4, dtype="bf16")
+    proof = _verify(tmp_path / "half")
+    assert proof.holds and "were rounded" in proof.notes[0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3"])
+def test_models_that_are_stored_otherwise_than_built_are_checked_too(tmp_path: Path, family: str) -> None:
+    made = make_home(tmp_path / "home", base_spec(tmp_path / "home", family))
+    made.advance(2)
+    export_home(made.home, tmp_path / "out", 1)
+    proof = _verify(tmp_path / "out")
+    assert proof.holds and proof.notes == []
+
+
+def test_adapters_apart_are_checked_and_merged_ones_say_how(tmp_path: Path) -> None:
+    spec = base_spec(tmp_path / "home", "llama", lora_rank=4, pin_weights=True)
+    made = make_home(tmp_path / "home", spec)
+    made.advance(2)
+    export_home(made.home, tmp_path / "apart", 1, adapters=True)
+    proof = _verify(tmp_path / "apart")
+    assert proof.holds and proof.notes == []
+    export_home(made.home, tmp_path / "merged", 1)
+    assert "export --adapters can be compared" in _verify(tmp_path / "merged").notes[0]
+
+
+def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a home with a run nor an export"):
+        _verify(tmp_path)

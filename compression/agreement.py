@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tapestry.compression.blocks import thread_scratch
+from tapestry.compression.blocks import ordered_sum, thread_scratch, unit_of
 from tapestry.compression.codecs import Codec, OpenPayload
 
-ROW = 1024  # elements that are added at once: the fastest of 256 to 4096 on 2 MiB of level 2 cache
 EVERY = 4  # pieces, of which one is looked at for dots and signs: all of them take half as long again
 PLAIN_EXPONENTS = range(-30, 51)  # of a piece's largest magnitude: f32 has room for its squares, unscaled
 
@@ -60,7 +59,7 @@ def agreement_sums(
     for index, (start, stop) in enumerate(codec.pieces(n)):
         m, unit = _unit_piece(middle, index, "agreement_mean", stop - start)
         product = thread_scratch("agreement_product", stop - start).numpy()
-        mean_squares.append(_sum(np.multiply(m, m, out=product)) * unit * unit)
+        mean_squares.append(ordered_sum(np.multiply(m, m, out=product)) * unit * unit)
         for member in members:
             member.add_piece(index, m, unit, product, sampled=index % every == 0)
     return AgreementSums(
@@ -93,13 +92,13 @@ class _Member:
         sampled: bool,
     ) -> None:
         x, unit = _unit_piece(self._opened, index, "agreement_member", len(m))
-        self.squares.append(_sum(np.multiply(x, x, out=product)) * unit * unit)
+        self.squares.append(ordered_sum(np.multiply(x, x, out=product)) * unit * unit)
         if not sampled:
             return
         np.multiply(x, m, out=product)
         self.same += int(np.count_nonzero(product > 0))
         self.other += int(np.count_nonzero(product < 0))
-        self.dots.append(_sum(product) * unit * mean_unit)
+        self.dots.append(ordered_sum(product) * unit * mean_unit)
 
 
 def _unit_piece(
@@ -109,26 +108,9 @@ def _unit_piece(
     out = thread_scratch(use, count)
     opened.decode_piece(index, out)
     lowest, highest = torch.aminmax(out)
-    _, exponent = math.frexp(max(-float(lowest), float(highest)))
-    if exponent in PLAIN_EXPONENTS:
+    largest = max(-float(lowest), float(highest))
+    if math.frexp(largest)[1] in PLAIN_EXPONENTS:
         return out.numpy(), 1.0
-    # In two factors: one alone could be too large for f32.
-    out.mul_(2.0 ** -(exponent // 2)).mul_(2.0 ** -(exponent - exponent // 2))
-    return out.numpy(), 2.0**exponent
-
-
-def _sum(
-    values: np.ndarray,  # f32 (count,), written over
-) -> float:
-    """In an order that is the same on every machine: rows onto one another, then halves."""
-    count = len(values)
-    if count > ROW:
-        whole = count - count % ROW
-        rest = math.fsum(values[whole:].tolist())
-        values, count = np.add.reduce(values[:whole].reshape(-1, ROW), axis=0), ROW
-        return _sum(values) + rest
-    while count > 1:
-        half = count // 2
-        values[:half] += values[count - half : count]
-        count -= half
-    return float(values[0]) if count else 0.0
+    unit, units = unit_of(largest)
+    out.mul_(units[0]).mul_(units[1])
+    return out.numpy(), unit

@@ -49,6 +49,9 @@ class OpenPayload(Protocol):
     ) -> None:
         """acc += f32(coefficient) * decoded, every operation rounded by itself."""
 
+    def square_of_piece(self, index: int) -> float:
+        """The sum of the decoded values' squares, to 2**-16 of itself: the same f64 on every machine."""
+
 
 class Codec(Protocol):
     """f32 (n,) <-> one contiguous uint8 payload. Pure; may be used from several threads at once."""

@@ -1,4 +1,6 @@
-"""The weighted mean of encoded shards: the one number that everybody in a round must agree on.
+"""The mean of encoded shards: the one number that everybody in a round must agree on.
+
+Which mean it is the run says (means/); without a word, `mean`:
 
     acc = +0
     for each member, in roster order:
@@ -6,8 +8,8 @@
 
 weight / total is divided in f64 (correctly rounded, from integers) and rounded once to f32. So the result
 is a function of the roster's order, the weights and the payloads: not of who computes it, nor of the
-number of threads. Every payload is checked before the first one is added, and the sum of finite values may
-still pass the largest f32: then there is no mean, and it is refused with the reason "overflow".
+number of threads. Every payload is checked before the first one is looked at, and the sum of finite values
+may still pass the largest f32: then there is no mean, and it is refused with the reason "overflow".
 
 Small products are subnormal, so a processor told to flush them would disagree with all others: that is
 noticed and raised.
@@ -25,7 +27,11 @@ from torch import Tensor
 
 from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, OpenPayload
+from tapestry.compression.means.api import Contribution, GivePiece, Mean
+from tapestry.compression.means.weighted import WeightedMean
 from tapestry.compression.refusals import RefusedPayload, RefusedVector, RefusedWeights
+
+WEIGHTED = WeightedMean()
 
 
 def reduce_shard(
@@ -34,16 +40,17 @@ def reduce_shard(
     codec: Codec,
     n: int,
     out: Tensor | None = None,  # uint8 (codec.payload_size(n),)
+    mean: Mean = WEIGHTED,
 ) -> Tensor:  # uint8 (codec.payload_size(n),)
-    """The weighted mean, encoded once: the bytes that every member gets. Raises as weighted_mean.
+    """The mean, encoded once: the bytes that every member gets. Raises as mean_of_shard.
 
     A piece is averaged and encoded while it is in the cache; the mean is nowhere whole.
     """
-    members = _open(payloads, weights, codec, n)
+    give = _open(payloads, weights, codec, n, mean)
 
     def mean_of(index: int, start: int, stop: int) -> Tensor:
         acc = thread_scratch("mean", stop - start)
-        _add_up(members, index, acc)
+        give(index, acc)
         return acc
 
     try:
@@ -52,37 +59,37 @@ def reduce_shard(
         raise _overflow() from refused
 
 
-def weighted_mean(
+def mean_of_shard(
     payloads: Sequence[Tensor],  # uint8 (codec.payload_size(n),) each, in roster order
     weights: Sequence[int],
     codec: Codec,
     n: int,
     out: Tensor | None = None,  # f32 (n,)
+    mean: Mean = WEIGHTED,
 ) -> Tensor:  # f32 (n,)
-    """The mean of the module's docstring.
+    """The mean before it is encoded.
 
     Raises RefusedWeights (count, weight, total) and RefusedPayload (as codec.check; the detail says which)
     before `out` is touched, RefusedVector("overflow") after, and RuntimeError if this processor flushes
     subnormals.
     """
-    members = _open(payloads, weights, codec, n)
-    mean = torch.empty(n) if out is None else out
+    give = _open(payloads, weights, codec, n, mean)
+    result = torch.empty(n) if out is None else out
     for index, (start, stop) in enumerate(codec.pieces(n)):
-        _add_up(members, index, mean[start:stop])
-        _check_finite(mean[start:stop])
-    return mean
+        give(index, result[start:stop])
+        _check_finite(result[start:stop])
+    return result
 
 
-def _open(
-    payloads: Sequence[Tensor], weights: Sequence[int], codec: Codec, n: int
-) -> list[tuple[OpenPayload, float]]:
-    coefficients = _coefficients(weights, len(payloads))
-    members = [_open_member(codec, payload, n, index) for index, payload in enumerate(payloads)]
+def _open(payloads: Sequence[Tensor], weights: Sequence[int], codec: Codec, n: int, mean: Mean) -> GivePiece:
+    shares = _shares(weights, len(payloads))
+    opened = [_open_member(codec, payload, n, index) for index, payload in enumerate(payloads)]
     _require_subnormals()
-    return list(zip(members, coefficients, strict=True))
+    made = zip(opened, weights, shares, strict=True)
+    return mean.over([Contribution(*one) for one in made], codec.pieces(n))
 
 
-def _coefficients(weights: Sequence[int], count: int) -> list[float]:
+def _shares(weights: Sequence[int], count: int) -> list[float]:
     if len(weights) != count:
         raise RefusedWeights("count", f"{len(weights)} weights for {count} payloads")
     for index, weight in enumerate(weights):
@@ -107,12 +114,6 @@ def _require_subnormals() -> None:
         raise RuntimeError("subnormals are flushed to zero here (torch.set_flush_denormal?): no common mean")
 
 
-def _add_up(members: list[tuple[OpenPayload, float]], index: int, acc: Tensor) -> None:
-    acc.zero_()
-    for member, coefficient in members:
-        member.accumulate_piece(index, coefficient, acc)
-
-
 def _check_finite(acc: Tensor) -> None:
     lowest, highest = torch.aminmax(acc)
     if not (math.isfinite(lowest) and math.isfinite(highest)):
@@ -120,4 +121,4 @@ def _check_finite(acc: Tensor) -> None:
 
 
 def _overflow() -> RefusedVector:
-    return RefusedVector("overflow", "the weighted mean is larger than the largest f32")
+    return RefusedVector("overflow", "the mean is larger than the largest f32")

@@ -29,6 +29,7 @@ from _bench import machine, table
 
 from tapestry.compression.codecs import codec_names, get_codec
 from tapestry.compression.payloads import PayloadLayout
+from tapestry.compression.reduce import WEIGHTED
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.trainer.encoder import Encoder
 from tapestry.node.trainer.shared import create_buffer, map_buffer, size_buffer, vector_size
@@ -88,7 +89,7 @@ def node_encodes(layout: PayloadLayout, base: Tensor, local: Tensor) -> Way:
 def trainer_encodes(layout: PayloadLayout, base: Tensor, local: Tensor) -> Way:
     out = shared(layout.size)
     encoder = Encoder(layout, torch.device("cpu"), residual=False)
-    averaging = Averaging(layout.codec, layout.n, layout.shards[0].n)
+    averaging = Averaging(layout.codec, layout.n, layout.shards[0].n, WEIGHTED)
 
     def write(start: int, stop: int, piece: Tensor) -> None:
         torch.sub(base[start:stop], local[start:stop], out=piece)

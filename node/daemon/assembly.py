@@ -24,7 +24,7 @@ from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig
 from tapestry.dht.swarm import Swarm
-from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.daemon.averaging import Averaging, mean_of
 from tapestry.node.daemon.base import base_folder
 from tapestry.node.daemon.descriptors import streams_max
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
@@ -135,7 +135,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     rules = rules_of(spec, run_id, len(state.arithmetic.shards))
     check_roster(spec, rules.shard_count)
     core = Core(peer_id, rules, own.crypto, restored, time.monotonic())
-    averaging = Averaging(state.arithmetic.codec, state.n, spec.compression.shard_elements)
+    mean = mean_of(spec.mean)
+    averaging = Averaging(state.arithmetic.codec, state.n, spec.compression.shard_elements, mean)
     own.reporter.float32_ratio = averaging.float32_ratio
     limits = link_limits(spec, averaging, own.throttles)
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))

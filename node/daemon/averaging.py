@@ -16,11 +16,15 @@ from typing_extensions import Buffer
 
 from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import HEADER_BYTES, Codec, pack, unpack
+from tapestry.compression.means.api import Mean
+from tapestry.compression.means.registry import make_mean
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Result, Shard
+from tapestry.node.spec.run import MeanSpec
+from tapestry.node.spec.tables import plain
 
 
 class ResultPayload:
@@ -36,10 +40,11 @@ class ResultPayload:
 
 
 class Averaging:
-    """What a run's codec and shards make of payloads."""
+    """What a run's codec, shards and mean make of payloads."""
 
-    def __init__(self, codec: Codec, n: int, shard_elements: int) -> None:
+    def __init__(self, codec: Codec, n: int, shard_elements: int, mean: Mean) -> None:
         self.codec = codec
+        self._mean = mean
         self._layout = PayloadLayout.of(codec, n, shard_elements)
         self.shards = self._layout.shards
 
@@ -79,7 +84,7 @@ class Averaging:
         Raises Refused if there is no mean.
         """
         n = self.shards[shard].n
-        mean = reduce_shard(payloads, weights, self.codec, n)
+        mean = reduce_shard(payloads, weights, self.codec, n, mean=self._mean)
         found = agreement_sums(payloads, mean, self.codec, n)
         return ResultPayload(mean), payload_digest(mean), ShardSums(*dataclasses.astuple(found))
 
@@ -99,6 +104,12 @@ class Averaging:
         if isinstance(message, Result):
             return ResultPayload(payload), payload_digest(payload)
         return payload, ""
+
+
+def mean_of(spec: MeanSpec) -> Mean:
+    """The mean that the run spec names."""
+    settings = plain(spec)
+    return make_mean(settings.pop("rule"), settings)
 
 
 def payload_digest(payload: Tensor) -> str:

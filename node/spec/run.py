@@ -46,6 +46,7 @@ class RunSpec:
     data: Annotated[DataSpec, "How text becomes training samples. The text itself is each member's own."]
     train: Annotated[TrainSpec, "What a member does between two rounds."]
     compression: Annotated[CompressionSpec, "How contributions cross the network."]
+    mean: Annotated[MeanSpec, "How the contributions of a round become one."]
     outer: Annotated[OuterSpec, "The step that everyone takes, on the averaged contribution, after a round."]
     round: Annotated[RoundSpec, "How long a round waits, and for whom."]
     limits: Annotated[LimitsSpec, "Bounds that all members keep."]
@@ -129,6 +130,13 @@ def diff(here: RunSpec, peer: RunSpec) -> list[str]:
     ]
 
 
+NORM_MAX = Between(0, 1_000, above=True)
+NORM_MAX_COMMENT = (
+    "Longest that a contribution may be in a shard, times the members' median norm there; it is scaled down "
+    "to that. The reducer computes the norms itself."
+)
+
+
 # ---- the sections ------------------------------------------------------------------------------------
 
 
@@ -148,6 +156,61 @@ class CompressionSpec:
     residual: Annotated[bool, "Error feedback: add what the codec rounded away to the next contribution."] = (
         False
     )
+
+
+MEAN_COMMENT = (
+    "clipped (norm_max): no contribution counts for more than norm_max times the median norm. "
+    "aligned (norm_max): clipped, without those that pull against all others together. "
+    "mean: the weighted mean; one member can spoil it. trimmed (trim): the middle of each element's values. "
+    "sign-elected (norm_max): clipped, then the mean of those that have the sign of the sum. "
+    "With one or two contributions all are mean. docs/trust.md says which holds against what."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedSpec:
+    """[mean] with rule = "clipped"."""
+
+    rule: Annotated[Literal["clipped"], MEAN_COMMENT] = "clipped"
+    norm_max: Annotated[float, NORM_MAX, NORM_MAX_COMMENT] = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedSpec:
+    """[mean] with rule = "aligned"."""
+
+    rule: Annotated[Literal["aligned"], MEAN_COMMENT] = "aligned"
+    norm_max: Annotated[float, NORM_MAX, NORM_MAX_COMMENT] = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class PlainMeanSpec:
+    """[mean] with rule = "mean"."""
+
+    rule: Annotated[Literal["mean"], MEAN_COMMENT] = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedSpec:
+    """[mean] with rule = "trimmed"."""
+
+    rule: Annotated[Literal["trimmed"], MEAN_COMMENT] = "trimmed"
+    trim: Annotated[
+        float,
+        Between(0, 0.5),
+        "At each element, the share of the weight at either end that does not count. 0.5: the median.",
+    ] = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class SignElectedSpec:
+    """[mean] with rule = "sign-elected"."""
+
+    rule: Annotated[Literal["sign-elected"], MEAN_COMMENT] = "sign-elected"
+    norm_max: Annotated[float, NORM_MAX, NORM_MAX_COMMENT] = 1.5
+
+
+MeanSpec = ClippedSpec | AlignedSpec | PlainMeanSpec | TrimmedSpec | SignElectedSpec
 
 
 OUTER_COMMENT = (

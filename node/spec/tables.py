@@ -166,7 +166,8 @@ def _read_section(kinds: tuple[type, ...], value: object, path: str) -> object:
     for name in value:
         if name not in known and name in elsewhere:
             raise TableError(
-                f"{path}.{name}: no key of {tag_name} = {shown(tag)}, which takes {', '.join(known[1:])}"
+                f"{path}.{name}: no key of {tag_name} = {shown(tag)}, "
+                f"which takes {', '.join(known[1:]) or 'nothing else'}"
             )
     return read_table(tags[tag], value, f"{path}.")
 

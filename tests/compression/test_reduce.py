@@ -13,7 +13,7 @@ from tapestry.compression.blocks import PIECE
 from tapestry.compression.blockwise import INT8_BLOCK
 from tapestry.compression.bnb import BNB_DYNAMIC8
 from tapestry.compression.codecs import Codec
-from tapestry.compression.reduce import reduce_shard, weighted_mean
+from tapestry.compression.reduce import mean_of_shard, reduce_shard
 from tapestry.compression.refusals import RefusedPayload, RefusedVector, RefusedWeights
 
 CHECKED = settings(max_examples=60, deadline=None)
@@ -46,7 +46,7 @@ def test_the_mean_has_the_bits_of_a_naive_loop(
 ) -> None:
     payloads = [codec.encode(x) for x in contributions(seed, len(weights), n, magnitude)]
     decoded = [codec.decode(payload, n).numpy() for payload in payloads]
-    mean = weighted_mean(payloads, weights, codec, n)
+    mean = mean_of_shard(payloads, weights, codec, n)
     assert mean.numpy().tobytes() == naive_mean(decoded, weights).tobytes()
 
 
@@ -57,7 +57,7 @@ def test_the_mean_is_the_f64_mean_to_a_few_roundings(weights: list[int], seed: i
     payloads = [INT8_BLOCK.encode(x) for x in contributions(seed, len(weights), n)]
     decoded = np.stack([INT8_BLOCK.decode(payload, n).numpy().astype(np.float64) for payload in payloads])
     share = np.array(weights, dtype=np.float64) / sum(weights)
-    error = np.abs(weighted_mean(payloads, weights, INT8_BLOCK, n).numpy() - share @ decoded)
+    error = np.abs(mean_of_shard(payloads, weights, INT8_BLOCK, n).numpy() - share @ decoded)
     assert (error <= 2 * len(weights) * 2.0**-24 * (share @ np.abs(decoded)) + 1e-45).all()
 
 
@@ -97,7 +97,7 @@ def test_another_process_computes_the_same_bytes() -> None:
 @pytest.mark.parametrize("n", [0, 700, 2 * PIECE + 300])
 def test_reduce_shard_is_the_mean_encoded_once(codec: Codec, n: int) -> None:
     payloads = [codec.encode(x) for x in contributions(3, 3, n)]
-    mean = weighted_mean(payloads, [1, 2, 3], codec, n)
+    mean = mean_of_shard(payloads, [1, 2, 3], codec, n)
     out = torch.empty(codec.payload_size(n), dtype=torch.uint8)
     assert reduce_shard(payloads, [1, 2, 3], codec, n, out) is out
     assert torch.equal(out, codec.encode(mean))
@@ -106,33 +106,33 @@ def test_reduce_shard_is_the_mean_encoded_once(codec: Codec, n: int) -> None:
 def test_the_roster_order_decides_the_last_bits() -> None:
     # Why the order is part of the contract: sums in f32 do not commute with more than two members.
     payloads = [INT8_BLOCK.encode(x) for x in contributions(4, 3, 5000)]
-    forward = weighted_mean(payloads, [1, 2, 3], INT8_BLOCK, 5000)
-    backward = weighted_mean(payloads[::-1], [3, 2, 1], INT8_BLOCK, 5000)
+    forward = mean_of_shard(payloads, [1, 2, 3], INT8_BLOCK, 5000)
+    backward = mean_of_shard(payloads[::-1], [3, 2, 1], INT8_BLOCK, 5000)
     assert not torch.equal(forward, backward)
     assert torch.allclose(forward, backward, atol=1e-6)
 
 
 def test_a_member_alone_gets_its_own_decoded_value() -> None:
     payload = INT8_BLOCK.encode(contributions(5, 1, 300)[0])
-    assert torch.equal(weighted_mean([payload], [17], INT8_BLOCK, 300), INT8_BLOCK.decode(payload, 300))
+    assert torch.equal(mean_of_shard([payload], [17], INT8_BLOCK, 300), INT8_BLOCK.decode(payload, 300))
 
 
 def test_a_member_of_weight_zero_has_no_influence() -> None:
     payloads = [INT8_BLOCK.encode(x) for x in contributions(6, 2, 300)]
-    assert torch.equal(weighted_mean(payloads, [0, 5], INT8_BLOCK, 300), INT8_BLOCK.decode(payloads[1], 300))
+    assert torch.equal(mean_of_shard(payloads, [0, 5], INT8_BLOCK, 300), INT8_BLOCK.decode(payloads[1], 300))
 
 
 def test_what_lay_in_the_accumulator_before_is_gone() -> None:
     payloads = [INT8_BLOCK.encode(x) for x in contributions(7, 2, 300)]
     out = torch.full((300,), float("nan"))
-    assert weighted_mean(payloads, [1, 1], INT8_BLOCK, 300, out) is out
-    assert torch.equal(out, weighted_mean(payloads, [1, 1], INT8_BLOCK, 300))
+    assert mean_of_shard(payloads, [1, 1], INT8_BLOCK, 300, out) is out
+    assert torch.equal(out, mean_of_shard(payloads, [1, 1], INT8_BLOCK, 300))
 
 
 def test_weights_larger_than_f64_can_count_are_divided_exactly() -> None:
     payloads = [INT8_BLOCK.encode(x) for x in contributions(8, 2, 300)]
-    small = weighted_mean(payloads, [1, 3], INT8_BLOCK, 300)
-    assert torch.equal(weighted_mean(payloads, [10**400, 3 * 10**400], INT8_BLOCK, 300), small)
+    small = mean_of_shard(payloads, [1, 3], INT8_BLOCK, 300)
+    assert torch.equal(mean_of_shard(payloads, [10**400, 3 * 10**400], INT8_BLOCK, 300), small)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,14 @@ def test_weights_that_define_no_mean_are_refused_and_nothing_is_added(weights: l
     payloads = [INT8_BLOCK.encode(x) for x in contributions(9, 2, 300)]
     out = torch.full((300,), 5.0)
     with pytest.raises(RefusedWeights) as refused:
-        weighted_mean(payloads, weights, INT8_BLOCK, 300, out)
+        mean_of_shard(payloads, weights, INT8_BLOCK, 300, out)
     assert refused.value.reason == reason
     assert (out == 5).all()
 
 
 def test_a_mean_of_nobody_is_refused() -> None:
     with pytest.raises(RefusedWeights, match="total"):
-        weighted_mean([], [], INT8_BLOCK, 300)
+        mean_of_shard([], [], INT8_BLOCK, 300)
 
 
 def spoil_code(payload: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_one_bad_payload_is_refused_by_its_place_and_nothing_is_added(
     payloads[position] = spoil(payloads[position])
     out = torch.full((300,), 5.0)
     with pytest.raises(RefusedPayload, match=f"payload {position}") as refused:
-        weighted_mean(payloads, [1, 1, 1], INT8_BLOCK, 300, out)
+        mean_of_shard(payloads, [1, 1, 1], INT8_BLOCK, 300, out)
     assert refused.value.reason == reason
     assert (out == 5).all()
 
@@ -202,7 +202,7 @@ def test_a_mean_beyond_the_largest_f32_is_refused() -> None:
         x[7] = sign * F32_MAX
         payloads = [INT8_BLOCK.encode(x)] * 20
         with pytest.raises(RefusedVector) as refused:
-            weighted_mean(payloads, [1] * 20, INT8_BLOCK, 300)
+            mean_of_shard(payloads, [1] * 20, INT8_BLOCK, 300)
         assert refused.value.reason == "overflow"
         with pytest.raises(RefusedVector) as refused:
             reduce_shard(payloads, [1] * 20, INT8_BLOCK, 300)
@@ -211,7 +211,7 @@ def test_a_mean_beyond_the_largest_f32_is_refused() -> None:
 
 def test_the_mean_of_huge_values_is_finite_where_f32_can_hold_it() -> None:
     payload = INT8_BLOCK.encode(torch.tensor([3e38, -3e38]))
-    mean = weighted_mean([payload] * 4, [1] * 4, INT8_BLOCK, 2)
+    mean = mean_of_shard([payload] * 4, [1] * 4, INT8_BLOCK, 2)
     assert torch.equal(mean, INT8_BLOCK.decode(payload, 2))
 
 
@@ -220,6 +220,6 @@ def test_a_processor_that_flushes_subnormals_is_noticed() -> None:
     assert torch.set_flush_denormal(True)
     try:
         with pytest.raises(RuntimeError, match="subnormals"):
-            weighted_mean([payload], [1], INT8_BLOCK, 3)
+            mean_of_shard([payload], [1], INT8_BLOCK, 3)
     finally:
         torch.set_flush_denormal(False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tapestry.compression.codecs import get_codec
+from tapestry.compression.reduce import WEIGHTED
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging, payload_digest
 from tapestry.node.protocol.agreement import ShardSums
@@ -15,7 +16,7 @@ SUMS = ShardSums((1.0,), 1.0, (1.0,), (1.0,), 1.0, 1, 0)
 
 
 def averaging() -> Averaging:
-    return Averaging(get_codec("int8-block"), N, 256)
+    return Averaging(get_codec("int8-block"), N, 256, WEIGHTED)
 
 
 def vector(seed: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ G1 one result: a head has one state digest, everywhere.
 G2 all or nothing: every shard of an update averages exactly the members of its record, with their weights;
    a contribution is in at most one record of a chain.
 G3 no silent fallback: a state advances only by the update that its record names.
+mean: every shard scales each contribution down as `clipped` says, by the sizes of what was averaged. So 1e30
+   counts for no more than 1.5 times the median, whoever reduced it and after whatever loss.
 G4/consensus: without forced records there is one record for an epoch after a head; a vote never goes back.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from simulation.shell import Mean
+from simulation.shell import NORM_MAX, Mean, size_of
 
 from tapestry.node.protocol.agreement import agreement
 from tapestry.node.protocol.chain import Body, Record, accept_message
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
 def majority(count: int) -> int:
     """The checker's own arithmetic, so that a bug in the protocol's is seen."""
     return count // 2 + 1
+
+
+def clipped(sizes: list[float], weights: list[int]) -> list[float]:
+    """The checker's own arithmetic for how much each contribution is scaled down."""
+    if len(sizes) < 3:
+        return [1.0] * len(sizes)
+    reached = 0
+    for size, weight in sorted(zip(sizes, weights)):  # noqa: B905
+        reached += weight
+        if reached * 2 >= sum(weights):
+            return [min(1.0, NORM_MAX * size / other) for other in sizes]
+    return []
 
 
 class Invariants:
@@ -173,6 +187,8 @@ class Invariants:
 
     def _check_mean(self, node: Node, record: Record, shards: tuple[object, ...]) -> None:
         expected = [(m.peer, m.contribution, m.weight) for m in record.body.members if m.weight]
+        sizes = [size_of(contribution) for _, contribution, _ in expected]
+        scales = clipped(sizes, [weight for _, _, weight in expected])
         if len(shards) != self.world.rules.shard_count:
             self.fail(node, f"G2: {len(shards)} shards applied")
         for index, blob in enumerate(shards):
@@ -182,6 +198,8 @@ class Invariants:
             got = blob.averaged
             if blob.shard != index or got != expected:
                 self.fail(node, f"G2: shard {index} averages {got}, the record says {expected}")
+            if blob.scales != scales:
+                self.fail(node, f"mean: shard {index} scales by {blob.scales}, not by {scales}")
         sums = [blob.sums for blob in shards if isinstance(blob, Mean)]
         if record.body.agreement != agreement(sums, [weight for _, _, weight in expected]):
             self.fail(node, f"record {record.body.epoch} says another agreement than its shards")

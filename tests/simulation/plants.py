@@ -16,6 +16,7 @@ from unittest.mock import patch
 from simulation import shell as shell_module
 from simulation.shell import EXECUTE, Node
 
+from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
 from tapestry.node.protocol import sync as sync_module
@@ -305,6 +306,23 @@ def reducers_death_ignored() -> list[Patch]:
             self.excluded.clear()
 
     return [(Leader, "exclude", spare)]
+
+
+@plant("a reducer believes what members say of their norms", 0)
+def norms_believed() -> list[Patch]:
+    def believe(norms: Any, weights: Any, norm_max: float) -> list[float]:
+        return clip_scales([1.0] * len(norms), weights, norm_max)
+
+    return [(shell_module, "clip_scales", believe)]
+
+
+@plant("a reducer clips by the mean norm, which one member can drag away", 0)
+def clipped_by_the_mean_norm() -> list[Patch]:
+    def clip(norms: Any, weights: Any, norm_max: float) -> list[float]:
+        limit = norm_max * sum(norms) / len(norms)
+        return [min(1.0, limit / norm) for norm in norms]
+
+    return [(shell_module, "clip_scales", clip)]
 
 
 # --- states -----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The shell around a core, as the simulator plays it: disk, jobs and trainer, all in virtual time.
 
 A state is the digest of its history, a contribution's shard is (peer, contribution, shard), a reduced shard
-names what was averaged: so a wrong mixture is visible in the values themselves.
+names what was averaged: so a wrong mixture is visible in the values themselves. Of a contribution's numbers
+its size is modelled, and what the run's mean, `clipped`, makes of it: some are of 1e30.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from simulation.draws import randint
 from simulation.lies import STRANGER
 
+from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.chain import Chain, Record
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 TICK: Final = ev.Tick()
+NORM_MAX = 1.5  # of the run's [mean]
 
 
 @lru_cache(maxsize=4096)  # every node computes what one has computed: heads, orders of leaders, signatures
@@ -55,10 +58,16 @@ class Part:
         self.peer = peer
         self.contribution = contribution
         self.shard = shard
+        self.size = size_of(contribution)
         self.text = f"('{peer}', '{contribution}', {shard})"
 
     def __repr__(self) -> str:
         return self.text
+
+
+def size_of(contribution: str) -> float:
+    """Its norm: between 1 and 2; of one in sixteen, whose member lies, 1e30."""
+    return 1e30 if contribution[-1] == "0" else 1.0 + int(contribution[:2], 16) / 256
 
 
 class Mean:
@@ -69,6 +78,8 @@ class Mean:
         self.shard = shard
         # (peer, contribution, weight) of what is this shard of a contribution
         self.averaged: list[tuple[str, str, int]] = []
+        sizes = [blob.size if isinstance(blob, Part) else 1.0 for blob in blobs]
+        self.scales = clip_scales(sizes, weights, NORM_MAX)
         inputs = []
         for blob, weight in zip(blobs, weights):  # noqa: B905
             if isinstance(blob, Part) and blob.shard == shard:

@@ -11,12 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tapestry.compression.means.registry import mean_names
+from tapestry.node.daemon.averaging import mean_of
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.run import (
     AdamWSpec,
+    ClippedSpec,
     CompressionSpec,
     DataSpec,
     LimitsSpec,
+    MeanSpec,
     NesterovSpec,
     RoundSpec,
     RunSpec,
@@ -86,6 +90,14 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
             'outer.momentum: no key of optimizer = "adamw", which takes lr, betas, eps, weight_decay',
         ),
         (
+            {"name": "x", "mean": {"rule": "mean", "norm_max": 2.0}},
+            'mean.norm_max: no key of rule = "mean", which takes nothing else',
+        ),
+        (
+            {"name": "x", "mean": {"norm_max": 0}},
+            "mean.norm_max: 0.0 is not a number above 0, at most 1000",
+        ),
+        (
             {"name": "x", "outer": {"betas": [0.9, 0.9]}},
             'outer.betas: no key of optimizer = "nesterov", which takes lr, momentum',
         ),
@@ -132,6 +144,14 @@ def test_minus_zero_is_zero_so_that_equal_specs_have_equal_bytes() -> None:
 def test_each_outer_optimizer_has_its_own_keys_and_defaults() -> None:
     assert DEFAULT.outer == NesterovSpec("nesterov", lr=0.7, momentum=0.9)
     assert RunSpec.from_dict({"name": "x", "outer": {"optimizer": "adamw"}}).outer == AdamWSpec()
+
+
+def test_a_new_run_clips_and_every_mean_of_the_spec_can_be_made() -> None:
+    assert DEFAULT.mean == ClippedSpec(norm_max=1.5)
+    specs = [kind() for kind in get_args(MeanSpec)]
+    assert sorted(spec.rule for spec in specs) == sorted(mean_names())
+    for spec in specs:
+        assert mean_of(RunSpec.from_dict({"name": "x", "mean": {"rule": spec.rule}}).mean) is not None
 
 
 # ---- files -------------------------------------------------------------------------------------------
@@ -243,6 +263,7 @@ def _specs(draw: st.DrawFn) -> RunSpec:
             "schedule_steps": max(1, train["schedule_steps"]),
         },
         "compression": draw(_section(CompressionSpec)),
+        "mean": draw(st.one_of(*(_section(kind) for kind in get_args(MeanSpec)))),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},
         "limits": limits | {"max_control_frame_bytes": max(2**20, limits["max_control_frame_bytes"])},

@@ -68,6 +68,8 @@ class NodeConfig:
     log_format: Literal["text", "json"]
     trackers: tuple[str, ...]  # surface/trackers.KINDS
     epochs: int | None  # stop after so many; None: go on
+    external: bool = False  # a script trains, and brings module and data: node/library
+    script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
 
     @classmethod
     def resolve(cls, home: Home, flags: Mapping[str, Any], env: Mapping[str, str]) -> NodeConfig:
@@ -84,7 +86,7 @@ class NodeConfig:
             run_id=_run_id(flags.get("run_id")),
             peers=_addresses(options.peers, where["peers"], lambda text: parse_peer(text).maddr),
             base=_base(options.base, where["base"]),
-            data=_data(options.data, home),
+            data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=_addresses(options.listen, where["listen"], parse_listen),
             announce=_addresses(options.announce, where["announce"], parse_announce),
             http_host=host,
@@ -97,6 +99,8 @@ class NodeConfig:
             log_format=options.log_format,
             trackers=options.trackers,
             epochs=_epochs(flags.get("epochs")),
+            external=bool(flags.get("external")),
+            script_fd=flags.get("script_fd"),
         )
 
 

@@ -12,11 +12,8 @@ import os
 
 import uvloop
 
-<<<<<<< HEAD
 from tapestry.node.daemon.descriptors import raise_limit
-=======
 from tapestry.node.errors import UserError
->>>>>>> 6a2513a (A script's own loop as a node's trainer: Swarm, SwarmCallback, start --external)
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface.logs import LiveLine, start_logging
 from tapestry.node.trainer import imports

@@ -14,7 +14,7 @@ from e2e.harness import environment, tapestry
 pytestmark = pytest.mark.e2e
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-DEADLINE_S = 60.0
+DEADLINE_S = 90.0  # on two cores that other tests use as well
 
 RAISES = """
 import sys
@@ -60,8 +60,8 @@ def test_two_scripts_train_one_module_and_go_on_where_they_were(tmp_path: Path) 
     homes = tmp_path / "a", tmp_path / "b"
     first = start(EXAMPLES / "digits.py", "--home", homes[0], "--part", "1/2")
     assert first.stderr is not None
-    address = re.search("peer='([^']*)'", first.stderr.readline())
-    assert address is not None
+    told = (re.search("peer='([^']*)'", line) for line in first.stderr)
+    address = next(filter(None, told))
     second = start(EXAMPLES / "digits.py", "--home", homes[1], "--part", "2/2", "--peer", address[1])
     said = [finish(one) for one in (first, second)]
     digests = [re.findall("digest ([0-9a-f]{64})", out) for out in said]

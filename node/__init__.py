@@ -1,1 +1,32 @@
-"""The Tapestry node: protocol, links, averaging, state, trainer, and the operator's surface."""
+"""The Tapestry node: protocol, links, averaging, state, trainer, and the operator's surface.
+
+`from tapestry.node import Swarm, SwarmError, SwarmCallback` is what scripts use (api.py); nothing of it is
+imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tapestry.node.api import Swarm
+    from tapestry.node.library.errors import SwarmError
+    from tapestry.node.library.transformers import SwarmCallback
+
+__all__ = ["Swarm", "SwarmCallback", "SwarmError"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Swarm":
+        from tapestry.node.api import Swarm
+
+        return Swarm
+    if name == "SwarmError":
+        from tapestry.node.library.errors import SwarmError
+
+        return SwarmError
+    if name == "SwarmCallback":
+        from tapestry.node.library.transformers import SwarmCallback
+
+        return SwarmCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,6 +121,11 @@ class Home:
         return self.path / "node.log"
 
     @property
+    def trainer_socket(self) -> Path:
+        """Where scripts come to a node that runs with --external; mode 0600."""
+        return self.path / "trainer.sock"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / "lock"
 

@@ -53,6 +53,10 @@ ROOMS = (
     "tapestry.node.surface",
     "tapestry.node.daemon",
     "tapestry.node.cli",
+    "tapestry.node.library",
+    "tapestry.node.api",
+    "tapestry.node.library.transformers",
+    "tapestry.node.library.lightning",
 )
 
 

@@ -60,6 +60,13 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--max-params", type=int, metavar="N", help="Join no run of more parameters.")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
+@click.option(
+    "--external",
+    is_flag=True,
+    default=None,
+    help="A script trains: it opens this home with Swarm. No --data.",
+)
+@click.option("--script-fd", type=int, hidden=True, help="The socket of the script that starts this node.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
 def start(home: str | None, detach: bool, **flags: Any) -> int:
@@ -117,6 +124,8 @@ def _check_early(config: NodeConfig) -> None:
     from tapestry.node.trainer.data.sources import list_data
 
     config.home.require_free()
+    if config.external:
+        return
     try:
         list_data(config.data)
     except DataError as error:
@@ -165,6 +174,9 @@ def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float)
     while child.poll() is None and time.monotonic() < deadline_s:
         state = home.read_node_json()
         if state.liveness is Liveness.RUNNING and state.pid == child.pid:
+            return True
+        if home.trainer_socket.exists() and home.holder() == child.pid:
+            click.echo(f"waiting for a script that opens {home.path} with tapestry.node.Swarm")
             return True
         time.sleep(POLL_S)
     return False

@@ -200,6 +200,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         device=config.device,
         local=config.training,
         threads=config.threads,
+        run_spec=spec.canonical().decode() if config.external else "",
     )
 
 

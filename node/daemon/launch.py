@@ -17,6 +17,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface.logs import LiveLine, start_logging
 from tapestry.node.trainer import imports
+from tapestry.node.trainer.guest import Door, Line
 from tapestry.node.trainer.process import TrainerProcess
 
 
@@ -32,7 +33,26 @@ def run(config: NodeConfig) -> int:
 
 
 async def _run(config: NodeConfig, live: LiveLine) -> int:
+    if config.external:
+        return await _run_for_scripts(config, live)
     trainer = await TrainerProcess.launch(config.threads, folder=config.home.state)
+    return await _run_with(trainer, config, live)
+
+
+async def _run_for_scripts(config: NodeConfig, live: LiveLine) -> int:
+    """The trainer is the process of the script that started us, or of those that come. Raises UserError."""
+    try:
+        hire = Door(config.home.trainer_socket) if config.script_fd is None else Line(config.script_fd)
+    except OSError as error:
+        raise UserError(f"cannot listen for scripts in {config.home.path}: {error.strerror}") from error
+    try:
+        trainer = TrainerProcess.await_guests(hire, config.home.state)
+        return await _run_with(trainer, config, live)
+    finally:
+        hire.close()
+
+
+async def _run_with(trainer: TrainerProcess, config: NodeConfig, live: LiveLine) -> int:
     try:
         imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
         try:

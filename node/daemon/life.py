@@ -56,7 +56,7 @@ from tapestry.node.surface.status import NodeView
 from tapestry.node.surface.token import Token
 from tapestry.node.surface.trackers import open_trackers
 from tapestry.node.trainer.messages import Hello, Tokenizing
-from tapestry.node.trainer.process import Event, TrainerError, TrainerProcess
+from tapestry.node.trainer.process import Event, Parted, TrainerError, TrainerProcess
 
 STOP_S = 10.0  # the contract: exit 0 within
 TRAINER_STOP_S = 4.0
@@ -147,7 +147,7 @@ class Daemon:
             loaded = await asyncio.to_thread(store.load)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
-            _log.info("starting trainer: it reads the data and builds the model")
+            _log.info("%s", _waiting_for(config))
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
             await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))
             trackers = await asyncio.to_thread(
@@ -238,6 +238,10 @@ class Daemon:
             _log.info("trainer=ready device=%r train_tokens=%d", event.device, event.train_tokens)
         elif isinstance(event, Tokenizing):
             self._tokenizing.show(event, time.monotonic())
+        elif isinstance(event, Parted) and self.config.script_fd is not None:
+            self.stop.set()  # we are here for this script alone
+        elif isinstance(event, Parted) and self._node is None:
+            _log.info("the script has left; %s", _waiting_for(self.config))
         if self._node is not None:
             self._node.runtime.trainer.on_event(event)
 
@@ -251,6 +255,14 @@ class Daemon:
     def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:
         started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
+
+
+def _waiting_for(config: NodeConfig) -> str:
+    if not config.external:
+        return "starting trainer: it reads the data and builds the model"
+    if config.script_fd is not None:
+        return "waiting for the script's module"
+    return f"waiting for a script that opens {config.home.path} with tapestry.node.Swarm"
 
 
 def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str, ...], url: str) -> None:

@@ -17,7 +17,7 @@ from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.protocol import events as ev
 from tapestry.node.trainer import messages as tm
-from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, TrainerProcess
+from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, Parted, TrainerProcess
 
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
 
@@ -72,18 +72,20 @@ class TrainerDesk:
             if event.note:
                 _log.warning("trainer note=%r", event.note)
             self._loop.feed(ev.TrainerState(True, ""))
-        elif isinstance(event, tm.Failed | Died):
+        elif isinstance(event, tm.Failed | Died | Parted):
             self._down(event)
         elif isinstance(event, tm.Notice):
             _log.warning("trainer %s", event.text)
         elif isinstance(event, tm.Saved) and event.error:
             _log.warning("trainer inner_state=not_saved reason=%r", event.error)
 
-    def _down(self, event: tm.Failed | Died) -> None:
+    def _down(self, event: tm.Failed | Died | Parted) -> None:
         if isinstance(event, Died):
             self._reporter.metrics.trainer_restarted()
             last = event.output[-1] if event.output else ""
             why = f"trainer died, exit {event.exit_code}; next start in {event.will_restart_in_s:g} s {last}"
+        elif isinstance(event, Parted):
+            why = "no script trains here; the next one that opens this home with Swarm does"
         else:
             why = f"trainer failed: {event.reason}: {event.text}"
         self._reporter.trainer_down(why)

@@ -62,7 +62,7 @@ class TrainingView:
             if event.epoch != self._epoch or event.tokens < self._epoch_tokens:  # another, or this one again
                 self._taken = (0, 0)
             self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
-            self.loss = event.loss
+            self.loss = math.nan if event.loss is None else event.loss
             self.tokens_per_second = event.tokens_per_second
         elif isinstance(event, tm.Contribution):
             self.data_passes = event.passes
@@ -213,9 +213,10 @@ class Reporter:
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)
         elif isinstance(event, tm.Progress):
-            self.metrics.trained(*self.training.take_progress(), event.loss)
+            loss = self.training.loss
+            self.metrics.trained(*self.training.take_progress(), loss)
             self.live.show(
-                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {loss:.4f}  "
                 f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._phase}"
             )
         elif isinstance(event, tm.Validation):

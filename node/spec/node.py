@@ -69,6 +69,8 @@ class NodeConfig:
     trackers: tuple[str, ...]  # surface/trackers.KINDS
     epochs: int | None  # stop after so many; None: go on
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
+    external: bool = False  # a script trains, and brings module and data: node/library
+    script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
 
     @classmethod
     def resolve(cls, home: Home, flags: Mapping[str, Any], env: Mapping[str, str]) -> NodeConfig:
@@ -85,7 +87,7 @@ class NodeConfig:
             run_id=_run_id(flags.get("run_id")),
             peers=_addresses(options.peers, where["peers"], lambda text: parse_peer(text).maddr),
             base=_base(options.base, where["base"]),
-            data=_data(options.data, home),
+            data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=_addresses(options.listen, where["listen"], parse_listen),
             announce=_addresses(options.announce, where["announce"], parse_announce),
             http_host=host,
@@ -99,6 +101,8 @@ class NodeConfig:
             trackers=options.trackers,
             epochs=_epochs(flags.get("epochs")),
             max_params=options.max_params or None,
+            external=bool(flags.get("external")),
+            script_fd=flags.get("script_fd"),
         )
 
 

@@ -10,12 +10,16 @@ Must not import torch, or anything of ours but tables.py and data.py: reading se
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tapestry.node.spec.data import DataSettings
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
+TENSORS_CHARS_MAX = 24 << 10  # of an external module, in a spec of 64 kB that is quoted in its genesis
 BELOW_ONE = 0.999999  # a decay rate of 1 would never forget its start
 BASE_FILE_BYTES_MAX = 64 << 20  # a tokenizer.json; Gemma 3's, of 262,144 ids, has 33 MB
 WEIGHTS = "model.safetensors"
@@ -99,7 +103,44 @@ class TransformersSpec:
         return None
 
 
-ModelSpec = LlamaSpec | TransformersSpec
+TENSOR = re.compile(r"(?P<name>[^\s]{1,200}) (?P<shape>scalar|[0-9]{1,15}(x[0-9]{1,15}){0,7})")
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalSpec:
+    """[model] with architecture = "external": the run knows names and shapes, each member's script the rest.
+
+    Nothing of the module itself crosses the network: no code, no pickle. `of` makes one from a layout.
+    """
+
+    architecture: Annotated[Literal["external"], MODEL_COMMENT]
+    schema: Annotated[
+        str,
+        Pattern(r"[0-9a-f]{64}", "64 hex digits"),
+        "Digest of the names and shapes of the module's trained parameters, in the module's order.",
+    ]
+    parameters: Annotated[int, Between(1, 2**50), "How many numbers are trained."]
+    tensors: Annotated[
+        tuple[str, ...],
+        Pattern(TENSOR.pattern, "a name and a shape, such as layer.weight 64x32"),
+        "Those names and shapes; none where they would make the spec too long. The digest says it all.",
+    ] = ()
+
+    @classmethod
+    def of(cls, schema: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> ExternalSpec:
+        """The spec of a module with this layout, whose digest is `schema`."""
+        tensors = tuple(map(tensor_text, names, shapes))
+        listed = sum(map(len, tensors)) <= TENSORS_CHARS_MAX and all(map(TENSOR.fullmatch, tensors))
+        parameters = sum(math.prod(shape) for shape in shapes)
+        return cls("external", schema, parameters, tensors if listed else ())
+
+
+def tensor_text(name: str, shape: tuple[int, ...]) -> str:
+    """As `ExternalSpec.tensors` has it."""
+    return f"{name} {'x'.join(map(str, shape)) or 'scalar'}"
+
+
+ModelSpec = LlamaSpec | TransformersSpec | ExternalSpec
 
 
 # ---- [data] and [train] ------------------------------------------------------------------------------
@@ -213,8 +254,10 @@ class TrainingSpec:
         """What single keys cannot say. Raises TableError."""
         if isinstance(self.model, LlamaSpec):
             _check_llama(self.model)
-        else:
+        elif isinstance(self.model, TransformersSpec):
             _check_base(self.model)
+        else:
+            _check_external(self.model, self.train)
         if self.data.tokenizer == "base" and not (
             isinstance(self.model, TransformersSpec) and self.model.file("tokenizer.json")
         ):
@@ -258,6 +301,17 @@ def _check_base(model: TransformersSpec) -> None:
         raise TableError("model.files: model.safetensors is missing, which model.lora_rank > 0 freezes")
     if model.lora_rank and not model.weights:
         raise TableError("model.weights: empty with model.lora_rank > 0; adapters need a base")
+
+
+def _check_external(model: ExternalSpec, train: TrainSpec) -> None:
+    shapes = [text.rsplit(" ", 1)[1] for text in model.tensors]
+    total = sum(1 if shape == "scalar" else math.prod(map(int, shape.split("x"))) for shape in shapes)
+    if shapes and total != model.parameters:
+        raise TableError(f"model.parameters: {model.parameters}, but model.tensors has {total}")
+    if train.overlap:
+        raise TableError(
+            "train.overlap: true with an external module, whose script waits for each round: set it to false"
+        )
 
 
 # ---- a member's own ----------------------------------------------------------------------------------
@@ -318,6 +372,7 @@ class WorkerSettings:
     device: Annotated[str, DEVICE, "Where to compute."] = "auto"
     local: Annotated[LocalTraining, "How to compute."] = AS_USUAL
     threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
+    run_spec: Annotated[str, "For a script, which looks whether it agrees: the canonical run spec."] = ""
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
 
 

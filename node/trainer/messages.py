@@ -141,7 +141,7 @@ class Progress:
     generation: int  # of the latest Begin
     step: int
     steps: int
-    loss: float
+    loss: float | None  # None: a script that does not tell it
     tokens: int
     tokens_per_second: float
 
@@ -154,7 +154,7 @@ class Contribution:
     generation: int
     weight: int
     norm: float
-    loss: float
+    loss: float | None
     tokens: int
     steps: int
     waited_s: float  # since the last one: had no step to take
@@ -270,6 +270,10 @@ def _list(value: Any, what: str) -> Sequence[Any]:
     return strict.sequence(value, FRAME_BYTES_MAX, what)  # the frame has bounded it
 
 
+def _maybe_finite(value: Any, what: str) -> float | None:
+    return None if value is None else strict.finite(value, what)
+
+
 def _names(value: Any, what: str) -> tuple[str, ...]:
     return tuple([_text(name, what) for name in _list(value, what)])
 
@@ -295,6 +299,7 @@ def _dict(value: Any, what: str) -> dict[str, Any]:
 _FIELDS: dict[str, Callable[[Any, str], Any]] = {
     "int": _integer,
     "float": strict.finite,
+    "float | None": _maybe_finite,
     "bool": strict.boolean,
     "str": _text,
     "tuple[str, ...]": _names,

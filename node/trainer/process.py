@@ -12,6 +12,9 @@ copy it if `must_copy`. What was taken stays as it is, for each `begin` has the 
 reads (shared.py). With overlap as well: a worker that goes on after its contribution touches no buffer before
 the next `begin`.
 
+The worker may also be a guest, which the node did not start and never kills: guest.py. Then nothing is
+started again; if another can come it is waited for.
+
 A worker takes seconds to import what it needs. `launch` starts one before it is known what it shall train,
 and `configure` says it: so a node does its own imports at the same time. That is why this module must not
 import torch, nor transformers; nothing here blocks the loop.
@@ -27,10 +30,10 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tapestry.compression.refusals import RefusedLayout
 from tapestry.node.disk.scratch import create_scratch, reserve
@@ -88,6 +91,7 @@ OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
 OUTPUT_LINE_BYTES = 500
 UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
 SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
+GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
 EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
 
 
@@ -104,7 +108,7 @@ class ProcessLimits:
     """How long to wait, and how patiently to start again."""
 
     hello_timeout_s: float = 900.0  # imports, and from one sign of tokenizing to the next
-    silence_timeout_s: float = 300.0  # longer than any single inner step
+    silence_timeout_s: float | None = 300.0  # longer than any single inner step; None: it may be silent
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
 
@@ -118,7 +122,53 @@ class Died:
     output: tuple[str, ...]  # its last lines
 
 
-Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Notice | Failed | Died
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """A guest has gone; another is waited for, if one can come."""
+
+
+Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Notice | Failed | Died | Parted
+
+
+class Hired(Protocol):
+    """A worker, and the socket to it: `_Worker` below, or guest.Guest."""
+
+    guest: bool  # whether its process is somebody else's
+    attached: bool  # it has said hello
+    deadline: asyncio.Timeout | None
+
+    @property
+    def pid(self) -> int: ...
+
+    async def receive(self) -> Report:
+        """Raises MessageError; IncompleteReadError or ConnectionError when the worker has hung up."""
+        ...
+
+    def send(self, command: Command) -> None: ...
+
+    async def collect_output(self) -> tuple[str, ...]:
+        """Its last lines of output, at its end."""
+        ...
+
+    async def end(self) -> int:
+        """The exit status, once it has hung up."""
+        ...
+
+    def kill(self) -> None:
+        """End the conversation, and the process if it is ours."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Hire(Protocol):
+    """Where workers come from: children of ours, or guest.Line and guest.Door."""
+
+    again: bool  # after one has gone, and before any has said hello, there can be another
+
+    def __call__(self, fds: dict[str, int]) -> Awaitable[Hired]:
+        """A worker that has the shared buffers. Raises OSError."""
+        ...
 
 
 class TrainerProcess:
@@ -154,16 +204,19 @@ class TrainerProcess:
 
         The parameters lie in a file without a name in `folder`; without one, in memory. Raises UserError.
         """
-        trainer = cls(threads, limits or ProcessLimits(), command, folder)
+        trainer = cls(_Children(command, threads), limits or ProcessLimits(), folder)
         spawned = asyncio.create_task(trainer._spawned.wait())
         await asyncio.wait({trainer._supervisor, spawned}, return_when=asyncio.FIRST_COMPLETED)
         spawned.cancel()
         return trainer
 
-    def __init__(
-        self, threads: int, limits: ProcessLimits, command: Sequence[str], folder: Path | None
-    ) -> None:
-        """Only for `launch`."""
+    @classmethod
+    def await_guests(cls, hire: Hire, folder: Path | None = None) -> TrainerProcess:
+        """The same for guests. Returns at once; `configure` waits until one has come and said hello."""
+        return cls(hire, ProcessLimits(silence_timeout_s=None), folder)
+
+    def __init__(self, hire: Hire, limits: ProcessLimits, folder: Path | None) -> None:
+        """Only for `launch` and `await_guests`."""
         self.layout: Layout
         self.params: Tensor  # f32 (n,), shared: written here, read by the worker
         self.restarts = 0
@@ -171,9 +224,8 @@ class TrainerProcess:
         self.stale_reports = 0
         self._settings: WorkerSettings | None = None
         self._on_event: Callable[[Event], None] = lambda event: None
-        self._threads = threads
+        self._hire = hire
         self._limits = limits
-        self._command = command
         self._folder = folder
         self._fds: dict[str, int] = {}
         for name in BUFFERS:
@@ -190,7 +242,7 @@ class TrainerProcess:
         self._closing = False
         self._evaluating: int | None = None
         self._initialising: asyncio.Future[None] | None = None
-        self._worker: _Worker | None = None
+        self._worker: Hired | None = None
         self._spawned = asyncio.Event()  # a first worker runs
         self._failure: Failed | None = None
         self._backoff_s = limits.backoff_initial_s
@@ -323,6 +375,9 @@ class TrainerProcess:
             self._fail_initialising(exit_code)
             if self._stopping.is_set():
                 return
+            if exit_code == GUEST_LEFT and (self._ready.done() or self._hire.again):
+                self._on_event(Parted())
+                continue
             if not self._ready.done():
                 raise _start_error(self._failure, exit_code, output)
             pause_s = self._backoff_s
@@ -337,11 +392,13 @@ class TrainerProcess:
         """One worker from its start to its end: exit status, last lines of output."""
         self._failure = None
         try:
-            worker = await _Worker.spawn(self._command, self._threads, self._fds)
+            worker = await self._hired()
         except OSError as error:  # out of memory, or the interpreter is being upgraded: it may pass
-            if not self._ready.done():
+            if not self._ready.done() and not self._hire.again:
                 raise
             return os.EX_OSERR, (f"the trainer cannot be started: {error}",)
+        if worker is None:
+            return 0, ()
         self._worker = worker
         self._spawned.set()
         try:
@@ -354,12 +411,25 @@ class TrainerProcess:
                 await self._converse(worker)
                 exit_code = await worker.end()
                 output = await collector
-            return exit_code, output
+            return (GUEST_LEFT if worker.guest else exit_code), output
         finally:
             await worker.close()
             self._worker = None
 
-    async def _converse(self, worker: _Worker) -> None:
+    async def _hired(self) -> Hired | None:
+        """The next worker; None if we are told to stop before there is one. Raises OSError."""
+        hiring = asyncio.ensure_future(self._hire(self._fds))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({hiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return hiring.result() if hiring.done() else None
+        finally:
+            stopping.cancel()
+            if not hiring.done():
+                hiring.cancel()
+                await asyncio.wait({hiring})
+
+    async def _converse(self, worker: Hired) -> None:
         """Until the worker hangs up, breaks the format, or is silent for too long."""
         try:
             async with asyncio.timeout(self._limits.hello_timeout_s) as deadline:
@@ -381,7 +451,7 @@ class TrainerProcess:
         worker.kill()
         self._on_event(self._failure)
 
-    def _handle(self, worker: _Worker, report: Report) -> None:
+    def _handle(self, worker: Hired, report: Report) -> None:
         if isinstance(report, Hello):
             self._handle_hello(worker, report)
         elif isinstance(report, Tokenizing) and not worker.attached:
@@ -400,7 +470,7 @@ class TrainerProcess:
             self._settle(report)
             self._on_event(report)
 
-    def _wait_on(self, worker: _Worker) -> None:
+    def _wait_on(self, worker: Hired) -> None:
         """A worker that gets on with the data may take as long as they need."""
         if worker.deadline is not None:
             now_s = asyncio.get_running_loop().time()
@@ -412,7 +482,7 @@ class TrainerProcess:
             return True
         return isinstance(report, Contribution) and report.epoch != self._begun
 
-    def _handle_hello(self, worker: _Worker, hello: Hello) -> None:
+    def _handle_hello(self, worker: Hired, hello: Hello) -> None:
         """Size the buffers at the first hello; a later one must name the same model."""
         from tapestry.compression.shards import Layout
 
@@ -470,7 +540,7 @@ class TrainerProcess:
                 self._worker.kill()
         return slot
 
-    def _resume(self, worker: _Worker) -> None:
+    def _resume(self, worker: Hired) -> None:
         """Tell a worker that has just come up what is still wanted."""
         if self._evaluating is not None:
             worker.send(Evaluate(self._evaluating))
@@ -496,13 +566,14 @@ class TrainerProcess:
             worker.send(command)
             self._watch_silence(worker)
 
-    def _watch_silence(self, worker: _Worker) -> None:
+    def _watch_silence(self, worker: Hired) -> None:
         """Only a worker that has something to do owes us a sign of life."""
         if worker.deadline is None or not worker.attached:
             return
         busy = self._begun is not None or self._evaluating is not None or self._initialising is not None
+        silence_s = self._limits.silence_timeout_s
         now_s = asyncio.get_running_loop().time()
-        worker.deadline.reschedule(now_s + self._limits.silence_timeout_s if busy else None)
+        worker.deadline.reschedule(now_s + silence_s if busy and silence_s is not None else None)
 
     def _fail_initialising(self, exit_code: int) -> None:
         if self._initialising is not None and not self._initialising.done():
@@ -512,8 +583,22 @@ class TrainerProcess:
             self._initialising.set_exception(TrainerError(failure.reason, failure.text))
 
 
+class _Children:
+    """Workers of our own; Hire."""
+
+    again = False
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        self._command, self._threads = command, threads
+
+    async def __call__(self, fds: dict[str, int]) -> _Worker:
+        return await _Worker.spawn(self._command, self._threads, fds)
+
+
 class _Worker:
-    """One child process and the socket to it."""
+    """One child process and the socket to it; Hired."""
+
+    guest = False
 
     @classmethod
     async def spawn(cls, command: Sequence[str], threads: int, fds: dict[str, int]) -> _Worker:
@@ -623,6 +708,8 @@ def _readable(line: bytes) -> str:
 def _start_error(failure: Failed | None, exit_code: int, output: tuple[str, ...]) -> TrainerError:
     if failure is not None:
         return TrainerError(failure.reason, failure.text)
+    if exit_code == GUEST_LEFT:
+        return TrainerError("died", "the script has left before it was ready")
     last = f": {output[-1]}" if output else ""
     return TrainerError("died", f"the trainer ended with status {exit_code} before it was ready{last}")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import LlamaSpec, ModelSpec, TransformersSpec
+from tapestry.node.spec.training import ExternalSpec, LlamaSpec, ModelSpec, TransformersSpec
 from tapestry.node.trainer.models import llama, lora
 from tapestry.node.trainer.models.pretrained import (
     construct,
@@ -46,6 +46,11 @@ def build(spec: ModelSpec, folder: Path | None, sequence_length: int) -> nn.Modu
     is read but the configuration. `folder` is where config.json lies, and for LoRA the base's weights too.
     Raises ModelError.
     """
+    if isinstance(spec, ExternalSpec):
+        raise ModelError(
+            "this run trains a module that each member's script brings",
+            "join it from a script: docs/library.md",
+        )
     if isinstance(spec, LlamaSpec):
         return llama.build_model(spec, sequence_length)
     folder = _required(folder)
@@ -84,6 +89,7 @@ def initial_state(
         return drawn if out is None else out.copy_(drawn)
     with torch.device("meta"):
         frame = build(spec, folder, sequence_length)
+    assert isinstance(spec, TransformersSpec), "`build` has refused an external module"
     plan = layout_of(frame)
     flat = torch.empty(plan.n, device="cpu") if out is None else out
     folder = _required(folder)

@@ -1,0 +1,172 @@
+"""The node of a script: a child process that lives as long as the script, or one that runs already.
+
+Either way the script ends up with a connected socket and the shared buffers' descriptors (trainer/guest.py).
+A child's output goes to HOME/node.log, as with `start --detach`; why it ended is read from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tapestry.node.home import Home, Liveness, NodeInfo
+from tapestry.node.library.errors import SwarmError
+from tapestry.node.trainer.guest import GREETING, knock
+from tapestry.node.trainer.shared import BUFFERS
+
+START_S = 120.0  # a child's first sign: its interpreter on a busy machine. Guess
+ANSWER_S = 10.0  # of a node that runs: it greets at once, unless another script is there
+STOP_S = 20.0  # the node's own limit is 10 s (daemon/life.py)
+ASK_S = 5.0
+LOG_TAIL_BYTES = 16 << 10
+
+
+class Daemon:
+    """A node, and the connection to it. `start` or `find` one, and `close` it."""
+
+    @classmethod
+    def start(cls, home: Home, flags: Sequence[str]) -> Daemon:
+        """A child. Raises SwarmError."""
+        home.create()
+        ours, theirs = socket.socketpair()
+        with theirs, home.log.open("ab") as log:
+            began = log.tell()
+            command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", f"--home={home.path}"]
+            process = subprocess.Popen(
+                [*command, "--external", f"--script-fd={theirs.fileno()}", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # a terminal's Ctrl-C is the script's
+            )
+        return cls(home, ours, process, began)
+
+    @classmethod
+    def find(cls, home: Home) -> Daemon | None:
+        """The node that runs in this home; None if none does. Raises SwarmError if it takes no scripts."""
+        pid = home.holder()
+        if pid is None:
+            return None
+        try:
+            return cls(home, knock(home.trainer_socket), None, 0)
+        except OSError as error:
+            raise SwarmError(
+                f"the node in {home.path} (pid {pid}) takes no scripts: {error.strerror}",
+                f"tapestry stop --home {home.path}, or start it with --external",
+            ) from error
+
+    def __init__(
+        self, home: Home, connection: socket.socket, process: subprocess.Popen[bytes] | None, log_began: int
+    ) -> None:
+        self.connection = connection
+        self._home = home
+        self._process = process
+        self._log_began = log_began
+
+    @property
+    def is_child(self) -> bool:
+        """Whether it ends with the script."""
+        return self._process is not None
+
+    def receive_buffers(self) -> dict[str, int]:
+        """The greeting: descriptors by name. Raises SwarmError."""
+        limit_s = START_S if self.is_child else ANSWER_S
+        if not select.select([self.connection], [], [], limit_s)[0]:
+            why = (
+                "does not answer"
+                if self.is_child
+                else "does not answer: another script may be training there"
+            )
+            raise SwarmError(f"the node in {self._home.path} {why}", f"see {self._home.log}")
+        data, fds, _, _ = socket.recv_fds(self.connection, len(GREETING), len(BUFFERS))
+        if not data:
+            raise self.failure()
+        if data != GREETING or len(fds) != len(BUFFERS):
+            raise SwarmError(
+                "the node speaks another version of this protocol", "restart it with this version"
+            )
+        return dict(zip(BUFFERS, fds, strict=True))
+
+    def info(self, timeout_s: float) -> NodeInfo:
+        """What it has written to node.json, once it is up. Raises SwarmError."""
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            state = self._home.read_node_json()
+            if state.liveness is Liveness.RUNNING and state.info is not None:
+                return state.info
+            if state.pid is None or (self._process is not None and self._process.poll() is not None):
+                raise self.failure()
+            time.sleep(0.02)
+        raise SwarmError(
+            f"the node in {self._home.path} is not up after {timeout_s:g} s", f"see {self._home.log}"
+        )
+
+    def ask(self, path: str) -> Any:
+        """A page of its loopback endpoint, as JSON. Raises SwarmError."""
+        info = self._home.read_node_json().info
+        if info is None:
+            raise self.failure()
+        try:
+            with urllib.request.urlopen(info.http.rstrip("/") + path, timeout=ASK_S) as answer:
+                return json.load(answer)
+        except (OSError, ValueError) as error:
+            raise SwarmError(f"the node in {self._home.path} does not answer: {error}") from error
+
+    def failure(self) -> SwarmError:
+        """Why it is gone, as it said last."""
+        code = self._wait(STOP_S) if self._process is not None else None
+        lines = _tail(self._home.log, self._log_began)
+        said = [line for line in lines if line.startswith("error: ")]
+        if not said:
+            last = f": {lines[-1]}" if lines else ""
+            return SwarmError(f"the node in {self._home.path} has ended (exit {code}){last}")
+        after = lines[lines.index(said[-1]) + 1 :]
+        hints = [line.removeprefix("hint: ") for line in after if line.startswith("hint: ")]
+        details = [line.strip() for line in after if line.startswith("  ")]
+        return SwarmError(said[-1].removeprefix("error: "), hints[-1] if hints else None, details)
+
+    def stop(self) -> None:
+        """Ask a child to leave in good order; it says so on the connection when it is done."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def close(self) -> int:
+        """Hang up, and wait for a child to end. Its exit code; 0 of a node that goes on."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # also where a forked process still has it
+        self.connection.close()
+        return 0 if self._process is None else self._wait(STOP_S)
+
+    def _wait(self, timeout_s: float) -> int:
+        """A child's exit code; one that does not end is killed, which its home survives."""
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+
+
+def _tail(path: Path, began: int) -> list[str]:
+    try:
+        with path.open("rb") as log:
+            size = os.fstat(log.fileno()).st_size
+            log.seek(max(began, size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,107 @@
+"""The examples, with real nodes: two members of one digest, a restart, an exception, a Trainer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e.harness import environment, tapestry
+
+pytestmark = pytest.mark.e2e
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DEADLINE_S = 180.0  # on two cores that other tests use as well
+
+RAISES = """
+import sys
+import torch
+from tapestry.node import Swarm
+
+module = torch.nn.Linear(64, 10)
+optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+flags = ["--listen=/ip4/127.0.0.1/tcp/0"]
+with Swarm(module, optimizer, home=sys.argv[1], inner_steps=2, flags=flags) as swarm:
+    while True:
+        module(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        if swarm.step() and swarm.epoch >= 2:
+            raise KeyError("the loop broke")
+"""
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-P", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must have done well, and left nothing behind."""
+    try:
+        out, errors = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    return out
+
+
+def nodes_of(home: Path) -> list[psutil.Process]:
+    return [
+        one for one in psutil.process_iter(["cmdline"]) if f"--home={home}" in (one.info["cmdline"] or [])
+    ]
+
+
+def test_two_scripts_train_one_module_and_go_on_where_they_were(tmp_path: Path) -> None:
+    homes = tmp_path / "a", tmp_path / "b"
+    first = start(EXAMPLES / "digits.py", "--home", homes[0], "--part", "1/2")
+    assert first.stderr is not None
+    told = (re.search("peer='([^']*)'", line) for line in first.stderr)
+    address = next(filter(None, told))
+    second = start(EXAMPLES / "digits.py", "--home", homes[1], "--part", "2/2", "--peer", address[1])
+    said = [finish(one) for one in (first, second)]
+    digests = [re.findall("digest ([0-9a-f]{64})", out) for out in said]
+    assert digests[0] == digests[1] and len(digests[0]) == 1, said
+    assert all(out.count("epoch 3") == 1 for out in said)
+    assert not any(map(nodes_of, homes)), "the nodes end with their scripts"
+    assert (homes[0] / "trainer" / "inner.safetensors").exists(), "the optimizer's state is kept"
+
+    again = start(EXAMPLES / "digits.py", "--home", homes[0], "--part", "1/2", "--epochs", 3)
+    out = finish(again)
+    assert re.findall("digest ([0-9a-f]{64})", out) == digests[0], (
+        "the module of a restarted script has the base"
+    )
+
+    other = start("-c", RAISES.replace("64", "63"), homes[0])
+    _, errors = other.communicate(timeout=DEADLINE_S)
+    assert "the module is not the run's: weight 10x63 here, 0.weight 64x64 in the run" in errors
+    refused = tapestry("start", "--home", homes[0], "--data", "stdlib:1/3", "--http", "127.0.0.1:0")
+    assert "this run trains a module that each member's script brings" in refused.stderr
+
+
+def test_an_exception_in_the_loop_leaves_the_swarm_in_good_order(tmp_path: Path) -> None:
+    script = start("-c", RAISES, tmp_path / "a")
+    _, errors = script.communicate(timeout=DEADLINE_S)
+    assert script.returncode == 1 and "KeyError: 'the loop broke'" in errors
+    assert not nodes_of(tmp_path / "a")
+    log = (tmp_path / "a" / "node.log").read_text()
+    assert "stopping" in log and "Traceback" not in log
+    assert not (tmp_path / "a" / "node.json").exists()
+
+
+@pytest.mark.long
+def test_the_other_examples_run(tmp_path: Path) -> None:
+    digests = re.findall("epoch 5, digest ([0-9a-f]{16})", finish(start(EXAMPLES / "two_on_one_machine.py")))
+    assert len(digests) == 2 and len(set(digests)) == 1
+    assert "epoch 2 after" in finish(start(EXAMPLES / "hf_trainer.py", tmp_path / "t"))
+    out = finish(start(EXAMPLES / "notebook.py", tmp_path / "n", tmp_path / "loss.png"))
+    assert "the node ended with exit code 0" in out
+    assert (tmp_path / "loss.png").stat().st_size > 5000

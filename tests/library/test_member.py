@@ -1,0 +1,359 @@
+"""A script's side and the node's of the trainer's protocol, over a socketpair: no daemon, no swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.payloads import PayloadLayout
+from tapestry.node.library.errors import SwarmError
+from tapestry.node.library.member import Loop, Member
+from tapestry.node.library.module import Trained
+from tapestry.node.library.optimizer import StateNotKept, load_state, save_state
+from tapestry.node.library.wanted import Wanted
+from tapestry.node.spec.data import NO_DATA
+from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
+from tapestry.node.spec.training import ExternalSpec, WorkerSettings
+from tapestry.node.trainer.guest import GREETING, Door, Line, knock
+from tapestry.node.trainer.messages import Contribution, Hello, Progress, Saved
+from tapestry.node.trainer.process import Event, Parted, TrainerProcess
+from tapestry.node.trainer.shared import BUFFERS
+from tapestry.node.trainer.worker import Channel
+
+SHARD = 256
+
+
+def make_module() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
+
+
+def wanted(module: nn.Module, **run: Any) -> Wanted:
+    return Wanted.of(Trained(module).layout, None, None, run)
+
+
+def settings_of(spec: RunSpec, folder: Path) -> WorkerSettings:
+    return WorkerSettings(
+        training=training_spec(spec),
+        data=NO_DATA,
+        cache_dir="",
+        inner_state_path=str(folder / "inner.safetensors"),
+        cursor_path="",
+        node_seed=0,
+        codec=spec.compression.codec,
+        shard_elements=SHARD,
+        residual=False,
+        run_spec=spec.canonical().decode(),
+    )
+
+
+def decoded(payloads: torch.Tensor, n: int) -> torch.Tensor:
+    layout = PayloadLayout.of(get_codec("int8-block"), n, SHARD)
+    pairs = zip(layout.shards, layout.views(payloads), strict=True)
+    return torch.cat([layout.codec.decode(payload, shard.n) for shard, payload in pairs])
+
+
+def between(node: Callable[..., Any], script: Callable[[socket.socket], Any]) -> Any:
+    """Run `node(trainer, events)` in a loop and `script(connection)` in a thread; the script's result."""
+    ours, theirs = socket.socketpair()
+    result: list[Any] = []
+
+    def in_thread() -> None:
+        try:
+            result.append(script(ours))
+        except Exception as error:
+            result.append(error)
+        finally:
+            ours.close()
+
+    async def run() -> None:
+        line = Line(theirs.detach())
+        trainer = TrainerProcess.await_guests(line)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        thread = threading.Thread(target=in_thread)
+        thread.start()
+        try:
+            async with asyncio.timeout(60):
+                await node(trainer, events)
+        finally:
+            await trainer.stop(2)
+            line.close()
+            await asyncio.to_thread(thread.join, 10)
+
+    asyncio.run(run())
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def member(connection: socket.socket, settings: WorkerSettings, loop: Loop) -> Member:
+    greeting, fds, _, _ = socket.recv_fds(connection, len(GREETING), len(BUFFERS))
+    assert greeting == GREETING
+    Channel(connection).receive(wait=True)  # Configure
+    made = Member(connection, dict(zip(BUFFERS, fds, strict=True)), settings, loop)
+    made.say_hello()
+    return made
+
+
+async def next_of(events: asyncio.Queue[Event], kind: type) -> Any:
+    while not isinstance(event := await events.get(), kind):
+        pass
+    return event
+
+
+def silent(waited_s: float) -> None:
+    return
+
+
+def test_a_round_hands_in_base_minus_local_and_loads_the_next_base(tmp_path: Path) -> None:
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 2}).spec
+    settings = settings_of(spec, tmp_path)
+    n = Trained(module).layout.n
+    got: dict[str, Any] = {}
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        assert (await next_of(events, Hello)).names == Trained(module).layout.names
+        await trainer.initialise()
+        got["initial"] = trainer.params.clone()
+        trainer.params.mul_(2)
+        trainer.begin(4, "b")
+        event = await next_of(events, Contribution)
+        got["event"], got["mean"] = event, decoded(trainer.contribution.clone(), n)
+        trainer.params.fill_(0.25)
+        trainer.begin(5, "c")
+        trainer.save(5)
+        assert (await next_of(events, Saved)).error == ""
+        await next_of(events, Progress)
+
+    def script(connection: socket.socket) -> None:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        one = member(connection, settings, Loop(Trained(module), optimizer, None))
+        one.wait_for_base(silent)
+        got["begun"] = (one.epoch, torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
+        for step in range(2):
+            for p in module.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert one.step(1.5, 7, silent) is (step == 1)
+        got["second"] = (one.epoch, [p.detach().clone() for p in module.parameters()])
+        got["momenta"] = one.step(1.5, 7, silent)
+        one.serve_until_gone(5)
+
+    between(node, script)
+    initial = torch.cat([p.detach().reshape(-1) for p in make_module().parameters()])
+    assert torch.equal(got["initial"], initial), "state 0 is the founder's module"
+    assert got["begun"][0] == 4 and torch.equal(got["begun"][1], 2 * initial)
+    event = got["event"]
+    assert (event.epoch, event.weight, event.steps, event.loss) == (4, 14, 2, 1.5)
+    assert (got["mean"] - 1.0).abs().max() < 0.01, "two steps of 0.5 down"
+    assert got["second"][0] == 5 and all(bool((p == 0.25).all()) for p in got["second"][1])
+
+
+def test_with_gradients_the_mean_of_the_batches_is_handed_in(tmp_path: Path) -> None:
+    module = make_module()
+    spec = wanted(module, train={"inner_steps": 0, "accumulation": 2}).spec
+    assert spec.outer.optimizer == "adamw"
+    settings = settings_of(spec, tmp_path)
+    got: dict[str, Any] = {}
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.begin(0, "b")
+        await next_of(events, Contribution)
+        got["mean"] = decoded(trainer.contribution.clone(), trainer.layout.n)
+        trainer.begin(1, "c")
+
+    def script(connection: socket.socket) -> None:
+        one = member(connection, settings, Loop(Trained(module), None, None))
+        one.wait_for_base(silent)
+        for gradient in (1.0, 3.0):
+            for p in module.parameters():
+                p.grad = torch.full_like(p, gradient)
+            one.step(None, 1, silent)
+        assert all(p.grad is None for p in module.parameters())
+
+    between(node, script)
+    assert (got["mean"] - 2.0).abs().max() < 0.02
+
+
+def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 50}).spec
+    settings = settings_of(spec, tmp_path)
+    may_step = threading.Semaphore(0)
+    got: dict[str, Any] = {}
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.begin(0, "a")
+        trainer.begin(0, "another fork")
+        may_step.release()
+        trainer.close_round(0)
+        event = await next_of(events, Contribution)
+        got["steps"] = event.steps
+        trainer.begin(1, "c")
+
+    def script(connection: socket.socket) -> None:
+        one = member(connection, settings, Loop(Trained(module), torch.optim.SGD(module.parameters()), None))
+        one.wait_for_base(silent)
+        may_step.acquire()
+        while not (one.step(1.0, 1, silent) and one.epoch == 1):
+            pass
+
+    between(node, script)
+    assert got["steps"] < 50
+
+
+def test_what_is_not_finite_is_told_to_the_script_and_not_to_the_node(tmp_path: Path) -> None:
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 1}).spec
+    settings = settings_of(spec, tmp_path)
+    seen: list[Event] = []
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.begin(0, "a")
+        while not isinstance(event := await events.get(), Parted):
+            seen.append(event)
+
+    def script(connection: socket.socket) -> None:
+        one = member(connection, settings, Loop(Trained(module), torch.optim.SGD(module.parameters()), None))
+        one.wait_for_base(silent)
+        with torch.no_grad():
+            next(module.parameters()).fill_(float("nan"))
+        one.step(None, 1, silent)
+
+    with pytest.raises(SwarmError, match="not finite: nothing of it is contributed"):
+        between(node, script)
+    assert not any(isinstance(event, Contribution) for event in seen)
+
+
+def test_a_script_of_the_second_visit_takes_up_where_the_first_left(tmp_path: Path) -> None:
+    """At a node that runs by itself: the first script leaves in the middle of an epoch."""
+    spec = wanted(make_module(), train={"inner_steps": 2}).spec
+    settings = settings_of(spec, tmp_path)
+    path = tmp_path / ("x" * 120) / "trainer.sock"  # longer than a socket's address may be
+    path.parent.mkdir()
+
+    def visit(steps: int) -> int:
+        module = make_module()
+        with knock(path) as connection:
+            loop = Loop(Trained(module), torch.optim.SGD(module.parameters(), lr=0.1), None)
+            one = member(connection, settings, loop)
+            one.wait_for_base(silent)
+            for _ in range(steps):
+                one.step(1.0, 1, silent)
+            return one.epoch
+
+    async def run() -> list[int]:
+        door = Door(path)
+        assert path.stat().st_mode & 0o777 == 0o600
+        trainer = TrainerProcess.await_guests(door)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        try:
+            async with asyncio.timeout(60):
+                first = asyncio.create_task(asyncio.to_thread(visit, 1))
+                await trainer.configure(settings, events.put_nowait)
+                trainer.begin(7, "a")
+                epochs = [await first]
+                await next_of(events, Parted)
+                second = asyncio.create_task(asyncio.to_thread(visit, 2))
+                assert (await next_of(events, Contribution)).epoch == 7
+                trainer.begin(8, "b")
+                return [*epochs, await second]
+        finally:
+            await trainer.stop(2)
+            door.close()
+
+    assert asyncio.run(run()) == [7, 8]
+    assert not path.exists()
+
+
+def test_a_node_that_stops_before_a_script_comes_does_not_hang(tmp_path: Path) -> None:
+    async def run() -> None:
+        door = Door(tmp_path / "trainer.sock")
+        trainer = TrainerProcess.await_guests(door)
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await trainer.stop(3)
+        door.close()
+
+    asyncio.run(run())
+
+
+def test_a_member_with_another_module_or_other_arguments_is_refused_in_a_line() -> None:
+    spec = wanted(make_module(), train={"inner_steps": 20}).spec
+    wanted(make_module()).require(spec)
+    wanted(make_module(), train={"inner_steps": 20}).require(spec)
+    with pytest.raises(SwarmError, match=r"train\.inner_steps: 30 here, 20 in the run"):
+        wanted(make_module(), train={"inner_steps": 30}).require(spec)
+    with pytest.raises(SwarmError, match=r"0\.weight 4x3 here, 0\.weight 20x30 in the run"):
+        wanted(nn.Sequential(nn.Linear(3, 4))).require(spec)
+    with pytest.raises(SwarmError, match="4 tensors here, 6 in the run"):
+        first, second, _ = make_module()
+        wanted(nn.Sequential(first, second)).require(spec)
+    with pytest.raises(SwarmError, match="trains a model that the node builds"):
+        wanted(make_module()).require(preset_spec("nano", "n"))
+    with pytest.raises(SwarmError, match=r"train.inner_step: unknown key; did you mean train.inner_steps\?"):
+        wanted(make_module(), train={"inner_step": 1})
+
+
+def test_a_spec_of_very_many_tensors_still_fits_its_genesis() -> None:
+    model = ExternalSpec.of(
+        "0" * 64, [f"a.rather.long.name.of.layer.{i}" for i in range(3000)], [(2, 2)] * 3000
+    )
+    assert model.tensors == () and model.parameters == 12000
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.ASGD])
+def test_an_optimizers_state_comes_back_and_its_learning_rate_is_the_scripts(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    def stepped(lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = make_module()
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        optimizer = kind(module.parameters(), lr=lr, **more)  # type: ignore[call-arg]
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return module, optimizer
+
+    path = tmp_path / "state.safetensors"
+    _, first = stepped(0.1)
+    save_state(path, first, 5, "s")
+    second = kind(make_module().parameters(), lr=0.2)  # type: ignore[call-arg]
+    assert load_state(path, second, "s") == 5
+    assert second.param_groups[0]["lr"] == 0.2
+    before, after = first.state_dict()["state"], second.state_dict()["state"]
+    assert before.keys() == after.keys() and before
+    for index, values in before.items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(after[index][k])) for k, v in values.items()
+        )
+    with pytest.raises(StateNotKept, match="another module"):
+        load_state(path, second, "another")
+
+
+def test_a_state_that_only_pickle_could_write_is_not_written(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD(make_module().parameters())
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = {"closure": object()}
+    with pytest.raises(StateNotKept, match="holds a object"):
+        save_state(tmp_path / "x", optimizer, 0, "s")
+
+
+def test_a_parameter_that_was_not_trained_contributes_zero_in_bf16_too() -> None:
+    module = nn.Linear(16, 16).to(torch.bfloat16)
+    trained = Trained(module)
+    base = torch.randn(trained.layout.n)
+    trained.load(base)
+    out = torch.full((trained.layout.n,), 9.0)
+    trained.difference(base)(0, trained.layout.n, out)
+    assert bool((out == 0).all())

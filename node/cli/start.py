@@ -57,7 +57,8 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 )
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
-@click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
+@click.option("--epochs", type=int, metavar="N", help="Stop after N epochs more.")
+@click.option("--until-epoch", type=int, metavar="E", help="Stop once the run has E epochs.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
 def start(home: str | None, detach: bool, **flags: Any) -> int:

@@ -41,8 +41,11 @@ class TrainingView:
     """What /status says of the training: kept from the trainer's reports."""
 
     def __init__(self) -> None:
-        self.loss = math.nan
+        self.loss = math.nan  # mean over the steps of `loss_epoch` so far
+        self.loss_epoch = -1  # the state that the steps began from; -1: none yet
         self.val_loss = math.nan
+        self.val_loss_epoch = -1  # the state that it was measured on
+        self.trouble = ""  # of the trainer: trainer_health.py
         self.val_losses: dict[str, float] = {}  # by the set's name
         self.data_passes = 0.0
         self.tokens_per_second = 0.0
@@ -58,17 +61,29 @@ class TrainingView:
         if isinstance(event, tm.Progress):
             if event.epoch != self._epoch or event.tokens < self._epoch_tokens:  # another, or this one again
                 self._taken = (0, 0)
+            self._smooth(event)
             self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
-            self.loss = event.loss
             self.tokens_per_second = event.tokens_per_second
         elif isinstance(event, tm.Contribution):
             self.data_passes = event.passes
+            self.loss, self.loss_epoch = event.loss, event.epoch  # of all its steps
         elif isinstance(event, tm.Hello):
             self.val_losses = {name: self.val_losses.get(name, math.nan) for name in event.sets}
         elif isinstance(event, tm.Validation):
-            self.val_loss = event.loss
+            self.val_loss, self.val_loss_epoch = event.loss, event.epoch
             self.val_losses = dict(zip(event.sets, event.losses, strict=False))
             self._validation_s = now - self._validation_began
+
+    def _smooth(self, event: tm.Progress) -> None:
+        """The mean over the epoch, each report for the steps since the one before: one batch's loss jumps."""
+        again = event.epoch != self._epoch or event.tokens < self._epoch_tokens
+        done = 0 if again else self._epoch_steps
+        if again or not math.isfinite(self.loss):
+            done = 0
+        if event.step > done:
+            before = self.loss * done if done else 0.0
+            self.loss = (before + event.loss * (event.step - done)) / event.step
+        self.loss_epoch = event.epoch
 
     def take_progress(self) -> tuple[int, int]:
         """Steps and tokens since the last call."""
@@ -166,7 +181,9 @@ class Reporter:
         return Shown(
             core,
             training.loss,
+            training.loss_epoch,
             training.val_loss,
+            training.val_loss_epoch,
             dict(training.val_losses),
             training.data_passes,
             training.tokens_total,
@@ -174,6 +191,7 @@ class Reporter:
             dropped.records,
             dropped.weight,
             addresses,
+            training.trouble,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -186,9 +204,9 @@ class Reporter:
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)
         elif isinstance(event, tm.Progress):
-            self.metrics.trained(*self.training.take_progress(), event.loss)
+            self.metrics.trained(*self.training.take_progress(), self.training.loss)
             self.live.show(
-                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {self.training.loss:.4f}  "
                 f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._phase}"
             )
         elif isinstance(event, tm.Validation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import unicodedata
 from pathlib import Path
 
 import click
@@ -82,7 +83,8 @@ def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) ->
 
 def _name_for(directory: Path) -> str:
     """The directory's name where it can name a run."""
-    return directory.name if RUN_NAME.admits(directory.name) else "tapestry"
+    name = unicodedata.normalize("NFC", directory.name)
+    return name if RUN_NAME.admits(name) else "tapestry"
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -59,7 +59,8 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--max-params", type=int, metavar="N", help="Join no run of more parameters.")
-@click.option("--epochs", type=int, metavar="N", help="Stop after N epochs.")
+@click.option("--epochs", type=int, metavar="N", help="Stop after N epochs more.")
+@click.option("--until-epoch", type=int, metavar="E", help="Stop once the run has E epochs.")
 @click.option(
     "--external",
     is_flag=True,

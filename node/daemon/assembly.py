@@ -27,6 +27,7 @@ from tapestry.dht.swarm import Swarm
 from tapestry.node.daemon.averaging import Averaging, mean_of
 from tapestry.node.daemon.base import base_folder
 from tapestry.node.daemon.descriptors import streams_max
+from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
@@ -43,7 +44,7 @@ from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
-from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig
 from tapestry.node.spec.run import RunSpec, training_spec
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.state.model import ModelState
@@ -66,7 +67,7 @@ class Own:
     peers: tuple[PeerAddress, ...]  # that the operator gave
     reporter: Reporter
     throttles: Throttles
-    epochs: int | None = None  # the node ends after so many; None: it does not
+    ending: Ending = ENDLESS
     base: Path | None = None  # a directory with the run's base, if this member has one
 
 
@@ -141,7 +142,7 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     limits = link_limits(spec, averaging, own.throttles)
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))
     network = Network(config, KnownPeers(own.home.peers))
-    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, own.epochs)
+    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending))
     return Node(run_id, keeper, runtime, network)
 
 

@@ -37,15 +37,12 @@ class DiskDesk:
         trainer: TrainerDesk,
         network: NetworkDesk,
         reporter: Reporter,
-        epochs: int | None,  # `done` is set when the state has come so far; None: never
     ) -> None:
         self._loop = loop
         self._keeper = keeper
         self._trainer = trainer
         self._network = network
         self._reporter = reporter
-        self._epochs = epochs
-        self.done = asyncio.Event()
         self._leaving = False
         self._fetching: asyncio.Task[Any] | None = None  # a whole state, from a donor
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
@@ -131,8 +128,6 @@ class DiskDesk:
                 self._loop.feed(ev.FetchFailed("", "", str(error)))
                 return
         self._loop.feed(ev.Applied(epoch, digest))
-        if self._epochs is not None and epoch >= self._epochs and self._loop.snapshot().at_head:
-            self.done.set()
         if self._keeper.checkpoint_due(epoch):
             self._loop.spawn(self._checkpoint(epoch))
 

@@ -145,6 +145,8 @@ class Daemon:
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
+            if self._is_there(len(loaded.records)):
+                return
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))
@@ -163,7 +165,7 @@ class Daemon:
                 peers,
                 reporter,
                 self.throttles,
-                config.epochs,
+                config.ending,
                 config.base,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
@@ -189,6 +191,7 @@ class Daemon:
                 await node.network.up.wait()
                 self.home.write_node_json(info)
                 await node.runtime.done.wait()
+                _log.info("done epoch=%d: that is all this start was to make", node.keeper.state.epoch)
             finally:
                 self.view.stopping = True
                 await asyncio.shield(self._leave(node))
@@ -202,6 +205,14 @@ class Daemon:
         except OSError as error:
             _log.error("checkpoint=failed reason=%r", str(error))
         await node.network.withdraw(node.runtime.network.news())
+
+    def _is_there(self, epoch: int) -> bool:
+        """Whether --until-epoch asks for what this home has already; says so."""
+        until = self.config.ending.until_epoch
+        if until is None or epoch < until:
+            return False
+        _log.info("done epoch=%d: --until-epoch asks for %d; nothing is left to do", epoch, until)
+        return True
 
     # --- pieces --------------------------------------------------------------------------------
 

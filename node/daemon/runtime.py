@@ -20,6 +20,7 @@ from typing import Any
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Job, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
+from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.network_desk import NetworkDesk
 from tapestry.node.daemon.trainer_desk import TrainerDesk
@@ -47,16 +48,18 @@ class Runtime:
         trainer: TrainerProcess,
         network: Network,
         reporter: Reporter,
-        epochs: int | None,  # `done` is set after so many; None: never
+        goal: Goal,  # `done` is set there
     ) -> None:
         self._core = core
         self._network = network
         self.reporter = reporter
-        self.trainer = TrainerDesk(self, trainer, averaging, reporter, epochs)
+        self.done = asyncio.Event()  # the state has come as far as this node was to go
+        self._goal = goal
+        self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter)
-        self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter, epochs)
+        self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.outputs: Outputs = {
-            ev.Moved: lambda out: reporter.moved(out, self.now(), self.snapshot),
+            ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
@@ -96,11 +99,6 @@ class Runtime:
         await asyncio.sleep(0)  # the farewell is queued; links write it while we save
         await self.disk.leave()
 
-    @property
-    def done(self) -> asyncio.Event:
-        """Set when the run has the epochs that this node was to make."""
-        return self.disk.done
-
     # --- inputs and outputs --------------------------------------------------------------------
 
     def feed(self, inp: ev.Input) -> None:
@@ -120,6 +118,11 @@ class Runtime:
             self._set_timer()
         except Exception as error:
             self._broken.set_exception(error)
+
+    def do_moved(self, out: ev.Moved) -> None:
+        self.reporter.moved(out, self.now(), self.snapshot)
+        if self._goal.reached(out.epoch):
+            self.done.set()
 
     def _set_timer(self) -> None:
         """Call the core again when it has something to do."""

@@ -14,6 +14,8 @@ import secrets
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.goal import Goal
+from tapestry.node.daemon.trainer_health import TrainerHealth
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.protocol import events as ev
 from tapestry.node.trainer import messages as tm
@@ -33,13 +35,14 @@ class TrainerDesk:
         trainer: TrainerProcess,
         averaging: Averaging,
         reporter: Reporter,
-        epochs: int | None,  # no training from this epoch on; None: without end
+        goal: Goal,  # no training beyond it
     ) -> None:
         self._loop = loop
         self._trainer = trainer
         self._averaging = averaging
         self._reporter = reporter
-        self._epochs = epochs
+        self._goal = goal
+        self._health = TrainerHealth()
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._base = ""  # head of the state that the trainer has begun from
         self._contributed = "", 0  # name of our latest contribution, and generation of its begin
@@ -82,13 +85,14 @@ class TrainerDesk:
     def _down(self, event: tm.Failed | Died | Parted) -> None:
         if isinstance(event, Died):
             self._reporter.metrics.trainer_restarted()
-            last = event.output[-1] if event.output else ""
-            why = f"trainer died, exit {event.exit_code}; next start in {event.will_restart_in_s:g} s {last}"
+            why = self._health.died(event)
         elif isinstance(event, Parted):
             why = "no script trains here; the next one that opens this home with Swarm does"
         else:
-            why = f"trainer failed: {event.reason}: {event.text}"
-        self._reporter.trainer_down(why)
+            why = self._health.failed(event)
+        self._reporter.trainer_down(
+            why, self._health.trouble, told=not isinstance(event, Died) or self._health.worth_telling
+        )
         self._loop.feed(ev.TrainerState(False, why))
 
     async def _take(self, event: tm.Contribution, base: str) -> None:
@@ -103,13 +107,16 @@ class TrainerDesk:
                 self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
             self._contributed = token, event.generation
+            self._health.contributed()
+            self._reporter.training.trouble = ""
             self._loop.feed(ev.Contributed(event.epoch, base, token, event.weight, event.norm, payloads))
 
     # --- outputs -------------------------------------------------------------------------------
 
     async def do_train(self, out: ev.Train) -> None:
         """Begin an epoch, as soon as the contribution before it has been taken."""
-        if self._epochs is not None and out.epoch >= self._epochs:
+        self._goal.begin(out.epoch)
+        if self._goal.reached(out.epoch):
             return
         async with self._buffer_lock:
             now = self._loop.now()

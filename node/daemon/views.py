@@ -39,12 +39,20 @@ class Dropped:
     weight: int
 
 
+def _known(loss: float | None) -> float:
+    """NaN for one that a script did not tell."""
+    return math.nan if loss is None else loss
+
+
 class TrainingView:
     """What /status says of the training: kept from the trainer's reports."""
 
     def __init__(self) -> None:
-        self.loss = math.nan
+        self.loss = math.nan  # mean over the steps of `loss_epoch` so far
+        self.loss_epoch = -1  # the state that the steps began from; -1: none yet
         self.val_loss = math.nan
+        self.val_loss_epoch = -1  # the state that it was measured on
+        self.trouble = ""  # of the trainer: trainer_health.py
         self.val_losses: dict[str, float] = {}  # by the set's name
         self.data_passes = 0.0
         self.tokens_per_second = 0.0
@@ -61,16 +69,17 @@ class TrainingView:
         if isinstance(event, tm.Progress):
             if event.epoch != self._epoch or event.tokens < self._epoch_tokens:  # another, or this one again
                 self._taken = (0, 0)
+            self._smooth(event)
             self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
-            self.loss = math.nan if event.loss is None else event.loss
             self.tokens_per_second = event.tokens_per_second
         elif isinstance(event, tm.Contribution):
             self.data_passes = event.passes
-            self._contributed = event.epoch, event.loss
+            self.loss, self.loss_epoch = _known(event.loss), event.epoch  # of all its steps
+            self._contributed = event.epoch, self.loss
         elif isinstance(event, tm.Hello):
             self.val_losses = {name: self.val_losses.get(name, math.nan) for name in event.sets}
         elif isinstance(event, tm.Validation):
-            self.val_loss = event.loss
+            self.val_loss, self.val_loss_epoch = event.loss, event.epoch
             self.val_losses = dict(zip(event.sets, event.losses, strict=False))
             self._validation_s = now - self._validation_began
 
@@ -78,6 +87,19 @@ class TrainingView:
         """The mean of this node's steps from state `epoch`, if that is what it contributed last."""
         contributed, loss = self._contributed
         return loss if contributed == epoch else math.nan
+
+    def _smooth(self, event: tm.Progress) -> None:
+        """The mean over the epoch, each report for the steps since the one before: one batch's loss jumps."""
+        again = event.epoch != self._epoch or event.tokens < self._epoch_tokens
+        done = 0 if again else self._epoch_steps
+        if again or not math.isfinite(self.loss):
+            done = 0
+        if event.loss is None:
+            self.loss = math.nan
+        elif event.step > done:
+            before = self.loss * done if done else 0.0
+            self.loss = (before + event.loss * (event.step - done)) / event.step
+        self.loss_epoch = event.epoch
 
     def take_progress(self) -> tuple[int, int]:
         """Steps and tokens since the last call."""
@@ -192,7 +214,9 @@ class Reporter:
         return Shown(
             core,
             training.loss,
+            training.loss_epoch,
             training.val_loss,
+            training.val_loss_epoch,
             dict(training.val_losses),
             training.data_passes,
             training.tokens_total,
@@ -201,6 +225,7 @@ class Reporter:
             dropped.weight,
             addresses,
             self.traffic,
+            training.trouble,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -213,10 +238,9 @@ class Reporter:
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)
         elif isinstance(event, tm.Progress):
-            loss = self.training.loss
-            self.metrics.trained(*self.training.take_progress(), loss)
+            self.metrics.trained(*self.training.take_progress(), self.training.loss)
             self.live.show(
-                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {loss:.4f}  "
+                f"epoch {event.epoch}  step {event.step}/{event.steps}  loss {self.training.loss:.4f}  "
                 f"{event.tokens_per_second:,.0f} tokens/s  {self._peers_up} peers  {self._phase}"
             )
         elif isinstance(event, tm.Validation):
@@ -235,11 +259,14 @@ class Reporter:
             self._story.trainer("the trainer works again", up=True)
         self._trainer_up = True
 
-    def trainer_down(self, why: str) -> None:
+    def trainer_down(self, why: str, trouble: str, told: bool) -> None:
+        """`trouble`: the cause, for /status. Not `told`: it is no news."""
         self.metrics.set_trainer_up(False)
+        self.training.trouble = trouble
         self._trainer_up = False
-        _log.warning("%s", why)
-        self._story.trainer(why, up=False)
+        if told:
+            _log.warning("%s", why)
+            self._story.trainer(why, up=False)
 
     # --- of the core ---------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ async def agree_on_run(
         )
     if config.run_id is not None:
         raise UserError("--run-id names a run to join, but no --peer is given to join it by")
-    return Agreed(None, RunSpec.load(config.run), from_peer=False)
+    return Agreed(None, RunSpec.load_to_found(config.run), from_peer=False)
 
 
 async def _ask_peers(

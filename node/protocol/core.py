@@ -130,7 +130,7 @@ class Core:
             state_head=chain.head_at(sync.state_epoch) if on_chain else "",
             state_digest=sync.state_digest,
             params=chain.genesis.params,
-            round=round_.snapshot() if round_ is not None else None,
+            round=round_.snapshot(now) if round_ is not None else None,
             peers=tuple(
                 self._peer_snapshot(peer, view, now)
                 for peer, view in sorted(self.ctx.peers.items(), key=lambda entry: entry[0])

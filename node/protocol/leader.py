@@ -13,7 +13,7 @@ from tapestry.node.protocol.blame import culprit
 from tapestry.node.protocol.chain import Body, Member, Record, capped_weights, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
-from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.messages import WAITING_MAX, Accept, Call, Closing, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 
@@ -120,6 +120,11 @@ class Leader:
             if late:
                 return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
         return None
+
+    def waited_for(self, now: float) -> tuple[str, ...]:
+        """Who is not ready yet, of those that the roster waits for: for people."""
+        ready = self.state.ready
+        return tuple(sorted(p for p in self._expected(now) if p not in ready)[:WAITING_MAX])
 
     def gather_until(self) -> float:
         """Until when we wait for the live ones that are not ready."""

@@ -114,7 +114,7 @@ class Round:
         count = len(self.electorate)
         return f"{self.watch.alive(now)} of {count} of the electorate alive, need {quorum(count)}"
 
-    def snapshot(self) -> RoundSnapshot:
+    def snapshot(self, now: float) -> RoundSnapshot:
         """What is shown of the round."""
         state, roster = self.state, self.exchange.roster
         return RoundSnapshot(
@@ -125,8 +125,15 @@ class Round:
             forced=state.forced,
             electorate=len(self.electorate),
             members=len(roster.members) if roster is not None and state.stage > Stage.READY else 0,
-            waiting_on=self.exchange.waiting_on(),
+            waiting_on=self._waiting_on(now),
         )
+
+    def _waiting_on(self, now: float) -> tuple[str, ...]:
+        """Who holds this node up at its stage; () if nobody but itself does."""
+        state = self.state
+        if state.stage == Stage.READY:
+            return self.lead.waited_for(now) if state.leading else (state.leader,)
+        return self.exchange.waiting_on() if state.stage == Stage.EXCHANGING else ()
 
     def wakeup_at(self, now: float) -> float:
         """When `advance` has something to do if nothing happens before: later than `now`."""

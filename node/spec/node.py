@@ -47,6 +47,17 @@ _FLAGS = {"peers": "peer"}  # keys whose flag has another name
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """When a node is to end by itself. At most one of the two is given."""
+
+    epochs: int | None = None  # after so many epochs more
+    until_epoch: int | None = None  # once its state is of this epoch
+
+
+ENDLESS = Ending()
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """Everything that `tapestry start` was told, checked. Make one with `resolve`."""
 
@@ -67,7 +78,7 @@ class NodeConfig:
     download_bytes_per_second: float | None
     log_format: Literal["text", "json"]
     trackers: tuple[str, ...]  # surface/trackers.KINDS
-    epochs: int | None  # stop after so many; None: go on
+    ending: Ending
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
     external: bool = False  # a script trains, and brings module and data: node/library
     script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
@@ -99,7 +110,7 @@ class NodeConfig:
             download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
             log_format=options.log_format,
             trackers=options.trackers,
-            epochs=_epochs(flags.get("epochs")),
+            ending=_ending(flags.get("epochs"), flags.get("until_epoch")),
             max_params=options.max_params or None,
             external=bool(flags.get("external")),
             script_fd=flags.get("script_fd"),
@@ -319,7 +330,14 @@ def _rate(text: str) -> float:
     return float(match["number"]) * _BYTES_S[match["unit"]]
 
 
-def _epochs(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise UserError(f"--epochs: {value} is not a positive number of epochs")
-    return value
+def _ending(epochs: int | None, until_epoch: int | None) -> Ending:
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--epochs: {epochs} is not a positive number of epochs")
+    if until_epoch is not None and until_epoch < 1:
+        raise UserError(f"--until-epoch: {until_epoch} is not a positive epoch")
+    if epochs is not None and until_epoch is not None:
+        raise UserError(
+            "--epochs and --until-epoch exclude each other",
+            hint="--epochs N makes N epochs more, --until-epoch E goes on to epoch E",
+        )
+    return Ending(epochs, until_epoch)

@@ -14,6 +14,7 @@ Must not import torch, hivemind or transformers: the command line waits for this
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.chain import MEMBERS_MAX, wire_bytes
 from tapestry.node.spec.tables import (
     Between,
-    Pattern,
+    Name,
     TableError,
     commented_toml,
     flat,
@@ -57,8 +58,21 @@ class RunSpec:
         return cls.from_dict(read_toml(path), str(path))
 
     @classmethod
+    def load_to_found(cls, path: Path) -> RunSpec:
+        """Read the run.toml of a run that is yet to be; raises UserError also for keys that make no sense."""
+        spec = cls.load(path)
+        try:
+            _check_sense(spec)
+        except TableError as error:
+            raise UserError(f"{path}: {error}") from error
+        return spec
+
+    @classmethod
     def from_dict(cls, table: Mapping[str, object], where: str = "run spec") -> RunSpec:
         """Check a table of tables and fill in the defaults; raises UserError that starts with `where`."""
+        name = table.get("name")
+        if isinstance(name, str):  # one name, however the keyboard composes its letters
+            table = {**table, "name": unicodedata.normalize("NFC", name)}
         try:
             return _checked(read_table(cls, table))
         except TableError as error:
@@ -323,13 +337,37 @@ def _checked(spec: RunSpec) -> RunSpec:
     return spec
 
 
+def _check_sense(spec: RunSpec) -> None:
+    """Keys that contradict each other, or have no effect. Raises TableError.
+
+    Asked when a run is founded; a run that has such a spec already goes on with it.
+    """
+    inner_steps, optimizer, accumulation = (
+        spec.train.inner_steps,
+        spec.outer.optimizer,
+        spec.train.accumulation,
+    )
+    if accumulation > 1 and inner_steps:
+        raise TableError(
+            f"train.accumulation: {accumulation} with train.inner_steps = {inner_steps}; it has no effect "
+            "there: set accumulation = 1, or inner_steps = 0 (train.batch_size makes inner steps larger)"
+        )
+    if inner_steps and optimizer == "adamw":
+        raise TableError(
+            f'outer.optimizer: "adamw" with train.inner_steps = {inner_steps}; it takes mean gradients: '
+            'set outer.optimizer = "nesterov", or train.inner_steps = 0'
+        )
+    if not inner_steps and optimizer == "nesterov":
+        raise TableError(
+            'outer.optimizer: "nesterov" with train.inner_steps = 0; it takes pseudo-gradients: '
+            'set outer.optimizer = "adamw", or train.inner_steps above 0'
+        )
+
+
 # ---- declaring keys ----------------------------------------------------------------------------------
 
 
-RUN_NAME = Pattern(
-    r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}",
-    "1 to 64 letters, digits, blanks and . _ -, the first a letter or a digit",
-)
+RUN_NAME = Name(64)
 
 
 # ---- reading -----------------------------------------------------------------------------------------

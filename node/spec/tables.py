@@ -17,6 +17,7 @@ import re
 import textwrap
 import tomllib
 import types
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,28 @@ class Pattern:
         return f"of {self.words}"
 
 
-Rule = Between | Pattern
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What people call something, in any language: letters and digits of any script, with their marks, blanks
+    and . _ - ' between them; in Unicode's composed form (NFC), so that one name has one spelling."""
+
+    chars_max: int
+
+    def admits(self, value: str) -> bool:
+        kinds = [unicodedata.category(char)[0] for char in value]
+        return (
+            0 < len(value) <= self.chars_max
+            and kinds[0] in "LN"
+            and all(kind in "LNM" or char in NAME_EXTRA for kind, char in zip(kinds, value, strict=True))
+            and unicodedata.is_normalized("NFC", value)
+        )
+
+    def __str__(self) -> str:
+        return f"of 1 to {self.chars_max} letters, digits, blanks and . _ - ', the first a letter or a digit"
+
+
+NAME_EXTRA = " ._-'\u00b7\u2019\u200c\u200d"  # with the joiners of Persian, Hindi and others
+Rule = Between | Pattern | Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ def keys_of(kind: type) -> Iterator[tuple[str, Key]]:
     """The keys that a dataclass declares, in order."""
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, *notes = get_args(hint)
-        rule = next((note for note in notes if isinstance(note, Between | Pattern)), None)
+        rule = next((note for note in notes if isinstance(note, Between | Pattern | Name)), None)
         yield name, Key(inner, rule, notes[-1])
 
 

@@ -45,8 +45,10 @@ class Shown:
     """A running node at one moment."""
 
     core: Snapshot
-    loss: float  # nats; nan until there is one
+    loss: float  # nats; nan until there is one; mean over the epoch's steps
+    loss_epoch: int  # of the state that these steps began from; -1: there is none
     val_loss: float  # mean of the sets'
+    val_loss_epoch: int  # of the state that was measured; -1: there is none
     val_losses: Mapping[str, float]  # by the set's name
     data_passes: float  # over this member's data
     tokens_total: int
@@ -55,6 +57,7 @@ class Shown:
     dropped_weight: int
     addresses: tuple[str, ...]  # where the node listens
     traffic: Traffic
+    trainer_trouble: str  # why the trainer does not contribute; "" if it does
 
 
 class NodeView:
@@ -104,8 +107,11 @@ class NodeView:
             "state_digest": "",
             "params": 0,
             "loss": None,
+            "loss_epoch": None,
             "val_loss": None,
+            "val_loss_epoch": None,
             "val_losses": {},
+            "trainer_trouble": "",
             "data_passes": 0.0,
             "tokens_total": 0,
             "tokens_per_second": 0.0,
@@ -133,7 +139,10 @@ class NodeView:
             "state_digest": core.state_digest,
             "params": core.params,
             "loss": shown.loss,
+            "loss_epoch": shown.loss_epoch if shown.loss_epoch >= 0 else None,
             "val_loss": shown.val_loss,
+            "val_loss_epoch": shown.val_loss_epoch if shown.val_loss_epoch >= 0 else None,
+            "trainer_trouble": shown.trainer_trouble,
             "val_losses": dict(shown.val_losses),
             "data_passes": shown.data_passes,
             "tokens_total": shown.tokens_total,

@@ -12,6 +12,7 @@ import pytest
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.daemon import network_desk
+from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.repeats import Repeats
@@ -20,7 +21,9 @@ from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.trainer import messages as tm
@@ -144,16 +147,18 @@ class FakeNetwork:
 
     def drop_bulk(self) -> None: ...
 
+    def tell_moved(self) -> None: ...
+
 
 class Bench:
     """A runtime among fakes."""
 
-    def __init__(self) -> None:
+    def __init__(self, ending: Ending = ENDLESS) -> None:
         self.core, self.keeper = FakeCore(), FakeKeeper()
         self.averaging, self.trainer, self.network = FakeAveraging(), FakeTrainer(), FakeNetwork()
         self.metrics = Metrics("0")
         fakes: Any = (self.core, self.keeper, self.averaging, self.trainer, self.network)
-        self.runtime = Runtime(*fakes, Reporter(self.metrics, LiveLine(None, enabled=False)), None)  # type: ignore[arg-type]
+        self.runtime = Runtime(*fakes, Reporter(self.metrics, LiveLine(None, enabled=False)), Goal(ending))  # type: ignore[arg-type]
 
     def says(self, *outputs: ev.Output) -> None:
         """The core answers its next input with these."""
@@ -200,6 +205,20 @@ def test_a_core_that_breaks_off_ends_the_node_whoever_called_it(by):
             with pytest.raises(ExceptionGroup) as ended:
                 bench.task.result()
             assert ended.group_contains(AssertionError, match="our bug")
+
+    run(main)
+
+
+def test_a_node_at_its_goal_begins_no_epoch_and_is_done():
+    async def main() -> None:
+        async with Bench(Ending(epochs=1)) as bench:
+            bench.says(ev.Train(3, "cd" * 32, ""), ev.Moved(3, "training", Stage.TRAINING))
+            await turns()
+            assert len(bench.trainer.begun) == 1 and not bench.runtime.done.is_set()
+            bench.says(ev.Train(4, "ce" * 32, "cd" * 32), ev.Moved(4, "training", Stage.TRAINING))
+            await turns()
+            assert len(bench.trainer.begun) == 1, "what it began would hold the others up"
+            assert bench.runtime.done.is_set()
 
     run(main)
 

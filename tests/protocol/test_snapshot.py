@@ -100,3 +100,19 @@ def test_moves_are_told_once_and_tell_what_the_snapshot_shows():
 
 def test_the_simulators_shell_knows_every_output():
     assert set(ev.Output.__args__) == set(EXECUTE)
+
+
+def test_a_snapshot_of_a_leader_that_gathers_names_whom_it_waits_for():
+    world, _ = healthy()
+    waited: dict[tuple[str, ...], None] = {}
+
+    def look() -> bool:
+        for node in world.nodes.values():
+            shown = node.core.snapshot(world.now)
+            if shown.round is not None and "still training" in shown.reason:
+                waited[shown.round.waiting_on] = None
+                assert all(peer in shown.reason for peer in shown.round.waiting_on)
+        return len(waited) > 0
+
+    world.until(look, 60)
+    assert all(waited), "the reason names peers, and so does waiting_on"

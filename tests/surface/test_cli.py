@@ -24,7 +24,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, HomeLock, NodeInfo
-from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.node import Ending, NodeConfig
 from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.surface.http import start_http
 from tapestry.node.surface.metrics import Metrics
@@ -133,6 +133,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--max-download",
         "--max-params",
         "--epochs",
+        "--until-epoch",
         "--log-format",
         "--detach",
         "--help",
@@ -216,7 +217,12 @@ def test_init_writes_files_that_start_can_use(
 
 
 def test_init_names_the_run_after_the_directory_if_that_is_a_name(tmp_path: Path) -> None:
-    for directory, name in (("my-run.1", "my-run.1"), (".hidden", "tapestry"), ("häuser", "tapestry")):
+    for directory, name in (
+        ("my-run.1", "my-run.1"),
+        (".hidden", "tapestry"),
+        ("häuser", "häuser"),
+        ("a;b", "tapestry"),
+    ):
         assert _run("init", str(tmp_path / directory)).exit_code == 0
         assert RunSpec.load(tmp_path / directory / "run.toml").name == name
 
@@ -254,7 +260,7 @@ def test_start_gives_the_daemon_its_configuration_and_ends_with_its_exit_code(
     assert (result.exit_code, result.output) == (4, "")
     assert daemon.config.home == Home(tmp_path)
     assert [one.path for one in daemon.config.data.source] == ["stdlib", str(texts)]
-    assert (daemon.config.http_port, daemon.config.epochs) == (0, 2)
+    assert (daemon.config.http_port, daemon.config.ending) == (0, Ending(epochs=2))
 
 
 def test_an_error_of_the_daemon_is_printed_with_details_and_hint(

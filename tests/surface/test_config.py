@@ -12,7 +12,7 @@ import pytest
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
-from tapestry.node.spec.node import NodeConfig, NodeToml
+from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig, NodeToml
 from tapestry.node.spec.tables import read_table
 
 PEER = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWSahP5pFRCEfaziPEba7urXGeif6T1y8jmodzdFUvzBHj"
@@ -27,7 +27,7 @@ def test_with_nothing_said_the_defaults_hold(tmp_path: Path) -> None:
     config = _resolve(tmp_path)
     assert (config.http_host, config.http_port) == ("127.0.0.1", 9470)
     assert config.listen == ("/ip4/0.0.0.0/tcp/0",)
-    assert config.run is None and config.run_id is None and config.epochs is None
+    assert config.run is None and config.run_id is None and config.ending == ENDLESS
     assert config.peers == config.announce == ()
     assert (config.device, config.log_format) == ("auto", "text")
     assert config.threads == len(os.sched_getaffinity(0))
@@ -252,7 +252,7 @@ def test_addresses_run_id_and_epochs_are_kept_as_given(tmp_path: Path) -> None:
     assert config.peers == (PEER,)
     assert config.listen == ("/ip4/127.0.0.1/tcp/0",)
     assert config.announce == ("/dns4/example.org/tcp/4001",)
-    assert (config.run_id, config.epochs) == ("ab" * 32, 3)
+    assert (config.run_id, config.ending) == ("ab" * 32, Ending(epochs=3))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import unicodedata
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -109,6 +110,8 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
             {"name": "x", "model": {"heads": 4, "kv_heads": 3}},
             "model.kv_heads: 3 with model.heads = 4; must divide model.heads",
         ),
+        ({"name": "e\u200b"}, "name: "),  # a blank of no width
+        ({"name": "\u0301a"}, "name: "),  # a mark without its letter
         (
             {"name": "x", "train": {"inner_steps": 0, "overlap": True}},
             "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round",
@@ -368,3 +371,31 @@ def test_a_key_that_only_one_side_has_is_a_difference() -> None:
         "outer.eps: not here, 1e-08 at the peer",
         "outer.weight_decay: not here, 0.0 at the peer",
     ]
+
+
+@pytest.mark.parametrize("name", ["Tiếng Việt", "日本語のラン", "हिन्दी", "فارسی می‌شود", "Ελληνικά", "Été 2"])
+def test_a_run_has_a_name_in_the_language_of_its_people(name, tmp_path):
+    spec = RunSpec.from_dict({"name": unicodedata.normalize("NFD", name)})
+    assert spec.name == unicodedata.normalize("NFC", name), "one name has one spelling, whatever the keyboard"
+    assert RunSpec.from_canonical(spec.canonical()) == spec
+    path = tmp_path / "run.toml"
+    path.write_text(spec.to_toml())
+    assert RunSpec.load(path) == spec
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"outer": {"optimizer": "adamw"}}, 'outer.optimizer: "adamw" with train.inner_steps = 64'),
+        ({"train": {"inner_steps": 0}}, 'outer.optimizer: "nesterov" with train.inner_steps = 0'),
+        ({"train": {"accumulation": 4}}, "train.accumulation: 4 with train.inner_steps = 64"),
+    ],
+)
+def test_a_run_is_not_founded_on_settings_that_mean_nothing_and_goes_on_if_it_was(table, said, tmp_path):
+    spec = RunSpec.from_dict({"name": "x"} | table)
+    path = tmp_path / "run.toml"
+    path.write_text(spec.to_toml())
+    with pytest.raises(UserError) as refused:
+        RunSpec.load_to_found(path)
+    assert said in refused.value.line and "set " in refused.value.line
+    assert RunSpec.load(path) == RunSpec.from_canonical(spec.canonical()) == spec

@@ -293,6 +293,7 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
                 await asyncio.to_thread(node.wait_epoch, epoch + 1, 15.0)
                 peers = json.loads(await asyncio.to_thread(node.get, "/peers"))
                 banned |= {attack.__name__ for peer in peers if peer["phase"] == "banned"}
+                enemy.close_all()
         assert "two_hundred_streams_at_once" in banned, banned
         assert not watching.done()
         watching.cancel()

@@ -35,7 +35,7 @@ STORE_BYTES_MAX = RECORDS_MAX * (RECORD_BYTES_MAX + 100)  # a whole dictionary, 
 CALLS_SHARE = 0.1  # of the loop's time. Guess: a swarm of 64 uses a thousandth
 PEER_SHARE = 0.04  # Guess
 BURST_S = 0.2  # Guess: one whole dictionary takes as long
-CALL_COST_S = 0.0005  # what a call costs p2pd, the socket and the loop beside its handler. Measured: 0.6 ms
+CALL_COST_S = 0.0005  # what a call costs p2pd, the socket and the loop beside its handler. Guess
 PEERS_KEPT = 1024
 NEW_IDS_PER_S, NEW_IDS_BURST = 2.0, 128.0  # that enter the routing table; a new one may be sent all records
 

@@ -1,9 +1,8 @@
 """The one place where a node is put together: from what it brings and what its run agreed on, to a Node.
 
-    Own (home, identity, peers...) + the run's spec and genesis -> open_state -> Keeper -> assemble -> Node
-
     Own (home, identity, peers...) + spec and genesis of the run -> open_state -> Keeper -> assemble -> Node
-that is not the run's, a roster that is too long for a message) is refused here, before anything is started.
+
+What does not fit together (a state that is not the run's, a roster that is too long for a message) is refused here, before anything is started.
 A home that is only read needs none of this: see disk/held.py.
 """
 

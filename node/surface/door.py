@@ -24,7 +24,7 @@ class DoorLimits:
     connections_max: int = 64  # Guess: a browser takes six, a scraper one
     idle_s: float = 20.0  # to send a request, to take an answer. Guess: above a scrape interval of 15 s
     answer_s: float = 10.0  # to make an answer; nothing here takes long
-    requests_per_s: float = 25.0  # of all together; who asks faster waits. 300 a second cost a round 6 %
+    requests_per_s: float = 25.0  # of all together; who asks faster waits. Guess
     requests_burst: int = 50
 
 

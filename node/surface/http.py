@@ -38,7 +38,7 @@ REQUEST_BYTES_MAX = 1024  # nothing here takes a body
 LINE_BYTES_MAX = 4096  # of a request, and of each of its headers. Guess: browsers send one of a kilobyte
 HEADERS_MAX = 64  # Guess
 BACKLOG = 64  # that wait in the kernel, and so are taken at once at most
-METRICS_EVERY_S = 1.0  # a scraper asks every 15 s; making the text takes 1 ms
+METRICS_EVERY_S = 1.0  # Guess: a scraper asks every 15 s
 OPEN_PATHS = ("/healthz",)  # that need no token
 
 _log = logging.getLogger("tapestry.http")

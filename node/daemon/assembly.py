@@ -2,7 +2,8 @@
 
     Own (home, identity, peers...) + spec and genesis of the run -> open_state -> Keeper -> assemble -> Node
 
-What does not fit together (a state that is not the run's, a roster that is too long for a message) is refused here, before anything is started.
+What does not fit together (a state that is not the run's, a roster that is too long for a message) is refused
+here, before anything is started.
 A home that is only read needs none of this: see disk/held.py.
 """
 

@@ -65,7 +65,7 @@ class Follower:
         if body.run_id != self.genesis.run_id:
             raise InvalidRecord("foreign", "a record of another run")
         if self.epoch == 0 and body.state_digest != self.genesis.state_digest:
-            raise InvalidRecord("state", "record 1 follows another state than that of the genesis")
+            raise InvalidRecord("genesis", "record 1 follows another state than that of the genesis")
         check_record(record, self.head, self.electorate, self.crypto)
         if exceeds_influence([m.weight for m in body.members], self.spec.round.max_influence):
             raise InvalidRecord("influence", f"record {body.epoch}: a weight above max_influence")

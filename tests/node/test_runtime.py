@@ -412,7 +412,9 @@ def test_a_commit_says_how_far_contributions_agree_where_there_are_several(monke
     members = tuple(chain.Member(f"p{index}", 5, "ab" * 16) for index in range(contributors))
     agreement = Agreement(707_107, 750_000, 500_000)
     body = chain.Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
-    Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(chain.Record(body, RUN, 0, ()))
+    Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(
+        chain.Record(body, RUN, 0, ()), tokens=5
+    )
     assert told == [
         f"committed epoch=4 head={RUN[:12]} contributions={contributors} weight={5 * contributors}{said}"
     ]

@@ -100,7 +100,7 @@ def test_a_loss_of_another_epoch_than_the_records_is_not_taken_for_its_own() -> 
 def test_a_trainer_that_dies_and_works_again_is_told_and_the_first_start_is_no_news() -> None:
     bench = Bench()
     bench.reporter.trainer_up()
-    bench.reporter.trainer_down("trainer died, exit -9")
+    bench.reporter.trainer_down("trainer died, exit -9", "exit -9", told=True)
     bench.reporter.trainer_up()
     assert bench.said == ["trainer died, exit -9", "the trainer works again"]
 

@@ -134,6 +134,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--max-params",
         "--epochs",
         "--until-epoch",
+        "--external",
         "--log-format",
         "--detach",
         "--help",

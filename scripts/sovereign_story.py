@@ -68,11 +68,11 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
     pairs = _pairs(texts[0], place)
     recipe = ("--stage", "sft", "--method", "full", "--data", pairs, "--steps", steps, "--lr", "1e-3")
     derive_s, _ = _timed("derive", "ours", "--home", ours, *recipe)
-    _until(ours, json.loads(_run("status", "--home", ours, "--json"))["epoch"] + epochs)
+    _until(ours, _epoch(ours) + epochs)
     rebase_s, said = _timed("rebase", "ours", "--home", ours)
     _report(ours, derive_s, rebase_s, said)
     _run("export", place / "model", "--home", ours, "--derivative", "ours")
-    _run("export", place / "base", "--home", ours, "--epoch", epochs)
+    _run("export", place / "base", "--home", ours, "--epoch", _epoch(ours) - 1)  # one that is signed
     anchor = _run("anchor", "--home", ours).strip()
     for home in reversed(homes):
         _run("stop", "--home", home)
@@ -117,7 +117,12 @@ def _report(home: Path, derive_s: float, rebase_s: float, said: str) -> None:
     kept = (base - after) / (base - before)
     print(f"held-out loss: old base {base:.4f}, derivative {before:.4f}, rebased {after:.4f}")
     moved = new["parent"]["epoch"] - old["parent"]["epoch"]
-    print(f"the base moved {moved} epochs: {100 * kept:.1f} % of the gain is left")
+    new_base = new["base_report"][0]["value"]
+    over = (new_base - after) / (base - before)
+    print(
+        f"the base moved {moved} epochs, to {new_base:.4f}: {100 * kept:.1f} % of the gain over the old base"
+    )
+    print(f"is left, what the base has won since included; over the new one it is {100 * over:.1f} % of it")
     train = new["seconds"] / old["seconds"]
     print(f"training: {old['seconds']:.1f} s, repair: {new['seconds']:.1f} s ({100 * train:.1f} %)")
     print(f"commands, with loading and measuring: {derive_s:.0f} s and {rebase_s:.0f} s")
@@ -132,10 +137,15 @@ def _losses(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
 def _until(home: Path, epoch: int) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        if json.loads(_run("status", "--home", home, "--json"))["epoch"] >= epoch:
+        if _epoch(home) >= epoch:
             return
         time.sleep(2.0)
     raise Failed(f"no epoch {epoch} within {WAIT_S:g} s")
+
+
+def _epoch(home: Path) -> int:
+    epoch: int = json.loads(_run("status", "--home", home, "--json"))["epoch"]
+    return epoch
 
 
 def _timed(*arguments: object) -> tuple[float, str]:

@@ -12,7 +12,7 @@ touches each page once, in order.
 The bytes of a state are those of the parameters and then of the buffers, in the order of their names, f32
 little-endian. Checkpoints, transfers and the digest all speak of these bytes. The digest is made of one for
 each vector: whoever has the parameters alone, and the digests of the buffers, can make it too
-(docs/decisions/012-digest-of-vectors.md). It does not cover the epoch: it identifies the numbers, and the
+(docs/decisions/013-digest-of-vectors.md). It does not cover the epoch: it identifies the numbers, and the
 record that carries it says whose they are.
 
 Must not import: anything that does I/O; asyncio; hivemind.

@@ -139,7 +139,9 @@ def test_aligned_is_clipped_among_those_that_pull_with_the_others(codec, weights
     share = np.array(weights)[:, None] / sum(weights)
     dots = [float(row @ ((share * x).sum(axis=0) - row)) for row in share * x]
     kept = [i for i, dot in enumerate(dots) if dot >= 0] or list(range(len(weights)))
-    if min(abs(dot) for dot in dots) > 1e-4 * max(float(row @ row) for row in share * x):  # else one rounding decides
+    if min(abs(dot) for dot in dots) > 1e-4 * max(
+        float(row @ row) for row in share * x
+    ):  # else one rounding decides
         expected = sum(weights[i] * x[i] for i in kept) / sum(weights[i] for i in kept)
         assert near(mean_of_shard(payloads, weights, codec, n, mean=MEANS["aligned"]), expected, decoded)
 

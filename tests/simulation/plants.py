@@ -138,7 +138,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 129)
+@plant("a new leader makes a new value, whatever was accepted", 5)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 

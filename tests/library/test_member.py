@@ -82,7 +82,7 @@ def between(node: Callable[..., Any], script: Callable[[socket.socket], Any]) ->
         thread = threading.Thread(target=in_thread)
         thread.start()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 await node(trainer, events)
         finally:
             await trainer.stop(2)
@@ -259,7 +259,7 @@ def test_a_script_of_the_second_visit_takes_up_where_the_first_left(tmp_path: Pa
         trainer = TrainerProcess.await_guests(door)
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 first = asyncio.create_task(asyncio.to_thread(visit, 1))
                 await trainer.configure(settings, events.put_nowait)
                 trainer.begin(7, "a")

@@ -54,8 +54,12 @@ def _compile(draft: Path) -> None:
     protocol, simulation = draft / "tapestry" / "node" / "protocol", draft / "simulation"
     protocol.mkdir(parents=True)
     simulation.mkdir()
-    for package in (draft / "tapestry", draft / "tapestry" / "node", simulation):
+    for package in (draft / "tapestry" / "node", simulation):
         (package / "__init__.py").touch()
+    # What is not compiled, tapestry.compression, comes from where it is installed.
+    (draft / "tapestry" / "__init__.py").write_text(
+        "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)\n"
+    )
     for source in PROTOCOL.glob("*.py"):
         (protocol / source.name).write_text(_spelt_out(source.read_text()))
     for source in SIMULATION.glob("[!t]*.py"):

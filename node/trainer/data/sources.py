@@ -268,7 +268,7 @@ def _stdlib_files(where: str, match: re.Match[str]) -> list[SourceFile]:
         folders[:] = sorted(set(folders) - _STDLIB_LEFT_OUT)
         for name in sorted(names):
             path = os.path.join(folder, name)
-            if name.endswith(".py") and os.path.getsize(path):
+            if name.endswith(".py") and not os.path.islink(path) and os.path.getsize(path):
                 files.append(_source_file(path, _text_format(), source))
     chosen = _balanced_part(files, part, parts)
     if not chosen:

@@ -8,7 +8,7 @@ import pytest
 
 from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.spec.size import Machine, parameters_of, size_fault, size_lines
-from tapestry.node.trainer.models.llama import parameter_count
+from tapestry.node.trainer.models.llama import build_model, model_layout
 from tapestry.node.trainer.tokenizers.byte import VOCAB_SIZE
 
 LARGE = Machine(memory_bytes=2**40, disk_bytes=2**40, params_max=None)
@@ -23,7 +23,7 @@ def spec(**model: int) -> RunSpec:
 @pytest.mark.parametrize("preset", ["nano", "tiny", "small"])
 def test_the_arithmetic_is_that_of_the_model(preset: str) -> None:
     run = preset_spec(preset, "test")
-    assert parameters_of(run) == parameter_count(run.model)
+    assert parameters_of(run) == model_layout(build_model(run.model, run.data.sequence_length)).n
     assert VOCAB_SIZE == 259
 
 

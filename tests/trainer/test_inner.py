@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedVector
+from tapestry.node.spec.size import llama_parameters
 from tapestry.node.spec.training import AS_USUAL, PRESETS, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.gradients import Gradients, Windows
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.memory import OutOfMemory
-from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout, parameter_count
+from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 from tapestry.node.trainer.optimizers.state import InnerStateError
 
 MODEL = dataclasses.replace(PRESETS["nano"].model, seed=5)
@@ -45,7 +46,7 @@ def test_the_parameter_count_is_that_of_the_model(preset: str, tie: bool) -> Non
     settings = dataclasses.replace(PRESETS[preset].model, tie_embeddings=tie)
     with torch.device("meta"):
         model = build_model(settings, LENGTH)
-    assert model_layout(model).n == parameter_count(settings)
+    assert model_layout(model).n == llama_parameters(settings)
 
 
 def test_a_layout_from_the_meta_device_is_that_of_the_real_model() -> None:

@@ -47,16 +47,6 @@ def model_layout(model: nn.Module) -> Layout:
     return Layout.from_named(named)
 
 
-def parameter_count(spec: LlamaSpec) -> int:
-    """n, by arithmetic alone: to print in a summary before any model is built."""
-    head_size = spec.hidden_size // spec.heads
-    attention = 2 * spec.hidden_size * head_size * (spec.heads + spec.kv_heads)
-    mlp = 3 * spec.hidden_size * spec.intermediate_size
-    norms = 2 * spec.hidden_size
-    embeddings = VOCAB_SIZE * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return spec.layers * (attention + mlp + norms) + embeddings + spec.hidden_size
-
-
 def config_fields(spec: LlamaSpec, sequence_length: int) -> dict[str, Any]:
     """The fields of a Hugging Face Llama configuration."""
     return {

@@ -1,8 +1,8 @@
 """`trimmed`: at every element, the weighted mean of the members in the middle.
 
-    An element's values are sorted. One of them counts if at least `trim` of the total weight lies below it in
-    that order, and as much above. If none does (few members, or one with much of the weight), the lower
-    weighted median counts alone.
+    An element's values are sorted, equal ones by their members' places. One of them counts if at least `trim`
+    of the total weight lies below it in that order, and as much above. If none does (few members, or one with
+    much of the weight), the lower weighted median counts alone.
     result = sum over those that count, in sorted order, of f32(weight / their weight) * value
 
 With equal weights and n members the ceil(trim * n) lowest and as many of the highest do not count: 1 of 3, 1

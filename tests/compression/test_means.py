@@ -98,7 +98,7 @@ def test_clipped_has_the_bits_of_the_mean_where_nobody_is_clipped(weights, n, se
 
 
 def naive_middle(values: list[tuple[float, int]], total: int) -> float:
-    ordered = sorted(values)
+    ordered = sorted(values, key=lambda one: (one[0], math.copysign(1, one[0])))  # equal ones as they came
     before = [sum(w for _, w in ordered[:i]) for i in range(len(ordered))]
     cut = TRIM * total
     counted = [

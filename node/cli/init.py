@@ -12,7 +12,8 @@ import click
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.node import NodeToml
-from tapestry.node.spec.run import RUN_NAME, RunSpec, preset_spec
+from tapestry.node.spec.recipe import preset_recipe, recipe
+from tapestry.node.spec.run import RUN_NAME, RunSpec
 
 
 @click.command()
@@ -33,6 +34,13 @@ from tapestry.node.spec.run import RUN_NAME, RunSpec, preset_spec
     metavar="R",
     help="With --base: freeze it, and train adapters of rank R.",
 )
+@click.option(
+    "--epochs",
+    type=click.IntRange(1, 10**6),
+    metavar="N",
+    help="How long the run is to be, about: the learning rate falls along a cosine over N epochs. "
+    "Without it, the rate stays.",
+)
 @click.option("--name", help="The name of the run. Default: the directory's.")
 def init(
     directory: Path,
@@ -40,6 +48,7 @@ def init(
     base: str | None,
     config: str | None,
     lora_rank: int | None,
+    epochs: int | None,
     name: str | None,
 ) -> None:
     """Write a commented run.toml and node.toml into DIR."""
@@ -53,10 +62,11 @@ def init(
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")
     run_name = name or _name_for(home.path)
     if base is None and config is None:
-        spec, node = preset_spec(preset or "tiny", run_name), NodeToml()
+        spec, node = preset_recipe(preset or "tiny", run_name, epochs or 0), NodeToml()
         home.create()
     else:
         spec, node = _adopt(base or config or "", home, run_name, base is not None, lora_rank or 0)
+        spec = recipe(spec, epochs or 0)
     for path, text in ((home.run_toml, spec.to_toml()), (home.node_toml, node.to_toml())):
         _write_new(path, text)
         click.echo(f"wrote {path}")

@@ -25,9 +25,11 @@ from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, HomeLock, NodeInfo
 from tapestry.node.spec.node import Ending, NodeConfig
-from tapestry.node.spec.run import RunSpec, preset_spec
+from tapestry.node.spec.recipe import preset_recipe
+from tapestry.node.spec.run import RunSpec
 from tapestry.node.surface.http import start_http
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.trainer.schedule import lr_factor
 
 COMMAND = [sys.executable, "-P", "-m", "tapestry.node.cli"]
 
@@ -212,9 +214,17 @@ def test_init_writes_files_that_start_can_use(
     result = _run("init", str(home), "--preset", preset, "--name", "demo")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].strip() == f"tapestry start --home {home} --data PATH"
-    assert RunSpec.load(home / "run.toml") == preset_spec(preset, "demo")
+    assert RunSpec.load(home / "run.toml") == preset_recipe(preset, "demo")
     assert _run("start", "--home", str(home), "--data", "stdlib").exit_code == 0
     assert daemon.config.run == home / "run.toml"
+
+
+def test_a_run_of_a_known_length_lets_its_rate_fall_over_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert _run("init", str(home), "--preset", "nano", "--epochs", "40").exit_code == 0
+    train = RunSpec.load_to_found(home / "run.toml").train
+    assert (train.schedule, train.schedule_steps) == ("cosine", 40 * train.inner_steps)
+    assert lr_factor(train, train.schedule_steps, 10**6) == train.min_lr_ratio
 
 
 def test_init_names_the_run_after_the_directory_if_that_is_a_name(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The Tapestry node: protocol, links, averaging, state, trainer, and the operator's surface.
 
-`from tapestry.node import Swarm, SwarmError, SwarmCallback` is what scripts use (api.py); nothing of it is
-imported before it is asked for.
+`from tapestry.node import Swarm, SwarmError, SwarmCallback, LightningCallback` is what scripts use (api.py);
+nothing of it is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tapestry.node.api import Swarm
     from tapestry.node.library.errors import SwarmError
+    from tapestry.node.library.lightning import LightningCallback
     from tapestry.node.library.transformers import SwarmCallback
 
-__all__ = ["Swarm", "SwarmCallback", "SwarmError"]
+__all__ = ["LightningCallback", "Swarm", "SwarmCallback", "SwarmError"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from tapestry.node.library.transformers import SwarmCallback
 
         return SwarmCallback
+    if name == "LightningCallback":
+        from tapestry.node.library.lightning import LightningCallback
+
+        return LightningCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

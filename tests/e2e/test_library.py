@@ -102,6 +102,7 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
     digests = re.findall("epoch 5, digest ([0-9a-f]{16})", finish(start(EXAMPLES / "two_on_one_machine.py")))
     assert len(digests) == 2 and len(set(digests)) == 1
     assert "epoch 2 after" in finish(start(EXAMPLES / "hf_trainer.py", tmp_path / "t"))
+    assert "epoch 2 after" in finish(start(EXAMPLES / "lightning_trainer.py", tmp_path / "l"))
     out = finish(start(EXAMPLES / "notebook.py", tmp_path / "n", tmp_path / "loss.png"))
     assert "the node ended with exit code 0" in out
     assert (tmp_path / "loss.png").stat().st_size > 5000

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import BinaryIO
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
@@ -116,9 +117,24 @@ class Home:
         return self.path / "run.toml"
 
     @property
+    def agreed_toml(self) -> Path:
+        """The spec of the run that was joined, to read; nothing reads it."""
+        return self.path / "agreed.toml"
+
+    @property
     def log(self) -> Path:
-        """Where `start --detach` writes what a foreground start would print."""
+        """The node's log, rotated by the node to node.log.1 and so on: surface/logs.py"""
         return self.path / "node.log"
+
+    @property
+    def output(self) -> Path:
+        """What a node that has no terminal prints: the banner, why it ended, what a crash leaves."""
+        return self.path / "node.out"
+
+    @property
+    def log_levels(self) -> Path:
+        """How much each subsystem says: surface/log_levels.py"""
+        return self.path / "log-levels.json"
 
     @property
     def trainer_socket(self) -> Path:
@@ -139,6 +155,12 @@ class Home:
         if not os.path.lexists(ignore):
             with contextlib.suppress(OSError):  # a home that is only read
                 ignore.write_text(GITIGNORE)
+
+    def open_output(self) -> BinaryIO:
+        """For a node that has no terminal: empty, and appended to. Raises OSError."""
+        file = self.output.open("ab")
+        file.truncate(0)
+        return file
 
     def require_free(self) -> None:
         """Raise what `lock` would raise if a live node has it: for a look before anything is started."""

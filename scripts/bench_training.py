@@ -39,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -378,9 +379,8 @@ def commits(home: Path) -> list[tuple[float, int]]:
     for line in (home.parent / f"{home.name}.log").read_text(errors="replace").splitlines():
         if '"committed epoch=' in line:
             entry = json.loads(line)
-            words = dict(word.split("=", 1) for word in entry["message"].split() if "=" in word)
-            assert int(words["epoch"]) == len(found) + 1, "the log leaves out an epoch"
-            found.append((entry["time"], int(words["weight"])))
+            assert entry["epoch"] == len(found) + 1, "the log leaves out an epoch"
+            found.append((datetime.fromisoformat(entry["time"]).timestamp(), entry["weight"]))
     return found
 
 

@@ -19,6 +19,7 @@ import click
 
 from tapestry.node.cli.init import init
 from tapestry.node.cli.lineage import anchor, export, leave, log, verify
+from tapestry.node.cli.logs import log_level
 from tapestry.node.cli.look import peers, status
 from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
 from tapestry.node.cli.start import start, stop
@@ -64,6 +65,7 @@ for _command in (
     export,
     verify,
     log,
+    log_level,
     anchor,
     leave,
     derive,

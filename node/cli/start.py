@@ -59,6 +59,7 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option("--max-upload", metavar="RATE", help="Cap of what is sent, e.g. 20mbit. Default: none")
 @click.option("--max-download", metavar="RATE", help="Cap of what is received. Default: none")
 @click.option("--max-params", type=int, metavar="N", help="Join no run of more parameters.")
+@click.option("--show-spec", is_flag=True, default=None, help="Joining, print all that the run agreed on.")
 @click.option("--epochs", type=int, metavar="N", help="Stop after N epochs more.")
 @click.option("--until-epoch", type=int, metavar="E", help="Stop once the run has E epochs.")
 @click.option(
@@ -136,13 +137,12 @@ def _check_early(config: NodeConfig) -> None:
 def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WAIT_S) -> int:
     """Run `command` in a session of its own until it is ready; print what it prints until then.
 
-    Its output goes to HOME/node.log. Ctrl-C while waiting stops it. Returns its exit code if it ends
-    before it is ready.
+    Its output goes to HOME/node.out, its log to HOME/node.log. Ctrl-C while waiting stops it. Returns its
+    exit code if it ends before it is ready.
     """
     home.require_free()
     home.create()
-    with _opened_log(home.log) as log:
-        begin = log.tell()
+    with _opened_output(home) as log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -151,7 +151,7 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
     except KeyboardInterrupt:
         child.terminate()
         raise
-    printed = _log_since(home.log, begin)
+    printed = _printed(home.output)
     if child.returncode is not None:
         click.echo(printed[-LOG_TAIL_BYTES:], err=True, nl=False)
         return child.returncode if child.returncode >= 0 else ExitCode.FAILED
@@ -162,11 +162,11 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
     return ExitCode.DONE
 
 
-def _opened_log(path: Path) -> BinaryIO:
+def _opened_output(home: Home) -> BinaryIO:
     try:
-        return path.open("ab")
+        return home.open_output()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", exit_code=ExitCode.FAILED) from error
+        raise UserError(f"cannot write {home.output}: {error.strerror}", exit_code=ExitCode.FAILED) from error
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> bool:
@@ -183,10 +183,9 @@ def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float)
     return False
 
 
-def _log_since(path: Path, begin: int) -> str:
-    with path.open("rb") as log:
-        log.seek(begin)
-        return log.read(16 * LOG_TAIL_BYTES).decode("utf-8", errors="replace")
+def _printed(path: Path) -> str:
+    with path.open("rb") as output:
+        return output.read(16 * LOG_TAIL_BYTES).decode("utf-8", errors="replace")
 
 
 def _foreground_command(home: Home, flags: dict[str, Any]) -> list[str]:

@@ -50,7 +50,7 @@ from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface.history import History, HistoryFile, read_history
 from tapestry.node.surface.http import needs_token, start_http
-from tapestry.node.surface.logs import LiveLine
+from tapestry.node.surface.logs import Log
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
 from tapestry.node.surface.token import Token
@@ -67,7 +67,7 @@ _log = logging.getLogger("tapestry.node")
 
 
 class Daemon:
-    def __init__(self, config: NodeConfig, live: LiveLine, trainer: TrainerProcess) -> None:
+    def __init__(self, config: NodeConfig, live: Log, trainer: TrainerProcess) -> None:
         self.config = config
         self.live = live
         self.trainer = trainer  # launched; it ends with `run`
@@ -139,7 +139,7 @@ class Daemon:
             http = await start_http(
                 self.view, self.metrics, config.http_host, config.http_port, token, history=self.history
             )
-            _show_new(token)
+            self._show_new(token)
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
@@ -177,8 +177,8 @@ class Daemon:
                 node.runtime.show, node.network.addresses_of, node.network.bans, agreed.spec.name
             )
             addresses = ranked(await swarm.addresses())
-            _print_banner(identity.peer_id, agreed.spec.name, genesis.run_id, addresses, http.url)
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)
+            self._say_who(info, agreed.spec.name)
             stack.callback(self.home.remove_node_json)
             await self._serve(node, swarm, info)
 
@@ -203,7 +203,10 @@ class Daemon:
         try:
             await node.runtime.leave()
         except OSError as error:
-            _log.error("checkpoint=failed reason=%r", str(error))
+            _log.error(
+                "checkpoint=failed reason=%r; make room or mend the disk: the next start takes an older one",
+                str(error),
+            )
         await node.network.withdraw(node.runtime.network.news())
 
     def _is_there(self, epoch: int) -> bool:
@@ -263,6 +266,34 @@ class Daemon:
             code = ExitCode.USAGE if error.reason in USERS_REASONS else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
 
+    def _say_who(self, info: NodeInfo, run_name: str) -> None:
+        """In the log, and for people on stdout, which is no place for them where the log is JSON."""
+        _log.info(
+            "started peer_id=%s run_id=%s run_name=%r addresses=%s http=%s version=%s pid=%d",
+            info.peer_id,
+            info.run_id,
+            run_name,
+            ",".join(info.addresses),
+            info.http,
+            info.version,
+            info.pid,
+        )
+        if self._prints:
+            _print_banner(info.peer_id, run_name, info.run_id, info.addresses, info.http)
+
+    def _show_new(self, token: Token | None) -> None:
+        """Once: from then on it is in its file only."""
+        if token is None or not token.new:
+            return
+        _log.info("endpoint_token=made path=%s", token.path)
+        if self._prints:
+            sys.stdout.write(f"endpoint token  {token.text}  (kept in {token.path}, not shown again)\n")
+            sys.stdout.flush()
+
+    @property
+    def _prints(self) -> bool:
+        return self.config.log_format == "text" or not self.live.is_on_screen
+
     def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:
         started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
@@ -292,13 +323,6 @@ def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str
     sys.stdout.flush()
 
 
-def _show_new(token: Token | None) -> None:
-    """Once: from then on it is in its file only."""
-    if token is not None and token.new:
-        sys.stdout.write(f"endpoint token  {token.text}  (kept in {token.path}, not shown again)\n")
-        sys.stdout.flush()
-
-
 # --- helpers ----------------------------------------------------------------------------------------
 
 
@@ -324,5 +348,6 @@ def _disk_failed(home: Home, error: OSError) -> UserError:
 
 
 def _give_up_stopping() -> None:
-    _log.error("stopping took longer than %g s; ending now", STOP_S)
+    _log.error("stopping=failed after_s=%g; the node ends now, its last committed state is whole", STOP_S)
+    logging.shutdown()
     os._exit(int(ExitCode.FAILED))

@@ -159,7 +159,11 @@ class NetworkDesk:
         try:
             mean, digest, sums = await self._loop.compute(reduce, out.shard, out.blobs, out.weights)
         except Refused as refused:
-            _log.error("reduce=refused shard=%d %s", out.shard, refused)
+            _log.error(
+                "reduce=refused shard=%d %s; nothing to do here: the round goes on without it",
+                out.shard,
+                refused,
+            )
             self._loop.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
         self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean, sums))

@@ -80,7 +80,11 @@ class TrainerDesk:
         elif isinstance(event, tm.Notice):
             _log.warning("trainer %s", event.text)
         elif isinstance(event, tm.Saved) and event.error:
-            _log.warning("trainer inner_state=not_saved reason=%r", event.error)
+            _log.warning(
+                "trainer inner_state=not_saved reason=%r; make room or mend the disk: a restart begins it "
+                "afresh",
+                event.error,
+            )
 
     def _down(self, event: tm.Failed | Died | Parted) -> None:
         if isinstance(event, Died):

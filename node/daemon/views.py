@@ -5,6 +5,7 @@ Kept beside the core, from what core and trainer report. Nothing here decides an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import History
-from tapestry.node.surface.logs import LiveLine
+from tapestry.node.surface.logs import Shows
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import WORKING, Shown, Traffic
 from tapestry.node.surface.story import Story
@@ -27,6 +28,14 @@ from tapestry.node.trainer.process import Event
 
 TOKENIZING_LOG_S = 15.0  # Guess: between two lines of progress in the log
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
+OUTCOMES = {  # of a round that did not commit with us in it, and what is to be done
+    "aborted": "it left no trace and the next one is under way; if this goes on, `tapestry status` says who "
+    "is waited for",
+    "missed": "the others went on without this node, which catches up; if this goes on, this machine or its "
+    "line is too slow",
+    "forced": "a majority of the members was not there; if these should be, look for why they are not: "
+    "tapestry peers",
+}
 
 _log = logging.getLogger("tapestry.node")
 
@@ -150,15 +159,10 @@ class PhaseClock:
         return phases
 
 
-def _by_set(losses: dict[str, float]) -> str:
-    """For a log line; one set alone is what was said already."""
-    return "".join(f" {name}={loss:.4f}" for name, loss in losses.items()) if len(losses) > 1 else ""
-
-
 class TokenizingView:
     """How far the trainer is with its data: in the live line at once, in the log now and then."""
 
-    def __init__(self, live: LiveLine) -> None:
+    def __init__(self, live: Shows) -> None:
         self._live = live
         self._logged_at = -math.inf
 
@@ -180,7 +184,7 @@ class Reporter:
     def __init__(
         self,
         metrics: Metrics,
-        live: LiveLine,
+        live: Shows,
         trackers: Trackers | None = None,
         history: History | None = None,
     ) -> None:
@@ -245,8 +249,9 @@ class Reporter:
             )
         elif isinstance(event, tm.Validation):
             self.metrics.set_validation_losses(self.training.val_losses)
-            by_set = _by_set(self.training.val_losses)
-            _log.info("epoch=%d validation_loss=%.4f%s", event.epoch, event.loss, by_set)
+            sets = self.training.val_losses if len(self.training.val_losses) > 1 else {}
+            words = "validated epoch=%d validation_loss=%.4f" + " %s=%.4f" * len(sets)
+            _log.info(words, event.epoch, event.loss, *itertools.chain(*sets.items()))
             losses = self.training.val_losses.items()
             self._trackers.put(event.epoch, {f"validation/loss/{name}": loss for name, loss in losses})
             self._history.point(event.epoch, validation=self.training.val_losses)
@@ -265,7 +270,7 @@ class Reporter:
         self.training.trouble = trouble
         self._trainer_up = False
         if told:
-            _log.warning("%s", why)
+            _log.warning("trainer=down %s", why)
             self._story.trainer(why, up=False)
 
     # --- of the core ---------------------------------------------------------------------------
@@ -299,24 +304,28 @@ class Reporter:
         if not self.leaving:
             self._story.round_ended(out.epoch, out.outcome, seconds, now)
         if out.outcome != "committed" and not self.leaving:
-            _log.warning("round=%s epoch=%d", out.outcome, out.epoch)
+            _log.warning("round=%s epoch=%d; %s", out.outcome, out.epoch, OUTCOMES[out.outcome])
 
     def committed(self, record: Record, tokens: int) -> None:
         """A record that is on disk now; behind the chain up to it are so many tokens."""
         body, training = record.body, self.training
         weight = sum(m.weight for m in body.members)
         contributors = sum(m.weight > 0 for m in body.members)
-        text = f"committed epoch={body.epoch} head={record.head[:12]}"
-        text += f" contributions={contributors} weight={weight}"
         figures = body.agreement.shares()
         self.metrics.set_agreement(figures)
+        told: dict[str, object] = {  # "%..." and its value
+            "epoch=%d": body.epoch,
+            "head=%s": record.head[:12],
+            "contributions=%d": contributors,
+            "weight=%d": weight,
+        }
         if contributors > 1:
-            text += "".join(f" {figure}={share:.3f}" for figure, share in figures.items())
+            told |= {f"{figure}=%.3f": share for figure, share in figures.items()}
         if math.isfinite(training.loss):
-            text += f" loss={training.loss:.4f} tokens_per_second={training.tokens_per_second:.0f}"
+            told |= {"loss=%.4f": training.loss, "tokens_per_second=%.0f": training.tokens_per_second}
         if record.ballot:
-            text += f" ballot={record.ballot}"
-        _log.info("%s%s", text, " forced=true" if body.forced else "")
+            told["ballot=%d"] = record.ballot
+        _log.info(f"committed {' '.join(told)}{' forced=true' if body.forced else ''}", *told.values())
         point = {
             "train/loss": training.loss,
             "train/tokens_per_second": training.tokens_per_second,

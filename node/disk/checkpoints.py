@@ -35,7 +35,7 @@ HEADER_BYTES_MAX = 64 << 20  # room for the digests of a state of 800 GiB
 _LENGTH = struct.Struct("<Q")
 _METADATA = ("run_id", "epoch", "head", "state_digest", "schema", "chunk_bytes", "chunks")
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("tapestry.disk")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from tapestry.node.protocol.strict import table
 
 TEMPORARY = ".tmp"
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("tapestry.disk")
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -94,7 +94,11 @@ def remove_temporaries(folder: Path) -> None:
 
 def set_aside(path: Path, why: str) -> None:
     """Rename a damaged file to *.corrupt: out of the way, but not lost to whoever wants to look."""
-    _log.warning("damaged file set aside path=%s.corrupt reason=%r", path, why)
+    _log.warning(
+        "damaged file set aside path=%s.corrupt reason=%r; check the disk: the others are asked for it",
+        path,
+        why,
+    )
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, path.with_name(path.name + ".corrupt"))
 

@@ -72,7 +72,7 @@ _MAGIC = b"TAPU"
 _VERSION = 1
 _NONE_KNOWN: Mapping[int, str] = MappingProxyType({})
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("tapestry.disk")
 
 
 class UpdateMissing(Exception):

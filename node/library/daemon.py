@@ -1,7 +1,7 @@
 """The node of a script: a child process that lives as long as the script, or one that runs already.
 
 Either way the script ends up with a connected socket and the shared buffers' descriptors (trainer/guest.py).
-A child's output goes to HOME/node.log, as with `start --detach`; why it ended is read from there.
+A child's output goes to HOME/node.out, as with `start --detach`; why it ended is read from there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Daemon:
         """A child. Raises SwarmError."""
         home.create()
         ours, theirs = socket.socketpair()
-        with theirs, home.log.open("ab") as log:
+        with theirs, home.open_output() as log:
             began = log.tell()
             command = [sys.executable, "-P", "-m", "tapestry.node.cli", "start", f"--home={home.path}"]
             process = subprocess.Popen(
@@ -127,7 +127,7 @@ class Daemon:
     def failure(self) -> SwarmError:
         """Why it is gone, as it said last."""
         code = self._wait(STOP_S) if self._process is not None else None
-        lines = _tail(self._home.log, self._log_began)
+        lines = _tail(self._home.output, self._log_began)
         said = [line for line in lines if line.startswith("error: ")]
         if not said:
             last = f": {lines[-1]}" if lines else ""

@@ -20,6 +20,7 @@ from pathlib import Path
 from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.net.transfer import DonorFailed, TransferLimits, fetch_genesis
 from tapestry.node.net.wire import RemoteProtocolError
@@ -68,10 +69,7 @@ async def agree_on_run(
         _check_run_id(config, genesis.run_id, "the peer")
         spec = RunSpec.from_canonical(genesis.spec.encode())
         _check_spec(config.run, spec, "the peer's run")
-        sys.stdout.write(f"joining run {spec.name}, {genesis.run_id}, founded by {genesis.founder}:\n")
-        sys.stdout.write(_indented(spec))
-        sys.stdout.write("".join(f"  {line}\n" for line in size_lines(spec, genesis.params)))
-        sys.stdout.flush()
+        _show_run(config, spec, genesis)
         _check_size(config, spec, genesis)
         await _ask_consent(config)
         return Agreed(genesis, spec, from_peer=True)
@@ -83,6 +81,28 @@ async def agree_on_run(
     if config.run_id is not None:
         raise UserError("--run-id names a run to join, but no --peer is given to join it by")
     return Agreed(None, RunSpec.load_to_found(config.run), from_peer=False)
+
+
+def _show_run(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
+    """What is joined: on stdout in a few lines, or in the log where that is JSON; all of it in a file."""
+    path = config.home.agreed_toml
+    atomic_write(path, f"# What the members of this run have agreed on.\n\n{spec.to_toml()}".encode())
+    _log.info(
+        "joining run_id=%s run_name=%r founder=%s params=%d spec=%s",
+        genesis.run_id,
+        spec.name,
+        genesis.founder,
+        genesis.params,
+        path,
+    )
+    if config.log_format != "text":
+        return
+    sys.stdout.write(f"joining run {spec.name}, {genesis.run_id}, founded by {genesis.founder}\n")
+    if config.show_spec:
+        sys.stdout.write(_indented(spec))
+    sys.stdout.write("".join(f"  {line}\n" for line in size_lines(spec, genesis.params)))
+    sys.stdout.write(f"  all that it agreed on is in {path}\n")
+    sys.stdout.flush()
 
 
 async def _ask_peers(
@@ -127,7 +147,9 @@ async def _ask_members(run_id: str, swarm: Swarm, peers: Sequence[PeerAddress], 
             await swarm.connect_any(member.peer_id, member.addresses, CONNECT_S)
             return await _fetch(swarm, member.peer_id, crypto)
         except (Unreachable, _NoGenesis) as error:
-            _log.warning("member=%s genesis=failed reason=%r", member.peer_id[-6:], str(error))
+            _log.warning(
+                "member=%s genesis=failed reason=%r; the next one is asked", member.peer_id[-6:], str(error)
+            )
     raise UserError(
         f"no member of run {run_id[:12]} could be reached ({len(members)} are announced)",
         exit_code=ExitCode.UNREACHABLE,
@@ -144,7 +166,11 @@ async def _compare_with_peers(
             await swarm.connect(peer, CONNECT_S)
             theirs = await _fetch(swarm, peer.peer_id, crypto)
         except (Unreachable, _NoGenesis) as error:
-            _log.warning("peer=%s not_reached reason=%r", peer.peer_id[-6:], str(error))
+            _log.warning(
+                "peer=%s not_reached reason=%r; the node goes on without it, and tries again",
+                peer.peer_id[-6:],
+                str(error),
+            )
             continue
         if theirs.run_id != genesis.run_id:
             raise UserError(

@@ -38,7 +38,11 @@ class KnownPeers:
             try:
                 atomic_write(self._path, json.dumps(merged, indent=1).encode() + b"\n")
             except OSError as error:  # a full disk: it is known in memory
-                _log.warning("known_peers=not_written path=%s reason=%r", self._path, str(error))
+                _log.warning(
+                    "known_peers=not_written path=%s reason=%r; make room or mend the disk",
+                    self._path,
+                    str(error),
+                )
 
     def lost(self, linked: Collection[str]) -> Addresses:
         """Two of those that are not linked: one that was of late, and any. Who answers knows the others."""
@@ -58,5 +62,9 @@ def _read(path: Path) -> Addresses:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, TypeError) as error:
-        _log.warning("known_peers=forgotten path=%s reason=%r", path, str(error))
+        _log.warning(
+            "known_peers=forgotten path=%s reason=%r; give --peer if the others are not found",
+            path,
+            str(error),
+        )
     return known

@@ -135,7 +135,10 @@ class Network:
             finally:
                 self._swarm = self._links = None
                 await swarm.close()
-            _log.error("p2pd=died reason=%r next=restart", reason)
+            _log.error(
+                "p2pd=died reason=%r next=restart; if it goes on, look at memory limits and security policy",
+                reason,
+            )
             now = time.monotonic()
             if len(deaths) == RESTARTS_MAX and now - deaths[0] < RESTARTS_WINDOW_S:
                 raise UserError(
@@ -153,7 +156,11 @@ class Network:
             try:
                 swarm = await Swarm.start(config, on_refused=node.on_record_refused, conduct=self._conduct)
             except (SwarmError, OSError) as error:
-                _log.error("p2pd=not_restarted reason=%r next=again in_s=%g", str(error), pause_s)
+                _log.error(
+                    "p2pd=not_restarted reason=%r next=again in_s=%g; free memory and ports if it stays so",
+                    str(error),
+                    pause_s,
+                )
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
             else:
@@ -199,7 +206,10 @@ class Network:
                 addresses = await _addresses_of(swarm)
             except SwarmError as error:
                 missed += 1
-                _log.warning("p2pd=silent reason=%r", str(error))
+                _log.warning(
+                    "p2pd=silent reason=%r; it is replaced if it stays so; is this machine overloaded?",
+                    str(error),
+                )
                 continue
             missed = 0
             if addresses != self.addresses:
@@ -257,7 +267,10 @@ class Network:
             try:
                 await self._publish(swarm, node.news())
             except (SwarmError, PresenceError) as error:
-                _log.warning("presence=not_published reason=%r", str(error))
+                _log.warning(
+                    "presence=not_published reason=%r; tried again: newcomers need this node's address",
+                    str(error),
+                )
             await asyncio.sleep(PRESENCE_MIN_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PRESENCE_REFRESH_S):
@@ -301,7 +314,9 @@ class Network:
                         usable = usable_addresses(presence.addresses, presence.peer_id)
                         links.want(presence.peer_id, usable, hint=True)
             except SwarmError as error:
-                _log.warning("presence=not_listed reason=%r", str(error))
+                _log.warning(
+                    "presence=not_listed reason=%r; tried again: members that are linked stay so", str(error)
+                )
             await asyncio.sleep(PRESENCE_LOOK_S)
 
     async def _meet_peers(self, swarm: Swarm, links: Links) -> None:

@@ -84,7 +84,7 @@ OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWr
 OnBytes = Callable[[str, int], None]  # direction ("in" or "out"), count
 
 _fetches = itertools.count()  # names of the drafts of this process
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("tapestry.transfer")
 
 
 class DonorFailed(Exception):

@@ -77,9 +77,12 @@ class NodeConfig:
     upload_bytes_per_second: float | None  # cap; None: there is none
     download_bytes_per_second: float | None
     log_format: Literal["text", "json"]
+    log_file_mb: int
+    log_files: int
     trackers: tuple[str, ...]  # surface/trackers.KINDS
     ending: Ending
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
+    show_spec: bool = False  # print what the run agreed on when joining it
     external: bool = False  # a script trains, and brings module and data: node/library
     script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
 
@@ -109,9 +112,12 @@ class NodeConfig:
             upload_bytes_per_second=_bytes_s(options.max_upload, where["max_upload"]),
             download_bytes_per_second=_bytes_s(options.max_download, where["max_download"]),
             log_format=options.log_format,
+            log_file_mb=options.log_file_mb,
+            log_files=options.log_files,
             trackers=options.trackers,
             ending=_ending(flags.get("epochs"), flags.get("until_epoch")),
             max_params=options.max_params or None,
+            show_spec=bool(flags.get("show_spec")),
             external=bool(flags.get("external")),
             script_fd=flags.get("script_fd"),
         )
@@ -167,6 +173,10 @@ class NodeToml:
         "Refuse to join a run of more parameters than this; 0: of more than this machine has memory for.",
     ] = 0
     log_format: Annotated[Literal["text", "json"], "text for people, json for log collectors."] = "text"
+    log_file_mb: Annotated[
+        int, Between(1, 10_000), "Size at which HOME/node.log is put away as node.log.1, in MiB."
+    ] = 16
+    log_files: Annotated[int, Between(1, 1_000), "How many of them are kept, node.log among them."] = 5
     trackers: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...],
         "Experiment trackers that get loss, speed and round times of every epoch. tensorboard writes to "

@@ -275,7 +275,11 @@ class HistoryFile:
                     with self._path.open("ab") as file:
                         file.write(job)
         except OSError as error:
-            _log.warning("history=not_written path=%s reason=%r", self._path, str(error))
+            _log.warning(
+                "history=not_written path=%s reason=%r; make room or mend the disk: only the page misses it",
+                self._path,
+                str(error),
+            )
             while self._jobs.get() is not None:
                 continue  # nobody must wait, and nothing pile up
 

@@ -153,4 +153,8 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # whatever a library raises: it must not end the run
                 del self._trackers[name]
-                _log.warning("tracker=%s left reason=%r", name, str(error))
+                _log.warning(
+                    "tracker=%s left reason=%r; mend it and start the node again to have it back",
+                    name,
+                    str(error),
+                )

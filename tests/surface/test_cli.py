@@ -111,9 +111,9 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_help_lists_the_commands_that_work_and_no_others() -> None:
     result = _run("--help")
     assert result.exit_code == 0
-    listed = re.findall(r"^  (\w+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
     ours = ["anchor", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
-    assert listed == sorted(["export", "init", "peers", "start", "status", "stop", *ours])
+    assert listed == sorted(["export", "init", "log-level", "peers", "start", "status", "stop", *ours])
 
 
 def test_start_has_the_flags_of_the_contract() -> None:
@@ -134,6 +134,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--max-upload",
         "--max-download",
         "--max-params",
+        "--show-spec",
         "--epochs",
         "--until-epoch",
         "--external",
@@ -328,10 +329,9 @@ def test_a_detached_node_that_fails_shows_its_last_lines_and_gives_its_exit_code
 ) -> None:
     home = Home(tmp_path / "home")
     home.create()
-    home.log.write_text("of an earlier start\n")
+    home.output.write_text("of an earlier start\n")
     assert start_detached(_node_command(home, "fails"), home) == 3
     assert capfd.readouterr() == ("", "peer id  12D3KooW\nerror: no such luck\n")
-    assert home.log.read_text().startswith("of an earlier start\n")
 
 
 def test_a_detached_node_that_is_long_in_starting_goes_on_unwatched(

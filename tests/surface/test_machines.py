@@ -83,6 +83,7 @@ def test_sigterm_while_a_node_starts_ends_it_though_nothing_else_would(
         assert process.wait(10) == 0
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of hivemind, at import
 def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     from tapestry.node.daemon import life
 

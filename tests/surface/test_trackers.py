@@ -60,7 +60,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(caplog: pytes
         trackers.close()
     assert len(kept.points) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "tracker=broken left reason='the server is gone'"
+        "tracker=broken left reason='the server is gone'; mend it and start the node again to have it back"
     ]
 
 

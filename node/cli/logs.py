@@ -1,0 +1,40 @@
+"""`tapestry log-level`: how much each part of a node says."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from tapestry.node.cli.options import home_option
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.surface.log_levels import LEVELS, SUBSYSTEMS, USUAL, read_levels, write_level
+
+
+@click.command("log-level")
+@click.argument("subsystem", required=False, type=click.Choice(list(SUBSYSTEMS)))
+@click.argument("level", required=False, type=click.Choice(LEVELS))
+@home_option
+def log_level(subsystem: str | None, level: str | None, home: str | None) -> None:
+    """Set how much SUBSYSTEM says, at once and for later starts; without LEVEL, show what is set."""
+    place = Home.locate(home, os.environ)
+    if not place.path.is_dir():
+        raise UserError(f"there is no home {place.path}", hint="name it with --home DIR")
+    try:
+        if subsystem is None or level is None:
+            _show(read_levels(place.log_levels), subsystem)
+            return
+        write_level(place.log_levels, subsystem, level)
+    except ValueError as error:
+        raise UserError(f"{place.log_levels}: {error}", hint="remove that file") from error
+    except OSError as error:
+        raise UserError(f"cannot use {place.log_levels}: {error.strerror}") from error
+    when = "within a second" if place.holder() is not None else "from the next start on"
+    click.echo(f"{subsystem} says {level} and above, {when}; the log is {place.log}")
+
+
+def _show(levels: dict[str, str], only: str | None) -> None:
+    for name, what in SUBSYSTEMS.items():
+        if only in (None, name):
+            click.echo(f"{name:<10} {levels.get(name, levels.get('all', USUAL)):<8} {what}")

@@ -122,6 +122,16 @@ class Home:
         return self.path / "agreed.toml"
 
     @property
+    def data_toml(self) -> Path:
+        """What each source of data may be used for: spec/declared.py"""
+        return self.path / "data.toml"
+
+    @property
+    def data_events(self) -> Path:
+        """What data were declared, used and revoked: lineage/uses.py"""
+        return self.path / "data-events.jsonl"
+
+    @property
     def log(self) -> Path:
         """The node's log, rotated by the node to node.log.1 and so on: surface/logs.py"""
         return self.path / "node.log"

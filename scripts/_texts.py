@@ -32,6 +32,9 @@ Found = Callable[[random.Random], Iterator[str]]  # documents, in an order that 
 Ordered = TypeVar("Ordered", Path, str)
 
 
+DECLARATION = "the authors of this machine's packages, those of the packages, open"  # for --declare
+
+
 class NoText(Exception):
     """A kind of text that this machine has too little of; one line."""
 

@@ -41,7 +41,7 @@ from _nodes import (
     told,
     verdict,
 )
-from _texts import NoText, Text, copied_texts
+from _texts import DECLARATION, NoText, Text, copied_texts
 
 EPOCHS = 6
 RANK = 16
@@ -94,6 +94,7 @@ class Members:
     def _node(self, kind: str, number: int) -> Node:
         text = self.texts[number - 1]
         flags = ["--data", str(text.folder), "--validation", f"held-out={text.held_out_file}"]
+        flags += ["--declare", DECLARATION]
         lone = kind == "lone"
         if lone:
             flags += ["--epochs", str(self.options.epochs)]

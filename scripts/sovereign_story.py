@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _texts import Text, copied_texts
+from _texts import DECLARATION, Text, copied_texts
 
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
 WAIT_S = 900.0  # for the base to come so far, on a machine that others use
@@ -67,6 +67,7 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
     )
     pairs = _pairs(texts[0], place)
     recipe = ("--stage", "sft", "--method", "full", "--data", pairs, "--steps", steps, "--lr", "1e-3")
+    recipe += ("--declare", DECLARATION)
     derive_s, _ = _timed("derive", "ours", "--home", ours, *recipe)
     _until(ours, _epoch(ours) + epochs)
     rebase_s, said = _timed("rebase", "ours", "--home", ours)
@@ -90,7 +91,14 @@ def _found(homes: Sequence[Path], texts: Sequence[Text]) -> None:
     for home, text in zip(homes, texts, strict=True):
         (home / "node.toml").write_text("threads = 1\n")
         loopback = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
-        data = ("--data", text.folder, "--validation", f"held-out={text.held_out_file}")
+        data = (
+            "--data",
+            text.folder,
+            "--validation",
+            f"held-out={text.held_out_file}",
+            "--declare",
+            DECLARATION,
+        )
         _run("start", "--home", home, *data, *loopback, *peer, "--allow-doubtful-data", "--detach")
         peer = peer or ["--peer", json.loads((home / "node.json").read_bytes())["addresses"][0]]
 

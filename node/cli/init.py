@@ -11,6 +11,7 @@ import click
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.spec.declared import template
 from tapestry.node.spec.node import NodeToml
 from tapestry.node.spec.recipe import preset_recipe, recipe
 from tapestry.node.spec.run import RUN_NAME, RunSpec
@@ -51,13 +52,13 @@ def init(
     epochs: int | None,
     name: str | None,
 ) -> None:
-    """Write a commented run.toml and node.toml into DIR."""
+    """Write a commented run.toml, node.toml and data.toml into DIR."""
     if sum(choice is not None for choice in (preset, base, config)) > 1:
         raise UserError("--preset, --base and --config exclude each other", hint="name one of them")
     if lora_rank is not None and base is None:
         raise UserError("--lora trains adapters on a base", hint="name it with --base HFDIR")
     home = Home(directory.expanduser().absolute())
-    for path in (home.run_toml, home.node_toml):
+    for path in (home.run_toml, home.node_toml, home.data_toml):
         if os.path.lexists(path):
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")
     run_name = name or _name_for(home.path)
@@ -67,7 +68,8 @@ def init(
     else:
         spec, node = _adopt(base or config or "", home, run_name, base is not None, lora_rank or 0)
         spec = recipe(spec, epochs or 0)
-    for path, text in ((home.run_toml, spec.to_toml()), (home.node_toml, node.to_toml())):
+    texts = {home.run_toml: spec.to_toml(), home.node_toml: node.to_toml(), home.data_toml: template()}
+    for path, text in texts.items():
         _write_new(path, text)
         click.echo(f"wrote {path}")
     trial = "" if base or config else ", or with --data stdlib for a first trial"

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from tapestry.node.cli.data import data
 from tapestry.node.cli.init import init
 from tapestry.node.cli.lineage import anchor, export, leave, log, verify
 from tapestry.node.cli.logs import log_level
@@ -73,6 +74,7 @@ for _command in (
     rebase,
     merge,
     derivatives,
+    data,
 ):
     cli.add_command(_command)
 

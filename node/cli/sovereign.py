@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.lineage import ProgressLine
 from tapestry.node.cli.options import home_option, json_option
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
-from tapestry.node.sovereign.recipe import load_recipe
+from tapestry.node.sovereign.recipe import load_recipe, recipe_paths
 from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _density = click.option(
 @click.option("--stage", type=click.Choice(["cpt", "sft", "dpo"]), help="What kind of training.")
 @click.option("--method", type=click.Choice(["full", "lora"]), help="What is trained.")
 @click.option("--data", metavar="SOURCE", multiple=True, help="Text, or rows. May be repeated.")
+@declare_option
 @click.option("--passes", type=float, metavar="N", help="How often the data are gone over. Default: 1")
 @click.option("--steps", type=int, metavar="N", help="In place of --passes.")
 @click.option("--batch-size", type=int, metavar="N", help="Default: 8")
@@ -58,10 +60,17 @@ _density = click.option(
 @click.option("--seed", type=int, metavar="N", help="Default: 0")
 @click.option("--restart", is_flag=True, help="Begin anew, and forget a training that was not finished.")
 def derive(
-    name: str, home: str | None, epoch: int | None, recipe_file: Path | None, restart: bool, **flags: Any
+    name: str,
+    home: str | None,
+    epoch: int | None,
+    recipe_file: Path | None,
+    restart: bool,
+    declaration: str | None,
+    **flags: Any,
 ) -> None:
     """Make a model of one's own from the base. The same command goes on where it was ended."""
     recipe = load_recipe(recipe_file, flags)
+    declare_missing(Home.locate(home, os.environ), recipe_paths(recipe), f"derive:{name}", declaration)
     from tapestry.node.sovereign import build
 
     with _Said() as told:

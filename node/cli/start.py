@@ -14,9 +14,12 @@ from typing import Any, BinaryIO
 
 import click
 
+from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.options import home_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
+from tapestry.node.spec.data import is_word
+from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import DEVICE
 
@@ -47,6 +50,7 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option(
     "--validation", metavar="[NAME=]PATH[:FIELD]", multiple=True, help="Text to measure on. May be repeated."
 )
+@declare_option
 @click.option(
     "--allow-doubtful-data", is_flag=True, default=None, help="Warn of doubtful data, do not refuse."
 )
@@ -71,13 +75,13 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option("--script-fd", type=int, hidden=True, help="The socket of the script that starts this node.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
-def start(home: str | None, detach: bool, **flags: Any) -> int:
+def start(home: str | None, detach: bool, declaration: str | None, **flags: Any) -> int:
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
     os.umask(0o077)  # what a node writes is its owner's: texts in caches, checkpoints, the chain, the log
     signal.signal(signal.SIGTERM, _end_early)
     place = Home.locate(home, os.environ)
     config = NodeConfig.resolve(place, flags, os.environ)
-    _check_early(config)
+    _check_early(config, declaration)
     if detach:
         return start_detached(_foreground_command(place, flags), place)
     from tapestry.node.daemon import launch
@@ -120,14 +124,18 @@ def _end_early(number: int, frame: FrameType | None) -> None:
     raise SystemExit(int(ExitCode.DONE))
 
 
-def _check_early(config: NodeConfig) -> None:
-    """What is wrong at first sight is said before the imports, which take seconds."""
+def _check_early(config: NodeConfig, declaration: str | None) -> None:
+    """What is wrong at first sight is said before the imports, which take seconds; nothing undeclared is
+    opened."""
     from tapestry.node.trainer.data.errors import DataError
     from tapestry.node.trainer.data.sources import list_data
 
     config.home.require_free()
     if config.external:
         return
+    paths = paths_of(config.data)
+    declare_missing(config.home, paths, BASE, declaration)
+    require(config.home, (one for one in paths if is_word(one) or os.path.lexists(one)), BASE, today_utc())
     try:
         list_data(config.data)
     except DataError as error:

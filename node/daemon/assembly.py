@@ -14,7 +14,7 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
+from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig
 from tapestry.node.spec.run import RunSpec, training_spec
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
@@ -69,6 +70,7 @@ class Own:
     throttles: Throttles
     ending: Ending = ENDLESS
     base: Path | None = None  # a directory with the run's base, if this member has one
+    forbidden: Callable[[], str] = lambda: ""  # why its data may not be used any more: permit.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,9 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     limits = link_limits(spec, averaging, own.throttles)
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))
     network = Network(config, KnownPeers(own.home.peers))
-    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending))
+    runtime = Runtime(
+        core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending, own.forbidden)
+    )
     return Node(run_id, keeper, runtime, network)
 
 
@@ -183,8 +187,9 @@ def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> Li
 
 
 def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSettings:
-    """What the trainer is told, of the run and of this node."""
+    """What the trainer is told, of the run and of this node. Raises UserError for undeclared data."""
     home = config.home
+    protected = require(home, paths_of(config.data), BASE, today_utc())
     return WorkerSettings(
         training=training_spec(spec),
         data=config.data,
@@ -202,6 +207,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         local=config.training,
         threads=config.threads,
         run_spec=spec.canonical().decode() if config.external else "",
+        protected=protected,
     )
 
 

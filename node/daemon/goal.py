@@ -1,4 +1,5 @@
-"""Where a node is to end by itself: after so many epochs more, or at a given one.
+"""Whether a node trains on: it may be told to end after so many epochs more, or at a given one; and its data
+may be withdrawn (permit.py).
 
 "More" counts from the first round that the node is in, so that a joiner counts its own rounds and not those
 that the run had before it.
@@ -6,13 +7,16 @@ that the run had before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tapestry.node.spec.node import Ending
 
 
 class Goal:
     """Asked by the trainer's desk (no training beyond it) and by the runtime (the node is done)."""
 
-    def __init__(self, ending: Ending) -> None:
+    def __init__(self, ending: Ending, forbidden: Callable[[], str] = lambda: "") -> None:
+        self.forbidden = forbidden  # why this node's data may not be used any more; "": they may
         self._more = ending.epochs
         self.epoch = ending.until_epoch  # committed updates to end with; None: not known yet, or never
 

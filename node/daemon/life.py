@@ -38,14 +38,17 @@ from tapestry.node.daemon.assembly import (
     worker_settings,
 )
 from tapestry.node.daemon.base import have_base
+from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.daemon.views import Reporter, TokenizingView
 from tapestry.node.disk.store import Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
+from tapestry.node.spec.declared import BASE, paths_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface.history import History, HistoryFile, read_history
@@ -167,8 +170,12 @@ class Daemon:
                 self.throttles,
                 config.ending,
                 config.base,
+                DataPermit(self.home, paths_of(config.data)).refusal,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
+            if not config.external:
+                epoch, used = len(loaded.records), paths_of(config.data)
+                await asyncio.to_thread(note_use, self.home, BASE, used, genesis.run_id, epoch)
             node = await assemble(own, agreed.spec, keeper, trainer)
             stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)
             self.metrics.set_run(genesis.run_id, agreed.spec.name)

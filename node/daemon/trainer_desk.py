@@ -101,6 +101,8 @@ class TrainerDesk:
 
     async def _take(self, event: tm.Contribution, base: str) -> None:
         """Check a contribution, which stays while it is held (or is copied), and tell the core."""
+        if self._is_forbidden():
+            return
         token = secrets.token_hex(16)
         async with self._buffer_lock:
             try:
@@ -115,12 +117,20 @@ class TrainerDesk:
             self._reporter.training.trouble = ""
             self._loop.feed(ev.Contributed(event.epoch, base, token, event.weight, event.norm, payloads))
 
+    def _is_forbidden(self) -> bool:
+        """Whether the data may not be used any more; if so, this node contributes nothing, and says why."""
+        why = self._goal.forbidden()
+        if why:
+            self._reporter.trainer_down(why, why, told=True)
+            self._loop.feed(ev.TrainerState(False, why))
+        return bool(why)
+
     # --- outputs -------------------------------------------------------------------------------
 
     async def do_train(self, out: ev.Train) -> None:
         """Begin an epoch, as soon as the contribution before it has been taken."""
         self._goal.begin(out.epoch)
-        if self._goal.reached(out.epoch):
+        if self._goal.reached(out.epoch) or self._is_forbidden():
             return
         async with self._buffer_lock:
             now = self._loop.now()

@@ -27,7 +27,7 @@ class Lineage:
     state_digest: str
     members: tuple[tuple[str, int], ...] = ()  # peer id and weight summed over records, heaviest first
     licence: str = ""  # of the base
-    data: tuple[str, ...] = ()  # descriptions that members publish
+    data: tuple[str, ...] = ()  # descriptions that the exporting member publishes
     vectors: tuple[tuple[str, str], ...] = ()  # digest of each vector of the state, in order
 
     def table(self) -> dict[str, Any]:
@@ -153,7 +153,10 @@ def _members(members: Sequence[tuple[str, int]]) -> str:
 
 
 def _data(data: Sequence[str]) -> str:
-    return "\n".join(["## Data", "", *(f"- {printable(text)}" for text in data), ""]) if data else ""
+    if not data:
+        return ""
+    told = "What the member that wrote this card says of its own data; the others' are not described here."
+    return "\n".join(["## Data", "", told, "", *(f"- {printable(text)}" for text in data), ""])
 
 
 def _provenance(lineage: Lineage) -> str:

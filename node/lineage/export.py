@@ -39,6 +39,7 @@ from tapestry.node.lineage.huggingface import (
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
 from tapestry.node.protocol.chain import Chain
+from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.trainer.models import registry
@@ -183,6 +184,7 @@ def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> 
         state_digest=restored.state_digest,
         members=members_of(chain.records[: restored.epoch]),
         licence="" if base is None else licence_of(base),
+        data=published(Declared.load(home)),
     )
 
 

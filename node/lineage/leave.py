@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tapestry.node.disk.linked import copy_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
@@ -23,7 +24,16 @@ from tapestry.node.lineage.follow import read_records
 from tapestry.node.lineage.verify import Proof, verify_home
 
 # Beside chain, updates and checkpoints, which are taken at one epoch.
-FILES = ("identity.key", "genesis.json", "vote.json", "run.toml", "node.toml", "gates.toml", "suite.toml")
+FILES = (
+    "identity.key",
+    "genesis.json",
+    "vote.json",
+    "run.toml",
+    "node.toml",
+    "gates.toml",
+    "suite.toml",
+    "data.toml",
+)
 FOLDERS = ("base", "trainer", "derivatives")
 LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
 
@@ -66,6 +76,7 @@ def _copy(home: Home, copy: Home, told: Told) -> None:
     if home.chain.exists():
         shutil.copy2(home.chain, copy.chain)
         _cut_unfinished(copy.chain)
+    copy_linked(home.data_events, copy.path)
     epoch = sum(1 for _ in read_records(copy.chain, ReaderCrypto()))
     for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
         target.mkdir()

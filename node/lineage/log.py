@@ -36,6 +36,7 @@ class Line:
     forced: bool
     update_bytes: int  # 0 where the update is gone
     head: str
+    run_id: str
 
     def table(self) -> dict[str, Any]:
         """For --json."""
@@ -121,6 +122,7 @@ def _line(record: Record, updates: Path) -> Line:
         forced=body.forced,
         update_bytes=size,
         head=record.head,
+        run_id=body.run_id,
     )
 
 

@@ -26,6 +26,7 @@ from tapestry.node.disk.base import BaseFile, pinned
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
 from tapestry.node.disk.files import unseal
 from tapestry.node.disk.held import bare_state
+from tapestry.node.disk.linked import BrokenLink, Tail, read_linked
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import (
     UPDATE_SUFFIX,
@@ -133,6 +134,7 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
         proof.updates += 1
         told("updates", proof.updates, len(updates))
     _check_small_files(home, spec, proof)
+    _check_linked(home.data_events, proof)
     if replay:
         _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -234,6 +236,20 @@ def _check_update(path: Path, epoch: int, signed: _Signed | None, proof: Proof) 
         proof.fault(name, "it names another result than the record", epoch)
     elif result_digest(payloads) != signed.result:
         proof.fault(name, "its numbers are not those that the record names", epoch)
+
+
+def _check_linked(path: Path, proof: Proof) -> None:
+    """A file whose lines are linked: each line against the one before."""
+    try:
+        for line in read_linked(path):
+            if isinstance(line, Tail):
+                proof.notes.append(
+                    f"{line.file}: its last line is not finished: a node writes it, or was killed"
+                )
+    except BrokenLink as error:
+        proof.fault(error.file, f"line {error.number}: {error.what}")
+    except OSError as error:
+        proof.fault(path.name, f"cannot be read: {error.strerror}")
 
 
 def _check_small_files(home: Home, spec: RunSpec, proof: Proof) -> None:

@@ -26,6 +26,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.lineage.uses import note_use
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.derivative import (
@@ -40,10 +41,11 @@ from tapestry.node.sovereign.derivative import (
 )
 from tapestry.node.sovereign.gates import Gates, Verdict, judge
 from tapestry.node.sovereign.losses import measure_set
-from tapestry.node.sovereign.recipe import Recipe, differences
+from tapestry.node.sovereign.recipe import Recipe, differences, recipe_paths
 from tapestry.node.sovereign.rows import Example, Prepared, prepare
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.training import Trained, device_of, require_extra, steps_of, train
+from tapestry.node.spec.declared import require, today_utc
 from tapestry.node.spec.tables import TableError, plain, read_table
 from tapestry.node.trainer.models.pretrained import load_config, quiet, sequence_length_max
 from tapestry.node.trainer.models.refusal import ModelError
@@ -105,6 +107,7 @@ def derive(
             )
         plan = _begun(folder / "v1", recipe, restart)
         if plan is None:
+            require(home, recipe_paths(recipe), f"derive:{name}", today_utc())
             plan = _Plan(recipe, _export_base(shelf, home, epoch, told))
             _write_plan(folder / "v1", plan)
         base = _require_base(shelf, home, plan.parent, told)
@@ -296,7 +299,12 @@ def _train_on(
     shelf: Shelf, folder: Path, place: Path, plan: _Plan, start: Path, told: Told
 ) -> tuple[tuple[DataUse, ...], Trained]:
     length = _length_of(plan.recipe, start)
-    prepared = _prepared(plan.recipe, length, start, shelf, told)
+    purpose = f"derive:{folder.name}"
+    paths = recipe_paths(plan.recipe)
+    protected = require(shelf.home, paths, purpose, today_utc())
+    note_use(shelf.home, purpose, paths, plan.parent.run_id, plan.parent.epoch)
+    text, rows = _tokenizers(start)
+    prepared = prepare(plan.recipe, length, text, rows, _cache(shelf), told, protected)
     if not (folder / "held-out.jsonl").exists():
         _write_held_out(folder, prepared.held_out)
     prepared = _without_held_out(prepared, _read_held_out(folder))
@@ -549,11 +557,6 @@ def _joined_recipe(versions: Sequence[Version]) -> Recipe:
     first = versions[0].recipe
     data = [one for version in versions if version.recipe.stage == first.stage for one in version.recipe.data]
     return replace(first, data=tuple(dict.fromkeys(data)))
-
-
-def _prepared(recipe: Recipe, length: int, model: Path, shelf: Shelf, told: Told) -> Prepared:
-    text, rows = _tokenizers(model)
-    return prepare(recipe, length, text, rows, _cache(shelf), told)
 
 
 def _tokenizers(model: Path) -> tuple[Tokenizer, Any]:

@@ -160,6 +160,10 @@ class Shelf:
         self._home = home
 
     @property
+    def home(self) -> Home:
+        return self._home
+
+    @property
     def folder(self) -> Path:
         return self._home.path / "derivatives"
 

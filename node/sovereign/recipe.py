@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import UserError
-from tapestry.node.spec.data import rebased_data
+from tapestry.node.spec.data import rebased_data, split_field
 from tapestry.node.spec.tables import Between, TableError, plain, read_table, read_toml
 
 Stage = Literal["cpt", "sft", "dpo"]
@@ -86,6 +86,11 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         return read_table(Recipe, table)
     except TableError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def recipe_paths(recipe: Recipe) -> tuple[str, ...]:
+    """Of its sources, without the fields of tables: what must be declared."""
+    return tuple(dict.fromkeys(split_field(one)[0] for one in recipe.data))
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

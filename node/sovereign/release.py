@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ from tapestry.node.lineage.huggingface import (
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 from tapestry.node.sovereign.suite import table
+from tapestry.node.spec.data import split_field
+from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.tables import plain
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import FLOATS, Source, StoredWeights
 from tapestry.node.trainer.models.weights import weights_digest
+
+PRIVATE = "participant-private data"
 
 
 def release(home: Home, name: str, number: int | None, out: Path, dtype: str, progress: Progress) -> Version:
@@ -50,8 +55,9 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
         temporary.mkdir(parents=True)
         _write(model, temporary, DTYPES[dtype], progress)
         written = weights_digest(temporary)
-        _write_json(temporary / "tapestry.json", _lineage(derivative, version, dtype, written))
-        (temporary / "README.md").write_text(card(derivative, version), encoding="utf-8")
+        shown = public(version, Declared.load(home))
+        _write_json(temporary / "tapestry.json", _lineage(derivative, shown, dtype, written))
+        (temporary / "README.md").write_text(card(derivative, shown), encoding="utf-8")
         write_manifest(temporary)
         os.replace(temporary, out.absolute())
     except (ExportError, ModelError) as error:
@@ -89,16 +95,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _lineage(derivative: Derivative, version: Version, dtype: str, written: str) -> dict[str, Any]:
-    described = plain(version)
-    described["data"] = [{**use, "source": _called(use["source"])} for use in described["data"]]
-    described["recipe"]["data"] = [_called(source) for source in version.recipe.data]
-    described["reasons"] = list(version.reasons)
-    return {"derivative": derivative.name, "version": described, "dtype": dtype, "weights": written}
+    return {"derivative": derivative.name, "version": plain(version), "dtype": dtype, "weights": written}
 
 
-def _called(source: str) -> str:
-    """A source's last name: where it lies on the member's disk is nobody's affair."""
-    return os.path.basename(source.rstrip("/")) or source
+def public(version: Version, declared: Declared) -> Version:
+    """The version without what is the member's own affair: where sources lie, the names of rows that were
+    left out, and of participant-private data even the source's name."""
+
+    def called(source: str) -> str:
+        path = split_field(source)[0]
+        if not declared.may_be_named(path):
+            return PRIVATE
+        return os.path.basename(source.rstrip("/")) or source
+
+    data = tuple(replace(use, source=called(use.source), left_out=()) for use in version.data)
+    recipe = replace(version.recipe, data=tuple(called(one) for one in version.recipe.data))
+    return replace(version, data=data, recipe=recipe)
 
 
 def card(derivative: Derivative, version: Version) -> str:
@@ -166,7 +178,6 @@ def _history(version: Version) -> str:
 
 def _data_lines(version: Version) -> list[str]:
     return [
-        f"- {printable(_called(use.source))}: {use.examples} examples, {use.held_out} held out, "
-        f"digest `{use.digest}`"
+        f"- {printable(use.source)}: {use.examples} examples, {use.held_out} held out, digest `{use.digest}`"
         for use in version.data
     ]

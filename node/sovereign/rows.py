@@ -30,10 +30,11 @@ from blake3 import blake3
 from tapestry.node.errors import UserError
 from tapestry.node.sovereign.derivative import DataUse
 from tapestry.node.sovereign.recipe import Recipe
-from tapestry.node.spec.data import DataSettings, resolved_data
+from tapestry.node.spec.data import DataSettings, Domain, Protection, resolved_data
 from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import SourceFile, decoded, without_packing
+from tapestry.node.trainer.data.protected import Judge, judge_of
 from tapestry.node.trainer.data.readers.registry import format_of, require
 from tapestry.node.trainer.data.tally import Group
 from tapestry.node.trainer.tokenizers.api import Tokenizer
@@ -71,12 +72,13 @@ def prepare(
     row_tokenizer: Any,  # sft, dpo: the same as transformers loads it, with its chat template
     cache: Path,
     progress: Progress,
+    protected: Sequence[Protection] = (),
 ) -> Prepared:
     """Raises UserError."""
     try:
         if recipe.stage == "cpt":
-            return _windows(recipe, sequence_length, text_tokenizer, cache, progress)
-        return _rows(recipe, sequence_length, row_tokenizer)
+            return _windows(recipe, sequence_length, text_tokenizer, cache, progress, protected)
+        return _rows(recipe, sequence_length, row_tokenizer, {one.path: one.domains for one in protected})
     except (DataError, DamagedFile) as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -86,15 +88,28 @@ def prepare(
 # --- text -------------------------------------------------------------------------------------------
 
 
-def _windows(recipe: Recipe, length: int, tokenizer: Tokenizer, cache: Path, progress: Progress) -> Prepared:
+def _windows(
+    recipe: Recipe,
+    length: int,
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: Progress,
+    protected: Sequence[Protection],
+) -> Prepared:
     settings = resolved_data(DataSettings(paths=recipe.data), "name text with --data")
     use = Use(length, windows_per_epoch=1, seed=recipe.seed)
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     corpus = open_corpus(
-        settings, tokenizer, cache, use, lambda done, total: progress("reading", done, total)
+        settings, tokenizer, cache, use, lambda done, total: progress("reading", done, total), protected
     )
     uses = tuple(
-        DataUse(source.path, _digest_of(part.tokens), part.train_windows, len(part.held_out))
+        DataUse(
+            source.path,
+            _digest_of(part.tokens),
+            part.train_windows,
+            len(part.held_out),
+            _left_out(corpus.summary, part.name),
+        )
         for source, part in zip(settings.source, corpus.parts, strict=True)
     )
     held_out = {
@@ -108,6 +123,12 @@ def _windows(recipe: Recipe, length: int, tokenizer: Tokenizer, cache: Path, pro
                 yield {"input_ids": ids, "labels": ids}
 
     return Prepared(train, sum(use.examples for use in uses), uses, held_out)
+
+
+def _left_out(summary: Sequence[str], name: str) -> tuple[str, ...]:
+    """What the corpus says of a source beside what was taken of it."""
+    lines = [line.removeprefix(f"data {name}: ") for line in summary if line.startswith(f"data {name}: ")]
+    return tuple(lines[1:])
 
 
 def _training(part: Part) -> Iterator[list[int]]:
@@ -136,6 +157,7 @@ class _Tally:
     filled: Group = field(default_factory=Group)
     repeated: Group = field(default_factory=Group)
     cut: Group = field(default_factory=Group)  # used, but not to their end
+    protected: dict[str, Group] = field(default_factory=dict)  # by the domain
 
     def lines(self) -> tuple[str, ...]:
         said = (
@@ -145,7 +167,11 @@ class _Tally:
             ("that equal a held-out row", self.repeated),
             ("used, but cut at the sequence's end", self.cut),
         )
-        return tuple(f"{group} rows {what}" for what, group in said if group.count)
+        protected = tuple(
+            f"{group.count} rows of the protected domain {name}"
+            for name, group in sorted(self.protected.items())
+        )
+        return protected + tuple(f"{group} rows {what}" for what, group in said if group.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +239,7 @@ class _Reader:
         return ids
 
 
-def _rows(recipe: Recipe, length: int, tokenizer: Any) -> Prepared:
+def _rows(recipe: Recipe, length: int, tokenizer: Any, protected: Mapping[str, Sequence[Domain]]) -> Prepared:
     if tokenizer.eos_token_id is None:
         raise UserError("the base's tokenizer has no end of a text: rows cannot be ended")
     special = tuple(sorted({text for text in tokenizer.all_special_tokens if text}))
@@ -221,28 +247,36 @@ def _rows(recipe: Recipe, length: int, tokenizer: Any) -> Prepared:
     every = round(1 / recipe.held_out_share)
     uses, held_out, chosen = [], {}, []
     for path, name in zip(recipe.data, _names(recipe.data), strict=True):
-        use, kept, equal = _look_through(path, reader, every)
+        with judge_of(protected.get(path, ())) as judge:
+            use, kept, not_trained_on = _look_through(path, reader, every, judge)
         uses.append(use)
         held_out[name] = kept
-        chosen.append((path, equal))
+        chosen.append((path, not_trained_on))
 
     def train() -> Iterator[Row]:
-        for path, equal in chosen:
+        for path, not_trained_on in chosen:
             for shaped, example in _usable(path, reader, _Tally()):
-                if _row_digest(shaped) not in equal:
+                if _row_digest(shaped) not in not_trained_on:
                     yield _for_trainer(shaped, example)
 
     return Prepared(train, sum(use.examples for use in uses), tuple(uses), held_out)
 
 
-def _look_through(path: str, reader: _Reader, every: int) -> tuple[DataUse, list[Example], frozenset[bytes]]:
-    """The first pass: which rows are held out, and what there is."""
+def _look_through(
+    path: str, reader: _Reader, every: int, judge: Judge
+) -> tuple[DataUse, list[Example], frozenset[bytes]]:
+    """The first pass: which rows are held out, which are of a protected domain, and what there is."""
     tally, hasher = _Tally(), blake3()
     kept: list[Example] = []
     equal: set[bytes] = set()
+    dropped: set[bytes] = set()
     count = 0
     for shaped, example in _usable(path, reader, tally):
         digest = _row_digest(shaped)
+        if domain := judge("\n".join(_texts(shaped))):
+            tally.protected.setdefault(domain, Group()).add(path)
+            dropped.add(digest)
+            continue
         hasher.update(digest)
         if count % every == every // 2 and len(kept) < HELD_OUT_MAX and digest not in equal:
             kept.append(example)
@@ -253,12 +287,13 @@ def _look_through(path: str, reader: _Reader, every: int) -> tuple[DataUse, list
             f"data {path}: {tally.malformed} of {tally.rows} rows without what {reader.stage} needs",
             hint=_NEEDS[reader.stage],
         )
-    trained = sum(_row_digest(shaped) not in equal for shaped, _ in _usable(path, reader, _Tally()))
+    left_out = frozenset(equal | dropped)
+    trained = sum(_row_digest(shaped) not in left_out for shaped, _ in _usable(path, reader, _Tally()))
     if not kept or not trained:
         raise UserError(f"data {path}: {count} usable rows: too few to train on some and measure on others")
     for _ in range(count - trained - len(kept)):
         tally.repeated.add(path)
-    return DataUse(path, hasher.hexdigest(), trained, len(kept), tally.lines()), kept, frozenset(equal)
+    return DataUse(path, hasher.hexdigest(), trained, len(kept), tally.lines()), kept, left_out
 
 
 _NEEDS = {

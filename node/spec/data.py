@@ -21,6 +21,7 @@ from tapestry.node.spec.tables import Between, Pattern
 
 SOURCES_MAX = 256  # Guess: each is a label of a metric and a file of tokens
 NAME = Pattern(r"[^\x00-\x1f\x7f]{0,64}", "at most 64 printable characters")
+WORD = Pattern(r"[A-Za-z0-9_-]{1,64}", "1 to 64 letters, digits, - and _")
 STDLIB = re.compile(r"stdlib(?::([0-9]{1,9})/([0-9]{1,9}))?")
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?", re.ASCII)
 # What follows the last colon of PATH:FIELD. "a.b" looks into a table inside a row.
@@ -96,6 +97,31 @@ class DataSettings:
 
 
 NO_DATA = DataSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """What must not be learnt from: text that a pattern finds, or that a program of the member's names."""
+
+    name: Annotated[str, WORD, "What it is called: in `protected`, and where what was dropped is counted."]
+    patterns: Annotated[
+        tuple[str, ...],
+        "Regular expressions of Python, upper and lower case alike. A row of a table, or a paragraph of "
+        "text, in which one is found is dropped.",
+    ] = ()
+    command: Annotated[
+        tuple[str, ...],
+        "A program and its arguments. It gets each text as a line of JSON and answers each with a line: "
+        "1 drops it, 0 keeps it. Anything else ends the start.",
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """The domains of one source."""
+
+    path: Annotated[str, "Of the source, as in its settings."]
+    domains: Annotated[tuple[Domain, ...], "All that it must be kept clear of."]
 
 
 def resolved_data(settings: DataSettings, hint: str) -> DataSettings:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tapestry.node.spec.data import DataSettings
+from tapestry.node.spec.data import DataSettings, Protection
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
 TENSORS_CHARS_MAX = 24 << 10  # of an external module, in a spec of 64 kB that is quoted in its genesis
@@ -374,6 +374,7 @@ class WorkerSettings:
     threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
     run_spec: Annotated[str, "For a script, which looks whether it agrees: the canonical run spec."] = ""
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
+    protected: Annotated[tuple[Protection, ...], "Domains that sources are kept clear of."] = ()
 
 
 # `tiny` comes from simulating 3 members with outer Nesterov (lr 0.7, momentum 0.9) on thirds of the

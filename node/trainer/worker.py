@@ -423,7 +423,8 @@ def _open_corpus(settings: WorkerSettings, channel: group.Channel | None) -> Cor
         eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
         tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
         progress = (lambda done, total: None) if channel is None else _TellTokenizing(channel)
-        return open_corpus(settings.data, tokenizer, Path(settings.cache_dir), use, progress)
+        cache = Path(settings.cache_dir)
+        return open_corpus(settings.data, tokenizer, cache, use, progress, settings.protected)
     except (DataError, TokenizerError) as error:
         raise WorkerFailure("data", _sendable(str(error))) from error
 

@@ -70,7 +70,9 @@ def test_no_data(tmp_path: Path) -> None:
 
 def test_data_too_small_for_one_window(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    refused(2, "token", home=init(tmp_path / "a"), flags=("--data", tmp_path / "short.txt"))
+    flags = ("--data", tmp_path / "short.txt")
+    refused(2, "is not declared", "--declare own", home=init(tmp_path / "a"), flags=flags)
+    refused(2, "token", home=tmp_path / "a", flags=(*flags, "--declare", "own"))
 
 
 def test_a_home_in_use(founder: Node) -> None:

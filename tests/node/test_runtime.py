@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,12 +154,15 @@ class FakeNetwork:
 class Bench:
     """A runtime among fakes."""
 
-    def __init__(self, ending: Ending = ENDLESS) -> None:
+    def __init__(self, ending: Ending = ENDLESS, forbidden: Callable[[], str] = lambda: "") -> None:
         self.core, self.keeper = FakeCore(), FakeKeeper()
         self.averaging, self.trainer, self.network = FakeAveraging(), FakeTrainer(), FakeNetwork()
         self.metrics = Metrics("0")
         fakes: Any = (self.core, self.keeper, self.averaging, self.trainer, self.network)
-        self.runtime = Runtime(*fakes, Reporter(self.metrics, LiveLine(None, enabled=False)), Goal(ending))  # type: ignore[arg-type]
+        self.runtime = Runtime(*fakes, self._reporter(), Goal(ending, forbidden))  # type: ignore[arg-type]
+
+    def _reporter(self) -> Reporter:
+        return Reporter(self.metrics, LiveLine(None, enabled=False))
 
     def says(self, *outputs: ev.Output) -> None:
         """The core answers its next input with these."""
@@ -219,6 +223,27 @@ def test_a_node_at_its_goal_begins_no_epoch_and_is_done():
             await turns()
             assert len(bench.trainer.begun) == 1, "what it began would hold the others up"
             assert bench.runtime.done.is_set()
+
+    run(main)
+
+
+def test_data_that_may_not_be_used_any_more_are_neither_trained_on_nor_contributed():
+    why = ""
+
+    async def main() -> None:
+        nonlocal why
+        async with Bench(forbidden=lambda: why) as bench:
+            bench.says(ev.Train(3, "cd" * 32, ""))
+            await turns()
+            why = "data /texts is not read: revoked"
+            bench.runtime.trainer.on_event(CONTRIBUTION)
+            await turns()
+            assert len(bench.trainer.begun) == 1 and bench.contributed() == []
+            bench.says(ev.Train(4, "ce" * 32, "cd" * 32))
+            await turns()
+            assert len(bench.trainer.begun) == 1
+            down = [inp for inp in bench.core.heard if isinstance(inp, ev.TrainerState)]
+            assert down and not down[-1].up and "revoked" in down[-1].reason
 
     run(main)
 

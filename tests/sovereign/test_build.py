@@ -18,6 +18,7 @@ from tapestry.node.sovereign.build import Built
 from tapestry.node.sovereign.derivative import Shelf, Transplant
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import release
+from tapestry.node.spec.declared import append, parse_declaration
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.models.weights import weights_digest
 
@@ -33,6 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "text.txt").write_text("".join(f"le carré de {i} est {i * i}\n" for i in range(600)))
     made = make_home(folder / "home", base_spec(folder / "home", "qwen3"))
+    for name in ("pairs.jsonl", "text.txt"):
+        append(made.home, [parse_declaration("us, CC0-1.0, open", str(folder / name), "derive:*")])
     made.advance(2, scale=0.005)
     return made
 

@@ -24,6 +24,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, HomeLock, NodeInfo
+from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.node import Ending, NodeConfig
 from tapestry.node.spec.recipe import preset_recipe
 from tapestry.node.spec.run import RunSpec
@@ -112,7 +113,7 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     result = _run("--help")
     assert result.exit_code == 0
     listed = re.findall(r"^  ([\w-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    ours = ["anchor", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
+    ours = ["anchor", "data", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
     assert listed == sorted(["export", "init", "log-level", "peers", "start", "status", "stop", *ours])
 
 
@@ -126,6 +127,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--base",
         "--data",
         "--validation",
+        "--declare",
         "--allow-doubtful-data",
         "--listen",
         "--announce",
@@ -268,8 +270,14 @@ def test_start_gives_the_daemon_its_configuration_and_ends_with_its_exit_code(
     texts = tmp_path / "texts.txt"
     texts.write_text("text")
     args = ["--data", "stdlib", "--data", str(texts), "--http", "127.0.0.1:0", "--epochs", "2"]
+    refused = _run("start", *args, env={"TAPESTRY_HOME": str(tmp_path)})
+    assert refused.exit_code == ExitCode.USAGE and f"{texts} is not declared for base" in refused.stderr
+    assert "--declare own" in refused.stderr and daemon.config is None
+    args += ["--declare", "INA, CC-BY-4.0"]
     result = _run("start", *args, env={"TAPESTRY_HOME": str(tmp_path)})
-    assert (result.exit_code, result.output) == (4, "")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr == f"declared {texts} for base: INA, CC-BY-4.0, participant-private\n"
+    assert Declared.load(Home(tmp_path)).source[0].path == str(texts)
     assert daemon.config.home == Home(tmp_path)
     assert [one.path for one in daemon.config.data.source] == ["stdlib", str(texts)]
     assert (daemon.config.http_port, daemon.config.ending) == (0, Ending(epochs=2))
@@ -370,7 +378,7 @@ def test_detach_starts_the_same_command_without_the_flag(
         "json",
         "--allow-doubtful-data",
     ]
-    assert _run("start", "--home", str(tmp_path), *flags, "--detach").exit_code == 0
+    assert _run("start", "--home", str(tmp_path), *flags, "--declare", "own", "--detach").exit_code == 0
     assert commands == [
         [
             *COMMAND,

@@ -15,12 +15,12 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tapestry.node.spec.data import DataSettings, SourceSettings, resolved_data
+from tapestry.node.spec.data import DataSettings, Protection, SourceSettings, resolved_data
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.order import Position, WindowOrder, shares_of
 from tapestry.node.trainer.data.sources import Listing, Listings, list_data
@@ -172,9 +172,10 @@ def open_corpus(
     cache_dir: Path,
     use: Use,
     on_progress: OnProgress = lambda done, total: None,
+    protected: Sequence[Protection] = (),
 ) -> Corpus:
     """Tokenizes, or maps what an earlier start has tokenized. Raises DataError."""
-    listings = list_data(settings)
+    listings = _kept_clear(list_data(settings), protected)
     files = _tokenize_all(settings, listings, tokenizer, cache_dir, on_progress)
     count = len(listings.sources)
     hold_out = not listings.validation
@@ -202,6 +203,16 @@ def open_corpus(
     ]
     keys = tuple(file.key for file in files[:count])
     return Corpus(parts, sets, order, keys, tokenizer.eos_id, use, (*summary, *warning))
+
+
+def _kept_clear(listings: Listings, protected: Sequence[Protection]) -> Listings:
+    """Each listing with the domains of its source."""
+    domains = {one.path: one.domains for one in protected}
+
+    def with_domains(every: Sequence[Listing]) -> tuple[Listing, ...]:
+        return tuple(replace(one, domains=domains.get(one.source.path, ())) for one in every)
+
+    return Listings(with_domains(listings.sources), with_domains(listings.validation))
 
 
 def _tokenize_all(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapestry.node.spec.data import HUB, STDLIB, DataSettings, SourceSettings, ValidationSettings
+from tapestry.node.spec.data import HUB, STDLIB, DataSettings, Domain, SourceSettings, ValidationSettings
 from tapestry.node.trainer.data import hub
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import NotText, SourceFile, check_text
@@ -47,6 +47,7 @@ class Listing:
     source: AnySource
     files: tuple[SourceFile, ...]
     tally: Tally
+    domains: tuple[Domain, ...] = ()  # that the source must be kept clear of
 
 
 @dataclass(frozen=True, slots=True)

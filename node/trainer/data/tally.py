@@ -46,6 +46,9 @@ class Tally:
     replaced: Group = field(default_factory=Group)  # characters that could not be decoded, by their file
     damaged: Group = field(default_factory=Group)  # files that break off
     left_out: dict[str, Group] = field(default_factory=dict)  # files, by the reason
+    protected: dict[str, Group] = field(
+        default_factory=dict
+    )  # rows or paragraphs, by the domain; bytes: chars
 
     def leave_out(self, reason: str, name: str, size_bytes: int) -> None:
         self.left_out.setdefault(reason, Group()).add(name, size_bytes)
@@ -80,6 +83,8 @@ class Tally:
         ):
             if group.count:
                 said.append(f"{what}: {group}")
+        for domain, group in sorted(self.protected.items()):
+            said.append(f"dropped, of the protected domain {domain}: {group}, {group.bytes} characters")
         return said
 
     def to_plain(self) -> dict[str, Any]:
@@ -92,7 +97,8 @@ class Tally:
         fields: dict[str, Any] = {
             key: Group(**value) if key in groups else value for key, value in plain.items()
         }
-        fields["left_out"] = {reason: Group(**group) for reason, group in plain["left_out"].items()}
+        for key in ("left_out", "protected"):
+            fields[key] = {reason: Group(**group) for reason, group in plain.get(key, {}).items()}
         return cls(**fields)
 
 

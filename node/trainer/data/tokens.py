@@ -28,9 +28,10 @@ import numpy as np
 
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import Piece, SourceFile
+from tapestry.node.trainer.data.protected import Judge, clear, digest_of, judge_of
 from tapestry.node.trainer.data.readers.registry import format_named
 from tapestry.node.trainer.data.sources import CACHE_TAG, Listing
-from tapestry.node.trainer.data.tally import Tally
+from tapestry.node.trainer.data.tally import Group, Tally
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 
 CACHE_VERSION = 2
@@ -84,7 +85,8 @@ def source_key(listing: Listing, tokenizer: Tokenizer) -> str:
         [one.path, one.size_bytes, one.modified_ns, one.format, one.field, one.encoding]
         for one in listing.files
     ]
-    return _digest({"version": CACHE_VERSION, "tokenizer": tokenizer.digest, "files": files})
+    rules = {"protected": digest_of(listing.domains)} if listing.domains else {}
+    return _digest({"version": CACHE_VERSION, "tokenizer": tokenizer.digest, "files": files, **rules})
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
@@ -141,12 +143,17 @@ class _Build:
     def run(self) -> Tally:
         place, tally = self._last_place()
         self._noted = place.tokens
-        with open(os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as out:
+        with (
+            open(os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as out,
+            judge_of(self._listing.domains) as judge,
+        ):
             out.truncate(place.tokens * self.dtype.itemsize)
             out.seek(0, os.SEEK_END)
             for number, file in enumerate(self._listing.files):
                 if number >= place.file:
-                    place = self._write_file(replace(place, file=number, tally=tally.to_plain()), tally, out)
+                    place = self._write_file(
+                        replace(place, file=number, tally=tally.to_plain()), tally, out, judge
+                    )
                 self._done_bytes += file.size_bytes
             _sync(out)
         manifest = {"version": CACHE_VERSION, "owner": self._owner, "tokens": place.tokens}
@@ -167,11 +174,11 @@ class _Build:
             pass  # nothing was noted, or what was is damaged
         return _Place(), Tally.from_plain(self._listing.tally.to_plain())
 
-    def _write_file(self, place: _Place, tally: Tally, out: BinaryIO) -> _Place:
+    def _write_file(self, place: _Place, tally: Tally, out: BinaryIO, judge: Judge) -> _Place:
         """The rest of one file, from the place on; the place at its end."""
         batch: list[Piece] = []
         chars = seen_chars = pieces = 0
-        for piece in _pieces(self._listing.files[place.file], tally):
+        for piece in _clear_pieces(self._listing, place.file, tally, judge):
             pieces += 1
             _count(piece, tally, self._listing.files[place.file].path)
             if pieces <= place.pieces:
@@ -236,6 +243,19 @@ def _pieces(file: SourceFile, tally: Tally) -> Iterator[Piece]:
         yield "", True
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+
+
+def _clear_pieces(listing: Listing, file: int, tally: Tally, judge: Judge) -> Iterator[Piece]:
+    """A file's text without what is of a protected domain, which is counted."""
+    one = listing.files[file]
+    pieces = _pieces(one, tally)
+    if not listing.domains:
+        return pieces
+
+    def dropped(domain: str, chars: int) -> None:
+        tally.protected.setdefault(domain, Group()).add(one.path, chars)
+
+    return clear(pieces, format_named(one.format).is_table, judge, dropped)
 
 
 def _count(piece: Piece, tally: Tally, path: str) -> None:

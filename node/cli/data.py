@@ -1,0 +1,154 @@
+"""`tapestry data list|check|revoke`: what each source of data may be used for; and how a source is declared
+on the command line.
+
+docs/data.md says what is declared and why; spec/declared.py is the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.spec.data import is_word, rebased_data, split_field
+from tapestry.node.spec.declared import (
+    BASE,
+    FORM,
+    Declared,
+    Revoked,
+    append,
+    covers,
+    parse_declaration,
+    paths_of,
+    today_utc,
+    undeclared,
+)
+from tapestry.node.spec.tables import plain
+
+declare_option = click.option(
+    "--declare", "declaration", metavar="TEXT", help=f"Of data that are not declared yet: {FORM}."
+)
+
+
+def declare_missing(home: Home, paths: Iterable[str], purpose: str, text: str | None) -> None:
+    """Each source that nobody declared for the purpose: by `text`, or ask whoever sits there, once. Raises
+    UserError where there is neither; a source that does not exist is left for its reader to name."""
+    from tapestry.node.lineage.uses import note
+
+    there = [path for path in dict.fromkeys(paths) if is_word(path) or os.path.lexists(path)]
+    for path in undeclared(home, there, purpose):
+        said = text if text is not None else _asked(path, purpose)
+        made = parse_declaration(said, path, purpose)
+        append(home, [made])
+        note(home, "declared", path=path, declaration=plain(made))
+        click.echo(f"declared {path} for {purpose}: {made.owner}, {made.licence}, {made.mode}", err=True)
+
+
+def _asked(path: str, purpose: str) -> str:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(
+            f"data {path} is not declared for {purpose}, so it is not read",
+            hint=f'say once whose it is: --declare "{FORM.partition("[")[0]}", or --declare own for your own',
+        )
+    click.echo(f"{path} is not declared for {purpose} yet. Whose is it, and under what licence?", err=True)
+    answer: str = click.prompt(f"{FORM}", err=True)
+    return answer
+
+
+@click.group("data", no_args_is_help=True)
+def data() -> None:
+    """What each source of data may be used for, what it was used for, and how to withdraw it."""
+
+
+@data.command("list")
+@home_option
+@json_option
+def listed(home: str | None, as_json: bool) -> None:
+    """What is declared in HOME/data.toml, and what of it holds today."""
+    place = Home.locate(home, os.environ)
+    declared = Declared.load(place)
+    if as_json:
+        click.echo(json.dumps(plain(declared), indent=1))
+        return
+    if not declared.source:
+        click.echo(f"nothing is declared in {place.data_toml}: tapestry start --data PATH --declare TEXT")
+    for one in declared.source:
+        until = f", until {one.until}" if one.until else ""
+        click.echo(f"{one.path}\n  {one.owner}, {one.licence}, {one.mode}{until}")
+        for purpose in one.purposes:
+            click.echo(f"  {purpose}: {declared.refusal(one.path, purpose, today_utc()) or 'may be used'}")
+    for gone in declared.revoked:
+        click.echo(f"{gone.path}\n  revoked at {gone.at}: {gone.reason or 'no reason given'}")
+
+
+@data.command()
+@click.argument("sources", metavar="[SOURCE]...", nargs=-1)
+@home_option
+@click.option("--purpose", default=BASE, show_default=True, metavar="base|derive:NAME")
+def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
+    """Whether SOURCEs (default: those of node.toml) may be read, and what was made from them."""
+    from tapestry.node.sovereign.withdrawal import withdrawal
+
+    place = Home.locate(home, os.environ)
+    declared = Declared.load(place)
+    refused = 0
+    for path in _absolute(sources) or _configured(place):
+        why = declared.refusal(path, purpose, today_utc())
+        refused += bool(why)
+        click.echo(f"{path}: {why or f'may be used for {purpose}'}")
+        if not why and (domains := declared.domains_of(path)):
+            click.echo(f"  dropped from it: {', '.join(one.name for one in domains)}")
+        if place.data_events.exists():
+            touched = withdrawal(place, lambda other, path=path: _touches(path, other))  # type: ignore[misc]
+            click.echo(f"  used in {len(touched.records)} records and {len(touched.derivatives)} derivatives")
+    return ExitCode.REFUSED if refused else ExitCode.DONE
+
+
+@data.command()
+@click.argument("source", metavar="SOURCE")
+@home_option
+@json_option
+@click.option("--reason", default="", metavar="TEXT", help="Kept with the revocation.")
+def revoke(source: str, home: str | None, as_json: bool, reason: str) -> None:
+    """Stop the use of SOURCE, and say which epochs, records and derivatives it touched."""
+    from tapestry.node.lineage.uses import note
+    from tapestry.node.sovereign.withdrawal import withdrawal
+
+    place = Home.locate(home, os.environ)
+    (path,) = _absolute((source,))
+    declared = Declared.load(place)
+    if not any(covers(gone.path, path) for gone in declared.revoked):
+        at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        append(place, [Revoked(path, at, reason)])
+        note(place, "revoked", path=path, reason=reason)
+    found = withdrawal(place, lambda other: _touches(path, other))
+    if as_json:
+        click.echo(json.dumps({"source": path} | dataclasses.asdict(found), indent=1))
+        return
+    click.echo(f"revoked {path}: it is not read any more, and a running node stops training on it")
+    click.echo("\n".join(found.lines()))
+
+
+def _touches(path: str, other: str) -> bool:
+    used = split_field(other)[0]
+    return covers(path, used) or covers(used, path)
+
+
+def _configured(home: Home) -> tuple[str, ...]:
+    from tapestry.node.spec.node import NodeConfig
+
+    return paths_of(NodeConfig.resolve(home, {}, os.environ).data)
+
+
+def _absolute(sources: Iterable[str]) -> tuple[str, ...]:
+    paths = [split_field(one)[0] for one in sources]
+    return tuple(rebased_data({"paths": paths}, Path.cwd())["paths"])

@@ -1,0 +1,47 @@
+"""Whether this node's data may still be used: asked before each epoch's training, and before it contributes.
+
+A consent ends at midnight, and `tapestry data revoke` takes effect on a running node: HOME/data.toml is read
+again whenever it, or the day, has changed. A file that cannot be read forbids.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.spec.declared import BASE, require, today_utc
+
+Today = Callable[[], datetime.date]
+
+
+class DataPermit:
+    """`refusal()` is "" while all sources may be used for the base, and else says why not."""
+
+    def __init__(self, home: Home, paths: tuple[str, ...], today: Today = today_utc) -> None:
+        self._home = home
+        self._paths = paths
+        self._today = today
+        self._seen: object = None
+        self._refusal = ""
+
+    def refusal(self) -> str:
+        now = (self._today(), _stamp(self._home))
+        if now != self._seen:
+            self._seen = now
+            try:
+                require(self._home, self._paths, BASE, now[0])
+                self._refusal = ""
+            except UserError as error:
+                self._refusal = f"{error.line}; start the node again without it"
+        return self._refusal
+
+
+def _stamp(home: Home) -> tuple[int, int] | None:
+    try:
+        info = os.stat(home.data_toml)
+    except OSError:
+        return None
+    return info.st_mtime_ns, info.st_size

@@ -1,0 +1,116 @@
+"""What a source of data has touched: epochs, records and derivatives, and the last state before it.
+
+The answer to a person who withdraws a consent. Nothing can be taken out of a mean again: what helps is to go
+on from the state before, or to live with it, and this says which state that is. It errs on the side of naming
+too much: every contribution that this member made while the source was in use, every state of the base after
+the first of them, and every derivative that stands on one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tapestry.dht.identity import Identity, IdentityError
+from tapestry.node.home import Home
+from tapestry.node.lineage.log import read_log
+from tapestry.node.lineage.uses import Span, Touches, spans
+from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """What `tapestry data revoke` and `data check --touched` say."""
+
+    records: tuple[tuple[int, str], ...]  # epoch and head: with a contribution made from the source
+    head_epoch: int  # every state from the first of them to here holds something of it
+    before: tuple[int, str] | None  # the last state without: epoch and head; None: none was touched
+    derivatives: tuple[tuple[str, str], ...]  # NAME:N, and why
+
+    def lines(self) -> list[str]:
+        """For people."""
+        said = ["what a mean has taken up cannot be taken out of it again; this is what it touched:"]
+        if self.before is None:
+            said.append("the base: nothing; no contribution was made from it")
+        else:
+            epochs = _ranges([epoch for epoch, _ in self.records])
+            said.append(f"contributions: {len(self.records)} records, of the epochs {epochs}")
+            first, last = self.records[0], self.records[-1]
+            said.append(f"first record: epoch {first[0]}, head {first[1]}")
+            said.append(f"last record:  epoch {last[0]}, head {last[1]}")
+            said.append(f"states: every one of the base from epoch {first[0]} to {self.head_epoch}")
+            said.append(f"the last state before it: epoch {self.before[0]}, head {self.before[1]}")
+        said += [f"derivative {name}: {why}" for name, why in self.derivatives] or ["derivatives: none"]
+        return said
+
+
+def withdrawal(home: Home, touches: Touches) -> Withdrawal:
+    """Of all sources that `touches` names. Raises UserError where chain or events do not hold."""
+    used = spans(home, touches)
+    own = _own(home)
+    records: list[tuple[int, str]] = []
+    before: tuple[int, str] | None = None
+    epoch, head, run_id = 0, "", ""
+    for line in read_log(home, None) if used and home.genesis.exists() else ():
+        run_id = run_id or line.run_id
+        ours = own is None or any(peer == own for peer, _ in line.members)
+        if ours and _in(used, run_id, line.epoch):
+            before = before or (epoch, head or run_id)
+            records.append((line.epoch, line.head))
+        epoch, head = line.epoch, line.head
+    first = records[0][0] if records else None
+    return Withdrawal(tuple(records), epoch, before, tuple(_derivatives(Shelf(home), touches, run_id, first)))
+
+
+def _own(home: Home) -> str | None:
+    try:
+        return Identity.load(home.identity_key).peer_id
+    except IdentityError:
+        return None  # a copy without its key: every record counts
+
+
+def _in(used: list[Span], run_id: str, epoch: int) -> bool:
+    return any(span.run_id == run_id and span.holds(epoch) for span in used)
+
+
+def _derivatives(shelf: Shelf, touches: Touches, run_id: str, first: int | None) -> list[tuple[str, str]]:
+    """Trained on it, standing on a touched base, or made of one that is; versions come in their order."""
+    why: dict[str, str] = {}
+    every = [
+        (one, version) for name in shelf.names() for one in [shelf.require(name)] for version in one.versions
+    ]
+    while True:
+        known = len(why)
+        for derivative, version in every:
+            name = f"{derivative.name}:{version.number}"
+            if name not in why and (found := _touched(derivative, version, touches, run_id, first, why)):
+                why[name] = found
+        if len(why) == known:
+            return sorted(why.items())
+
+
+def _touched(
+    derivative: Derivative,
+    version: Version,
+    touches: Touches,
+    run_id: str,
+    first: int | None,
+    why: dict[str, str],
+) -> str:
+    if any(touches(use.source) for use in version.data):
+        return "trained on it"
+    if first is not None and version.parent.run_id == run_id and version.parent.epoch >= first:
+        return f"stands on epoch {version.parent.epoch} of the base, which holds something of it"
+    touched = [one for one in version.made_of if one in why]
+    return f"made of {', '.join(touched)}" if touched else ""
+
+
+def _ranges(epochs: list[int]) -> str:
+    """3-7, 9: no more than the first few."""
+    ranges: list[list[int]] = []
+    for epoch in epochs:
+        if ranges and epoch == ranges[-1][1] + 1:
+            ranges[-1][1] = epoch
+        else:
+            ranges.append([epoch, epoch])
+    said = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:20]]
+    return ", ".join(said) + (", ..." if len(ranges) > 20 else "")

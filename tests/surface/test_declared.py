@@ -1,0 +1,167 @@
+"""data.toml: what a declaration covers, what is refused, what --declare means."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.spec.declared import (
+    BASE,
+    Declared,
+    append,
+    parse_declaration,
+    published,
+    require,
+    template,
+    undeclared,
+)
+
+TODAY = datetime.date(2026, 12, 1)
+SOURCE = """[[source]]
+path = "{path}"
+owner = "INA"
+licence = "CC-BY-4.0"
+mode = "{mode}"
+purposes = {purposes}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path / "home")
+    home.create()
+    return home
+
+
+def declare(home: Home, path: str, mode: str = "open", purposes: str = '["base"]', more: str = "") -> None:
+    with home.data_toml.open("a") as file:
+        file.write(SOURCE.format(path=path, mode=mode, purposes=purposes) + more)
+
+
+def refusal(home: Home, path: object, purpose: str = BASE) -> str:
+    return Declared.load(home).refusal(str(path), purpose, TODAY)
+
+
+def test_what_nobody_declared_is_not_read(home: Home, tmp_path: Path) -> None:
+    assert refusal(home, tmp_path / "a.txt") == "not declared"
+    with pytest.raises(UserError, match=r"a\.txt is not read: not declared") as caught:
+        require(home, [str(tmp_path / "a.txt")], BASE, TODAY)
+    assert caught.value.hint is not None and caught.value.hint.startswith("--declare")
+
+
+def test_the_standard_library_needs_no_declaration_but_can_be_revoked(home: Home) -> None:
+    assert require(home, ["stdlib:2/3", "stdlib"], BASE, TODAY) == ()
+    home.data_toml.write_text('[[revoked]]\npath = "stdlib"\nat = "today"\n')
+    assert refusal(home, "stdlib:2/3").startswith("stdlib was revoked")
+
+
+def test_a_folder_covers_what_lies_in_it_and_the_longest_path_decides(home: Home, tmp_path: Path) -> None:
+    declare(home, f"{tmp_path}/texts")
+    declare(home, f"{tmp_path}/texts/clinic", "local-only", '["derive:*"]')
+    assert refusal(home, tmp_path / "texts" / "fr") == ""
+    assert refusal(home, tmp_path / "texts2") == "not declared"
+    assert refusal(home, tmp_path / "texts/clinic/a.txt") == "declared for derive:*, not for base"
+    assert refusal(home, tmp_path / "texts/clinic/a.txt", "derive:ours") == ""
+
+
+def test_a_folder_is_not_read_if_something_in_it_may_not_be(home: Home, tmp_path: Path) -> None:
+    declare(home, f"{tmp_path}/texts")
+    declare(home, f"{tmp_path}/texts/clinic", "local-only", '["derive:*"]')
+    assert "texts/clinic, which lies in it, is declared for derive:*" in refusal(home, tmp_path / "texts")
+
+
+def test_a_link_is_what_it_leads_to(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    declare(home, f"{tmp_path}/real")
+    assert refusal(home, tmp_path / "link" / "x.txt") == ""
+
+
+def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:
+    declare(home, "/d", more='until = "2026-12-01"\n')
+    assert refusal(home, "/d") == ""
+    home.data_toml.write_text(home.data_toml.read_text().replace("2026-12-01", "2026-11-30"))
+    assert refusal(home, "/d") == "declared until 2026-11-30, which is over"
+    declare(home, "/d")
+    assert refusal(home, "/d") == ""
+
+
+def test_a_purpose_that_is_not_named_is_refused(home: Home) -> None:
+    declare(home, "/d", purposes='["derive:ours"]')
+    assert refusal(home, "/d", "derive:ours") == ""
+    assert refusal(home, "/d", "derive:theirs") == "declared for derive:ours, not for derive:theirs"
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "words"),
+    [
+        ("local-only", "", "local-only data are never used for the base"),
+        ("restricted", "", "need a consent"),
+        ("open", 'until = "2026-02-30"\n', "is no date"),
+        ("open", 'protected = ["health"]\n', r'there is no \[\[domain\]\] "health"'),
+        ("participant-private", 'description = "letters"\n', "not described outside"),
+        ("open", "license = 'x'\n", r"did you mean source\[1\]\.licence"),
+        ("public", "", r"source\[1\]\.mode"),
+        ("open", '[[domain]]\nname = "x"\npatterns = ["("]\n', "no regular expression"),
+        ("open", '[[domain]]\nname = "x"\n', "neither patterns nor a command"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_and_nothing_is_read(
+    home: Home, mode: str, more: str, words: str
+) -> None:
+    declare(home, "/d", mode, more=more)
+    with pytest.raises(UserError, match=words):
+        require(home, ["/d"], BASE, TODAY)
+
+
+def test_what_is_declared_on_the_command_line_is_appended_and_reads_back(home: Home) -> None:
+    home.data_toml.write_text(template())
+    assert Declared.load(home) == Declared()
+    made = parse_declaration("INA, CC-BY-4.0, open, until 2027-01-31", "/d", BASE)
+    append(home, [made, parse_declaration("own", "/e", BASE)])
+    declared = Declared.load(home)
+    assert declared.source[0] == made and made.until == "2027-01-31"
+    assert (declared.source[1].licence, declared.source[1].mode) == ("own", "participant-private")
+    assert home.data_toml.read_text().startswith("# What each source of data is")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "INA", "INA, ", "INA, CC0, fast", "INA, CC0, until tomorrow", "A, B, restricted"]
+)
+def test_a_declaration_that_says_too_little_or_something_else_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--declare") as caught:
+        parse_declaration(text, "/d", BASE)
+    assert caught.value.hint is not None and "OWNER, LICENCE" in caught.value.hint
+
+
+def test_only_what_a_declaration_can_still_allow_is_asked_for(home: Home) -> None:
+    declare(home, "/local", "local-only", '["derive:ours"]')
+    declare(home, "/over", more='until = "2020-01-01"\n')
+    declare(home, "/derived", purposes='["derive:ours"]')
+    assert undeclared(home, ["/local", "/over", "/derived", "/new", "stdlib"], BASE) == ["/derived", "/new"]
+
+
+def test_descriptions_are_published_and_nothing_else_is(home: Home) -> None:
+    declare(home, "/a", more='description = "News of 2019"\n')
+    declare(home, "/b")
+    declare(home, "/c", purposes='["derive:ours"]', more='description = "Letters"\n')
+    declared = Declared.load(home)
+    assert published(declared) == ("News of 2019 (of INA, CC-BY-4.0)",)
+    assert declared.may_be_named("/b/x") and not declared.may_be_named("/unknown")
+
+
+def test_domains_of_the_home_of_a_source_and_of_what_lies_in_it_hold(home: Home) -> None:
+    home.data_toml.write_text('protected = ["all"]\n')
+    declare(home, "/d", more='protected = ["one"]\n')
+    declare(home, "/d/inner", more='protected = ["two"]\n')
+    with home.data_toml.open("a") as file:
+        for name in ("all", "one", "two", "unused"):
+            file.write(f'[[domain]]\nname = "{name}"\npatterns = ["{name}"]\n')
+    declared = Declared.load(home)
+    assert [one.name for one in declared.domains_of("/d")] == ["all", "one", "two"]
+    assert [one.name for one in declared.domains_of("stdlib")] == ["all"]
+    assert [one.path for one in declared.protections(["/d", "/d"])] == ["/d"]

@@ -42,6 +42,8 @@ _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^/\[\]:\s]+):(?P<port>\d+)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
+CIRCUIT = "/p2p-circuit"
+
 Parts = list[tuple[str, str]]  # (protocol, value); the value of a protocol that has none is ""
 
 
@@ -143,6 +145,17 @@ def full_addresses(addresses: Iterable[str], peer_id: str) -> tuple[str, ...]:
 def ranked(addresses: Iterable[str]) -> tuple[str, ...]:
     """The addresses, the most widely reachable first; equals keep their order."""
     return tuple(sorted(addresses, key=lambda address: -scope(address)))
+
+
+def relay_of(address: str) -> str:
+    """The peer that carries what is sent to a relayed address; "" of a direct one."""
+    before, circuit, _ = address.partition(CIRCUIT)
+    return before.rsplit("/p2p/", 1)[-1] if circuit and "/p2p/" in before else ""
+
+
+def circuit_address(relay: str, peer_id: str) -> str:
+    """Where `peer_id` is found through a relay, whose own address, `/p2p/<its id>` included, is `relay`."""
+    return f"{relay}{CIRCUIT}/p2p/{peer_id}"
 
 
 def reachable_from_outside(address: str) -> bool:

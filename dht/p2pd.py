@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import glob
 import ipaddress
@@ -27,6 +28,15 @@ _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
 STOP_TIMEOUT_S = 3.0
+# Of libp2p's relay, besides its own of 8 places for one IP address. Guess: a month of a small run fits in a
+# connection, which is made anew after that; a buffer is of each direction of each connection.
+RELAY_BOUNDS = {
+    "relayMaxReservations": 128,  # peers that have a place
+    "relayMaxCircuits": 16,  # connections to or from one of them
+    "relayDataLimit": 1 << 40,  # bytes of a connection, each way
+    "relayTimeLimit": "24h",  # of a connection
+    "relayBufferSize": 1 << 18,
+}
 _LOCK = "lock"  # in a folder of sockets
 
 
@@ -44,11 +54,10 @@ class SwarmConfig:
     # hivemind's 15 s is too short on slow machines, the commonest complaint of its users.
     startup_timeout_s: float = 60.0
     use_relay: bool = True  # reach peers behind NAT through relays
-    use_auto_relay: bool = False  # be reached through relays
     # p2pd's own Kademlia: finds where a peer is by its id alone. Members tell each other their addresses, and
     # it keeps 524 bytes for a day of whatever record anybody gives it, at 34,000 a second.
     serve_kademlia: bool = False
-    serve_relay: bool = False  # carry the traffic of peers behind NAT, whoever they are
+    serve_relay: bool = False  # carry connections to peers behind NAT, whoever they are, within RELAY_BOUNDS
     nat_port_map: bool = True
     streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
     peer_streams_max: int = 64  # of these, of one peer. A member has two, and some while it catches up
@@ -68,6 +77,8 @@ class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
         if not cls.config.serve_kademlia:
             kwargs = {key: value for key, value in kwargs.items() if key != "dhtServer"}
         kwargs["relayService"] = cls.config.serve_relay
+        if cls.config.serve_relay:
+            kwargs |= RELAY_BOUNDS
         daemon_args = P2P._make_process_args(*args, **kwargs)
         return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
 
@@ -126,7 +137,11 @@ def require_free(address: str) -> None:
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
     kind = socket.SOCK_STREAM if "tcp" in values else socket.SOCK_DGRAM
     port = int(values.get("tcp") or values["udp"])
-    with socket.socket(family, kind) as probe:
+    try:
+        probe = socket.socket(family, kind)
+    except OSError as error:
+        raise SwarmError(f"cannot listen on {address}: {_why_not(error)}") from error
+    with probe:
         if kind == socket.SOCK_STREAM:  # only then connections that linger from before do not count
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -134,7 +149,15 @@ def require_free(address: str) -> None:
         try:
             probe.bind((str(ip), port))
         except OSError as error:
-            raise SwarmError(f"cannot listen on {address}: {error.strerror}") from error
+            raise SwarmError(f"cannot listen on {address}: {_why_not(error)}") from error
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have that address; a router's is for --announce"
+    if error.errno == errno.EAFNOSUPPORT:
+        return "this machine has no IPv6"
+    return str(error.strerror)
 
 
 def make_socket_folder() -> str:
@@ -192,7 +215,9 @@ async def launch_p2pd(
             announce_maddrs=config.announce or None,
             startup_timeout=config.startup_timeout_s,
             use_relay=config.use_relay,
-            use_auto_relay=config.use_auto_relay,
+            # So that p2pd serves dial-backs and, within our bounds, relaying: what it finds out by itself of
+            # its reach takes it minutes, and it needs peers with public addresses for that.
+            force_reachability="public",
             nat_port_map=config.nat_port_map,
             check_if_identity_free=False,
         )

@@ -216,10 +216,16 @@ class Swarm:
 
         Where the peer dialled us, its port is not one it listens on: to reach it again, use its presence.
         """
+        return (await self.connections()).get(peer_id, ())
+
+    async def connections(self) -> dict[str, tuple[str, ...]]:
+        """The same of every peer that p2pd has a connection with."""
         response = await self._control(_request("LIST_PEERS"))
-        wanted = base58.b58decode(peer_id)
-        found = [_texts_of(peer.addrs) for peer in response.peers if peer.id == wanted]
-        return full_addresses([text for texts in found for text in texts], peer_id)
+        found: dict[str, tuple[str, ...]] = {}
+        for peer in response.peers:
+            peer_id = base58.b58encode(peer.id).decode()
+            found[peer_id] = (*found.get(peer_id, ()), *full_addresses(_texts_of(peer.addrs), peer_id))
+        return found
 
     async def connect(self, peer: PeerAddress, timeout_s: float) -> None:
         """Connect to a peer; nothing to do when there is a connection. Raises Unreachable."""

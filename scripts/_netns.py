@@ -53,7 +53,7 @@ class Net:
         if threading.current_thread() is threading.main_thread():
             self._sigterm = signal.signal(signal.SIGTERM, exit_by_signal)
         try:
-            _sweep()
+            sweep()
             self._make()
         except BaseException:
             self.close()
@@ -78,14 +78,14 @@ class Net:
 
         The sender's frames go to its own hardware address, and a bridge never returns a frame.
         """
-        _ip(
+        ip(
             *("-n", self._space(self._index(sender)), "neigh", "replace", self.address(receiver)),
             *("lladdr", _hardware(sender), "nud", "permanent", "dev", "eth0"),
         )
 
     def join(self, sender: int, receiver: int) -> None:
         """The end of a cut; nothing happens where there is none."""
-        _ip(
+        ip(
             *("-n", self._space(self._index(sender)), "neigh", "del", self.address(receiver), "dev", "eth0"),
             fails=True,
         )
@@ -93,11 +93,11 @@ class Net:
     def sent_bytes(self, peer: int) -> int:
         """What has left a peer's interface so far, all headers included."""
         counter = "/sys/class/net/eth0/statistics/tx_bytes"
-        return int(_run([*self.prefix(peer), "cat", counter]))
+        return int(run([*self.prefix(peer), "cat", counter]))
 
     def close(self) -> None:
         """Remove everything. Processes in the namespaces stay, without a network: end them before."""
-        _remove(f"{self._name}-")
+        remove(f"{self._name}-")
         if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)  # type: ignore[arg-type]
             self._sigterm = None
@@ -112,22 +112,115 @@ class Net:
 
     def _make(self) -> None:
         bridge = self._space("bridge")
-        _ip("netns", "add", bridge)
-        _ip("-n", bridge, "link", "add", "bridge0", "type", "bridge", "stp_state", "0", "forward_delay", "0")
-        _ip("-n", bridge, "link", "set", "bridge0", "up")
+        ip("netns", "add", bridge)
+        ip("-n", bridge, "link", "add", "bridge0", "type", "bridge", "stp_state", "0", "forward_delay", "0")
+        ip("-n", bridge, "link", "set", "bridge0", "up")
         for peer in range(self.count):
             space, port = self._space(peer), f"peer{peer}"
-            _ip("netns", "add", space)
-            _ip(
+            ip("netns", "add", space)
+            ip(
                 *("-n", bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0"),
                 *("address", _hardware(peer), "netns", space),
             )
-            _ip("-n", bridge, "link", "set", port, "master", "bridge0", "up")
-            _ip("-n", space, "address", "add", f"{self.address(peer)}/24", "dev", "eth0")
-            _ip("-n", space, "link", "set", "lo", "up")
-            _ip("-n", space, "link", "set", "eth0", "up")
+            ip("-n", bridge, "link", "set", port, "master", "bridge0", "up")
+            ip("-n", space, "address", "add", f"{self.address(peer)}/24", "dev", "eth0")
+            ip("-n", space, "link", "set", "lo", "up")
+            ip("-n", space, "link", "set", "eth0", "up")
             if self.link_bps is not None:
                 _limit(space, self.link_bps)
+
+
+class Nats:
+    """Public peers on one network, and private peers, each behind a router of its own. Use in a `with`.
+
+    A router masquerades (each connection leaves from another, random port) and drops what nobody inside has
+    asked for: the kind of NAT that is the hardest to pass. Peers 0.. are public, the private ones follow. The
+    addresses are public ones, since libp2p dials no other kind back; nothing of them leaves the namespaces.
+    """
+
+    def __init__(self, public: int, private: int) -> None:
+        if not (0 < public < 100 and 0 < private < 100):
+            raise NetError("give 1 to 99 public and 1 to 99 private peers")
+        why = missing() or (None if shutil.which("nft") else "NAT needs the command nft: install nftables")
+        if why:
+            raise NetError(why)
+        self.public, self.private = public, private
+        self._name = f"{NAME}-{os.getpid()}"
+
+    def __enter__(self) -> Self:
+        try:
+            sweep()
+            self._make()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def address(self, peer: int) -> str:
+        """Where it is in its own network; of a private peer nobody else can dial that."""
+        return f"45.77.0.{peer + 1}" if peer < self.public else f"192.168.{peer}.2"
+
+    def prefix(self, peer: int) -> list[str]:
+        """What to put before a command that is to run at a peer."""
+        return ["ip", "netns", "exec", f"{self._name}-{peer}"]
+
+    def close(self) -> None:
+        """Remove everything."""
+        remove(f"{self._name}-")
+
+    def _make(self) -> None:
+        bridge = f"{self._name}-bridge"
+        ip("netns", "add", bridge)
+        ip("-n", bridge, "link", "add", "bridge0", "type", "bridge", "stp_state", "0", "forward_delay", "0")
+        ip("-n", bridge, "link", "set", "bridge0", "up")
+        for peer in range(self.public + self.private):
+            space = f"{self._name}-{peer}"
+            ip("netns", "add", space)
+            ip("-n", space, "link", "set", "lo", "up")
+            if peer < self.public:
+                self._plug(space, peer, self.address(peer))
+                continue
+            router = f"{self._name}-router{peer}"
+            ip("netns", "add", router)
+            self._plug(router, peer, f"45.77.0.{peer + 101}")
+            self._put_behind(router, space, peer)
+
+    def _plug(self, space: str, peer: int, address: str) -> None:
+        bridge, port = f"{self._name}-bridge", f"peer{peer}"
+        ip("-n", bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("-n", bridge, "link", "set", port, "master", "bridge0", "up")
+        ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
+        ip("-n", space, "link", "set", "eth0", "up")
+
+    def _put_behind(self, router: str, space: str, peer: int) -> None:
+        ip("-n", router, "link", "add", "inside", "type", "veth", "peer", "name", "eth0", "netns", space)
+        for name, device, last in ((router, "inside", 1), (space, "eth0", 2)):
+            ip("-n", name, "address", "add", f"192.168.{peer}.{last}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+        ip("-n", space, "route", "add", "default", "via", f"192.168.{peer}.1")
+        enter = ["ip", "netns", "exec", router]
+        run([*enter, "sysctl", "-qw", "net.ipv4.ip_forward=1"])
+        run([*enter, "nft", NAT_RULES])
+
+
+# Unsolicited packets are dropped, not refused, by the router itself as well.
+NAT_RULES = """
+add table ip nat
+add chain ip nat leave { type nat hook postrouting priority 100 ; }
+add rule ip nat leave oifname eth0 masquerade random
+add table ip filter
+add chain ip filter through { type filter hook forward priority 0 ; policy drop ; }
+add rule ip filter through iifname inside accept
+add rule ip filter through ct state established,related accept
+add chain ip filter into { type filter hook input priority 0 ; policy drop ; }
+add rule ip filter into iifname inside accept
+add rule ip filter into ct state established,related accept
+"""
 
 
 def missing() -> str | None:
@@ -151,36 +244,36 @@ def _limit(space: str, link_bps: int) -> None:
     burst_bytes = max(BURST_BYTES_MIN, round(link_bps / 8 * BURST_S))
     limit_bytes = burst_bytes + round(link_bps / 8 * QUEUE_S)
     sizes = ["rate", f"{link_bps}bit", "burst", f"{burst_bytes}b", "limit", f"{limit_bytes}b"]
-    _run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", "root", "tbf", *sizes])
+    run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", "root", "tbf", *sizes])
 
 
 def _hardware(peer: int) -> str:
     return f"02:00:00:00:00:{peer + 1:02x}"
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Remove what processes made that are no more."""
     for space in _spaces():
         pid = space.split("-")[1] if space.startswith(f"{NAME}-") else ""
         if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-            _ip("netns", "delete", space, fails=True)
+            ip("netns", "delete", space, fails=True)
 
 
-def _remove(prefix: str) -> None:
+def remove(prefix: str) -> None:
     for space in _spaces():
         if space.startswith(prefix):
-            _ip("netns", "delete", space, fails=True)
+            ip("netns", "delete", space, fails=True)
 
 
 def _spaces() -> list[str]:
-    return sorted(line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip())
+    return sorted(line.split()[0] for line in ip("netns", "list").splitlines() if line.strip())
 
 
-def _ip(*words: str, fails: bool = False) -> str:
-    return _run(["ip", *words], fails)
+def ip(*words: str, fails: bool = False) -> str:
+    return run(["ip", *words], fails)
 
 
-def _run(command: list[str], fails: bool = False) -> str:
+def run(command: list[str], fails: bool = False) -> str:
     # stdin from nowhere: a Ctrl-C must not end the commands that clean up after it
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, start_new_session=True

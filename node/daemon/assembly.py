@@ -218,12 +218,13 @@ def validation_windows(sequence_length: int) -> int:
 
 def swarm_config(config: NodeConfig) -> SwarmConfig:
     """How p2pd is started for this node."""
-    loopback = all(address.startswith("/ip4/127.") for address in config.listen)
+    loopback = all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in config.listen)
     return SwarmConfig(
         identity_path=config.home.identity_key,
         listen=config.listen,
         announce=config.announce,
         nat_port_map=not loopback,
+        serve_relay=config.relay and not loopback,
         streams_max=streams_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
 

@@ -159,7 +159,7 @@ class Runtime:
 
     def show(self) -> Shown:
         """What /status shows."""
-        return self.reporter.show(self.snapshot(), self._network.addresses)
+        return self.reporter.show(self.snapshot(), self._network.where())
 
     async def _probe(self) -> None:
         """How late the loop is, and how many peers there are."""
@@ -169,7 +169,7 @@ class Runtime:
                 due = loop.time() + LAG_PROBE_S
                 await asyncio.sleep(LAG_PROBE_S)
                 self.reporter.metrics.loop_lag(max(0.0, loop.time() - due))
-            self.reporter.count_peers(self.snapshot())
+            self.reporter.count_peers(self.snapshot(), self._network.where().routes)
 
 
 def _table(*desks: Outputs) -> dict[type, list[Callable[[Any], Job | None]]]:

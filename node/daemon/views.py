@@ -9,9 +9,11 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
@@ -212,7 +214,7 @@ class Reporter:
         by_kind = self.metrics.bytes_by_kind
         return Traffic.of(by_kind("sent"), by_kind("received"), self.float32_ratio)
 
-    def show(self, core: Snapshot, addresses: tuple[str, ...]) -> Shown:
+    def show(self, core: Snapshot, where: Where) -> Shown:
         """What /status shows."""
         training, dropped = self.training, self._dropped
         return Shown(
@@ -227,7 +229,10 @@ class Reporter:
             training.tokens_per_second,
             dropped.records,
             dropped.weight,
-            addresses,
+            where.addresses,
+            where.reachable,
+            where.relays,
+            where.routes,
             self.traffic,
             training.trouble,
         )
@@ -379,12 +384,14 @@ class Reporter:
             _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
             self._story.refused(peer, reason, text)
 
-    def count_peers(self, core: Snapshot) -> None:
+    def count_peers(self, core: Snapshot, routes: Mapping[str, str]) -> None:
+        """`routes`: linked peer -> "direct" or "relayed"."""
         counts: dict[str, int] = {}
         for peer in core.peers:
             if peer.phase:
                 counts[peer.phase] = counts.get(peer.phase, 0) + 1
         self._peers_up = len(core.peers)
         self.metrics.set_peers(counts)
+        self.metrics.set_links(Counter(routes.values()))
         if not self.leaving:
             self._story.peers(core)

@@ -4,12 +4,17 @@ A presence record proves who wrote it, not that its addresses are the writer's: 
 party had three members open 161 connections a second to it, for ten minutes. Addresses that a peer was
 reached at, that the operator gave, or that a peer itself told us are not counted here.
 
+What a relayed address costs depends on the relay: one that we are linked with is dialled no more than it is
+already, and its guest counts as itself; any other is a host and port like the rest.
+
 Pure: `now` comes in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from tapestry.dht.addresses import relay_of
 
 ENDPOINT_PER_S, ENDPOINT_BURST = 0.1, 3.0  # one host and port. Guess: a member that is there answers at once
 HOST_PER_S, HOST_BURST = 2.0, 64.0  # Guess: a machine that runs a whole swarm
@@ -25,9 +30,9 @@ class Dials:
         self._left: dict[str, tuple[float, float]] = {}  # target -> dials left, and when that was right
         self._failed: dict[str, tuple[float, float]] = {}  # peer -> not before, and the next wait
 
-    def take(self, addresses: Sequence[str], now: float) -> tuple[str, ...]:
+    def take(self, addresses: Sequence[str], now: float, linked: Collection[str] = ()) -> tuple[str, ...]:
         """Those of the addresses that may be dialled now; they count as dialled."""
-        return tuple(address for address in addresses if self._take_one(address, now))
+        return tuple(address for address in addresses if self._take_one(address, now, linked))
 
     def may_try(self, peer: str, now: float) -> bool:
         """Whether a hint at this peer is worth a dial: not if one has just failed."""
@@ -42,11 +47,15 @@ class Dials:
     def reached(self, peer: str) -> None:
         self._failed.pop(peer, None)
 
-    def _take_one(self, address: str, now: float) -> bool:
+    def _take_one(self, address: str, now: float, linked: Collection[str]) -> bool:
         parts = address.split("/")
+        relay = relay_of(address)
+        endpoint, host = "/".join(parts[:5]), "/".join(parts[:3])
+        if relay in linked:
+            endpoint, host = f"{relay}/{parts[-1]}", relay
         budgets = (
-            ("/".join(parts[:5]), ENDPOINT_PER_S, ENDPOINT_BURST),
-            ("/".join(parts[:3]), HOST_PER_S, HOST_BURST),
+            (endpoint, ENDPOINT_PER_S, ENDPOINT_BURST),
+            (host, HOST_PER_S, HOST_BURST),
             ("", ALL_PER_S, ALL_BURST),
         )
         lefts = [self._left_of(target, per_s, burst, now) for target, per_s, burst in budgets]

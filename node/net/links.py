@@ -242,6 +242,11 @@ class Links:
         self.want(peer)
 
     @property
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """Where the operator says peers are."""
+        return self._given
+
+    @property
     def wanted(self) -> list[str]:
         """Whom we have a link with, or try to."""
         return list(self._peers)
@@ -352,7 +357,7 @@ class Links:
         """Connect where it is said to be; what nobody has proven, within the budget. Raises Unreachable."""
         addresses, now = link.addresses, asyncio.get_running_loop().time()
         if addresses and not link.proven:
-            addresses = self.dials.take(addresses, now)
+            addresses = self.dials.take(addresses, now, self.linked)
             if not addresses and not link.inbound:
                 raise Unreachable(
                     "backoff", f"peer {link.peer[-6:]}: too many dials to where it is said to be"

@@ -6,7 +6,8 @@ node gives up with an error, since something kills p2pd for a reason.
 
 Peers are found five ways: the addresses that the operator gave, presence records in the DHT, what linked
 peers say (peer_exchange.py), those of before (known_peers.py: a node finds its run again when the peer it
-first joined by is gone), and peers that open a stream to us.
+first joined by is gone), and peers that open a stream to us. Who cannot be dialled is found through a relay
+(reach.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -37,6 +38,7 @@ from tapestry.node.home import Home
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits, Links, Listener
 from tapestry.node.net.peer_exchange import PeerExchange
+from tapestry.node.net.reach import Reach
 from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.messages import Control, Result, Shard
 
@@ -67,6 +69,16 @@ class News:
     epoch: int
     head: str
     phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A node and its peers in the network, as it knows at this moment."""
+
+    addresses: tuple[str, ...]
+    reachable: bool | None = None  # whether peers can dial it; None: none of them could say
+    relays: tuple[str, ...] = ()  # the peers that carry it
+    routes: Mapping[str, str] = field(default_factory=dict)  # linked peer -> "direct" or "relayed"
 
 
 class Resident(Listener, Protocol):
@@ -117,7 +129,9 @@ class Network:
         self.up = asyncio.Event()  # we serve, and are in the DHT
         self._moved = asyncio.Event()
         self._expires_at = 0.0
-        self.addresses: tuple[str, ...] = ()
+        self._reach: Reach | None = None
+        self._direct: tuple[str, ...] = ()  # where p2pd listens, or what is announced
+        self.addresses: tuple[str, ...] = ()  # and where we are through relays
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -133,7 +147,7 @@ class Network:
             except* (_P2pdDied, SwarmError) as group:
                 reason = str(group.exceptions[0])
             finally:
-                self._swarm = self._links = None
+                self._swarm = self._links = self._reach = None
                 await swarm.close()
             _log.error(
                 "p2pd=died reason=%r next=restart; if it goes on, look at memory limits and security policy",
@@ -173,7 +187,7 @@ class Network:
             tasks.create_task(_watch(swarm))
             for protocol, handler in node.handlers().items():
                 await swarm.serve(protocol, handler)
-            self.addresses = await _addresses_of(swarm)
+            self._direct = self.addresses = await _addresses_of(swarm)
             self._swarm = swarm
             self._links = Links(swarm, config.run_id, config.reader, node.unpack, node, config.limits)
             tasks.create_task(self._links.run())
@@ -190,6 +204,9 @@ class Network:
             )
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
+            announced = bool(config.swarm.announce)
+            self._reach = Reach(swarm, self._links, lambda: self._direct, announced, self._place)
+            tasks.create_task(self._reach.run())
             await swarm.join_dht(config.run_id, config.peers)
             self.up.set()
             tasks.create_task(self._probe(swarm))
@@ -203,7 +220,7 @@ class Network:
         while missed < PROBES_MISSED_MAX:
             await asyncio.sleep(PROBE_S)
             try:
-                addresses = await _addresses_of(swarm)
+                self._direct = await _addresses_of(swarm)
             except SwarmError as error:
                 missed += 1
                 _log.warning(
@@ -212,11 +229,17 @@ class Network:
                 )
                 continue
             missed = 0
-            if addresses != self.addresses:
-                _log.info("addresses=changed now=%s", ",".join(addresses))
-                self.addresses = addresses
-                self._moved.set()
+            self._place()
         raise _P2pdDied(f"p2pd does not answer, {missed} times in a row")
+
+    def _place(self) -> None:
+        """Where we are now; others are told at once."""
+        relayed = self._reach.relayed_addresses if self._reach is not None else ()
+        addresses = ranked((*self._direct, *relayed))
+        if addresses != self.addresses:
+            _log.info("addresses=changed now=%s", ",".join(addresses))
+            self.addresses = addresses
+            self._moved.set()
 
     # --- for the runtime -----------------------------------------------------------------------
 
@@ -258,6 +281,13 @@ class Network:
     def addresses_of(self, peer: str) -> tuple[str, ...]:
         """Where a linked peer can be reached, by its own word; () if it has said nothing yet."""
         return self._links.addresses.get(peer, ()) if self._links is not None else ()
+
+    def where(self) -> Where:
+        """Where this node is, and how peers reach it and are reached."""
+        reach = self._reach
+        if reach is None:
+            return Where(self.addresses)
+        return Where(self.addresses, reach.reachable, reach.relays, reach.routes)
 
     # --- presence ------------------------------------------------------------------------------
 
@@ -375,11 +405,13 @@ def with_ports(asked: tuple[str, ...], bound: tuple[str, ...]) -> tuple[str, ...
     ports: dict[tuple[str, ...], str] = {}
     for found in filter(None, map(_PORT.match, bound)):
         ports.setdefault(found.group("ip", "transport", "rest"), found["port"])
+        ports.setdefault(found.group("ip", "transport", "rest", "host"), found["port"])
     taken = []
     for address in asked:
         match = _PORT.match(address)
         if match is not None and match["port"] == "0":
-            port = ports.get(match.group("ip", "transport", "rest"), "0")
+            kind = match.group("ip", "transport", "rest")
+            port = ports.get((*kind, match["host"])) or ports.get(kind, "0")
             address = f"/{match['ip']}/{match['host']}/{match['transport']}/{port}{match['rest']}"
         taken.append(parse_listen(address))
     return tuple(taken)

@@ -210,7 +210,8 @@ class PeerExchange:
         try:
             async with asyncio.timeout(ASK_S):
                 if addresses:
-                    addresses = self._links.dials.take(addresses, asyncio.get_running_loop().time())
+                    now, linked = asyncio.get_running_loop().time(), self._links.linked
+                    addresses = self._links.dials.take(addresses, now, linked)
                     if not addresses:
                         return  # named too often; they may be named again
                     await self._swarm.connect_any(peer, addresses, ASK_S)

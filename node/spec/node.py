@@ -69,6 +69,7 @@ class NodeConfig:
     data: DataSettings  # resolved: named sources with absolute paths, never none
     listen: tuple[str, ...]
     announce: tuple[str, ...]
+    relay: bool  # carry connections of members behind NAT
     http_host: str
     http_port: int  # 0: a free one
     device: str  # as spec.training.DEVICE
@@ -104,6 +105,8 @@ class NodeConfig:
             data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=_addresses(options.listen, where["listen"], parse_listen),
             announce=_addresses(options.announce, where["announce"], parse_announce),
+            relay=options.relay == "on"
+            or (options.relay == "auto" and not (options.max_upload or options.max_download)),
             http_host=host,
             http_port=port,
             device=options.device,
@@ -149,6 +152,11 @@ class NodeToml:
         tuple[str, ...],
         "Addresses to tell others in place of the found ones, e.g. of a router that forwards a port.",
     ] = ()
+    relay: Annotated[
+        Literal["auto", "on", "off"],
+        "Whether this node carries the connections of members behind NAT, encrypted between their ends and "
+        "not counted in max_upload and max_download. auto: unless one of those is given.",
+    ] = "auto"
     http: Annotated[
         str, 'HOST:PORT of the metrics and status pages; port 0 takes a free port. "[::1]:9470" for IPv6.'
     ] = "127.0.0.1:9470"

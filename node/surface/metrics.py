@@ -20,6 +20,7 @@ AGREEMENT_FIGURES = ("cosine", "sign", "norm_kept")  # protocol/agreement.py
 ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messages.py, Stage
 NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
 DIRECTIONS = ("sent", "received")
+ROUTES = ("direct", "relayed")
 BYTE_KINDS = ("control", "contribution", "result", "state")
 REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
@@ -162,6 +163,11 @@ class Metrics:
         for phase, gauge in self._peers.items():
             gauge.set(counts.get(phase, 0))
 
+    def set_links(self, counts: Mapping[str, int]) -> None:
+        """Linked peers by the way to them, as ROUTES."""
+        for route, gauge in self._links.items():
+            gauge.set(counts.get(route, 0))
+
     def refused(self, reason: str) -> None:
         """Something of a peer was refused."""
         self._refused[reason if reason in self._refused else "other"].inc()
@@ -258,6 +264,13 @@ class Metrics:
         self._bytes = {direction: dict.fromkeys(BYTE_KINDS, 0) for direction in DIRECTIONS}
         peers = Gauge("tapestry_peers", "Live peers, by phase.", labelnames=["phase"], registry=registry)
         self._peers = {phase: peers.labels(phase=phase) for phase in NODE_PHASES}
+        links = Gauge(
+            "tapestry_links",
+            "Linked peers, by the way to them: direct, or relayed by another peer.",
+            labelnames=["route"],
+            registry=registry,
+        )
+        self._links = {route: links.labels(route=route) for route in ROUTES}
         refused = Counter(
             "tapestry_refused",
             "Records, frames and contributions of peers that were refused.",

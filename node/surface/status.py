@@ -55,7 +55,10 @@ class Shown:
     tokens_per_second: float
     dropped_records: int  # given up since the start, because a chain on the other side of a fork was better
     dropped_weight: int
-    addresses: tuple[str, ...]  # where the node listens
+    addresses: tuple[str, ...]  # where the node is reached, through relays too
+    reachable: bool | None  # whether peers can dial it; None: none of them could say
+    relays: tuple[str, ...]  # the peers that carry it
+    routes: Mapping[str, str]  # linked peer -> "direct" or "relayed"
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
 
@@ -123,6 +126,8 @@ class NodeView:
             "caps": self._caps,
             "bytes": asdict(NO_TRAFFIC),
             "addresses": [],
+            "reachable": None,
+            "relays": [],
             "uptime_s": round(time.time() - self._started_at, 1),
         }
         if self._look is None:
@@ -154,12 +159,15 @@ class NodeView:
             "dropped_weight": shown.dropped_weight,
             "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
+            "reachable": shown.reachable,
+            "relays": list(shown.relays),
         }
 
     def peers(self) -> list[dict[str, Any]]:
         """One table per peer that is up, as last heard, and one per peer that is turned away."""
         if self._look is None:
             return []
+        shown = self._look()
         live = [
             {
                 "peer_id": peer.peer_id,
@@ -168,9 +176,10 @@ class NodeView:
                 "head": peer.head,
                 "same_head": peer.same_head,
                 "heard_s": round(peer.heard_s, 1),
+                "relayed": _relayed(shown.routes.get(peer.peer_id)),
                 "addresses": list(self._addresses_of(peer.peer_id)),
             }
-            for peer in self._look().core.peers
+            for peer in shown.core.peers
         ]
         return live + [
             {"peer_id": ban.peer, "phase": "banned", "why": ban.reason, "left_s": round(ban.left_s, 1)}
@@ -185,6 +194,11 @@ class NodeView:
             return False, "starting"
         core = self._look().core
         return core.phase in WORKING, f"{core.phase}: {core.reason}"
+
+
+def _relayed(route: str | None) -> bool | None:
+    """None: there is no connection at this moment."""
+    return None if route is None else route == "relayed"
 
 
 def _round(shown: RoundSnapshot | None) -> dict[str, Any] | None:

@@ -25,12 +25,13 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
 from tapestry.dht import swarm as swarm_module
-from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.addresses import PeerAddress, circuit_address, parse_peer
 from tapestry.dht.directory import presence_key
 from tapestry.dht.guard import id_of
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.dht.p2pd import SwarmConfig, SwarmError
+from tapestry.dht.p2pd import RELAY_BOUNDS, SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
+from tapestry.dht.reachability import NotCarried, reserve
 from tapestry.dht.swarm import Swarm, Unreachable
 
 pytestmark = pytest.mark.e2e
@@ -77,12 +78,12 @@ def config_in(folder: Path, name: str, **changes: Any) -> SwarmConfig:
 
 
 @contextlib.asynccontextmanager
-async def members(folder: Path, count: int) -> AsyncIterator[list[Member]]:
+async def members(folder: Path, count: int, **changes: Any) -> AsyncIterator[list[Member]]:
     """So many swarms; afterwards, none of their processes, sockets or folders."""
     started: list[Member] = []
     async with contextlib.AsyncExitStack() as cleanup:
         for index in range(count):
-            config, refused = config_in(folder, f"member-{index}"), Counter[str]()
+            config, refused = config_in(folder, f"member-{index}", **changes), Counter[str]()
             swarm = await Swarm.start(
                 config, on_refused=lambda reason, refused=refused: refused.update([reason])
             )
@@ -154,6 +155,56 @@ def test_a_stream_carries_bytes_both_ways_and_the_proved_peer_id(tmp_path: Path)
             assert await alice.swarm.known_addresses(bob.swarm.peer_id) == await bob.swarm.addresses()
 
     run(main())
+
+
+def test_peers_are_reached_by_name_over_quic_and_by_ip6(tmp_path: Path) -> None:
+    listen = {LOOPBACK[0]: "/dns4/localhost/", "/ip4/127.0.0.1/udp/0/quic-v1": "/ip4/127.0.0.1/"}
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        listen["/ip6/::1/tcp/0"] = "/ip6/::1/"
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as cleanup:
+            [caller] = await cleanup.enter_async_context(members(tmp_path, 1))
+            for index, (address, host) in enumerate(listen.items()):
+                config = config_in(tmp_path, f"other-{index}", listen=(address,))
+                other = await Swarm.start(config)
+                cleanup.push_async_callback(other.close)
+                (found,) = await other.addresses()
+                named = "/".join(["", *host.strip("/").split("/"), *found.split("/")[3:]])
+                await caller.swarm.connect(parse_peer(named), 5.0)
+                assert await caller.swarm.known_addresses(other.peer_id) == (found,)
+
+    run(main())
+
+
+def test_a_relay_keeps_a_place_and_carries_a_stream_of_any_length(tmp_path: Path) -> None:
+    """More than the 128 KiB of a p2pd that was not told to be a relay, which keeps no place at all."""
+
+    async def main() -> None:
+        async with members(tmp_path, 3, serve_relay=True) as [relay, guest, caller]:
+            await guest.swarm.serve(PROTOCOL, echo)
+            at_relay = (await relay.address()).maddr
+            await guest.swarm.connect(await relay.address(), 5.0)
+            place = await reserve(guest.swarm.open_stream, relay.swarm.peer_id, 5.0)
+            assert place.bytes_max == RELAY_BOUNDS["relayDataLimit"]
+            address = circuit_address(at_relay, guest.swarm.peer_id)
+            await caller.swarm.connect(parse_peer(address), 5.0)
+            assert await caller.swarm.known_addresses(guest.swarm.peer_id) == (address,)
+            payload = os.urandom(3 << 20)
+            reader, writer = await caller.swarm.open_stream(guest.swarm.peer_id, PROTOCOL, 5.0)
+            writer.write(len(payload).to_bytes(8, "big") + payload)
+            assert await reader.read(-1) == caller.swarm.peer_id.encode() + payload
+            writer.close()
+
+    async def none() -> None:
+        async with members(tmp_path, 2) as [other, guest]:
+            await guest.swarm.connect(await other.address(), 5.0)
+            with pytest.raises(NotCarried, match="131072 bytes"):
+                await reserve(guest.swarm.open_stream, other.swarm.peer_id, 5.0)
+
+    run(main())
+    run(none())
 
 
 def test_what_was_written_before_close_arrives_whole(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tapestry.node.net.dials import ALL_BURST, ALL_PER_S, ENDPOINT_BURST, ENDPOINT_PER_S, Dials
+from tapestry.node.net.dials import ALL_BURST, ALL_PER_S, ENDPOINT_BURST, ENDPOINT_PER_S, HOST_BURST, Dials
 
 
 def test_records_that_name_a_third_party_open_few_connections_to_it():
@@ -37,6 +37,15 @@ def test_a_swarm_of_64_that_starts_at_once_is_dialled_whole():
     for member in range(64):
         told = [f"/ip4/10.0.0.{member}/tcp/4001/p2p/m", f"/ip4/192.168.0.{member}/tcp/4001/p2p/m"]
         assert dials.take(told, 0.0) == tuple(told)
+
+
+def test_a_guest_of_a_linked_relay_counts_as_itself_and_any_other_relay_is_one_target():
+    dials = Dials()
+    guests = [f"/ip4/5.6.7.8/tcp/4001/p2p/relay/p2p-circuit/p2p/guest{i}" for i in range(40)]
+    assert dials.take(guests, 0.0, ["relay"]) == tuple(guests)
+    assert len(dials.take(guests[:1] * 9, 0.0, ["relay"])) == ENDPOINT_BURST - 1
+    assert len(Dials().take(guests, 0.0, ["another"])) == ENDPOINT_BURST
+    assert len(Dials().take(guests * 9, 0.0, ["relay"])) <= HOST_BURST
 
 
 def test_a_hint_that_failed_waits_longer_each_time_and_a_link_forgives():

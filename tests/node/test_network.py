@@ -139,6 +139,21 @@ def test_only_the_ports_of_the_last_time_are_taken_again(asked, taken):
     assert with_ports((asked,), bound) == (taken,)
 
 
+def test_two_networks_of_one_machine_keep_a_port_each():
+    asked = ("/ip4/10.0.0.7/tcp/0", "/ip4/10.1.0.7/tcp/0")
+    bound = ("/ip4/10.0.0.7/tcp/4555", "/ip4/10.1.0.7/tcp/4556")
+    assert with_ports(asked, bound) == bound
+
+
+def test_what_relays_tell_is_told_on_with_our_own_addresses():
+    node = bare()
+    guest = f"/ip4/5.6.7.8/tcp/4001/p2p/{ID[:-1]}6/p2p-circuit/p2p/{ID}"
+    node._direct = (LOOPBACK,)
+    node._reach = SimpleNamespace(relayed_addresses=(guest,))  # type: ignore[assignment]
+    node._place()
+    assert node.addresses == (guest, LOOPBACK) and node._moved.is_set()
+
+
 def test_a_full_disk_costs_only_the_file_of_known_peers(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")

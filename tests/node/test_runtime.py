@@ -16,6 +16,7 @@ from tapestry.node.daemon import network_desk
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter, TrainingView
+from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.transfer import DonorFailed
 from tapestry.node.net.wire import RemoteProtocolError
@@ -147,6 +148,9 @@ class FakeNetwork:
         self.sent.append((kind, message.shard, payload))
 
     def drop_bulk(self) -> None: ...
+
+    def where(self) -> Where:
+        return Where(self.addresses)
 
     def tell_moved(self) -> None: ...
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, Member, Record
@@ -69,7 +70,7 @@ def test_a_round_becomes_a_point_with_loss_times_and_bytes_beside_float32() -> N
     assert point["round_s"] == pytest.approx(3.0)
     assert point["phases"] == pytest.approx({"training": 10.0, "ready": 1.0, "exchanging": 2.0})
     assert [record["epoch"] for record in bench.history.everything()["records"]] == [1, 2]
-    assert bench.reporter.show(CORE, ()).traffic.sent == 1110
+    assert bench.reporter.show(CORE, Where(())).traffic.sent == 1110
 
 
 def test_contributions_agree_or_not_where_there_are_two() -> None:
@@ -108,8 +109,8 @@ def test_a_trainer_that_dies_and_works_again_is_told_and_the_first_start_is_no_n
 def test_peers_that_come_and_go_are_told_until_this_node_leaves() -> None:
     bench = Bench()
     peer = PeerSnapshot("12D3KooWhanoi1", "training", 1, "", True, True, 0.1)
-    bench.reporter.count_peers(replace(CORE, peers=(peer,)))
-    bench.reporter.count_peers(CORE)
+    bench.reporter.count_peers(replace(CORE, peers=(peer,)), {})
+    bench.reporter.count_peers(CORE, {})
     bench.reporter.leaving = True
-    bench.reporter.count_peers(replace(CORE, peers=(peer,)))
+    bench.reporter.count_peers(replace(CORE, peers=(peer,)), {})
     assert bench.said == ["…hanoi1 is here", "…hanoi1 is not heard any more"]

@@ -27,6 +27,7 @@ CONTRACT = {
     "tapestry_train_steps": ("counter", set()),
     "tapestry_agreement": ("gauge", {"figure"}),
     "tapestry_peers": ("gauge", {"phase"}),
+    "tapestry_links": ("gauge", {"route"}),
     "tapestry_contribution_weight": ("gauge", set()),
     "tapestry_dropped_records": ("counter", set()),
     "tapestry_dropped_weight": ("counter", set()),

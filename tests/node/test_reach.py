@@ -1,0 +1,109 @@
+"""Who is asked to dial this node, who carries it, and what its peers are told of that."""
+
+from __future__ import annotations
+
+from tapestry.dht.addresses import CIRCUIT, circuit_address, is_usable, relay_of
+from tapestry.node.net.reach import (
+    REFUSED_S,
+    RELAYS_MAX,
+    RENEW_S,
+    SURE_S,
+    UNSURE_S,
+    Relays,
+    Verdicts,
+    candidates,
+    routes_of,
+)
+
+ID = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
+
+
+def at(ip: str, peer: str, port: int = 4001) -> str:
+    return f"/ip4/{ip}/tcp/{port}/p2p/{peer}"
+
+
+class Peers:
+    def __init__(self, told: dict[str, tuple[str, ...]], *given: str) -> None:
+        self.linked, self.addresses = list(told), told
+        self.given: dict[str, tuple[str, ...]] = dict.fromkeys(given, ())
+
+
+def test_one_who_got_through_outweighs_those_who_did_not_and_no_answer_lasts():
+    verdicts = Verdicts()
+    assert verdicts.reachable(0.0) is None
+    verdicts.says("a", False, 0.0)
+    assert verdicts.reachable(0.0) is False
+    verdicts.says("b", True, 1.0)
+    verdicts.says("c", None, 2.0)
+    assert verdicts.reachable(2.0) is True and verdicts.reachable(2 * SURE_S + 0.5) is True
+    assert verdicts.reachable(2 * SURE_S + 1.0) is None
+
+
+def test_peers_are_asked_in_turn_soon_until_one_answers_and_seldom_after():
+    verdicts, asked = Verdicts(), []
+    for second in range(int(UNSURE_S) * 3):
+        if peer := verdicts.next_to_ask(["a", "b"], float(second)):
+            asked.append((second, peer))
+    assert asked == [(0, "a"), (30, "b"), (60, "a")]
+    verdicts.says("a", False, 75.0)
+    assert verdicts.next_to_ask(["a", "b"], 60.0 + SURE_S - 1) is None
+    assert verdicts.next_to_ask(["a", "b"], 60.0 + SURE_S) == "b"
+    verdicts.forget()  # the node has moved
+    assert verdicts.reachable(360.0) is None and verdicts.next_to_ask(["a"], 360.0) == "a"
+
+
+def test_only_peers_that_others_can_dial_as_we_did_may_carry_us_and_the_public_come_first():
+    public, lan, caller, guest, named, stranger = (ID[:-1] + letter for letter in "123456")
+    told = {
+        public: (at("5.6.7.8", public),),
+        lan: (at("192.168.1.9", lan),),
+        caller: (at("9.9.9.9", caller),),
+        guest: (circuit_address(at("5.6.7.8", public), guest),),
+        named: (),
+    }
+    connections = {
+        public: (at("5.6.7.8", public),),
+        lan: (at("192.168.1.9", lan),),
+        caller: (at("9.9.9.9", caller, 50123),),
+        guest: told[guest],
+        named: (at("7.7.7.7", named), "/strange/address"),
+        stranger: (at("8.8.8.8", stranger),),
+    }
+    peers = Peers(told, named)
+    assert list(candidates(connections, peers, None)) == [public, named]
+    assert list(candidates(connections, peers, False)) == [public, caller, named]  # we dialled them all
+    assert candidates(connections, Peers({lan: told[lan]}), None) == {lan: at("192.168.1.9", lan)}
+
+
+def test_a_place_is_renewed_and_one_lost_or_refused_is_made_good_by_another():
+    relays, four = Relays(), {p: at("5.6.7.8", p) for p in "abcd"}
+    due = relays.due(four, True, 0.0)
+    assert list(due) == ["a", "b"] and len(due) == RELAYS_MAX
+    relays.granted("a", four["a"], 3600.0, 0.0)
+    relays.refused("b", 0.0)
+    assert list(relays.due(four, True, 1.0)) == ["c"]
+    relays.granted("c", four["c"], 3600.0, 1.0)
+    assert relays.due(four, True, 2.0) == {} and relays.peers == ("a", "c")
+    assert list(relays.due(four, True, RENEW_S)) == ["a"]
+    del four["a"]  # its connection is gone
+    assert list(relays.due(four, True, 3.0)) == ["d"] and relays.peers == ("c",)
+    assert list(relays.due({"b": "/x"}, True, REFUSED_S)) == ["b"]
+
+
+def test_who_can_be_dialled_gives_its_places_back():
+    relays = Relays()
+    relays.granted("a", at("5.6.7.8", "a"), 3600.0, 0.0)
+    assert relays.due({"a": at("5.6.7.8", "a")}, False, 1.0) == {} and relays.addresses(ID) == ()
+
+
+def test_where_a_relay_carries_us_is_an_address_that_peers_take():
+    relays, relay = Relays(), ID[:-1] + "6"
+    relays.granted(relay, at("5.6.7.8", relay), 3600.0, 0.0)
+    (address,) = relays.addresses(ID)
+    assert address == circuit_address(at("5.6.7.8", relay), ID)
+    assert is_usable(address, ID) and relay_of(address) == relay and relay_of(at("5.6.7.8", ID)) == ""
+
+
+def test_a_peer_is_relayed_where_all_its_connections_are():
+    relayed, direct = at("5.6.7.8", "r") + CIRCUIT + "/p2p/a", at("9.9.9.9", "a")
+    assert routes_of({"a": (relayed,), "b": (relayed, direct), "c": ()}) == {"a": "relayed", "b": "direct"}

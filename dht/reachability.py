@@ -116,7 +116,7 @@ def reservation(answer: bytes) -> Reservation:
     Raises NotCarried, also where a connection could carry less than RELAYED_BYTES_MIN; SwarmError.
     """
     fields = _fields(answer)
-    status = _last(fields, 5, 0)
+    status = _number(fields, 5)
     if status != _OK:
         raise NotCarried(f"it keeps no place for us, status {status}")
     place, limit = _last(fields, 3, b""), _last(fields, 4, b"")

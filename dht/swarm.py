@@ -175,6 +175,19 @@ class Swarm:
         response = await self._control(_request("IDENTIFY"))
         return full_addresses(_texts_of(response.identify.addrs), self.peer_id)
 
+    async def hosts_of(self, peer_id: str) -> tuple[str, ...]:
+        """The IP addresses from or to which there are connections with a peer; not those by a relay."""
+        response = await self._control(_request("LIST_PEERS"))
+        hosts: dict[str, None] = {}
+        for peer in response.peers:
+            if base58.b58encode(peer.id).decode() != peer_id:
+                continue
+            for text in _texts_of(peer.addrs):
+                parts = text.split("/")
+                if len(parts) > 2 and parts[1] in ("ip4", "ip6") and "p2p-circuit" not in parts:
+                    hosts[parts[2]] = None
+        return tuple(hosts)
+
     def blame(self, peer_id: str, reason: str) -> None:
         """A peer did what no honest one does at the door. Who does so again and again is turned away."""
         ban_s = self.conduct.fault(peer_id, reason, self._now())

@@ -1,8 +1,10 @@
 """The home directory: what one node keeps on disk, and the proof of who is using it.
 
 A lock (flock) on HOME/lock excludes a second node; the kernel drops it with the process, so a `kill -9`
-leaves nothing in the way. The lock file also names its holder by pid and start time, so that others can
-see who it is without touching the lock, and no process that happens to reuse the pid is taken for it.
+leaves nothing in the way. Whether a node is there is asked of the lock itself, which holds across
+containers, and which a copy of the home does not have. The lock file names its holder too: by pid and start
+time, so that no process that happens to reuse the pid is taken for it, and by boot, pid namespace and host,
+where that pid means something.
 
 A process that inherits the lock's descriptor would keep the home locked. It is close-on-exec; do not fork
 without exec while it is held.
@@ -16,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -28,6 +31,8 @@ from tapestry.node.protocol import strict
 
 GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
+LOCK_BYTES_MAX = 512
+LOCK_TRIES, LOCK_AGAIN_S = 5, 0.02  # somebody who only looks holds it for a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,16 @@ class Home:
     def lock_file(self) -> Path:
         return self.path / "lock"
 
+    @property
+    def mark(self) -> Path:
+        """Which home this is, and where it belongs: disk/home_mark.py"""
+        return self.path / "home.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """What `tapestry stop` leaves for a node that no signal of ours reaches."""
+        return self.path / "stop"
+
     def create(self) -> None:
         """Make the directory if it is not there, closed to others; raises UserError."""
         try:
@@ -174,7 +189,7 @@ class Home:
 
     def require_free(self) -> None:
         """Raise what `lock` would raise if a live node has it: for a look before anything is started."""
-        if self.holder() is not None:
+        if self.is_held():
             raise self._in_use()
 
     def lock(self) -> HomeLock:
@@ -184,9 +199,10 @@ class Home:
         except OSError as error:
             raise UserError(f"cannot lock the home {self.path}: {error.strerror}") from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} {_start_ticks(os.getpid())}\n".encode(), 0)
+            _take(fd)
+            text = Holder.of_this_process().text().encode()
+            os.pwrite(fd, text, 0)
+            os.ftruncate(fd, len(text))
         except OSError as error:
             os.close(fd)
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
@@ -194,16 +210,38 @@ class Home:
             raise self._in_use() from error
         return HomeLock(fd)
 
-    def holder(self) -> int | None:
-        """The pid of the live node that has this home, or None. Never touches the lock itself."""
+    def is_held(self) -> bool:
+        """Whether a live node has this home, wherever it runs: what the lock says."""
         try:
-            words = self.lock_file.read_bytes()[:64].split()
+            fd = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+        finally:
+            os.close(fd)
+        return False
+
+    def holder(self) -> int | None:
+        """The pid of the live node that has this home; None if there is none, or none that we could
+        signal."""
+        holder = self._holder() if self.is_held() else None
+        return holder.pid if holder is not None and holder.is_here() else None
+
+    def holder_host(self) -> str:
+        """Where the holder says that it runs; "" if it says nothing."""
+        holder = self._holder()
+        return holder.host if holder is not None else ""
+
+    def _holder(self) -> Holder | None:
+        """Whoever wrote the lock file last."""
+        try:
+            with self.lock_file.open("rb") as file:
+                return Holder.parse(file.read(LOCK_BYTES_MAX))
         except OSError:
             return None
-        if len(words) != 2 or not all(word.isdigit() for word in words):
-            return None
-        pid, start_ticks = int(words[0]), int(words[1])
-        return pid if _start_ticks(pid) == start_ticks else None
 
     def write_node_json(self, info: NodeInfo) -> None:
         """Say that the node is ready, atomically; raises OSError."""
@@ -214,10 +252,12 @@ class Home:
         self.node_json.unlink(missing_ok=True)
 
     def read_node_json(self) -> NodeState:
-        """Who runs here, judged by the lock's holder: a node.json that outlived its node is stale."""
-        info, pid = self._node_info(), self.holder()
-        if pid is None:
+        """Who runs here, judged by the lock and its holder: a node.json that outlived its node is stale."""
+        info = self._node_info()
+        if not self.is_held():
             return NodeState(Liveness.STALE if info else Liveness.NOT_RUNNING, None, info)
+        holder = self._holder()
+        pid = holder.pid if holder is not None else None
         if info is None or info.pid != pid:
             return NodeState(Liveness.STARTING, pid, None)
         return NodeState(Liveness.RUNNING, pid, info)
@@ -231,11 +271,44 @@ class Home:
 
     def _in_use(self) -> UserError:
         pid = self.holder()
-        by = f"a live node (pid {pid})" if pid else "a live node"
+        where = f"pid {pid}" if pid else f"in another container or machine: {self.holder_host() or 'unknown'}"
+        by = f"a live node ({where})"
         return UserError(
             f"the home {self.path} is in use by {by}",
             hint=f"tapestry stop --home {self.path}, or give this node another --home",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a home, as the lock file has it: one line of five words."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    pid_namespace: str  # in which `pid` means something
+    host: str
+
+    @classmethod
+    def of_this_process(cls) -> Holder:
+        host = os.uname().nodename.split()
+        ticks = _start_ticks(os.getpid()) or 0
+        return cls(os.getpid(), ticks, _boot_id(), _pid_namespace(), host[0][:64] if host else "-")
+
+    @classmethod
+    def parse(cls, data: bytes) -> Holder | None:
+        words = data.decode(errors="replace").split()
+        if len(words) != 5 or not all(word.isdecimal() and len(word) < 20 for word in words[:2]):
+            return None
+        return cls(int(words[0]), int(words[1]), words[2], words[3], words[4])
+
+    def text(self) -> str:
+        return f"{self.pid} {self.start_ticks} {self.boot_id} {self.pid_namespace} {self.host}\n"
+
+    def is_here(self) -> bool:
+        """Whether `pid` is that process for us too."""
+        ours = (self.boot_id, self.pid_namespace) == (_boot_id(), _pid_namespace())
+        return ours and _start_ticks(self.pid) == self.start_ticks
 
 
 class HomeLock:
@@ -292,6 +365,31 @@ def _user_data_directory() -> Path:
     import platformdirs  # only here: most calls name their home
 
     return platformdirs.user_data_path("tapestry", appauthor=False)
+
+
+def _take(fd: int) -> None:
+    """Raises OSError if another has it, and not only for a look."""
+    for again in range(LOCK_TRIES, 0, -1):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if again == 1 or error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+        time.sleep(LOCK_AGAIN_S)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or "-"
+    except (OSError, ValueError):
+        return "-"
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "-"
 
 
 def _start_ticks(pid: int) -> int | None:

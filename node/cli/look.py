@@ -7,6 +7,7 @@ import json
 import os
 import urllib.request
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -25,8 +26,9 @@ HTTP_BYTES_MAX = 4 * 2**20  # Guess: /peers with 10,000 peers has 3 MB.
 @home_option
 @json_option
 def status(home: str | None, as_json: bool) -> None:
-    """What the node is doing."""
-    answer = _ask_node(Home.locate(home, os.environ), "/status")
+    """What the node is doing; of a node that does not run, what its home holds."""
+    place = Home.locate(home, os.environ)
+    answer = _stopped(place, "status") or _ask_node(place, "/status")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
@@ -42,8 +44,12 @@ def status(home: str | None, as_json: bool) -> None:
 @home_option
 @json_option
 def peers(home: str | None, as_json: bool) -> None:
-    """The live peers, as this node sees them."""
-    answer = _ask_node(Home.locate(home, os.environ), "/peers")
+    """The live peers, as this node sees them; of a stopped node, where they were."""
+    place = Home.locate(home, os.environ)
+    stopped = _stopped(place, "peers")
+    answer = _ask_node(place, "/peers") if stopped is None else stopped
+    if stopped is not None:
+        click.echo("no node runs in this home: here is where the others were found last", err=True)
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
@@ -51,6 +57,15 @@ def peers(home: str | None, as_json: bool) -> None:
         raise UserError("the node's /peers is not a list of tables", exit_code=ExitCode.FAILED)
     for line in _table(answer) if answer else ["no peers"]:
         click.echo(line)
+
+
+def _stopped(home: Home, what: str) -> Any:
+    """What a home without a node says; None if one runs, or if it holds no run."""
+    if home.is_held() or not home.genesis.exists():
+        return None
+    from tapestry.node.surface.stopped import stopped_peers, stopped_status  # only here: it costs 0.1 s
+
+    return stopped_peers(home) if what == "peers" else stopped_status(home)
 
 
 def _ask_node(home: Home, path: str) -> object:

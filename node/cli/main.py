@@ -3,10 +3,10 @@
 Every command ends in an exit code of errors.ExitCode. What is wrong is said in one line on stderr, as
 `error: ...`, with `hint: ...` where there is something to do. `stop` with nothing to stop is done: 0.
 
-A command is a function of one of the modules beside this one, and a word in the loop below.
+A command is a function of one of the modules beside this one, and a name in FAMILIES.
 
-Heavy modules (the daemon, and with it torch and hivemind) are imported by the commands that need them, so
-that `tapestry status` answers at once.
+A family is imported when one of its commands is asked for, and heavy modules (the daemon, and with it torch
+and hivemind) by the commands that need them, so that `tapestry status` answers at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,6 @@ from typing import Any
 
 import click
 
-from tapestry.node.cli.data import data
-from tapestry.node.cli.init import init
-from tapestry.node.cli.lineage import anchor, export, leave, log, verify
-from tapestry.node.cli.logs import log_level
-from tapestry.node.cli.look import peers, status
-from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
-from tapestry.node.cli.start import start, stop
 from tapestry.node.errors import ExitCode, UserError
 
 
@@ -32,8 +25,85 @@ def main() -> None:
     cli()
 
 
+def _starting() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.start import start, stop
+
+    return start, stop
+
+
+def _founding() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.init import init
+
+    return (init,)
+
+
+def _looking() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.look import peers, status
+
+    return status, peers
+
+
+def _logging() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.logs import log_level
+
+    return (log_level,)
+
+
+def _doctoring() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.doctor import doctor
+
+    return (doctor,)
+
+
+def _proving() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.lineage import anchor, export, leave, log, verify
+
+    return export, verify, log, anchor, leave
+
+
+def _deriving() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
+
+    return derive, evaluate, rebase, merge, derivatives
+
+
+def _declaring() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.data import data
+
+    return (data,)
+
+
+FAMILIES = {
+    ("start", "stop"): _starting,
+    ("init",): _founding,
+    ("status", "peers"): _looking,
+    ("log-level",): _logging,
+    ("doctor",): _doctoring,
+    ("export", "verify", "log", "anchor", "exit"): _proving,
+    ("derive", "evaluate", "rebase", "merge", "derivatives"): _deriving,
+    ("data",): _declaring,
+}
+
+
 class _Cli(click.Group):
     """A click group that ends as the contract says: our exit codes, one line per error, no traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(name for names in FAMILIES for name in names)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for names, family in FAMILIES.items():
+            if cmd_name in names:
+                return next(command for command in family() if command.name == cmd_name)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """click looks for names like the one that was meant among the commands that it holds itself."""
+        if args and self.get_command(ctx, args[0]) is None:
+            self.commands = dict.fromkeys(self.list_commands(ctx), click.Command(None))
+        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -55,28 +125,6 @@ class _Cli(click.Group):
 @click.version_option(package_name="tapestry-node", message="tapestry %(version)s")
 def cli() -> None:
     """Train one shared base model together with others, without a coordinator."""
-
-
-for _command in (
-    init,
-    start,
-    status,
-    peers,
-    stop,
-    export,
-    verify,
-    log,
-    log_level,
-    anchor,
-    leave,
-    derive,
-    evaluate,
-    rebase,
-    merge,
-    derivatives,
-    data,
-):
-    cli.add_command(_command)
 
 
 # ---- errors ------------------------------------------------------------------------------------------

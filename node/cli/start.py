@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def start(home: str | None, detach: bool, declaration: str | None, **flags: Any)
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
     os.umask(0o077)  # what a node writes is its owner's: texts in caches, checkpoints, the chain, the log
     signal.signal(signal.SIGTERM, _end_early)
+    if not detach and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end_early)
     place = Home.locate(home, os.environ)
     config = NodeConfig.resolve(place, flags, os.environ)
     _check_early(config, declaration)
@@ -97,31 +100,77 @@ def start(home: str | None, detach: bool, declaration: str | None, **flags: Any)
 def stop(home: str | None, timeout_s: float) -> None:
     """Ask the node to finish its round, save its state and end. Exit code 0 also if there is none."""
     place = Home.locate(home, os.environ)
-    pid = place.holder()
-    if pid is None:
+    if not place.is_held():
         click.echo(f"no node is running in {place.path}")
         return
+    pid = place.holder()
+    if pid is None:
+        _stop_elsewhere(place, timeout_s)
+        return
     try:
-        os.kill(pid, signal.SIGTERM)
+        is_gone = _terminate(pid, timeout_s)
     except ProcessLookupError:
-        pass  # it ended by itself just now
+        is_gone = True  # it ended by itself just now
     except PermissionError as error:
-        raise UserError(f"the node (pid {pid}) belongs to another user", exit_code=ExitCode.FAILED) from error
-    deadline_s = time.monotonic() + timeout_s
-    while place.holder() == pid:
-        if time.monotonic() >= deadline_s:
-            raise UserError(
-                f"the node (pid {pid}) has not stopped within {timeout_s:g} s",
-                exit_code=ExitCode.FAILED,
-                hint="tapestry stop once more: a second signal ends it at once",
-            )
-        time.sleep(POLL_S)
+        raise UserError(
+            f"the node (pid {pid}) belongs to another user",
+            exit_code=ExitCode.FAILED,
+            hint="run this as that user, or as root",
+        ) from error
+    if not is_gone:
+        raise UserError(
+            f"the node (pid {pid}) has not stopped within {timeout_s:g} s",
+            exit_code=ExitCode.FAILED,
+            hint="tapestry stop once more: a second signal ends it at once",
+        )
     click.echo(f"stopped the node (pid {pid})")
 
 
+def _terminate(pid: int, timeout_s: float) -> bool:
+    """Signal the process and wait until it is gone, not only its lock. Raises ProcessLookupError and others.
+
+    By a pidfd: what takes its pid after it is neither signalled nor waited for. pidfd_open(2), Linux 5.3.
+    """
+    fd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
+    finally:
+        os.close(fd)
+
+
+def _stop_elsewhere(home: Home, timeout_s: float) -> None:
+    """A node in another container, or on another machine that shares this folder: it looks for a file."""
+    where = f"on {home.holder_host() or 'another machine'}, where its pid is not ours"
+    try:
+        home.stop_request.touch(mode=0o600)
+    except OSError as error:
+        raise UserError(
+            f"the node runs {where}, and {home.path} cannot be written: {error.strerror}",
+            exit_code=ExitCode.FAILED,
+            hint="stop it where it runs",
+        ) from error
+    deadline_s = time.monotonic() + timeout_s
+    while home.is_held():
+        if time.monotonic() >= deadline_s:
+            raise UserError(
+                f"the node {where}, has not stopped within {timeout_s:g} s",
+                exit_code=ExitCode.FAILED,
+                hint="stop it where it runs",
+            )
+        time.sleep(POLL_S)
+    click.echo(f"stopped the node {where}")
+
+
 def _end_early(number: int, frame: FrameType | None) -> None:
-    """Until the daemon has handlers of its own: as process 1 of a container nothing else would end it."""
-    raise SystemExit(int(ExitCode.DONE))
+    """Until the daemon has handlers of its own: as process 1 of a container nothing else would end it.
+
+    At once: nothing is begun that the kernel does not end with us (lock, trainer), and an exception would be
+    told by whichever import it hits.
+    """
+    os._exit(int(ExitCode.DONE))
 
 
 def _check_early(config: NodeConfig, declaration: str | None) -> None:

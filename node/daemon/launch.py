@@ -14,6 +14,7 @@ import os
 import uvloop
 
 from tapestry.node.daemon.descriptors import raise_limit
+from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface.logs import Log, LogLimits, start_logging
@@ -33,6 +34,7 @@ def run(config: NodeConfig) -> int:
         config.home.create()
         with config.home.lock():
             _keep_log(log, config)
+            _claim(config)
             code: int = uvloop.run(_run(config, log))
             _log.info("ended exit_code=%d", code)
             return code
@@ -52,6 +54,14 @@ def run(config: NodeConfig) -> int:
         raise
     finally:
         log.close()
+
+
+def _claim(config: NodeConfig) -> None:
+    """It must be the original, and of a format that we know."""
+    try:
+        claim(config.home)
+    except OSError as error:
+        raise UserError(f"cannot write {config.home.mark}: {error.strerror}") from error
 
 
 def _keep_log(log: Log, config: NodeConfig) -> None:

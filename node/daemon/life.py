@@ -20,11 +20,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from tapestry.dht.addresses import parse_peer, ranked
+from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
@@ -104,6 +105,7 @@ class Daemon:
 
     async def _run_until_stopped(self) -> int:
         self._handle_signals()
+        self._heed_stop_requests()
         main = asyncio.create_task(self._run())
         stop = asyncio.create_task(self.stop.wait())
         await asyncio.wait({main, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,11 +132,24 @@ class Daemon:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, on_signal)
 
+    def _heed_stop_requests(self) -> None:
+        """From `tapestry stop` in another container, whose signals do not reach us."""
+        loop, path = asyncio.get_running_loop(), self.home.stop_request
+        path.unlink(missing_ok=True)  # meant for one before us
+
+        def look() -> None:  # in the log's thread, each second
+            if os.path.lexists(path):
+                path.unlink(missing_ok=True)
+                loop.call_soon_threadsafe(self.stop.set)
+
+        self.live.every_second(look)
+
     async def _run(self) -> None:
         config, trainer = self.config, self.trainer
         peers = tuple(parse_peer(text) for text in config.peers)
         with as_user_error(IdentityError):
             identity = Identity.load_or_create(self.home.identity_key)
+        _refuse_ourselves(peers, identity.peer_id)
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
             self.history.tell(f"this node starts, version {VERSION}")
@@ -304,6 +319,18 @@ class Daemon:
     def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:
         started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
+
+
+def _refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
+    """Raises UserError if one of --peer is the key of this home."""
+    for peer in peers:
+        if peer.peer_id == peer_id:
+            raise UserError(
+                f"--peer {peer.maddr} has the key of this home itself",
+                exit_code=ExitCode.REFUSED,
+                hint="name another member; if this home is a copy of that node's, give it a key of its own: "
+                "remove identity.key, vote.json and home.json from it",
+            )
 
 
 def _waiting_for(config: NodeConfig) -> str:

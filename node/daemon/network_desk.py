@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from importlib.metadata import version
 from typing import Any
 
 from tapestry.compression.refusals import Refused
@@ -16,6 +17,7 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 from tapestry.node.net.network import Handler, Network, News, Streams
 from tapestry.node.net.transfer import Donor, OpenStream
@@ -42,6 +44,7 @@ class NetworkDesk:
         self._averaging = averaging
         self._reporter = reporter
         self._state_protocol = state_protocol(keeper.run_id)
+        self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
         self._epoch_told = -2
         # Two, so that a joiner learns what the run is while all that give state are busy.
         self._genesis_door = Door(keeper.donor(self.on_state_bytes), GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
@@ -93,25 +96,35 @@ class NetworkDesk:
         return News(core.chain_epoch, core.chain_head, core.phase)
 
     def handlers(self) -> dict[str, Handler]:
-        return {GENESIS_PROTOCOL: self.serve_genesis, self._state_protocol: self.serve_state}
+        return {
+            GENESIS_PROTOCOL: self.serve_genesis,
+            CHECKUP_PROTOCOL: self.serve_checkup,
+            self._state_protocol: self.serve_state,
+        }
+
+    async def serve_checkup(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the checkup protocol."""
+        await self._serve_by(self._checkup.serve, peer, reader, writer)
 
     async def serve_genesis(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """The handler of the genesis protocol."""
-        await self._serve_through(self._genesis_door, peer, reader, writer)
+        await self._serve_by(self._genesis_door.serve, peer, reader, writer)
 
     async def serve_state(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """The handler of the state protocol."""
-        await self._serve_through(self._state_door, peer, reader, writer)
+        await self._serve_by(self._state_door.serve, peer, reader, writer)
 
-    async def _serve_through(
-        self, door: Door, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    async def _serve_by(
+        self, handler: Handler, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         try:
-            await door.serve(peer, reader, writer)
+            await handler(peer, reader, writer)
         except RemoteProtocolError as error:
             self._reporter.refused(peer, error.reason, str(error))
             self._network.blame(peer, error.reason)

@@ -182,7 +182,7 @@ async def _compare_with_peers(
 
 def _check_size(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
     """By arithmetic, before anything is built or downloaded. Raises UserError."""
-    machine = Machine(_free_memory_bytes(), shutil.disk_usage(config.home.path).free, config.max_params)
+    machine = Machine(free_memory_bytes(), shutil.disk_usage(config.home.path).free, config.max_params)
     fault = size_fault(spec, genesis.params, machine)
     if fault:
         raise UserError(
@@ -192,7 +192,7 @@ def _check_size(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
         )
 
 
-def _free_memory_bytes() -> int:
+def free_memory_bytes() -> int:
     """MemAvailable; all there is of an unknown machine. proc(5), meminfo."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -225,6 +225,14 @@ async def _ask_consent(config: NodeConfig) -> None:
 
 class _NoGenesis(Exception):
     pass
+
+
+async def genesis_of(swarm: Swarm, peer_id: str, crypto: Crypto) -> Genesis | str:
+    """The genesis that a connected peer serves, or why it serves none."""
+    try:
+        return await _fetch(swarm, peer_id, crypto)
+    except (Unreachable, _NoGenesis) as error:
+        return str(error)
 
 
 async def _fetch(swarm: Swarm, peer_id: str, crypto: Crypto) -> Genesis:

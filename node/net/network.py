@@ -39,6 +39,7 @@ from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits, Links, Listener
 from tapestry.node.net.peer_exchange import PeerExchange
 from tapestry.node.net.reach import Reach
+from tapestry.node.net.twins import TwinWatch, refuse_twin
 from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.messages import Control, Result, Shard
 
@@ -132,6 +133,7 @@ class Network:
         self._reach: Reach | None = None
         self._direct: tuple[str, ...] = ()  # where p2pd listens, or what is announced
         self.addresses: tuple[str, ...] = ()  # and where we are through relays
+        self._twins = TwinWatch(time.time())
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -274,6 +276,13 @@ class Network:
         if self._swarm is not None:
             self._swarm.blame(peer, reason)
 
+    async def hosts_of(self, peer: str) -> tuple[str, ...]:
+        """Where a peer's connections come from; () while that is not known."""
+        try:
+            return await self._swarm.hosts_of(peer) if self._swarm is not None else ()
+        except SwarmError:
+            return ()
+
     def bans(self) -> tuple[Ban, ...]:
         """Who is turned away at this moment."""
         return self._swarm.bans() if self._swarm is not None else ()
@@ -309,6 +318,7 @@ class Network:
     async def _publish(self, swarm: Swarm, news: News) -> None:
         now = time.time()
         self._expires_at = next_expiry(now, self._expires_at)
+        self._twins.publishes(now)
         presence = Presence(
             run_id=self._config.run_id,
             peer_id=swarm.peer_id,
@@ -339,6 +349,7 @@ class Network:
             self._known.remember(links.addresses)
             try:
                 listed = await swarm.list_presence(time.time())
+                await self._look_for_twin(swarm.peer_id, listed)
                 for presence in random.sample(listed, len(listed)):  # nobody's id comes first
                     if presence.phase != "stopping":
                         usable = usable_addresses(presence.addresses, presence.peer_id)
@@ -348,6 +359,19 @@ class Network:
                     "presence=not_listed reason=%r; tried again: members that are linked stay so", str(error)
                 )
             await asyncio.sleep(PRESENCE_LOOK_S)
+
+    async def _look_for_twin(self, peer_id: str, listed: Sequence[Presence]) -> None:
+        """Raises UserError if another node has our key, answers, and was there before us."""
+        if self._twins.may_give_way(time.time()):
+            await refuse_twin(peer_id, listed, self.addresses)
+        where = self._twins.look(peer_id, listed)
+        if where:
+            _log.error(
+                "key=twice another node uses this home's key at=%s; stop one of the two, or remove "
+                "identity.key, "
+                "vote.json and home.json from the home of one",
+                where,
+            )
 
     async def _meet_peers(self, swarm: Swarm, links: Links) -> None:
         """Two DHTs of one run become one where peers meet: who is new, or back, and all now and then."""

@@ -140,6 +140,9 @@ class FakeTrainer:
 
 
 class FakeNetwork:
+    async def hosts_of(self, peer: str) -> tuple[str, ...]:
+        return ()
+
     def __init__(self) -> None:
         self.addresses = ("/ip4/127.0.0.1/tcp/1",)
         self.sent: list[tuple[str, int, bytes]] = []

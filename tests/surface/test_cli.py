@@ -114,7 +114,8 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     assert result.exit_code == 0
     listed = re.findall(r"^  ([\w-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
     ours = ["anchor", "data", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
-    assert listed == sorted(["export", "init", "log-level", "peers", "start", "status", "stop", *ours])
+    watching = ["doctor", "log-level", "peers", "status"]
+    assert listed == sorted(["export", "init", "start", "stop", *watching, *ours])
 
 
 def test_start_has_the_flags_of_the_contract() -> None:
@@ -425,13 +426,59 @@ def test_stop_gives_up_after_its_timeout_with_exit_code_1(
     assert f"error: the node (pid {process.pid}) has not stopped within 0 s" in result.stderr
 
 
-def test_stop_signals_nobody_for_a_node_json_without_a_node(
+def test_stop_of_a_copied_home_signals_nobody(
     tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
 ) -> None:
     process = node("runs")
-    (tmp_path / "lock").write_text(f"{process.pid} 1\n")  # the pid lives, but began at another time
-    assert "no node is running" in _run("stop", "--home", str(tmp_path)).stdout
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("lock",):
+        (copy / name).write_bytes((tmp_path / name).read_bytes())
+    assert "no node is running" in _run("stop", "--home", str(copy)).stdout
     assert process.poll() is None
+
+
+def test_stop_leaves_word_for_a_node_that_no_signal_reaches(
+    tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    process = node("runs")
+    words = (tmp_path / "lock").read_text().split()
+    (tmp_path / "lock").write_text(" ".join([*words[:3], "pid:[1]", "elsewhere"]) + "\n")
+    result = _run("stop", "--home", str(tmp_path), "--timeout", "0")
+    assert result.exit_code == ExitCode.FAILED and "the node on elsewhere" in result.stderr
+    assert process.poll() is None and (tmp_path / "stop").exists()  # which daemon/life.py looks for
+
+
+def test_stop_returns_when_the_process_is_gone_and_not_only_its_lock(tmp_path: Path) -> None:
+    slow = NODE.replace("sys.exit(0)", "(lock.release(), time.sleep(0.3), os._exit(7))")
+    command = [sys.executable, "-c", slow, str(tmp_path), "runs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        assert _run("stop", "--home", str(tmp_path)).exit_code == 0
+        assert process.poll() == 7
+
+
+# Sends itself a Ctrl-C when a module is looked for.
+INTERRUPTED_AT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["tapestry", "start", "--home", {home!r}, "--data", "stdlib:1/30", "--http", "127.0.0.1:0"]
+from tapestry.node.cli.entry import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["click", "tapestry.node.spec.run", "uvloop", "tapestry.node.trainer.process"]
+)
+def test_ctrl_c_while_a_node_starts_ends_it_without_a_word(tmp_path: Path, name: str) -> None:
+    code = INTERRUPTED_AT.format(name=name, home=str(tmp_path / "h"))
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("", "") and done.returncode in (0, 1)
 
 
 # ---- status and peers --------------------------------------------------------------------------------

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tapestry.node.disk.files import atomic_write
+from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness, NodeInfo
 
@@ -248,3 +253,77 @@ def test_a_write_into_a_missing_folder_raises_and_makes_nothing(tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "none" / "file", b"x")
     assert os.listdir(tmp_path) == []
+
+
+# ---- which home it is --------------------------------------------------------------------------------
+
+
+def test_a_copied_home_is_not_confused_with_the_one_that_runs(tmp_path: Path) -> None:
+    home, copy = Home(tmp_path / "a"), Home(tmp_path / "b")
+    home.create()
+    with _other_node(home) as other:
+        home.write_node_json(_info(other.pid))
+        shutil.copytree(home.path, copy.path)
+        assert home.read_node_json().liveness is Liveness.RUNNING
+        assert copy.read_node_json().liveness is Liveness.STALE
+        assert (copy.is_held(), copy.holder()) == (False, None)
+        copy.lock().release()
+
+
+def test_a_node_in_another_pid_namespace_or_on_another_machine_is_there_and_its_pid_is_not_ours(
+    tmp_path: Path,
+) -> None:
+    home = Home(tmp_path)
+    with home.lock():
+        words = home.lock_file.read_text().split()
+        for index, foreign in ((2, "another-boot"), (3, "pid:[1]"), (1, "1")):
+            changed = [*words[:index], foreign, *words[index + 1 :]]
+            home.lock_file.write_text(" ".join(changed) + "\n")
+            assert (home.is_held(), home.holder()) == (True, None)
+            with pytest.raises(UserError, match="in another container or machine"):
+                home.require_free()
+
+
+def test_who_only_looks_keeps_no_node_from_starting(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.lock().release()
+    looking = os.open(home.lock_file, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [looking]).start()
+    home.lock().release()
+
+
+def test_a_home_that_moved_goes_on_and_a_copy_beside_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    home = Home(tmp_path / "a")
+    home.create()
+    home.identity_key.write_bytes(b"key")
+    made = claim(home, "machine 1")
+    assert claim(home, "machine 1") == made
+    link = Home(tmp_path / "link")
+    link.path.symlink_to(home.path)
+    assert claim(link, "machine 1").id == made.id  # another way to the same folder
+    assert claim(home, "machine 1").path == str(home.path)
+
+    copy = Home(tmp_path / "b")
+    shutil.copytree(home.path, copy.path)
+    with pytest.raises(UserError, match=f"is a copy of {home.path}, which is still there") as caught:
+        claim(copy, "machine 1")
+    assert caught.value.exit_code == ExitCode.REFUSED and f"rm {copy.identity_key}" in (
+        caught.value.hint or ""
+    )
+    shutil.rmtree(home.path)
+    assert claim(copy, "machine 1") == replace(made, path=str(copy.path))
+    assert claim(copy, "machine 2").machine == "machine 2"
+
+
+def test_a_home_of_a_later_version_is_refused_and_a_damaged_mark_says_what_to_do(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.mark.write_text('{"format": 2, "what": "later versions know"}')
+    with pytest.raises(UserError, match="made by a later version") as caught:
+        claim(home)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    for text in ("", "[]", '{"format": 1}', '{"format": 0, "id": "", "path": "", "machine": ""}'):
+        home.mark.write_text(text)
+        with pytest.raises(UserError, match="is damaged") as caught:
+            claim(home)
+        assert caught.value.hint == "remove it: it is made again"

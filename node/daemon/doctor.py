@@ -1,0 +1,504 @@
+"""`tapestry doctor`: whether a node could train here, now; what is wrong otherwise, and the cure.
+
+Each look is a function that gives findings; nothing is changed, and what is started (a p2pd under a key
+made for the purpose, a file of some MB in the home) is gone afterwards. What needs a peer or a run that is
+not known is said to be not checked, and is no fault.
+
+    home, data, versions, limits -> memory, disk (what the run's model needs) -> device -> ports -> the peer:
+    reached, its run, clock, can it dial back
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.identity import Identity, IdentityError
+from tapestry.dht.p2pd import SwarmConfig, SwarmError, require_free
+from tapestry.dht.presence import CLOCK_SKEW_S
+from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.daemon.assembly import check_roster, swarm_config
+from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
+from tapestry.node.disk.home_mark import read_mark
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, read_genesis
+from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer, ask
+from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.protocol.chain import Genesis
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import RunSpec, diff
+from tapestry.node.spec.size import (
+    FLOAT_BYTES,
+    PAYLOAD_BYTES,
+    STATE_BYTES,
+    Machine,
+    parameters_of,
+    size_fault,
+)
+from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.data.sources import list_data
+
+TRIAL_BYTES = 32 << 20
+SYNC_S_MAX = 1.0  # Guess: a vote is synced a few times a round
+TRAINING_BYTES = 16  # of a trained parameter: itself, gradient, two moments of AdamW; activations come on top
+PROGRAM_BYTES = 3 << 29  # node and trainer with torch loaded, measured: 1.3 GB together
+CLOCK_WARN_S = 5.0  # Guess: NTP keeps a machine within milliseconds
+_PORT = re.compile(r"/tcp/([0-9]+)")
+
+
+class Verdict(Enum):
+    PASSED = "ok"
+    WRONG = "WRONG"
+    UNKNOWN = "not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line. A wrong one has a cure."""
+
+    what: str
+    verdict: Verdict
+    text: str
+    cure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The run that the home is of, or that is to be founded or joined."""
+
+    spec: RunSpec
+    trained: int  # parameters in the flat vector
+    whose: str
+    run_id: str = ""  # "" of one that is not founded
+
+
+async def examine(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
+    """All looks, told as they are made. Whether nothing is wrong."""
+    ok = True
+
+    def told(findings: Iterable[Finding]) -> None:
+        nonlocal ok
+        for finding in findings:
+            ok = ok and finding.verdict is not Verdict.WRONG
+            tell(finding)
+
+    held = config.home.is_held()
+    told(look_at_home(config.home, held))
+    told(look_at_data(config))
+    told(look_at_versions())
+    told(look_at_limits())
+    found: list[Run] = []
+    told(find_run(config, found))
+    peer = await visit(config, tuple(parse_peer(text) for text in config.peers), held)
+    if peer.run is not None and not found:
+        found.append(peer.run)
+    told(look_at_memory(found[0] if found else None, free_memory_bytes()))
+    told(look_at_disk(config.home, found[0] if found else None))
+    told(look_at_device(config.device))
+    told(look_at_ports(config, held))
+    told(peer.findings)
+    if found:
+        told(look_at_join(config, found[0], peer.run))
+    return ok
+
+
+# --- this machine -----------------------------------------------------------------------------------
+
+
+def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
+    """Its mark, whether a node runs in it, whether files there can be written and mapped."""
+    try:
+        read_mark(home)
+    except UserError as error:
+        yield wrong("home", error.line, error.hint or "")
+        return
+    folder = home.path if home.path.is_dir() else _existing_parent(home.path)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(4096)
+            mmap.mmap(file.fileno(), 4096).close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        cure = "give the node a home on a local disk that this user may write to"
+        yield wrong("home", f"{folder} cannot be written and mapped: {why}", cure)
+        return
+    yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
+
+
+def look_at_data(config: NodeConfig) -> Iterator[Finding]:
+    if config.external:
+        yield unknown("data", "a script brings them, or see settings above")
+        return
+    try:
+        listings = list_data(config.data)
+    except DataError as error:
+        yield wrong("data", str(error), "name text with --data, or in [data] of node.toml")
+        return
+    files = sum(len(one.files) for one in listings.sources)
+    yield passed("data", f"{files} files; what of them can be read is found when the node starts")
+
+
+def look_at_versions() -> Iterator[Finding]:
+    """What is installed against what this package asks for."""
+    from packaging.requirements import Requirement
+
+    faults, count = [], 0
+    for text in metadata.requires("tapestry-node") or ():
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        count += 1
+        try:
+            there = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            faults.append(f"{requirement.name} is not installed")
+            continue
+        if not requirement.specifier.contains(there, prereleases=True):
+            faults.append(f"{requirement.name} is {there}, not {requirement.specifier}")
+    python = ".".join(map(str, sys.version_info[:3]))
+    if faults:
+        yield wrong("packages", "; ".join(faults), "pip install -c constraints.txt . in the source folder")
+    else:
+        version = metadata.version("tapestry-node")
+        yield passed("packages", f"tapestry {version}, Python {python}, all {count} packages fit")
+
+
+def look_at_limits() -> Iterator[Finding]:
+    """File descriptors, and the shared memory that hivemind's locks need."""
+    with contextlib.suppress(ValueError, OSError):  # it is judged below
+        raise_limit()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < KEPT + STREAMS_MIN:
+        text = f"{limit} file descriptors, {KEPT + STREAMS_MIN} are needed"
+        yield wrong("limits", text, "ulimit -n 65536, or LimitNOFILE=65536 in the systemd unit")
+        return
+    try:
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        cure = "mount a tmpfs there; in a container, --shm-size=64m"
+        yield wrong("limits", f"/dev/shm cannot be written: {error.strerror}", cure)
+        return
+    yield passed("limits", f"{limit} file descriptors, /dev/shm can be written")
+
+
+def look_at_memory(run: Run | None, free_bytes: int) -> Iterator[Finding]:
+    if run is None:
+        yield unknown("memory", f"{size(free_bytes)} are free; no run is known to compare it with")
+        return
+    n = parameters_of(run.spec)
+    needed = TRAINING_BYTES * run.trained + FLOAT_BYTES * max(0, n - run.trained) + PROGRAM_BYTES
+    text = f"{size(free_bytes)} free, {size(needed)} needed to train {n:,} parameters, and activations"
+    if needed > free_bytes:
+        cure = "close other programs or use a larger machine; micro_batch and checkpointing in [training]"
+        yield wrong("memory", text, f"{cure} of node.toml lower what activations take")
+    else:
+        yield passed("memory", text)
+
+
+def look_at_disk(home: Home, run: Run | None) -> Iterator[Finding]:
+    """Room and speed, against what the model needs."""
+    folder = home.path if home.path.is_dir() else _existing_parent(home.path)
+    free = shutil.disk_usage(folder).free
+    try:
+        bytes_per_s, sync_s = _disk_speed(folder, min(TRIAL_BYTES, free // 4))
+    except OSError as error:
+        yield wrong("disk", f"{folder} cannot be written: {error.strerror}", "make room or mend the disk")
+        return
+    text = f"{size(free)} free, writes {size(int(bytes_per_s))}/s, syncs in {1000 * sync_s:.0f} ms"
+    if sync_s > SYNC_S_MAX:
+        yield wrong("disk", text, "each vote waits for a sync: put the home on a local disk")
+    elif run is None:
+        yield unknown("disk", f"{text}; no run is known to compare it with")
+    else:
+        yield _judged_disk(run, free, bytes_per_s, text)
+
+
+def _judged_disk(run: Run, free: int, bytes_per_s: float, text: str) -> Finding:
+    limits, update = run.spec.limits, PAYLOAD_BYTES * run.trained
+    needed = int(STATE_BYTES * run.trained * (limits.checkpoints_kept + 2) + 2 * update)
+    most = needed + limits.updates_kept_bytes
+    text += f"; {size(needed)} needed, with all updates up to {size(most)}"
+    if needed > free:
+        return wrong("disk", text, "make room, or give the node a --home on a larger disk")
+    update_s = update / bytes_per_s
+    if update_s > run.spec.round.stall_s:
+        cure = (
+            f"one update takes {update_s:.0f} s to write, the round's stall_s is {run.spec.round.stall_s:g}"
+        )
+        return wrong("disk", text, f"{cure}: put the home on a faster disk")
+    return passed("disk", text)
+
+
+def look_at_device(device: str) -> Iterator[Finding]:
+    import torch
+
+    there = torch.cuda.is_available()
+    if device.startswith("cuda") and not there:
+        built = torch.version.cuda
+        why = (
+            f"torch is built for CUDA {built} and finds no device"
+            if built
+            else "this torch is built for CPUs"
+        )
+        cure = "see that nvidia-smi works and is as new as that; or --device cpu"
+        yield wrong(
+            "device", f"{device}: {why}", cure if built else "install a torch with CUDA, or --device cpu"
+        )
+        return
+    for index in (int(number) for number in re.findall(r"\d+", device)):
+        if index >= torch.cuda.device_count():
+            yield wrong("device", f"cuda:{index} is not there", f"there are {torch.cuda.device_count()}")
+            return
+    if device == "cpu" or not there:
+        yield passed("device", f"cpu, {len(os.sched_getaffinity(0))} cores")
+        return
+    free, total = torch.cuda.mem_get_info(0)
+    name = torch.cuda.get_device_name(0)
+    yield passed("device", f"{name}, {size(free)} of {size(total)} free, CUDA {torch.version.cuda}")
+
+
+def look_at_ports(config: NodeConfig, held: bool) -> Iterator[Finding]:
+    """Those that the node would listen on; a running node has them already."""
+    if held:
+        yield passed("ports", "held by the node that runs here")
+        return
+    for address in config.listen:
+        try:
+            require_free(address)
+        except SwarmError as error:
+            yield wrong("ports", str(error), "stop what listens there, or choose another --listen")
+            return
+    with socket.socket(socket.AF_INET6 if ":" in config.http_host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.http_host, config.http_port))
+        except OSError as error:
+            text = f"--http {config.http_host}:{config.http_port}: {error.strerror}"
+            yield wrong("ports", text, "choose another with --http HOST:PORT; port 0 takes a free one")
+            return
+    yield passed("ports", f"free: {', '.join(config.listen)}, {config.http_host}:{config.http_port}")
+
+
+# --- the run and its members ------------------------------------------------------------------------
+
+
+def find_run(config: NodeConfig, found: list[Run]) -> Iterator[Finding]:
+    """The home's, or the one of a run.toml; put into `found`."""
+    home = config.home
+    try:
+        if home.genesis.exists():
+            genesis, spec = read_genesis(home.genesis, ReaderCrypto())
+            found.append(Run(spec, genesis.params, f"the run in {home.path}", genesis.run_id))
+        elif config.run is not None:
+            spec = RunSpec.load(config.run)
+            found.append(Run(spec, parameters_of(spec), str(config.run)))
+        if found:
+            check_roster(found[0].spec, 1)
+    except (Broken, OSError) as error:
+        yield wrong("run", f"{home.genesis}: {error}", "move it away and join again with --peer")
+        return
+    except UserError as error:
+        yield wrong("run", error.line, error.hint or "see the comments in run.toml")
+        return
+    if found:
+        run = found[0]
+        name = f"{run.spec.name} {run.run_id[:12]}".strip()
+        yield passed("run", f"{name}, {parameters_of(run.spec):,} parameters ({run.whose})")
+    elif not config.peers:
+        yield wrong(
+            "run", "none: no run in the home, no run.toml, no --peer", "tapestry init DIR, or --peer ADDRESS"
+        )
+
+
+def look_at_join(config: NodeConfig, ours: Run, theirs: Run | None) -> Iterator[Finding]:
+    """Whether this node could be in the peer's run."""
+    if theirs is None:
+        return
+    machine = Machine(
+        free_memory_bytes(), shutil.disk_usage(_existing_parent(config.home.path)).free, config.max_params
+    )
+    fault = size_fault(theirs.spec, theirs.trained, machine)
+    differences = diff(ours.spec, theirs.spec) if not ours.run_id else []
+    if config.run_id is not None and config.run_id != theirs.run_id:
+        yield wrong("join", f"the peer is of run {theirs.run_id[:16]}, not of --run-id", "ask its operator")
+    elif ours.run_id and ours.run_id != theirs.run_id:
+        text = f"this home is of run {ours.run_id[:16]}, the peer of {theirs.run_id[:16]}"
+        yield wrong("join", text, "use another --home for that run")
+    elif differences:
+        yield wrong(
+            "join",
+            f"run.toml differs from the peer's: {differences[0]}",
+            "remove it to take the run as it is",
+        )
+    elif fault:
+        yield wrong(
+            "join", f"the peer's run is refused: {fault}", "use a larger machine, or raise --max-params"
+        )
+    else:
+        yield passed("join", f"this node could be in {theirs.spec.name} {theirs.run_id[:12]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What a peer gave."""
+
+    findings: tuple[Finding, ...]
+    run: Run | None = None
+
+
+async def visit(config: NodeConfig, peers: Sequence[PeerAddress], held: bool) -> Visit:
+    """Listen as the node would, under another key, and ask the first peer that can be reached."""
+    if not peers:
+        return Visit((unknown("peer", "reachability and clock: give --peer ADDRESS"),))
+    with tempfile.TemporaryDirectory(prefix="tapestry-doctor-") as folder:
+        key = Path(folder) / "key"
+        Identity.load_or_create(key)
+        listen = ("/ip4/0.0.0.0/tcp/0",) if held else config.listen
+        base = swarm_config(config)
+        swarm_settings = SwarmConfig(identity_path=key, listen=listen, nat_port_map=base.nat_port_map)
+        try:
+            swarm = await Swarm.start(swarm_settings)
+        except (SwarmError, IdentityError) as error:
+            return Visit((wrong("p2pd", str(error), "see the lines above on ports and limits"),))
+        try:
+            return await _ask_first(swarm, peers, held)
+        finally:
+            await swarm.close()
+
+
+async def _ask_first(swarm: Swarm, peers: Sequence[PeerAddress], held: bool) -> Visit:
+    failures = []
+    for peer in peers:
+        try:
+            await swarm.connect(peer, CONNECT_S)
+        except Unreachable as error:
+            failures.append(str(error))
+            continue
+        findings = [passed("peer", f"…{peer.peer_id[-6:]} answers")]
+        genesis = await genesis_of(swarm, peer.peer_id, ReaderCrypto())
+        run = None
+        if isinstance(genesis, Genesis):
+            spec = RunSpec.from_canonical(genesis.spec.encode())
+            run = Run(spec, genesis.params, f"…{peer.peer_id[-6:]}", genesis.run_id)
+        else:
+            findings.append(wrong("peer", genesis, "join by the address of a member of the run"))
+        findings += await _check_up(swarm, peer.peer_id, held)
+        return Visit(tuple(findings), run)
+    cure = "is the peer running, and is its port open to this machine? See a firewall's rules on both sides"
+    return Visit((wrong("peer", f"cannot be reached: {'; '.join(failures)}", cure),))
+
+
+async def _check_up(swarm: Swarm, peer_id: str, held: bool) -> list[Finding]:
+    """Its clock, its version, and whether it can dial back."""
+    ports = [int(p) for address in await swarm.addresses() for p in _PORT.findall(address)[:1]]
+    ports = list(dict.fromkeys(ports))[:PORTS_MAX]
+    try:
+        reader, writer = await swarm.open_stream(peer_id, CHECKUP_PROTOCOL, ASK_S)
+        with contextlib.closing(writer):
+            answer = await ask(reader, writer, ports)
+    except (Unreachable, StreamEnded, RemoteProtocolError, TimeoutError, OSError) as error:
+        return [
+            unknown("clock", f"the peer does not say: {error}"),
+            unknown("dialled", "the peer did not try"),
+        ]
+    return [judged_clock(answer), judged_dial(answer, ports, held)]
+
+
+def judged_clock(answer: Answer) -> Finding:
+    off, sure = answer.offset_s, answer.uncertain_s
+    text = f"the peer's is {abs(off):.1f} s {'ahead' if off > 0 else 'behind'} (±{sure:.1f} s)"
+    cure = "set this machine's clock (systemctl status systemd-timesyncd, or chronyc tracking), or the peer's"
+    if abs(off) - sure > CLOCK_SKEW_S:
+        return wrong("clock", f"{text}: the two do not find each other in the DHT", cure)
+    if abs(off) - sure > CLOCK_WARN_S:
+        return Finding("clock", Verdict.PASSED, f"{text}; {cure}")
+    return passed("clock", text)
+
+
+def judged_dial(answer: Answer, ports: Sequence[int], held: bool) -> Finding:
+    if held:
+        return unknown(
+            "dialled", "the node that runs here has the ports: see its addresses in `tapestry status`"
+        )
+    if not answer.host:
+        return unknown("dialled", "the peer does not see where we come from")
+    opened = [port for port, is_open in zip(ports, answer.open, strict=False) if is_open]
+    if opened:
+        return passed("dialled", f"the peer reaches this machine at {answer.host}, port {opened[0]}")
+    text = f"the peer sees us at {answer.host} and cannot open port {', '.join(map(str, ports))} there"
+    return wrong(
+        "dialled",
+        text,
+        "open the port in the firewall, forward it on the router (--listen /ip4/0.0.0.0/tcp/PORT "
+        f"--announce /ip4/{answer.host}/tcp/PORT); without, this node can still dial others",
+    )
+
+
+# --- pieces -----------------------------------------------------------------------------------------
+
+
+def passed(what: str, text: str) -> Finding:
+    return Finding(what, Verdict.PASSED, text)
+
+
+def wrong(what: str, text: str, cure: str) -> Finding:
+    return Finding(what, Verdict.WRONG, text, cure)
+
+
+def unknown(what: str, text: str) -> Finding:
+    return Finding(what, Verdict.UNKNOWN, text)
+
+
+def size(count: int) -> str:
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1024:.0f} KiB"
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _disk_speed(folder: Path, count: int) -> tuple[float, float]:
+    """Bytes per second to a synced file, and the median time of a small sync. Raises OSError."""
+    piece = os.urandom(1 << 20)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        began_s = time.monotonic()
+        for _ in range(max(1, count // len(piece))):
+            file.write(piece)
+        os.fsync(file.fileno())
+        took_s = max(1e-6, time.monotonic() - began_s)
+        written = file.tell()
+        syncs = []
+        for _ in range(5):
+            began_s = time.monotonic()
+            file.write(b"x" * 4096)
+            os.fsync(file.fileno())
+            syncs.append(time.monotonic() - began_s)
+    return written / took_s, sorted(syncs)[2]
+
+
+def run(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
+    """`examine`, from the outside."""
+    return asyncio.run(examine(config, tell))

@@ -1,0 +1,145 @@
+"""What a peer tells a machine that wants to join, and what `doctor` makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from tapestry.node.daemon import doctor
+from tapestry.node.daemon.doctor import Run, Verdict
+from tapestry.node.home import Home
+from tapestry.node.net import checkup
+from tapestry.node.net.checkup import Answer, Checkup, ask
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded, unpack
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import preset_spec
+from tapestry.node.spec.size import parameters_of
+
+
+async def _asked(port: int, host: str, times: int = 1) -> list[Answer]:
+    """Through two connected sockets, as through a stream of libp2p."""
+
+    async def hosts_of(peer: str) -> tuple[str, ...]:
+        return (host,) if host else ()
+
+    answering, answers = Checkup("ab" * 32, "9.9", hosts_of), []
+    for _ in range(times):
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        other_reader, other_writer = await asyncio.open_connection(sock=theirs)
+        serving = asyncio.create_task(answering.serve("peer", other_reader, other_writer))
+        serving.add_done_callback(lambda _, writer=other_writer: writer.close())
+        try:
+            answers.append(await ask(reader, writer, [port]))
+        finally:
+            writer.close()
+            await serving
+    return answers
+
+
+def test_a_peer_says_its_time_and_dials_only_where_the_question_came_from() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        answer = asyncio.run(_asked(port, "127.0.0.1"))[0]
+        assert (answer.host, answer.open, answer.version) == ("127.0.0.1", (True,), "9.9")
+        assert abs(answer.offset_s) < 1 and answer.uncertain_s < 1
+        assert asyncio.run(_asked(port, ""))[0].open == ()  # by a relay: nobody is dialled
+    assert asyncio.run(_asked(port, "127.0.0.1"))[0].open == (False,)
+
+
+def test_who_asks_all_the_time_gets_no_answer() -> None:
+    with pytest.raises(StreamEnded):
+        asyncio.run(_asked(1, "", times=2))
+
+
+@pytest.mark.parametrize("ports", [None, 4001, [0], [65_536], [True], ["1"], [1, 2, 3, 4, 5], [1.0]])
+def test_a_question_that_names_no_ports_is_refused(ports: object) -> None:
+    with pytest.raises(RemoteProtocolError):
+        checkup._ports(unpack(msgpack.packb({"ports": ports})))
+
+
+GOOD = {"time": 1.0, "took": 0.5, "version": "1", "run_id": "ab", "host": "", "open": []}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time": float("nan")},
+        {"time": "1"},
+        {"took": -1.0},
+        {"open": [1]},
+        {"open": 3},
+        {"host": "x" * 300},
+        {"x": 1},
+    ],
+)
+def test_an_answer_of_another_form_is_refused(change: dict[str, object]) -> None:
+    assert checkup._answer(unpack(msgpack.packb(GOOD)), 0.0, 2.0).offset_s == pytest.approx(0.25)
+    with pytest.raises(RemoteProtocolError):
+        checkup._answer(unpack(msgpack.packb(GOOD | change)), 0.0, 2.0)
+
+
+# ---- the doctor's judgement --------------------------------------------------------------------------
+
+
+def answer(offset_s: float = 0.0, opened: tuple[bool, ...] = (True,), host: str = "203.0.113.7") -> Answer:
+    return Answer(offset_s, 0.5, "1", "ab", host, opened)
+
+
+def test_clocks_are_judged_by_what_presence_allows_and_by_how_well_they_are_known() -> None:
+    assert doctor.judged_clock(answer(3.0)).verdict is Verdict.PASSED
+    assert "set this machine's clock" in doctor.judged_clock(answer(-30.0)).text
+    assert doctor.judged_clock(answer(-30.0)).verdict is Verdict.PASSED
+    behind = doctor.judged_clock(answer(-61.0))
+    assert behind.verdict is Verdict.WRONG and "61.0 s behind" in behind.text and behind.cure
+
+
+def test_a_machine_that_cannot_be_dialled_is_told_which_port_to_open_where() -> None:
+    assert doctor.judged_dial(answer(), [4001], held=False).verdict is Verdict.PASSED
+    closed = doctor.judged_dial(answer(opened=(False,)), [4001], held=False)
+    assert closed.verdict is Verdict.WRONG and "--announce /ip4/203.0.113.7/tcp/PORT" in closed.cure
+    assert doctor.judged_dial(answer(host=""), [4001], held=False).verdict is Verdict.UNKNOWN
+
+
+def test_memory_and_disk_are_judged_by_the_model(tmp_path: Path) -> None:
+    spec = preset_spec("small", "a")
+    run = Run(spec, parameters_of(spec), "run.toml")
+    enough, little = doctor.PROGRAM_BYTES + 16 * run.trained, doctor.PROGRAM_BYTES
+    assert [f.verdict for f in doctor.look_at_memory(run, enough)] == [Verdict.PASSED]
+    assert [f.verdict for f in doctor.look_at_memory(run, little)] == [Verdict.WRONG]
+    assert [f.verdict for f in doctor.look_at_memory(None, 0)] == [Verdict.UNKNOWN]
+    assert doctor._judged_disk(run, 10**12, 1e8, "").verdict is Verdict.PASSED
+    assert doctor._judged_disk(run, 10**6, 1e8, "").verdict is Verdict.WRONG
+    slow = doctor._judged_disk(run, 10**12, 1e3, "")
+    assert slow.verdict is Verdict.WRONG and "faster disk" in slow.cure
+
+
+def test_a_package_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.verdict for f in doctor.look_at_versions()] == [Verdict.PASSED]
+    there = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1" if name == "torch" else there(name))
+    (finding,) = doctor.look_at_versions()
+    assert finding.verdict is Verdict.WRONG and finding.text.startswith("torch is 0.1, not ")
+
+
+def test_a_home_that_cannot_be_written_and_one_of_a_later_version_are_wrong(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert [f.verdict for f in doctor.look_at_home(home, False)] == [Verdict.PASSED]
+    home.mark.write_text('{"format": 99}')
+    (finding,) = doctor.look_at_home(home, False)
+    assert finding.verdict is Verdict.WRONG and "later version" in finding.text and finding.cure
+    (finding,) = doctor.look_at_home(Home(Path("/proc/none")), False)
+    assert finding.verdict is Verdict.WRONG and "cannot be written" in finding.text
+
+
+def test_a_port_that_is_taken_is_wrong_and_a_running_node_has_its_own(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        flags = {"http": f"127.0.0.1:{listening.getsockname()[1]}", "external": True}
+        config = NodeConfig.resolve(Home(tmp_path), flags, {})
+        (finding,) = doctor.look_at_ports(config, held=False)
+        assert finding.verdict is Verdict.WRONG and "--http" in finding.cure
+        assert [f.verdict for f in doctor.look_at_ports(config, held=True)] == [Verdict.PASSED]

@@ -33,7 +33,7 @@ from tapestry.node.protocol.strict import table
 FILE_BYTES_MAX = 16 << 20  # guess: 60,000 lines, which an editor still opens
 LINE_BYTES_MAX = 1 << 20  # guess: what is written here has a few hundred bytes
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("tapestry.disk")
 
 
 class BrokenLink(ValueError):

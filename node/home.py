@@ -127,6 +127,11 @@ class Home:
         return self.path / "agreed.toml"
 
     @property
+    def egress(self) -> Path:
+        """What left this node: lineage/egress.py"""
+        return self.path / "egress.jsonl"
+
+    @property
     def data_toml(self) -> Path:
         """What each source of data may be used for: spec/declared.py"""
         return self.path / "data.toml"

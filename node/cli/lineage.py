@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import click
@@ -87,11 +88,15 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool) -> in
 @click.command()
 @home_option
 @json_option
-@click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N epochs.")
-def log(home: str | None, as_json: bool, last: int | None) -> None:
+@click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@click.option("--egress", "as_egress", is_flag=True, help="What left this node, in place of the chain.")
+def log(home: str | None, as_json: bool, last: int | None, as_egress: bool) -> None:
     """The epochs of a home's chain: when, who with which share, how many bytes, which head."""
     from tapestry.node.lineage.log import lines, read_log
 
+    if as_egress:
+        _log_egress(Home.locate(home, os.environ), as_json, last)
+        return
     entries = read_log(Home.locate(home, os.environ), last)
     if as_json:
         for entry in entries:
@@ -123,6 +128,20 @@ def leave(out: Path, home: str | None) -> None:
     finally:
         line.end()
     click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
+
+
+def _log_egress(home: Home, as_json: bool, last: int | None) -> None:
+    from tapestry.node.lineage.egress import lines, read_egress
+
+    entries = read_egress(home)
+    if last is not None:
+        entries = iter(deque(entries, maxlen=last))
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(entry.value()))
+        return
+    for text in lines(entries):
+        click.echo(text)
 
 
 def _text_of(given: str) -> str:

@@ -21,6 +21,7 @@ from tapestry.compression.means.registry import make_mean
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
+from tapestry.node.disk.store import result_digest
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Result, Shard
 from tapestry.node.spec.run import MeanSpec
@@ -72,6 +73,10 @@ class Averaging:
         for shard, payload in zip(self.shards, payloads, strict=True):
             self.codec.check(payload, shard.n)
         return payloads
+
+    def digest(self, payloads: Sequence[Tensor]) -> str:
+        """Of a contribution: of its shards' digests, in order."""
+        return result_digest(payloads)
 
     def reduce(
         self,

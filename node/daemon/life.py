@@ -39,6 +39,7 @@ from tapestry.node.daemon.assembly import (
     worker_settings,
 )
 from tapestry.node.daemon.base import have_base
+from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.daemon.views import Reporter, TokenizingView
 from tapestry.node.disk.store import Store
@@ -174,7 +175,9 @@ class Daemon:
                 open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
             )
             stack.push_async_callback(asyncio.to_thread, trackers.close)
-            reporter = Reporter(self.metrics, self.live, trackers, self.history)
+            egress = await asyncio.to_thread(EgressLedger, self.home)
+            stack.push_async_callback(egress.close)
+            reporter = Reporter(self.metrics, self.live, trackers, self.history, egress)
             own = Own(
                 self.home,
                 identity,
@@ -191,6 +194,7 @@ class Daemon:
             if not config.external:
                 epoch, used = len(loaded.records), paths_of(config.data)
                 await asyncio.to_thread(note_use, self.home, BASE, used, genesis.run_id, epoch)
+            await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)
             stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
@@ -202,12 +206,13 @@ class Daemon:
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)
             self._say_who(info, agreed.spec.name)
             stack.callback(self.home.remove_node_json)
-            await self._serve(node, swarm, info)
+            await self._serve(node, swarm, info, egress)
 
-    async def _serve(self, node: Node, swarm: Swarm, info: NodeInfo) -> None:
+    async def _serve(self, node: Node, swarm: Swarm, info: NodeInfo, egress: EgressLedger) -> None:
         """Until --epochs is reached, or cancelled; and then leave in good order."""
         async with asyncio.TaskGroup() as tasks:
-            running = (*node.start(swarm, tasks), tasks.create_task(self.trainer.closed()))
+            beside = (self.trainer.closed(), egress.run())
+            running = (*node.start(swarm, tasks), *map(tasks.create_task, beside))
             self._node = node
             try:
                 await node.network.up.wait()

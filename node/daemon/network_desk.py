@@ -15,6 +15,7 @@ from typing import Any
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.egress import Egress
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
@@ -23,7 +24,7 @@ from tapestry.node.net.network import Handler, Network, News, Streams
 from tapestry.node.net.transfer import Donor, OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.protocol.messages import Commit, Control, Records, Result, Shard
 
 FETCH_OPEN_S = 10.0  # to open a stream to a donor
 STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
@@ -46,9 +47,12 @@ class NetworkDesk:
         self._state_protocol = state_protocol(keeper.run_id)
         self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
         self._epoch_told = -2
+        self._means: dict[tuple[str, int, int], str] = {}  # digests of this round's means, for the ledger
         # Two, so that a joiner learns what the run is while all that give state are busy.
-        self._genesis_door = Door(keeper.donor(self.on_state_bytes), GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
-        self._state_door = Door(keeper.donor(self.on_state_bytes), STATE_STREAMS_MAX, None)
+        genesis_donor, state_donor = keeper.donor(self._on_served_bytes), keeper.donor(self._on_served_bytes)
+        egress = reporter.egress
+        self._genesis_door = Door(genesis_donor, egress, GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
+        self._state_door = Door(state_donor, egress, STATE_STREAMS_MAX, None)
         self.outputs: Outputs = {
             ev.Send: self.do_send,
             ev.Broadcast: self.do_broadcast,
@@ -80,8 +84,10 @@ class NetworkDesk:
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         self._reporter.refused(peer, reason, text)
 
-    def on_bytes(self, direction: str, kind: str, count: int) -> None:
+    def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None:
         self._reporter.metrics.network_bytes(direction, kind, count)
+        if direction == "sent":
+            self._reporter.egress.sent(kind, peer, count)
 
     # --- what the network asks (Resident) ------------------------------------------------------
 
@@ -142,23 +148,40 @@ class NetworkDesk:
         return open_stream
 
     def on_state_bytes(self, direction: str, count: int) -> None:
+        """Of what this node asks donors for."""
+        self._on_served_bytes(direction, count)
+        if direction == "out":
+            self._reporter.egress.sent("state", "", count)
+
+    def _on_served_bytes(self, direction: str, count: int) -> None:
         self._reporter.metrics.network_bytes("sent" if direction == "out" else "received", "state", count)
 
     # --- outputs -------------------------------------------------------------------------------
 
     def do_send(self, out: ev.Send) -> None:
+        self._name_records(out.message)
         self._network.send_control(out.peer, out.message)
 
+    def _name_records(self, message: Control) -> None:
+        if isinstance(message, Records | Commit):
+            for record in message.records if isinstance(message, Records) else (message.record,):
+                self._reporter.egress.part("control", record.body.epoch, record.head)
+
     def do_broadcast(self, out: ev.Broadcast) -> None:
+        self._name_records(out.message)
         for peer in out.peers:
             self._network.send_control(peer, out.message)
 
     def do_send_shard(self, out: ev.SendShard) -> None:
         message = Shard(out.epoch, out.contribution, out.shard, None)
+        self._reporter.egress.part("contribution", out.epoch, out.contribution)
         self._send_bulk(out.peer, message, "contribution", out.blob)
 
     def do_send_result(self, out: ev.SendResult) -> None:
         message = Result(out.epoch, out.head, out.ballot, out.shard, "", None, out.sums)
+        self._reporter.egress.part(
+            "result", out.epoch, self._means.get((out.head, out.ballot, out.shard), "")
+        )
         self._send_bulk(out.peer, message, "result", out.blob)
 
     def _send_bulk(self, peer: str, message: Shard | Result, kind: str, blob: Any) -> None:
@@ -179,9 +202,11 @@ class NetworkDesk:
             )
             self._loop.feed(ev.PeerRefused(max(out.peers), refused.reason))
             return
+        self._means[out.head, out.ballot, out.shard] = digest
         self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean, sums))
 
     def do_end_round(self, out: ev.EndRound) -> None:
+        self._means.clear()
         self._network.drop_bulk()
 
     def do_moved(self, out: ev.Moved) -> None:
@@ -191,11 +216,26 @@ class NetworkDesk:
             self._network.tell_moved()
 
 
+class _Served:
+    """What a donor serves one peer, for the ledger."""
+
+    def __init__(self, egress: Egress, peer: str) -> None:
+        self._egress = egress
+        self._peer = peer
+
+    def sent(self, count: int) -> None:
+        self._egress.sent("state", self._peer, count)
+
+    def part(self, epoch: int, digest: str) -> None:
+        self._egress.part("state", epoch, digest)
+
+
 class Door:
     """A donor's streams: of each peer so many at a time, and if they must be short, so long."""
 
-    def __init__(self, donor: Donor, streams_max: int, stream_s: float | None) -> None:
+    def __init__(self, donor: Donor, egress: Egress, streams_max: int, stream_s: float | None) -> None:
         self._donor = donor
+        self._egress = egress
         self._streams_max = streams_max
         self._stream_s = stream_s
         self._streams: dict[str, int] = {}
@@ -213,7 +253,7 @@ class Door:
         self._streams[peer] = count + 1
         try:
             async with asyncio.timeout(self._stream_s):
-                await self._donor.serve(reader, writer)
+                await self._donor.serve(reader, writer, _Served(self._egress, peer))
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:

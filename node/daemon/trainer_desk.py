@@ -108,10 +108,12 @@ class TrainerDesk:
             try:
                 trainer, take = self._trainer, self._averaging.take
                 payloads = await self._loop.compute(take, trainer.contribution, trainer.must_copy)
+                digest = await self._loop.compute(self._averaging.digest, payloads)
             except Refused as refused:
                 self._reporter.metrics.refused(refused.reason)
                 self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
+            self._reporter.egress.contribution(token, digest)
             self._contributed = token, event.generation
             self._health.contributed()
             self._reporter.training.trouble = ""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from tapestry.node.daemon.egress import Egress, Unwritten
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol import events as ev
@@ -189,9 +190,11 @@ class Reporter:
         live: Shows,
         trackers: Trackers | None = None,
         history: History | None = None,
+        egress: Egress | None = None,
     ) -> None:
         self.metrics = metrics
         self.live = live
+        self.egress = egress or Unwritten()  # the ledger of what leaves
         self.float32_ratio = 1.0  # how many times as large what is sent would be
         self._trackers = trackers or Trackers({})
         self._history = history or History()

@@ -76,7 +76,8 @@ def _copy(home: Home, copy: Home, told: Told) -> None:
     if home.chain.exists():
         shutil.copy2(home.chain, copy.chain)
         _cut_unfinished(copy.chain)
-    copy_linked(home.data_events, copy.path)
+    for linked in (home.data_events, home.egress):
+        copy_linked(linked, copy.path)
     epoch = sum(1 for _ in read_records(copy.chain, ReaderCrypto()))
     for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
         target.mkdir()

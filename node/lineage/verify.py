@@ -26,7 +26,7 @@ from tapestry.node.disk.base import BaseFile, pinned
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
 from tapestry.node.disk.files import unseal
 from tapestry.node.disk.held import bare_state
-from tapestry.node.disk.linked import BrokenLink, Tail, read_linked
+from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import (
     UPDATE_SUFFIX,
@@ -39,6 +39,7 @@ from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.egress import Totals, counted
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
@@ -79,6 +80,8 @@ class Proof:
     updates: int = 0
     checkpoints: int = 0
     files: int = 0
+    egress_lines: int = 0
+    egress_bytes: int = 0
     replayed_from: int | None = None
     replayed_to: int | None = None
     faults: list[Fault] = field(default_factory=list)
@@ -134,7 +137,10 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
         proof.updates += 1
         told("updates", proof.updates, len(updates))
     _check_small_files(home, spec, proof)
-    _check_linked(home.data_events, proof)
+    _check_linked(home.data_events, read_linked(home.data_events), proof)
+    totals = Totals()
+    _check_linked(home.egress, counted(home, totals), proof)
+    proof.egress_lines, proof.egress_bytes = totals.lines, totals.bytes
     if replay:
         _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -238,10 +244,10 @@ def _check_update(path: Path, epoch: int, signed: _Signed | None, proof: Proof) 
         proof.fault(name, "its numbers are not those that the record names", epoch)
 
 
-def _check_linked(path: Path, proof: Proof) -> None:
+def _check_linked(path: Path, lines: Iterator[Linked | Tail], proof: Proof) -> None:
     """A file whose lines are linked: each line against the one before."""
     try:
-        for line in read_linked(path):
+        for line in lines:
             if isinstance(line, Tail):
                 proof.notes.append(
                     f"{line.file}: its last line is not finished: a node writes it, or was killed"
@@ -488,6 +494,8 @@ def lines(proof: Proof) -> Iterator[str]:
         yield f"records {proof.records}, signatures {proof.signatures}: every one checked from the genesis on"
     if proof.updates or proof.checkpoints:
         yield f"updates {proof.updates}, checkpoints {proof.checkpoints}, files of the base {proof.files}"
+    if proof.egress_lines:
+        yield f"egress {proof.egress_lines} lines: {proof.egress_bytes} bytes left this node"
     if proof.replayed_to is not None:
         yield f"replayed from epoch {proof.replayed_from} to {proof.replayed_to}: the states that were signed"
     for note in proof.notes:

@@ -72,7 +72,7 @@ class Listener(Protocol):
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         """It broke the protocol; the stream was closed."""
 
-    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+    def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,25 +435,25 @@ class Links:
             header = await link.control.get()
             link.control_bytes -= len(header)
             parts = frame_parts(header)
-            why = await self._write(writer, parts, "control")
+            why = await self._write(link.peer, writer, parts, "control")
             if why:
                 return why
 
     async def _write_bulk(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         while True:
             key, kind, parts = await link.bulk.get()
-            why = await self._write(writer, parts, kind)
+            why = await self._write(link.peer, writer, parts, kind)
             del parts  # of a contribution: where the trainer wrote it it may write again
             link.queued.pop(key, None)
             if why:
                 return why
 
-    async def _write(self, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
+    async def _write(self, peer: str, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
         """Write a frame at the peer's pace and within our cap. Returns why that failed, or ""."""
         waits = kind != "control"
         limits = WriteLimits(self._limits.throttles.upload, waits, self._limits.silence_s)
         try:
-            await write_frame(writer, parts, limits, lambda n: self._listener.on_bytes("sent", kind, n))
+            await write_frame(writer, parts, limits, lambda n: self._listener.on_bytes("sent", kind, n, peer))
         except TimeoutError:
             return f"it took nothing for {self._limits.silence_s:g} s"
         except OSError as error:
@@ -507,7 +507,7 @@ class Links:
         limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN, throttle)
         while True:
             header, _ = await self._frame(reader, limits, None)
-            self._listener.on_bytes("received", "control", len(header))
+            self._listener.on_bytes("received", "control", len(header), link.peer)
             with link.control_pace.spending():
                 self._listener.on_message(link.peer, self._reader.control(header))
             await link.control_pace.wait()
@@ -546,7 +546,7 @@ class Links:
         """Whether the payload is one."""
         message = self._reader.data(header, None, "")
         kind = "contribution" if isinstance(message, Shard) else "result"
-        self._listener.on_bytes("received", kind, byte_count)
+        self._listener.on_bytes("received", kind, byte_count, peer)
         try:
             blob, digest = self._unpack_payload(message, payload)
         except Refused as refused:

@@ -162,7 +162,7 @@ class PeerExchange:
                 writer,
                 frame_parts(msgpack.packb(told)),
                 limits,
-                lambda count: self._listener.on_bytes("sent", "control", count),
+                lambda count: self._listener.on_bytes("sent", "control", count, peer),
             )
 
     def _may_ask(self, peer: str) -> bool:
@@ -242,7 +242,7 @@ class PeerExchange:
             answer, _ = await read_frame(reader, limits, ASK_S, ASK_S)
         finally:
             writer.close()
-        self._listener.on_bytes("received", "control", len(answer))
+        self._listener.on_bytes("received", "control", len(answer), peer)
         return answer
 
 

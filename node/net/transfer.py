@@ -32,7 +32,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import msgpack
 import torch
@@ -83,6 +83,21 @@ DIGEST_BYTES = 32
 OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 OnBytes = Callable[[str, int], None]  # direction ("in" or "out"), count
 
+
+class Serving(Protocol):
+    """Who hears of what a peer is served."""
+
+    def sent(self, count: int) -> None: ...
+    def part(self, epoch: int, digest: str) -> None:
+        """What is sent from now on is of this update (by its head), checkpoint (its state's digest), file of
+        the base (its digest), or genesis (the run id)."""
+
+
+class _Unwatched:
+    def sent(self, count: int) -> None: ...
+    def part(self, epoch: int, digest: str) -> None: ...
+
+
 _fetches = itertools.count()  # names of the drafts of this process
 _log = logging.getLogger("tapestry.transfer")
 
@@ -125,9 +140,18 @@ class Donor:
         self._on_bytes = on_bytes
         self._serving = 0
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: Serving | None = None
+    ) -> None:
         """Answer until the peer is done. Raises RemoteProtocolError, StreamEnded, TimeoutError, OSError."""
-        stream = _Stream(reader, writer, self._limits, self._on_bytes)
+        served = serving or _Unwatched()
+
+        def on_bytes(direction: str, count: int) -> None:
+            self._on_bytes(direction, count)
+            if direction == "out":
+                served.sent(count)
+
+        stream = _Stream(reader, writer, self._limits, on_bytes)
         if self._serving >= self._limits.serves_max:
             await stream.send({"is": "busy"})
             return
@@ -141,40 +165,46 @@ class Donor:
                         if ended.clean:
                             return
                         raise
-                    await self._answer(stream, header, open_file)
+                    await self._answer(stream, header, open_file, served)
         finally:
             self._serving -= 1
 
-    async def _answer(self, stream: _Stream, request: dict[str, Any], open_file: _OpenFile) -> None:
+    async def _answer(
+        self, stream: _Stream, request: dict[str, Any], open_file: _OpenFile, served: Serving
+    ) -> None:
         match request:
             case {"ask": "genesis", **rest} if not rest:
+                served.part(0, self._genesis.run_id)
                 await stream.send({"is": "genesis", "genesis": canonical(genesis_to_dict(self._genesis))})
             case {"ask": "update", "epoch": epoch, "head": head, **rest} if not rest:
-                await self._send_update(stream, _epoch(epoch), _digest(head))
+                await self._send_update(stream, _epoch(epoch), _digest(head), served)
             case {"ask": "checkpoint", "epoch_max": epoch_max, **rest} if not rest:
                 await self._send_manifest(stream, _epoch(epoch_max))
             case {"ask": "chunk", "epoch": epoch, "head": head, "index": index, **rest} if not rest:
-                await self._send_chunk(stream, open_file, (_epoch(epoch), _digest(head)), _epoch(index))
+                name = (_epoch(epoch), _digest(head))
+                await self._send_chunk(stream, open_file, name, _epoch(index), served)
             case {"ask": "file", "digest": digest, "index": index, **rest} if not rest:
-                await self._send_piece(stream, _digest(digest), _epoch(index))
+                await self._send_piece(stream, _digest(digest), _epoch(index), served)
             case _:
                 raise RemoteProtocolError("malformed", "no request that a donor knows")
 
-    async def _send_update(self, stream: _Stream, epoch: int, head: str) -> None:
+    async def _send_update(self, stream: _Stream, epoch: int, head: str, served: Serving) -> None:
         try:
             payloads = await asyncio.to_thread(self._store.read_update, epoch, head)
         except UpdateMissing:
             await stream.send({"is": "missing"})
             return
+        served.part(epoch, head)
         await stream.send({"is": "update", "shards": len(payloads)})
         for index, payload in enumerate(payloads):
             await stream.send({"is": "shard", "index": index}, _bytes_of(payload))
 
-    async def _send_piece(self, stream: _Stream, digest: str, index: int) -> None:
+    async def _send_piece(self, stream: _Stream, digest: str, index: int, served: Serving) -> None:
         data = await asyncio.to_thread(self._base.piece, digest, index) if self._base is not None else None
         if data is None:
             await stream.send({"is": "missing"})
         else:
+            served.part(0, digest)
             await stream.send({"is": "piece", "index": index}, data)
 
     async def _send_manifest(self, stream: _Stream, epoch_max: int) -> None:
@@ -195,7 +225,7 @@ class Donor:
         await stream.send(manifest, checkpoint.chunks)
 
     async def _send_chunk(
-        self, stream: _Stream, open_file: _OpenFile, name: tuple[int, str], index: int
+        self, stream: _Stream, open_file: _OpenFile, name: tuple[int, str], index: int, served: Serving
     ) -> None:
         try:
             checkpoint, file = open_file.get(name, self._checkpoints)
@@ -210,6 +240,7 @@ class Donor:
             self._checkpoints.refuse(checkpoint, str(error))
             await stream.send({"is": "missing"})
             return
+        served.part(checkpoint.epoch, checkpoint.state_digest)
         await stream.send({"is": "chunk", "index": index}, data)
 
 

@@ -67,7 +67,7 @@ class Member:
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         raise AssertionError(text)
 
-    def on_bytes(self, direction: str, kind: str, count: int) -> None:
+    def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None:
         self.counted[direction, kind] += count
 
     def bulk(self, direction: str) -> int:

@@ -102,7 +102,7 @@ class Heard:
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         self.refused[reason] += 1
 
-    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+    def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None: ...
 
 
 class Bench:

@@ -120,7 +120,7 @@ class Heard:
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         self.refused.append((peer, reason))
 
-    def on_bytes(self, direction: str, kind: str, count: int) -> None: ...
+    def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None: ...
 
 
 def answer(*addresses: Any) -> bytes:

@@ -63,7 +63,7 @@ class FakeDonor:
     def __init__(self) -> None:
         self.serving = 0
 
-    async def serve(self, reader: object, writer: object) -> None:
+    async def serve(self, reader: object, writer: object, serving: object) -> None:
         self.serving += 1
         try:
             await asyncio.get_running_loop().create_future()
@@ -108,6 +108,9 @@ class FakeAveraging:
         if self.refuses:
             raise RefusedPayload("not_finite", "x")
         return tuple(bytes(buffer[shard : shard + 1]) for shard in range(3))
+
+    def digest(self, payloads: tuple[bytes, ...]) -> str:
+        return b"".join(payloads).hex()
 
     def frame(self, shard: int, payload: bytes) -> bytes:
         return payload

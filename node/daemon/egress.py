@@ -1,0 +1,144 @@
+"""Writes down what leaves this node: lineage/egress.py says what the file holds.
+
+On the loop a few additions a frame: `sent` counts bytes for a receiver, `part` names what they are of. Every
+FLUSH_S a line for each kind goes to the file, in a thread. A SIGKILL costs what was not yet flushed; a torn
+line is cut by the next start, which says so. A disk that is full loses nothing while the node runs: the
+counts stay, and go into a later line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tapestry.node.disk.files import set_aside
+from tapestry.node.disk.linked import BrokenLink, LinkedFile
+from tapestry.node.home import Home
+from tapestry.node.lineage.egress import KINDS, PARTS_MAX, RULES, Left, Started
+
+NAMES_MAX = 8  # contributions on their way; a round and the one that overlaps it have two
+FLUSH_S = 2.0  # guess: what a SIGKILL may leave unwritten
+
+_log = logging.getLogger("tapestry.node")
+
+Clock = Callable[[], str]
+
+
+class Egress(Protocol):
+    """Who hears of what leaves."""
+
+    def sent(self, kind: str, peer: str, count: int) -> None: ...
+    def part(self, kind: str, epoch: int, digest: str) -> None: ...
+    def contribution(self, name: str, digest: str) -> None:
+        """`part` of a contribution gives its name; this is its digest."""
+
+
+class Unwritten:
+    """Of tools that put a node together and keep no ledger."""
+
+    def sent(self, kind: str, peer: str, count: int) -> None: ...
+    def part(self, kind: str, epoch: int, digest: str) -> None: ...
+    def contribution(self, name: str, digest: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Window:
+    """What left of one kind since the last line."""
+
+    receivers: dict[str, int] = field(default_factory=dict)
+    parts: dict[tuple[int, str], None] = field(default_factory=dict)
+    more_parts: int = 0
+
+    def left(self, at: str, kind: str) -> Left:
+        total = sum(self.receivers.values())
+        return Left(at, kind, total, dict(self.receivers), RULES[kind], tuple(self.parts), self.more_parts)
+
+
+def now_utc() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class EgressLedger:
+    """`sent` and `part` on the loop; `run` writes until it is cancelled, and `close` what is left."""
+
+    def __init__(self, home: Home, clock: Clock = now_utc) -> None:
+        """Goes on with the home's file. In a thread, please. Raises OSError."""
+        self._clock = clock
+        self._windows = {kind: _Window() for kind in KINDS}
+        self._digests: dict[str, str] = {}  # of the latest contributions, by name
+        self._writing = threading.Lock()
+        self._failing = False
+        try:
+            self._file = LinkedFile(home.egress)
+        except BrokenLink as error:
+            set_aside(home.egress, str(error))
+            self._file = LinkedFile(home.egress)
+
+    def begin(self, run_id: str) -> None:
+        """What follows is of this run. In a thread, please. Raises OSError."""
+        self._file.append([Started(self._clock(), run_id, self._file.torn_bytes).value()], sync=True)
+
+    def sent(self, kind: str, peer: str, count: int) -> None:
+        receivers = self._windows[kind].receivers
+        receivers[peer] = receivers.get(peer, 0) + count
+
+    def contribution(self, name: str, digest: str) -> None:
+        self._digests[name] = digest
+        while len(self._digests) > NAMES_MAX:
+            del self._digests[next(iter(self._digests))]
+
+    def part(self, kind: str, epoch: int, digest: str) -> None:
+        digest = self._digests.get(digest, digest)
+        window = self._windows[kind]
+        if len(window.parts) < PARTS_MAX or (epoch, digest) in window.parts:
+            window.parts[epoch, digest] = None
+        else:
+            window.more_parts += 1
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+
+    async def flush(self, sync: bool = False) -> None:
+        """A line for each kind of which something left. Without bytes its parts wait for them."""
+        taken = {kind: window for kind, window in self._windows.items() if window.receivers}
+        at = self._clock()
+        lines = [window.left(at, kind).value() for kind, window in taken.items()]
+        self._windows |= {kind: _Window() for kind in taken}
+        try:
+            await asyncio.to_thread(self._append, lines, sync)
+        except OSError as error:
+            self._take_back(taken)
+            if not self._failing:
+                reason = error.strerror or os.strerror(error.errno or 0)
+                _log.error("egress=not_written reason=%r; it is written once the disk takes it", reason)
+            self._failing = True
+            return
+        if self._failing:
+            self._failing = False
+            _log.info("egress=written again")
+
+    def _append(self, lines: list[Any], sync: bool) -> None:
+        """A flush that was cancelled may still be writing."""
+        with self._writing:
+            self._file.append(lines, sync=sync)
+
+    async def close(self) -> None:
+        await self.flush(sync=True)
+        self._file.close()
+
+    def _take_back(self, taken: dict[str, _Window]) -> None:
+        for kind, window in taken.items():
+            since = self._windows[kind]
+            self._windows[kind] = window
+            for peer, count in since.receivers.items():
+                self.sent(kind, peer, count)
+            for epoch, digest in since.parts:
+                self.part(kind, epoch, digest)

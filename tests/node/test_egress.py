@@ -1,0 +1,143 @@
+"""The ledger of what leaves: its lines, its bounds, a full disk, a killed node, what it is checked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tapestry.node.cli.main import cli
+from tapestry.node.daemon.egress import EgressLedger
+from tapestry.node.disk.linked import BrokenLink, LinkedFile, read_linked
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.egress import PARTS_MAX, Left, Started, Totals, counted, lines, read_egress
+
+RUN = "ab" * 32
+A, B = "12D3KooWa", "12D3KooWb"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def ledger(home: Home) -> EgressLedger:
+    made = EgressLedger(home, lambda: "2026-11-29T10:00:00Z")
+    made.begin(RUN)
+    return made
+
+
+def left(home: Home) -> list[Left]:
+    return [one for one in read_egress(home) if isinstance(one, Left)]
+
+
+def test_a_line_a_kind_names_bytes_receivers_parts_and_rule(home: Home) -> None:
+    book = ledger(home)
+    book.contribution("token", "cd" * 32)
+    for peer, count in ((A, 100), (B, 50), (A, 10)):
+        book.part("contribution", 7, "token")
+        book.sent("contribution", peer, count)
+    book.sent("control", B, 5)
+    asyncio.run(book.close())
+    contribution, control = left(home)
+    assert (contribution.kind, contribution.bytes, contribution.rule) == ("contribution", 160, "roster")
+    assert contribution.receivers == {A: 110, B: 50} and contribution.parts == ((7, "cd" * 32),)
+    assert (control.bytes, control.receivers, control.parts) == (5, {B: 5}, ())
+    assert next(read_egress(home)) == Started("2026-11-29T10:00:00Z", RUN, 0)
+
+
+def test_parts_have_a_bound_and_what_did_not_leave_yet_waits(home: Home) -> None:
+    async def main() -> None:
+        book = ledger(home)
+        for epoch in range(PARTS_MAX + 9):
+            book.part("result", epoch, "x")
+        await book.flush()
+        book.sent("result", A, 1)
+        await book.close()
+
+    asyncio.run(main())
+    (result,) = left(home)
+    assert len(result.parts) == PARTS_MAX and result.more_parts == 9
+
+
+def test_a_full_disk_loses_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = LinkedFile.append
+    full = True
+
+    def failing(self: LinkedFile, values: list[object], *, sync: bool = False) -> None:
+        if full and values:
+            raise OSError(28, "No space left on device")
+        append(self, values, sync=sync)
+
+    async def main() -> None:
+        nonlocal full
+        book = ledger(home)
+        monkeypatch.setattr(LinkedFile, "append", failing)
+        for count in (1, 2):
+            book.sent("state", A, count)
+            book.part("state", count, "d")
+            await book.flush()
+        full = False
+        await book.close()
+
+    asyncio.run(main())
+    (state,) = left(home)
+    assert (state.bytes, [epoch for epoch, _ in state.parts]) == (3, [1, 2])
+
+
+def test_what_a_killed_node_left_torn_is_cut_and_said(home: Home) -> None:
+    asyncio.run(ledger(home).close())
+    with home.egress.open("ab") as file:
+        file.write(b'{"digest":')
+    assert len(list(read_egress(home))) == 1
+    asyncio.run(ledger(home).close())
+    starts = list(read_egress(home))
+    assert isinstance(starts[-1], Started) and starts[-1].cut_bytes == 10
+    assert "10 bytes of an unfinished line cut off" in "\n".join(lines(read_egress(home)))
+
+
+def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(home: Home) -> None:
+    asyncio.run(ledger(home).close())
+    home.egress.write_bytes(home.egress.read_bytes().replace(b"10:00", b"11:00"))
+    with pytest.raises(UserError, match=r"egress\.jsonl, line 1: not in the form"):
+        list(read_egress(home))
+    asyncio.run(ledger(home).close())
+    assert home.egress.with_name("egress.jsonl.corrupt").exists() and len(list(read_egress(home))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bytes": 5}, {"rule": "state"}, {"kind": "data"}, {"receivers": [A]}, {"parts": [[1]]}, {"x": 1}],
+)
+def test_a_line_that_does_not_add_up_is_refused_though_its_links_hold(
+    home: Home, change: dict[str, object]
+) -> None:
+    value = Left("now", "result", 4, {A: 4}, "mean", ((1, "x"),), 0).value()
+    file = LinkedFile(home.egress)
+    file.append([value, value | change])
+    file.close()
+    assert len(list(read_linked(home.egress))) == 2
+    totals = Totals()
+    with pytest.raises(BrokenLink, match="line 2"):
+        list(counted(home, totals))
+    assert totals.bytes == 4
+
+
+def test_log_egress_shows_it_with_its_total(home: Home) -> None:
+    book = ledger(home)
+    book.sent("contribution", A, 12)
+    book.sent("state", "", 3)
+    asyncio.run(book.close())
+    shown = CliRunner().invoke(cli, ["log", "--egress", "--home", str(home.path)])
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[-1].startswith("15 bytes left in 1 starts: contribution 12, ")
+    (last,) = (
+        CliRunner()
+        .invoke(cli, ["log", "--egress", "--json", "-n", "1", "--home", str(home.path)])
+        .stdout.splitlines()
+    )
+    assert json.loads(last)["receivers"] == {"": 3}

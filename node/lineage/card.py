@@ -99,7 +99,10 @@ def _loading(adapters_apart: bool) -> str:
             "",
             'model = AutoPeftModelForCausalLM.from_pretrained("PATH")',
         ]
-        note = "These are adapters: put the place of your copy of the base into `adapter_config.json`.\n\n"
+        note = (
+            "These are adapters: where `adapter_config.json` names the base by a digest, put the place of "
+            "your copy.\n\n"
+        )
     else:
         code = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -16,6 +16,7 @@ import enum
 import functools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,7 @@ from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, PAD_ID, encode
 
 # Text that contains these names would be read as the special tokens, so they are unlikely ones.
 SPECIAL_TOKENS = {"<|tapestry_bos|>": BOS_ID, "<|tapestry_eos|>": EOS_ID, "<|tapestry_pad|>": PAD_ID}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 SAMPLE_TEMPERATURE = 0.7  # guess: livelier than the likeliest byte, still words
 FILE_BYTES_MAX = 5 * 10**9  # what save_pretrained took for years; a hub stores no file over 50 GB
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -266,7 +268,7 @@ def _write_adapters(folder: Path, what: Exported) -> None:
     with torch.device("meta"):
         model: Any = registry.build(what.spec, what.base, what.sequence_length)
     settings = model.peft_config["default"].to_dict()
-    settings |= {"base_model_name_or_path": str(what.base), "inference_mode": True}
+    settings |= {"base_model_name_or_path": _name_of_base(what), "inference_mode": True}
     _write_json(folder / "adapter_config.json", {key: _plain(value) for key, value in settings.items()})
     names = lora.saved_names(what.layout)
     views = {names[name]: view for name, view in what.layout.views(what.flat).items()}
@@ -298,6 +300,16 @@ def sample(out_dir: Path, prompt: str, n_bytes: int, seed: int) -> str:
             chances = torch.softmax(logits / SAMPLE_TEMPERATURE, dim=0)
             ids.append(int(torch.multinomial(chances, 1, generator=generator)))
     return bytes(ids[start:]).decode("utf-8", errors="replace")
+
+
+def _name_of_base(what: Exported) -> str:
+    """Where the base is published, if its config says so; else the digest of its weights, by which it is
+    found. Never a place on this disk."""
+    assert what.base is not None and isinstance(what.spec, TransformersSpec)
+    named = json.loads((what.base / CONFIG).read_bytes()).get("_name_or_path")
+    if isinstance(named, str) and HUB_ID.fullmatch(named) and not os.path.exists(named):
+        return named
+    return f"blake3:{what.spec.weights}"
 
 
 def _json_files(what: Exported, frame: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Whether a new version takes the place of the one before: HOME/gates.toml, or what holds without one.
 
-    gain_kept_min = 0.9          # rebase and merge: of what the version before had won over its base
+    gain_kept_min = 0.9          # rebase: the gain over the new base, beside the one before over the old
 
     [[gate]]
     measure = "*/loss|*/acc"     # names of measures, with * for any text and | for or
@@ -60,7 +60,7 @@ class Gates:
     gain_kept_min: Annotated[
         float,
         Between(-10.0, 10.0),
-        "rebase: of the loss that the version before had won on its own held-out data, how much is left.",
+        "rebase: the gain over the new base on own held-out data, as a share of the one before over its.",
     ] = 0.9
 
     @classmethod
@@ -92,7 +92,7 @@ def judge(
     """Decides promotion. A version that was made from another one is also asked what it kept of its gain."""
     found = [line for gate in gates.gate for line in _asked(gate, now, base, before)]
     if before:
-        found += _kept(gates.gain_kept_min, now, before, before_base)
+        found += _share_kept(gates.gain_kept_min, now, base, before, before_base)
     failed = [text for held, text in found if not held]
     return Verdict(not failed, (*failed, *(text for held, text in found if held)))
 
@@ -125,16 +125,20 @@ def _said(one: Measure, other: Measure, gain: float, gate: Gate) -> str:
     )
 
 
-def _kept(
-    least: float, now: Sequence[Measure], before: Sequence[Measure], before_base: Sequence[Measure]
+def _share_kept(
+    least: float,
+    now: Sequence[Measure],
+    base: Sequence[Measure],
+    before: Sequence[Measure],
+    before_base: Sequence[Measure],
 ) -> Iterator[tuple[bool, str]]:
-    """Of every own loss: what is left of the gain over the base that the version before stands on."""
-    olds, grounds = _by_name(before), _by_name(before_base)
+    """Of every own loss: the gain over its own base, beside what the version before had over its own."""
+    new_grounds, olds, grounds = _by_name(base), _by_name(before), _by_name(before_base)
     for one in now:
-        old, ground = olds.get(one.name), grounds.get(one.name)
-        if not (one.own and _matches(one.name, OWN)) or old is None or ground is None:
+        old, ground, new_ground = olds.get(one.name), grounds.get(one.name), new_grounds.get(one.name)
+        if not (one.own and _matches(one.name, OWN)) or not (old and ground and new_ground):
             continue
-        share = gain_kept(one, old, ground)
+        share = gain_kept(one, new_ground, old, ground)
         if share is None:
             continue
         verb = "holds" if share >= least else "fails"
@@ -145,10 +149,11 @@ def _kept(
         )
 
 
-def gain_kept(now: Measure, before: Measure, before_base: Measure) -> float | None:
-    """The gain over the old base, as a share of what the version before had; None if that had none."""
+def gain_kept(now: Measure, base: Measure, before: Measure, before_base: Measure) -> float | None:
+    """The gain over the new base, as a share of what the version before had over the old one; None if that
+    had none. What the base itself has won in between does not count: it was not the derivative's."""
     had = before.gain_over(before_base.value)
-    return now.gain_over(before_base.value) / had if had > _SMALL else None
+    return now.gain_over(base.value) / had if had > _SMALL else None
 
 
 def _matches(name: str, patterns: str) -> bool:

@@ -112,6 +112,12 @@ def test_adapters_apart_are_a_peft_directory_that_names_its_base(tmp_path: Path)
 
     made = _home(tmp_path / "home", _base_spec(tmp_path / "home", "llama", lora_rank=4))
     export_home(made.home, tmp_path / "out", None, adapters=True)
+    path = tmp_path / "out" / "adapter_config.json"
+    table = json.loads(path.read_bytes())
+    assert isinstance(made.spec, TransformersSpec)
+    assert table["base_model_name_or_path"] == f"blake3:{made.spec.weights}"
+    assert str(tmp_path) not in path.read_text()
+    path.write_text(json.dumps(table | {"base_model_name_or_path": str(made.home.base)}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT asks transformers for a name that it deprecates
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -1,7 +1,9 @@
-"""Long-lived libp2p streams to every peer of the run: one for control, one for bulk data, each way.
+"""Long-lived libp2p streams to every peer of the run: one for control, and for bulk data as many as it takes.
 
-We write on the streams that we opened and read from those that the peer opened. A peer is *up* while both of
-ours are open; the end of either is news at once, since a node's p2pd dies with it. A peer that is frozen
+We write on the streams that we opened and read from those that the peer opened. A peer is *up* while all of
+ours are open; the end of any is news at once, since a node's p2pd dies with it. Bulk begins with one stream;
+while frames wait for long more are opened, for p2pd lets a stream have 16 MiB on the way: on a line of 300 ms
+that is 450 Mbit/s. A peer that is frozen
 keeps its streams open: that is for the core to notice, which hears no heartbeat.
 
 Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
@@ -15,8 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +46,8 @@ from tapestry.node.net.wire import (
 from tapestry.node.protocol.messages import Control, Records, Result, Shard
 
 HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
+BULK_STREAMS = ("bulk", "bulk2", "bulk3", "bulk4")  # 1 Gbit/s at 500 ms
+WIDEN_S = 0.25  # Guess: frames that wait so long are worth another stream
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
 CONTROL_SHARE_ALL = 0.5  # Guess: for those of all; six that flooded us had one and a half loops
@@ -55,6 +60,8 @@ BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost millisecond
 STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
 TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
 BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 _log = logging.getLogger("tapestry.links")
 
@@ -139,11 +146,13 @@ class _Peer:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
+    busy_since: float = 0.0  # since then some bulk has always waited
+    behind: asyncio.Event = field(default_factory=asyncio.Event)  # for WIDEN_S
     queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
     control_bytes: int = 0  # of what is in `control`
     broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
     why_broken: str = ""
-    inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk -> its reader
+    inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk ... -> its reader
     proven: bool = False  # it was here or was reached: not only a hint
     hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
     answers_at: float = 0.0  # when its next question is answered
@@ -152,6 +161,36 @@ class _Peer:
     def is_there(self) -> bool:
         """It takes our streams, or has opened some."""
         return self.up or bool(self.inbound)
+
+
+class _Jobs:
+    """Tasks of one link; `first` is what the first of them that ends returns or raises."""
+
+    def __init__(self) -> None:
+        self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[str]] = []
+
+    def start(self, job: Coroutine[None, None, str]) -> None:
+        task = asyncio.create_task(job)
+        task.add_done_callback(self._done)
+        self._tasks.append(task)
+
+    async def end(self) -> None:
+        """Cancel what still runs, and wait for it."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+    def _done(self, task: asyncio.Task[str]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if self.first.done():
+            return
+        if error is not None:
+            self.first.set_exception(error)
+        else:
+            self.first.set_result(task.result())
 
 
 class Links:
@@ -184,7 +223,8 @@ class Links:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 await self._swarm.serve(self._protocol("control"), self._serve_control)
-                await self._swarm.serve(self._protocol("bulk"), self._serve_bulk)
+                for name in BULK_STREAMS:
+                    await self._swarm.serve(self._protocol(name), functools.partial(self._serve_bulk, name))
                 await asyncio.get_running_loop().create_future()
         finally:
             self._tasks = None
@@ -303,6 +343,8 @@ class Links:
             self._break(link, "its bulk queue is full")
             return
         link.queued[header] = None
+        if link.bulk.empty():
+            link.busy_since = asyncio.get_running_loop().time()
         link.bulk.put_nowait((header, kind, frame_parts(header, payload)))
 
     def drop_bulk(self) -> None:
@@ -375,35 +417,45 @@ class Links:
         _log.log(level, "link=failed peer=%s reason=%s %s", peer[-6:], reason, error)
 
     async def _linked(self, link: _Peer) -> str:
-        """While both streams are open. Returns why they no longer are."""
-        timeout_s = self._limits.dial_timeout_s
-        streams = []
-        try:
-            for name in ("control", "bulk"):
-                streams.append(await self._swarm.open_stream(link.peer, self._protocol(name), timeout_s))
-            (control_reader, control), (bulk_reader, bulk) = streams
+        """While all its streams are open. Returns why they no longer are."""
+        async with contextlib.AsyncExitStack() as stack:
+            jobs = _Jobs()
+            control_reader, control = await self._open(link, "control", stack)
+            bulk_reader, bulk = await self._open(link, BULK_STREAMS[0], stack)
+            stack.callback(self._set_down, link)
             self._set_up(link)
-            jobs = [
-                asyncio.create_task(job)
-                for job in (
-                    self._write_control(link, control),
-                    self._write_bulk(link, bulk),
-                    _ended(control_reader),
-                    _ended(bulk_reader),
-                    _broken(link),
-                )
-            ]
+            stack.push_async_callback(jobs.end)
+            jobs.start(self._write_control(link, control))
+            jobs.start(self._write_bulk(link, bulk))
+            jobs.start(_ended(control_reader))
+            jobs.start(_ended(bulk_reader))
+            jobs.start(_broken(link))
+            jobs.start(self._widen(link, jobs, stack))
+            return await jobs.first
+
+    async def _open(self, link: _Peer, name: str, stack: contextlib.AsyncExitStack) -> Stream:
+        reader, writer = await self._swarm.open_stream(
+            link.peer, self._protocol(name), self._limits.dial_timeout_s
+        )
+        stack.callback(writer.close)
+        return reader, writer
+
+    async def _widen(self, link: _Peer, jobs: _Jobs, stack: contextlib.AsyncExitStack) -> str:
+        """Open further streams for bulk as it waits. Ends only with the link."""
+        for name in BULK_STREAMS[1:]:
+            await link.behind.wait()
             try:
-                done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-                return next(iter(done)).result()
-            finally:
-                for job in jobs:
-                    job.cancel()
-                await asyncio.wait(jobs)
-        finally:
-            for _, writer in streams:
-                writer.close()
-            self._set_down(link)
+                reader, writer = await self._open(link, name, stack)
+            except SwarmError as error:  # its end is news by the others; of another version it may have fewer
+                _log.debug("link=not_widened peer=%s reason=%r", link.peer[-6:], str(error))
+                break
+            _log.debug("link=widened peer=%s stream=%s", link.peer[-6:], name)
+            jobs.start(self._write_bulk(link, writer))
+            jobs.start(_ended(reader))
+            link.busy_since = asyncio.get_running_loop().time()
+            link.behind.clear()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     def _set_up(self, link: _Peer) -> None:
         link.control = asyncio.Queue()
@@ -411,6 +463,7 @@ class Links:
         link.queued.clear()
         link.control_bytes = 0
         link.broken.clear()
+        link.behind.clear()
         link.up = link.proven = True
         link.hinted.clear()
         self.dials.reached(link.peer)
@@ -440,8 +493,11 @@ class Links:
                 return why
 
     async def _write_bulk(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
+        now = asyncio.get_running_loop().time
         while True:
             key, kind, parts = await link.bulk.get()
+            if not link.bulk.empty() and now() - link.busy_since >= WIDEN_S:
+                link.behind.set()
             why = await self._write(link.peer, writer, parts, kind)
             del parts  # of a contribution: where the trainer wrote it it may write again
             link.queued.pop(key, None)
@@ -468,9 +524,9 @@ class Links:
         await self._serve("control", peer, reader, self._read_control)
 
     async def _serve_bulk(
-        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, name: str, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        await self._serve("bulk", peer, reader, self._read_bulk)
+        await self._serve(name, peer, reader, self._read_bulk)
 
     async def _serve(
         self,

@@ -37,6 +37,7 @@ class FakeWriter:
         self.written += data
 
     async def drain(self) -> None:
+        await asyncio.sleep(0)
         if not self.takes:
             await asyncio.get_running_loop().create_future()
 
@@ -446,5 +447,61 @@ def test_all_peers_together_get_half_of_the_loop():
                 bench.stream("control", framed(encode_message(STATUS)), f"12D3KooWPeer{i}")
             await until(lambda: len(bench.heard.messages) == 10)
             assert bench.links._control_share() == pytest.approx(0.05)
+
+    run(main)
+
+
+def bulk_frames(bench: Bench, count: int) -> None:
+    for shard in range(count):
+        bench.links.send_bulk(PEER, Shard(3, "cd" * 16, shard, None), "contribution", [bytes(PAYLOAD_BYTES)])
+
+
+def test_bulk_that_waits_for_long_gets_more_streams_and_each_frame_goes_out_once(monkeypatch):
+    monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
+
+    async def main() -> None:
+        async with Bench() as bench:
+            await bench.linked()
+            most = 1 + len(links_module.BULK_STREAMS)
+            while len(bench.swarm.opened) < most:
+                bulk_frames(bench, 8)
+                await turns()
+            bulk_frames(bench, 40)
+            await turns(200)
+            assert len(bench.swarm.opened) == most and bench.heard.ups == ["up"]
+            sent = b"".join(bytes(writer.written) for _, writer in bench.swarm.opened[1:])
+            for shard in range(8, 40):
+                header = encode_message(Shard(3, "cd" * 16, shard, None))
+                assert sent.count(framed(header, bytes(PAYLOAD_BYTES))) == 1
+            assert sum(bool(writer.written) for _, writer in bench.swarm.opened[1:]) > 1
+            bench.swarm.opened[-1][0].feed_eof()  # the end of any stream is the end of the link
+            await until(lambda: len(bench.swarm.opened) == most + 2 and bench.links.linked)
+            assert all(writer.closing for _, writer in bench.swarm.opened[:most])
+
+    run(main)
+
+
+def test_bulk_that_waits_for_a_moment_only_keeps_its_one_stream():
+    async def main() -> None:
+        async with Bench() as bench:
+            await bench.linked()
+            bulk_frames(bench, 100)
+            await turns(300)
+            assert len(bench.swarm.opened) == 2
+
+    run(main)
+
+
+def test_a_peer_of_one_bulk_stream_is_sent_all_on_that_one(monkeypatch):
+    monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
+
+    async def main() -> None:
+        async with Bench() as bench:
+            await bench.linked()
+            bench.swarm.reachable = False  # it does not serve the others
+            bulk_frames(bench, 50)
+            await turns(300)
+            assert len(bench.swarm.opened[1][1].written) > 50 * PAYLOAD_BYTES
+            assert bench.heard.ups == ["up"]
 
     run(main)

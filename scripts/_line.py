@@ -38,6 +38,7 @@ CLONE_NEWNET = 0x40000000  # linux/sched.h
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0  # linux/if_tun.h, and the flags
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
+TUN_F_USO4, TUN_F_USO6 = 0x20, 0x40  # the same for UDP, since Linux 6.2
 VNET_HEADER_BYTES = 10
 FRAME_BYTES_MAX = VNET_HEADER_BYTES + 65535 + 64
 READS_MAX = 64  # in a turn
@@ -181,7 +182,11 @@ def _open_tun(space: str) -> int:
             raise OSError(ctypes.get_errno(), "setns")
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"eth0", IFF_TUN | IFF_NO_PI | IFF_VNET_HDR))
-    fcntl.ioctl(tun, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6)
+    offload = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
+    try:
+        fcntl.ioctl(tun, TUNSETOFFLOAD, offload | TUN_F_USO4 | TUN_F_USO6)
+    except OSError:
+        fcntl.ioctl(tun, TUNSETOFFLOAD, offload)
     return tun
 
 

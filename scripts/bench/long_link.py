@@ -38,6 +38,7 @@ from _line import Line  # noqa: E402
 from _netns import NetError, parse_link  # noqa: E402
 from _run import exit_by_signal, work_folder  # noqa: E402
 
+TRANSPORTS = {"tcp": "tcp/0", "quic": "udp/0/quic-v1"}
 PROTOCOL = "/tapestry/bench/1"
 LARGE_BYTES = 64 << 20
 PIECE_BYTES = 1 << 18
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--link", default="1gbit")
     parser.add_argument("--buffers", default="default,large")
     parser.add_argument("--streams", default="1,2,4,8")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="tcp", help="of `streams`")
     parser.add_argument("--bytes", type=int, default=100_000_000)
     parser.add_argument("--params", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -97,6 +99,7 @@ def streams(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator
     for count in map(int, options.streams.split(",")):
         with line_of(options, rtt_s, buffers) as line, tempfile.TemporaryDirectory() as folder:
             shared = ["--folder", folder, "--streams", str(count), "--bytes", str(options.bytes)]
+            shared += ["--transport", options.transport]
             ends = [
                 subprocess.Popen(
                     [
@@ -124,6 +127,7 @@ def streams(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator
         median_s = statistics.median(times)
         mbit = options.bytes * 8 / median_s / 1e6
         yield {
+            "transport": options.transport,
             "streams": count,
             "s": round(median_s, 2),
             "mbit_s": round(mbit),
@@ -183,7 +187,7 @@ async def _swarm(options: argparse.Namespace, name: str) -> Any:
 
     key = options.folder / name
     Identity.load_or_create(key)
-    listen = (f"/ip4/{options.address}/tcp/0",)
+    listen = (f"/ip4/{options.address}/{TRANSPORTS[options.transport]}",)
     return await Swarm.start(SwarmConfig(identity_path=key, listen=listen, nat_port_map=False))
 
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "e2e")]
 
 from _netns import Nats, NetError  # noqa: E402
+from _nodes import ChainRecord, chain_record  # noqa: E402
 from _run import exit_by_signal  # noqa: E402
 from harness import Digests, Node, init  # noqa: E402
 
@@ -77,12 +78,12 @@ def check(net: Nats, folder: Path, epochs: int, stack: contextlib.ExitStack) -> 
     digests = Digests(*nodes)
     digests.wait(f"round of all {count}", lambda: nodes[0].electorate() == count, DEADLINE_S)
     first = nodes[0].status()["epoch"]
-    print(f"all {count} are in one electorate after {time.monotonic() - began_at:.0f} s, at epoch {first}")
+    say(f"all {count} are in one electorate after {time.monotonic() - began_at:.0f} s, at epoch {first}")
     private, public = nodes[net.public :], nodes[: net.public]
     digests.wait("route", lambda: routes_hold(private, public), DEADLINE_S)
     first = nodes[0].status()["epoch"]
     digests.wait("epochs of all", lambda: contributed_by_all(nodes, first, epochs), DEADLINE_S)
-    print(f"all {count} contributed to {epochs} epochs in a row from {first + 1} on, one digest each")
+    say(f"all {count} contributed to {epochs} epochs in a row from {first + 1} on, one digest each")
     if net.public == 2:
         public.pop().kill()
         nodes.remove(nodes[1])
@@ -90,10 +91,14 @@ def check(net: Nats, folder: Path, epochs: int, stack: contextlib.ExitStack) -> 
         digests = Digests(*nodes)
         digests.wait("route", lambda: routes_hold(private, public), DEADLINE_S)
         digests.wait("epoch", lambda: contributed_by_all(nodes, first, epochs), DEADLINE_S)
-        print(f"one public member was killed: the others contributed to {epochs} epochs in a row after that")
+        say(f"one public member was killed: the others contributed to {epochs} epochs in a row after that")
     for node in nodes:
         code = node.stop(30.0)
         assert code == 0, f"{node.home.name} ended with exit code {code}"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 def routes_hold(private: list[Node], public: list[Node]) -> bool:
@@ -112,17 +117,20 @@ def routes_hold(private: list[Node], public: list[Node]) -> bool:
 
 
 def contributed_by_all(nodes: list[Node], first: int, epochs: int) -> bool:
-    """Whether the records of `epochs` epochs in a row after `first` name every node with a weight."""
-    lines = (nodes[0].home / "chain.jsonl").read_text().splitlines()
+    """Whether the records of `epochs` epochs in a row after `first` have a contribution of every node."""
+    ids = {node.json()["peer_id"] for node in nodes}
     row = 0
-    for line in lines:
-        body = json.loads(line)["body"]
-        if body["epoch"] <= first:
-            continue
-        row = row + 1 if sum(1 for member in body["members"] if member["weight"]) == len(nodes) else 0
-        if row >= epochs:
-            return all(node.status()["epoch"] > first for node in nodes)
+    for record in records(nodes[0].home):
+        if record.epoch > first:
+            row = row + 1 if record.contributors == ids else 0
+            if row >= epochs:
+                return all(node.status()["epoch"] >= record.epoch for node in nodes)
     return False
+
+
+def records(home: Path) -> list[ChainRecord]:
+    """Of HOME/chain.jsonl; a line that is being written is left for the next look."""
+    return [chain_record(line) for line in (home / "chain.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 if __name__ == "__main__":

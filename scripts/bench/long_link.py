@@ -36,6 +36,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "tests")]
 
 from _line import Line  # noqa: E402
 from _netns import NetError, parse_link  # noqa: E402
+from _nodes import ChainRecord, chain_record  # noqa: E402
 from _run import exit_by_signal, work_folder  # noqa: E402
 
 TRANSPORTS = {"tcp": "tcp/0", "quic": "udp/0/quic-v1"}
@@ -265,8 +266,8 @@ def joiner(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator[
         }
 
 
-def _records(home: Path) -> list[dict[str, Any]]:
-    return [json.loads(line)["body"] for line in (home / "chain.jsonl").read_text().splitlines()]
+def _records(home: Path) -> list[ChainRecord]:
+    return [chain_record(line) for line in (home / "chain.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def _epochs(home: Path) -> int:
@@ -274,8 +275,8 @@ def _epochs(home: Path) -> int:
 
 
 def _contributions(home: Path, peer_id: str) -> int:
-    """In how many records it has a weight."""
-    return sum(any(m["peer"] == peer_id and m["weight"] for m in body["members"]) for body in _records(home))
+    """In how many records it is a contributor."""
+    return sum(peer_id in record.contributors for record in _records(home))
 
 
 if __name__ == "__main__":

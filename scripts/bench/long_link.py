@@ -59,6 +59,9 @@ def main() -> int:
     parser.add_argument("--transport", choices=TRANSPORTS, default="tcp", help="of `streams`")
     parser.add_argument("--bytes", type=int, default=100_000_000)
     parser.add_argument("--params", type=int, default=10_000_000)
+    parser.add_argument(
+        "--first", action="store_true", help="both ends go before what else runs here (real-time priority)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="(of the peers that this script starts)")
     parser.add_argument("--address", help="(of the peers that this script starts)")
@@ -105,6 +108,7 @@ def streams(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator
                 subprocess.Popen(
                     [
                         *line.prefix(i),
+                        *(["chrt", "-r", "1"] if options.first else []),
                         sys.executable,
                         "-P",
                         __file__,
@@ -204,7 +208,7 @@ def rounds(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator[
             params=options.params,
             codec="int8-block",
             shard_elements=default_shard(),
-            first=True,
+            first=options.first,
         )
         with System("tapestry", asked, Path(folder), line) as system:
             system.start()

@@ -28,15 +28,6 @@ _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
 STOP_TIMEOUT_S = 3.0
-# Of libp2p's relay, besides its own of 8 places for one IP address. Guess: a month of a small run fits in a
-# connection, which is made anew after that; a buffer is of each direction of each connection.
-RELAY_BOUNDS = {
-    "relayMaxReservations": 128,  # peers that have a place
-    "relayMaxCircuits": 16,  # connections to or from one of them
-    "relayDataLimit": 1 << 40,  # bytes of a connection, each way
-    "relayTimeLimit": "24h",  # of a connection
-    "relayBufferSize": 1 << 18,
-}
 _LOCK = "lock"  # in a folder of sockets
 
 
@@ -57,7 +48,6 @@ class SwarmConfig:
     # p2pd's own Kademlia: finds where a peer is by its id alone. Members tell each other their addresses, and
     # it keeps 524 bytes for a day of whatever record anybody gives it, at 34,000 a second.
     serve_kademlia: bool = False
-    serve_relay: bool = False  # carry connections to peers behind NAT, whoever they are, within RELAY_BOUNDS
     nat_port_map: bool = True
     streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
     peer_streams_max: int = 64  # of these, of one peer. A member has two, and some while it catches up
@@ -76,9 +66,7 @@ class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
     def _make_process_args(cls, *args: Any, **kwargs: Any) -> list[str]:
         if not cls.config.serve_kademlia:
             kwargs = {key: value for key, value in kwargs.items() if key != "dhtServer"}
-        kwargs["relayService"] = cls.config.serve_relay
-        if cls.config.serve_relay:
-            kwargs |= RELAY_BOUNDS
+        kwargs["relayService"] = False  # node/net/relay.py
         daemon_args = P2P._make_process_args(*args, **kwargs)
         return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
 
@@ -215,8 +203,8 @@ async def launch_p2pd(
             announce_maddrs=config.announce or None,
             startup_timeout=config.startup_timeout_s,
             use_relay=config.use_relay,
-            # So that p2pd serves dial-backs and, within our bounds, relaying: what it finds out by itself of
-            # its reach takes it minutes, and it needs peers with public addresses for that.
+            # So that p2pd serves dial-backs: what it finds out by itself of its reach takes it minutes, and
+            # needs peers with public addresses.
             force_reachability="public",
             nat_port_map=config.nat_port_map,
             check_if_identity_free=False,

@@ -7,7 +7,9 @@
   the connection that asked for it. What is carried is encrypted between the two ends.
 
 p2pd can do both by itself, but asks only peers that it was started with, takes minutes, and tells us nothing.
-It answers them, and takes in what a relay hands on.
+It answers AutoNAT, and takes in what a relay hands on. Its own relay is of no use: it takes all the world as
+guests, and under load it starts with its default of 128 KiB whatever it was told. So relay.py of the node
+answers in its place, with what is here.
 
 The messages are protobuf behind a length; of their fields only those are read that are needed here.
 """
@@ -28,9 +30,12 @@ from tapestry.dht.p2pd import SwarmError
 AUTONAT = "/libp2p/autonat/1.0.0"
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 MESSAGE_BYTES_MAX = 8192  # Guess: a reservation has 300 bytes, and at most 1,000 more of addresses
-# A p2pd that was not told to be a relay is one all the same, of 128 KiB: too few to take part in a run.
+STOP = "/libp2p/circuit/relay/0.2.0/stop"  # from the relay to its guest
+# A p2pd alone is a relay of 128 KiB: too few to take part in a run.
 RELAYED_BYTES_MIN = 1 << 30
-_OK = 100  # of the relay's Status
+# The relay's Status:
+OK, PLACE_REFUSED, TOO_MANY, DENIED, NOT_REACHED, NO_PLACE, MALFORMED = 100, 200, 201, 202, 203, 204, 400
+RESERVING, CONNECTING = 0, 1  # of the hop protocol's Type
 _DIAL_OK, _DIAL_FAILED = 0, 100  # of AutoNAT's ResponseStatus
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -68,16 +73,27 @@ async def _ask(open_stream: OpenStream, peer: str, protocol: str, message: bytes
     reader, writer = await open_stream(peer, protocol, timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
-            writer.write(_varint(len(message)) + message)
-            await writer.drain()
-            return await _read(reader)
+            return await exchange(reader, writer, message)
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         raise SwarmError(f"peer {peer[-8:]} does not answer on {protocol}: {error!r}") from error
     finally:
         writer.close()
 
 
-async def _read(reader: asyncio.StreamReader) -> bytes:
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> bytes:
+    """One message there and one back. Raises SwarmError, OSError, IncompleteReadError."""
+    await write_message(writer, message)
+    return await read_message(reader)
+
+
+async def write_message(writer: asyncio.StreamWriter, message: bytes) -> None:
+    """Raises OSError."""
+    writer.write(_varint(len(message)) + message)
+    await writer.drain()
+
+
+async def read_message(reader: asyncio.StreamReader) -> bytes:
+    """Raises SwarmError where it is too long, OSError, IncompleteReadError."""
     length = shift = 0
     while shift < 21:
         byte = (await reader.readexactly(1))[0]
@@ -117,7 +133,7 @@ def reservation(answer: bytes) -> Reservation:
     """
     fields = _fields(answer)
     status = _number(fields, 5)
-    if status != _OK:
+    if status != OK:
         raise NotCarried(f"it keeps no place for us, status {status}")
     place, limit = _last(fields, 3, b""), _last(fields, 4, b"")
     if not isinstance(place, bytes) or not isinstance(limit, bytes):
@@ -129,6 +145,32 @@ def reservation(answer: bytes) -> Reservation:
     if 0 < kept.bytes_max < RELAYED_BYTES_MIN:
         raise NotCarried(f"it carries {kept.bytes_max} bytes of a connection, and no more")
     return kept
+
+
+def hop_request(message: bytes) -> tuple[int, str]:
+    """What is asked of a relay: its type, and the peer that it names, "" if none. Raises SwarmError."""
+    fields = _fields(message)
+    peer = _last(fields, 2, b"")
+    named = _last(_fields(peer), 1, b"") if isinstance(peer, bytes) else b""
+    if not isinstance(named, bytes) or len(named) > 64:
+        raise SwarmError("a request to the relay names no peer")
+    return _number(fields, 1), base58.b58encode(named).decode()
+
+
+def hop_answer(status: int, expires_at: float | None = None) -> bytes:
+    """HopMessage{type: STATUS, reservation: {expire}, status}; it names no limit."""
+    place = b"" if expires_at is None else _field(3, b"\x08" + _varint(int(expires_at)))
+    return b"\x08\x02" + place + b"\x28" + _varint(status)
+
+
+def stop_request(caller: str) -> bytes:
+    """StopMessage{type: CONNECT, peer: {id}}."""
+    return b"\x08\x00" + _field(2, _field(1, base58.b58decode(caller)))
+
+
+def stop_status(answer: bytes) -> int:
+    """Of StopMessage{type: STATUS, status}. Raises SwarmError."""
+    return _number(_fields(answer), 4)
 
 
 def _number(fields: Fields, number: int) -> int:

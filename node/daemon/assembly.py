@@ -71,6 +71,7 @@ class Own:
     ending: Ending = ENDLESS
     base: Path | None = None  # a directory with the run's base, if this member has one
     forbidden: Callable[[], str] = lambda: ""  # why its data may not be used any more: permit.py
+    relay: bool = True  # carry connections of members that cannot be dialled
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     averaging = Averaging(state.arithmetic.codec, state.n, spec.compression.shard_elements, mean)
     own.reporter.float32_ratio = averaging.float32_ratio
     limits = link_limits(spec, averaging, own.throttles)
-    config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, Reader(own.crypto))
+    reader = Reader(own.crypto)
+    config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, reader, own.relay)
     network = Network(config, KnownPeers(own.home.peers))
     runtime = Runtime(
         core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending, own.forbidden)
@@ -224,7 +226,6 @@ def swarm_config(config: NodeConfig) -> SwarmConfig:
         listen=config.listen,
         announce=config.announce,
         nat_port_map=not loopback,
-        serve_relay=config.relay and not loopback,
         streams_max=streams_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
 

@@ -189,6 +189,7 @@ class Daemon:
                 config.ending,
                 config.base,
                 DataPermit(self.home, paths_of(config.data)).refusal,
+                config.relay,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:

@@ -31,6 +31,7 @@ from tapestry.dht.conduct import Ban, Conduct
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX, LIFETIME_S_MAX, Presence, PresenceError, encode
+from tapestry.dht.reachability import HOP
 from tapestry.dht.swarm import Swarm
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
@@ -39,6 +40,7 @@ from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits, Links, Listener
 from tapestry.node.net.peer_exchange import PeerExchange
 from tapestry.node.net.reach import Reach
+from tapestry.node.net.relay import Relay
 from tapestry.node.net.twins import TwinWatch, refuse_twin
 from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.messages import Control, Result, Shard
@@ -116,6 +118,7 @@ class NetworkConfig:
     peers: tuple[PeerAddress, ...]  # that the operator gave
     limits: LinkLimits
     reader: Reader
+    relay: bool = True  # carry connections of members that cannot be dialled
 
 
 class Network:
@@ -206,6 +209,8 @@ class Network:
             )
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
+            relay = Relay(swarm.open_stream, lambda: self.linked, config.limits.throttles, config.relay)
+            await swarm.serve(HOP, relay.serve)  # in the place of p2pd's own, also where it refuses
             announced = bool(config.swarm.announce)
             self._reach = Reach(swarm, self._links, lambda: self._direct, announced, self._place)
             tasks.create_task(self._reach.run())

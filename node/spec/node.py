@@ -105,8 +105,7 @@ class NodeConfig:
             data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=_addresses(options.listen, where["listen"], parse_listen),
             announce=_addresses(options.announce, where["announce"], parse_announce),
-            relay=options.relay == "on"
-            or (options.relay == "auto" and not (options.max_upload or options.max_download)),
+            relay=options.relay,
             http_host=host,
             http_port=port,
             device=options.device,
@@ -153,10 +152,10 @@ class NodeToml:
         "Addresses to tell others in place of the found ones, e.g. of a router that forwards a port.",
     ] = ()
     relay: Annotated[
-        Literal["auto", "on", "off"],
-        "Whether this node carries the connections of members behind NAT, encrypted between their ends and "
-        "not counted in max_upload and max_download. auto: unless one of those is given.",
-    ] = "auto"
+        bool,
+        "Whether this node carries the connections of members behind NAT, encrypted between their ends, "
+        "within max_upload.",
+    ] = True
     http: Annotated[
         str, 'HOST:PORT of the metrics and status pages; port 0 takes a free port. "[::1]:9470" for IPv6.'
     ] = "127.0.0.1:9470"

@@ -25,13 +25,12 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
 from tapestry.dht import swarm as swarm_module
-from tapestry.dht.addresses import PeerAddress, circuit_address, parse_peer
+from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.directory import presence_key
 from tapestry.dht.guard import id_of
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.dht.p2pd import RELAY_BOUNDS, SwarmConfig, SwarmError
+from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
-from tapestry.dht.reachability import NotCarried, reserve
 from tapestry.dht.swarm import Swarm, Unreachable
 
 pytestmark = pytest.mark.e2e
@@ -174,32 +173,6 @@ def test_peers_are_reached_by_name_over_quic_and_by_ip6(tmp_path: Path) -> None:
                 named = "/".join(["", *host.strip("/").split("/"), *found.split("/")[3:]])
                 await caller.swarm.connect(parse_peer(named), 5.0)
                 assert await caller.swarm.known_addresses(other.peer_id) == (found,)
-
-    run(main())
-
-
-def test_a_relay_keeps_a_place_and_carries_a_stream_of_any_length(tmp_path: Path) -> None:
-    """More than the 128 KiB of a p2pd that was not told to be a relay, which keeps no place at all."""
-
-    async def main() -> None:
-        async with members(tmp_path, 2) as [guest, caller], contextlib.AsyncExitStack() as cleanup:
-            relay = await Swarm.start(config_in(tmp_path, "relay", serve_relay=True))
-            cleanup.push_async_callback(relay.close)
-            await guest.swarm.serve(PROTOCOL, echo)
-            at_relay = parse_peer((await relay.addresses())[0])
-            await guest.swarm.connect(at_relay, 5.0)
-            place = await reserve(guest.swarm.open_stream, relay.peer_id, 5.0)
-            assert place.bytes_max == RELAY_BOUNDS["relayDataLimit"]
-            address = circuit_address(at_relay.maddr, guest.swarm.peer_id)
-            await caller.swarm.connect(parse_peer(address), 5.0)
-            assert await caller.swarm.known_addresses(guest.swarm.peer_id) == (address,)
-            payload = os.urandom(3 << 20)
-            reader, writer = await caller.swarm.open_stream(guest.swarm.peer_id, PROTOCOL, 5.0)
-            writer.write(len(payload).to_bytes(8, "big") + payload)
-            assert await reader.read(-1) == caller.swarm.peer_id.encode() + payload
-            writer.close()
-            with pytest.raises(NotCarried, match="131072 bytes"):
-                await reserve(relay.open_stream, guest.swarm.peer_id, 5.0)
 
     run(main())
 

@@ -97,7 +97,8 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool) -> N
     if as_egress:
         _log_egress(Home.locate(home, os.environ), as_json, last)
         return
-    entries = read_log(Home.locate(home, os.environ), last)
+    where = Home.locate(home, os.environ)
+    entries = read_log(where, last, _losses(where))
     if as_json:
         for entry in entries:
             click.echo(json.dumps(entry.table()))
@@ -128,6 +129,14 @@ def leave(out: Path, home: str | None) -> None:
     finally:
         line.end()
     click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
+
+
+def _losses(home: Home) -> dict[int, float]:
+    """This node's own, by epoch, as far as its history goes back."""
+    from tapestry.node.surface.history import Point, look_at_history
+
+    points = (entry for entry in look_at_history(home.history) if isinstance(entry, Point))
+    return {point.epoch: point.loss for point in points if point.loss is not None}
 
 
 def _log_egress(home: Home, as_json: bool, last: int | None) -> None:

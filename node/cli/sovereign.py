@@ -132,23 +132,46 @@ def evaluate(
     metavar="SHARE",
     help="Steps of training afterwards, as a share of those it took. 0: none.",
 )
+@click.option(
+    "--watch",
+    "every_epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stay, and do it whenever the base has moved N epochs. Ctrl-C ends it.",
+)
 def rebase(
-    name: str, home: str | None, epoch: int | None, way: Any, scale: float, density: float, repair: float
+    name: str,
+    home: str | None,
+    epoch: int | None,
+    way: Any,
+    scale: float,
+    density: float,
+    repair: float,
+    every_epochs: int | None,
 ) -> int:
     """Bring a derivative to a newer base. Both versions stay; the new one counts if its gate holds."""
+    if every_epochs is not None and epoch is not None:
+        raise click.UsageError("--watch follows the newest base: leave out --onto")
     from tapestry.node.sovereign import build
+    from tapestry.node.sovereign.watch import watch
 
-    with _Said() as told:
-        built = build.rebase(
-            Home.locate(home, os.environ),
-            name,
-            epoch,
-            Transplant(way, scale, density),
-            repair_share=repair,
-            told=told.update,
-        )
-    _say_built(built)
-    return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
+    where = Home.locate(home, os.environ)
+
+    def rebased() -> int:
+        with _Said() as told:
+            built = build.rebase(
+                where, name, epoch, Transplant(way, scale, density), repair_share=repair, told=told.update
+            )
+        _say_built(built)
+        return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
+
+    if every_epochs is None:
+        return rebased()
+    click.echo(f"watching {where.path}: {name} follows the base every {every_epochs} epochs", err=True)
+    for base_epoch in watch(where, name, every_epochs):
+        click.echo(f"the base is at epoch {base_epoch}", err=True)
+        rebased()
+    raise AssertionError("a watch ends by a signal or an error")
 
 
 @click.command()

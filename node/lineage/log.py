@@ -1,7 +1,8 @@
 """`tapestry log`: what the chain in a home says, an epoch a line; of a running node or a stopped one.
 
-Everything but the time is in the records, which all members signed. The time is when this node wrote the
-update to its disk, as the file system says, and is there as long as the update is. Bytes are those of the
+Members, shares, agreement and head are in the records, which all members signed. Not signed are the time,
+when this node wrote the update to its disk, as long as the update is there; and the loss, this node's own of
+that epoch, as its history has it (surface/history.py thins out what is long ago). Bytes are those of the
 update. It streams and checks as `verify` does, though it recomputes no numbers.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
+
+_NONE_KNOWN: Mapping[int, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Line:
     update_bytes: int  # 0 where the update is gone
     head: str
     run_id: str
+    cosine: float | None  # how far the contributions agreed: mean cosine to the mean; None of one alone
+    loss: float | None = None  # this node's own, of the epoch's steps
 
     def table(self) -> dict[str, Any]:
         """For --json."""
@@ -49,15 +54,18 @@ class Line:
             "forced": self.forced,
             "update_bytes": self.update_bytes or None,
             "head": self.head,
+            "cosine": self.cosine,
+            "loss": self.loss,
         }
 
 
-def read_log(home: Home, last: int | None) -> Iterator[Line]:
-    """Oldest first; of a long chain the `last` ones. Raises UserError where the chain does not hold."""
+def read_log(home: Home, last: int | None, losses: Mapping[int, float] = _NONE_KNOWN) -> Iterator[Line]:
+    """Oldest first; of a long chain the `last` ones; `losses` by epoch. Raises UserError where the chain does
+    not hold."""
     records = _records(home)
     chosen = records if last is None else iter(deque(records, maxlen=last))
     for record in chosen:
-        yield _line(record, home.updates)
+        yield _line(record, home.updates, losses.get(record.body.epoch))
 
 
 def newest(home: Home) -> Anchor:
@@ -103,7 +111,7 @@ def _broken(home: Home, epoch: int | None, error: Exception) -> UserError:
     )
 
 
-def _line(record: Record, updates: Path) -> Line:
+def _line(record: Record, updates: Path, loss: float | None) -> Line:
     body = record.body
     total = sum(member.weight for member in body.members)
     time, size = "", 0
@@ -123,17 +131,24 @@ def _line(record: Record, updates: Path) -> Line:
         update_bytes=size,
         head=record.head,
         run_id=body.run_id,
+        cosine=body.agreement.shares()["cosine"] if sum(bool(m.weight) for m in body.members) > 1 else None,
+        loss=loss,
     )
 
 
 def lines(log: Iterator[Line]) -> Iterator[str]:
     """For people."""
-    yield f"{'epoch':>8}  {'time':<20}  {'bytes':>11}  {'signed':>7}  {'head':<12}  members and shares"
+    yield (
+        f"{'epoch':>8}  {'time':<20}  {'loss':>7}  {'agree':>6}  {'bytes':>11}  {'signed':>7}  {'head':<12}  "
+        "members and shares"
+    )
     for line in log:
         shares = " ".join(f"{peer[-6:]}:{100 * share:.0f}%" for peer, share in line.members)
         size = str(line.update_bytes or "-")
         forced = "  forced" if line.forced else ""
+        loss = "-" if line.loss is None else f"{line.loss:.4f}"
+        agree = "-" if line.cosine is None else f"{line.cosine:.3f}"
         yield (
-            f"{line.epoch:>8}  {line.time or '-':<20}  {size:>11}  {line.signers:>3}/{line.voters:<3}  "
-            f"{line.head[:12]}  {shares}{forced}"
+            f"{line.epoch:>8}  {line.time or '-':<20}  {loss:>7}  {agree:>6}  {size:>11}  "
+            f"{line.signers:>3}/{line.voters:<3}  {line.head[:12]}  {shares}{forced}"
         )

@@ -43,6 +43,7 @@ from tapestry.node.lineage.egress import Totals, counted
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -80,6 +81,7 @@ class Proof:
     updates: int = 0
     checkpoints: int = 0
     files: int = 0
+    derivatives: int = 0  # versions
     egress_lines: int = 0
     egress_bytes: int = 0
     replayed_from: int | None = None
@@ -130,7 +132,8 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     proof.run_id, proof.run_name = genesis.run_id, spec.name
     updates = _updates(home, proof)
     checkpoints = _checkpoints(home, genesis, proof)
-    needed = {*updates, *checkpoints}
+    derivatives = _derivatives(home, proof)
+    needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives)}
     signed = _follow(home.chain, genesis, spec, crypto, needed, anchor, proof, told)
     for epoch, path in sorted(updates.items()):
         _check_update(path, epoch, signed.get(epoch), proof)
@@ -141,6 +144,9 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     totals = Totals()
     _check_linked(home.egress, counted(home, totals), proof)
     proof.egress_lines, proof.egress_bytes = totals.lines, totals.bytes
+    for one in derivatives:
+        _check_version(home, one, genesis, signed.get(one.parent_epoch), proof)
+        told("derivatives", proof.derivatives, len(derivatives))
     if replay:
         _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -404,6 +410,66 @@ def _replay(
         told("replaying", epoch - first, proof.epoch - first)
 
 
+# --- derivatives in a home ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What a derivative.json says of one version."""
+
+    name: str
+    number: int
+    digest: str  # of the model's tensors
+    run_id: str
+    parent_epoch: int
+    parent_head: str
+
+    @property
+    def folder(self) -> str:
+        return f"derivatives/{self.name}/v{self.number}/model"
+
+
+def _derivatives(home: Home, proof: Proof) -> list[_Version]:
+    found: list[_Version] = []
+    for path in sorted((home.path / "derivatives").glob("*/derivative.json")):
+        name = path.parent.name
+        try:
+            table = json.loads(path.read_bytes())
+            for one in table["versions"]:
+                parent = one["parent"]
+                version = _Version(
+                    name, one["number"], one["digest"], parent["run_id"], parent["epoch"], parent["head"]
+                )
+                strict.integer(version.number, 1, 1_000_000, "number")
+                strict.integer(version.parent_epoch, 0, 2**53, "epoch")
+                found.append(version)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            proof.fault(f"derivatives/{name}/derivative.json", f"cannot be read: {str(error)[:80]}")
+    return found
+
+
+def _check_version(
+    home: Home, version: _Version, genesis: Genesis, parent: _Signed | None, proof: Proof
+) -> None:
+    """Its model is what was written down, and its parent is a state of this chain."""
+    from tapestry.node.trainer.models.refusal import ModelError
+    from tapestry.node.trainer.models.weights import weights_digest
+
+    proof.derivatives += 1
+    where = f"derivatives/{version.name}/derivative.json"
+    if version.run_id != genesis.run_id:
+        proof.notes.append(f"{version.name} {version.number}: stands on another run, {version.run_id[:12]}")
+    elif parent is None or parent.head != version.parent_head:
+        proof.fault(where, "its parent is no state of this chain", version.parent_epoch)
+    try:
+        found = weights_digest(home.path / version.folder)
+    except (ModelError, OSError, ValueError) as error:
+        proof.fault(version.folder, str(error))
+        return
+    if found != version.digest:
+        proof.fault(version.folder, f"its tensors have the digest {found[:12]}, not {version.digest[:12]}")
+
+
 # --- an export ----------------------------------------------------------------------------------------
 
 
@@ -494,6 +560,8 @@ def lines(proof: Proof) -> Iterator[str]:
         yield f"records {proof.records}, signatures {proof.signatures}: every one checked from the genesis on"
     if proof.updates or proof.checkpoints:
         yield f"updates {proof.updates}, checkpoints {proof.checkpoints}, files of the base {proof.files}"
+    if proof.derivatives:
+        yield f"derivatives {proof.derivatives} versions: their models are what was written down"
     if proof.egress_lines:
         yield f"egress {proof.egress_lines} lines: {proof.egress_bytes} bytes left this node"
     if proof.replayed_to is not None:

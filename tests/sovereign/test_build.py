@@ -13,6 +13,7 @@ from homes import MadeHome, base_spec, make_home
 from transformers import AutoModelForCausalLM
 
 from tapestry.node.errors import UserError
+from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.build import Built
 from tapestry.node.sovereign.derivative import Shelf, Transplant
@@ -188,6 +189,30 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
     assert model.dtype == torch.bfloat16
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["weights"] == weights_digest(tmp_path / "out")
+
+
+def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built) -> None:
+    def faults() -> list[str]:
+        return [str(fault) for fault in verify(made.home.path, replay=False, told=_quiet).faults]
+
+    assert faults() == []
+    file = squares.folder / "model.safetensors"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        (fault,) = faults()
+        assert fault.startswith("derivatives/squares/v1/model: its tensors have the digest")
+    finally:
+        file.write_bytes(whole)
+    told = squares.folder.parent.parent / "derivative.json"
+    text = told.read_text()
+    try:
+        told.write_text(text.replace(squares.version.parent.head, "ab" * 32))
+        assert any("its parent is no state of this chain" in fault for fault in faults())
+        told.write_text("{}")
+        assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
+    finally:
+        told.write_text(text)
 
 
 def test_a_model_that_was_changed_is_not_released_or_measured(

@@ -47,7 +47,10 @@ from tapestry.node.protocol.messages import Control, Records, Result, Shard
 
 HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
 BULK_STREAMS = ("bulk", "bulk2", "bulk3", "bulk4")  # 1 Gbit/s at 500 ms
-WIDEN_S = 0.25  # Guess: frames that wait so long are worth another stream
+WIDEN_S = 0.25  # Guess: frames that wait so long are worth another stream, if the line is as fast as this:
+WIDEN_BYTES_PER_S = (
+    25e6  # what one stream carries at 670 ms. Below it something else is the bound, as a cap is
+)
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
 CONTROL_SHARE_ALL = 0.5  # Guess: for those of all; six that flooded us had one and a half loops
@@ -147,7 +150,8 @@ class _Peer:
     control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
     busy_since: float = 0.0  # since then some bulk has always waited
-    behind: asyncio.Event = field(default_factory=asyncio.Event)  # for WIDEN_S
+    busy_bytes: int = 0  # that went out meanwhile
+    behind: asyncio.Event = field(default_factory=asyncio.Event)  # for WIDEN_S, on a fast line
     queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
     control_bytes: int = 0  # of what is in `control`
     broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
@@ -344,7 +348,7 @@ class Links:
             return
         link.queued[header] = None
         if link.bulk.empty():
-            link.busy_since = asyncio.get_running_loop().time()
+            link.busy_since, link.busy_bytes = asyncio.get_running_loop().time(), 0
         link.bulk.put_nowait((header, kind, frame_parts(header, payload)))
 
     def drop_bulk(self) -> None:
@@ -452,7 +456,7 @@ class Links:
             _log.debug("link=widened peer=%s stream=%s", link.peer[-6:], name)
             jobs.start(self._write_bulk(link, writer))
             jobs.start(_ended(reader))
-            link.busy_since = asyncio.get_running_loop().time()
+            link.busy_since, link.busy_bytes = asyncio.get_running_loop().time(), 0
             link.behind.clear()
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
@@ -496,9 +500,11 @@ class Links:
         now = asyncio.get_running_loop().time
         while True:
             key, kind, parts = await link.bulk.get()
-            if not link.bulk.empty() and now() - link.busy_since >= WIDEN_S:
+            busy_s = now() - link.busy_since
+            if not link.bulk.empty() and busy_s >= WIDEN_S and link.busy_bytes >= WIDEN_BYTES_PER_S * busy_s:
                 link.behind.set()
             why = await self._write(link.peer, writer, parts, kind)
+            link.busy_bytes += sum(memoryview(part).nbytes for part in parts)
             del parts  # of a contribution: where the trainer wrote it it may write again
             link.queued.pop(key, None)
             if why:

@@ -458,6 +458,7 @@ def bulk_frames(bench: Bench, count: int) -> None:
 
 def test_bulk_that_waits_for_long_gets_more_streams_and_each_frame_goes_out_once(monkeypatch):
     monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
+    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", 0.0)
 
     async def main() -> None:
         async with Bench() as bench:
@@ -481,7 +482,13 @@ def test_bulk_that_waits_for_long_gets_more_streams_and_each_frame_goes_out_once
     run(main)
 
 
-def test_bulk_that_waits_for_a_moment_only_keeps_its_one_stream():
+@pytest.mark.parametrize(("widen_s", "bytes_per_s"), [(60.0, 0.0), (0.0, 1e15)])
+def test_bulk_that_waits_for_a_moment_or_for_a_slow_line_keeps_its_one_stream(
+    monkeypatch, widen_s, bytes_per_s
+):
+    monkeypatch.setattr(links_module, "WIDEN_S", widen_s)
+    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", bytes_per_s)
+
     async def main() -> None:
         async with Bench() as bench:
             await bench.linked()
@@ -494,6 +501,7 @@ def test_bulk_that_waits_for_a_moment_only_keeps_its_one_stream():
 
 def test_a_peer_of_one_bulk_stream_is_sent_all_on_that_one(monkeypatch):
     monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
+    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", 0.0)
 
     async def main() -> None:
         async with Bench() as bench:

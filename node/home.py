@@ -127,6 +127,11 @@ class Home:
         return self.path / "agreed.toml"
 
     @property
+    def island(self) -> Path:
+        """The home as it was when it began to train on alone: lineage/island.py"""
+        return self.path / "island"
+
+    @property
     def egress(self) -> Path:
         """What left this node: lineage/egress.py"""
         return self.path / "egress.jsonl"

@@ -62,9 +62,9 @@ def _proving() -> tuple[click.Command, ...]:
 
 
 def _deriving() -> tuple[click.Command, ...]:
-    from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase
+    from tapestry.node.cli.sovereign import derivatives, derive, evaluate, merge, rebase, rejoin
 
-    return derive, evaluate, rebase, merge, derivatives
+    return derive, evaluate, rebase, merge, derivatives, rejoin
 
 
 def _declaring() -> tuple[click.Command, ...]:
@@ -80,7 +80,7 @@ FAMILIES = {
     ("log-level",): _logging,
     ("doctor",): _doctoring,
     ("export", "verify", "log", "anchor", "exit"): _proving,
-    ("derive", "evaluate", "rebase", "merge", "derivatives"): _deriving,
+    ("derive", "evaluate", "rebase", "merge", "derivatives", "rejoin"): _deriving,
     ("data",): _declaring,
 }
 

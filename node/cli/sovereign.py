@@ -19,6 +19,7 @@ from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
 from tapestry.node.sovereign.recipe import load_recipe, recipe_paths
+from tapestry.node.spec.data import split_field
 from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
@@ -172,6 +173,35 @@ def rebase(
         click.echo(f"the base is at epoch {base_epoch}", err=True)
         rebased()
     raise AssertionError("a watch ends by a signal or an error")
+
+
+@click.command()
+@home_option
+@click.option("--keep", "name", required=True, metavar="NAME", help="What was learnt alone, as a derivative.")
+@declare_option
+def rejoin(home: str | None, name: str, declaration: str | None) -> None:
+    """Leave the island: what was learnt alone becomes a derivative, the home is as it was before."""
+    from tapestry.node.lineage import island
+    from tapestry.node.lineage.uses import sources_since
+    from tapestry.node.sovereign import build
+
+    where = Home.locate(home, os.environ)
+    if island.is_ending(where):
+        with where.lock():
+            click.echo(f"{where.path} is as it was before the island, which lies in {island.end(where)}")
+        return
+    began, here = island.require(where)
+    with where.lock():
+        paths = [split_field(one)[0] for one in sources_since(where, began.run_id, began.epoch)]
+        declare_missing(where, paths, f"derive:{name}", declaration)
+        with _Said() as told:
+            built = build.keep_island(where, name, told=told.update)
+        aside = island.end(where)
+    _say_built(built)
+    click.echo(
+        f"{where.path} is at epoch {began.epoch} again, as it was; epochs to {here.epoch} lie in {aside}"
+    )
+    click.echo("`tapestry start` with --peer, or the addresses it knows, goes on with the others")
 
 
 @click.command()

@@ -73,6 +73,9 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
     default=None,
     help="A script trains: it opens this home with Swarm. No --data.",
 )
+@click.option(
+    "--island", is_flag=True, default=None, help="Go on alone: a branch of one's own. See tapestry rejoin."
+)
 @click.option("--script-fd", type=int, hidden=True, help="The socket of the script that starts this node.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
@@ -173,6 +176,16 @@ def _end_early(number: int, frame: FrameType | None) -> None:
     os._exit(int(ExitCode.DONE))
 
 
+def _check_island(config: NodeConfig) -> None:
+    if config.island and not config.home.genesis.exists():
+        raise UserError(f"{config.home.path} holds no run to go on with alone")
+    if not config.island and config.home.island.exists():
+        raise UserError(
+            f"{config.home.path} is on an island: epochs that it made alone would be given up",
+            hint="tapestry rejoin --keep NAME keeps them as a derivative; --island goes on alone",
+        )
+
+
 def _check_early(config: NodeConfig, declaration: str | None) -> None:
     """What is wrong at first sight is said before the imports, which take seconds; nothing undeclared is
     opened."""
@@ -180,6 +193,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     from tapestry.node.trainer.data.sources import list_data
 
     config.home.require_free()
+    _check_island(config)
     if config.external:
         return
     paths = paths_of(config.data)

@@ -15,7 +15,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -51,6 +51,7 @@ from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.state.model import ModelState
 from tapestry.node.trainer.process import TrainerError, TrainerProcess
 
+ISLAND_QUORUM_LOSS_S = 1.0  # guess: nobody is waited for
 VALIDATION_TOKENS = 8192  # of each set, for one loss: 0.3 s of `tiny` on one core
 VALIDATION_WINDOWS_MIN, VALIDATION_WINDOWS_MAX = 4, 64  # Guess: of long windows four all the same
 
@@ -70,6 +71,7 @@ class Own:
     throttles: Throttles
     ending: Ending = ENDLESS
     base: Path | None = None  # a directory with the run's base, if this member has one
+    island: bool = False  # alone on purpose: nobody is looked for, and the first record is forced at once
     forbidden: Callable[[], str] = lambda: ""  # why its data may not be used any more: permit.py
     relay: bool = True  # carry connections of members that cannot be dialled
 
@@ -137,6 +139,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     restored = await asyncio.to_thread(keeper.restore)
     state, run_id, peer_id = keeper.state, keeper.run_id, own.identity.peer_id
     rules = rules_of(spec, run_id, len(state.arithmetic.shards))
+    if own.island:
+        rules = alone(rules)
     check_roster(spec, rules.shard_count)
     core = Core(peer_id, rules, own.crypto, restored, time.monotonic())
     mean = mean_of(spec.mean)
@@ -145,7 +149,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     limits = link_limits(spec, averaging, own.throttles)
     reader = Reader(own.crypto)
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, reader, own.relay)
-    network = Network(config, KnownPeers(own.home.peers))
+    known = own.home.island / "peers.json" if own.island else own.home.peers
+    network = Network(config, KnownPeers(known))
     runtime = Runtime(
         core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending, own.forbidden)
     )
@@ -175,6 +180,11 @@ def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
         peers_max=spec.limits.max_peers,
         records_bytes_max=spec.limits.max_control_frame_bytes // 2,
     )
+
+
+def alone(rules: Rules) -> Rules:
+    """Those of an island: whatever the run says of a lost quorum, this member goes on by itself."""
+    return replace(rules, on_quorum_loss="continue", quorum_loss_s=ISLAND_QUORUM_LOSS_S, min_members=1)
 
 
 def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> LinkLimits:

@@ -46,11 +46,12 @@ from tapestry.node.disk.store import Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.island import begin as begin_island
 from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
-from tapestry.node.spec.declared import BASE, paths_of
+from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface.history import History, HistoryFile, read_history
@@ -166,6 +167,9 @@ class Daemon:
             loaded = await asyncio.to_thread(store.load)
             if self._is_there(len(loaded.records)):
                 return
+            if config.island:
+                began = await asyncio.to_thread(begin_island, self.home)
+                _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))
@@ -188,13 +192,14 @@ class Daemon:
                 self.throttles,
                 config.ending,
                 config.base,
+                config.island,
                 DataPermit(self.home, paths_of(config.data)).refusal,
                 config.relay,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
-                epoch, used = len(loaded.records), paths_of(config.data)
-                await asyncio.to_thread(note_use, self.home, BASE, used, genesis.run_id, epoch)
+                used = (self.home, BASE, sources_of(config.data), genesis.run_id, len(loaded.records))
+                await asyncio.to_thread(note_use, *used)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)
             stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)

@@ -148,7 +148,7 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
     wanted = epoch
     for attempt in range(TRIES):
         folder = scratch / f"home-{attempt}"
-        run = open_run(_snapshot(home, folder), ReaderCrypto())
+        run = open_run(snapshot(home, folder), ReaderCrypto())
         if run is None:
             raise UserError(f"{home.path} holds no run to export")
         chain, spec = run.chain, run.spec
@@ -188,7 +188,7 @@ def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> 
     )
 
 
-def _snapshot(home: Home, folder: Path) -> Home:
+def snapshot(home: Home, folder: Path) -> Home:
     """A home of links to this one's files: nothing of this one is written, or moved when it turns out bad."""
     folder.mkdir()
     copy = Home(folder)

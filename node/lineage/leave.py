@@ -34,7 +34,7 @@ FILES = (
     "suite.toml",
     "data.toml",
 )
-FOLDERS = ("base", "trainer", "derivatives")
+FOLDERS = ("base", "trainer", "derivatives", "island")
 LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
 
 Told = Callable[[str, int, int], None]
@@ -85,7 +85,8 @@ def _copy(home: Home, copy: Home, told: Told) -> None:
     for name in FOLDERS:
         if (home.path / name).is_dir():
             told(name, 0, 1)
-            shutil.copytree(home.path / name, copy.path / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+            left_out, links = shutil.ignore_patterns(*LEFT_OUT), name == "island"
+            shutil.copytree(home.path / name, copy.path / name, symlinks=links, ignore=left_out)
 
 
 def _copy_until(source: Path, target: Path, epoch: int, told: Told) -> None:

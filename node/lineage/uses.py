@@ -88,6 +88,18 @@ def spans(home: Home, touches: Touches) -> list[Span]:
     return found
 
 
+def sources_since(home: Home, run_id: str, epoch: int) -> tuple[str, ...]:
+    """All that the base was trained on in starts at this epoch or later, as --data names it."""
+    found: dict[str, None] = {}
+    for event in events(home):
+        if event["event"] == "used" and event["purpose"] == BASE and event["run_id"] == run_id:
+            if event["epoch"] == epoch:
+                found = {}  # of an earlier start at this epoch; the last one went on from it
+            if event["epoch"] >= epoch:
+                found |= dict.fromkeys(event["sources"])
+    return tuple(found)
+
+
 def _broken(home: Home, error: BrokenLink) -> UserError:
     return UserError(
         f"{home.path}/{error}",

@@ -24,9 +24,11 @@ import torch
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage import island
 from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
-from tapestry.node.lineage.uses import note_use
+from tapestry.node.lineage.uses import note_use, sources_since
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.derivative import (
@@ -182,6 +184,53 @@ def merge(
         return _finish(home, shelf, Derivative(into, 0, ()), plan, base, "merge", told)
 
 
+def keep_island(home: Home, name: str, *, told: Told) -> Built:
+    """What was learnt on an island as a derivative of the base where it began. Raises UserError."""
+    shelf = Shelf(home)
+    began, here = island.require(home)
+    with _one_line(), shelf.locked(name) as folder:
+        if (found := shelf.read(name)) and found.versions:
+            version = found.version()
+            if version.how == "island" and version.parent.head == began.head:
+                return Built(found, version, shelf.model(name, version.number))  # a way back that goes on
+            raise UserError(f"there is a derivative {name} already: choose another name")
+        if here.epoch == began.epoch:
+            raise UserError(
+                f"nothing was made on the island: {home.path} is where it began, epoch {here.epoch}"
+            )
+        place = folder / "v1"
+        shutil.rmtree(place, ignore_errors=True)
+        parent = _export_base(shelf, Home(home.island), began.epoch, told)
+        base = shelf.base(parent)
+        recipe = island_recipe(home, parent)
+        plan = _Plan(recipe, parent)
+        _write_plan(place, plan)
+        export_home(home, place / "whole", here.epoch, progress=told)
+        for extra in ("README.md", "tapestry.json", MANIFEST, LINEAGE):
+            _remove(place / "whole" / extra)
+        uses = _island_uses(shelf, folder, base, recipe, parent, told)
+        (place / "whole").rename(place / "model")
+        trained = Trained(0, 0, 0.0)
+        _write_trained(place, uses, trained)
+        return _finish(home, shelf, Derivative(name, 0, ()), plan, base, "island", told)
+
+
+def island_recipe(home: Home, parent: Parent) -> Recipe:
+    """That of a later repair: the island's data, by the usual rates of continued pre-training."""
+    return Recipe("cpt", "full", sources_since(home, parent.run_id, parent.epoch))
+
+
+def _island_uses(
+    shelf: Shelf, folder: Path, base: Path, recipe: Recipe, parent: Parent, told: Told
+) -> tuple[DataUse, ...]:
+    """What is held out of the island's data, as its training held it out. Nothing, for a script's data."""
+    if not recipe.data:
+        return ()
+    prepared = _prepared(shelf, folder, base, recipe, parent, _length_of(recipe, base), told)
+    _write_held_out(folder, prepared.held_out)
+    return prepared.uses
+
+
 def evaluate(
     home: Home, name: str, number: int | None, suite_file: Path | None, *, told: Told
 ) -> tuple[Built, Verdict]:
@@ -287,24 +336,20 @@ def _trained(
     else:
         uses, trained = _train_on(shelf, folder, place, plan, start, told)
         _copy_beside(base, place / "model")
-    atomic_write(
-        place / "trained.json",
-        json.dumps({"uses": plain(uses), "trained": plain(trained)}).encode(),
-        0o600,
-    )
+    _write_trained(place, uses, trained)
     return uses, trained
+
+
+def _write_trained(place: Path, uses: tuple[DataUse, ...], trained: Trained) -> None:
+    table = {"uses": plain(uses), "trained": plain(trained)}
+    atomic_write(place / "trained.json", json.dumps(table).encode(), 0o600)
 
 
 def _train_on(
     shelf: Shelf, folder: Path, place: Path, plan: _Plan, start: Path, told: Told
 ) -> tuple[tuple[DataUse, ...], Trained]:
     length = _length_of(plan.recipe, start)
-    purpose = f"derive:{folder.name}"
-    paths = recipe_paths(plan.recipe)
-    protected = require(shelf.home, paths, purpose, today_utc())
-    note_use(shelf.home, purpose, paths, plan.parent.run_id, plan.parent.epoch)
-    text, rows = _tokenizers(start)
-    prepared = prepare(plan.recipe, length, text, rows, _cache(shelf), told, protected)
+    prepared = _prepared(shelf, folder, start, plan.recipe, plan.parent, length, told)
     if not (folder / "held-out.jsonl").exists():
         _write_held_out(folder, prepared.held_out)
     prepared = _without_held_out(prepared, _read_held_out(folder))
@@ -317,6 +362,18 @@ def _train_on(
         _remove(place / path.name)
         path.rename(place / path.name)
     return prepared.uses, trained
+
+
+def _prepared(
+    shelf: Shelf, folder: Path, model: Path, recipe: Recipe, parent: Parent, length: int, told: Told
+) -> Prepared:
+    """The recipe's data, if they may be read for this derivative; and the use is written down."""
+    purpose = f"derive:{folder.name}"
+    paths = recipe_paths(recipe)
+    protected = require(shelf.home, paths, purpose, today_utc())
+    note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
+    text, rows = _tokenizers(model)
+    return prepare(recipe, length, text, rows, _cache(shelf), told, protected)
 
 
 def _without_held_out(prepared: Prepared, held_out: dict[str, list[Example]]) -> Prepared:

@@ -107,7 +107,7 @@ class Version:
     """One finished model."""
 
     number: Annotated[int, Between(1, 1_000_000), "From 1 on."]
-    how: Annotated[Literal["derive", "rebase", "merge"], "Which command made it."]
+    how: Annotated[Literal["derive", "rebase", "merge", "island"], "Which command made it."]
     parent: Annotated[Parent, "What it stands on."]
     recipe: Annotated[Recipe, "Of its training, or of its repair."]
     made_of: Annotated[tuple[str, ...], "Versions that a rebase or a merge took, as NAME:N."]

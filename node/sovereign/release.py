@@ -169,6 +169,8 @@ def card(derivative: Derivative, version: Version) -> str:
 def _history(version: Version) -> str:
     if version.how == "derive":
         return "Its training is described below."
+    if version.how == "island":
+        return "What one member learnt alone, training on from the shared base as the run did, by no recipe."
     way = version.transplant.way
     if version.how == "merge":
         shares = ", ".join(f"{weight:g}" for weight in version.weights)

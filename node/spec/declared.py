@@ -209,6 +209,11 @@ def paths_of(settings: DataSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
+def sources_of(settings: DataSettings) -> tuple[str, ...]:
+    """The training sources as --data names them, with their fields."""
+    return tuple(f"{one.path}:{one.field}" if one.field else one.path for one in settings.source)
+
+
 def require(home: Home, paths: Iterable[str], purpose: str, today: datetime.date) -> tuple[Protection, ...]:
     """What the sources must be kept clear of. Raises UserError if one may not be read for the purpose."""
     declared = Declared.load(home)

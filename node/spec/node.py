@@ -34,6 +34,7 @@ from tapestry.node.spec.data import (
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
 from tapestry.node.spec.training import AS_USUAL, DEVICE, LocalTraining
 
+ISLAND_LISTEN = ("/ip4/127.0.0.1/tcp/0",)
 RUN_ID_HEX_DIGITS = 64  # blake3
 # Below, a peer of 64 gets less than what links.py takes for a drip. Guess; above is no line.
 MIN_RATE, MAX_RATE = "1mbit", "1000gbit"
@@ -84,6 +85,7 @@ class NodeConfig:
     ending: Ending
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
     show_spec: bool = False  # print what the run agreed on when joining it
+    island: bool = False  # trains on alone, and listens to nobody: lineage/island.py
     external: bool = False  # a script trains, and brings module and data: node/library
     script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
 
@@ -100,11 +102,15 @@ class NodeConfig:
             home=home,
             run=_run_file(options.run, where["run"], home),
             run_id=_run_id(flags.get("run_id")),
-            peers=_addresses(options.peers, where["peers"], lambda text: parse_peer(text).maddr),
+            peers=() if flags.get("island") else _peers(options.peers, where["peers"]),
             base=_base(options.base, where["base"]),
             data=NO_DATA if flags.get("external") else _data(options.data, home),
-            listen=_addresses(options.listen, where["listen"], parse_listen),
-            announce=_addresses(options.announce, where["announce"], parse_announce),
+            listen=ISLAND_LISTEN
+            if flags.get("island")
+            else _addresses(options.listen, where["listen"], parse_listen),
+            announce=()
+            if flags.get("island")
+            else _addresses(options.announce, where["announce"], parse_announce),
             relay=options.relay,
             http_host=host,
             http_port=port,
@@ -120,6 +126,7 @@ class NodeConfig:
             ending=_ending(flags.get("epochs"), flags.get("until_epoch")),
             max_params=options.max_params or None,
             show_spec=bool(flags.get("show_spec")),
+            island=bool(flags.get("island")),
             external=bool(flags.get("external")),
             script_fd=flags.get("script_fd"),
         )
@@ -294,6 +301,10 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
         except ValueError as error:
             raise UserError(f"{where}: '{match['v6']}' is not an IPv6 address") from error
     return match["v6"] or match["host"], int(match["port"])
+
+
+def _peers(texts: tuple[str, ...], where: str) -> tuple[str, ...]:
+    return _addresses(texts, where, lambda text: parse_peer(text).maddr)
 
 
 def _run_file(text: str, where: str, home: Home) -> Path | None:

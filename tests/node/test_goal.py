@@ -8,6 +8,7 @@ from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.trainer_health import REPEATS_MAX, TrainerHealth
 from tapestry.node.daemon.views import TrainingView
 from tapestry.node.spec.node import ENDLESS, Ending
+from tapestry.node.spec.run import preset_spec
 from tapestry.node.trainer.messages import Contribution, Failed, Progress, Validation
 from tapestry.node.trainer.process import Died
 
@@ -90,3 +91,10 @@ def test_a_validation_loss_names_the_state_that_was_measured():
     assert math.isnan(view.val_loss) and view.val_loss_epoch == -1
     view.on_event(Validation(7, 1.5, ("held-out",), (1.5,)), 0.0)
     assert (view.val_loss, view.val_loss_epoch) == (1.5, 7)
+
+
+def test_an_island_waits_for_nobody_whatever_the_run_says():
+    from tapestry.node.daemon.assembly import alone, rules_of
+
+    rules = alone(rules_of(preset_spec("nano", "a run"), "ab" * 32, 1))
+    assert (rules.on_quorum_loss, rules.min_members) == ("continue", 1) and rules.quorum_loss_s <= 1.0

@@ -113,9 +113,10 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     result = _run("--help")
     assert result.exit_code == 0
     listed = re.findall(r"^  ([\w-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    ours = ["anchor", "data", "derivatives", "derive", "evaluate", "exit", "log", "merge", "rebase", "verify"]
+    making = ["data", "derivatives", "derive", "evaluate", "merge", "rebase"]
+    proving = ["anchor", "exit", "log", "rejoin", "verify"]
     watching = ["doctor", "log-level", "peers", "status"]
-    assert listed == sorted(["export", "init", "start", "stop", *watching, *ours])
+    assert listed == sorted(["export", "init", "start", "stop", *watching, *making, *proving])
 
 
 def test_start_has_the_flags_of_the_contract() -> None:
@@ -141,6 +142,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--epochs",
         "--until-epoch",
         "--external",
+        "--island",
         "--log-format",
         "--detach",
         "--help",

@@ -50,7 +50,7 @@ def test_what_nobody_declared_is_not_read(home: Home, tmp_path: Path) -> None:
     assert refusal(home, tmp_path / "a.txt") == "not declared"
     with pytest.raises(UserError, match=r"a\.txt is not read: not declared") as caught:
         require(home, [str(tmp_path / "a.txt")], BASE, TODAY)
-    assert caught.value.hint is not None and caught.value.hint.startswith("--declare")
+    assert caught.value.hint is not None and "--declare" in caught.value.hint
 
 
 def test_the_standard_library_needs_no_declaration_but_can_be_revoked(home: Home) -> None:

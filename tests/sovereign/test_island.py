@@ -1,0 +1,118 @@
+"""An island and the way back: what is kept, what is put back, and that both hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from homes import MadeHome, make_home
+
+from tapestry.node.cli.main import cli
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage import island
+from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.leave import leave
+from tapestry.node.lineage.uses import note_use
+from tapestry.node.lineage.verify import verify
+from tapestry.node.sovereign.derivative import Shelf
+from tapestry.node.spec.declared import BASE, append, parse_declaration
+from tapestry.node.spec.training import PRESETS
+from tapestry.node.trainer.models.weights import weights_digest
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+def holds(path: Path) -> bool:
+    proof = verify(path, told=_quiet)
+    assert proof.faults == []
+    return proof.replayed_to == proof.epoch
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeHome:
+    """Two epochs together, then three on an island, on declared text."""
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    home, text = made.home, tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of the text that is learnt alone\n" for n in range(400)))
+    append(home, [parse_declaration("us, CC0-1.0, open", str(text), BASE)])
+    made.advance(2)
+    home.vote.write_text("the vote of before")
+    (home.trainer / "inner").mkdir(parents=True)
+    began = island.begin(home)
+    assert (began.epoch, began.head) == (2, made.chain.head_at(2)) == (island.begin(home).epoch, began.head)
+    note_use(home, BASE, [str(text)], began.run_id, 2)
+    home.vote.write_text("the vote of the island")
+    shutil.rmtree(home.trainer)
+    made.advance(3, checkpoint=True)
+    return made
+
+
+def rejoin(home: Home, *more: str) -> str:
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--keep", "alone", *more])
+    assert run.exit_code == 0, run.output
+    return run.stdout
+
+
+def test_the_way_back_keeps_a_derivative_and_the_island_and_puts_the_home_back(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home, heads = made.home, [made.chain.head_at(epoch) for epoch in (2, 5)]
+    export_home(home, tmp_path / "alone", 5)
+    said = rejoin(home, "--declare", "us, CC0-1.0, open")
+    assert "is at epoch 2 again" in said
+    version = Shelf(home).require("alone").versions[0]
+    assert (version.how, version.parent.epoch, version.parent.head) == ("island", 2, heads[0])
+    assert version.digest == weights_digest(tmp_path / "alone") != version.parent.weights
+    assert [one.name for one in version.report] == ["text/loss"] and version.report[0].own
+    assert island.tip(home).head == heads[0] and not home.island.exists()
+    assert home.vote.read_text() == "the vote of before" and (home.trainer / "inner").exists()
+    (kept,) = (home.path / "islands").iterdir()
+    assert kept.name == f"00000005-{heads[1][:16]}" and (kept / "vote.json").read_text().endswith("island")
+    for place in (home, Home(kept)):
+        place.vote.unlink()  # no vote of a node's, and the fault is not ours to test
+        assert holds(place.path)
+    assert island.tip(Home(kept)).head == heads[1]
+
+
+def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, real = made.home, island._exchange
+
+    def killed(now: Path, before: Path, aside: Path) -> None:
+        real(now, before, aside)
+        if now.name == "updates":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(island, "_exchange", killed)
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--keep", "alone", "--declare", "own"])
+    assert run.exit_code == 1 and home.island.exists()
+    monkeypatch.setattr(island, "_exchange", real)
+    assert "as it was before the island" in rejoin(home)
+    home.vote.unlink()
+    assert holds(home.path) and island.tip(home).epoch == 2
+    assert len(list((home.path / "islands").iterdir())) == 1
+
+
+def test_a_home_on_an_island_starts_as_one_or_not_at_all(made: MadeHome) -> None:
+    run = CliRunner().invoke(cli, ["start", "--home", str(made.home.path), "--data", "stdlib"])
+    assert run.exit_code == 2 and "epochs that it made alone would be given up" in run.stderr
+    assert "rejoin --keep" in run.stderr
+
+
+def test_there_must_be_a_run_to_go_on_with_and_an_island_to_leave(tmp_path: Path) -> None:
+    run = CliRunner().invoke(cli, ["start", "--home", str(tmp_path), "--data", "stdlib", "--island"])
+    assert run.exit_code == 2 and "holds no run to go on with alone" in run.stderr
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    with pytest.raises(UserError, match="is on no island"):
+        island.require(made.home)
+
+
+def test_who_leaves_from_an_island_takes_the_way_back_along(made: MadeHome, tmp_path: Path) -> None:
+    made.home.vote.unlink()
+    leave(made.home, tmp_path / "out", _quiet)
+    began, here = island.require(Home(tmp_path / "out"))
+    assert (began.epoch, here.epoch) == (2, 5)

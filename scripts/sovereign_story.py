@@ -70,7 +70,7 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
     recipe += ("--declare", DECLARATION)
     derive_s, _ = _timed("derive", "ours", "--home", ours, *recipe)
     _until(ours, _epoch(ours) + epochs)
-    rebase_s, said = _timed("rebase", "ours", "--home", ours)
+    rebase_s, said = _timed("rebase", "ours", "--home", ours, check=False)
     _report(ours, derive_s, rebase_s, said)
     _run("export", place / "model", "--home", ours, "--derivative", "ours")
     _run("export", place / "base", "--home", ours, "--epoch", _epoch(ours) - 1)  # one that is signed
@@ -156,9 +156,9 @@ def _epoch(home: Path) -> int:
     return epoch
 
 
-def _timed(*arguments: object) -> tuple[float, str]:
+def _timed(*arguments: object, check: bool = True) -> tuple[float, str]:
     began_s = time.monotonic()
-    said = _run(*arguments)
+    said = _run(*arguments, check=check)  # a rebase whose gate fails ends with 1: _report says so
     return time.monotonic() - began_s, said
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.node import NodeConfig
-
-if TYPE_CHECKING:
-    from tapestry.node.daemon.doctor import Finding
+from tapestry.node.surface.findings import Finding, wrong
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry doctor --home mine",
+        "tapestry doctor --home mine --peer /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --data texts/fr",
+    )
+)
 @home_option
 @click.option(
     "--peer", "peers", metavar="MADDR", multiple=True, help="A member: is it reached, does it reach us?"
@@ -49,13 +51,12 @@ def doctor(home: str | None, as_json: bool, **flags: Any) -> int:
         config = NodeConfig.resolve(place, flags, os.environ)
     except UserError as error:
         ok = False
-        tell(look.wrong("settings", error.line, error.hint or "see the comments in node.toml"))
+        tell(wrong("settings", error.line, error.hint or "see the comments in node.toml"))
         config = _without_data(place, flags)
     if config is not None:
         ok = look.run(config, tell) and ok
     if as_json:
-        rows = [dataclasses.asdict(one) | {"verdict": one.verdict.value} for one in findings]
-        click.echo(json.dumps({"ok": ok, "findings": rows}, indent=1))
+        click.echo(json.dumps({"ok": ok, "findings": [one.table() for one in findings]}, indent=1))
     else:
         click.echo("a node could train here now" if ok else "a node could not train here now")
     return ExitCode.DONE if ok else ExitCode.FAILED

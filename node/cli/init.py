@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tapestry.node.cli.options import examples
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.declared import template
@@ -17,7 +18,12 @@ from tapestry.node.spec.recipe import preset_recipe, recipe
 from tapestry.node.spec.run import RUN_NAME, RunSpec
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry init ours --base models/SmolLM2-135M --name our-run",
+        "tapestry init trial --preset tiny",
+    )
+)
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--preset",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 
@@ -20,7 +20,11 @@ QUIET_S = 2.0  # what takes longer says how far it is
 INTERVAL_S = 0.5
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry export model --home mine --dtype bf16",
+    )
+)
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @home_option
 @click.option("--epoch", type=click.IntRange(min=0), metavar="E", help="Default: the latest on disk.")
@@ -60,7 +64,12 @@ def export(
     click.echo(f"wrote {out}")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry verify mine",
+        "tapestry verify model --anchor anchor.txt",
+    )
+)
 @click.argument("path", metavar="HOME|OUT", type=click.Path(path_type=Path))
 @json_option
 @click.option("--anchor", metavar="LINE|FILE", help="What was published of this chain.")
@@ -85,7 +94,12 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool) -> in
     return ExitCode.DONE if proof.holds else ExitCode.FAILED
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry log --home mine --last 20",
+        "tapestry log --home mine --json",
+    )
+)
 @home_option
 @json_option
 @click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")

@@ -6,13 +6,13 @@ import os
 
 import click
 
-from tapestry.node.cli.options import home_option
+from tapestry.node.cli.options import examples, home_option
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.surface.log_levels import LEVELS, SUBSYSTEMS, USUAL, read_levels, write_level
 
 
-@click.command("log-level")
+@click.command("log-level", epilog=examples("tapestry log-level", "tapestry log-level links debug"))
 @click.argument("subsystem", required=False, type=click.Choice(list(SUBSYSTEMS)))
 @click.argument("level", required=False, type=click.Choice(LEVELS))
 @home_option

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.surface.token import bearer
@@ -22,13 +22,13 @@ HTTP_TIMEOUT_S = 5.0
 HTTP_BYTES_MAX = 4 * 2**20  # Guess: /peers with 10,000 peers has 3 MB.
 
 
-@click.command()
+@click.command(epilog=examples("tapestry status", "tapestry status --json | jq .epoch"))
 @home_option
 @json_option
 def status(home: str | None, as_json: bool) -> None:
     """What the node is doing; of a node that does not run, what its home holds."""
     place = Home.locate(home, os.environ)
-    answer = _stopped(place, "status") or _ask_node(place, "/status")
+    answer = stopped(place, "status") or ask_node(place, "/status")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
@@ -40,26 +40,47 @@ def status(home: str | None, as_json: bool) -> None:
             click.echo(f"{printable(str(key)) if index == 0 else '':<{width}}  {line}")
 
 
-@click.command()
+@click.command(epilog=examples("tapestry peers", "tapestry peers --json | jq -r '.[].peer_id'"))
 @home_option
 @json_option
 def peers(home: str | None, as_json: bool) -> None:
     """The live peers, as this node sees them; of a stopped node, where they were."""
     place = Home.locate(home, os.environ)
-    stopped = _stopped(place, "peers")
-    answer = _ask_node(place, "/peers") if stopped is None else stopped
-    if stopped is not None:
+    held = stopped(place, "peers")
+    answer = ask_node(place, "/peers") if held is None else held
+    if held is not None:
         click.echo("no node runs in this home: here is where the others were found last", err=True)
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
     if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
         raise UserError("the node's /peers is not a list of tables", exit_code=ExitCode.FAILED)
-    for line in _table(answer) if answer else ["no peers"]:
+    for line in _table([_in_short(row) for row in answer]) if answer else ["no peers"]:
         click.echo(line)
 
 
-def _stopped(home: Home, what: str) -> Any:
+def short(peer_id: str) -> str:
+    """As everywhere: the last letters of a peer id, which differ most."""
+    return f"…{peer_id[-6:]}"
+
+
+def _in_short(peer: dict[str, object]) -> dict[str, object]:
+    """What of a peer fits on a line of 80 columns; --json has the rest."""
+    row = {key: peer.get(key) for key in ("phase", "epoch")}
+    addresses = peer.get("addresses")
+    first = addresses[0] if isinstance(addresses, list) and addresses else None
+    relayed, heard, same = peer.get("relayed"), peer.get("heard_s"), peer.get("same_head")
+    return {
+        "peer": short(str(peer.get("peer_id", "-"))),
+        **row,
+        "head": None if same is None else "same" if same else "other",
+        "heard": f"{heard:.1f} s" if isinstance(heard, float) else None,
+        "way": None if relayed is None else "relayed" if relayed else "direct",
+        "address": peer.get("why") or (str(first).partition("/p2p/")[0] if first else None),
+    }
+
+
+def stopped(home: Home, what: str) -> Any:
     """What a home without a node says; None if one runs, or if it holds no run."""
     if home.is_held() or not home.genesis.exists():
         return None
@@ -68,7 +89,7 @@ def _stopped(home: Home, what: str) -> Any:
     return stopped_peers(home) if what == "peers" else stopped_status(home)
 
 
-def _ask_node(home: Home, path: str) -> object:
+def ask_node(home: Home, path: str) -> object:
     """What the node of this home answers; raises UserError with exit code 1 if it does not."""
     state = home.read_node_json()
     if state.info is None or state.liveness is not Liveness.RUNNING:

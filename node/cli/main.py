@@ -73,6 +73,24 @@ def _declaring() -> tuple[click.Command, ...]:
     return (data,)
 
 
+def _keeping() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.backup import backup, restore
+
+    return backup, restore
+
+
+def _completing() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.completion import completion
+
+    return (completion,)
+
+
+def _watching() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.top import top
+
+    return (top,)
+
+
 FAMILIES = {
     ("start", "stop"): _starting,
     ("init",): _founding,
@@ -82,6 +100,9 @@ FAMILIES = {
     ("export", "verify", "log", "anchor", "exit"): _proving,
     ("derive", "evaluate", "rebase", "merge", "derivatives", "rejoin"): _deriving,
     ("data",): _declaring,
+    ("backup", "restore"): _keeping,
+    ("top",): _watching,
+    ("completion",): _completing,
 }
 
 

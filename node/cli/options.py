@@ -11,4 +11,9 @@ home_option = click.option(
 )
 
 
+def examples(*commands: str) -> str:
+    """The end of a command's --help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
-from tapestry.node.cli.options import home_option
+from tapestry.node.cli.options import examples, home_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
 from tapestry.node.spec.data import is_word
@@ -39,7 +39,13 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
     return value
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry start --home first --data texts/fr --listen /ip4/0.0.0.0/tcp/4001",
+        "tapestry start --home mine --peer /ip4/203.0.113.7/tcp/4001/p2p/12D3... --data texts.parquet:text",
+        "tapestry start --home mine --detach",
+    )
+)
 @home_option
 @click.option("--run", metavar="FILE", help="The run spec. Default: run.toml in the home, if it is there.")
 @click.option("--run-id", metavar="ID", help="Refuse every run but this one.")
@@ -95,7 +101,12 @@ def start(home: str | None, detach: bool, declaration: str | None, **flags: Any)
     return launch.run(config)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry stop --home mine",
+        "tapestry stop --home mine --timeout 60",
+    )
+)
 @home_option
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0), default=15.0, show_default=True, metavar="S"

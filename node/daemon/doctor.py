@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from tapestry.dht.presence import CLOCK_SKEW_S
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
+from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -43,7 +43,11 @@ from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer
 from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.chain import Genesis
+<<<<<<< HEAD
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
+=======
+from tapestry.node.spec.declared import paths_of
+>>>>>>> 6a8736d (Running a node for months: backup and restore, systemd, a container, top, completion, schemas, docs/operating.md)
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff
 from tapestry.node.spec.size import (
@@ -54,6 +58,7 @@ from tapestry.node.spec.size import (
     parameters_of,
     size_fault,
 )
+from tapestry.node.surface.findings import Finding, Verdict, passed, unknown, wrong
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import list_data
 
@@ -63,22 +68,6 @@ TRAINING_BYTES = 16  # of a trained parameter: itself, gradient, two moments of 
 PROGRAM_BYTES = 3 << 29  # node and trainer with torch loaded, measured: 1.3 GB together
 CLOCK_WARN_S = 5.0  # Guess: NTP keeps a machine within milliseconds
 _PORT = re.compile(r"/tcp/([0-9]+)")
-
-
-class Verdict(Enum):
-    PASSED = "ok"
-    WRONG = "WRONG"
-    UNKNOWN = "not checked"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line. A wrong one has a cure."""
-
-    what: str
-    verdict: Verdict
-    text: str
-    cure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +136,11 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
 def look_at_data(config: NodeConfig) -> Iterator[Finding]:
     if config.external:
         yield unknown("data", "a script brings them, or see settings above")
+        return
+    refusal = DataPermit(config.home, paths_of(config.data)).refusal()
+    if refusal:
+        cure = 'tapestry start --declare "OWNER, LICENCE", or --declare own; or an entry in data.toml'
+        yield wrong("data", refusal.partition("; start the node")[0], cure)
         return
     try:
         require(config.home, paths_of(config.data), BASE, today_utc())
@@ -461,18 +455,6 @@ def judged_dial(answer: Answer, ports: Sequence[int], held: bool) -> Finding:
 
 
 # --- pieces -----------------------------------------------------------------------------------------
-
-
-def passed(what: str, text: str) -> Finding:
-    return Finding(what, Verdict.PASSED, text)
-
-
-def wrong(what: str, text: str, cure: str) -> Finding:
-    return Finding(what, Verdict.WRONG, text, cure)
-
-
-def unknown(what: str, text: str) -> Finding:
-    return Finding(what, Verdict.UNKNOWN, text)
 
 
 def size(count: int) -> str:

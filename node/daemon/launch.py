@@ -14,6 +14,7 @@ import os
 import uvloop
 
 from tapestry.node.daemon.descriptors import raise_limit
+from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.node import NodeConfig
@@ -29,13 +30,14 @@ def run(config: NodeConfig) -> int:
     """Run a node until it is stopped. Returns 0; raises UserError."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
     raise_limit()
+    notifier = Notifier(os.environ)  # before there are children that would inherit what it takes
     log = start_logging(config.log_format)
     try:
         config.home.create()
         with config.home.lock():
             _keep_log(log, config)
             _claim(config)
-            code: int = uvloop.run(_run(config, log))
+            code: int = uvloop.run(_run(config, log, notifier))
             _log.info("ended exit_code=%d", code)
             return code
     except UserError as error:
@@ -76,14 +78,14 @@ def _keep_log(log: Log, config: NodeConfig) -> None:
         ) from error
 
 
-async def _run(config: NodeConfig, log: Log) -> int:
+async def _run(config: NodeConfig, log: Log, notifier: Notifier) -> int:
     if config.external:
-        return await _run_for_scripts(config, log)
+        return await _run_for_scripts(config, log, notifier)
     trainer = await TrainerProcess.launch(config.threads, folder=config.home.state)
-    return await _run_with(trainer, config, log)
+    return await _run_with(trainer, config, log, notifier)
 
 
-async def _run_for_scripts(config: NodeConfig, log: Log) -> int:
+async def _run_for_scripts(config: NodeConfig, log: Log, notifier: Notifier) -> int:
     """The trainer is the process of the script that started us, or of those that come. Raises UserError."""
     try:
         hire = Door(config.home.trainer_socket) if config.script_fd is None else Line(config.script_fd)
@@ -91,12 +93,12 @@ async def _run_for_scripts(config: NodeConfig, log: Log) -> int:
         raise UserError(f"cannot listen for scripts in {config.home.path}: {error.strerror}") from error
     try:
         trainer = TrainerProcess.await_guests(hire, config.home.state)
-        return await _run_with(trainer, config, log)
+        return await _run_with(trainer, config, log, notifier)
     finally:
         hire.close()
 
 
-async def _run_with(trainer: TrainerProcess, config: NodeConfig, log: Log) -> int:
+async def _run_with(trainer: TrainerProcess, config: NodeConfig, log: Log, notifier: Notifier) -> int:
     try:
         imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
         try:
@@ -104,7 +106,7 @@ async def _run_with(trainer: TrainerProcess, config: NodeConfig, log: Log) -> in
                 from tapestry.node.daemon.life import Daemon  # takes seconds, in which the loop stands still
         except OSError as error:  # hivemind makes locks of multiprocessing when it is imported
             raise _no_shared_memory(error) from error
-        return await Daemon(config, log, trainer).run()
+        return await Daemon(config, log, trainer, notifier).run()
     finally:
         await trainer.stop(0)
 

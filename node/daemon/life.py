@@ -40,13 +40,21 @@ from tapestry.node.daemon.assembly import (
 )
 from tapestry.node.daemon.base import have_base
 from tapestry.node.daemon.egress import EgressLedger
+from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.daemon.restored import find_run
 from tapestry.node.daemon.views import Reporter, TokenizingView
+from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import Store
+from tapestry.node.disk.use import disk_free, disk_use
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
+<<<<<<< HEAD
 from tapestry.node.lineage.island import begin as begin_island
+=======
+from tapestry.node.lineage.follow import Broken, read_genesis
+>>>>>>> 6a8736d (Running a node for months: backup and restore, systemd, a container, top, completion, schemas, docs/operating.md)
 from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
@@ -66,6 +74,7 @@ from tapestry.node.trainer.process import Event, Parted, TrainerError, TrainerPr
 
 STOP_S = 10.0  # the contract: exit 0 within
 TRAINER_STOP_S = 4.0
+DISK_EVERY_S = 60.0
 USERS_REASONS = ("data", "model", "settings", "device")  # of messages.Failed: what a person can put right
 VERSION = version("tapestry-node")
 
@@ -73,13 +82,14 @@ _log = logging.getLogger("tapestry.node")
 
 
 class Daemon:
-    def __init__(self, config: NodeConfig, live: Log, trainer: TrainerProcess) -> None:
+    def __init__(self, config: NodeConfig, live: Log, trainer: TrainerProcess, notifier: Notifier) -> None:
         self.config = config
         self.live = live
         self.trainer = trainer  # launched; it ends with `run`
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
+        self.notifier = notifier
         self.view = NodeView(
             VERSION, self.started_at, config.upload_bytes_per_second, config.download_bytes_per_second
         )
@@ -110,17 +120,26 @@ class Daemon:
         self._heed_stop_requests()
         main = asyncio.create_task(self._run())
         stop = asyncio.create_task(self.stop.wait())
+        signs = asyncio.create_task(self.notifier.run(self._in_a_line))
         await asyncio.wait({main, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not main.done():
             self.view.stopping = True
+            self.notifier.stopping()
             _log.info("stopping")
             self.history.tell("this node stops")
             asyncio.get_running_loop().call_later(STOP_S, _give_up_stopping)
             main.cancel()
         stop.cancel()
+        main.add_done_callback(lambda _: signs.cancel())
         with contextlib.suppress(asyncio.CancelledError):
             await main
         return int(ExitCode.DONE)
+
+    def _in_a_line(self) -> str:
+        """For the service manager."""
+        status = self.view.status()
+        what = f"epoch {status['epoch']}, {status['phase']}"
+        return f"{what}: {status['reason']}" if status["reason"] else what
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -163,6 +182,7 @@ class Daemon:
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
+            await self._find_run_again(swarm, peers, crypto)
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
             if self._is_there(len(loaded.records)):
@@ -217,12 +237,13 @@ class Daemon:
     async def _serve(self, node: Node, swarm: Swarm, info: NodeInfo, egress: EgressLedger) -> None:
         """Until --epochs is reached, or cancelled; and then leave in good order."""
         async with asyncio.TaskGroup() as tasks:
-            beside = (self.trainer.closed(), egress.run())
+            beside = (self.trainer.closed(), egress.run(), self._look_at_disk())
             running = (*node.start(swarm, tasks), *map(tasks.create_task, beside))
             self._node = node
             try:
                 await node.network.up.wait()
                 self.home.write_node_json(info)
+                self.notifier.ready()
                 await node.runtime.done.wait()
                 _log.info("done epoch=%d: that is all this start was to make", node.keeper.state.epoch)
             finally:
@@ -230,6 +251,14 @@ class Daemon:
                 await asyncio.shield(self._leave(node))
                 for task in running:
                     task.cancel()
+
+    async def _look_at_disk(self) -> None:
+        """What the home takes and what is left, for the metrics, until cancelled."""
+        while True:
+            with contextlib.suppress(OSError):
+                use = await asyncio.to_thread(disk_use, self.home)
+                self.metrics.set_disk(use, disk_free(self.home))
+            await asyncio.sleep(DISK_EVERY_S)
 
     async def _leave(self, node: Node) -> None:
         """The orderly end: farewell, checkpoint, presence withdrawn."""
@@ -241,6 +270,23 @@ class Daemon:
                 str(error),
             )
         await node.network.withdraw(node.runtime.network.news())
+
+    async def _find_run_again(self, swarm: Swarm, peers: Sequence[PeerAddress], crypto: NodeCrypto) -> None:
+        """Of a home that was restored from a backup. Raises UserError, OSError."""
+        mark = read_mark(self.home)
+        if mark is None or not mark.restored_at or not self.home.genesis.exists():
+            return
+        try:
+            genesis, spec = read_genesis(self.home.genesis, crypto)
+        except Broken as error:
+            raise UserError(f"{self.home.genesis}: {error}", hint="restore another backup") from error
+
+        def say(reason: str) -> None:
+            self.view.waiting = reason
+            self.live.show(reason)
+
+        wait_s = spec.round.quorum_loss_s
+        await find_run(self.home, mark, genesis, wait_s, swarm, peers, crypto, say)
 
     def _is_there(self, epoch: int) -> bool:
         """Whether --until-epoch asks for what this home has already; says so."""

@@ -78,7 +78,7 @@ def claim(home: Home, machine: str | None = None) -> Mark:
     machine, path = _machine() if machine is None else machine, str(home.path)
     mark = read_mark(home)
     if mark is None:
-        mark = Mark(FORMAT, secrets.token_hex(16), path, machine)
+        mark = new_mark(home, machine)
     elif mark.path != path and _is_copy_of(home, mark):
         raise UserError(
             f"{home.path} is a copy of {mark.path}, which is still there: two nodes with one key would "
@@ -92,6 +92,11 @@ def claim(home: Home, machine: str | None = None) -> Mark:
         mark = replace(mark, path=path, machine=machine)
     write_mark(home, mark)
     return mark
+
+
+def new_mark(home: Home, machine: str = "") -> Mark:
+    """Of a home that has none."""
+    return Mark(FORMAT, secrets.token_hex(16), str(home.path), machine)
 
 
 def write_mark(home: Home, mark: Mark) -> None:

@@ -49,7 +49,7 @@ def leave(home: Home, out: Path, told: Told) -> Proof:
     new = out.absolute().with_name(f".{out.name}.exit-{os.getpid()}")
     try:
         new.mkdir(mode=0o700, parents=True)
-        _copy(home, Home(new), told)
+        copy_run(home, Home(new), told)
         proof = verify_home(Home(new), told=told)
         if not proof.holds:
             raise UserError(
@@ -68,7 +68,7 @@ def leave(home: Home, out: Path, told: Told) -> Proof:
     return proof
 
 
-def _copy(home: Home, copy: Home, told: Told) -> None:
+def copy_run(home: Home, copy: Home, told: Told) -> None:
     """The chain first; then of updates and checkpoints those that it has. A live node goes on meanwhile."""
     for name in FILES:
         if (home.path / name).is_file():

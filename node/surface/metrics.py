@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
+from tapestry.node.disk.use import KINDS
+
 ROUND_OUTCOMES = ("committed", "aborted", "missed", "forced")
 AGREEMENT_FIGURES = ("cosine", "sign", "norm_kept")  # protocol/agreement.py
 ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messages.py, Stage
@@ -79,6 +81,11 @@ class Metrics:
         self._make_network_metrics()
         self._info = Info("tapestry", "Version of this node and the run it is in.", registry=self._registry)
         self.set_run("", "")
+        disk = Gauge("tapestry_disk_bytes", "What the home takes on disk.", ["kind"], registry=self._registry)
+        self._disk = {kind: disk.labels(kind=kind) for kind in KINDS}
+        self._disk_free = Gauge(
+            "tapestry_disk_free_bytes", "What is free where the home is.", registry=self._registry
+        )
         self._loop_lag = Histogram(
             "tapestry_loop_lag_seconds",
             "How late the node's event loop ran a timer.",
@@ -89,6 +96,12 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format; serve it as CONTENT_TYPE."""
         return prometheus_client.generate_latest(self._registry)
+
+    def set_disk(self, use: Mapping[str, int], free: int) -> None:
+        """Bytes of the home by disk/use.KINDS, and what is left on its file system."""
+        for kind, count in use.items():
+            self._disk[_one_of(KINDS, kind)].set(count)
+        self._disk_free.set(free)
 
     def set_run(self, run_id: str, run_name: str) -> None:
         """Once the run is known."""

@@ -74,6 +74,7 @@ class NodeView:
         download_bytes_per_second: float | None = None,
     ) -> None:
         self.stopping = False
+        self.waiting = ""  # what a node that has not joined yet waits for, and what ends it
         self._caps = {
             "upload_bytes_per_second": upload_bytes_per_second,
             "download_bytes_per_second": download_bytes_per_second,
@@ -103,8 +104,8 @@ class NodeView:
             "run_id": "",
             "run_name": self._run_name,
             "version": self._version,
-            "phase": "stopping" if self.stopping else "starting",
-            "reason": "",
+            "phase": "stopping" if self.stopping else "joining" if self.waiting else "starting",
+            "reason": self.waiting,
             "epoch": 0,
             "head": "",
             "state_digest": "",
@@ -191,7 +192,7 @@ class NodeView:
         if self.stopping:
             return False, "stopping"
         if self._look is None:
-            return False, "starting"
+            return False, self.waiting or "starting"
         core = self._look().core
         return core.phase in WORKING, f"{core.phase}: {core.reason}"
 

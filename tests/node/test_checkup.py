@@ -10,7 +10,7 @@ import msgpack
 import pytest
 
 from tapestry.node.daemon import doctor
-from tapestry.node.daemon.doctor import Run, Verdict
+from tapestry.node.daemon.doctor import Run
 from tapestry.node.home import Home
 from tapestry.node.net import checkup
 from tapestry.node.net.checkup import Answer, Checkup, ask
@@ -18,6 +18,7 @@ from tapestry.node.net.wire import RemoteProtocolError, StreamEnded, unpack
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import preset_spec
 from tapestry.node.spec.size import parameters_of
+from tapestry.node.surface.findings import Verdict
 
 
 async def _asked(port: int, host: str, times: int = 1) -> list[Answer]:

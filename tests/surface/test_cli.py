@@ -115,7 +115,7 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     listed = re.findall(r"^  ([\w-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
     making = ["data", "derivatives", "derive", "evaluate", "merge", "rebase"]
     proving = ["anchor", "exit", "log", "rejoin", "verify"]
-    watching = ["doctor", "log-level", "peers", "status"]
+    watching = ["backup", "completion", "restore", "top", "doctor", "log-level", "peers", "status"]
     assert listed == sorted(["export", "init", "start", "stop", *watching, *making, *proving])
 
 
@@ -555,9 +555,9 @@ def test_status_as_json_is_what_the_node_says(tmp_path: Path) -> None:
 def test_peers_are_aligned_columns_and_as_json_what_the_node_says(tmp_path: Path) -> None:
     result = _ask(Home(tmp_path), "peers")
     assert result.stdout.splitlines() == [
-        "peer_id         phase     epoch  addresses",
-        "12D3KooWa       training  12     -",
-        "12D3KooWlonger  -         9      /ip4/1.2.3.4/tcp/1 x",
+        "peer     phase     epoch  head  heard  way  address",
+        "…3KooWa  training  12     -     -      -    -",
+        "…longer  -         9      -     -      -    /ip4/1.2.3.4/tcp/1",
     ]
     assert json.loads(_ask(Home(tmp_path), "peers", "--json").stdout) == PEERS
     assert _ask(Home(tmp_path), "peers", peers=[]).stdout == "no peers\n"

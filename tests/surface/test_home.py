@@ -20,6 +20,7 @@ import pytest
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.disk.home_mark import claim
+from tapestry.node.disk.use import KINDS, disk_free, disk_use
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness, NodeInfo
 
@@ -327,3 +328,19 @@ def test_a_home_of_a_later_version_is_refused_and_a_damaged_mark_says_what_to_do
         with pytest.raises(UserError, match="is damaged") as caught:
             claim(home)
         assert caught.value.hint == "remove it: it is made again"
+
+
+def test_what_a_home_takes_on_disk_is_told_by_kind(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    for name, count in (("updates/a", 8192), ("cache/x/y", 4096), ("node.log", 4096), ("node.log.1", 4096)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * count)
+    (tmp_path / "checkpoints").symlink_to("/usr")  # led elsewhere: not of this home
+    use = disk_use(home)
+    assert {kind: count for kind, count in use.items() if count} == {
+        "updates": 8192,
+        "cache": 4096,
+        "logs": 8192,
+    }
+    assert set(use) == set(KINDS) and disk_free(home) > 0
+    assert set(disk_use(Home(tmp_path / "none")).values()) == {0}

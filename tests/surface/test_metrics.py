@@ -35,6 +35,8 @@ CONTRACT = {
     "tapestry_trainer_up": ("gauge", set()),
     "tapestry_trainer_restarts": ("counter", set()),
     "tapestry_loop_lag_seconds": ("histogram", set()),
+    "tapestry_disk_bytes": ("gauge", {"kind"}),
+    "tapestry_disk_free_bytes": ("gauge", set()),
 }
 
 

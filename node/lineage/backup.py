@@ -1,0 +1,135 @@
+"""`tapestry backup OUT` and `restore`: a home as one file, taken beside a running node or from a stopped one.
+
+What `exit` takes along (leave.py), and besides it where the others were, for a restored member looks for
+its run. Left out is what can be made again: token caches, logs, the running node's lock. Records, updates
+and checkpoints are checked before the file gets its name, and again when it is restored; numbers are not
+replayed: `verify` does.
+
+A restored home is marked (disk/home_mark.py): its node looks for its run before it trains
+(daemon/restored.py), because others may have gone on, and what this member has promised them since is not
+in the backup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tapestry.node.disk.files import sync_folder
+from tapestry.node.disk.home_mark import new_mark, read_mark, write_mark
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.leave import Told, copy_run
+from tapestry.node.lineage.verify import Proof, verify_home
+
+EXTRAS = (
+    "peers.json",
+    "listen.json",
+    "history.jsonl",
+    "http.token",
+    "log-levels.json",
+    "home.json",
+    ".gitignore",
+)
+TOP = "tapestry-home"  # the folder in the archive
+
+
+def backup(home: Home, out: Path, told: Told) -> Proof:
+    """Write the file OUT, checked, or nothing. Raises UserError."""
+    if not home.genesis.exists():
+        raise UserError(f"{home.path} holds no run to back up", hint="name the home with --home DIR")
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: name a new file")
+    out = out.absolute()
+    with _folder(out.with_name(f".{out.name}.backup-{os.getpid()}"), f"cannot write {out}") as folder:
+        copy = Home(folder / TOP)
+        copy.path.mkdir(mode=0o700)
+        copy_run(home, copy, told)
+        for name in EXTRAS:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(home.path / name, copy.path / name)
+        proof = _checked(copy, home.path, "nothing was written", told)
+        archive = folder / "archive"
+        fd = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            told("archive", 0, 1)
+            tar.add(copy.path, TOP)
+            file.flush()
+            os.fsync(fd)
+        os.replace(archive, out)
+        sync_folder(out.parent)
+    return proof
+
+
+def restore(archive: Path, home: Home, told: Told) -> Proof:
+    """Make `home` of a backup, checked, or nothing. Raises UserError."""
+    if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
+        raise UserError(
+            f"{home.path} is there already", hint="move it away, or restore to another --home DIR"
+        )
+    staging = home.path.with_name(f".{home.path.name}.restore-{os.getpid()}")
+    with _folder(staging, f"cannot restore {archive} to {home.path}") as folder:
+        _extract(archive, folder, told)
+        copy = Home(folder / TOP)
+        if not copy.genesis.is_file():
+            raise UserError(f"{archive} is no backup of a home", hint="`tapestry backup OUT` makes one")
+        proof = _checked(copy, archive, "nothing was restored", told)
+        mark = read_mark(copy) or new_mark(home)
+        write_mark(copy, replace(mark, restored_at=datetime.now(UTC).isoformat(timespec="seconds")))
+        copy.path.chmod(0o700)
+        with contextlib.suppress(FileNotFoundError):
+            home.path.rmdir()
+        os.replace(copy.path, home.path)
+        sync_folder(home.path.parent)
+    return proof
+
+
+def _extract(archive: Path, folder: Path, told: Told) -> None:
+    """Plain files and folders below TOP alone, whatever the archive says. Raises UserError, OSError."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            members = tar.getmembers()
+            for done, member in enumerate(members):
+                told("files", done, len(members))
+                is_ours = member.name == TOP or member.name.startswith(f"{TOP}/")
+                if not is_ours or not (member.isfile() or member.isdir()):
+                    raise UserError(f"{archive} is no backup of a home: it holds {member.name!r}")
+                tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive} is no backup of a home, or is damaged: {error}") from error
+
+
+def _checked(copy: Home, source: Path, else_: str, told: Told) -> Proof:
+    proof = verify_home(copy, replay=False, told=told)
+    if not proof.holds:
+        raise UserError(
+            f"{source} does not hold, and {else_}",
+            exit_code=ExitCode.FAILED,
+            details=[str(fault) for fault in proof.faults],
+            hint="take another backup; `tapestry verify HOME` looks at a home",
+        )
+    return proof
+
+
+@contextmanager
+def _folder(path: Path, failure: str) -> Iterator[Path]:
+    """A folder that is gone afterwards. Raises UserError for an OSError in it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"{failure}: {error.strerror or error}",
+            exit_code=ExitCode.FAILED,
+            hint="is there room, and may this user write there?",
+        ) from error
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

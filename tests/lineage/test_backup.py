@@ -1,0 +1,111 @@
+"""`tapestry backup` and `restore`: one file, checked, and a home that knows what it was made of."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from homes import MadeHome, make_home
+
+from tapestry.node.disk.home_mark import claim, read_mark
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.lineage.backup import backup, restore
+from tapestry.node.lineage.verify import verify
+from tapestry.node.spec.training import PRESETS
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeHome:
+    (tmp_path / "m").mkdir()
+    made = make_home(tmp_path / "m" / "home", PRESETS["nano"].model)
+    made.advance(3, checkpoint=True)
+    made.home.peers.write_text("{}")
+    made.home.log.write_text("a log")
+    claim(made.home)
+    return made
+
+
+def test_a_restored_home_is_what_was_backed_up_and_is_marked(made: MadeHome, tmp_path: Path) -> None:
+    out, home = tmp_path / "backup.tar", Home(tmp_path / "again")
+    assert backup(made.home, out, _quiet).epoch == 3
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["backup.tar", "m"]
+    assert restore(out, home, _quiet).epoch == 3
+    assert sorted(os.listdir(tmp_path)) == ["again", "backup.tar", "m"]
+    assert verify(home.path, told=_quiet).replayed_to == 3
+    assert home.identity_key.read_bytes() == made.home.identity_key.read_bytes()
+    assert home.path.stat().st_mode & 0o777 == 0o700 and home.identity_key.stat().st_mode & 0o777 == 0o600
+    assert home.peers.exists() and not home.log.exists()
+    mark, before = read_mark(home), read_mark(made.home)
+    assert mark is not None and before is not None and before.restored_at == ""
+    assert mark.restored_at and mark.id == before.id
+    with pytest.raises(UserError, match="is a copy of"):
+        claim(home)  # the original is still there
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_of_what_fails(made: MadeHome, tmp_path: Path) -> None:
+    out = tmp_path / "backup.tar"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        backup(made.home, out, _quiet)
+    out.unlink()
+    with pytest.raises(UserError, match="holds no run"):
+        backup(Home(tmp_path / "none"), out, _quiet)
+    backup(made.home, out, _quiet)
+    with pytest.raises(UserError, match="is there already"):
+        restore(out, made.home, _quiet)
+    (path,) = made.home.updates.glob("00000002-*")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="does not hold, and nothing was written"):
+        backup(made.home, tmp_path / "second.tar", _quiet)
+    assert sorted(os.listdir(tmp_path)) == ["backup.tar", "m"]
+
+
+def _archive(path: Path, *members: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            tar.addfile(member, io.BytesIO(b"x" * member.size))
+    return path
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        _member("../escape"),
+        _member("/etc/escape"),
+        _member("tapestry-home/../../escape"),
+        _member("tapestry-home/link", tarfile.SYMTYPE, "/etc"),
+        _member("tapestry-home/hard", tarfile.LNKTYPE, "/etc/passwd"),
+        _member("tapestry-home/pipe", tarfile.FIFOTYPE),
+        _member("other/file"),
+    ],
+    ids=lambda member: member.name,
+)
+def test_an_archive_that_is_no_backup_writes_nothing(tmp_path: Path, member: tarfile.TarInfo) -> None:
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    archive = _archive(inside / "x.tar", _member("tapestry-home", tarfile.DIRTYPE), member)
+    with pytest.raises(UserError):
+        restore(archive, Home(inside / "home"), _quiet)
+    assert os.listdir(inside) == ["x.tar"] and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"\0" * 2048])
+def test_a_damaged_archive_says_so(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(UserError, match="is no backup of a home"):
+        restore(tmp_path / "x.tar", Home(tmp_path / "home"), _quiet)

@@ -1,0 +1,135 @@
+"""A restored home looks for its run first; a service manager hears how the node is; process 1 takes in
+orphans."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.swarm import Unreachable
+from tapestry.node.daemon import restored
+from tapestry.node.daemon.notify import Notifier
+from tapestry.node.disk.home_mark import Mark, read_mark
+from tapestry.node.home import Home
+
+THERE = parse_peer("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWCaHaT7xh4yGquL286pZyfWAMnEyMke3Rwi5DGsRxQz4W")
+MARK = Mark(1, "ab", "/h", "", "2026-11-29T10:00:00+00:00")
+
+
+class FakeSwarm:
+    """Of which nobody can be reached."""
+
+    peer_id = "us"
+
+    def __init__(self, reachable: bool) -> None:
+        self.reachable = reachable
+
+    async def connect(self, peer: PeerAddress, timeout_s: float) -> None:
+        if not self.reachable:
+            raise Unreachable("refused", "nobody there")
+
+    async def join_dht(self, run_id: str, peers: Sequence[PeerAddress]) -> int:
+        return 0
+
+    async def list_presence(self, now: float) -> list[Any]:
+        return []
+
+
+def look(home: Home, monkeypatch: pytest.MonkeyPatch, *, reachable: bool, theirs: str) -> list[str]:
+    said: list[str] = []
+
+    async def is_member(swarm: object, peer_id: str, run_id: str, crypto: object) -> bool:
+        return run_id == theirs
+
+    monkeypatch.setattr(restored, "_is_member", is_member)
+    monkeypatch.setattr(restored, "LOOK_S", 0.01)
+    home.vote.write_text("a vote")
+    genesis = SimpleNamespace(run_id="ours")
+    swarm: Any = FakeSwarm(reachable)
+    asyncio.run(
+        restored.find_run(home, MARK, genesis, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
+    )
+    mark = read_mark(home)
+    assert mark is not None and mark.restored_at == "" and said[-1] == ""
+    return said
+
+
+def test_a_restored_home_that_meets_its_run_goes_on_without_the_vote_of_the_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    said = look(home, monkeypatch, reachable=True, theirs="ours")
+    assert not home.vote.exists() and len(said) == 2
+    assert "looks for its run before it trains" in said[0] and "alone" in said[0]
+
+
+@pytest.mark.parametrize(("reachable", "theirs"), [(False, "ours"), (True, "another run")])
+def test_one_that_stays_alone_waits_the_runs_time_and_goes_on_with_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool, theirs: str
+) -> None:
+    home = Home(tmp_path)
+    assert len(look(home, monkeypatch, reachable=reachable, theirs=theirs)) > 2
+    assert home.vote.read_text() == "a vote"
+
+
+# ---- the service manager -----------------------------------------------------------------------------
+
+
+def test_a_service_manager_hears_ready_status_and_signs_of_life(tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(5)
+        environ = {
+            "NOTIFY_SOCKET": path,
+            "WATCHDOG_USEC": "30000000",
+            "WATCHDOG_PID": str(os.getpid()),
+            "A": "b",
+        }
+        notifier = Notifier(environ)
+        assert environ == {"A": "b"}  # no child speaks for us
+        assert notifier.every_s == 10.0
+        notifier.beat("epoch 0, joining")
+        assert manager.recv(999) == b"STATUS=epoch 0, joining\nWATCHDOG=1\nEXTEND_TIMEOUT_USEC=60000000"
+        notifier.ready()
+        notifier.beat("epoch 1, training")
+        notifier.stopping()
+        got = [manager.recv(999) for _ in range(3)]
+        assert got == [b"READY=1", b"STATUS=epoch 1, training\nWATCHDOG=1", b"STOPPING=1"]
+    notifier.ready()  # it is gone: no matter
+    Notifier({}).ready()
+    assert Notifier({"WATCHDOG_USEC": "9000000", "WATCHDOG_PID": "1"}).every_s == 10.0  # another's
+    assert Notifier({"WATCHDOG_USEC": "9000000"}).every_s == 3.0
+
+
+ADOPTS = """
+import ctypes, os, subprocess, sys, time
+from tapestry.node.daemon.notify import Reaper
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: as process 1 is
+subprocess.run(["sh", "-c", "sleep 0 & sleep 0 & exit 0"])
+mine = subprocess.Popen(["true"])
+reaper = Reaper()
+zombies = lambda: sum(" Z " in open(f"/proc/{p}/stat").read() for p in os.listdir("/proc") if p.isdigit()
+    and open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[1] == str(os.getpid()))
+while (before := zombies()) < 3:
+    time.sleep(0.01)
+mine.wait()  # as the loop does, before the reaper looks again
+for _ in range(8):
+    reaper.look()
+print(before, zombies(), mine.returncode)
+"""
+
+
+def test_process_1_takes_in_orphans_and_leaves_its_own_children_to_who_waits_for_them() -> None:
+    done = subprocess.run([sys.executable, "-c", ADOPTS], capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["3", "0", "0"], done

@@ -1,0 +1,115 @@
+"""`tapestry top`, `completion`, and what help shows."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from tapestry.node.cli.main import FAMILIES, cli
+from tapestry.node.cli.top import bars, screen
+
+STATUS: dict[str, Any] = {
+    "run_name": "demo\x1b[31m",
+    "version": "0.1.0",
+    "peer_id": "12D3KooWxyzABC",
+    "uptime_s": 7300.0,
+    "epoch": 12,
+    "phase": "training",
+    "reason": "2 of 3 ready",
+    "loss": 2.34567,
+    "val_loss": None,
+    "tokens_per_second": 12345.6,
+    "bytes": {"sent": 2_000_000, "received": 3_000_000, "sent_float32": 8_000_000, "received_float32": 1},
+    "round": {"stage": "ready", "ballot": 0, "electorate": 3, "waiting_on": ["12D3KooWotherZ"]},
+    "trainer_trouble": "",
+}
+PEERS = [
+    {
+        "peer_id": "12D3KooWotherZ",
+        "phase": "training",
+        "epoch": 12,
+        "heard_s": 0.4,
+        "relayed": True,
+        "addresses": ["/ip4/198.51.100.7/tcp/4001/p2p/12D3KooWotherZ"],
+    },
+    {"peer_id": "12D3KooWevil00", "phase": "banned", "why": "streams", "left_s": 3.0},
+]
+HISTORY = {
+    "points": [{"epoch": e, "loss": 5.0 - e / 4, "validation": {"a": 5.0 - e / 5}} for e in range(12)],
+    "events": [{"at": 1.0, "text": "…otherZ left; round 11 went on"}],
+}
+
+
+@pytest.mark.parametrize("width", [72, 80, 200])
+def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> None:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"), legacy_windows=False)  # noqa: SIM115
+    console.print(screen({"status": STATUS, "peers": PEERS, "history": HISTORY}, width))
+    console.file.close()
+    text = console.export_text(styles=False)
+    assert all(len(line) <= width for line in text.splitlines()) and "\x1b" not in text
+    for words in (
+        "demo?[31m",
+        "up 2.0 h",
+        "epoch 12  training: 2 of 3 ready",
+        "2.3457",
+        "waits for …otherZ",
+        "relayed",
+        "streams",
+        "round 11 went on",
+        "4.0 times less than float32",
+    ):
+        assert words in text, words
+    assert "█▇" in text  # the loss fell
+
+
+def test_a_node_that_has_nothing_yet_is_shown_too() -> None:
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(screen({"status": {"phase": "starting"}, "peers": []}, 80))
+    console.file.close()
+    assert "starting" in console.export_text()
+
+
+def test_bars_show_the_last_values_and_gaps() -> None:
+    assert bars([0.0, 7.0, None, math.nan, 3.5], 4) == "█  ▁"
+    assert bars([1.0, 1.0], 9) == "▁▁"
+    assert bars([None], 9) == bars([1.0], 0) == ""
+
+
+def test_top_of_a_home_without_a_node_says_what_else_there_is(tmp_path: Any) -> None:
+    result = CliRunner().invoke(cli, ["top", "--home", str(tmp_path)])
+    assert result.exit_code == 1 and "no node is running" in result.stderr
+
+
+def test_a_shell_completes_commands_and_flags() -> None:
+    command = [sys.executable, "-P", "-m", "tapestry.node.cli"]
+
+    def completed(words: str, index: int) -> list[str]:
+        env = {
+            **os.environ,
+            "_TAPESTRY_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(index),
+        }
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+        return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+    assert completed("tapestry sta", 1) == ["start", "status"]
+    assert "--peer" in completed("tapestry start --pe", 2)
+    for shell in ("bash", "zsh", "fish"):
+        result = CliRunner().invoke(cli, ["completion", shell])
+        assert result.exit_code == 0 and "_TAPESTRY_COMPLETE" in result.stdout
+
+
+def test_every_command_has_help_and_those_of_every_day_have_examples() -> None:
+    for name in (name for names in FAMILIES for name in names):
+        result = CliRunner().invoke(cli, [name, "--help"])
+        assert result.exit_code == 0, name
+        if name in ("init", "start", "stop", "status", "peers", "top", "doctor", "log", "backup", "export"):
+            assert f"  tapestry {name}" in result.stdout.partition("Examples:")[2], name

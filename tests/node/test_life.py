@@ -1,0 +1,146 @@
+"""The daemon's life with nothing real below it: what is told to whom, from start to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tapestry.node.daemon import life
+from tapestry.node.daemon.life import Daemon
+from tapestry.node.daemon.notify import Notifier
+from tapestry.node.disk.home_mark import claim, write_mark
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home, NodeInfo
+from tapestry.node.spec.node import NodeConfig
+from tapestry.node.surface import logs
+from tapestry.node.surface.logs import Log
+
+INFO = NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now")
+
+
+class Heard(Notifier):
+    """What a service manager would hear."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.said: list[str] = []
+
+    def send(self, text: str) -> None:
+        self.said.append(text.partition("\n")[0])
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    monkeypatch.setattr(logs, "TICK_S", 0.01)
+    log = Log("text", io.StringIO())
+    config = NodeConfig.resolve(Home(tmp_path), {"external": True}, {})
+    trainer = SimpleNamespace(closed=lambda: asyncio.sleep(3600))
+
+    async def made() -> Daemon:
+        return Daemon(config, log, trainer, Heard())  # type: ignore[arg-type]
+
+    yield asyncio.run(made())
+    log.close()
+
+
+def run(daemon: Daemon, inside: Callable[[], Awaitable[None]]) -> int:
+    daemon._run = inside  # type: ignore[method-assign, assignment]
+    return asyncio.run(asyncio.wait_for(daemon.run(), 10))
+
+
+def said(daemon: Daemon) -> list[str]:
+    heard = daemon.notifier
+    assert isinstance(heard, Heard)
+    return heard.said
+
+
+def test_a_stop_is_told_to_the_service_manager_and_is_exit_code_0(daemon: Daemon) -> None:
+    async def inside() -> None:
+        await asyncio.sleep(0.01)
+        daemon.stop.set()
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == 0
+    assert said(daemon) == ["STATUS=epoch 0, starting", "STOPPING=1"]
+
+
+def test_a_file_that_another_container_leaves_stops_the_node(daemon: Daemon) -> None:
+    async def inside() -> None:
+        daemon.home.stop_request.touch()
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == 0
+    assert not daemon.home.stop_request.exists()
+
+
+def test_what_is_wrong_at_the_start_comes_out_as_it_is(daemon: Daemon) -> None:
+    async def inside() -> None:
+        raise ExceptionGroup("tasks", [UserError("no such luck")])
+
+    with pytest.raises(UserError, match="no such luck"):
+        run(daemon, inside)
+
+
+def node_of(daemon: Daemon) -> Any:
+    """A node that has done what it was to do."""
+
+    async def nothing(*_: object) -> None: ...
+
+    up, done = asyncio.Event(), asyncio.Event()
+    up.set()
+    done.set()
+    network = SimpleNamespace(up=up, withdraw=nothing)
+    desk = SimpleNamespace(news=lambda: None)
+    runtime = SimpleNamespace(done=done, leave=nothing, network=desk)
+    keeper = SimpleNamespace(state=SimpleNamespace(epoch=3))
+
+    def start(swarm: object, tasks: asyncio.TaskGroup) -> tuple[asyncio.Task[None], ...]:
+        return (tasks.create_task(asyncio.sleep(3600)),)
+
+    return SimpleNamespace(start=start, network=network, runtime=runtime, keeper=keeper)
+
+
+def test_a_node_that_is_up_is_ready_writes_node_json_and_says_what_the_disk_holds(daemon: Daemon) -> None:
+    async def inside() -> None:
+        daemon.home.log.write_bytes(b"x" * 4096)
+        egress: Any = SimpleNamespace(run=lambda: asyncio.sleep(3600))
+        await daemon._serve(node_of(daemon), None, INFO, egress)  # type: ignore[arg-type]
+
+    assert run(daemon, inside) == 0
+    assert "READY=1" in said(daemon)
+    assert json.loads(daemon.home.node_json.read_text())["peer_id"] == "12D3KooW"
+    assert b'tapestry_disk_bytes{kind="logs"} 4096.0' in daemon.metrics.render()
+
+
+def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def find_run(home: Home, mark: Any, genesis: object, wait_s: float, *rest: Any) -> None:
+        rest[-1](f"looks for its run, {wait_s:g} s")
+        seen.append(daemon.view.status())
+        rest[-1]("")
+
+    spec = SimpleNamespace(round=SimpleNamespace(quorum_loss_s=60.0))
+    monkeypatch.setattr(life, "find_run", find_run)
+    monkeypatch.setattr(life, "read_genesis", lambda *_: (object(), spec))
+
+    async def inside() -> None:
+        await daemon._find_run_again(None, (), None)  # type: ignore[arg-type]
+
+    mark = claim(daemon.home, "")
+    daemon.home.genesis.write_text("{}")
+    assert run(daemon, inside) == 0 and seen == []  # an ordinary home
+    write_mark(daemon.home, replace(mark, restored_at="2026-11-29T10:00:00+00:00"))
+    assert run(daemon, inside) == 0
+    assert [(s["phase"], s["reason"]) for s in seen] == [("joining", "looks for its run, 60 s")]
+    assert daemon.view.ready() == (False, "starting")

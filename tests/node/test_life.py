@@ -94,10 +94,17 @@ def node_of(daemon: Daemon) -> Any:
 
     async def nothing(*_: object) -> None: ...
 
-    async def leave() -> None:
-        while b'kind="logs"} 4096.0' not in daemon.metrics.render():
-            await asyncio.sleep(0.01)
+    told = asyncio.Event()
+    set_disk = daemon.metrics.set_disk
 
+    def noted(use: Any, free: int) -> None:
+        set_disk(use, free)
+        told.set()
+
+    async def leave() -> None:
+        await told.wait()
+
+    daemon.metrics.set_disk = noted  # type: ignore[method-assign]
     up, done = asyncio.Event(), asyncio.Event()
     up.set()
     done.set()
@@ -120,6 +127,7 @@ def test_a_node_that_is_up_is_ready_writes_node_json_and_says_what_the_disk_hold
 
     assert run(daemon, inside) == 0
     assert "READY=1" in said(daemon)
+    assert b'tapestry_disk_bytes{kind="logs"} 4096.0' in daemon.metrics.render()
     assert json.loads(daemon.home.node_json.read_text())["peer_id"] == "12D3KooW"
 
 

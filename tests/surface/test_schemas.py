@@ -122,8 +122,8 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
 
 def test_log_and_doctor_are_as_their_schemas_say() -> None:
     lines = [
-        Line(1, "2026", (("a", 0.5),), 2, 2, False, 9, "ab", "r"),
-        Line(2, "", (), 1, 1, True, 0, "cd", "r"),
+        Line(1, "2026", (("a", 0.5),), 2, 2, False, 9, "ab", "r", 0.5, 2.5),
+        Line(2, "", (), 1, 1, True, 0, "cd", "r", None),
     ]
     assert [faults(schema("log"), line.table()) for line in lines] == [[], []]
     answer = {"ok": False, "findings": [wrong("disk", "full", "make room").table()]}

@@ -33,7 +33,6 @@ from tapestry.dht.presence import CLOCK_SKEW_S
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
-from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -43,11 +42,6 @@ from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer
 from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.chain import Genesis
-<<<<<<< HEAD
-from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
-=======
-from tapestry.node.spec.declared import paths_of
->>>>>>> 6a8736d (Running a node for months: backup and restore, systemd, a container, top, completion, schemas, docs/operating.md)
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff
 from tapestry.node.spec.size import (
@@ -136,16 +130,6 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
 def look_at_data(config: NodeConfig) -> Iterator[Finding]:
     if config.external:
         yield unknown("data", "a script brings them, or see settings above")
-        return
-    refusal = DataPermit(config.home, paths_of(config.data)).refusal()
-    if refusal:
-        cure = 'tapestry start --declare "OWNER, LICENCE", or --declare own; or an entry in data.toml'
-        yield wrong("data", refusal.partition("; start the node")[0], cure)
-        return
-    try:
-        require(config.home, paths_of(config.data), BASE, today_utc())
-    except UserError as error:
-        yield wrong("data", error.line, error.hint or "")
         return
     try:
         listings = list_data(config.data)

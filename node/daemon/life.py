@@ -50,11 +50,8 @@ from tapestry.node.disk.use import disk_free, disk_use
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
-<<<<<<< HEAD
-from tapestry.node.lineage.island import begin as begin_island
-=======
 from tapestry.node.lineage.follow import Broken, read_genesis
->>>>>>> 6a8736d (Running a node for months: backup and restore, systemd, a container, top, completion, schemas, docs/operating.md)
+from tapestry.node.lineage.island import begin as begin_island
 from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer

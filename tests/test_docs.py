@@ -48,7 +48,7 @@ def fault(words: list[str]) -> str:
         if command is None:
             return f"{words[0]} has no such part"
     try:
-        command.make_parser(click.Context(command)).parse_args([w for w in rest if w != "..."])
+        command.make_parser(click.Context(command)).parse_args(rest)
     except click.UsageError as error:
         return error.format_message()
     return ""

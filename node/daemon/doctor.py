@@ -42,6 +42,7 @@ from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer
 from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.chain import Genesis
+from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff
 from tapestry.node.spec.size import (
@@ -130,6 +131,11 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
 def look_at_data(config: NodeConfig) -> Iterator[Finding]:
     if config.external:
         yield unknown("data", "a script brings them, or see settings above")
+        return
+    try:
+        require(config.home, paths_of(config.data), BASE, today_utc())
+    except UserError as error:
+        yield wrong("data", error.line, error.hint or "")
         return
     try:
         listings = list_data(config.data)

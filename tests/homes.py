@@ -18,6 +18,7 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.members import Charter
 from tapestry.node.spec.run import RunSpec, new_spec
 from tapestry.node.spec.training import (
     PRESETS,
@@ -65,7 +66,7 @@ class MadeHome:
         payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
         epoch = self.chain.epoch + 1
         members = tuple(
-            Member(one.peer_id, 300 - 100 * index, f"{epoch:030x}{index:02x}")
+            Member(one.peer_id, 300 - 100 * index, f"{epoch:030x}{index:02x}", "", 300 - 100 * index)
             for index, one in enumerate(self.identities)
         )
         body = Body(
@@ -111,7 +112,11 @@ def make_home(folder: Path, model: ModelSpec, *, members: int = 2, length: int =
     state = ModelState(params, layout.schema_hash, Arithmetic.of(spec, layout.n), 0, "")
     digest = state.digest()
     text = spec.canonical().decode()
-    genesis = found(text, identity.peer_id, digest, layout.schema_hash, layout.n, "0" * 32, crypto)
+    founders = [identity.peer_id, *(one.peer_id for one in others)]
+    charter = Charter(voice="tokens")
+    genesis = found(
+        text, founders[0], digest, layout.schema_hash, layout.n, "0" * 32, crypto, charter, founders
+    )
     state.head = genesis.run_id
     store = Store(home, crypto)
     store.load()

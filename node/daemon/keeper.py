@@ -28,9 +28,10 @@ from tapestry.node.net.transfer import (
     fetch_state,
     fetch_update,
 )
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, weight_of
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, tokens_of
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.members import SHARE, Charter
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import ModelState, TornState
@@ -120,10 +121,10 @@ class Keeper:
         self._chain.append(record)
 
     def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
-        """Leave a fork at `epoch` for `records`: how many of ours that drops, and how much weight."""
+        """Leave a fork at `epoch` for `records`: how many of ours that drops, and how many tokens."""
         self.store.switch_chain(epoch, records)
         dropped = self._chain.switch(epoch, records)
-        return len(dropped), weight_of(dropped)
+        return len(dropped), tokens_of(dropped)
 
     def apply(self, record: Record) -> tuple[int, str]:
         """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
@@ -194,7 +195,7 @@ class Keeper:
     @property
     def committed_tokens(self) -> int:
         """Behind the chain as it is on disk: of all members, since the genesis."""
-        return self._chain.weight
+        return self._chain.tokens
 
     @property
     def reached(self) -> tuple[int, str]:
@@ -217,6 +218,10 @@ def keep_initial_state(spec: RunSpec, genesis: Genesis, state: ModelState, home:
     return True
 
 
+# Until there are commands to admit with: whoever comes contributes, and votes after its first committed one.
+OPEN = Charter(admission="open", voice="tokens", open_share=SHARE - 1, open_votes_after=1)
+
+
 def found_run(
     spec: RunSpec, founder: str, state: ModelState, home: Home, store: Store, crypto: Crypto
 ) -> LoadedStore:
@@ -227,7 +232,8 @@ def found_run(
     """
     text = spec.canonical().decode()
     digest = state.digest()
-    genesis = found(text, founder, digest, state.schema, state.n, secrets.token_hex(16), crypto)
+    nonce = secrets.token_hex(16)
+    genesis = found(text, founder, digest, state.schema, state.n, nonce, crypto, OPEN)
     state.head = genesis.run_id
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()

@@ -317,7 +317,7 @@ class Reporter:
     def committed(self, record: Record, tokens: int) -> None:
         """A record that is on disk now; behind the chain up to it are so many tokens."""
         body, training = record.body, self.training
-        weight = sum(m.weight for m in body.members)
+        trained = sum(m.tokens for m in body.members)
         contributors = sum(m.weight > 0 for m in body.members)
         figures = body.agreement.shares()
         self.metrics.set_agreement(figures)
@@ -325,7 +325,7 @@ class Reporter:
             "epoch=%d": body.epoch,
             "head=%s": record.head[:12],
             "contributions=%d": contributors,
-            "weight=%d": weight,
+            "tokens=%d": trained,
         }
         if contributors > 1:
             told |= {f"{figure}=%.3f": share for figure, share in figures.items()}

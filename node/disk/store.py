@@ -391,7 +391,7 @@ def _vote_to_dict(vote: Vote) -> dict[str, Any]:
         "accepted_ballot": vote.accepted_ballot,
         "accepted": None if vote.accepted is None else body_to_dict(vote.accepted),
         "life": vote.life,
-        "weight": vote.weight,
+        "standing": list(vote.standing),
     }
 
 
@@ -400,12 +400,14 @@ def _vote_from_dict(raw: Any) -> Vote:
     strict.table(raw, [field.name for field in dataclasses.fields(Vote)], "a vote")
     strict.hexadecimal(raw["head"], (64,), "head")
     strict.hexadecimal(raw["life"], (0, 32), "life")
-    for name in ("epoch", "promised", "accepted_ballot", "weight"):
+    three = strict.sequence(raw["standing"], 3, "standing", 3)
+    standing = [strict.integer(number, 0, 2**63, "standing") for number in three]
+    for name in ("epoch", "promised", "accepted_ballot"):
         strict.integer(raw[name], -1, 2**63, name)
     accepted = None if raw["accepted"] is None else body_from_dict(raw["accepted"])
     if (accepted is None) != (raw["accepted_ballot"] == -1):
         raise ValueError("an accepted body and its ballot go together")
-    return Vote(**{**raw, "accepted": accepted})
+    return Vote(**{**raw, "accepted": accepted, "standing": tuple(standing)})
 
 
 def read_update_file(path: Path) -> tuple[UpdateHeader, list[Tensor]]:

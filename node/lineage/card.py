@@ -44,12 +44,12 @@ class Lineage:
 
 
 def members_of(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
-    """Who contributed, with the weights summed; heaviest first, then by peer id."""
+    """Who contributed, with their tokens summed; heaviest first, then by peer id."""
     weights: dict[str, int] = {}
     for record in records:
         for member in record.body.members:
             if member.weight:
-                weights[member.peer] = weights.get(member.peer, 0) + member.weight
+                weights[member.peer] = weights.get(member.peer, 0) + member.tokens
     return tuple(sorted(weights.items(), key=lambda pair: (-pair[1], pair[0])))
 
 

@@ -1,8 +1,8 @@
 """The records of a run, one after the other: each checked against the one before, and nothing else kept.
 
-`Follower` holds what it takes to judge the next record (the head, the electorate), so a chain of any length
-is verified in the memory of one record. Reading touches no file: unlike disk/store.py it cuts no torn line
-off, because a proof must not mend what it looks at.
+`Follower` holds what it takes to judge the next record (its place: head, electorate, members), so
+a chain of any length is verified in the memory of one record. Reading touches no file: unlike disk/store.py
+it cuts no torn line off, because a proof must not mend what it looks at.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from tapestry.node.protocol.chain import (
     Crypto,
     Genesis,
     InvalidRecord,
+    Place,
     Record,
     canonical,
     check_record,
-    exceeds_influence,
     genesis_from_dict,
+    genesis_place,
     genesis_to_dict,
+    next_place,
     record_from_dict,
     record_to_dict,
 )
@@ -48,29 +50,33 @@ class Follower:
     genesis: Genesis
     spec: RunSpec
     crypto: Crypto
-    epoch: int
-    head: str
-    electorate: tuple[str, ...]
+    at: Place
+
+    @property
+    def epoch(self) -> int:
+        return self.at.epoch
+
+    @property
+    def head(self) -> str:
+        return self.at.head
+
+    @property
+    def electorate(self) -> tuple[str, ...]:
+        """Who decides the next record."""
+        return self.at.electorate
 
     @classmethod
     def start(cls, genesis: Genesis, spec: RunSpec, crypto: Crypto) -> Follower:
         """At epoch 0."""
-        return cls(genesis, spec, crypto, 0, genesis.run_id, (genesis.founder,))
+        return cls(genesis, spec, crypto, genesis_place(genesis))
 
     def take(self, record: Record) -> None:
-        """Link, electorate, signatures and weights, as a member judges them. Raises InvalidRecord."""
-        body = record.body
-        if body.epoch != self.epoch + 1:
-            raise InvalidRecord("unlinked", f"record {body.epoch} at epoch {self.epoch}")
-        if body.run_id != self.genesis.run_id:
-            raise InvalidRecord("foreign", "a record of another run")
+        """Link, electorate, signatures, voices and changes, as a member judges them. Raises InvalidRecord."""
+        body, rules = record.body, self.spec.round
         if self.epoch == 0 and body.state_digest != self.genesis.state_digest:
             raise InvalidRecord("genesis", "record 1 follows another state than that of the genesis")
-        check_record(record, self.head, self.electorate, self.crypto)
-        if exceeds_influence([m.weight for m in body.members], self.spec.round.max_influence):
-            raise InvalidRecord("influence", f"record {body.epoch}: a weight above max_influence")
-        self.epoch, self.head = body.epoch, record.head
-        self.electorate = tuple(member.peer for member in body.members)
+        check_record(record, self.at, self.crypto, rules.max_influence, rules.on_quorum_loss)
+        self.at = next_place(self.at, record)
 
 
 def read_genesis(path: Path, crypto: Crypto) -> tuple[Genesis, RunSpec]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from tapestry.node.net.wire import RemoteProtocolError, unpack
-from tapestry.node.protocol import chain, strict
+from tapestry.node.protocol import chain, members, strict
 from tapestry.node.protocol.agreement import (
     ShardSums,
     agreement_from,
@@ -30,6 +30,7 @@ from tapestry.node.protocol.messages import (
     WAITING_MAX,
     Accept,
     Call,
+    Changes,
     Closing,
     Commit,
     Control,
@@ -176,12 +177,24 @@ def _encode_optional_body(body: chain.Body | None) -> Any:
     return None if body is None else chain.body_to_dict(body)
 
 
-def _encode_members(members: tuple[chain.Member, ...]) -> list[list[Any]]:
-    return [chain.member_to_list(m) for m in members]
+def _encode_members(named: tuple[chain.Member, ...]) -> list[list[Any]]:
+    return [chain.member_to_list(m) for m in named]
 
 
 def _encode_records(records: tuple[chain.Record, ...]) -> list[dict[str, Any]]:
     return [chain.record_to_dict(r) for r in records]
+
+
+def _changes(value: Any, what: str) -> tuple[members.Change, ...]:
+    return chain.changes_from(value)
+
+
+def _behind(value: Any, what: str) -> chain.Behind | None:
+    return chain.behind_from(value)
+
+
+def _encode_changes(changes: tuple[members.Change, ...]) -> list[list[Any]]:
+    return [members.change_to_list(c) for c in changes]
 
 
 _EPOCH = _integer(0, EPOCH_MAX)
@@ -230,6 +243,8 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "state_digest": (_same, _hex(64)),
         "members": (_encode_members, _tuple_of(_member, MEMBERS_MAX)),
         "reducers": (_same, _tuple_of(_integer(0, MEMBERS_MAX), SHARDS_MAX)),
+        "changes": (_encode_changes, _changes),
+        "behind": (chain.behind_to_list, _behind),
     },
     Propose: {
         "epoch": (_same, _EPOCH),
@@ -257,6 +272,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     },
     GetRecords: {"known": (_same, _tuple_of(_known, LOCATOR_MAX))},
     Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_any, RECORDS_MAX))},
+    Changes: {"changes": (_encode_changes, _changes)},
     Shard: {"epoch": (_same, _EPOCH), "contribution": (_same, _hex(32)), "shard": (_same, _SHARD)},
     Result: {
         "epoch": (_same, _EPOCH),

@@ -6,9 +6,11 @@ what it promised or accepted is on disk before anybody hears of it, and that no 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, accept_message, head_of
-from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote, Vote
+from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -47,7 +49,7 @@ class Acceptor:
 
     def _write(self, promised: int, accepted_ballot: int, accepted: Body | None) -> None:
         state, vote = self.state, self.state.vote
-        state.vote = Vote(vote.epoch, vote.head, promised, accepted_ballot, accepted, vote.life, vote.weight)
+        state.vote = replace(vote, promised=promised, accepted_ballot=accepted_ballot, accepted=accepted)
         self.ctx.emit(PersistVote(state.vote))
 
     def send_ready(self, now: float) -> None:
@@ -178,4 +180,6 @@ def body_of(state: RoundState, roster: Roster, result: str, agreement: Agreement
         result=result,
         forced=roster.forced,
         agreement=agreement,
+        changes=roster.changes,
+        behind=roster.behind,
     )

@@ -11,7 +11,9 @@ from typing import Literal
 
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
+from tapestry.node.protocol.members import Roll
 from tapestry.node.protocol.messages import Control, Stage, Status
+from tapestry.node.protocol.proposals import Proposals
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Rules:
     closing_grace_s: float = 2.0
     stall_s: float = 5.0
     quorum_loss_s: float = 30.0
-    on_quorum_loss: Literal["continue", "wait"] = "continue"
+    on_quorum_loss: Literal["auto", "continue", "wait"] = "continue"
     min_members: int = 1
     max_influence: float = 1.0
     commit_grace_s: float = 1.0
@@ -52,6 +54,7 @@ class PeerView:
 
 
 CLOSE_BEHIND = 8  # epochs. Guess: what is decided in a few round trips, where epochs are short
+MISSED_PATIENCE = 8  # rounds in a row that a peer may miss before it is waited for in some only. Guess
 BEHIND_PATIENCE = 4  # rounds in a row that a peer may be too late for before it is waited for. Guess
 UPDATES_MAX = 4096  # heads remembered as being in the update log; a forgotten one is fetched again. G7
 
@@ -61,10 +64,12 @@ class Context:
     me: str
     rules: Rules
     crypto: Crypto
+    roll: Roll  # of our newest record
+    proposals: Proposals
     peers: dict[str, PeerView] = field(default_factory=dict)
     out: list[Output] = field(default_factory=list)
     updates: dict[str, None] = field(default_factory=dict)  # heads whose update lies in the update log
-    behind: dict[str, int] = field(default_factory=dict)  # rounds in a row that a peer was too late for
+    missed: dict[str, int] = field(default_factory=dict)  # peer -> rounds since its last contribution
 
     def emit(self, output: Output) -> None:
         self.out.append(output)
@@ -73,7 +78,9 @@ class Context:
         self.out.append(Send(peer, message))
 
     def broadcast(self, message: Control) -> None:
-        peers = tuple(peer for peer, view in self.peers.items() if view.up)
+        """To those who belong to the run: a stranger hears nothing of us."""
+        may = self.roll.may_contribute
+        peers = tuple(peer for peer, view in self.peers.items() if view.up and may(peer))
         if peers:
             self.out.append(Broadcast(peers, message))
 
@@ -97,8 +104,15 @@ class Context:
 
     def unheard(self, electorate: tuple[str, ...], now: float) -> tuple[str, ...]:
         """The electors that we do not hear, and whoever else is silent although its link stands."""
-        others = [p for p, view in self.peers.items() if view.up and p not in electorate]
+        may = self.roll.may_contribute
+        others = [p for p, view in self.peers.items() if view.up and p not in electorate and may(p)]
         return tuple(p for p in [*electorate, *others] if not self.heard(p, now))[:MEMBERS_MAX]
+
+    def deserves(self, peer: str) -> bool:
+        """Whether a round waits for it. Who has missed many rounds in a row is waited for in the 8th,
+        16th and so on: whoever never delivers costs the others less and less."""
+        missed = self.missed.get(peer, 0)
+        return missed < MISSED_PATIENCE or missed.bit_count() == 1
 
     def leaving(self, peer: str) -> bool:
         """Its last word was that it is not at any head."""
@@ -116,20 +130,28 @@ class Context:
             and self.heard(peer, now)
         )
 
-    def count_behind(self, epoch: int, contributors: Container[str]) -> None:
-        """A round from state `epoch` was decided: who followed it closely, and was not in it."""
-        close = [p for p, view in self.peers.items() if p not in contributors and _follows(view, epoch)]
-        self.behind = {p: self.behind.get(p, 0) + 1 for p in close}
+    def count_missed(self, epoch: int, head: str, contributors: Container[str], late: Container[str]) -> None:
+        """The round of `head` was decided: who held it up, or was not ready when it was over, is counted.
+
+        `late`: waited for by us, in vain. Who was ready and not seated missed nothing, and who was away
+        neither gains nor loses by it.
+        """
+        for peer, view in self.peers.items():
+            slow = _follows(view, epoch) and view.stage_at(epoch, head) < Stage.READY
+            if peer not in contributors and (slow or peer in late) and self.roll.may_contribute(peer):
+                self.missed[peer] = self.missed.get(peer, 0) + 1
+        for peer in [p for p in self.missed if p in contributors or p not in self.peers]:
+            del self.missed[peer]
 
     def awaited(self, epoch: int, now: float) -> list[str]:
         """Peers that have been too late for many rounds in a row, by little: where an epoch is as short as it
-        takes to get an update, they would be so for good. They are waited for in the 4th such round, the 8th,
-        the 16th and so on: whoever never comes costs the others less and less."""
+        takes to get an update, they would be so for good."""
         return [
             peer
-            for peer, rounds in self.behind.items()
-            if rounds >= BEHIND_PATIENCE
-            and rounds.bit_count() == 1
+            for peer, missed in self.missed.items()
+            if missed >= BEHIND_PATIENCE
+            and missed.bit_count() == 1
+            and self.roll.may_contribute(peer)
             and self.heard(peer, now)
             and _follows(self.peers[peer], epoch)
         ]
@@ -140,11 +162,12 @@ class Context:
         return view.stage_at(epoch, head) if view is not None else Stage.AWAY
 
     def live_at(self, epoch: int, head: str, now: float) -> list[str]:
-        """Other peers heard of late, at this head and taking part."""
+        """Other peers that may contribute, heard of late, at this head and taking part."""
+        may = self.roll.may_contribute
         return [
             peer
             for peer, view in self.peers.items()
-            if self._heard(view, now) and view.stage_at(epoch, head) != Stage.AWAY
+            if self._heard(view, now) and view.stage_at(epoch, head) != Stage.AWAY and may(peer)
         ]
 
 

@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip
+from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip, behind_of, next_place
 from tapestry.node.protocol.context import Context, PeerView, Rules
 from tapestry.node.protocol.events import (
     Applied,
     BulkProgress,
+    ChangeAsked,
     Contributed,
     EndRound,
     FetchFailed,
     Input,
     Moved,
+    Note,
     Output,
     PeerDown,
     PeerRefused,
@@ -37,9 +39,11 @@ from tapestry.node.protocol.events import (
     UpdateFetched,
     Vote,
 )
+from tapestry.node.protocol.members import CHANGES_MAX, Change, change_message
 from tapestry.node.protocol.messages import (
     Accept,
     Call,
+    Changes,
     Closing,
     Commit,
     GetRecords,
@@ -54,10 +58,12 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
 
+CHANGES_AGAIN = 5  # heartbeats after which what is pending is told again, for it may have been lost
 NOTHING: Final[tuple[Output, ...]] = ()
 
 
@@ -77,7 +83,8 @@ class Core:
     """Deterministic: the same inputs at the same times give the same outputs."""
 
     def __init__(self, me: str, rules: Rules, crypto: Crypto, restored: Restored, now: float) -> None:
-        self.ctx = Context(me, rules, crypto, updates=dict.fromkeys(restored.updates))
+        updates = dict.fromkeys(restored.updates)
+        self.ctx = Context(me, rules, crypto, restored.chain.roll, Proposals(), updates=updates)
         self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
         self.vote = restored.vote
         # Any READY leaves a vote on the disk: a disk without one has never promised anything.
@@ -90,6 +97,7 @@ class Core:
         self.told: tuple[object, ...] = ()  # the news that was sent last
         self.shown: Moved | None = None  # what people were shown last
         self.heartbeat_at = now
+        self.changes_at = now
 
     # --- questions -----------------------------------------------------------------------------
 
@@ -189,18 +197,22 @@ class Core:
             self.told = news
             self.heartbeat_at = now + self.ctx.rules.heartbeat_s
             self.ctx.broadcast(self._status())
+            if self.ctx.proposals.pending and now >= self.changes_at:
+                self.changes_at = now + CHANGES_AGAIN * self.ctx.rules.heartbeat_s
+                self._tell_changes(list(self.ctx.proposals.pending.values()))
 
     # --- rounds --------------------------------------------------------------------------------
 
     def _begin_round(self, now: float) -> None:
         if self._stands_by():
             return
-        epoch, (weight, head) = self.chain.epoch, self.chain.tip
+        chain, at = self.chain, self.chain.place
+        epoch, head, tip = at.epoch, at.head, at.tip
         vote = self.vote
         if vote is None or vote.head != head:
-            vote = Vote(epoch, head, -1, -1, None, self.life, weight)
-        electorate = self.chain.electorate_at(epoch)
-        self.round = Round(self.ctx, epoch, head, self.sync.state_digest, electorate, vote, now)
+            vote = Vote(epoch, head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since))
+        behind = behind_of(at, chain.records[-1] if epoch else None)
+        self.round = Round(self.ctx, at, behind, self.sync.state_digest, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
             self._train(self.round)
@@ -234,7 +246,8 @@ class Core:
                 outcome = Outcome.FORCED
         self.vote = None
         if record is not None:
-            self.ctx.count_behind(round_.epoch, {m.peer for m in record.body.members if m.weight})
+            contributors = {m.peer for m in record.body.members if m.weight}
+            self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
         self.round = None
 
@@ -248,7 +261,14 @@ class Core:
 
         The others decide that round, and our vote counts again in a later one.
         """
-        if self.vote is not None and Tip(self.vote.weight, self.vote.head).beats(self.chain.tip):
+        if not self.ctx.roll.may_contribute(self.ctx.me):
+            why = self.ctx.roll.removed.get(self.ctx.me)
+            return (
+                "not a member of this run"
+                if why is None
+                else f"removed from this run: {why or 'no reason given'}"
+            )
+        if self.vote is not None and Tip(*self.vote.standing, self.vote.head).beats(self.chain.tip):
             # We only move to a tip that beats our own, so that this one is from before the one we voted at.
             return "our disk lost records: no vote before we have them again"
         if self._forgot_votes():
@@ -274,14 +294,16 @@ class Core:
         view.up = True
         view.heard_at = now
         self.sync.asked_at.pop(inp.peer, None)  # what was asked over the link before is lost
-        if self.told:  # else all are about to hear
+        if self.told and self.ctx.roll.may_contribute(inp.peer):  # else all are about to hear
             self.ctx.send(inp.peer, self._status())
+            if self.ctx.proposals.pending:
+                self.changes_at = now  # with the next heartbeat
 
     def _forget_one_down(self) -> bool:
         for peer, view in self.ctx.peers.items():
             if not view.up:
                 del self.ctx.peers[peer]
-                self.ctx.behind.pop(peer, None)
+                self.ctx.missed.pop(peer, None)
                 self.sync.forget(peer)
                 if self.round is not None:
                     self.round.forget_stranger(peer)
@@ -353,6 +375,22 @@ class Core:
             self._end_round(None)
         self.stopping = True
 
+    def handle_change_asked(self, inp: ChangeAsked, now: float) -> None:
+        """A change that our operator asks for, or that an applicant brings."""
+        ctx, change = self.ctx, inp.change
+        if inp.sign:
+            message = change_message(ctx.roll.run_id, change)
+            change = change.signed(ctx.me, ctx.crypto.sign(message))
+        fault = ctx.proposals.add(ctx.roll, self.chain.epoch + 1, change, ctx.crypto)
+        if fault is not None:
+            ctx.emit(Note(f"change={change.kind} peer={change.peer} refused={fault}"))
+        else:
+            self._tell_changes([ctx.proposals.known(ctx.roll, change)])
+
+    def _tell_changes(self, pending: Sequence[Change]) -> None:
+        for at in range(0, len(pending), CHANGES_MAX):
+            self.ctx.broadcast(Changes(tuple(pending[at : at + CHANGES_MAX])))
+
     # --- the network ---------------------------------------------------------------------------
 
     def handle_received(self, inp: Received, now: float) -> None:
@@ -392,6 +430,8 @@ class Core:
         """Returns why the message was refused, in a word; None if it was heard or is merely old."""
         if isinstance(message, Status):
             return self.on_status(peer, view, message, now)
+        if not self.ctx.roll.may_contribute(peer):
+            return self._on_strangers(peer, message, now)
         if isinstance(message, Commit):
             return self.on_commit(peer, message.record, now)
         if isinstance(message, GetRecords):
@@ -399,6 +439,8 @@ class Core:
             return None
         if isinstance(message, Records):
             return self.on_records(peer, message, now)
+        if isinstance(message, Changes):
+            return self.on_changes(message)
         round_ = self.round
         if round_ is None or message.epoch != round_.epoch:
             return None
@@ -425,6 +467,29 @@ class Core:
             return round_.on_call(peer, message, now)
         assert isinstance(message, Closing)
         return round_.on_closing(peer, message)
+
+    def _on_strangers(self, peer: str, message: Message, now: float) -> str | None:
+        """Who is no member says nothing that counts. Records prove themselves, and it may have become one
+        since our newest: what we asked it for is heard."""
+        if isinstance(message, Records) and peer in self.sync.asked_at:
+            return self.on_records(peer, message, now)
+        return "not_member"
+
+    def on_changes(self, message: Changes) -> str | None:
+        """What members know of changes; passed on when there is news in it."""
+        ctx, epoch = self.ctx, self.chain.epoch + 1
+        news: list[Change] = []
+        fault = None
+        for change in message.changes:
+            if ctx.proposals.knows(ctx.roll, change):
+                continue
+            why = ctx.proposals.add(ctx.roll, epoch, change, ctx.crypto)
+            if why is None:
+                news.append(ctx.proposals.known(ctx.roll, change))
+            if why not in (None, "done", "void", "member", "no_member"):  # else it is merely late
+                fault = why
+        self._tell_changes(news)
+        return fault
 
     def _on_data(self, peer: str, round_: Round, message: Need | Shard | Result, now: float) -> str | None:
         if isinstance(message, Need):
@@ -461,6 +526,8 @@ class Core:
             self.sync.check_next(record)
         except InvalidRecord as e:
             return e.reason
+        if body.forced and self.sync.holds_back(next_place(self.chain.place, record), now):
+            return None
         self._append(record)
         return None
 
@@ -514,5 +581,6 @@ _HANDLERS: Final[dict[type, Callable[[Core, Any, float], None]]] = {
     Applied: Core.handle_applied,
     UpdateFetched: Core.handle_update_fetched,
     FetchFailed: Core.handle_fetch_failed,
+    ChangeAsked: Core.handle_change_asked,
     Stopping: Core.handle_stopping,
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.chain import Body, Record
+from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
 
 # --- inputs -----------------------------------------------------------------------------------------
@@ -114,6 +115,17 @@ class Stopping:
     """This node leaves: tell the others, so that nobody waits for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChangeAsked:
+    """Whoever runs this node, or an applicant with an invitation, asks for a change of the roll.
+
+    `sign`: with this node's signature. One that is known already gets it too: that is how it is approved.
+    """
+
+    change: Change
+    sign: bool = True
+
+
 Input = (
     PeerUp
     | PeerDown
@@ -127,6 +139,7 @@ Input = (
     | Applied
     | UpdateFetched
     | FetchFailed
+    | ChangeAsked
     | Stopping
 )
 
@@ -147,7 +160,7 @@ class Vote:
     accepted_ballot: int  # -1: none
     accepted: Body | None
     life: str = ""
-    weight: int = 0  # committed up to `head`: where this round is among all that we could be in, as a Tip
+    standing: tuple[int, int, int] = (0, 0, 0)  # of `head`, as in Tip: where this round is among all others
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ import math
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
 from tapestry.node.protocol.blame import culprit
-from tapestry.node.protocol.chain import Body, Member, Record, capped_weights, head_of, quorum
+from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
+from tapestry.node.protocol.members import voice_weights
 from tapestry.node.protocol.messages import WAITING_MAX, Accept, Call, Closing, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
@@ -33,6 +34,7 @@ class Leader:
         self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
         self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
         self.closing_sent = False
+        self.late: dict[str, None] = {}  # waited for in vain, when a roster was sent
 
     # --- ballots of ours -----------------------------------------------------------------------
 
@@ -151,8 +153,10 @@ class Leader:
         return max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted if told else None
 
     def _contributors(self, now: float) -> list[str]:
-        ready, heard = self.state.ready, self.ctx.heard
-        return sorted(p for p, r in ready.items() if r.weight and p not in self.excluded and heard(p, now))
+        """Nobody, where not one of them is a member: newcomers of an open run weigh nothing alone."""
+        ready, heard, members = self.state.ready, self.ctx.heard, self.state.at.roll.members
+        able = sorted(p for p, r in ready.items() if r.weight and p not in self.excluded and heard(p, now))
+        return able if any(p in members for p in able) else []
 
     def _pardon(self, now: float) -> None:
         """Where too many were left out to make a round, start over with all of them."""
@@ -170,6 +174,7 @@ class Leader:
         state, ctx = self.state, self.ctx
         live = ctx.live_at(state.epoch, state.head, now)
         live += [p for p in state.electorate if ctx.on_the_way(p, state.epoch, now)]
+        live = [p for p in live if ctx.deserves(p)]
         live += [p for p in ctx.awaited(state.epoch, now) if p not in live]
         if state.stage < Stage.READY:
             live.append(ctx.me)
@@ -192,18 +197,23 @@ class Leader:
         """Who contributes, and the other electors as voters."""
         state, ctx = self.state, self.ctx
         self.acceptor.send_ready(now)  # again: whom we hear has changed since
+        self.late.update(dict.fromkeys(p for p in self._expected(now) if p not in state.ready))
         electors = {p for p in state.electorate if p in state.ready and ctx.heard(p, now)}
         seated, able = self._seat(electors, now)
-        peers = sorted(electors.union(seated))
-        wanted = [state.ready[p].weight if p in seated else 0 for p in peers]
-        weights = capped_weights(wanted, ctx.rules.max_influence)
         members = tuple(
-            Member(p, w, state.ready[p].contribution if w else "", state.ready[p].life)
-            for p, w in zip(peers, weights, strict=True)
+            [self._member(p, w) for p, w in self._weights(electors, seated) if w or p in electors]
         )
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
-            state.epoch, state.head, state.ballot, state.forced, state.state_digest, members, reducers
+            state.epoch,
+            state.head,
+            state.ballot,
+            state.forced,
+            state.state_digest,
+            members,
+            reducers,
+            ctx.proposals.ready(ctx.roll, state.epoch + 1, [m.peer for m in members], ctx.crypto),
+            state.behind,
         )
         why = check_roster(roster, state.electorate, ctx.rules.shard_count)
         if why is not None:
@@ -215,6 +225,20 @@ class Leader:
             if member.peer != ctx.me:
                 ctx.send(member.peer, roster)
         return roster
+
+    def _weights(self, electors: set[str], seated: list[str]) -> list[tuple[str, int]]:
+        """What everybody's contribution weighs, sorted by peer; 0 for electors that only vote."""
+        state, ctx = self.state, self.ctx
+        contributors = [(p, state.ready[p].weight) for p in sorted(seated)]
+        weights = voice_weights(state.at.roll, contributors, ctx.rules.max_influence)
+        weight_of = {p: w for (p, _), w in zip(contributors, weights)}  # noqa: B905
+        return [(p, weight_of.get(p, 0)) for p in sorted(electors.union(seated))]
+
+    def _member(self, peer: str, weight: int) -> Member:
+        ready = self.state.ready[peer]
+        if not weight:
+            return Member(peer, 0, "", ready.life)
+        return Member(peer, weight, ready.contribution, ready.life, ready.weight)
 
     def _seat(self, electors: set[str], now: float) -> tuple[list[str], list[str]]:
         """Who contributes and who averages: all, if those at odds are needed for min_members."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums
-from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.chain import Behind, Body, Member, Record
+from tapestry.node.protocol.members import Change
 
 Blob = object  # opaque to the core: a key of the shell's store, or a value in the simulator
 
@@ -93,6 +94,8 @@ class Roster:
     state_digest: str
     members: tuple[Member, ...]  # sorted by peer
     reducers: tuple[int, ...]  # shard index -> index in members
+    changes: tuple[Change, ...] = ()  # as in Body
+    behind: Behind | None = None  # as in Body
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,13 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of the roll that are not in a record yet, with the signatures that the sender knows of."""
+
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A contributor's encoded shard, on its way to the reducer. The contributor is the sender."""
 
@@ -173,5 +183,18 @@ class Result:
     sums: ShardSums
 
 
-Control = Status | Call | Ready | Closing | Roster | Propose | Accept | Commit | Need | GetRecords | Records
+Control = (
+    Status
+    | Call
+    | Ready
+    | Closing
+    | Roster
+    | Propose
+    | Accept
+    | Commit
+    | Need
+    | GetRecords
+    | Records
+    | Changes
+)
 Message = Control | Shard | Result

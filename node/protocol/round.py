@@ -24,7 +24,7 @@ exchange.py (the shards). They share round_state.py.
 from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
-from tapestry.node.protocol.chain import Record, accept_message, quorum
+from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import CloseTraining, Contributed, Note, Vote
 from tapestry.node.protocol.exchange import Exchange
@@ -49,18 +49,17 @@ class Round:
     def __init__(
         self,
         ctx: Context,
-        epoch: int,
-        head: str,
+        at: Place,
+        behind: Behind | None,
         state_digest: str,
-        electorate: tuple[str, ...],
         vote: Vote,
         now: float,
     ) -> None:
         self.ctx = ctx
-        self.epoch = epoch
-        self.head = head
-        self.electorate = electorate
-        self.state = RoundState(ctx, epoch, head, state_digest, electorate, vote, now)
+        self.epoch = at.epoch
+        self.head = at.head
+        self.electorate = at.electorate
+        self.state = RoundState(ctx, at, behind, state_digest, vote, now)
         self.acceptor = Acceptor(self.state)
         self.lead = Leader(self.state, self.acceptor)
         self.watch = Watch(self.state)
@@ -285,7 +284,7 @@ class Round:
             if state.speaks:
                 self.acceptor.send_ready(now)  # we restarted: say what we have now
             return None
-        if own is not None and mine.weight > own.weight:
+        if mine.weight and own is not None and mine.tokens != own.weight:
             return "weight"
         if roster.ballot > state.ballot:
             self.acceptor.enter(roster.ballot, now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from tapestry.node.protocol.chain import Body, Member, Record, leader_order
+from tapestry.node.protocol.chain import Behind, Body, Member, Place, Record, leader_order
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.exchange import Exchange
@@ -30,18 +30,19 @@ class RoundState:
     def __init__(
         self,
         ctx: Context,
-        epoch: int,
-        head: str,
+        at: Place,
+        behind: Behind | None,
         state_digest: str,
-        electorate: tuple[str, ...],
         vote: Vote,
         now: float,
     ) -> None:
         self.ctx = ctx
-        self.epoch = epoch
-        self.head = head
+        self.at = at
+        self.behind = behind  # what our record has to tell of the one before
+        self.epoch = epoch = at.epoch
+        self.head = head = at.head
         self.state_digest = state_digest
-        self.electorate = electorate
+        self.electorate = electorate = at.electorate
         self.order = leader_order(electorate, head, ctx.crypto)
         self.exchange = Exchange(ctx, epoch, head)
         self.vote = vote

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from tapestry.node.protocol.chain import (
     Chain,
     InvalidRecord,
+    Place,
     Record,
-    better,
     check_record,
-    exceeds_influence,
-    weight_of,
-    wire_bytes,
+    is_majority,
+    next_place,
+    record_bytes,
+    tokens_of,
 )
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import (
@@ -53,6 +54,7 @@ class Branch:
 
     common: int  # epoch of the last record that is ours too
     records: list[Record]
+    place: Place  # after the last of them
     grown_at: float
 
     def holds(self, message: Records) -> bool:
@@ -147,7 +149,24 @@ class Sync:
 
     def check_next(self, record: Record) -> None:
         """Whether `record` may be appended. Raises InvalidRecord."""
-        self._check((record,), self.chain.epoch, 0)
+        self._check((record,), self.chain.place)
+
+    def holds_back(self, place: Place, now: float) -> bool:
+        """Whether a side that is better only by what a smaller set made has to wait: we hear a quorum of our
+        own full electorate, at our head or on the way to it, and it is about to decide."""
+        ours = self.chain.place
+        if ours.standing.since or place.standing.full > ours.standing.full:
+            return False
+        here = [p for p in ours.electorate if p == self.ctx.me or self._comes_along(p, now)]
+        return is_majority(here, ours.electorate)
+
+    def _comes_along(self, peer: str, now: float) -> bool:
+        """Heard, and not on another side."""
+        view = self.ctx.peers.get(peer)
+        if view is None or not self.ctx.heard(peer, now):
+            return False
+        status = view.status
+        return status is None or self.chain.head_at(status.epoch) == status.head
 
     def on_get_records(self, peer: str, message: GetRecords) -> None:
         for epoch, head in message.known:
@@ -161,7 +180,7 @@ class Sync:
         left, count = self.ctx.rules.records_bytes_max, 0
         records = self.chain.after(epoch, RECORDS_MAX)
         for record in records:
-            left -= wire_bytes(len(record.body.members), len(record.signatures))
+            left -= record_bytes(record)
             if left < 0 and count:
                 break
             count += 1
@@ -198,7 +217,8 @@ class Sync:
             self.branches.pop(peer, None)
             return None
         try:
-            self._check(records, common, len(before))
+            start = self.chain.places[common] if branch is None or not before else branch.place
+            place = self._check(message.records, start)
         except InvalidRecord as e:
             self.ctx.refuse(peer, e.reason, str(e))
             self.branches.pop(peer, None)
@@ -208,7 +228,17 @@ class Sync:
         while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
             same += 1
         goes_on = self._goes_on(peer, records[-1].body.epoch)
-        if better(ours[same:], records[same:]):
+        if self._is_final(ours[same:], common + same):
+            self.ctx.refuse(
+                peer, "final", f"a fork before record {common + same + 1}, which a quorum has decided"
+            )
+            self.branches.pop(peer, None)
+            return None
+        if same < len(records) and place.tip.beats(self.chain.tip):
+            if self.holds_back(place, now):
+                self.branches.pop(peer, None)
+                self.asked_at[peer] = now  # it is asked again when that quorum has had its time
+                return []
             self.branches.clear()  # they are of forks from a chain that is ours no more
             added = self._switch(common + same, records[same:], ours[same:])
             self.ahead_since.pop(peer, None)
@@ -216,7 +246,7 @@ class Sync:
                 self.ask(peer, now)
             return added
         if goes_on and self._may_branch(peer, now):
-            self.branches[peer] = Branch(common, records, now)
+            self.branches[peer] = Branch(common, records, place, now)
             self.ask(peer, now)
         else:
             self.branches.pop(peer, None)
@@ -234,34 +264,49 @@ class Sync:
     def append(self, record: Record, newest: bool = True) -> None:
         """A record that the chain has checked."""
         self.chain.append(record)
+        self._note_members(record)
         self.ctx.emit(AppendRecord(record, newest))
 
-    def _check(self, records: Sequence[Record], common: int, checked: int) -> None:
-        for i, record in enumerate(records):
-            if i < checked:
-                continue
-            if record.body.epoch != common + i + 1 or record.body.run_id != self.chain.genesis.run_id:
-                raise InvalidRecord("unlinked", f"record {record.body.epoch} out of place")
-            if i:
-                before = records[i - 1]
-                head, electorate = before.head, tuple(m.peer for m in before.body.members)
-            else:
-                head, electorate = self.chain.head_at(common), self.chain.electorate_at(common)
-            if record.body.forced and self.ctx.rules.on_quorum_loss == "wait":
-                raise InvalidRecord("forced", f"record {record.body.epoch} is forced, in a run that waits")
-            if exceeds_influence([m.weight for m in record.body.members], self.ctx.rules.max_influence):
-                raise InvalidRecord("influence", f"record {record.body.epoch} weighs a member above the cap")
-            check_record(record, head, electorate, self.ctx.crypto)
+    def _note_members(self, record: Record) -> None:
+        """The roll that the others are judged by is that of our newest record."""
+        ctx, body = self.ctx, record.body
+        ctx.roll = self.chain.roll
+        for change in body.changes:
+            self.ctx.emit(
+                Note(f"epoch={body.epoch} change={change.kind} peer={change.peer} {change.value!r}")
+            )
+        if ctx.proposals.pending:
+            ctx.proposals.prune(ctx.roll, self.chain.epoch + 1, ctx.crypto)
+
+    def _check(self, records: Sequence[Record], at: Place) -> Place:
+        """Each against the place before it. Returns where they lead. Raises InvalidRecord."""
+        rules, crypto = self.ctx.rules, self.ctx.crypto
+        for record in records:
+            check_record(record, at, crypto, rules.max_influence, rules.on_quorum_loss)
+            at = next_place(at, record)
+        return at
+
+    def _is_final(self, ours: Sequence[Record], common: int) -> bool:
+        """Whether leaving `ours` would leave what a full electorate decided, in a run where that is for good.
+
+        Where three or more never go on without a quorum, no honest member can have signed another record: who
+        shows one has the keys of an old majority, and could make as long a past as it likes.
+        """
+        if self.ctx.rules.on_quorum_loss == "continue":
+            return False
+        return any(not self.chain.places[common + 1 + i].standing.since for i in range(len(ours)))
 
     def _switch(self, common: int, theirs: Sequence[Record], ours: Sequence[Record]) -> list[Record]:
         if ours:
             self.ctx.emit(
                 Note(
                     f"fork=left common_epoch={common} dropped_records={len(ours)} "
-                    f"dropped_weight={weight_of(ours)} gained_weight={weight_of(theirs)}"
+                    f"dropped_tokens={tokens_of(ours)} gained_tokens={tokens_of(theirs)}"
                 )
             )
             self.chain.switch(common, theirs)
+            for record in theirs:
+                self._note_members(record)
             self.lacks.clear()
             self.ctx.emit(SwitchChain(common, tuple(theirs)))
             if self.state_epoch > common or self.job:
@@ -411,7 +456,7 @@ class Sync:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""
         ahead = False
         for peer, view in self.ctx.peers.items():
-            if view.status is None or not self.ctx.heard(peer, now):
+            if view.status is None or not self.ctx.heard(peer, now) or not self.ctx.roll.may_contribute(peer):
                 continue  # to go and come back gains it no time
             if view.status.epoch <= self.chain.epoch:
                 self.ahead_since.pop(peer, None)
@@ -439,7 +484,9 @@ class Sync:
         return [
             peer
             for peer in sorted(self.ctx.peers)
-            if self.ctx.heard(peer, now) and now - self.failed_at.get(peer, -1e9) >= wait_s
+            if (self.ctx.roll.may_contribute(peer) or peer in self.ctx.roll.removed)
+            and self.ctx.heard(peer, now)
+            and now - self.failed_at.get(peer, -1e9) >= wait_s
         ]
 
     def _diverged(self, where: str) -> None:

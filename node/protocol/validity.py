@@ -5,10 +5,14 @@ Each function returns why a message is refused, in a word that counters use; Non
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Body, InvalidRecord, exceeds_influence, member_from, quorum
+from tapestry.node.protocol.acceptor import body_of
+from tapestry.node.protocol.agreement import ALIKE
+from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, waits
 from tapestry.node.protocol.exchange import check_roster
 from tapestry.node.protocol.messages import Ready, Roster
 from tapestry.node.protocol.round_state import RoundState
+
+NO_RESULT = "0" * 64  # of a roster: its mean is not known yet
 
 
 def ready_fault(state: RoundState, peer: str, ready: Ready) -> str | None:
@@ -18,7 +22,7 @@ def ready_fault(state: RoundState, peer: str, ready: Ready) -> str | None:
     if (ready.accepted is None) != (ready.accepted_ballot < 0) or ready.accepted_ballot > ready.ballot:
         return "malformed"
     try:
-        member_from((peer, ready.weight, ready.contribution, ready.life))
+        member_from((peer, ready.weight, ready.contribution, ready.life, ready.weight))
     except InvalidRecord as e:
         return e.reason
     return value_fault(state, ready.accepted) if ready.accepted is not None else None
@@ -26,23 +30,20 @@ def ready_fault(state: RoundState, peer: str, ready: Ready) -> str | None:
 
 def value_fault(state: RoundState, body: Body) -> str | None:
     """Why `body` cannot have been accepted in this round."""
-    if body.run_id != state.ctx.rules.run_id or body.epoch != state.epoch + 1 or body.prev != state.head:
-        return "unlinked"
     if body.forced:
         return "forced"
     if body.state_digest != state.state_digest:
         return "state_digest"
-    peers = {m.peer for m in body.members}
-    if sum(p in peers for p in state.electorate) < quorum(len(state.electorate)):
-        return "electorate"
-    if exceeds_influence([m.weight for m in body.members], state.ctx.rules.max_influence):
-        return "influence"
-    return None
+    return body_fault(body, state.at, state.ctx.rules.max_influence, state.ctx.crypto)
 
 
 def roster_fault(state: RoundState, roster: Roster) -> str | None:
+    """Why no record could be made of this roster."""
     if check_roster(roster, state.electorate, state.ctx.rules.shard_count) is not None:
         return "roster"
-    if exceeds_influence([m.weight for m in roster.members], state.ctx.rules.max_influence):
-        return "influence"
-    return "state_digest" if roster.state_digest != state.state_digest else None
+    if roster.state_digest != state.state_digest:
+        return "state_digest"
+    if roster.forced and waits(state.at, state.ctx.rules.on_quorum_loss):
+        return "forced"
+    rules, crypto = state.ctx.rules, state.ctx.crypto
+    return body_fault(body_of(state, roster, NO_RESULT, ALIKE), state.at, rules.max_influence, crypto)

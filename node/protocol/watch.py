@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from tapestry.node.protocol.chain import quorum
+from tapestry.node.protocol.chain import quorum, waits
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -75,7 +75,7 @@ class Watch:
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""
         state, rules = self.state, self.ctx.rules
-        if rules.on_quorum_loss != "continue" or state.forced or state.quorum_missed_at is None:
+        if waits(state.at, rules.on_quorum_loss) or state.forced or state.quorum_missed_at is None:
             return False
         if self.ctx.me not in state.electorate:
             return False
@@ -92,7 +92,7 @@ class Watch:
         """We follow a forced ballot only if we too have missed the quorum for a good while."""
         rules, lost_at = self.ctx.rules, self.state.quorum_missed_at
         return (
-            rules.on_quorum_loss == "continue"
+            not waits(self.state.at, rules.on_quorum_loss)
             and lost_at is not None
             and now - lost_at >= rules.quorum_loss_s / 2
         )

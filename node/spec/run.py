@@ -291,10 +291,10 @@ class RoundSpec:
         float, Between(1, 604_800), "After so long without a quorum, on_quorum_loss decides."
     ] = 30.0
     on_quorum_loss: Annotated[
-        Literal["continue", "wait"],
-        "continue: the survivors go on alone, and the chain with more work wins when they meet again. "
-        "wait: they stand still.",
-    ] = "continue"
+        Literal["auto", "wait", "continue"],
+        "wait: the rest stands still. continue: the survivors go on alone, and when they meet again, what a "
+        "majority of the last full electorate signed wins. auto: wait where three or more decide.",
+    ] = "auto"
     min_members: Annotated[int, Between(1, 10_000), "No round starts with fewer contributions."] = 1
     max_influence: Annotated[
         float, Between(0, 1, above=True), "Largest share of the total weight that one member may have."
@@ -328,7 +328,7 @@ def _checked(spec: RunSpec) -> RunSpec:
             "must not be larger"
         )
     members = min(spec.limits.max_peers, MEMBERS_MAX)
-    record_bytes = wire_bytes(members, 2 * members)  # signed by the electorate before as well
+    record_bytes = wire_bytes(members, 3 * members)  # by the electorate before as well, and `behind`
     if spec.limits.max_control_frame_bytes < record_bytes:
         raise TableError(
             f"limits.max_control_frame_bytes: {spec.limits.max_control_frame_bytes} with limits.max_peers = "

@@ -284,7 +284,10 @@ def _home(folder: Path, model: ModelSpec) -> Made:
     codec, shards = state.arithmetic.codec, state.arithmetic.shards
     payloads = [codec.encode(torch.randn(shard.n, generator=rng) * 0.05) for shard in shards]
     members = tuple(
-        sorted([Member(identity.peer_id, 300, "c0" * 16), Member("zzz", 100, "c1" * 16)], key=_peer)
+        sorted(
+            [Member(identity.peer_id, 300, "c0" * 16, "", 300), Member("zzz", 100, "c1" * 16, "", 100)],
+            key=_peer,
+        )
     )
     body = Body(genesis.run_id, 1, chain.head, digest, members, result_digest(payloads))
     record = Record(body, head_of(body, crypto), 0, ())

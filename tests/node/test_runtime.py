@@ -444,14 +444,14 @@ def test_a_commit_says_how_far_contributions_agree_where_there_are_several(monke
             points.append(point)
 
     metrics = Metrics("0")
-    members = tuple(chain.Member(f"p{index}", 5, "ab" * 16) for index in range(contributors))
+    members = tuple(chain.Member(f"p{index}", 9, "ab" * 16, "", 5) for index in range(contributors))
     agreement = Agreement(707_107, 750_000, 500_000)
     body = chain.Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
     Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(
         chain.Record(body, RUN, 0, ()), tokens=5
     )
     assert told == [
-        f"committed epoch=4 head={RUN[:12]} contributions={contributors} weight={5 * contributors}{said}"
+        f"committed epoch=4 head={RUN[:12]} contributions={contributors} tokens={5 * contributors}{said}"
     ]
     assert points[0]["agreement/norm_kept"] == 0.5 and points[0]["agreement/sign"] == 0.75
     assert b'tapestry_agreement{figure="norm_kept"} 0.5' in metrics.render()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tapestry.node.net.links import HEADER_BYTES_MAX
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import RemoteProtocolError
-from tapestry.node.protocol import chain, messages
+from tapestry.node.protocol import chain, members, messages
 from tapestry.node.protocol.agreement import COUNT_MAX, SUM_MAX, Agreement, ShardSums
 
 HEAD = "ab" * 32
@@ -29,10 +29,13 @@ class FakeCrypto:
 
 
 CRYPTO = FakeCrypto()
+PEER = f"12D3KooW{7:044}"
 READER = Reader(CRYPTO)
 SUMS = ShardSums((4.0, 0.5), 1.0, (2.0, 0.25), (-1.0, 1e-9), 0.5, 7, 2)
-MEMBERS = (chain.Member("a", 5, TOKEN), chain.Member("b", 0, ""))
-BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD)
+MEMBERS = (chain.Member("a", 5, TOKEN, "", 7), chain.Member("b", 0, ""))
+CHANGE = members.Change("admit", "c", "Carla", 70, "cd" * 16, (("a", "00"),))
+BEHIND = chain.Behind(1, (("a", "00"),))
+BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD, changes=(CHANGE,), behind=BEHIND)
 RECORD = chain.Record(BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")))
 
 CONTROL = [
@@ -41,13 +44,14 @@ CONTROL = [
     messages.Ready(6, HEAD, 2, False, HEAD, TOKEN, 12, 1.5, 1, BODY),
     messages.Ready(6, HEAD, 2, False, HEAD, "", 0, 0.0, -1, None),
     messages.Closing(6, HEAD, 2),
-    messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1)),
+    messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1), (CHANGE,), BEHIND),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
     messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),
     messages.Records(6, (RECORD,)),
+    messages.Changes((CHANGE,)),
 ]
 DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, HEAD, 1, 2, "digest", "blob", SUMS)]
 
@@ -111,15 +115,29 @@ def test_random_values_in_a_known_message_never_crash(value):
             assert error.reason
 
 
-@pytest.mark.parametrize(("members", "signers"), [(1, 1), (4, 3), (64, 64), (64, 128), (1024, 1024)])
-def test_no_record_is_longer_on_the_wire_than_is_reckoned(members, signers):
-    peers = [f"12D3KooW{i:044}" for i in range(max(members, signers))]
-    named = tuple(chain.Member(p, chain.WEIGHT_MAX, TOKEN, TOKEN) for p in peers[:members])
+@pytest.mark.parametrize(("count", "signers"), [(1, 1), (4, 3), (64, 64), (64, 128), (1024, 1024)])
+def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers):
+    peers = [f"12D3KooW{i:044}" for i in range(max(count, signers))]
+    most = chain.WEIGHT_MAX
+    named = tuple(chain.Member(p, most, TOKEN, TOKEN, most) for p in peers[:count])
     body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
     signatures = tuple((p, "ef" * 64) for p in peers[:signers])
     record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
     header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
-    assert 0.8 * chain.wire_bytes(members, signers) < len(header) <= chain.wire_bytes(members, signers)
+    reckoned = chain.wire_bytes(count, signers, 0)
+    assert 0.8 * reckoned < len(header) <= reckoned
+
+
+@pytest.mark.parametrize("signers", [0, 1, 64])
+def test_no_change_is_longer_on_the_wire_than_is_reckoned(signers):
+    peers = [f"12D3KooW{i:044}" for i in range(signers)]
+    pairs = tuple((p, "ef" * 64) for p in peers)
+    long = members.Change("admit", PEER, "\u4e2d" * 256, chain.EPOCH_MAX, TOKEN, pairs)
+    for packed in (
+        msgpack.packb(members.change_to_list(long)),
+        chain.canonical(members.change_to_list(long)),
+    ):
+        assert len(packed) <= members.change_bytes(long)
 
 
 def test_the_sums_of_the_most_contributors_fit_into_a_bulk_header():
@@ -137,8 +155,8 @@ def test_a_result_with_sums_that_are_none_is_refused():
 
 
 def test_unsorted_or_repeated_members_of_a_record_are_refused():
-    for members in ((MEMBERS[1], MEMBERS[0]), (MEMBERS[0], MEMBERS[0])):
-        record = dataclasses.replace(RECORD, body=dataclasses.replace(BODY, members=members))
+    for named in ((MEMBERS[1], MEMBERS[0]), (MEMBERS[0], MEMBERS[0])):
+        record = dataclasses.replace(RECORD, body=dataclasses.replace(BODY, members=named))
         with pytest.raises(RemoteProtocolError, match="sorted"):
             READER.control(encode_message(messages.Commit(record)))
 

@@ -89,8 +89,7 @@ class Faults:
 
 def electorate_of(node: Node) -> list[str]:
     """As its disk has it."""
-    records = node.disk.records
-    return [m.peer for m in records[-1].body.members] if records else [node.world.genesis.founder]
+    return list(node.world.invariants.electorate(node.disk.records))
 
 
 class Chaos:

@@ -7,6 +7,9 @@ G3 no silent fallback: a state advances only by the update that its record names
 mean: every shard scales each contribution down as `clipped` says, by the sizes of what was averaged. So 1e30
    counts for no more than 1.5 times the median, whoever reduced it and after whatever loss.
 G4/consensus: without forced records there is one record for an epoch after a head; a vote never goes back.
+G8 members decide: only members, by signed changes, are in a record, and only their signatures count; what a
+   majority of the last full electorate signed is left for nothing less.
+G9 voice is policy: what a contribution weighs follows from the roll.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from typing import TYPE_CHECKING, NoReturn
 from simulation.shell import NORM_MAX, Mean, size_of
 
 from tapestry.node.protocol.agreement import agreement
-from tapestry.node.protocol.chain import Body, Record, accept_message
+from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.members import UNIT, Charter, change_message
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 from tapestry.node.protocol.sync import BRANCHES_MAX
 
@@ -50,8 +54,9 @@ class Invariants:
         self.state_of: dict[str, str] = {}  # head -> state digest
         self.next_of: dict[str, str] = {}  # head -> head of the ordinary record after it
         self.table_max = 4 * world.rules.peers_max
-        self.weight_at = {world.genesis.run_id: 0}  # head -> all that was committed up to it
-        self.furthest: dict[str, tuple[int, str]] = {}  # node -> weight and head of the best it said READY at
+        self.at = {world.genesis.run_id: Ground.of_genesis(world.genesis)}  # head -> what is known there
+        # node -> standing and head of the best it said READY at
+        self.furthest: dict[str, tuple[tuple[int, int, int], str]] = {}
         self.promised: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it said READY in
         self.accepted: dict[tuple[str, str], int] = {}  # (node, head) -> highest ballot it wrote a vote in
         self.forgotten: set[tuple[str, str]] = (
@@ -103,15 +108,15 @@ class Invariants:
 
     def _on_ready(self, node: Node, ready: Ready) -> None:
         """What was once said is not forgotten, whatever becomes of the disk: by an elector, that is."""
-        if node.name not in self._electorate(node.disk.records):
+        if node.name not in self.electorate(node.disk.records):
             return
         key = (node.name, ready.head)
         if key in self.forgotten:
             self.fail(node, "consensus: it votes in a round in which it voted before its disk was lost")
-        tip = (self.weight_at[ready.head], ready.head)
-        weight, head = self.furthest.get(node.name, tip)
-        if tip[0] < weight or (tip[0] == weight and tip[1] > head):
-            self.fail(node, f"consensus: READY at {tip}, after one at {head[:8]} of weight {weight}")
+        tip = (self.at[ready.head].standing, ready.head)
+        standing, head = self.furthest.get(node.name, tip)
+        if tip[0] < standing or (tip[0] == standing and tip[1] > head):
+            self.fail(node, f"consensus: READY at {tip}, after one at {head[:8]} of {standing}")
         self.furthest[node.name] = tip
         if ready.ballot < self.promised.get(key, 0):
             self.fail(node, f"consensus: READY in ballot {ready.ballot}, {self.promised[key]} was promised")
@@ -129,12 +134,15 @@ class Invariants:
 
     def _on_accept(self, node: Node, head: str, ballot: int) -> None:
         key = (node.name, head)
-        if ballot < self.promised.get(key, 0) and node.name in self._electorate(node.disk.records):
+        if ballot < self.promised.get(key, 0) and node.name in self.electorate(node.disk.records):
             self.fail(node, f"consensus: ACCEPT in ballot {ballot}, {self.promised[key]} was promised")
 
     def on_record(self, node: Node, record: Record) -> None:
         body = record.body
-        self.weight_at[record.head] = self.weight_at[body.prev] + sum(m.weight for m in body.members)
+        ground = self.at[body.prev]
+        if record.head not in self.at:
+            self._check_members(node, record, ground)
+            self.at[record.head] = ground.after(body)
         self.world.furthest = max(self.world.furthest, body.epoch)
         if body.forced and self.world.rules.on_quorum_loss == "wait":
             self.fail(node, "policy: a forced record in a run that waits")
@@ -145,9 +153,7 @@ class Invariants:
             if known != record.head:
                 self.fail(node, f"consensus: two decisions after {body.prev[:8]}: epoch {body.epoch}")
         records = node.disk.records
-        electorate = (
-            [m.peer for m in records[-2].body.members] if len(records) > 1 else [self.world.genesis.founder]
-        )
+        electorate = ground.electorate
         if not body.forced:
             signed = {peer for peer, _ in record.signatures}
             if sum(p in signed for p in electorate) < majority(len(electorate)):
@@ -165,6 +171,32 @@ class Invariants:
         influence = self.world.rules.max_influence
         if influence * len(weights) > 1 and max(weights) > influence * sum(weights) + 1:
             self.fail(node, f"weight cap: {weights}")
+
+    def _check_members(self, node: Node, record: Record, ground: Ground) -> None:
+        """G8, G9: who is in a record, who signed its changes, and what everybody weighs."""
+        body, members = record.body, ground.members
+        strangers = [m for m in body.members if m.peer not in members]
+        if strangers and (
+            not ground.is_open or any(not m.weight or m.peer in ground.removed for m in strangers)
+        ):
+            self.fail(node, f"G8: record {body.epoch} names {strangers[0].peer}, who is no member")
+        if not {p for p, _ in record.signatures} <= {*(m.peer for m in body.members), *ground.electorate}:
+            self.fail(node, f"G8: record {body.epoch} bears a stranger's signature")
+        for change in body.changes:
+            message = change_message(self.world.genesis.run_id, change)
+            if not all(node.crypto.verify(p, s, message) for p, s in change.signatures):
+                self.fail(node, f"G8: record {body.epoch} bears a change with a false signature")
+            if not ground.allows(change.kind, change.peer, [p for p, _ in change.signatures]):
+                self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
+        if self.world.rules.max_influence < 1.0 or strangers:
+            share = sum(m.weight for m in strangers) / sum(m.weight for m in body.members)
+            if self.world.rules.max_influence == 1.0 and share > ground.open_share + 1e-5:
+                self.fail(node, f"G9: newcomers weigh {share:.3f}")
+            return
+        for m in body.members:
+            voice = {"equal": 1, "fixed": members[m.peer]}.get(ground.voice, 0)
+            if m.weight and m.weight != (voice * UNIT if voice else m.tokens):
+                self.fail(node, f"G9: {m.peer} weighs {m.weight}, its voice is {voice}, tokens {m.tokens}")
 
     def _contributions(self, record: Record) -> set[str]:
         body = record.body
@@ -232,17 +264,116 @@ class Invariants:
             self.fail(node, "a round that does not start from the head")
         if state is not node.checked:
             node.checked = state
-            if state.electorate != self._electorate(records):
+            if state.electorate != self.electorate(records):
                 self.fail(node, "an electorate changed without a record")
 
     def _on_fork_left(self, node: Node, common: int, ours: list[Record]) -> None:
-        """Section 5: more committed weight since the common record wins, ties by the lower head."""
+        """Section 5: what a majority of the last full electorate signed is left for nothing less; of islands,
+        voices, then length, then the lower head."""
         theirs = node.disk.records[common:]
-        weights = [sum(m.weight for r in side for m in r.body.members) for side in (ours, theirs)]
-        if weights[1] < weights[0] or (weights[1] == weights[0] and theirs[-1].head > ours[-1].head):
-            self.fail(node, f"fork choice: left {weights[0]} since epoch {common} for {weights[1]}")
+        left, taken = self.at[ours[-1].head].standing, self.at[theirs[-1].head].standing
+        if taken < left or (taken == left and theirs[-1].head > ours[-1].head):
+            self.fail(node, f"fork choice: left {left} since epoch {common} for {taken}")
 
-    def _electorate(self, records: list[Record]) -> tuple[str, ...]:
-        if not records:
-            return (self.world.genesis.founder,)
-        return tuple(m.peer for m in records[-1].body.members)
+    def electorate(self, records: list[Record]) -> tuple[str, ...]:
+        return self.at[records[-1].head if records else self.world.genesis.run_id].electorate
+
+
+class Ground:
+    """What is known at a record, by the checker's own arithmetic."""
+
+    def __init__(
+        self,
+        members: dict[str, int],  # peer -> voice of fixed shares
+        council: list[str],
+        electorate: tuple[str, ...],
+        charter: Charter,
+    ) -> None:
+        self.members = members
+        self.council = council
+        self.electorate = electorate
+        self.voice = charter.voice
+        self.rule = charter.admit_by
+        self.is_open = charter.admission == "open"
+        self.votes_after = charter.open_votes_after
+        self.open_share = charter.open_share / 10**6
+        self.counted: dict[str, int] = {}
+        self.removed: frozenset[str] = frozenset()
+        self.full, self.since = 0, 0
+        self.last = self  # the last one that a full electorate signed
+        self.behind: set[str] = set()
+
+    @classmethod
+    def of_genesis(cls, genesis: Genesis) -> Ground:
+        members = dict.fromkeys(genesis.founders, 1)
+        return cls(members, list(genesis.founders), (genesis.founder,), genesis.charter)
+
+    @property
+    def standing(self) -> tuple[int, int, int]:
+        last = self.last
+        voice = sum((last.members[p] if last.voice == "fixed" else 1) for p in self.behind)
+        return self.full, voice, self.since
+
+    def allows(self, kind: str, peer: str, signers: list[str]) -> bool:
+        if kind == "remove" and peer in signers:
+            return True
+        if self.rule == "majority":
+            return sum(p in self.members for p in signers) >= majority(len(self.members))
+        need = 1 if self.rule == "founder" else int(self.rule[8:].split("/")[0])
+        return sum(p in self.council for p in signers) >= min(need, len(self.council)) > 0
+
+    def after(self, body: Body) -> Ground:
+        new = self._copy()
+        for change in body.changes:
+            new._apply(change.kind, change.peer, change.value)
+        if self.is_open:
+            newcomers = [m.peer for m in body.members if m.weight and m.peer not in new.members]
+            new._count([p for p in newcomers if p not in new.removed])
+        new.electorate = tuple(m.peer for m in body.members if m.peer in new.members)
+        self._stand(new, body)
+        return new
+
+    def _copy(self) -> Ground:
+        """Without where it stands, which is told anew."""
+        new = Ground(dict(self.members), list(self.council), self.electorate, Charter(voice=self.voice))
+        new.rule, new.is_open, new.votes_after = self.rule, self.is_open, self.votes_after
+        new.open_share, new.counted, new.removed = self.open_share, dict(self.counted), self.removed
+        return new
+
+    def _apply(self, kind: str, peer: str, value: str) -> None:
+        if kind == "admit":
+            self.members[peer] = 1
+            self.removed = self.removed - {peer}
+            self.counted.pop(peer, None)
+        elif kind == "remove":
+            del self.members[peer]
+            self.removed = self.removed | {peer}
+            self.council = [p for p in self.council if p != peer]
+        elif kind == "rekey":
+            self.members[value] = self.members.pop(peer)
+            self.council = [value if p == peer else p for p in self.council]
+        elif kind == "voice":
+            self.members[peer] = int(value)
+        elif kind == "charter" and value.startswith("open_share "):
+            self.open_share = int(value[11:]) / 10**6
+
+    def _count(self, newcomers: list[str]) -> None:
+        for peer in newcomers:
+            self.counted[peer] = self.counted.get(peer, 0) + 1
+            if self.votes_after and self.counted[peer] >= self.votes_after:
+                self.members[peer] = 1
+                del self.counted[peer]
+
+    def _stand(self, new: Ground, body: Body) -> None:
+        last, behind, full, since = self.last, set(self.behind), self.full, self.since
+        told = {p for p, _ in body.behind.signatures} if body.behind is not None else set()
+        if sum(p in told for p in last.electorate) >= majority(len(last.electorate)):
+            last, behind, full, since = self, set(), full + 1, 0
+        else:
+            behind |= told
+        if not since and not body.forced:
+            new.full, new.since, new.behind, new.last = full + 1, 0, set(), new
+            return
+        if body.forced:
+            behind |= {m.peer for m in body.members if m.peer in last.members}
+        new.full, new.since, new.behind, new.last = full, since + 1, behind, last

@@ -17,8 +17,11 @@ from simulation import shell as shell_module
 from simulation.shell import EXECUTE, Node
 
 from tapestry.compression.means.shares import clip_scales
+from tapestry.node.protocol import chain as chain_module
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
+from tapestry.node.protocol import members as members_module
+from tapestry.node.protocol import proposals as proposals_module
 from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol import validity as validity_module
 from tapestry.node.protocol.acceptor import Acceptor
@@ -179,23 +182,21 @@ def lost_records_vote() -> list[Patch]:
 
 @plant("records are taken as they come", 17)
 def records_unchecked() -> list[Patch]:
-    return [(sync_module, "check_record", lambda record, head, electorate, crypto: None)]
+    return [(sync_module, "check_record", lambda *args: None)]
 
 
-@plant("of two chains the lighter one wins", 23)
+@plant("of two chains the worse one wins", 0)
 def fork_choice_reversed() -> list[Patch]:
-    better = sync_module.better
-    reverse = lambda ours, theirs: not better(ours, theirs) if ours and theirs else better(ours, theirs)  # noqa: E731
-    return [(sync_module, "better", reverse)]
+    return [(chain_module.Tip, "beats", lambda self, other: not (self[:3] > other[:3]))]
 
 
 @plant("who is connected is an elector, without a record", 0)
 def electorate_grows_by_itself() -> list[Patch]:
     init = RoundState.__init__
 
-    def grow(self: RoundState, ctx: Any, epoch: int, head: str, state: str, electorate: Any, *a: Any) -> None:
-        live = sorted({*electorate, *ctx.live_at(epoch, head, a[-1])})
-        init(self, ctx, epoch, head, state, tuple(live), *a)
+    def grow(self: RoundState, ctx: Any, at: Any, *a: Any) -> None:
+        live = sorted({*at.electorate, *ctx.live_at(at.epoch, at.head, a[-1])})
+        init(self, ctx, at._replace(electorate=tuple(live)), *a)
 
     return [(RoundState, "__init__", grow)]
 
@@ -220,14 +221,76 @@ def forces_though_told_to_wait() -> list[Patch]:
 
 @plant("nobody's weight is capped, and nobody minds", 2)
 def weight_cap_ignored() -> list[Patch]:
-    def all_is_well(weights: Any, max_influence: float) -> bool:
-        return False
+    weigh = members_module.voice_weights
+
+    def uncapped(roll: Any, contributors: Any, max_influence: float) -> list[int]:
+        return weigh(roll, contributors, 1.0)
+
+    return [(m, "voice_weights", uncapped) for m in (leader_module, chain_module)]
+
+
+# --- members ----------------------------------------------------------------------------------------
+
+
+@plant("what its sender says it trained on is what a contribution weighs", 0)
+def weighs_what_it_says() -> list[Patch]:
+    def believe(roll: Any, contributors: Any, max_influence: float) -> list[int]:
+        return members_module.capped_weights([tokens for _, tokens in contributors], max_influence)
+
+    return [(m, "voice_weights", believe) for m in (leader_module, chain_module)]
+
+
+@plant("who is no member takes part like one", 0)
+def strangers_take_part() -> list[Patch]:
+    fault = chain_module.body_fault
+
+    def welcome(body: Any, at: Any, *a: Any) -> str | None:
+        why = fault(body, at, *a)
+        return None if why == "not_member" else why
 
     return [
-        (leader_module, "capped_weights", lambda weights, max_influence: list(weights)),
-        (validity_module, "exceeds_influence", all_is_well),
-        (sync_module, "exceeds_influence", all_is_well),
+        (members_module.Roll, "may_contribute", lambda self, peer: True),
+        *((m, "body_fault", welcome) for m in (chain_module, validity_module)),
     ]
+
+
+@plant("a change is made whoever signed it", 2)
+def changes_by_anybody() -> list[Patch]:
+    return [
+        (members_module, "enough_signed", lambda before, roll, change: True),
+        (proposals_module, "may_ask", lambda roll, change, peer: True),
+    ]
+
+
+@plant("a change's signatures are not looked at", 2)
+def changes_unsigned() -> list[Patch]:
+    class Credulous:
+        def verify(self, peer: str, signature: str, message: bytes) -> bool:
+            return True
+
+    fault = members_module.change_fault
+
+    def believe(roll: Any, epoch: int, change: Any, crypto: Any) -> str | None:
+        return fault(roll, epoch, change, Credulous())
+
+    return [(m, "change_fault", believe) for m in (members_module, proposals_module)]
+
+
+@plant("who was removed votes on", 1)
+def removed_votes_on() -> list[Patch]:
+    return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
+
+
+@plant("an island's records are worth what a full electorate's are", 5)
+def island_counts_as_full() -> list[Patch]:
+    stand = chain_module._next_standing
+
+    def full(at: Any, body: Any, electorate: Any, roll: Any) -> Any:
+        standing = stand(at, body, electorate, roll)
+        better = chain_module.Standing(at.standing.full + 1, electorate, roll, (), 0, 0)
+        return standing if body.forced else better
+
+    return [(chain_module, "_next_standing", full)]
 
 
 # --- shards -----------------------------------------------------------------------------------------

@@ -328,8 +328,8 @@ class Node:
         donor = self.world.nodes.get(out.donor)
 
         def arrive() -> None:
-            if out.donor == STRANGER:
-                self.feed(ev.FetchFailed(STRANGER, out.head, "missing"))
+            if out.donor.startswith(STRANGER):
+                self.feed(ev.FetchFailed(out.donor, out.head, "missing"))
             elif donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
                 self.feed(ev.FetchFailed(out.donor, out.head, "timeout"))
             elif out.head not in donor.disk.updates:

@@ -11,9 +11,11 @@ import hashlib
 import random
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Literal, NoReturn
 
+from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.faults import Chaos, Faults
 from simulation.invariants import Invariants
@@ -24,6 +26,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Genesis, found
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import founding_vote
+from tapestry.node.protocol.members import Charter
 from tapestry.node.protocol.messages import Message, Stage, Status
 
 __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
@@ -77,29 +80,48 @@ class World:
         self.healed = False
         peers = self.rng.choice([1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 12]) if peers is None else peers
         names = [f"p{i}" for i in range(peers)]
-        policies: list[Literal["continue", "wait"]] = ["continue", "wait"]
+        policies: list[Literal["auto", "continue", "wait"]] = ["continue", "wait"]
         policy = self.rng.choice(policies)
         founder = SimCrypto(names[0])
         state = digest(b"state 0")
         nonce = "0" * 32
-        self.genesis: Genesis = found("spec", names[0], state, digest(b"schema"), 1000, nonce, founder)
-        self.rules = rules or Rules(
-            run_id=self.genesis.run_id,
-            shard_count=self.rng.randint(1, 5),
-            straggler_wait_s=1.0,
-            closing_grace_s=0.5,
-            stall_s=3.0,
-            quorum_loss_s=self.rng.choice([8.0, 15.0]),
-            on_quorum_loss=policy,
-            exchange_max_s=20.0,
-            max_influence=self.rng.choice([1.0, 1.0, 0.6]),
-            records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
+        # Drawn apart, so that the rest of the world is what it was before there were members. Where faults
+        # are given, the story is one of its own: all are founders, and tokens weigh as they always did.
+        own = random.Random(seed ^ 0x6D656D626572)
+        self.directed = faults is not None
+        self.charter, self.late = Charter(voice="tokens"), list[str]()
+        if not self.directed:
+            policy = "auto" if policy == "wait" and own.random() < 0.5 else policy
+            self.charter = draw_charter(own)
+            self.late = [] if own.random() < 0.5 else [n for n in names[1:] if own.random() < 0.3]
+        founders = [n for n in names if n not in self.late]
+        charter = replace(self.charter, admit_by=council(self.charter.admit_by, len(founders)))
+        self.own = own
+        self.genesis: Genesis = found(
+            "spec", names[0], state, digest(b"schema"), 1000, nonce, founder, charter, founders
+        )
+        self.rules = (
+            replace(rules, run_id=self.genesis.run_id)
+            if rules is not None
+            else Rules(
+                run_id=self.genesis.run_id,
+                shard_count=self.rng.randint(1, 5),
+                straggler_wait_s=1.0,
+                closing_grace_s=0.5,
+                stall_s=3.0,
+                quorum_loss_s=self.rng.choice([8.0, 15.0]),
+                on_quorum_loss=policy,
+                exchange_max_s=20.0,
+                max_influence=self.rng.choice([1.0, 1.0, 0.6]),
+                records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
+            )
         )
         self.far_s: dict[str, float] = {}  # node -> what a message takes longer to it, and from it
         far = random.Random(f"far {seed}")  # a draw of its own: the other worlds stay as they were
         if faults is None and peers > 1 and far.random() < FAR_SHARE:
             self.far_s[names[-1]] = far.uniform(*FAR_S)
         self.invariants = Invariants(self)
+        self.consortium = Consortium(self)
         self.nodes = {name: Node(self, name) for name in names}
         if self.faults.skew_s:
             for node in self.nodes.values():
@@ -132,9 +154,11 @@ class World:
         for node in nodes[1:]:
             self.later(self.rng.random() * 5.0, None, node.start)
         self.chaos.plan(self.fault_s)
+        self.consortium.plan(self.fault_s)
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
             self.step()
         self.heal()
+        self.consortium.restore()
         goal, until = self.furthest + 2, self.now + settle_s
         while not self.settled(goal):
             if self.now > until or not self.heap:

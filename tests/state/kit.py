@@ -23,6 +23,7 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.members import UNIT
 from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
@@ -101,7 +102,7 @@ class Run:
             epoch=self.chain.epoch + 1,
             prev=self.chain.head,
             state_digest=self.digest,
-            members=(Member(IDENTITY.peer_id, 7, "c0" * 16),),
+            members=(Member(IDENTITY.peer_id, UNIT, "c0" * 16, "", 7),),
             result=result_digest(payloads),
         )
         head = head_of(body, CRYPTO)

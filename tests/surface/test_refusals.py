@@ -19,6 +19,8 @@ ERRORS += ("RefusedWeights", "RefusedCodec", "CallRefused")
 CALLS = ("refuse", "on_refused", "_on_refused", "refused")  # reason first, or after the peer
 PROTOCOL = ROOT / "node" / "protocol"
 JUDGES = ("ready_fault", "value_fault", "roster_fault", "accept")  # there they return one, as on_<message> do
+JUDGES += ("body_fault", "_behind_fault", "changes_fault", "change_fault", "_meaning_fault", "_on_strangers")
+JUDGES += ("charter_fault", "add")
 
 
 def test_every_reason_that_can_be_given_is_counted_by_its_name() -> None:
@@ -75,7 +77,8 @@ def reasons_in(source: str, protocol: bool) -> set[str]:
                         words.get(value.id, ()) if isinstance(value, ast.Name) else _constants(value)
                     )
             elif isinstance(node, ast.Return) and protocol and _judges(function.name):
-                found.update(_constants(node.value))
+                value = node.value
+                found.update(words.get(value.id, ()) if isinstance(value, ast.Name) else _constants(value))
     return {word for word in found if word.replace("_", "").isalpha() and word.islower()}
 
 

@@ -294,7 +294,7 @@ class RoundSpec:
         Literal["auto", "wait", "continue"],
         "wait: the rest stands still. continue: the survivors go on alone, and when they meet again, what a "
         "majority of the last full electorate signed wins. auto: wait where three or more decide.",
-    ] = "auto"
+    ] = "continue"
     min_members: Annotated[int, Between(1, 10_000), "No round starts with fewer contributions."] = 1
     max_influence: Annotated[
         float, Between(0, 1, above=True), "Largest share of the total weight that one member may have."

@@ -72,6 +72,11 @@ class Home:
         return self.path / "checkpoints"
 
     @property
+    def accusations(self) -> Path:
+        """Proofs that a reducer lied: disk/accusations.py."""
+        return self.path / "accusations"
+
+    @property
     def trainer(self) -> Path:
         return self.path / "trainer"
 

@@ -116,7 +116,7 @@ class FakeNode:
 
     def _record(self, epoch: int) -> str:
         prev = RUN_ID if epoch == 1 else _digest((self.shared / f"{epoch - 1}.json").read_text())
-        members = tuple(Member(f"peer{number}", 100, "ab" * 16) for number in self._alive())
+        members = tuple(Member(f"peer{number}", 100, "ab" * 32) for number in self._alive())
         body = Body(RUN_ID, epoch, prev, _state_digest(epoch - 1), members, "cd" * 32)
         return seal({"body": body_to_dict(body), "ballot": 0, "signatures": []}).decode()
 

@@ -66,7 +66,7 @@ class MadeHome:
         payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
         epoch = self.chain.epoch + 1
         members = tuple(
-            Member(one.peer_id, 300 - 100 * index, f"{epoch:030x}{index:02x}", "", 300 - 100 * index)
+            Member(one.peer_id, 300 - 100 * index, f"{epoch:062x}{index:02x}", "", 300 - 100 * index)
             for index, one in enumerate(self.identities)
         )
         body = Body(

@@ -24,7 +24,8 @@ from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig
 from tapestry.dht.swarm import Swarm
-from tapestry.node.daemon.averaging import Averaging, mean_of
+from tapestry.node.daemon.audit_desk import Auditor
+from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.base import base_folder
 from tapestry.node.daemon.descriptors import streams_max
 from tapestry.node.daemon.goal import Goal
@@ -48,6 +49,7 @@ from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig
 from tapestry.node.spec.run import RunSpec, training_spec
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
+from tapestry.node.state.means import mean_of
 from tapestry.node.state.model import ModelState
 from tapestry.node.trainer.process import TrainerError, TrainerProcess
 
@@ -151,9 +153,9 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, reader, own.relay)
     known = own.home.island / "peers.json" if own.island else own.home.peers
     network = Network(config, KnownPeers(known))
-    runtime = Runtime(
-        core, keeper, averaging, trainer, network, own.reporter, Goal(own.ending, own.forbidden)
-    )
+    auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles)
+    goal = Goal(own.ending, own.forbidden)
+    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, goal, auditor)
     return Node(run_id, keeper, runtime, network)
 
 
@@ -179,6 +181,7 @@ def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
         resend_s=min(1.0, r.stall_s / 5),
         peers_max=spec.limits.max_peers,
         records_bytes_max=spec.limits.max_control_frame_bytes // 2,
+        audit_share=spec.audit.share,
     )
 
 

@@ -17,15 +17,15 @@ from typing_extensions import Buffer
 from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import HEADER_BYTES, Codec, pack, unpack
 from tapestry.compression.means.api import Mean
-from tapestry.compression.means.registry import make_mean
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node.disk.store import result_digest
 from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.commitment import Commitment, is_committed
 from tapestry.node.protocol.messages import Result, Shard
-from tapestry.node.spec.run import MeanSpec
-from tapestry.node.spec.tables import plain
+from tapestry.node.state.means import mean_digest_of, payload_digest
+
+TREES_HELD = 3  # of the contribution in the round, of one that took its place, and of the one made ahead
 
 
 class ResultPayload:
@@ -48,6 +48,8 @@ class Averaging:
         self._mean = mean
         self._layout = PayloadLayout.of(codec, n, shard_elements)
         self.shards = self._layout.shards
+        self.mean_digest = mean_digest_of(codec, self.shards, mean)
+        self._trees: dict[str, Commitment] = {}  # of our latest contributions, by name
 
     @property
     def frame_bytes_max(self) -> int:
@@ -74,10 +76,6 @@ class Averaging:
             self.codec.check(payload, shard.n)
         return payloads
 
-    def digest(self, payloads: Sequence[Tensor]) -> str:
-        """Of a contribution: of its shards' digests, in order."""
-        return result_digest(payloads)
-
     def reduce(
         self,
         shard: int,
@@ -93,30 +91,42 @@ class Averaging:
         found = agreement_sums(payloads, mean, self.codec, n)
         return ResultPayload(mean), payload_digest(mean), ShardSums(*dataclasses.astuple(found))
 
+    def commit(self, contributor: str, epoch: int, payloads: Sequence[Tensor]) -> str:
+        """The name of a contribution: protocol/commitment.py. Its tree is held until the second after it."""
+        tree = Commitment([payload_digest(p) for p in payloads], contributor, epoch, _digest)
+        self._trees[tree.name] = tree
+        while len(self._trees) > TREES_HELD:
+            del self._trees[next(iter(self._trees))]
+        return tree.name
+
+    def path(self, contribution: str, shard: int) -> tuple[str, ...]:
+        """What proves a shard of a contribution of ours that was committed to lately."""
+        return self._trees[contribution].path(shard)
+
     def frame(self, shard: int, blob: Tensor | ResultPayload) -> list[Buffer]:
         """What travels: header and payload, unjoined."""
         payload = blob.tensor if isinstance(blob, ResultPayload) else blob
         return [pack(self.codec, self.shards[shard].n, payload), memoryview(payload.numpy())]  # type: ignore[arg-type]
 
-    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[Tensor | ResultPayload, str]:
-        """A peer's frame, checked to the last code: payload (a view of the frame), digest of a result.
+    def unpack(
+        self, peer: str, message: Shard | Result, frame: bytearray
+    ) -> tuple[Tensor | ResultPayload, str]:
+        """A peer's frame, checked to the last code: payload (a view of the frame), and its digest.
 
-        Raises Refused.
+        A shard is one of the contribution that it is said to be of. Raises Refused.
         """
         if message.shard >= len(self.shards):
             raise RefusedPayload("shard", f"shard {message.shard} of {len(self.shards)}")
         payload = unpack(frame, self.codec, self.shards[message.shard].n)
+        digest = payload_digest(payload)
         if isinstance(message, Result):
-            return ResultPayload(payload), payload_digest(payload)
-        return payload, ""
+            return ResultPayload(payload), digest
+        name, count = message.contribution, len(self.shards)
+        if not is_committed(name, peer, message.epoch, count, message.shard, digest, message.path, _digest):
+            raise RefusedPayload("commitment", "a shard that is not of the contribution it names")
+        return payload, digest
 
 
-def mean_of(spec: MeanSpec) -> Mean:
-    """The mean that the run spec names."""
-    settings = plain(spec)
-    return make_mean(settings.pop("rule"), settings)
-
-
-def payload_digest(payload: Tensor) -> str:
-    """blake3 of the encoded bytes, as `Result.digest` names a shard."""
-    return blake3(memoryview(payload.numpy())).hexdigest()  # type: ignore[arg-type]
+def _digest(data: bytes) -> str:
+    """The chain's: disk/store.py."""
+    return blake3(data).hexdigest()

@@ -22,7 +22,6 @@ from tapestry.node.disk.linked import BrokenLink, LinkedFile
 from tapestry.node.home import Home
 from tapestry.node.lineage.egress import KINDS, PARTS_MAX, RULES, Left, Started
 
-NAMES_MAX = 8  # contributions on their way; a round and the one that overlaps it have two
 FLUSH_S = 2.0  # guess: what a SIGKILL may leave unwritten
 
 _log = logging.getLogger("tapestry.node")
@@ -35,8 +34,6 @@ class Egress(Protocol):
 
     def sent(self, kind: str, peer: str, count: int) -> None: ...
     def part(self, kind: str, epoch: int, digest: str) -> None: ...
-    def contribution(self, name: str, digest: str) -> None:
-        """`part` of a contribution gives its name; this is its digest."""
 
 
 class Unwritten:
@@ -44,7 +41,6 @@ class Unwritten:
 
     def sent(self, kind: str, peer: str, count: int) -> None: ...
     def part(self, kind: str, epoch: int, digest: str) -> None: ...
-    def contribution(self, name: str, digest: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -71,7 +67,6 @@ class EgressLedger:
         """Goes on with the home's file. In a thread, please. Raises OSError."""
         self._clock = clock
         self._windows = {kind: _Window() for kind in KINDS}
-        self._digests: dict[str, str] = {}  # of the latest contributions, by name
         self._writing = threading.Lock()
         self._failing = False
         try:
@@ -88,13 +83,7 @@ class EgressLedger:
         receivers = self._windows[kind].receivers
         receivers[peer] = receivers.get(peer, 0) + count
 
-    def contribution(self, name: str, digest: str) -> None:
-        self._digests[name] = digest
-        while len(self._digests) > NAMES_MAX:
-            del self._digests[next(iter(self._digests))]
-
     def part(self, kind: str, epoch: int, digest: str) -> None:
-        digest = self._digests.get(digest, digest)
         window = self._windows[kind]
         if len(window.parts) < PARTS_MAX or (epoch, digest) in window.parts:
             window.parts[epoch, digest] = None

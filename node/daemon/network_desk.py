@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tapestry.compression.refusals import Refused
+from tapestry.node.daemon.audit_desk import AuditDesk
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.egress import Egress
@@ -38,11 +39,18 @@ class NetworkDesk:
     """Speaks with peers; net/network.py, Resident."""
 
     def __init__(
-        self, loop: Loop, network: Network, averaging: Averaging, keeper: Keeper, reporter: Reporter
+        self,
+        loop: Loop,
+        network: Network,
+        averaging: Averaging,
+        keeper: Keeper,
+        reporter: Reporter,
+        audits: AuditDesk,
     ) -> None:
         self._loop = loop
         self._network = network
         self._averaging = averaging
+        self._audits = audits
         self._reporter = reporter
         self._state_protocol = state_protocol(keeper.run_id)
         self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
@@ -94,8 +102,8 @@ class NetworkDesk:
     def on_record_refused(self, reason: str) -> None:
         self._reporter.metrics.refused(reason)
 
-    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
-        return self._averaging.unpack(message, frame)
+    def unpack(self, peer: str, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+        return self._averaging.unpack(peer, message, frame)
 
     def news(self) -> News:
         core = self._loop.snapshot()
@@ -106,6 +114,7 @@ class NetworkDesk:
             GENESIS_PROTOCOL: self.serve_genesis,
             CHECKUP_PROTOCOL: self.serve_checkup,
             self._state_protocol: self.serve_state,
+            self._audits.protocol: self._audits.serve,
         }
 
     async def serve_checkup(
@@ -173,12 +182,13 @@ class NetworkDesk:
             self._network.send_control(peer, out.message)
 
     def do_send_shard(self, out: ev.SendShard) -> None:
-        message = Shard(out.epoch, out.contribution, out.shard, None)
+        path = self._averaging.path(out.contribution, out.shard)
+        message = Shard(out.epoch, out.contribution, out.shard, None, path)
         self._reporter.egress.part("contribution", out.epoch, out.contribution)
         self._send_bulk(out.peer, message, "contribution", out.blob)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None, out.sums)
+        message = Result(out.epoch, out.head, out.ballot, out.shard, "", None, out.sums, out.signature)
         self._reporter.egress.part(
             "result", out.epoch, self._means.get((out.head, out.ballot, out.shard), "")
         )

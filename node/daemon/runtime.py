@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tapestry.node.daemon.audit_desk import AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Job, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
@@ -49,14 +50,16 @@ class Runtime:
         network: Network,
         reporter: Reporter,
         goal: Goal,  # `done` is set there
+        auditor: Auditor,
     ) -> None:
         self._core = core
         self._network = network
         self.reporter = reporter
         self.done = asyncio.Event()  # the state has come as far as this node was to go
         self._goal = goal
-        self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal)
-        self.network = NetworkDesk(self, network, averaging, keeper, reporter)
+        self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
+        self.audits = AuditDesk(self, network, averaging, reporter, auditor)
+        self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
@@ -64,7 +67,8 @@ class Runtime:
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
-        self._execute = _table(self.trainer.outputs, self.disk.outputs, self.network.outputs, self.outputs)
+        desks = self.trainer, self.disk, self.network, self.audits
+        self._execute = _table(*(desk.outputs for desk in desks), self.outputs)
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
         self._tasks: asyncio.TaskGroup | None = None  # while the node runs

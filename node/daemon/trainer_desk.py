@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging
@@ -36,12 +35,14 @@ class TrainerDesk:
         averaging: Averaging,
         reporter: Reporter,
         goal: Goal,  # no training beyond it
+        own: str,  # peer id
     ) -> None:
         self._loop = loop
         self._trainer = trainer
         self._averaging = averaging
         self._reporter = reporter
         self._goal = goal
+        self._own = own
         self._health = TrainerHealth()
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._base = ""  # head of the state that the trainer has begun from
@@ -103,21 +104,20 @@ class TrainerDesk:
         """Check a contribution, which stays while it is held (or is copied), and tell the core."""
         if self._is_forbidden():
             return
-        token = secrets.token_hex(16)
         async with self._buffer_lock:
             try:
                 trainer, take = self._trainer, self._averaging.take
                 payloads = await self._loop.compute(take, trainer.contribution, trainer.must_copy)
-                digest = await self._loop.compute(self._averaging.digest, payloads)
+                commit = self._averaging.commit
+                name = await self._loop.compute(commit, self._own, event.epoch, payloads)
             except Refused as refused:
                 self._reporter.metrics.refused(refused.reason)
                 self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
                 return
-            self._reporter.egress.contribution(token, digest)
-            self._contributed = token, event.generation
+            self._contributed = name, event.generation
             self._health.contributed()
             self._reporter.training.trouble = ""
-            self._loop.feed(ev.Contributed(event.epoch, base, token, event.weight, event.norm, payloads))
+            self._loop.feed(ev.Contributed(event.epoch, base, name, event.weight, event.norm, payloads))
 
     def _is_forbidden(self) -> bool:
         """Whether the data may not be used any more; if so, this node contributes nothing, and says why."""
@@ -152,5 +152,5 @@ class TrainerDesk:
     def do_end_round(self, out: ev.EndRound) -> None:
         """Tell the trainer which contribution of ours the record of this round names, if it names one."""
         if out.counted:
-            token, generation = self._contributed
-            self._trainer.settle(generation if out.counted == token else UNKNOWN_GENERATION)
+            name, generation = self._contributed
+            self._trainer.settle(generation if out.counted == name else UNKNOWN_GENERATION)

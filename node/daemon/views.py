@@ -30,6 +30,7 @@ from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
 
 TOKENIZING_LOG_S = 15.0  # Guess: between two lines of progress in the log
+ACCUSED_SHOWN = 16  # in /status
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
 OUTCOMES = {  # of a round that did not commit with us in it, and what is to be done
     "aborted": "it left no trace and the next one is under way; if this goes on, `tapestry status` says who "
@@ -203,6 +204,7 @@ class Reporter:
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
+        self._accused: list[dict[str, str | int]] = []
         self._refusals = Repeats(REFUSAL_LOG_S)
         self._epoch = -2
         self._phase = ""
@@ -238,6 +240,7 @@ class Reporter:
             where.routes,
             self.traffic,
             training.trouble,
+            tuple(self._accused),
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -370,6 +373,17 @@ class Reporter:
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
         self.metrics.dropped(records, weight)
         self._story.dropped(records, weight)
+
+    def audited(self, outcome: str) -> None:
+        """As Metrics.audited."""
+        self.metrics.audited(outcome)
+
+    def accused(self, peer: str, epoch: int, shard: int) -> None:
+        """A reducer's mean of a shard in record `epoch` is proven to be a lie."""
+        self.metrics.accused()
+        self._accused.append({"peer": peer, "epoch": epoch, "shard": shard})
+        del self._accused[:-ACCUSED_SHOWN]
+        self._story.accused(peer, epoch, shard)
 
     def note(self, text: str) -> None:
         _log.info("%s", text)

@@ -8,11 +8,12 @@ A line tells of FLUSH_S seconds at most. `bytes` are those of frames with their 
 tapestry_network_bytes_total counts them; what libp2p and TCP put around them is not counted by either.
 
     kind          parts                                                 rule
-    contribution  epoch, digest of all its shards as they were encoded  roster: shards go to their reducers
+    contribution  epoch, its name, which proves each of its shards      roster: shards go to their reducers
     result        epoch, digest of a shard's mean                       mean: to the members of the round
     state         epoch, and of an update its record's head, of a       state: what peers of the run ask for
                   checkpoint the state's digest, of a file its own
     control       epoch, head of the records that were sent             protocol: rounds, records, addresses
+    audit         epoch, head of the record that drew what was sent     audit: drawn shards, proofs of lies
 
 The writer is daemon/egress.py; here is what reads and checks. Presence records in the DHT are not in it.
 """
@@ -28,8 +29,14 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
 
-KINDS = ("contribution", "result", "state", "control")
-RULES = {"contribution": "roster", "result": "mean", "state": "state", "control": "protocol"}
+KINDS = ("contribution", "result", "state", "control", "audit")
+RULES = {
+    "contribution": "roster",
+    "result": "mean",
+    "state": "state",
+    "control": "protocol",
+    "audit": "audit",
+}
 PARTS_MAX = 64  # of a line; guess: a line of a busy toy run stays under 8 kB
 RECEIVERS_MAX = 4096  # above max_peers
 BYTES_MAX = 2**60

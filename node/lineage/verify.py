@@ -22,6 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.shards import shard_bounds
+from tapestry.node.disk.accusations import FalseAccusation, check, kept, unpack
 from tapestry.node.disk.base import BaseFile, pinned
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
 from tapestry.node.disk.files import unseal
@@ -47,6 +50,7 @@ from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.state.means import mean_digest_of, mean_of
 from tapestry.node.state.model import DigestMismatch, ModelState, state_digest_of
 
 FAULTS_MAX = 100  # that are kept: more say nothing new
@@ -147,6 +151,7 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     for one in derivatives:
         _check_version(home, one, genesis, signed.get(one.parent_epoch), proof)
         told("derivatives", proof.derivatives, len(derivatives))
+    _check_accusations(home, genesis, spec, crypto, proof)
     if replay:
         _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -262,6 +267,25 @@ def _check_linked(path: Path, lines: Iterator[Linked | Tail], proof: Proof) -> N
         proof.fault(error.file, f"line {error.number}: {error.what}")
     except OSError as error:
         proof.fault(path.name, f"cannot be read: {error.strerror}")
+
+
+def _check_accusations(
+    home: Home, genesis: Genesis, spec: RunSpec, crypto: ReaderCrypto, proof: Proof
+) -> None:
+    """Lies of reducers that this member saw proven: each must prove it again, from the file alone."""
+    shards = shard_bounds(genesis.params, spec.compression.shard_elements)
+    mean_digest = mean_digest_of(get_codec(spec.compression.codec), shards, mean_of(spec.mean))
+    for path in kept(home.accusations):
+        name = f"accusations/{path.name}"
+        try:
+            one = unpack(path.read_bytes())
+            check(one, len(shards), mean_digest, crypto)
+        except (FalseAccusation, OSError) as error:
+            proof.fault(name, str(error))
+        else:
+            proof.notes.append(
+                f"{name}: {one.reducer} signed a wrong mean of shard {one.shard} in round {one.epoch + 1}"
+            )
 
 
 def _check_small_files(home: Home, spec: RunSpec, proof: Proof) -> None:

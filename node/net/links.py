@@ -205,7 +205,7 @@ class Links:
         swarm: Swarm,
         run_id: str,
         reader: Reader,
-        unpack_payload: Callable[[Shard | Result, bytearray], tuple[object, str]],
+        unpack_payload: Callable[[str, Shard | Result, bytearray], tuple[object, str]],
         listener: Listener,
         limits: LinkLimits,
     ) -> None:
@@ -610,7 +610,7 @@ class Links:
         kind = "contribution" if isinstance(message, Shard) else "result"
         self._listener.on_bytes("received", kind, byte_count, peer)
         try:
-            blob, digest = self._unpack_payload(message, payload)
+            blob, digest = self._unpack_payload(peer, message, payload)
         except Refused as refused:
             self._listener.on_unusable(peer, refused.reason, refused.detail)
             return False

@@ -95,8 +95,8 @@ class Resident(Listener, Protocol):
         """What serves the streams that peers open: protocol -> handler."""
         ...
 
-    def unpack(self, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
-        """A payload of a peer, checked, and the digest of a result. Raises Refused."""
+    def unpack(self, peer: str, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+        """A payload of a peer, checked, and its digest. Raises Refused."""
         ...
 
     def on_record_refused(self, reason: str) -> None:

@@ -25,6 +25,7 @@ from tapestry.node.protocol.agreement import (
     sums_to_list,
 )
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
+from tapestry.node.protocol.commitment import PATH_MAX
 from tapestry.node.protocol.messages import (
     RECORDS_MAX,
     WAITING_MAX,
@@ -83,10 +84,10 @@ class Reader:
         """A SHARD or RESULT around its payload. Raises RemoteProtocolError."""
         kind, values = self._read(header, _DATA)
         if kind is Shard:
-            epoch, contribution, shard = values
-            return Shard(epoch, contribution, shard, blob)
-        epoch, head, ballot, shard, sums = values
-        return Result(epoch, head, ballot, shard, digest, blob, sums)
+            epoch, contribution, shard, path = values
+            return Shard(epoch, contribution, shard, blob, path)
+        epoch, head, ballot, shard, sums, signature = values
+        return Result(epoch, head, ballot, shard, digest, blob, sums, signature)
 
     def _read(self, header: bytes, kinds: Mapping[str, type]) -> tuple[type, list[Any]]:
         raw = unpack(header)
@@ -226,7 +227,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "ballot": (_same, _BALLOT),
         "forced": (_same, strict.boolean),
         "state_digest": (_same, _hex(64)),
-        "contribution": (_same, _hex(0, 32)),
+        "contribution": (_same, _hex(0, 64)),
         "weight": (_same, _integer(0, WEIGHT_MAX)),
         "norm": (_same, _norm),
         "accepted_ballot": (_same, _integer(-1, BALLOT_MAX)),
@@ -267,19 +268,25 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "contribution": (_same, _hex(0, 32)),
+        "contribution": (_same, _hex(0, 64)),
         "shards": (_same, _tuple_of(_SHARD, SHARDS_MAX)),
     },
     GetRecords: {"known": (_same, _tuple_of(_known, LOCATOR_MAX))},
     Records: {"epoch": (_same, _EPOCH), "records": (_encode_records, _tuple_of(_any, RECORDS_MAX))},
     Changes: {"changes": (_encode_changes, _changes)},
-    Shard: {"epoch": (_same, _EPOCH), "contribution": (_same, _hex(32)), "shard": (_same, _SHARD)},
+    Shard: {
+        "epoch": (_same, _EPOCH),
+        "contribution": (_same, _hex(64)),
+        "shard": (_same, _SHARD),
+        "path": (_same, _tuple_of(_hex(64), PATH_MAX)),
+    },
     Result: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
         "shard": (_same, _SHARD),
         "sums": (sums_to_list, _sums),
+        "signature": (_same, _text(256)),
     },
 }
 _NOT_IN_HEADER = {"blob", "digest"}  # the payload, and what the receiver computes of it

@@ -64,7 +64,7 @@ class Member:
 
     peer: str
     weight: int  # in the mean: what the roll's charter gives it (members.voice_weights)
-    contribution: str  # 32 hex digits, chosen by the contributor; "" if none
+    contribution: str  # its name, 64 hex digits: commitment.py; "" if none
     life: str = ""  # 32 hex digits, drawn with the disk that its votes are on: see Vote
     tokens: int = 0  # that it says it trained on
 
@@ -226,7 +226,7 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 
 def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
     """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
-    return 512 + 160 * member_count + 192 * signature_count + changes_bytes
+    return 512 + 192 * member_count + 192 * signature_count + changes_bytes
 
 
 def record_bytes(record: Record) -> int:
@@ -603,7 +603,7 @@ def _member_from(raw: Any) -> Member:
     integer(tokens, 0, WEIGHT_MAX, "tokens")
     if (weight == 0) != (contribution == ""):
         raise Malformed("a member has weight and contribution or neither")
-    hexadecimal(contribution, (0, 32), "contribution")
+    hexadecimal(contribution, (0, 64), "contribution")
     hexadecimal(life, (0, 32), "life")
     return Member(peer_field(peer, "peer"), weight, contribution, sys.intern(life), tokens)
 

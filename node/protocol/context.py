@@ -33,6 +33,7 @@ class Rules:
     exchange_max_s: float = 300.0  # Guess: a peer that drips bytes holds a ballot up no longer than this
     heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
     resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
+    audit_share: float = 0.05  # of a record's shards, that another member averages again
     peers_max: int = 64
     records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.audit import Kept, Order
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
@@ -61,7 +62,7 @@ class Contributed:
 
     epoch: int
     base: str  # head of the state that it was made from, as in Train
-    contribution: str  # 32 hex digits, random
+    contribution: str  # its name: commitment.py
     weight: int
     norm: float
     blobs: tuple[Blob, ...]  # one per shard
@@ -195,6 +196,7 @@ class SendResult:
     shard: int
     blob: Blob
     sums: ShardSums
+    signature: str  # ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +311,16 @@ class ExchangeBegan:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """A record was made with our results in it: what its head draws of them (audit.py). Before EndRound."""
+
+    record: Record
+    digests: tuple[str, ...]  # of the result's shards
+    orders: tuple[Order, ...]  # what this node is to average again
+    kept: Kept | None  # what others may ask for of our contribution; None if it is not in the record
+
+
+@dataclass(frozen=True, slots=True)
 class EndRound:
     """Nothing of the round that started from `epoch` is needed in memory any more."""
 
@@ -360,6 +372,7 @@ Output = (
     | Train
     | CloseTraining
     | ExchangeBegan
+    | Audit
     | EndRound
     | Moved
     | Verdict

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
+from tapestry.node.protocol.audit import inputs_digest, mean_message
 from tapestry.node.protocol.chain import Member, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
@@ -38,6 +39,7 @@ class Mean:
     digest: str
     blob: Blob
     sums: ShardSums
+    signature: str  # of its reducer: audit.mean_message
 
 
 class Exchange:
@@ -50,6 +52,7 @@ class Exchange:
         self.mine: Contributed | None = None
         self.roster: Roster | None = None
         self.members_ballot = -1  # the ballot that last changed the members: names a set of results
+        self.averaged = ""  # names what is averaged: audit.inputs_digest of the roster
         self.inputs: dict[str, Input] = {}
         self.results: dict[int, Mean] = {}  # by shard
         self.reducing: set[int] = set()  # asked of the shell; membership tests only
@@ -72,7 +75,7 @@ class Exchange:
             self.results.clear()
             self.reducing.clear()
             self.members_ballot = roster.ballot
-        self.roster = roster
+        self.roster, self.averaged = roster, inputs_digest(roster.members, self.ctx.crypto)
         self._scatter()
         for shard in range(len(roster.reducers)):
             if self._reducer(shard) == self.ctx.me:
@@ -127,9 +130,16 @@ class Exchange:
             return "not_reducer"
         if not result.sums.of_so_many(len(self._weights())):
             return "agreement"
-        if result.shard not in self.results:
-            self._keep(result.shard, Mean(result.digest, result.blob, result.sums))
+        if result.shard in self.results:
+            return None
+        if not self.ctx.crypto.verify(peer, result.signature, self._says(result.shard, result.digest)):
+            return "mean_signature"
+        self._keep(result.shard, Mean(result.digest, result.blob, result.sums, result.signature))
         return None
+
+    def _says(self, shard: int, digest: str) -> bytes:
+        """What the reducer of a shard signs."""
+        return mean_message(self.head, shard, digest, self.averaged)
 
     def _keep(self, shard: int, mean: Mean) -> None:
         self.results[shard] = mean
@@ -150,7 +160,8 @@ class Exchange:
             return
         if reduced.ballot != self.members_ballot:
             return  # the mean of other members
-        self._keep(reduced.shard, Mean(reduced.digest, reduced.blob, reduced.sums))
+        signature = self.ctx.crypto.sign(self._says(reduced.shard, reduced.digest))
+        self._keep(reduced.shard, Mean(reduced.digest, reduced.blob, reduced.sums, signature))
         if self._reducer(reduced.shard) == self.ctx.me:
             self._share(reduced.shard)
 
@@ -185,6 +196,12 @@ class Exchange:
     def agreement(self) -> Agreement:
         """What the sums of all shards come to."""
         return agreement([self.results[s].sums for s in range(len(self.results))], self._weights())
+
+    def means(self) -> dict[int, tuple[str, str, str]]:
+        """Of every shard of the result: its reducer, the mean's digest, the reducer's signature."""
+        return {
+            shard: (self._reducer(shard), mean.digest, mean.signature) for shard, mean in self.results.items()
+        }
 
     def pull(self) -> None:
         """Ask for what did not come."""
@@ -280,7 +297,8 @@ class Exchange:
 
     def _send_result(self, peer: str, ballot: int, shard: int) -> None:
         mean = self.results[shard]
-        self.ctx.emit(SendResult(peer, self.epoch, self.head, ballot, shard, mean.blob, mean.sums))
+        result = SendResult(peer, self.epoch, self.head, ballot, shard, mean.blob, mean.sums, mean.signature)
+        self.ctx.emit(result)
 
     def _missing(self) -> dict[str, tuple[str, list[int]]]:
         """Peer -> (contribution or "" for results, shards) that we lack."""

@@ -162,12 +162,16 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A contributor's encoded shard, on its way to the reducer. The contributor is the sender."""
+    """A contributor's encoded shard, on its way to the reducer. The contributor is the sender.
+
+    That it is a shard of the contribution with this name is checked before the core hears of it.
+    """
 
     epoch: int
     contribution: str
     shard: int
     blob: Blob
+    path: tuple[str, ...] = ()  # that proves it: commitment.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,7 @@ class Result:
     digest: str  # of the encoded bytes, computed by the receiver
     blob: Blob
     sums: ShardSums
+    signature: str  # of the reducer: audit.mean_message
 
 
 Control = (

@@ -57,6 +57,11 @@ class Proposals:
         """One of the pool, with all signatures that we know of."""
         return self.pending[change_id(roll.run_id, change)]
 
+    def signers(self, roll: Roll, change: Change) -> set[str]:
+        """Who signed it, as far as we know and the roll lets them count."""
+        known = self.pending.get(change_id(roll.run_id, change))
+        return {peer for peer, _ in known.signatures} if known is not None else set()
+
     def _of(self, asker: str) -> int:
         return sum(by == asker for by in self.asked_by.values())
 

@@ -49,6 +49,7 @@ class RunSpec:
     compression: Annotated[CompressionSpec, "How contributions cross the network."]
     mean: Annotated[MeanSpec, "How the contributions of a round become one."]
     outer: Annotated[OuterSpec, "The step that everyone takes, on the averaged contribution, after a round."]
+    audit: Annotated[AuditSpec, "Who looks over the reducers' shoulders: docs/trust.md."]
     round: Annotated[RoundSpec, "How long a round waits, and for whom."]
     limits: Annotated[LimitsSpec, "Bounds that all members keep."]
 
@@ -262,6 +263,18 @@ class AdamWSpec:
 
 
 OuterSpec = NesterovSpec | AdamWSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSpec:
+    """[audit]"""
+
+    share: Annotated[
+        float,
+        Between(0, 1),
+        "Of every record's shards, those that another member averages again after the commit; drawn by the "
+        "record itself. Each costs its contributions once more. 0: nobody looks.",
+    ] = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ SUBSYSTEMS = {
     "directory": "presence records in the DHT",
     "p2pd": "what the libp2p daemon prints: only with debug",
     "join": "which run this node is of",
+    "audit": "means of others that are computed again",
     "transfer": "states and updates from and for others",
     "base": "files of the base that the run continues",
     "keeper": "what is restored from disk",

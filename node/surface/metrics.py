@@ -23,7 +23,8 @@ ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messa
 NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
 DIRECTIONS = ("sent", "received")
 ROUTES = ("direct", "relayed")
-BYTE_KINDS = ("control", "contribution", "result", "state")
+BYTE_KINDS = ("control", "contribution", "result", "state", "audit")
+AUDIT_OUTCOMES = ("agreed", "lie", "incomplete")
 REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
     *("forged", "stale", "oversized", "foreign", "malformed", "future"),
@@ -43,7 +44,10 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
         "state_digest",
         "equivocation",
         "agreement",
+        "mean_signature",
     ),
+    # daemon/averaging.py, audit_desk.py
+    *("commitment", "missing", "accusation"),
     # compression: frames and payloads; "digest" is a payload that is not the one that was announced
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
     *("magic", "version", "digest", "total", "device", "contiguous"),
@@ -123,6 +127,14 @@ class Metrics:
 
     def round_phase_ended(self, phase: str, duration_s: float) -> None:
         self._round_phases[_one_of(ROUND_PHASES, phase)].observe(duration_s)
+
+    def audited(self, outcome: str) -> None:
+        """One of AUDIT_OUTCOMES."""
+        self._audits[_one_of(AUDIT_OUTCOMES, outcome)].inc()
+
+    def accused(self) -> None:
+        """A lie of a reducer was proven."""
+        self._accusations.inc()
 
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""
@@ -221,6 +233,16 @@ class Metrics:
         )
         self._dropped_weight = Counter(
             "tapestry_dropped_weight", "Tokens behind those records.", registry=registry
+        )
+        audits = Counter(
+            "tapestry_audits",
+            "Shards of others that this node averaged again after a commit.",
+            labelnames=["outcome"],
+            registry=registry,
+        )
+        self._audits = {outcome: audits.labels(outcome=outcome) for outcome in AUDIT_OUTCOMES}
+        self._accusations = Counter(
+            "tapestry_accusations", "Lies of reducers that this node has seen proven.", registry=registry
         )
         agreement = Gauge(
             "tapestry_agreement",

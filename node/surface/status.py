@@ -61,6 +61,7 @@ class Shown:
     routes: Mapping[str, str]  # linked peer -> "direct" or "relayed"
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
+    accused: tuple[dict[str, str | int], ...] = ()  # peer, epoch, shard of lies that were proven
 
 
 class NodeView:
@@ -124,6 +125,7 @@ class NodeView:
             "agreement": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "accused": [],
             "caps": self._caps,
             "bytes": asdict(NO_TRAFFIC),
             "addresses": [],
@@ -158,6 +160,7 @@ class NodeView:
             "agreement": core.agreement.shares() if core.agreement is not None else None,
             "dropped_records": shown.dropped_records,
             "dropped_weight": shown.dropped_weight,
+            "accused": list(shown.accused),
             "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
             "reachable": shown.reachable,

@@ -56,6 +56,13 @@ class Story:
             "warning",
         )
 
+    def accused(self, peer: str, epoch: int, shard: int) -> None:
+        """A reducer's lie was proven."""
+        self._history.tell(
+            f"{self._name_of(peer)} is proven to have signed a wrong mean: round {epoch}, shard {shard}",
+            "warning",
+        )
+
     def trainer(self, text: str, *, up: bool) -> None:
         self._history.tell(text, "good" if up else "warning")
 

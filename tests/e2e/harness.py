@@ -88,6 +88,7 @@ class Node:
         self.prefix = list(prefix)
         self.listen = f"/ip4/{address}/tcp/0"
         self.environment: dict[str, str] = {}  # beside our own
+        self.program: Sequence[str] = TAPESTRY
         self.process: subprocess.Popen[bytes] | None = None
         self.log = home.with_name(home.name + ".log")
 
@@ -100,7 +101,7 @@ class Node:
         self.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
 
     def start(self, *more: object) -> Node:
-        command = [*self.prefix, *TAPESTRY, "start", "--home", str(self.home), "--data", self.data]
+        command = [*self.prefix, *self.program, "start", "--home", str(self.home), "--data", self.data]
         command += ["--listen", self.listen, "--http", "127.0.0.1:0"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

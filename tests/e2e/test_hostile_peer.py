@@ -51,7 +51,7 @@ pytestmark = [
 
 RSS_GROWTH_MAX = 50 << 20
 ANSWER_S_MAX = 1.0
-TOKEN = "cd" * 16
+TOKEN = "cd" * 32
 
 
 class Enemy:

@@ -285,7 +285,7 @@ def _home(folder: Path, model: ModelSpec) -> Made:
     payloads = [codec.encode(torch.randn(shard.n, generator=rng) * 0.05) for shard in shards]
     members = tuple(
         sorted(
-            [Member(identity.peer_id, 300, "c0" * 16, "", 300), Member("zzz", 100, "c1" * 16, "", 100)],
+            [Member(identity.peer_id, 300, "c0" * 32, "", 300), Member("zzz", 100, "c1" * 32, "", 100)],
             key=_peer,
         )
     )

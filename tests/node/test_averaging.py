@@ -6,12 +6,14 @@ import torch
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import WEIGHTED
 from tapestry.compression.refusals import Refused
-from tapestry.node.daemon.averaging import Averaging, payload_digest
+from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Result, Shard
+from tapestry.node.state.means import payload_digest
 
 N = 1000
-HEAD, TOKEN = "ab" * 32, "cd" * 16
+HEAD = "ab" * 32
+OURS = "alice"
 SUMS = ShardSums((1.0,), 1.0, (1.0,), (1.0,), 1.0, 1, 0)
 
 
@@ -32,14 +34,15 @@ def encoded(seed: int) -> torch.Tensor:  # uint8 (size,)
 def test_a_frame_that_was_sent_is_the_payload_that_is_received():
     a = averaging()
     payloads = a.take(encoded(1), copy=True)
+    name = a.commit(OURS, 3, payloads)
     for shard, payload in enumerate(payloads):
         frame = bytearray(b"".join(bytes(part) for part in a.frame(shard, payload)))
         assert len(frame) <= a.frame_bytes_max
-        got, digest = a.unpack(Result(0, HEAD, 0, shard, "", None, SUMS), frame)
+        got, digest = a.unpack(OURS, Result(0, HEAD, 0, shard, "", None, SUMS, ""), frame)
         assert torch.equal(got.tensor, payload) and digest == payload_digest(payload)
         assert b"".join(bytes(part) for part in a.frame(shard, got)) == frame
-        got, digest = a.unpack(Shard(0, TOKEN, shard, None), frame)
-        assert torch.equal(got, payload) and digest == ""
+        got, digest = a.unpack(OURS, Shard(3, name, shard, None, a.path(name, shard)), frame)
+        assert torch.equal(got, payload) and digest == payload_digest(payload)
 
 
 @pytest.mark.parametrize("shard", [4, 10**6])
@@ -47,14 +50,32 @@ def test_a_shard_that_the_run_has_not_is_refused(shard):
     a = averaging()
     frame = bytearray(b"".join(bytes(part) for part in a.frame(0, a.take(encoded(1), copy=True)[0])))
     with pytest.raises(Refused):
-        a.unpack(Shard(0, TOKEN, shard, None), frame)
+        a.unpack(OURS, Shard(0, HEAD, shard, None), frame)
 
 
 def test_a_shard_of_another_length_is_refused():
     a = averaging()  # the last shard has 232 elements, the others 256
     frame = bytearray(b"".join(bytes(part) for part in a.frame(0, a.take(encoded(1), copy=True)[0])))
     with pytest.raises(Refused):
-        a.unpack(Shard(0, TOKEN, 3, None), frame)
+        a.unpack(OURS, Shard(0, HEAD, 3, None), frame)
+
+
+def test_a_shard_that_is_not_of_the_contribution_it_names_is_refused():
+    a = averaging()
+    payloads = a.take(encoded(1), copy=True)
+    name, path = a.commit(OURS, 3, payloads), a.path(a.commit(OURS, 3, payloads), 0)
+    frames = [bytearray(b"".join(map(bytes, a.frame(0, one)))) for one in payloads[:2]]
+    a.unpack(OURS, Shard(3, name, 0, None, path), frames[0])
+    for peer, message, frame in (
+        (OURS, Shard(3, name, 0, None, path), frames[1]),  # other bytes
+        (OURS, Shard(3, name, 1, None, path), frames[0]),  # in another place
+        (OURS, Shard(4, name, 0, None, path), frames[0]),  # in a later round
+        ("bob", Shard(3, name, 0, None, path), frames[0]),  # of somebody else
+        (OURS, Shard(3, HEAD, 0, None, path), frames[0]),
+        (OURS, Shard(3, name, 0, None, ()), frames[0]),
+    ):
+        with pytest.raises(Refused, match="not of the contribution"):
+            a.unpack(peer, message, frame)
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 128), (256 + 3, 255), (N + 15, 255)])

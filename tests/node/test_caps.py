@@ -47,7 +47,7 @@ class Member:
         self.downs = 0
         limits = LinkLimits(4096, len(PAYLOAD), peers_max=8, silence_s=5.0, throttles=throttles)
         reader = Reader(None)  # type: ignore[arg-type]  # no records here
-        self.links = Links(swarm, RUN, reader, lambda message, payload: (payload, ""), self, limits)
+        self.links = Links(swarm, RUN, reader, lambda peer, message, payload: (payload, ""), self, limits)
 
     def on_up(self, peer: str) -> None:
         self.linked.put_nowait(peer)
@@ -104,7 +104,7 @@ async def star(folder: Path, throttles: Throttles, others: int) -> AsyncIterator
 def saturate(sender: Member, receiver: Member) -> None:
     """More than the measured time has room for."""
     for shard in range(int(2 * RATE * MEASURED_S / len(PAYLOAD))):
-        message = Shard(3, "cd" * 16, shard, None)
+        message = Shard(3, "cd" * 32, shard, None)
         sender.links.send_bulk(receiver.swarm.peer_id, message, "contribution", [PAYLOAD])
 
 

@@ -37,9 +37,8 @@ def left(home: Home) -> list[Left]:
 
 def test_a_line_a_kind_names_bytes_receivers_parts_and_rule(home: Home) -> None:
     book = ledger(home)
-    book.contribution("token", "cd" * 32)
     for peer, count in ((A, 100), (B, 50), (A, 10)):
-        book.part("contribution", 7, "token")
+        book.part("contribution", 7, "cd" * 32)
         book.sent("contribution", peer, count)
     book.sent("control", B, 5)
     asyncio.run(book.close())

@@ -51,7 +51,7 @@ class Run:
         codec = keeper.state.arithmetic.codec
         x = torch.randn(N, generator=torch.Generator().manual_seed(seed))
         payloads = [codec.encode(x)]
-        members = (Member(self.identity.peer_id, 1, f"{seed:032x}", "", 1),)
+        members = (Member(self.identity.peer_id, 1, f"{seed:064x}", "", 1),)
         body = Body(
             chain.genesis.run_id,
             chain.epoch + 1,

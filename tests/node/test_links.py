@@ -155,7 +155,7 @@ class Bench:
         await until(lambda: PEER in self.links.linked)
 
 
-def unpack(message: Shard | Result, frame: bytearray) -> tuple[object, str]:
+def unpack(peer: str, message: Shard | Result, frame: bytearray) -> tuple[object, str]:
     if len(frame) != PAYLOAD_BYTES:
         raise RefusedPayload("length", f"{len(frame)} bytes")
     return torch.frombuffer(frame, dtype=torch.uint8), ""
@@ -202,7 +202,7 @@ def test_a_peer_beyond_peers_max_gets_no_bulk_stream_read():
         async with Bench(peers_max=1) as bench:
             bench.links.want("12D3KooWFirst")
             await until(lambda: bench.links.linked)
-            frame = framed(encode_message(Shard(3, "cd" * 16, 0, None)), bytes(PAYLOAD_BYTES))
+            frame = framed(encode_message(Shard(3, "cd" * 32, 0, None)), bytes(PAYLOAD_BYTES))
             stream = bench.stream("bulk", frame)
             await until(stream.done)
             assert not bench.heard.messages and bench.heard.refused == {"peers_max": 1}
@@ -386,7 +386,7 @@ def test_a_peer_that_comes_and_goes_does_not_make_us_hurry():
 def test_unusable_data_is_told_and_the_stream_goes_on():
     async def main() -> None:
         async with Bench() as bench:
-            header = encode_message(Shard(3, "cd" * 16, 0, None))
+            header = encode_message(Shard(3, "cd" * 32, 0, None))
             bench.stream("bulk", framed(header, b"short") + framed(header, bytes(PAYLOAD_BYTES)))
             await until(lambda: bench.heard.messages)
             assert bench.heard.unusable == 1 and not bench.heard.refused
@@ -431,7 +431,7 @@ def test_who_sends_what_cannot_be_used_is_read_slowly_after_it(monkeypatch):
     async def main() -> None:
         monkeypatch.setattr(links_module, "JUNK_BYTES_PER_S", 1000.0)
         async with Bench() as bench:
-            junk = framed(encode_message(Shard(3, "cd" * 16, 0, None)), b"junk" * (PAYLOAD_BYTES // 4 - 1))
+            junk = framed(encode_message(Shard(3, "cd" * 32, 0, None)), b"junk" * (PAYLOAD_BYTES // 4 - 1))
             bench.stream("bulk", junk * 200)
             await until(lambda: bench.heard.unusable)
             await asyncio.sleep(0.1)

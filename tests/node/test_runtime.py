@@ -7,17 +7,20 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.daemon import network_desk
+from tapestry.node.daemon.audit_desk import Auditor
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
+from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import DonorFailed
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain
@@ -109,8 +112,11 @@ class FakeAveraging:
             raise RefusedPayload("not_finite", "x")
         return tuple(bytes(buffer[shard : shard + 1]) for shard in range(3))
 
-    def digest(self, payloads: tuple[bytes, ...]) -> str:
-        return b"".join(payloads).hex()
+    def commit(self, contributor: str, epoch: int, payloads: tuple[bytes, ...]) -> str:
+        return f"{contributor} {epoch} {b''.join(payloads)!r}"
+
+    def path(self, contribution: str, shard: int) -> tuple[str, ...]:
+        return ()
 
     def frame(self, shard: int, payload: bytes) -> bytes:
         return payload
@@ -169,7 +175,8 @@ class Bench:
         self.averaging, self.trainer, self.network = FakeAveraging(), FakeTrainer(), FakeNetwork()
         self.metrics = Metrics("0")
         fakes: Any = (self.core, self.keeper, self.averaging, self.trainer, self.network)
-        self.runtime = Runtime(*fakes, self._reporter(), Goal(ending, forbidden))  # type: ignore[arg-type]
+        auditor = Auditor(None, "me", RUN, Path("none"), Throttles())  # type: ignore[arg-type]  # draws nothing
+        self.runtime = Runtime(*fakes, self._reporter(), Goal(ending, forbidden), auditor)
 
     def _reporter(self) -> Reporter:
         return Reporter(self.metrics, LiveLine(None, enabled=False))
@@ -444,7 +451,7 @@ def test_a_commit_says_how_far_contributions_agree_where_there_are_several(monke
             points.append(point)
 
     metrics = Metrics("0")
-    members = tuple(chain.Member(f"p{index}", 9, "ab" * 16, "", 5) for index in range(contributors))
+    members = tuple(chain.Member(f"p{index}", 9, "ab" * 32, "", 5) for index in range(contributors))
     agreement = Agreement(707_107, 750_000, 500_000)
     body = chain.Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
     Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(

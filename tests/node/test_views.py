@@ -39,7 +39,7 @@ class Bench:
             (13.0, Stage.AWAY),
         ):
             report.moved(ev.Moved(epoch - 1, "training", stage), now, lambda: CORE)
-        members = (Member("a", 64, "01" * 16), Member("b", other, "45" * 16 if other else ""))
+        members = (Member("a", 64, "01" * 32), Member("b", other, "45" * 32 if other else ""))
         agreement = Agreement(750_000, 500_000, 250_000)
         body = Body("ab" * 32, epoch, "cd" * 32, "ef" * 32, members, "23" * 32, False, agreement)
         report.committed(Record(body, f"{epoch:064x}", 0, ()), tokens=1000 * epoch)
@@ -93,7 +93,7 @@ def test_a_loss_of_the_base_goes_to_the_epoch_that_it_is_of() -> None:
 def test_a_loss_of_another_epoch_than_the_records_is_not_taken_for_its_own() -> None:
     bench = Bench()
     bench.reporter.on_event(tm.Contribution(7, 1, 64, 1.0, 2.5, 64, 10, 0.0, 0.5), 1.0)
-    body = Body("ab" * 32, 3, "cd" * 32, "ef" * 32, (Member("b", 64, "01" * 16),), "23" * 32)
+    body = Body("ab" * 32, 3, "cd" * 32, "ef" * 32, (Member("b", 64, "01" * 32),), "23" * 32)
     bench.reporter.committed(Record(body, "3" * 64, 0, ()), tokens=3)
     assert "loss" not in bench.points[0]
 

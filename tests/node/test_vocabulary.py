@@ -14,7 +14,8 @@ from tapestry.node.protocol import chain, members, messages
 from tapestry.node.protocol.agreement import COUNT_MAX, SUM_MAX, Agreement, ShardSums
 
 HEAD = "ab" * 32
-TOKEN = "cd" * 16
+TOKEN = "cd" * 32
+LIFE = "cd" * 16
 
 
 class FakeCrypto:
@@ -53,7 +54,10 @@ CONTROL = [
     messages.Records(6, (RECORD,)),
     messages.Changes((CHANGE,)),
 ]
-DATA = [messages.Shard(6, TOKEN, 2, "blob"), messages.Result(6, HEAD, 1, 2, "digest", "blob", SUMS)]
+DATA = [
+    messages.Shard(6, TOKEN, 2, "blob", (HEAD, HEAD)),
+    messages.Result(6, HEAD, 1, 2, "digest", "blob", SUMS, "aa"),
+]
 
 
 @pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)
@@ -119,7 +123,7 @@ def test_random_values_in_a_known_message_never_crash(value):
 def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers):
     peers = [f"12D3KooW{i:044}" for i in range(max(count, signers))]
     most = chain.WEIGHT_MAX
-    named = tuple(chain.Member(p, most, TOKEN, TOKEN, most) for p in peers[:count])
+    named = tuple(chain.Member(p, most, TOKEN, LIFE, most) for p in peers[:count])
     body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
     signatures = tuple((p, "ef" * 64) for p in peers[:signers])
     record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
@@ -132,7 +136,7 @@ def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers):
 def test_no_change_is_longer_on_the_wire_than_is_reckoned(signers):
     peers = [f"12D3KooW{i:044}" for i in range(signers)]
     pairs = tuple((p, "ef" * 64) for p in peers)
-    long = members.Change("admit", PEER, "\u4e2d" * 256, chain.EPOCH_MAX, TOKEN, pairs)
+    long = members.Change("admit", PEER, "\u4e2d" * 256, chain.EPOCH_MAX, LIFE, pairs)
     for packed in (
         msgpack.packb(members.change_to_list(long)),
         chain.canonical(members.change_to_list(long)),
@@ -143,15 +147,17 @@ def test_no_change_is_longer_on_the_wire_than_is_reckoned(signers):
 def test_the_sums_of_the_most_contributors_fit_into_a_bulk_header():
     many = (SUM_MAX,) * chain.MEMBERS_MAX
     sums = ShardSums(many, SUM_MAX, many, many, SUM_MAX, COUNT_MAX, COUNT_MAX)
-    result = messages.Result(chain.EPOCH_MAX, HEAD, chain.BALLOT_MAX, 2**20 - 1, "digest", "blob", sums)
+    result = messages.Result(
+        chain.EPOCH_MAX, HEAD, chain.BALLOT_MAX, 2**20 - 1, "digest", "blob", sums, "ef" * 64
+    )
     assert len(encode_message(result)) <= HEADER_BYTES_MAX
 
 
 def test_a_result_with_sums_that_are_none_is_refused():
-    name, *fields, sums = msgpack.unpackb(encode_message(DATA[1]))
+    name, *fields, sums, signature = msgpack.unpackb(encode_message(DATA[1]))
     for wrong in ([], [[-1.0], *sums[1:]], [[float("nan")], *sums[1:]], [*sums[:6], -1], None):
         with pytest.raises(RemoteProtocolError):
-            READER.data(msgpack.packb([name, *fields, wrong]), "blob", "digest")
+            READER.data(msgpack.packb([name, *fields, wrong, signature]), "blob", "digest")
 
 
 def test_unsorted_or_repeated_members_of_a_record_are_refused():

@@ -15,7 +15,7 @@ CRYPTO = SimCrypto("a")
 PREV = digest(b"prev")
 PEERS = ("a", "b", "c", "d", "e")
 HEADS = st.text("0123456789abcdef", min_size=64, max_size=64)
-TOKENS = st.text("0123456789abcdef", min_size=32, max_size=32)
+TOKENS = st.text("0123456789abcdef", min_size=64, max_size=64)
 WEIGHTS = st.integers(1, c.WEIGHT_MAX)
 
 
@@ -25,7 +25,7 @@ CHANGES = st.builds(
     st.sampled_from(PEERS),
     st.text(max_size=9),
     st.integers(1, 99),
-    TOKENS,
+    st.text("0123456789abcdef", min_size=32, max_size=32),
     st.just((("a", "00"),)),
 )
 
@@ -57,7 +57,7 @@ def signed(body: c.Body, signers, ballot: int = 0) -> c.Record:
 
 
 def body_of(members, forced=False, weight=1, prev=PREV) -> c.Body:
-    named = tuple(c.Member(p, m.UNIT * weight, "ab" * 16, "", 7) for p in sorted(members))
+    named = tuple(c.Member(p, m.UNIT * weight, "ab" * 32, "", 7) for p in sorted(members))
     return c.Body(digest(b"run"), 1, prev, digest(b"state"), named, digest(b"result"), forced)
 
 
@@ -198,7 +198,7 @@ def test_a_weight_does_not_depend_on_the_order(weights, influence, rng):
 
 def grown(at: c.Place, forced, named, behind=None) -> c.Place:
     """The place after one more record."""
-    members = tuple(c.Member(p, m.UNIT, "ab" * 16, "", 7) for p in sorted(named))
+    members = tuple(c.Member(p, m.UNIT, "ab" * 32, "", 7) for p in sorted(named))
     state = digest(b"state")
     body = c.Body(
         digest(b"run"), at.epoch + 1, at.head, state, members, digest(b"result"), forced, behind=behind

@@ -8,7 +8,7 @@ from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
 from tapestry.node.protocol.messages import Roster
 
-TOKEN = "ab" * 16
+TOKEN = "ab" * 32
 
 
 def members_of(count: int) -> tuple[Member, ...]:

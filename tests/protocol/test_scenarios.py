@@ -586,6 +586,7 @@ def test_who_stands_by_gives_its_state():
     world = swarm(1, peers=3, on_quorum_loss="wait")
     world.until(lambda: world.epoch() >= 3, 20)
     stands_by, *others = alive(world)
+    world.until(lambda: stands_by.core.sync.at_head, 20)
     for node in (stands_by, *others):
         node.crash()
     stands_by.disk.life, stands_by.disk.vote = world.token(), None

@@ -22,7 +22,7 @@ from tapestry.node.protocol.chain import (
     accept_message,
     head_of,
 )
-from tapestry.node.protocol.members import UNIT, Change, Charter, Roll, change_message
+from tapestry.node.protocol.members import UNIT, Change, Charter, Roll, change_id, change_message
 from tapestry.node.protocol.messages import Changes, Commit, Message, Ready, Records, Stage, Status
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class Consortium:
         best = max(chains, key=lambda chain: chain.tip)
         missing = [name for name in self.world.nodes if name not in best.roll.members]
         pending = [c for n in self._nodes() if n.core for c in n.core.ctx.proposals.pending.values()]
-        known = {c.peer: c for c in pending if c.kind == "admit"}
+        run_id, done = self.world.genesis.run_id, best.roll.done  # who was removed may hold what is done
+        known = {c.peer: c for c in pending if c.kind == "admit" and change_id(run_id, c) not in done}
         for name in missing:
             self.ask(known.get(name) or Change("admit", name, "", best.epoch + 1000, self.token()))
         self.world.later(ASK_AGAIN_S, None, self.restore)

@@ -9,6 +9,7 @@ mean: every shard scales each contribution down as `clipped` says, by the sizes 
 G4/consensus: without forced records there is one record for an epoch after a head; a vote never goes back.
 G8 members decide: only members, by signed changes, are in a record, and only their signatures count; what a
    majority of the last full electorate signed is left for nothing less.
+audit: whoever signed a wrong mean that is looked at is found, and nobody else is.
 G9 voice is policy: what a contribution weighs follows from the roll.
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from simulation.shell import NORM_MAX, Mean, size_of
 
 from tapestry.node.protocol.agreement import agreement
+from tapestry.node.protocol.audit import Order
 from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
@@ -235,6 +237,17 @@ class Invariants:
         sums = [blob.sums for blob in shards if isinstance(blob, Mean)]
         if record.body.agreement != agreement(sums, [weight for _, _, weight in expected]):
             self.fail(node, f"record {record.body.epoch} says another agreement than its shards")
+
+    def on_audit(self, node: Node, order: Order, found: bool) -> None:
+        """Every lie that is looked at is found, and nobody else is accused."""
+        lied = order.digest in self.world.lied
+        if found != lied:
+            self.fail(
+                node, f"audit: shard {order.shard} of {order.reducer} {'was' if lied else 'was no'} lie"
+            )
+        if lied and order.reducer != self.world.liar:
+            self.fail(node, f"audit: {order.reducer} signed what {self.world.liar} made")
+        self.world.audits[lied] = self.world.audits.get(lied, 0) + 1
 
     def on_vote(self, node: Node, before: Vote | None, after: Vote) -> None:
         if before is None or (before.epoch, before.head) != (after.epoch, after.head):

@@ -135,7 +135,7 @@ class _Liar:
             self.rng, [-1, BALLOT_MAX]
         )  # a reducer's wrong mean is a wrong contribution by any name
         epoch, head, shard, hexes = self.epoch(), self.head(), self.shard_index(), self.hex(64)
-        return Result(epoch, head, ballot, shard, hexes, "mean of a liar", FALSE_SUMS)
+        return Result(epoch, head, ballot, shard, hexes, "mean of a liar", FALSE_SUMS, "a liar's")
 
     def closing(self) -> Closing:
         return Closing(self.epoch(), self.head(), self.ballot())

@@ -87,12 +87,12 @@ def result_not_on_disk() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.PersistResult: Node.do_nothing})]
 
 
-@plant("the leader commits when it has voted itself", 0)
+@plant("the leader commits when it has voted itself", 2)
 def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 0)
+@plant("a vote that comes twice counts twice", 5)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -109,7 +109,7 @@ def sender_counted_twice() -> list[Patch]:
     return [(Round, "on_accept", count), (leader_module, "commit_gap", gap)]
 
 
-@plant("votes of who is no elector count", 0)
+@plant("votes of who is no elector count", 12)
 def strangers_vote() -> list[Patch]:
     def gap(body: Any, votes: dict[str, Any], electorate: tuple[str, ...]) -> str | None:
         return None if len(votes) >= len(electorate) // 2 + 1 else "not yet"
@@ -117,7 +117,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 21)
+@plant("a lower ballot is followed after a higher one was promised", 8)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -129,7 +129,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 0)
+@plant("a ballot is led again after a restart", 6)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -141,7 +141,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 5)
+@plant("a new leader makes a new value, whatever was accepted", 332)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -151,7 +151,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 2)
+@plant("a forced value overwrites the vote for an ordinary one", 5)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -167,7 +167,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 2)
+@plant("a member that lost its disk votes at once", 38)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -180,7 +180,7 @@ def lost_records_vote() -> list[Patch]:
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 17)
+@plant("records are taken as they come", 2)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda *args: None)]
 
@@ -201,7 +201,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 0)
+@plant("a run that waits for its quorum forces records all the same", 18)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -281,7 +281,7 @@ def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 
 
-@plant("an island's records are worth what a full electorate's are", 5)
+@plant("an island's records are worth what a full electorate's are", 23)
 def island_counts_as_full() -> list[Patch]:
     stand = chain_module._next_standing
 
@@ -330,7 +330,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 1)
+@plant("results of other members are kept for the next roster", 3)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -371,7 +371,7 @@ def reducers_death_ignored() -> list[Patch]:
     return [(Leader, "exclude", spare)]
 
 
-@plant("a reducer believes what members say of their norms", 0)
+@plant("a reducer believes what members say of their norms", 1)
 def norms_believed() -> list[Patch]:
     def believe(norms: Any, weights: Any, norm_max: float) -> list[float]:
         return clip_scales([1.0] * len(norms), weights, norm_max)
@@ -416,7 +416,7 @@ def begins_before_the_head() -> list[Patch]:
     return [(Sync, "at_head", property(lambda self: not self.need_state))]
 
 
-@plant("a leader that says nothing is waited for", 6)
+@plant("a leader that says nothing is waited for", 9)
 def leader_never_given_up() -> list[Patch]:
     def wait(self: Round, now: float) -> None:
         if self.state.leader == self.ctx.me and self.state.stage >= Stage.READY:

@@ -73,7 +73,9 @@ def size_of(contribution: str) -> float:
 class Mean:
     """A reduced shard: what was averaged. Its digest is taken once, though everybody asks for it."""
 
-    def __init__(self, shard: int, blobs: tuple[object, ...], weights: tuple[int, ...]) -> None:
+    def __init__(
+        self, shard: int, blobs: tuple[object, ...], weights: tuple[int, ...], lie: bool = False
+    ) -> None:
         assert len(blobs) == len(weights)
         self.shard = shard
         # (peer, contribution, weight) of what is this shard of a contribution
@@ -86,6 +88,8 @@ class Mean:
                 self.averaged.append((blob.peer, blob.contribution, weight))
             inputs.append(f"({blob.text if isinstance(blob, Part) else repr(blob)}, {weight})")
         self.text = f"({shard}, ({', '.join(inputs)}{',' if len(inputs) == 1 else ''}))"
+        if lie:  # other bits, which look as good as any
+            self.text += " and a lie"
         self.digest = digest(self.text.encode())
         self.sums = sums_of(self.digest, len(blobs))
 
@@ -237,11 +241,16 @@ class Node:
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_send_result(self, out: ev.SendResult) -> None:
-        message = Result(out.epoch, out.head, out.ballot, out.shard, digest_of(out.blob), out.blob, out.sums)
+        message = Result(
+            out.epoch, out.head, out.ballot, out.shard, digest_of(out.blob), out.blob, out.sums, out.signature
+        )
         self.world.send(self, out.peer, message, bulk=True)
 
     def do_reduce(self, out: ev.Reduce) -> None:
-        mean = Mean(out.shard, out.blobs, out.weights)
+        lie = self.world.lies(self.name, out.head, out.shard)
+        mean = Mean(out.shard, out.blobs, out.weights, lie)
+        if lie:
+            self.world.lied.add(mean.digest)
         reduced = ev.Reduced(out.epoch, out.head, out.ballot, out.shard, mean.digest, mean, mean.sums)
         self.world.later(self.world.draw(0.005, 0.05), self, reduced)
 
@@ -384,7 +393,7 @@ class Node:
             if training != self.training:
                 return
             self.training += 1
-            contribution = self.world.token()
+            contribution = 2 * self.world.token()
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
             self.feed(
                 ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
@@ -401,6 +410,15 @@ class Node:
     def do_verdict(self, out: ev.Verdict) -> None:
         self.world.tell(self.name, f"refused peer={out.peer} reason={out.reason} {out.text}")
         self.world.refused[out.reason] = self.world.refused.get(out.reason, 0) + 1
+
+    def do_audit(self, out: ev.Audit) -> None:
+        """The auditor's inputs are those that the record names: nobody has others of these names."""
+        body = out.record.body
+        members = [m for m in body.members if m.weight]
+        for order in out.orders:
+            parts = tuple(Part(m.peer, m.contribution, order.shard) for m in members)
+            mean = Mean(order.shard, parts, tuple(m.weight for m in members))
+            self.world.invariants.on_audit(self, order, mean.digest != order.digest)
 
     def do_end_round(self, out: ev.EndRound) -> None:
         self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
@@ -424,6 +442,7 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.Train: Node.do_train,
     ev.CloseTraining: Node.do_close_training,
     ev.ExchangeBegan: Node.do_nothing,
+    ev.Audit: Node.do_audit,
     ev.EndRound: Node.do_end_round,
     ev.Moved: Node.do_nothing,
     ev.Verdict: Node.do_verdict,

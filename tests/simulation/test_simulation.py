@@ -11,7 +11,7 @@ import pytest
 from simulation.plants import PLANTS, planted
 from simulation.world import Faults, Violation, World
 
-SEEDS = 150  # scripts/test runs 1,500, compiled
+SEEDS = 150  # scripts/test runs 800, compiled
 SIMULATE = Path(__file__).resolve().parent.parent.parent / "scripts" / "simulate.py"
 
 

@@ -37,6 +37,9 @@ Happening = ev.Input | Callable[[], object]
 EXAM_EVERY = 3  # seeds, of which one ends with a death
 FAR_SHARE = 0.1  # of the worlds have one node far from all others
 FAR_S = (0.05, 0.2)  # one way
+LIAR_SHARE = 0.15  # of the worlds have a reducer that lies
+LIES_OF_16 = 3  # of 16 shards that it averages
+AUDIT_SHARE = 0.3  # of shards: more than a run has, so that more is seen in a short one
 
 
 class World:
@@ -112,6 +115,7 @@ class World:
                 quorum_loss_s=self.rng.choice([8.0, 15.0]),
                 on_quorum_loss=policy,
                 exchange_max_s=20.0,
+                audit_share=AUDIT_SHARE,
                 max_influence=self.rng.choice([1.0, 1.0, 0.6]),
                 records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
             )
@@ -120,6 +124,11 @@ class World:
         far = random.Random(f"far {seed}")  # a draw of its own: the other worlds stay as they were
         if faults is None and peers > 1 and far.random() < FAR_SHARE:
             self.far_s[names[-1]] = far.uniform(*FAR_S)
+        liars = random.Random(f"liar {seed}")
+        lies = faults is None and peers > 1 and liars.random() < LIAR_SHARE
+        self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
+        self.lied: set[str] = set()  # digests of what it made
+        self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
         self.invariants = Invariants(self)
         self.consortium = Consortium(self)
         self.nodes = {name: Node(self, name) for name in names}
@@ -131,6 +140,10 @@ class World:
         first.disk.state_head = self.genesis.run_id
         first.disk.vote = founding_vote(self.genesis.run_id, first.disk.life)
         self.invariants.state_of[self.genesis.run_id] = state
+
+    def lies(self, name: str, head: str, shard: int) -> bool:
+        """Whether this reducer sends another mean of the shard in the round of `head`."""
+        return name == self.liar and int(digest(f"lie {head} {shard}".encode())[0], 16) < LIES_OF_16
 
     # --- running -------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ class Run:
             epoch=self.chain.epoch + 1,
             prev=self.chain.head,
             state_digest=self.digest,
-            members=(Member(IDENTITY.peer_id, UNIT, "c0" * 16, "", 7),),
+            members=(Member(IDENTITY.peer_id, UNIT, "c0" * 32, "", 7),),
             result=result_digest(payloads),
         )
         head = head_of(body, CRYPTO)

@@ -29,7 +29,7 @@ def _payloads(state: ModelState, seed: int = 0) -> list[torch.Tensor]:
 
 def record(agreement: Agreement = ALIKE, contributors: int = 4) -> Record:
     """Of epoch 1; a voter that contributed nothing is in it too."""
-    members = tuple(Member(f"p{index}", 3, "c0" * 16) for index in range(contributors))
+    members = tuple(Member(f"p{index}", 3, "c0" * 32) for index in range(contributors))
     body = Body(HEAD, 1, HEAD, HEAD, (*members, Member("voter", 0, "")), HEAD, agreement=agreement)
     return Record(body, HEAD, 0, ())
 

@@ -29,6 +29,8 @@ CONTRACT = {
     "tapestry_peers": ("gauge", {"phase"}),
     "tapestry_links": ("gauge", {"route"}),
     "tapestry_contribution_weight": ("gauge", set()),
+    "tapestry_audits": ("counter", {"outcome"}),
+    "tapestry_accusations": ("counter", set()),
     "tapestry_dropped_records": ("counter", set()),
     "tapestry_dropped_weight": ("counter", set()),
     "tapestry_refused": ("counter", {"reason"}),

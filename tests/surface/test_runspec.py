@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapestry.compression.means.registry import mean_names
-from tapestry.node.daemon.averaging import mean_of
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.spec.run import (
     AdamWSpec,
@@ -32,6 +31,7 @@ from tapestry.node.spec.run import (
 )
 from tapestry.node.spec.tables import FILE_BYTES_MAX, Between, Key, is_section, keys_of, plain, read_table
 from tapestry.node.spec.training import PRESETS, TrainingSpec
+from tapestry.node.state.means import mean_of
 
 DEFAULT = RunSpec.from_dict({"name": "demo"})
 
@@ -122,7 +122,7 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
         ),
         (
             {"name": "x", "limits": {"max_peers": 64, "max_control_frame_bytes": 30_000}},
-            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 113152, ",
+            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 115200, ",
         ),
     ],
 )

@@ -102,6 +102,7 @@ def attached() -> NodeView:
         tokens_per_second=1.0,
         dropped_records=0,
         dropped_weight=0,
+        accused=({"peer": "c", "epoch": 3, "shard": 1},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),
         reachable=True,

@@ -1,0 +1,149 @@
+"""An accusation: all that anybody needs to see that a reducer signed a mean that it is not.
+
+    head, epoch    of the state that the round started from
+    members        (peer, contribution, weight) of what was averaged, in the roster's order
+    shard, digest  which mean, and the digest that the reducer signed for it
+    reducer, signature
+    inputs         of each member: the path of its shard (protocol/commitment.py), and the encoded bytes
+
+`check` needs nothing else but the run's codec and mean: the inputs are those of these names, the signature is
+the reducer's over exactly these names and this digest, and the mean of the inputs has another digest. Nobody
+can make one against a reducer that averaged what it had (protocol/audit.py). It need not be believed, and it
+proves the same years later, without a network.
+
+In a home they lie in HOME/accusations, one file each; `tapestry verify` checks them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+from blake3 import blake3
+
+from tapestry.compression.refusals import Refused
+from tapestry.node.disk.files import atomic_write
+from tapestry.node.protocol import strict
+from tapestry.node.protocol.audit import inputs_digest, mean_message
+from tapestry.node.protocol.canon import EPOCH_MAX, MEMBERS_MAX, PEER_CHARS_MAX, WEIGHT_MAX, Crypto
+from tapestry.node.protocol.chain import Member
+from tapestry.node.protocol.commitment import PATH_MAX, is_committed
+from tapestry.node.protocol.strict import Malformed
+from tapestry.node.state.means import MeanDigest
+
+KEPT_MAX = 64  # files in a home: who lied so often is known by now
+SUFFIX = ".accusation"
+
+
+class FalseAccusation(ValueError):
+    """It proves nothing; one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """See the module."""
+
+    head: str
+    epoch: int
+    members: tuple[Member, ...]  # those with weight
+    shard: int
+    digest: str
+    reducer: str
+    signature: str
+    inputs: tuple[tuple[tuple[str, ...], bytes], ...]  # (path, encoded bytes), in the members' order
+
+    @property
+    def name(self) -> str:
+        """One for one lie."""
+        return f"{self.epoch}-{self.shard}-{self.reducer[-8:]}-{self.digest[:8]}"
+
+    def pack(self) -> bytes:
+        """As it travels, and lies on disk."""
+        members = [[m.peer, m.contribution, m.weight] for m in self.members]
+        inputs = [[list(path), payload] for path, payload in self.inputs]
+        said = [self.head, self.epoch, members, self.shard, self.digest, self.reducer, self.signature, inputs]
+        packed: bytes = msgpack.packb(said)
+        return packed
+
+
+def unpack(data: bytes | bytearray) -> Accusation:
+    """Strict. Raises FalseAccusation."""
+    try:
+        return _read(msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=False))
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise FalseAccusation(f"not an accusation: {error}") from None
+
+
+def _read(raw: Any) -> Accusation:
+    head, epoch, members, shard, digest, reducer, signature, inputs = strict.sequence(raw, 8, "it", 8)
+    named = tuple([_member(m) for m in strict.sequence(members, MEMBERS_MAX, "members", 1)])
+    given = tuple([_input(i) for i in strict.sequence(inputs, MEMBERS_MAX, "inputs", 1)])
+    if len(named) != len(given):
+        raise Malformed("not as many inputs as members")
+    return Accusation(
+        strict.hexadecimal(head, (64,), "head"),
+        strict.integer(epoch, 0, EPOCH_MAX, "epoch"),
+        named,
+        strict.integer(shard, 0, (1 << PATH_MAX) - 1, "shard"),
+        strict.hexadecimal(digest, (64,), "digest"),
+        strict.text(reducer, PEER_CHARS_MAX, "reducer", 1),
+        strict.text(signature, 256, "signature", 1),
+        given,
+    )
+
+
+def _member(raw: Any) -> Member:
+    peer, contribution, weight = strict.sequence(raw, 3, "a member", 3)
+    return Member(
+        strict.text(peer, PEER_CHARS_MAX, "peer", 1),
+        strict.integer(weight, 1, WEIGHT_MAX, "weight"),
+        strict.hexadecimal(contribution, (64,), "contribution"),
+    )
+
+
+def _input(raw: Any) -> tuple[tuple[str, ...], bytes]:
+    path, payload = strict.sequence(raw, 2, "an input", 2)
+    if not isinstance(payload, bytes):
+        raise Malformed("an input must be bytes")
+    digests = strict.sequence(path, PATH_MAX, "path")
+    return tuple([strict.hexadecimal(d, (64,), "path") for d in digests]), payload
+
+
+def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, crypto: Crypto) -> None:
+    """Averages again. Raises FalseAccusation unless it is proven."""
+    a = accusation
+    signed = mean_message(a.head, a.shard, a.digest, inputs_digest(a.members, crypto))
+    if not crypto.verify(a.reducer, a.signature, signed):
+        raise FalseAccusation("the reducer did not sign this")
+    payloads = []
+    for member, (path, payload) in zip(a.members, a.inputs, strict=True):
+        digest = blake3(payload).hexdigest()
+        if not is_committed(
+            *(member.contribution, member.peer, a.epoch, shard_count, a.shard, digest, path, crypto.digest)
+        ):
+            raise FalseAccusation(f"the input of {member.peer[-6:]} is not of its contribution")
+        payloads.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    try:
+        found = mean_digest(a.shard, payloads, [m.weight for m in a.members])
+    except Refused as refused:
+        raise FalseAccusation(f"these inputs have no mean: {refused}") from None
+    if found == a.digest:
+        raise FalseAccusation("the reducer's mean is right")
+
+
+def keep(folder: Path, accusation: Accusation) -> bool:
+    """Write it down, unless it is there or there are KEPT_MAX; whether it is new. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{accusation.name}{SUFFIX}"
+    if path.exists() or sum(1 for _ in folder.glob(f"*{SUFFIX}")) >= KEPT_MAX:
+        return False
+    atomic_write(path, accusation.pack())
+    return True
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of all that a home keeps."""
+    return sorted(folder.glob(f"*{SUFFIX}"))

@@ -1,0 +1,98 @@
+"""Who looks over a reducer's shoulder: what it signs, and which shards are computed again after a commit.
+
+A reducer could send everybody the same wrong mean, and all would hold the same wrong bits. So:
+
+    committed   a contribution's name is the root of a tree over its shards (commitment.py): who has the name
+                can check any one shard of it, and nobody can show another shard under that name
+    signed      a reducer signs the digest of the mean it made, with the head and the inputs it made it of
+    drawn       the head of a record, which nobody can choose, says which shards are looked at, and by whom
+    audited     the auditor asks the contributors for their shards of those, averages them again, and compares
+
+A mean that differs from the signed one is a lie that anyone can check, with the inputs and the signature in
+hand (lineage/accusation.py). An honest reducer cannot be accused: it averaged inputs of just these names, of
+which there is one each, and the mean is a function of them, to the bit.
+
+What is not found: a lie in a shard that was not drawn, and one whose contributors do not give their shards.
+
+Pure; standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tapestry.node.protocol.canon import Crypto, canonical
+from tapestry.node.protocol.chain import Member
+from tapestry.node.protocol.messages import Blob
+
+SHARE_UNIT = 1 << 32  # what `share` is counted in, of a digest's first 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One shard that this node is to average again."""
+
+    shard: int
+    reducer: str
+    digest: str  # of the mean that the record's result holds
+    signature: str  # of the reducer: mean_message
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the head of a record draws, as one member sees it."""
+
+    due: tuple[int, ...]  # shards that somebody looks at
+    orders: tuple[Order, ...]  # those that this node looks at
+
+
+def inputs_digest(members: Iterable[Member], crypto: Crypto) -> str:
+    """Names what is averaged: contributions and their weights, in the roster's order."""
+    return crypto.digest(canonical([[m.contribution, m.weight] for m in members if m.weight]))
+
+
+def mean_message(head: str, shard: int, digest: str, inputs: str) -> bytes:
+    """What the reducer of a shard signs. `head`: of the state that the round starts from."""
+    return b"tapestry mean v1\0%s\0%d\0%s\0%s" % (head.encode(), shard, digest.encode(), inputs.encode())
+
+
+def due_shards(head: str, shard_count: int, share: float, crypto: Crypto) -> tuple[int, ...]:
+    """The shards of the record with this head that are averaged again: about `share` of them."""
+    limit = int(share * SHARE_UNIT)
+    if not limit:
+        return ()
+    lots = (crypto.digest(f"audit|{head}|{shard}".encode()) for shard in range(shard_count))
+    return tuple(shard for shard, lot in enumerate(lots) if int(lot[:8], 16) < limit)
+
+
+def auditor_of(head: str, shard: int, reducer: str, members: Sequence[str], crypto: Crypto) -> str | None:
+    """Who looks at a shard: any member of the record but its reducer, by lot; None if there is none."""
+    others = [peer for peer in members if peer != reducer]
+    return min(others, key=lambda peer: crypto.digest(f"{head}|{shard}|{peer}".encode()), default=None)
+
+
+def draw(
+    me: str,
+    head: str,
+    members: Sequence[str],
+    means: Mapping[int, tuple[str, str, str]],  # shard -> reducer, digest, its signature
+    share: float,
+    crypto: Crypto,
+) -> Draw:
+    """What `me` keeps for the auditors of this record, and what it looks at itself."""
+    due = due_shards(head, len(means), share, crypto)
+    orders = [
+        Order(shard, *means[shard])
+        for shard in due
+        if auditor_of(head, shard, means[shard][0], members, crypto) == me
+    ]
+    return Draw(due, tuple(orders))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Of our own contribution, what auditors may ask for."""
+
+    contribution: str
+    blobs: tuple[tuple[int, Blob], ...]  # (shard, its encoded bytes)

@@ -1,0 +1,125 @@
+"""An accusation proves a lie to anyone, and proves nothing against who told none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.reduce import WEIGHTED
+from tapestry.dht.identity import Identity
+from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.disk.accusations import (
+    KEPT_MAX,
+    Accusation,
+    FalseAccusation,
+    check,
+    keep,
+    kept,
+    unpack,
+)
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.protocol.audit import inputs_digest, mean_message
+from tapestry.node.protocol.chain import Member
+
+N, SHARDS, SHARD, EPOCH, HEAD = 1000, 4, 2, 5, "ab" * 32
+CODEC = get_codec("int8-block")
+
+
+def averaging() -> Averaging:
+    return Averaging(CODEC, N, 256, WEIGHTED)
+
+
+IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry audit tests ed25519 key"))
+
+
+@pytest.fixture
+def crypto() -> NodeCrypto:
+    return NodeCrypto(IDENTITY)
+
+
+def accusation(crypto: NodeCrypto, wrong: bool = True) -> Accusation:
+    """Of a reducer that signed the mean of three, or another one."""
+    a = averaging()
+    members, inputs, payloads = [], [], []
+    for seed, peer in enumerate(("alice", "bob", "carol")):
+        x = torch.randn(N, generator=torch.Generator().manual_seed(seed))
+        encoded = a.take(torch.cat([CODEC.encode(x[i : i + 256]) for i in range(0, N, 256)]), copy=False)
+        name = a.commit(peer, EPOCH, encoded)
+        members.append(Member(peer, 1 + seed, name))
+        inputs.append((a.path(name, SHARD), bytes(encoded[SHARD].numpy())))
+        payloads.append(encoded[SHARD])
+    weights = [1, 1, 1] if wrong else [m.weight for m in members]
+    digest = a.mean_digest(SHARD, payloads, weights)
+    said = mean_message(HEAD, SHARD, digest, inputs_digest(members, crypto))
+    return Accusation(
+        HEAD, EPOCH, tuple(members), SHARD, digest, IDENTITY.peer_id, crypto.sign(said), tuple(inputs)
+    )
+
+
+def judge(one: Accusation, crypto: NodeCrypto) -> None:
+    check(one, SHARDS, averaging().mean_digest, crypto)
+
+
+def test_a_signed_mean_that_is_another_is_proven_from_the_file_alone(
+    crypto: NodeCrypto, tmp_path: Path
+) -> None:
+    one = accusation(crypto)
+    assert keep(tmp_path, one) and not keep(tmp_path, one)
+    (path,) = kept(tmp_path)
+    judge(unpack(path.read_bytes()), crypto)
+
+
+def test_an_honest_reducer_cannot_be_accused(crypto: NodeCrypto) -> None:
+    with pytest.raises(FalseAccusation, match="the reducer's mean is right"):
+        judge(accusation(crypto, wrong=False), crypto)
+
+
+def _other_input(one: Accusation) -> Accusation:
+    path, payload = one.inputs[1]
+    inputs: Sequence[tuple[tuple[str, ...], bytes]] = (one.inputs[0], (path, one.inputs[2][1]), one.inputs[2])
+    assert payload != one.inputs[2][1]
+    return dataclasses.replace(one, inputs=tuple(inputs))
+
+
+def _other_weight(one: Accusation) -> Accusation:
+    members = (dataclasses.replace(one.members[0], weight=9), *one.members[1:])
+    return dataclasses.replace(one, members=members)
+
+
+@pytest.mark.parametrize(
+    ("forge", "why"),
+    [
+        (lambda one: dataclasses.replace(one, digest="cd" * 32), "did not sign"),
+        (lambda one: dataclasses.replace(one, shard=1), "did not sign"),
+        (lambda one: dataclasses.replace(one, head="cd" * 32), "did not sign"),
+        (lambda one: dataclasses.replace(one, reducer="somebody else"), "did not sign"),
+        (_other_weight, "did not sign"),
+        (lambda one: dataclasses.replace(one, epoch=6), "not of its contribution"),
+        (_other_input, "not of its contribution"),
+    ],
+)
+def test_what_is_forged_proves_nothing(forge, why: str, crypto: NodeCrypto) -> None:
+    with pytest.raises(FalseAccusation, match=why):
+        judge(forge(accusation(crypto)), crypto)
+
+
+def test_every_broken_text_is_refused(crypto: NodeCrypto) -> None:
+    packed = accusation(crypto).pack()
+    for length in range(0, len(packed), 97):
+        with pytest.raises(FalseAccusation):
+            unpack(packed[:length])
+    for data in (b"", b"\x90", b"\xc0", b"\x81\xa1a\x01", packed + b"\0"):
+        with pytest.raises(FalseAccusation):
+            unpack(data)
+
+
+def test_a_home_keeps_so_many(crypto: NodeCrypto, tmp_path: Path) -> None:
+    one = accusation(crypto)
+    news = [keep(tmp_path, dataclasses.replace(one, epoch=epoch)) for epoch in range(KEPT_MAX + 3)]
+    assert news.count(True) == len(kept(tmp_path)) == KEPT_MAX

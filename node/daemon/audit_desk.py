@@ -2,9 +2,8 @@
 
     do_audit   the core's draw: our own drawn shards are kept for the auditors, and those that we are to look
                at are asked of their contributors, averaged and compared
-    serve      streams of peers: `input` (head, shard) -> for a member of that record, a kept shard with its
-               path, or nothing;
-               `accuse` and an accusation, which we check ourselves
+    serve      streams of peers: `input` (head, shard) gives a member of that record a kept shard with its
+               path, or nothing; `accuse` brings an accusation, which we check ourselves
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
 that we have is no news. What does not prove anything is refused, counted and named.
@@ -231,34 +230,21 @@ class AuditDesk:
     # --- other members' streams ----------------------------------------------------------------
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The handler of the audit protocol: one request."""
-        if self._streams >= STREAMS_MAX or not self._may(peer):
+        """One request. Raises RemoteProtocolError, StreamEnded, TimeoutError and ConnectionError."""
+        if self._streams >= STREAMS_MAX or peer not in self._network.linked:
             return
         self._streams += 1
         try:
             header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)
-            kind, *rest = strict.sequence(unpack_header(header), 3, "request", 1)
-            if kind == "accuse":
-                await self._judge(peer, payload)
-            elif kind == "input":
-                await self._give(peer, writer, rest)
-            else:
-                raise RemoteProtocolError("malformed", "no such request")
-        except strict.Malformed as error:
-            self._refuse(peer, RemoteProtocolError("malformed", str(error)))
-        except RemoteProtocolError as error:
-            self._refuse(peer, error)
-        except (StreamEnded, TimeoutError, ConnectionError) as error:
-            _log.debug("serving peer=%s ended reason=%r", peer[-6:], error)
+            match _values(header, 3, "request"):
+                case ["accuse", *_]:
+                    await self._judge(peer, payload)
+                case ["input", head, shard]:
+                    await self._give(peer, writer, head, shard)
+                case _:
+                    raise RemoteProtocolError("malformed", "no such request")
         finally:
             self._streams -= 1
-
-    def _may(self, peer: str) -> bool:
-        return peer in self._network.linked
-
-    def _refuse(self, peer: str, error: RemoteProtocolError) -> None:
-        self._reporter.refused(peer, error.reason, str(error))
-        self._network.blame(peer, error.reason)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
         averaging = self._averaging
@@ -270,8 +256,7 @@ class AuditDesk:
             raise RemoteProtocolError("accusation", str(error)) from None
         await self._accuse(accusation, peer)
 
-    async def _give(self, peer: str, writer: asyncio.StreamWriter, rest: list[Any]) -> None:
-        head, shard = strict.sequence(rest, 2, "request", 2)
+    async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any) -> None:
         found = self._kept.get(head, {}).get(shard) if isinstance(head, str) and type(shard) is int else None
         body = self._records[head].body if found is not None else None
         if found is None or body is None or all(m.peer != peer for m in body.members):
@@ -295,10 +280,17 @@ class AuditDesk:
         self._reporter.metrics.network_bytes("received", "audit", count)
 
 
+def _values(header: bytes, count_max: int, what: str) -> list[Any]:
+    """Raises RemoteProtocolError."""
+    try:
+        return [*strict.sequence(unpack_header(header), count_max, what)]
+    except strict.Malformed as error:
+        raise RemoteProtocolError("malformed", str(error)) from None
+
+
 def _path(header: bytes) -> tuple[str, ...]:
     """Raises RemoteProtocolError."""
     try:
-        digests = strict.sequence(unpack_header(header), PATH_MAX, "path")
-        return tuple([strict.hexadecimal(d, (64,), "path") for d in digests])
+        return tuple([strict.hexadecimal(d, (64,), "path") for d in _values(header, PATH_MAX, "path")])
     except strict.Malformed as error:
         raise RemoteProtocolError("malformed", str(error)) from None

@@ -114,7 +114,7 @@ class NetworkDesk:
             GENESIS_PROTOCOL: self.serve_genesis,
             CHECKUP_PROTOCOL: self.serve_checkup,
             self._state_protocol: self.serve_state,
-            self._audits.protocol: self._audits.serve,
+            self._audits.protocol: self.serve_audit,
         }
 
     async def serve_checkup(
@@ -122,6 +122,12 @@ class NetworkDesk:
     ) -> None:
         """The handler of the checkup protocol."""
         await self._serve_by(self._checkup.serve, peer, reader, writer)
+
+    async def serve_audit(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the audit protocol."""
+        await self._serve_by(self._audits.serve, peer, reader, writer)
 
     async def serve_genesis(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

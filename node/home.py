@@ -172,6 +172,11 @@ class Home:
         return self.path / "trainer.sock"
 
     @property
+    def control_socket(self) -> Path:
+        """Where commands reach the running node: daemon/control.py; mode 0600."""
+        return self.path / "control.sock"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / "lock"
 

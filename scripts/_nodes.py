@@ -313,8 +313,9 @@ class Node:
 
     def make_home(self, *options: str) -> None:
         """With `tapestry init`, for who founds a run; one thread, for others share this machine."""
-        command = [*self.tapestry, "init", str(self.home), *options]
+        command = [*self.tapestry, "init", str(self.home), "--admission", "open", *options]
         run_command(command, "tapestry init", INIT_S)
+        replace_key(self.home / "run.toml", "open_votes_after", 1)
         replace_key(self.home / "node.toml", "threads", 1)
 
     def make_home_of_joiner(self) -> None:

@@ -84,7 +84,7 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
 
 
 def _found(homes: Sequence[Path], texts: Sequence[Text]) -> None:
-    _run("init", homes[0], "--preset", "nano", "--name", "story")
+    _run("init", homes[0], "--preset", "nano", "--name", "story", "--admission", "open")
     for home in homes[1:]:
         home.mkdir()
     peer: list[str] = []

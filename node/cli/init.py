@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -49,6 +51,12 @@ from tapestry.node.spec.run import RUN_NAME, RunSpec
     "Without it, the rate stays.",
 )
 @click.option("--name", help="The name of the run. Default: the directory's.")
+@click.option(
+    "--admission",
+    type=click.Choice(["members", "open"]),
+    default="members",
+    help="members: who comes waits to be admitted (default). open: who comes contributes.",
+)
 def init(
     directory: Path,
     preset: str | None,
@@ -57,6 +65,7 @@ def init(
     lora_rank: int | None,
     epochs: int | None,
     name: str | None,
+    admission: Literal["members", "open"],
 ) -> None:
     """Write a commented run.toml, node.toml and data.toml into DIR."""
     if sum(choice is not None for choice in (preset, base, config)) > 1:
@@ -74,6 +83,7 @@ def init(
     else:
         spec, node = _adopt(base or config or "", home, run_name, base is not None, lora_rank or 0)
         spec = recipe(spec, epochs or 0)
+    spec = replace(spec, members=replace(spec.members, admission=admission))
     texts = {home.run_toml: spec.to_toml(), home.node_toml: node.to_toml(), home.data_toml: template()}
     for path, text in texts.items():
         _write_new(path, text)

@@ -43,6 +43,12 @@ def _looking() -> tuple[click.Command, ...]:
     return status, peers
 
 
+def _admitting() -> tuple[click.Command, ...]:
+    from tapestry.node.cli.members import admit, approve, invite, members, propose, remove
+
+    return members, admit, remove, invite, propose, approve
+
+
 def _logging() -> tuple[click.Command, ...]:
     from tapestry.node.cli.logs import log_level
 
@@ -95,6 +101,7 @@ FAMILIES = {
     ("start", "stop"): _starting,
     ("init",): _founding,
     ("status", "peers"): _looking,
+    ("members", "admit", "remove", "invite", "propose", "approve"): _admitting,
     ("log-level",): _logging,
     ("doctor",): _doctoring,
     ("export", "verify", "log", "anchor", "exit"): _proving,

@@ -84,6 +84,7 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 )
 @click.option("--script-fd", type=int, hidden=True, help="The socket of the script that starts this node.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default: text")
+@click.option("--no-wait", is_flag=True, default=None, help="Where this node must be admitted first: end, 4.")
 @click.option("--detach", is_flag=True, help="Go to the background once the node is ready.")
 def start(home: str | None, detach: bool, declaration: str | None, **flags: Any) -> int:
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""

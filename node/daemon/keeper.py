@@ -31,7 +31,6 @@ from tapestry.node.net.transfer import (
 from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, tokens_of
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
-from tapestry.node.protocol.members import SHARE, Charter
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import ModelState, TornState
@@ -218,10 +217,6 @@ def keep_initial_state(spec: RunSpec, genesis: Genesis, state: ModelState, home:
     return True
 
 
-# Until there are commands to admit with: whoever comes contributes, and votes after its first committed one.
-OPEN = Charter(admission="open", voice="tokens", open_share=SHARE - 1, open_votes_after=1)
-
-
 def found_run(
     spec: RunSpec, founder: str, state: ModelState, home: Home, store: Store, crypto: Crypto
 ) -> LoadedStore:
@@ -233,7 +228,17 @@ def found_run(
     text = spec.canonical().decode()
     digest = state.digest()
     nonce = secrets.token_hex(16)
-    genesis = found(text, founder, digest, state.schema, state.n, nonce, crypto, OPEN)
+    genesis = found(
+        text,
+        founder,
+        digest,
+        state.schema,
+        state.n,
+        nonce,
+        crypto,
+        spec.members.charter(),
+        spec.members.founders,
+    )
     state.head = genesis.run_id
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()

@@ -29,6 +29,7 @@ from tapestry.dht.addresses import PeerAddress, parse_peer, ranked
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
+from tapestry.node.daemon.admitted import be_admitted
 from tapestry.node.daemon.assembly import (
     Node,
     Own,
@@ -39,6 +40,7 @@ from tapestry.node.daemon.assembly import (
     worker_settings,
 )
 from tapestry.node.daemon.base import have_base
+from tapestry.node.daemon.control import Control
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit
@@ -56,6 +58,7 @@ from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
@@ -188,6 +191,9 @@ class Daemon:
                 began = await asyncio.to_thread(begin_island, self.home)
                 _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
+            if agreed.genesis is not None:
+                chain = Chain(agreed.genesis, loaded.records)
+                await be_admitted(config, chain.roll, chain.epoch, swarm, peers)
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))
             stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
@@ -227,8 +233,10 @@ class Daemon:
             )
             addresses = ranked(await swarm.addresses())
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)
-            self._say_who(info, agreed.spec.name)
+            self._say_who(info, agreed.spec.name, node.runtime.members.roll.is_open)
             stack.callback(self.home.remove_node_json)
+            control = await Control.open(self.home.control_socket, node.runtime.members.do)
+            stack.callback(control.close)
             await self._serve(node, swarm, info, egress)
 
     async def _serve(self, node: Node, swarm: Swarm, info: NodeInfo, egress: EgressLedger) -> None:
@@ -342,7 +350,7 @@ class Daemon:
             code = ExitCode.USAGE if error.reason in USERS_REASONS else ExitCode.FAILED
             raise UserError(f"the trainer did not start: {error}", exit_code=code) from error
 
-    def _say_who(self, info: NodeInfo, run_name: str) -> None:
+    def _say_who(self, info: NodeInfo, run_name: str, is_open: bool) -> None:
         """In the log, and for people on stdout, which is no place for them where the log is JSON."""
         _log.info(
             "started peer_id=%s run_id=%s run_name=%r addresses=%s http=%s version=%s pid=%d",
@@ -355,7 +363,7 @@ class Daemon:
             info.pid,
         )
         if self._prints:
-            _print_banner(info.peer_id, run_name, info.run_id, info.addresses, info.http)
+            _print_banner(info, run_name, is_open)
 
     def _show_new(self, token: Token | None) -> None:
         """Once: from then on it is in its file only."""
@@ -395,10 +403,11 @@ def _waiting_for(config: NodeConfig) -> str:
     return f"waiting for a script that opens {config.home.path} with tapestry.node.Swarm"
 
 
-def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str, ...], url: str) -> None:
+def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:
     """What `start` prints first."""
+    addresses, run_id, url = info.addresses, info.run_id, info.http
     lines = [
-        f"peer id  {peer_id}",
+        f"peer id  {info.peer_id}",
         f"run      {run_name}  {run_id}",
         *(f"address  {address}" for address in addresses),
         f"metrics  {url}/metrics",
@@ -407,6 +416,8 @@ def _print_banner(peer_id: str, run_name: str, run_id: str, addresses: tuple[str
         f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
         f" --run-id {run_id} --data <their data>",
     ]
+    if not is_open:
+        lines.append("and wait for `tapestry admit`; `tapestry invite` prints a line that joins at once")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -18,7 +18,9 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.egress import Egress
 from tapestry.node.daemon.keeper import Keeper
+from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.net.admission import admission_protocol
 from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 from tapestry.node.net.network import Handler, Network, News, Streams
@@ -46,9 +48,12 @@ class NetworkDesk:
         keeper: Keeper,
         reporter: Reporter,
         audits: AuditDesk,
+        members: MembersDesk,
     ) -> None:
         self._loop = loop
         self._network = network
+        self._members = members
+        self._admission_protocol = admission_protocol(keeper.run_id)
         self._averaging = averaging
         self._audits = audits
         self._reporter = reporter
@@ -72,6 +77,9 @@ class NetworkDesk:
         }
 
     # --- what the links tell (Listener) --------------------------------------------------------
+
+    def admits(self, peer: str) -> bool:
+        return self._members.admits(peer)
 
     def on_up(self, peer: str) -> None:
         self._loop.feed(ev.PeerUp(peer))
@@ -113,6 +121,7 @@ class NetworkDesk:
         return {
             GENESIS_PROTOCOL: self.serve_genesis,
             CHECKUP_PROTOCOL: self.serve_checkup,
+            self._admission_protocol: self.serve_admission,
             self._state_protocol: self.serve_state,
             self._audits.protocol: self.serve_audit,
         }
@@ -138,8 +147,17 @@ class NetworkDesk:
     async def serve_state(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """The handler of the state protocol."""
-        await self._serve_by(self._state_door.serve, peer, reader, writer)
+        """The handler of the state protocol: for members."""
+        if self.admits(peer):
+            await self._serve_by(self._state_door.serve, peer, reader, writer)
+        else:
+            self._reporter.refused(peer, "not_member", "it asked for state and is no member")
+
+    async def serve_admission(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the admission protocol: the one for who is no member."""
+        await self._serve_by(self._members.reception.serve, peer, reader, writer)
 
     async def _serve_by(
         self, handler: Handler, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

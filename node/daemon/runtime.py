@@ -23,11 +23,13 @@ from tapestry.node.daemon.desk import Job, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper
+from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.network_desk import NetworkDesk
 from tapestry.node.daemon.trainer_desk import TrainerDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.status import Shown
@@ -59,11 +61,14 @@ class Runtime:
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
         self.audits = AuditDesk(self, network, averaging, reporter, auditor)
-        self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits)
+        self.members = MembersDesk(self, auditor.own.peer_id, auditor.crypto, network.given)
+        self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),
+            ev.AppendRecord: lambda out: network.check_members() if out.record.body.changes else None,
+            ev.SwitchChain: lambda out: network.check_members(),
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
@@ -173,7 +178,9 @@ class Runtime:
                 due = loop.time() + LAG_PROBE_S
                 await asyncio.sleep(LAG_PROBE_S)
                 self.reporter.metrics.loop_lag(max(0.0, loop.time() - due))
-            self.reporter.count_peers(self.snapshot(), self._network.where().routes)
+            core = self.snapshot()
+            self.reporter.count_peers(core, self._network.where().routes)
+            self.reporter.metrics.set_members(len(core.roll.members), len(self.members.reception.applicants))
 
 
 def _table(*desks: Outputs) -> dict[type, list[Callable[[Any], Job | None]]]:

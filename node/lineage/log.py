@@ -22,7 +22,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
-from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
+from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
 
 _NONE_KNOWN: Mapping[int, float] = {}
 
@@ -73,6 +73,15 @@ def newest(home: Home) -> Anchor:
     genesis, _ = _genesis(home)
     found = deque(_records(home), maxlen=1)
     return Anchor.of(genesis, found[0] if found else None)
+
+
+def place_of(home: Home) -> Place:
+    """Where the home's chain is: who belongs to the run, for one. Raises UserError."""
+    genesis, _ = _genesis(home)
+    at = genesis_place(genesis)
+    for record in _records(home):
+        at = next_place(at, record)
+    return at
 
 
 def _genesis(home: Home) -> tuple[Genesis, Any]:

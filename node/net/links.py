@@ -72,6 +72,9 @@ _log = logging.getLogger("tapestry.links")
 class Listener(Protocol):
     """Who hears of peers and their messages. Called on the event loop; must not raise."""
 
+    def admits(self, peer: str) -> bool:
+        """Whether to have a link with it at all: it belongs to the run."""
+
     def on_up(self, peer: str) -> None: ...
     def on_down(self, peer: str) -> None: ...
     def on_message(self, peer: str, message: Control | Shard | Result) -> None: ...
@@ -241,6 +244,8 @@ class Links:
         """
         if peer == self._swarm.peer_id or self._tasks is None or self._swarm.is_banned(peer):
             return
+        if not self._listener.admits(peer):
+            return
         known, now = self._peers.get(peer), asyncio.get_running_loop().time()
         if known is None:
             peers_max = self._limits.peers_max
@@ -289,6 +294,16 @@ class Links:
     def given(self) -> dict[str, tuple[str, ...]]:
         """Where the operator says peers are."""
         return self._given
+
+    def check_members(self) -> None:
+        """The roll has changed: end the links of who is a member no more."""
+        for link in list(self._peers.values()):
+            if not self._listener.admits(link.peer):
+                for task in link.inbound.values():
+                    task.cancel()
+                link.wake.set()
+                if link.up:
+                    self._break(link, "it is a member no more", "not_member")
 
     @property
     def wanted(self) -> list[str]:
@@ -363,6 +378,9 @@ class Links:
     def _protocol(self, name: str) -> str:
         return f"/tapestry/{self._run_id}/{name}/1"
 
+    def _may_have(self, peer: str) -> bool:
+        return self._listener.admits(peer) and not self._swarm.is_banned(peer)
+
     def _is_awaited(self, link: _Peer) -> bool:
         since_s = asyncio.get_running_loop().time() - link.seen_at
         return since_s < self._limits.give_up_s or bool(link.inbound) or link.peer in self._given
@@ -372,7 +390,7 @@ class Links:
         loop, limits = asyncio.get_running_loop(), self._limits
         backoff_s = limits.backoff_initial_s
         try:
-            while self._is_awaited(link) and not self._swarm.is_banned(link.peer):
+            while self._is_awaited(link) and self._may_have(link.peer):
                 link.wake.clear()
                 pause_s = limits.backoff_initial_s
                 try:
@@ -480,11 +498,11 @@ class Links:
             link.seen_at = asyncio.get_running_loop().time()  # till now it was there
             self._listener.on_down(link.peer)
 
-    def _break(self, link: _Peer, why: str) -> None:
+    def _break(self, link: _Peer, why: str, reason: str = "slow") -> None:
         """End the link, now: what waits in its queues is lost, as on the way."""
         link.why_broken = why
         link.broken.set()
-        self._listener.on_refused(link.peer, "slow", why)
+        self._listener.on_refused(link.peer, reason, why)
         self._set_down(link)
 
     async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
@@ -542,6 +560,9 @@ class Links:
         read: Callable[[_Peer, asyncio.StreamReader], Awaitable[None]],
     ) -> None:
         """Read a stream that the peer opened, until it ends or the peer opens another of its kind."""
+        if not self._listener.admits(peer):
+            self._listener.on_refused(peer, "not_member", "it opened a link and is no member")
+            return
         self.want(peer)
         link, task = self._peers.get(peer), asyncio.current_task()
         if link is None or task is None:

@@ -136,6 +136,7 @@ class Network:
         self._reach: Reach | None = None
         self._direct: tuple[str, ...] = ()  # where p2pd listens, or what is announced
         self.addresses: tuple[str, ...] = ()  # and where we are through relays
+        self.given = tuple(peer.peer_id for peer in config.peers)  # that the operator named
         self._twins = TwinWatch(time.time())
 
     # --- life ----------------------------------------------------------------------------------
@@ -257,6 +258,11 @@ class Network:
     def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
         if self._links is not None:
             self._links.send_bulk(peer, message, kind, payload)
+
+    def check_members(self) -> None:
+        """The roll has changed."""
+        if self._links is not None:
+            self._links.check_members()
 
     def drop_bulk(self) -> None:
         if self._links is not None:

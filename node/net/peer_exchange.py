@@ -149,6 +149,8 @@ class PeerExchange:
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer `peer`: we come first. Raises TimeoutError and OSError."""
+        if not self._listener.admits(peer):
+            return
         if not self._may_ask(peer):
             self._listener.on_refused(peer, "streams", "it asks for peers all the time")
             self._swarm.blame(peer, "streams")
@@ -199,6 +201,8 @@ class PeerExchange:
         """Whether to dial it if others name it: not linked, and we have room for it or want it anyway."""
         links = self._links
         if peer == self._swarm.peer_id or peer in self._asking or peer in links.linked:
+            return False
+        if not self._listener.admits(peer):
             return False
         return not links.full or peer in links.wanted
 

@@ -148,6 +148,8 @@ class Core:
                 if view.up
             ),
             agreement=chain.records[-1].body.agreement if chain.records else None,
+            roll=chain.roll,
+            pending=tuple(self.ctx.proposals.pending.values()),
         )
 
     def _peer_snapshot(self, peer: str, view: PeerView, now: float) -> PeerSnapshot:

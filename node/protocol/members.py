@@ -169,6 +169,8 @@ def first_roll(run_id: str, charter: Charter, founders: Sequence[str]) -> Roll:
     return Roll(run_id, charter, members, tuple(founders), {}, {}, {}, {})
 
 
+NO_ROLL: Final = first_roll("", Charter(), ())  # of nobody
+
 REMOVED_KEPT = 64  # that can still be told why
 
 

@@ -3,7 +3,7 @@
 Plain values, copied when they are asked for: whoever holds a snapshot can neither change the core nor see it
 change. What the shell must *act* on comes as an output (events.py); a snapshot is for looking.
 
-Imports nothing but the messages' stages and the records' agreement.
+Imports nothing but the messages' stages, the records' agreement, and the roll.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.members import NO_ROLL, Change, Roll
 from tapestry.node.protocol.messages import Stage
 
 
@@ -59,3 +60,5 @@ class Snapshot:
     round: RoundSnapshot | None
     peers: tuple[PeerSnapshot, ...]  # sorted by peer id
     agreement: Agreement | None = None  # of the contributions that the newest record names; None at epoch 0
+    roll: Roll = NO_ROLL  # of our newest record; never changed
+    pending: tuple[Change, ...] = ()  # changes that collect signatures, or wait for a record

@@ -31,6 +31,7 @@ from tapestry.node.spec.data import (
     resolved_data,
     validation_of,
 )
+from tapestry.node.spec.invitation import Invitation, read_invitation
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
 from tapestry.node.spec.training import AS_USUAL, DEVICE, LocalTraining
 
@@ -86,6 +87,8 @@ class NodeConfig:
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
     show_spec: bool = False  # print what the run agreed on when joining it
     island: bool = False  # trains on alone, and listens to nobody: lineage/island.py
+    invitation: Invitation | None = None  # that --peer named
+    waits: bool = True  # until it is admitted
     external: bool = False  # a script trains, and brings module and data: node/library
     script_fd: int | None = None  # the socket of the script that has started this node; it ends with it
 
@@ -98,11 +101,14 @@ class NodeConfig:
         values, where = _merged([_file_layer(home), _environment_layer(env), _flags_layer(flags)])
         options = read_table(NodeToml, values)
         host, port = _host_and_port(options.http, where["http"])
+        invitation = next(filter(None, map(read_invitation, options.peers)), None)
         return cls(
             home=home,
             run=_run_file(options.run, where["run"], home),
-            run_id=_run_id(flags.get("run_id")),
-            peers=() if flags.get("island") else _peers(options.peers, where["peers"]),
+            run_id=_run_id(flags.get("run_id")) or (invitation.run_id if invitation is not None else None),
+            peers=() if flags.get("island") else _peers(_of_invitations(options.peers), where["peers"]),
+            invitation=invitation,
+            waits=not flags.get("no_wait"),
             base=_base(options.base, where["base"]),
             data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=ISLAND_LISTEN
@@ -325,6 +331,12 @@ def _run_id(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(rf"[0-9a-f]{{{RUN_ID_HEX_DIGITS}}}", value):
         raise UserError(f"--run-id: '{value[:80]}' is not a run id, which has {RUN_ID_HEX_DIGITS} hex digits")
     return value
+
+
+def _of_invitations(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Each invitation's address in its place."""
+    read = [(text, read_invitation(text)) for text in texts]
+    return tuple([text if invitation is None else invitation.address for text, invitation in read])
 
 
 def _addresses(texts: tuple[str, ...], where: str, parse: Callable[[str], str]) -> tuple[str, ...]:

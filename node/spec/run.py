@@ -22,9 +22,11 @@ from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.chain import MEMBERS_MAX, wire_bytes
+from tapestry.node.protocol.members import SHARE, Charter, charter_fault
 from tapestry.node.spec.tables import (
     Between,
     Name,
+    Pattern,
     TableError,
     commented_toml,
     flat,
@@ -52,6 +54,7 @@ class RunSpec:
     audit: Annotated[AuditSpec, "Who looks over the reducers' shoulders: docs/trust.md."]
     round: Annotated[RoundSpec, "How long a round waits, and for whom."]
     limits: Annotated[LimitsSpec, "Bounds that all members keep."]
+    members: Annotated[MembersSpec, "Who belongs to the run at its start, and the rules for what follows."]
 
     @classmethod
     def load(cls, path: Path) -> RunSpec:
@@ -332,8 +335,54 @@ class LimitsSpec:
     ] = 8 * 2**30
 
 
+@dataclass(frozen=True, slots=True)
+class MembersSpec:
+    """[members]. Later records may change all of it: `tapestry propose`."""
+
+    admission: Annotated[
+        Literal["members", "open"],
+        "members: who comes waits until it is admitted. open: who comes contributes, and votes when "
+        "admitted.",
+    ] = "members"
+    admit_by: Annotated[
+        str,
+        Pattern(r"founder|majority|council [1-9]\d{0,3}/[1-9]\d{0,3}", 'founder, majority, or "council K/N"'),
+        "Who admits, removes and changes rules: any founder, K of the N founders, or most of the members.",
+    ] = "founder"
+    founders: Annotated[
+        tuple[str, ...], "Peer ids that belong to the run from the start, beside the one who founds it."
+    ] = ()
+    voice: Annotated[
+        Literal["equal", "tokens", "fixed"],
+        "What a contribution counts: the same for all, the tokens that its sender says it trained on, or a "
+        "number that records give each member.",
+    ] = "equal"
+    open_share: Annotated[
+        float,
+        Between(0.000001, 0.999999),
+        "In an open run, the share that all who are no members have together.",
+    ] = 0.2
+    open_votes_after: Annotated[
+        int,
+        Between(0, 1_000_000),
+        "In an open run, the contributions after which one is a member by itself; 0: only by admission.",
+    ] = 0
+
+    def charter(self) -> Charter:
+        """As the genesis has it."""
+        share = round(self.open_share * SHARE)
+        return Charter(self.admission, self.admit_by, self.voice, share, self.open_votes_after)
+
+
 def _checked(spec: RunSpec) -> RunSpec:
     """What single keys cannot say."""
+    fault = charter_fault(spec.members.charter(), 1 + len(spec.members.founders))
+    if fault is not None:
+        rule = shown(spec.members.admit_by)
+        raise TableError(
+            f"members.admit_by: {rule} with {1 + len(spec.members.founders)} founders; "
+            "a council K/N has all N of them (members.founders, and the one who founds the run)"
+        )
     training_spec(spec).check()
     if spec.round.min_members > spec.limits.max_peers:
         raise TableError(

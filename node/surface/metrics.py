@@ -196,6 +196,11 @@ class Metrics:
         for route, gauge in self._links.items():
             gauge.set(counts.get(route, 0))
 
+    def set_members(self, members: int, applicants: int) -> None:
+        """Who belongs to the run, and who waits to."""
+        self._members.set(members)
+        self._applicants.set(applicants)
+
     def refused(self, reason: str) -> None:
         """Something of a peer was refused."""
         self._refused[reason if reason in self._refused else "other"].inc()
@@ -301,6 +306,8 @@ class Metrics:
         }
         self._bytes = {direction: dict.fromkeys(BYTE_KINDS, 0) for direction in DIRECTIONS}
         peers = Gauge("tapestry_peers", "Live peers, by phase.", labelnames=["phase"], registry=registry)
+        self._members = Gauge("tapestry_members", "Members of the run.", registry=registry)
+        self._applicants = Gauge("tapestry_applicants", "Peers that wait to be admitted.", registry=registry)
         self._peers = {phase: peers.labels(phase=phase) for phase in NODE_PHASES}
         links = Gauge(
             "tapestry_links",

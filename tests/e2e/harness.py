@@ -54,8 +54,15 @@ def environment() -> dict[str, str]:
 
 
 def init(folder: Path, *flags: object, **changes: str) -> Path:
-    """A home as `init` makes it (preset nano without flags); `key = value` lines of run.toml are replaced."""
-    done = tapestry("init", folder, "--name", "test", *(flags or ("--preset", "nano")))
+    """A home as `init` makes it (preset nano without flags); `key = value` lines of run.toml are replaced.
+
+    The run is open and makes members of who contributes, unless the flags say --admission: few tests are
+    about who may come in.
+    """
+    flags = flags or ("--preset", "nano")
+    if "--admission" not in flags:
+        flags, changes = (*flags, "--admission", "open"), {"open_votes_after": "1"} | changes
+    done = tapestry("init", folder, "--name", "test", *flags)
     assert done.returncode == 0, done.stderr
     run = folder / "run.toml"
     lines = run.read_text().splitlines()

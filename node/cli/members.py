@@ -1,0 +1,279 @@
+"""`tapestry members`, `admit`, `remove`, `invite`, `propose` and `approve`: who belongs to the run.
+
+They ask the running node over HOME/control.sock (daemon/control.py): a change needs its key and its swarm.
+`members` alone answers without a node too, from the records in the home.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.errors import ExitCode, UserError, printable
+from tapestry.node.home import Home, Liveness
+from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, USES_MAX, WHY_CHARS_MAX, invite_value
+from tapestry.node.spec.invitation import Invitation
+
+ANSWER_S = 10.0
+WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
+POLL_S = 0.2
+BYTES_MAX = 8 << 20
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+wait_option = click.option("--no-wait", is_flag=True, help="Do not wait for the record that takes it up.")
+
+
+@click.command()
+@click.argument("directory", metavar="[HOME]", required=False)
+@home_option
+@json_option
+def members(directory: str | None, home: str | None, as_json: bool) -> None:
+    """Who belongs to the run, who waits to, and what waits for signatures."""
+    place = Home.locate(directory or home, os.environ)
+    table = _table(place)
+    if as_json:
+        click.echo(json.dumps({key: value for key, value in table.items() if key != "done"}, indent=2))
+        return
+    for line in _lines(table):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("peer")
+@click.option("--name", default="", help="What people call it.")
+@home_option
+@wait_option
+def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
+    """Let PEER in: an applicant, or whoever will come with that id. The end of an id is enough."""
+    place = Home.locate(home, os.environ)
+    table = _ask(place, {"do": "members"})
+    waiting = [one["peer"] for one in table["applicants"]]
+    _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
+
+
+@click.command()
+@click.argument("peer")
+@click.option("--why", default="", help="What it is told.")
+@home_option
+@wait_option
+def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
+    """End PEER's membership, from the next record on. An invitation is taken back by its key."""
+    place = Home.locate(home, os.environ)
+    table = _ask(place, {"do": "members"})
+    known = [one["peer"] for one in table["members"]] + [one["key"] for one in table["invites"]]
+    if len(why) > WHY_CHARS_MAX:
+        raise UserError(f"--why has more than {WHY_CHARS_MAX} characters")
+    _change(place, "remove", _whole(peer, known), why, f"removed {peer}", no_wait)
+
+
+@click.command()
+@click.option("--name", default="", help="What people will call the guest.")
+@click.option("--uses", type=click.IntRange(1, USES_MAX), default=1, show_default=True)
+@click.option("--expires", default="7d", show_default=True, metavar="TIME", help="30m, 12h, 7d; 0: never.")
+@home_option
+def invite(name: str, uses: int, expires: str, home: str | None) -> None:
+    """Print one line with which somebody joins at once: `tapestry start --peer LINE`."""
+    place = Home.locate(home, os.environ)
+    info = place.read_node_json().info
+    if info is None or not info.addresses:
+        raise _not_running(place)
+    invitation = Invitation.drawn(info.addresses[0], info.run_id)
+    expires_at = int(time.time()) + _seconds(expires) if _seconds(expires) else 0
+    request = {
+        "do": "ask",
+        "kind": "invite",
+        "peer": invitation.key,
+        "value": invite_value(_named(name), uses, expires_at),
+    }
+    answer = _ask(place, request)
+    click.echo(invitation.line)
+    if answer["needs"] > 1:
+        click.echo(f"good once {answer['needs']} have signed: tapestry approve {answer['id']}", err=True)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("words", nargs=-1)
+@home_option
+@wait_option
+def propose(kind: str, words: tuple[str, ...], home: str | None, no_wait: bool) -> None:
+    """Ask for a change of who belongs to the run, or of its rules.
+
+    admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE.
+    """
+    place = Home.locate(home, os.environ)
+    peer, value = (
+        ("", " ".join(words)) if kind == "charter" else (words[0] if words else "", " ".join(words[1:]))
+    )
+    if not words:
+        raise UserError(f"propose {kind}: of whom, or of what?", hint="tapestry propose --help")
+    _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)
+
+
+@click.command()
+@click.argument("name", metavar="ID")
+@home_option
+@wait_option
+def approve(name: str, home: str | None, no_wait: bool) -> None:
+    """Sign what another member has proposed; `tapestry members` lists the ids."""
+    place = Home.locate(home, os.environ)
+    waiting = [one["id"] for one in _ask(place, {"do": "members"})["pending"]]
+    answer = _ask(place, {"do": "approve", "id": _whole(name, waiting, at_begin=True)})
+    _wait(place, answer, f"approved {name}", no_wait)
+
+
+# --- asking -----------------------------------------------------------------------------------------
+
+
+def _change(home: Home, kind: str, peer: str, value: str, done: str, no_wait: bool) -> None:
+    answer = _ask(home, {"do": "ask", "kind": kind, "peer": peer, "value": value})
+    _wait(home, answer, done, no_wait)
+
+
+def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> None:
+    """Until a record has it, or it is clear that others must sign."""
+    name, until = answer["id"], time.monotonic() + WAIT_S
+    while not no_wait and time.monotonic() < until:
+        table = _ask(home, {"do": "members"})
+        if name in table["done"]:
+            click.echo(f"{done}, from epoch {table['epoch']} on")
+            return
+        pending = [one for one in table["pending"] if one["id"] == name]
+        if pending and pending[0]["signed"] < pending[0]["needs"]:
+            signed, needs = pending[0]["signed"], pending[0]["needs"]
+            click.echo(f"{signed} of {needs} have signed; the others run: tapestry approve {name[:8]}")
+            return
+        time.sleep(POLL_S)
+    click.echo(f"asked for; the next record takes it up ({name[:8]} in `tapestry members`)")
+
+
+def _ask(home: Home, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the running node answers. Raises UserError."""
+    from tapestry.node.trainer.guest import knock
+
+    if home.read_node_json().liveness is not Liveness.RUNNING:
+        raise _not_running(home)
+    try:
+        with knock(home.control_socket) as connection:
+            connection.settimeout(ANSWER_S)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = json.loads(_line(connection))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the node in {home.path} does not answer: {error}", exit_code=ExitCode.FAILED
+        ) from error
+    if "fault" in answer:
+        raise UserError(f"not done: {answer['fault']}", exit_code=ExitCode.REFUSED)
+    return dict(answer)
+
+
+def _line(connection: socket.socket) -> bytes:
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        piece = connection.recv(1 << 16)
+        if not piece or len(data) > BYTES_MAX:
+            raise ValueError("its answer is not whole")
+        data += piece
+    return bytes(data)
+
+
+def _not_running(home: Home) -> UserError:
+    return UserError(
+        f"no node is running in {home.path}",
+        exit_code=ExitCode.FAILED,
+        hint="start it: a change of members needs its key and its swarm",
+    )
+
+
+def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
+    """The id that `text` is, or of those known the one that it begins or ends. Raises UserError."""
+    fits: Callable[[str], bool] = lambda one: one.startswith(text) if at_begin else one.endswith(text)  # noqa: E731
+    found = [one for one in known if one == text] or [one for one in known if fits(one)]
+    if len(found) > 1:
+        raise UserError(f"{text} may be {' or '.join(found)}", hint="write more of it")
+    if not found and not re.fullmatch("[1-9A-HJ-NP-Za-km-z]{52}", text):
+        raise UserError(f"nobody is called {text} here", hint="`tapestry members` shows the ids")
+    return found[0] if found else text
+
+
+def _named(name: str) -> str:
+    if len(name) > NAME_CHARS_MAX or printable(name) != name:
+        raise UserError(f"a name has at most {NAME_CHARS_MAX} printable characters")
+    return name
+
+
+def _seconds(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,6})([smhd])|0", text)
+    if found is None:
+        raise UserError(f"--expires: {text} is no time", hint="30m, 12h or 7d; 0: never")
+    return int(found[1]) * UNITS_S[found[2]] if found[1] else 0
+
+
+# --- showing ----------------------------------------------------------------------------------------
+
+
+def _table(home: Home) -> dict[str, Any]:
+    """The node's, or what the records in the home say."""
+    if home.read_node_json().liveness is Liveness.RUNNING:
+        return _ask(home, {"do": "members"})
+    from tapestry.node.lineage.log import place_of
+
+    at = place_of(home)
+    return {
+        "me": "",
+        "run_id": at.roll.run_id,
+        "epoch": at.epoch,
+        "members": [
+            {
+                "peer": peer,
+                "name": seat.name,
+                "since": seat.since,
+                "voice": seat.voice,
+                "founder": peer in at.roll.council,
+                "phase": "",
+            }
+            for peer, seat in at.roll.members.items()
+        ],
+        "applicants": [],
+        "invites": [{"key": key, "name": i.name, "uses": i.uses} for key, i in at.roll.invites.items()],
+        "pending": [],
+        "removed": dict(at.roll.removed),
+        "done": [],
+    }
+
+
+def _lines(table: Mapping[str, Any]) -> list[str]:
+    lines = [f"epoch {table['epoch']}, {len(table['members'])} members"]
+    for one in table["members"]:
+        marks = [
+            one["phase"],
+            "founder" if one["founder"] else "",
+            "this node" * (one["peer"] == table["me"]),
+        ]
+        since = f"since epoch {one['since']}" if one["since"] else "from the start"
+        lines.append(_row("member", one["peer"], one["name"], ", ".join([since, *filter(None, marks)])))
+    for one in table["applicants"]:
+        waits_s = max(0, int(time.time() - one["since"]))
+        lines.append(_row("applicant", one["peer"], one["name"], f"waits for {waits_s} s"))
+    for one in table["invites"]:
+        lines.append(_row("invite", one["key"], one["name"], f"{one['uses']} left"))
+    for one in table["pending"]:
+        what = f"{one['kind']} {one['peer']} {one['value']}".strip()
+        lines.append(
+            f"pending    {one['id'][:8]}  {one['signed']} of {one['needs']} signed: {printable(what)}"
+        )
+    for peer, why in table["removed"].items():
+        lines.append(_row("removed", peer, "", why))
+    return lines
+
+
+def _row(kind: str, peer: str, name: str, text: str) -> str:
+    return f"{kind:<9}  {peer}  {printable(name) or '-':<16}  {printable(text)}".rstrip()

@@ -1,0 +1,103 @@
+"""The start of a node that is no member yet: it asks a peer it was given, says so, and waits to be admitted.
+
+Nothing else is begun before: no trainer is configured, nothing is downloaded, and no round is heard of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from tapestry.dht.addresses import PeerAddress
+from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.swarm import Swarm
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.protocol.members import NAME_CHARS_MAX, Roll
+from tapestry.node.spec.node import NodeConfig
+
+CONNECT_S = 10.0
+AGAIN_S = 2.0  # Guess: after no peer could be asked
+
+_log = logging.getLogger("tapestry.join")
+
+
+async def be_admitted(
+    config: NodeConfig,
+    roll: Roll,  # by the records of this home, or the genesis
+    epoch: int,
+    swarm: Swarm,
+    peers: Sequence[PeerAddress],
+) -> None:
+    """Return once this node may take part. Raises UserError: 3 if no peer can be asked, 4 if it may not."""
+    me = swarm.peer_id
+    if roll.may_contribute(me):
+        return
+    if me in roll.removed:
+        raise _removed(roll.removed[me])
+    if not peers:
+        raise UserError(
+            f"this node is no member of the run in {config.home.path}",
+            exit_code=ExitCode.REFUSED,
+            hint=f"name a member with --peer, and ask it to run: tapestry admit {me}",
+        )
+    applicant = _Applicant(config, me)
+    admission = None
+    if config.invitation is not None:
+        admission = config.invitation.admission(me, applicant.name, epoch)
+    while True:
+        failures = []
+        for peer in peers:
+
+            async def open_stream(peer: PeerAddress = peer) -> Streams:
+                await swarm.connect(peer, CONNECT_S)
+                return await swarm.open_stream(peer.peer_id, admission_protocol(roll.run_id), CONNECT_S)
+
+            try:
+                await ask_until_member(open_stream, applicant.name, admission, applicant.hear)
+                _log.info("admitted peer=%s", peer.peer_id[-6:])
+                return
+            except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
+                failures.append(f"{peer.peer_id[-6:]}: {error or type(error).__name__}")
+        if not applicant.heard:
+            raise UserError(
+                f"no peer could be asked for admission: {'; '.join(failures)}",
+                exit_code=ExitCode.UNREACHABLE,
+            )
+        await asyncio.sleep(AGAIN_S)
+
+
+class _Applicant:
+    """What it is told, and tells."""
+
+    def __init__(self, config: NodeConfig, me: str) -> None:
+        self._waits = config.waits
+        self._me = me
+        self.name = config.home.path.name[:NAME_CHARS_MAX]
+        self.heard: Answer | None = None
+
+    def hear(self, answer: Answer) -> None:
+        """Raises UserError where there is nothing to wait for."""
+        if answer.standing == "removed":
+            raise _removed(answer.why)
+        if answer == self.heard:
+            return
+        self.heard = answer
+        why = f" ({answer.why})" if answer.why else ""
+        if not self._waits:
+            raise UserError(
+                f"not admitted yet{why}: {answer.by} admits; your id is {self._me}",
+                exit_code=ExitCode.REFUSED,
+                hint=f"ask for: tapestry admit {self._me}",
+            )
+        _log.info("waiting to be admitted by %s%s; your id %s", answer.by, why, self._me)
+
+
+def _removed(why: str) -> UserError:
+    return UserError(
+        f"this node was removed from the run: {why or 'no reason was given'}",
+        exit_code=ExitCode.REFUSED,
+        hint="only those who admit can let it in again",
+    )

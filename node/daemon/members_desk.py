@@ -1,0 +1,151 @@
+"""The members' desk: who may reach this node, who waits to, and what the operator asks the members for.
+
+What it knows is the core's snapshot: the roll of our newest record, and the changes that collect signatures.
+What it does is one input, ChangeAsked. `do` answers the commands that come by HOME/control.sock (control.py).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from tapestry.node.daemon.desk import Loop
+from tapestry.node.net.admission import Reception, who_admits
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol import strict
+from tapestry.node.protocol.canon import Crypto, peer_field
+from tapestry.node.protocol.members import (
+    KINDS,
+    WHY_CHARS_MAX,
+    Change,
+    Roll,
+    authorities,
+    change_fault,
+    change_id,
+    needed,
+)
+from tapestry.node.protocol.proposals import may_ask
+
+VALID_EPOCHS = 100_000  # Guess: what nobody approved by then is void
+DONE_SHOWN = 256  # of the newest changes: a command looks there for its own
+FAULTS = {
+    "member": "it is a member already",
+    "no_member": "it is no member",
+    "invites": "it is taken, or there are too many invitations: take one back with `tapestry remove`",
+    "done": "that was done already",
+    "void": "it is too old",
+    "signature": "a signature in it is wrong",
+    "charter": "these are no rules that the founders could keep",
+    "malformed": "it is not of the right form",
+}
+
+
+class MembersDesk:
+    """Asked by links and streams whether to talk, and by the operator."""
+
+    def __init__(self, loop: Loop, me: str, crypto: Crypto, given: Iterable[str]) -> None:
+        self._loop = loop
+        self._me = me
+        self._crypto = crypto
+        self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
+        self.reception = Reception(lambda: self.roll, self.submit)
+
+    @property
+    def roll(self) -> Roll:
+        return self._loop.snapshot().roll
+
+    def admits(self, peer: str) -> bool:
+        """Whether we talk with it at all. Of who is removed nothing is heard, whoever named it."""
+        roll = self.roll
+        return roll.may_contribute(peer) or (peer in self._given and peer not in roll.removed)
+
+    def submit(self, change: Change) -> str:
+        """What an applicant brings; returns what is wrong with it, or ""."""
+        core = self._loop.snapshot()
+        fault = self._fault(change)
+        if fault or any(change_id(core.run_id, c) == change_id(core.run_id, change) for c in core.pending):
+            return fault
+        self._loop.feed(ev.ChangeAsked(change, sign=False))
+        return ""
+
+    def _fault(self, change: Change) -> str:
+        core = self._loop.snapshot()
+        fault = change_fault(core.roll, core.chain_epoch + 1, change, self._crypto)
+        return FAULTS.get(fault, fault) if fault is not None else ""
+
+    # --- the operator --------------------------------------------------------------------------
+
+    def do(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A command: {"do": members | ask | approve, ...}. Raises Malformed."""
+        match request:
+            case {"do": "members", **rest} if not rest:
+                return self.table()
+            case {"do": "ask", "kind": kind, "peer": peer, "value": value, **rest} if not rest:
+                return self._ask(kind, peer, value)
+            case {"do": "approve", "id": name, **rest} if not rest:
+                return self._approve(name)
+            case _:
+                raise strict.Malformed("no command that a node knows")
+
+    def _ask(self, kind: object, peer: object, value: object) -> dict[str, Any]:
+        if kind not in KINDS:
+            raise strict.Malformed(f"a change must be one of {', '.join(KINDS)}")
+        until = self._loop.snapshot().chain_epoch + VALID_EPOCHS
+        name = "" if kind == "charter" else peer_field(peer, "a peer id")
+        words = strict.text(value, WHY_CHARS_MAX, "a value")
+        return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
+
+    def _approve(self, name: object) -> dict[str, Any]:
+        core = self._loop.snapshot()
+        found = [c for c in core.pending if isinstance(name, str) and change_id(core.run_id, c) == name]
+        return self._sign(found[0]) if found else {"fault": "nothing of that name waits for signatures"}
+
+    def _sign(self, change: Change) -> dict[str, Any]:
+        roll = self.roll
+        fault = self._fault(change)
+        if not fault and not may_ask(roll, change, self._me):
+            fault = f"this node may not ask for that: {who_admits(roll)} may"
+        if fault:
+            return {"fault": fault}
+        self._loop.feed(ev.ChangeAsked(change))
+        return {"id": change_id(roll.run_id, change), "needs": needed(roll)}
+
+    def table(self) -> dict[str, Any]:
+        """All that people are shown."""
+        core = self._loop.snapshot()
+        roll, up = core.roll, {p.peer_id: p.phase for p in core.peers}
+        return {
+            "me": self._me,
+            "run_id": core.run_id,
+            "epoch": core.chain_epoch,
+            "charter": asdict(roll.charter),
+            "admitted_by": who_admits(roll),
+            "members": [
+                {
+                    "peer": peer,
+                    "name": seat.name,
+                    "since": seat.since,
+                    "voice": seat.voice,
+                    "founder": peer in roll.council,
+                    "phase": core.phase if peer == self._me else up.get(peer, ""),
+                }
+                for peer, seat in roll.members.items()
+            ],
+            "applicants": [asdict(applicant) for applicant in self.reception.applicants],
+            "invites": [{"key": key, **asdict(invite)} for key, invite in roll.invites.items()],
+            "pending": [
+                {
+                    "id": change_id(core.run_id, c),
+                    "kind": c.kind,
+                    "peer": c.peer,
+                    "value": c.value,
+                    "signed": len(authorities(roll, [p for p, _ in c.signatures])),
+                    "needs": needed(roll),
+                }
+                for c in core.pending
+            ],
+            "removed": dict(roll.removed),
+            "done": list(roll.done)[-DONE_SHOWN:],
+        }

@@ -1,0 +1,63 @@
+"""Who may take part, with real daemons: an applicant, an invitation, a removal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from e2e.harness import LOOPBACK, Node, init, tapestry
+
+pytestmark = pytest.mark.e2e
+
+
+def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: Path) -> None:
+    def asked(*words: object) -> dict:
+        done = tapestry(*words, "--home", founder.home)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) if "--json" in words else {"line": done.stdout.strip()}
+
+    def members() -> dict[str, str]:
+        return {one["peer"]: one["name"] for one in asked("members", "--json")["members"]}
+
+    with Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members")) as founder:
+        founder.wait_ready()
+        founder.wait_epoch(1)
+        refused = tapestry(
+            "start",
+            "--home",
+            tmp_path / "x",
+            "--peer",
+            founder.address,
+            "--no-wait",
+            "--data",
+            "stdlib",
+            *LOOPBACK,
+        )
+        assert refused.returncode == 4 and "your id" in refused.stderr
+
+        with Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3") as second:
+            second.wait("its answer", lambda: "waiting to be admitted by" in second.log.read_text())
+            applicants = asked("members", "--json")["applicants"]
+            peer = next(one["peer"] for one in applicants if one["name"] == "b")
+            assert peer in second.log.read_text() and peer not in members()
+            assert founder.status()["peers"] == 0, "an applicant has no link"
+            asked("admit", peer[-8:], "--name", "Bea")
+            second.wait_ready()
+            assert members()[peer] == "Bea"
+            founder.wait("an electorate of two", lambda: founder.electorate() == 2)
+
+            line = asked("invite", "--name", "Guest")["line"]
+            with Node(tmp_path / "c", "--peer", line, data="stdlib:3/3") as third:
+                third.wait_ready()
+                assert "Guest" in members().values()
+                founder.wait("an electorate of three", lambda: founder.electorate() == 3)
+                asked("remove", peer, "--why", "sent noise")
+                founder.wait("two go on", lambda: founder.electorate() == 2)
+                second.wait("the reason", lambda: "sent noise" in second.status()["reason"])
+                founder.wait("its link closed", lambda: founder.status()["peers"] == 1)
+                assert third.stop() == 0
+            assert second.stop() == 0
+        assert founder.stop() == 0
+    told = tapestry("members", "--home", founder.home)
+    assert told.returncode == 0 and "sent noise" in told.stdout, "from the records alone"

@@ -42,6 +42,7 @@ SWEEP_S = 0.5  # between two looks at the nodes
 HTTP_TIMEOUT_S = 3.0
 HTTP_BYTES_MAX = 4 * 2**20
 STOP_S = 12.0  # the daemon promises 10
+COMMAND_S = 30.0  # of a command that does little
 INIT_S = 180.0  # with a base of 135M parameters 15 s on two cores that do nothing else
 EXPORT_S = 300.0  # the same: 20 s
 GONE_S = 5.0  # after kill -9 of a node, for its own children to be gone
@@ -313,15 +314,22 @@ class Node:
 
     def make_home(self, *options: str) -> None:
         """With `tapestry init`, for who founds a run; one thread, for others share this machine."""
-        command = [*self.tapestry, "init", str(self.home), "--admission", "open", *options]
-        run_command(command, "tapestry init", INIT_S)
-        replace_key(self.home / "run.toml", "open_votes_after", 1)
+        run_command([*self.tapestry, "init", str(self.home), *options], "tapestry init", INIT_S)
         replace_key(self.home / "node.toml", "threads", 1)
 
     def make_home_of_joiner(self) -> None:
         """It takes the run spec from its peer; its own affairs need one line."""
         self.home.mkdir(mode=0o700)
         (self.home / "node.toml").write_text("threads = 1  # three nodes share this machine\n")
+
+    def invitation(self, uses: int) -> str:
+        """A line with which so many join at once. The node must be ready."""
+        command = [*self.tapestry, "invite", "--home", str(self.home), "--uses", str(uses)]
+        return run_command(command, "tapestry invite", COMMAND_S)
+
+    def make_id(self) -> str:
+        """Its peer id, before its first start."""
+        return run_command([*self.tapestry, "id", "--home", str(self.home)], "tapestry id", COMMAND_S)
 
     def start(self, peers: list[str]) -> str:
         """Start the daemon; returns the command as one would type it."""
@@ -461,8 +469,8 @@ def replace_key(path: Path, key: str, value: object, section: str = "") -> None:
     path.write_text(text[:begin] + part + text[end:])
 
 
-def run_command(command: Sequence[str], what: str, limit_s: float) -> None:
-    """Raises Failed, with what it said, when `what` does not end with 0 and in time."""
+def run_command(command: Sequence[str], what: str, limit_s: float) -> str:
+    """What it says. Raises Failed, with what it said, when `what` does not end with 0 and in time."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env=environment(), check=False
@@ -471,6 +479,7 @@ def run_command(command: Sequence[str], what: str, limit_s: float) -> None:
         raise Failed(f"{what} took more than {limit_s:.0f} s") from late
     if done.returncode:
         raise Failed(f"{what} ended with exit code {done.returncode}", done.stderr.splitlines())
+    return done.stdout.strip()
 
 
 def fetched(url: str) -> bytes:

@@ -150,10 +150,10 @@ class Swarm:
         founder.make_home("--preset", "tiny", "--name", "quickstart")
         replace_key(founder.home / "run.toml", "seed", self.options.seed)
         self._start(founder, [])
-        address = founder.address
+        line = founder.invitation(uses=NODES - 1)
         for node in self.nodes[1:]:
             node.make_home_of_joiner()
-            self._start(node, [address], wait=False)
+            self._start(node, [line], wait=False)
         for node in self.nodes[1:]:
             self._wait_ready(node)
 

@@ -128,6 +128,10 @@ class Members:
             shutil.copytree(founder.home, lone.home)
         # So that all three train from epoch 0 on: without, the first would begin by itself.
         replace_key(spec, "min_members", len(self.together.nodes), "round")
+        others = self.together.nodes[1:]
+        for node in others:
+            node.make_home_of_joiner()
+        replace_key(spec, "founders", json.dumps([node.make_id() for node in others]), "members")
 
     def _train_together(self) -> None:
         watch, epochs = self.together, self.options.epochs
@@ -135,7 +139,6 @@ class Members:
         self.show.event(f"{founder.label}: {founder.start([])}")
         watch.wait(lambda: founder.ready, "node 1 to be ready", READY_S)
         for node in watch.nodes[1:]:
-            node.make_home_of_joiner()
             self.show.event(f"{node.label}: {node.start([founder.address])}")
         watch.wait(lambda: all(node.digest for node in watch.nodes), "all three to have the base", READY_S)
         self.show.event(f"all three have the base: {self._elapsed_s():.0f} s")

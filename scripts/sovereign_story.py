@@ -84,7 +84,7 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
 
 
 def _found(homes: Sequence[Path], texts: Sequence[Text]) -> None:
-    _run("init", homes[0], "--preset", "nano", "--name", "story", "--admission", "open")
+    _run("init", homes[0], "--preset", "nano", "--name", "story")
     for home in homes[1:]:
         home.mkdir()
     peer: list[str] = []
@@ -100,7 +100,7 @@ def _found(homes: Sequence[Path], texts: Sequence[Text]) -> None:
             DECLARATION,
         )
         _run("start", "--home", home, *data, *loopback, *peer, "--allow-doubtful-data", "--detach")
-        peer = peer or ["--peer", json.loads((home / "node.json").read_bytes())["addresses"][0]]
+        peer = peer or ["--peer", _run("invite", "--home", home, "--uses", 2).strip()]
 
 
 def _pairs(text: Text, place: Path) -> Path:

@@ -44,6 +44,8 @@ warmup_steps = 32
 lr = 0.7
 [round]
 min_members = 1
+[members]
+founders = []
 [limits]
 checkpoint_every_epochs = 5
 """
@@ -55,6 +57,11 @@ def main(command: str, *arguments: str) -> None:
         home.mkdir(parents=True)
         (home / "node.toml").write_text("threads = 0\n")
         (home / "run.toml").write_text(RUN_TOML)
+    elif command == "invite":
+        flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        sys.stdout.write(json.loads((Path(flags["--home"]) / "node.json").read_text())["addresses"][0])
+    elif command == "id":
+        sys.stdout.write(f"12D3KooWFake{arguments[1][-1]}")
     elif command == "export":
         flags = dict(zip(arguments[1::2], arguments[2::2], strict=True))
         _export(Path(arguments[0]), flags.get("--epoch"))

@@ -18,8 +18,7 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
-from tapestry.node.protocol.members import Charter
-from tapestry.node.spec.run import RunSpec, new_spec
+from tapestry.node.spec.run import MembersSpec, RunSpec, new_spec
 from tapestry.node.spec.training import (
     PRESETS,
     WEIGHTS,
@@ -105,15 +104,16 @@ def make_home(folder: Path, model: ModelSpec, *, members: int = 2, length: int =
     home, crypto = Home(folder), NodeCrypto(identity)
     is_base = isinstance(model, TransformersSpec)
     data = DataSpec("base" if is_base else "byte", length)
+    founders = [identity.peer_id, *(one.peer_id for one in others)]
     spec = new_spec("a run", TrainingSpec(model, data, replace(PRESETS["nano"].train)))
+    spec = replace(spec, members=MembersSpec(voice="tokens", founders=tuple(founders[1:])))
     base = home.base if is_base else None
     layout = registry.layout(model, base, length)
     params = registry.initial_state(model, base, length)
     state = ModelState(params, layout.schema_hash, Arithmetic.of(spec, layout.n), 0, "")
     digest = state.digest()
     text = spec.canonical().decode()
-    founders = [identity.peer_id, *(one.peer_id for one in others)]
-    charter = Charter(voice="tokens")
+    charter = spec.members.charter()
     genesis = found(
         text, founders[0], digest, layout.schema_hash, layout.n, "0" * 32, crypto, charter, founders
     )

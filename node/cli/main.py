@@ -44,9 +44,9 @@ def _looking() -> tuple[click.Command, ...]:
 
 
 def _admitting() -> tuple[click.Command, ...]:
-    from tapestry.node.cli.members import admit, approve, invite, members, propose, remove
+    from tapestry.node.cli.members import admit, approve, invite, members, own_id, propose, remove
 
-    return members, admit, remove, invite, propose, approve
+    return members, admit, remove, invite, propose, approve, own_id
 
 
 def _logging() -> tuple[click.Command, ...]:
@@ -101,7 +101,7 @@ FAMILIES = {
     ("start", "stop"): _starting,
     ("init",): _founding,
     ("status", "peers"): _looking,
-    ("members", "admit", "remove", "invite", "propose", "approve"): _admitting,
+    ("members", "admit", "remove", "invite", "propose", "approve", "id"): _admitting,
     ("log-level",): _logging,
     ("doctor",): _doctoring,
     ("export", "verify", "log", "anchor", "exit"): _proving,

@@ -1,7 +1,7 @@
-"""`tapestry members`, `admit`, `remove`, `invite`, `propose` and `approve`: who belongs to the run.
+"""`tapestry members`, `admit`, `remove`, `invite`, `propose`, `approve` and `id`: who belongs to the run.
 
 They ask the running node over HOME/control.sock (daemon/control.py): a change needs its key and its swarm.
-`members` alone answers without a node too, from the records in the home.
+`members` answers without a node too, from the records in the home, and `id` from the key there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
@@ -44,6 +45,19 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
         return
     for line in _lines(table):
         click.echo(line)
+
+
+@click.command(name="id")
+@click.argument("directory", metavar="[HOME]", required=False)
+@home_option
+def own_id(directory: str | None, home: str | None) -> None:
+    """The peer id of a home, which is made if there is none: what a founder writes into `founders`."""
+    place = Home.locate(directory or home, os.environ)
+    place.create()
+    try:
+        click.echo(Identity.load_or_create(place.identity_key).peer_id)
+    except IdentityError as error:
+        raise UserError(str(error)) from error
 
 
 @click.command()

@@ -388,7 +388,7 @@ async def _ask_first(swarm: Swarm, peers: Sequence[PeerAddress], held: bool) -> 
         genesis = await genesis_of(swarm, peer.peer_id, ReaderCrypto())
         run = None
         if isinstance(genesis, Genesis):
-            spec = RunSpec.from_canonical(genesis.spec.encode())
+            spec = RunSpec.of_genesis(genesis)
             run = Run(spec, genesis.params, f"…{peer.peer_id[-6:]}", genesis.run_id)
         else:
             findings.append(wrong("peer", genesis, "join by the address of a member of the run"))

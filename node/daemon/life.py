@@ -406,18 +406,17 @@ def _waiting_for(config: NodeConfig) -> str:
 def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:
     """What `start` prints first."""
     addresses, run_id, url = info.addresses, info.run_id, info.http
+    joins = "others join" if is_open else "others join by what `tapestry invite` prints, or ask to join"
     lines = [
         f"peer id  {info.peer_id}",
         f"run      {run_name}  {run_id}",
         *(f"address  {address}" for address in addresses),
         f"metrics  {url}/metrics",
         f"status   {url}/status",
-        "others join with:",
+        f"{joins} with:",
         f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
         f" --run-id {run_id} --data <their data>",
     ]
-    if not is_open:
-        lines.append("and wait for `tapestry admit`; `tapestry invite` prints a line that joins at once")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -135,8 +135,11 @@ class NetworkDesk:
     async def serve_audit(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """The handler of the audit protocol."""
-        await self._serve_by(self._audits.serve, peer, reader, writer)
+        """The handler of the audit protocol: for members."""
+        if self.admits(peer):
+            await self._serve_by(self._audits.serve, peer, reader, writer)
+        else:
+            self._reporter.refused(peer, "not_member", "it asked for an audit and is no member")
 
     async def serve_genesis(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

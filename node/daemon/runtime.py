@@ -29,7 +29,6 @@ from tapestry.node.daemon.trainer_desk import TrainerDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.status import Shown
@@ -61,7 +60,7 @@ class Runtime:
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
         self.audits = AuditDesk(self, network, averaging, reporter, auditor)
-        self.members = MembersDesk(self, auditor.own.peer_id, auditor.crypto, network.given)
+        self.members = MembersDesk(self, auditor.own, auditor.crypto, network.given)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.outputs: Outputs = {

@@ -57,7 +57,7 @@ def open_run(home: Home, crypto: Crypto) -> HeldRun | None:
     genesis = loaded.genesis
     if genesis is None:
         return None
-    spec = RunSpec.from_canonical(genesis.spec.encode())
+    spec = RunSpec.of_genesis(genesis)
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()
     return HeldRun(spec, Chain(genesis, loaded.records), store, checkpoints)

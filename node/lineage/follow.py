@@ -89,7 +89,7 @@ def read_genesis(path: Path, crypto: Crypto) -> tuple[Genesis, RunSpec]:
         raise Broken(str(error)) from error
     if canonical(genesis_to_dict(genesis)) + b"\n" != data:
         raise Broken("not in the form in which a node writes it")
-    return genesis, RunSpec.from_canonical(genesis.spec.encode())
+    return genesis, RunSpec.of_genesis(genesis)
 
 
 def read_records(path: Path, crypto: Crypto) -> Iterator[Record]:

@@ -59,7 +59,7 @@ async def agree_on_run(
 ) -> Agreed:
     """Raises UserError: 2 for files, 3 if no peer can be reached, 4 if run id or spec do not agree."""
     if home_genesis is not None:
-        spec = RunSpec.from_canonical(home_genesis.spec.encode())
+        spec = RunSpec.of_genesis(home_genesis)
         _check_run_id(config, home_genesis.run_id, str(config.home.path))
         _check_spec(config.run, spec, f"the run in {config.home.path}")
         await _compare_with_peers(home_genesis, swarm, peers, crypto)
@@ -67,7 +67,7 @@ async def agree_on_run(
     if peers:
         genesis = await _ask_peers(config, swarm, peers, crypto)
         _check_run_id(config, genesis.run_id, "the peer")
-        spec = RunSpec.from_canonical(genesis.spec.encode())
+        spec = RunSpec.of_genesis(genesis)
         _check_spec(config.run, spec, "the peer's run")
         _show_run(config, spec, genesis)
         _check_size(config, spec, genesis)

@@ -303,7 +303,7 @@ class Links:
                     task.cancel()
                 link.wake.set()
                 if link.up:
-                    self._break(link, "it is a member no more", "not_member")
+                    self._break(link, "not_member", "it is a member no more")
 
     @property
     def wanted(self) -> list[str]:
@@ -339,7 +339,7 @@ class Links:
         bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
         full = link.control.qsize() >= self._limits.queue_frames_max
         if full or link.control_bytes + len(header) > bytes_max:
-            self._break(link, "its control queue is full")
+            self._break(link, "slow", "its control queue is full")
             return
         link.control_bytes += len(header)
         link.control.put_nowait(header)
@@ -359,7 +359,7 @@ class Links:
         if header in link.queued:
             return
         if link.bulk.qsize() >= self._limits.queue_frames_max:
-            self._break(link, "its bulk queue is full")
+            self._break(link, "slow", "its bulk queue is full")
             return
         link.queued[header] = None
         if link.bulk.empty():
@@ -498,7 +498,7 @@ class Links:
             link.seen_at = asyncio.get_running_loop().time()  # till now it was there
             self._listener.on_down(link.peer)
 
-    def _break(self, link: _Peer, why: str, reason: str = "slow") -> None:
+    def _break(self, link: _Peer, reason: str, why: str) -> None:
         """End the link, now: what waits in its queues is lost, as on the way."""
         link.why_broken = why
         link.broken.set()
@@ -578,7 +578,7 @@ class Links:
             self._listener.on_refused(peer, error.reason, str(error))
             self._swarm.blame(peer, error.reason)
             if self._swarm.is_banned(peer) and link.up:
-                self._break(link, "it is banned")
+                self._break(link, "slow", "it is banned")
         except (StreamEnded, TimeoutError, OSError):
             return  # the link back tells the listener what there is to tell
         finally:

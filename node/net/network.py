@@ -136,8 +136,12 @@ class Network:
         self._reach: Reach | None = None
         self._direct: tuple[str, ...] = ()  # where p2pd listens, or what is announced
         self.addresses: tuple[str, ...] = ()  # and where we are through relays
-        self.given = tuple(peer.peer_id for peer in config.peers)  # that the operator named
         self._twins = TwinWatch(time.time())
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Peers that the operator named."""
+        return tuple(peer.peer_id for peer in self._config.peers)
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.protocol.chain import MEMBERS_MAX, wire_bytes
+from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
 from tapestry.node.protocol.members import SHARE, Charter, charter_fault
 from tapestry.node.spec.tables import (
     Between,
@@ -95,6 +95,17 @@ class RunSpec:
                 exit_code=ExitCode.REFUSED,
                 hint="the peer may run another version of tapestry",
             ) from error
+        return spec
+
+    @classmethod
+    def of_genesis(cls, genesis: Genesis) -> RunSpec:
+        """Of a run; raises UserError with exit code 4 where its rules are not what the chain follows."""
+        spec = cls.from_canonical(genesis.spec.encode())
+        if spec.members.charter() != genesis.charter:
+            raise UserError(
+                "the run is refused: the rules in its [members] are not those of its genesis",
+                exit_code=ExitCode.REFUSED,
+            )
         return spec
 
     def to_dict(self) -> dict[str, Any]:
@@ -310,7 +321,7 @@ class RoundSpec:
         Literal["auto", "wait", "continue"],
         "wait: the rest stands still. continue: the survivors go on alone, and when they meet again, what a "
         "majority of the last full electorate signed wins. auto: wait where three or more decide.",
-    ] = "continue"
+    ] = "auto"
     min_members: Annotated[int, Between(1, 10_000), "No round starts with fewer contributions."] = 1
     max_influence: Annotated[
         float, Between(0, 1, above=True), "Largest share of the total weight that one member may have."

@@ -49,6 +49,9 @@ class Member:
         reader = Reader(None)  # type: ignore[arg-type]  # no records here
         self.links = Links(swarm, RUN, reader, lambda peer, message, payload: (payload, ""), self, limits)
 
+    def admits(self, peer: str) -> bool:
+        return True
+
     def on_up(self, peer: str) -> None:
         self.linked.put_nowait(peer)
 

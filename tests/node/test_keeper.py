@@ -16,11 +16,11 @@ from tapestry.node.protocol.chain import Body, Member, Record, accept_message, h
 from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
-from tapestry.node.spec.run import RunSpec, preset_spec
+from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
 
 N = 700
-SPEC: RunSpec = preset_spec("nano", "test")
+SPEC: RunSpec = dataclasses.replace(preset_spec("nano", "test"), members=MembersSpec(voice="tokens"))
 
 
 class Run:

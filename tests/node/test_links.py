@@ -83,10 +83,14 @@ class Heard:
         self.messages: list[Control | Shard | Result] = []
         self.refused: Counter[str] = Counter()
         self.unusable = 0
+        self.removed: set[str] = set()  # from the run
         self.progress = 0
 
     def on_up(self, peer: str) -> None:
         self.ups.append("up")
+
+    def admits(self, peer: str) -> bool:
+        return peer not in self.removed
 
     def on_down(self, peer: str) -> None:
         self.ups.append("down")

@@ -117,6 +117,9 @@ class Heard:
     def __init__(self) -> None:
         self.refused: list[tuple[str, str]] = []
 
+    def admits(self, peer: str) -> bool:
+        return True
+
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         self.refused.append((peer, reason))
 

@@ -154,6 +154,7 @@ class FakeNetwork:
 
     def __init__(self) -> None:
         self.addresses = ("/ip4/127.0.0.1/tcp/1",)
+        self.given = (PEER, OTHER)
         self.sent: list[tuple[str, int, bytes]] = []
 
     def send_bulk(self, peer: str, message: Any, kind: str, payload: bytes) -> None:

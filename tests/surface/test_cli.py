@@ -116,7 +116,8 @@ def test_help_lists_the_commands_that_work_and_no_others() -> None:
     making = ["data", "derivatives", "derive", "evaluate", "merge", "rebase"]
     proving = ["anchor", "exit", "log", "rejoin", "verify"]
     watching = ["backup", "completion", "restore", "top", "doctor", "log-level", "peers", "status"]
-    assert listed == sorted(["export", "init", "start", "stop", *watching, *making, *proving])
+    belonging = ["admit", "approve", "id", "invite", "members", "propose", "remove"]
+    assert listed == sorted(["export", "init", "start", "stop", *watching, *making, *proving, *belonging])
 
 
 def test_start_has_the_flags_of_the_contract() -> None:
@@ -144,6 +145,7 @@ def test_start_has_the_flags_of_the_contract() -> None:
         "--external",
         "--island",
         "--log-format",
+        "--no-wait",
         "--detach",
         "--help",
     ]

@@ -27,6 +27,8 @@ CONTRACT = {
     "tapestry_train_steps": ("counter", set()),
     "tapestry_agreement": ("gauge", {"figure"}),
     "tapestry_peers": ("gauge", {"phase"}),
+    "tapestry_members": ("gauge", set()),
+    "tapestry_applicants": ("gauge", set()),
     "tapestry_links": ("gauge", {"route"}),
     "tapestry_contribution_weight": ("gauge", set()),
     "tapestry_audits": ("counter", {"outcome"}),

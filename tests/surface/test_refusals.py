@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Raised on what a peer sent, with the reason first. RefusedLayout is not here: it is about our own model.
 ERRORS = ("RemoteProtocolError", "InvalidRecord", "PresenceError", "RefusedPayload", "RefusedVector")
 ERRORS += ("RefusedWeights", "RefusedCodec", "CallRefused")
-CALLS = ("refuse", "on_refused", "_on_refused", "refused")  # reason first, or after the peer
+CALLS = ("refuse", "on_refused", "_on_refused", "refused", "_break")  # reason first, or after the peer
 PROTOCOL = ROOT / "node" / "protocol"
 JUDGES = ("ready_fault", "value_fault", "roster_fault", "accept")  # there they return one, as on_<message> do
 JUDGES += ("body_fault", "_behind_fault", "changes_fault", "change_fault", "_meaning_fault", "_on_strangers")

@@ -1,7 +1,7 @@
 """Handwritten digits with a plain module: found a run, or join one with --peer.
 
     python examples/digits.py --home /tmp/first --part 1/2
-    python examples/digits.py --home /tmp/second --part 2/2 --peer ADDRESS   # which the first one prints
+    python examples/digits.py --home /tmp/second --part 2/2 --peer LINE   # which the first one prints
 
 Needs scikit-learn. The run waits for its second member (min_members); each keeps its own half of the images.
 """
@@ -49,6 +49,8 @@ def main() -> None:
         run={"round": {"min_members": arguments.members}},
         flags=["--listen=/ip4/127.0.0.1/tcp/0"],
     ) as swarm:
+        if not arguments.peer and arguments.members > 1:
+            print(f"the others join with --peer {swarm.invite(arguments.members - 1)}", flush=True)
         while swarm.epoch < arguments.epochs:
             rows = torch.randint(len(images), (32,))
             loss = nn.functional.cross_entropy(module(images[rows]), labels[rows])

@@ -1,4 +1,4 @@
-"""Two members on one machine, in one script: the second joins the first by its address.
+"""Two members on one machine, in one script: the second joins by an invitation of the first.
 
     python examples/two_on_one_machine.py
 
@@ -19,7 +19,7 @@ from torch import nn
 from tapestry.node import Swarm
 
 
-def train(home: Path, peer: str, low: float, high: float, epochs: int, addresses: Any, results: Any) -> None:
+def train(home: Path, peer: str, low: float, high: float, epochs: int, lines: Any, results: Any) -> None:
     """One member, in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -27,7 +27,8 @@ def train(home: Path, peer: str, low: float, high: float, epochs: int, addresses
     run = {"round": {"min_members": 2}, "outer": {"optimizer": "adamw", "lr": 0.01}}
     flags = ["--listen=/ip4/127.0.0.1/tcp/0"]
     with Swarm(module, home=home, peer=peer, name="line", inner_steps=0, run=run, flags=flags) as swarm:
-        addresses.put(swarm.address)
+        if not peer:
+            lines.put(swarm.invite())
         while swarm.epoch < epochs:
             x = torch.empty(64, 1).uniform_(low, high)
             loss = (module(x) - x.abs()).square().mean()
@@ -38,15 +39,15 @@ def train(home: Path, peer: str, low: float, high: float, epochs: int, addresses
 
 def main(epochs: int = 5) -> None:
     context = multiprocessing.get_context("spawn")
-    addresses, results = context.Queue(), context.Queue()
+    lines, results = context.Queue(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         first = context.Process(
-            target=train, args=(Path(folder) / "first", "", -1.0, 0.0, epochs, addresses, results)
+            target=train, args=(Path(folder) / "first", "", -1.0, 0.0, epochs, lines, results)
         )
         first.start()
-        address = addresses.get(timeout=60)
+        line = lines.get(timeout=60)
         second = context.Process(
-            target=train, args=(Path(folder) / "second", address, 0.0, 1.0, epochs, addresses, results)
+            target=train, args=(Path(folder) / "second", line, 0.0, 1.0, epochs, lines, results)
         )
         second.start()
         for _ in range(2):

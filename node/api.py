@@ -55,6 +55,7 @@ from tapestry.node.library.wanted import Wanted
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.tables import TableError, read_table
 from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.surface import control
 from tapestry.node.trainer.messages import Configure, Failed
 from tapestry.node.trainer.worker import Channel, ChannelClosed
 
@@ -66,8 +67,8 @@ SIGN_OF_LIFE_S = 5.0  # of waiting, before the first word of it; then every othe
 class Swarm:
     """A member of a run, around your loop. A context manager; or call `open` and `close`.
 
-    `peer`: the address of any one member, or several; none founds the run, or goes on with the home's.
-    `inner_steps`, `name` and `run`, a table as in run.toml such as {"round": {"min_members": 2}}, are what
+    `peer`: an invitation, the address of any one member, or several; none founds the run, or goes on with the
+    home's. `inner_steps`, `name` and `run`, a table as in run.toml such as {"round": {"min_members": 2}}, are what
     all members agree on. `evaluate` gives a validation loss of the module; it is called now and then on a new
     base. `flags` are further ones of `tapestry start`. `tell` gets what a person should read; by default it
     goes to stderr.
@@ -190,8 +191,10 @@ class Swarm:
         member.say_hello()
         member.wait_for_base(self._sign_of_life)
         self._member = member
-        info = daemon.info(UP_S)
-        self._tell(f"run {self.spec.name}, epoch {self.epoch}; others join with peer={info.addresses[0]!r}")
+        daemon.info(UP_S)
+        self._tell(
+            f"run {self.spec.name}, epoch {self.epoch}; swarm.invite() gives a line by which others join"
+        )
 
     def _require_optimizer(self) -> None:
         if self.spec.train.inner_steps and self._loop.optimizer is None:
@@ -236,8 +239,16 @@ class Swarm:
 
     @property
     def address(self) -> str:
-        """By which others join: `peer` of their Swarm."""
+        """Of this node: `peer` of others' Swarm, which wait until they are admitted."""
         return str(self._node().info(UP_S).addresses[0])
+
+    def invite(self, uses: int = 1, name: str = "", lasts_s: int = 7 * 86_400) -> str:
+        """A line with which so many join: `peer` of their Swarm. For whoever may admit: the run's founder."""
+        try:
+            invitation, _ = control.invite(self._home, name, uses, lasts_s)
+        except UserError as error:
+            raise SwarmError(str(error), error.hint) from error
+        return invitation.line
 
     @property
     def peers(self) -> list[dict[str, Any]]:

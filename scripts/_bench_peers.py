@@ -116,6 +116,7 @@ class TapestryPeer:
         table["compression"]["shard_elements"] = options["shard_elements"]
         table["compression"]["codec"] = options["codec"]
         table["limits"]["checkpoint_every_epochs"] = 100_000
+        table["members"] |= {"admission": "open", "open_votes_after": 1}
         table["round"].update(stall_s=30.0, exchange_max_s=ROUND_S, straggler_wait_s=60.0)
         table["round"].update(options["round"])
         spec = RunSpec.from_dict(table)

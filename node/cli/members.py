@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,15 +17,13 @@ import click
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import home_option, json_option
-from tapestry.node.errors import ExitCode, UserError, printable
+from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home, Liveness
-from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, USES_MAX, WHY_CHARS_MAX, invite_value
-from tapestry.node.spec.invitation import Invitation
+from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, USES_MAX, WHY_CHARS_MAX
+from tapestry.node.surface import control
 
-ANSWER_S = 10.0
 WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
 POLL_S = 0.2
-BYTES_MAX = 8 << 20
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 wait_option = click.option("--no-wait", is_flag=True, help="Do not wait for the record that takes it up.")
@@ -68,7 +65,7 @@ def own_id(directory: str | None, home: str | None) -> None:
 def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
     """Let PEER in: an applicant, or whoever will come with that id. The end of an id is enough."""
     place = Home.locate(home, os.environ)
-    table = _ask(place, {"do": "members"})
+    table = control.ask(place, {"do": "members"})
     waiting = [one["peer"] for one in table["applicants"]]
     _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
 
@@ -81,7 +78,7 @@ def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
 def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
     """End PEER's membership, from the next record on. An invitation is taken back by its key."""
     place = Home.locate(home, os.environ)
-    table = _ask(place, {"do": "members"})
+    table = control.ask(place, {"do": "members"})
     known = [one["peer"] for one in table["members"]] + [one["key"] for one in table["invites"]]
     if len(why) > WHY_CHARS_MAX:
         raise UserError(f"--why has more than {WHY_CHARS_MAX} characters")
@@ -96,18 +93,7 @@ def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
 def invite(name: str, uses: int, expires: str, home: str | None) -> None:
     """Print one line with which somebody joins at once: `tapestry start --peer LINE`."""
     place = Home.locate(home, os.environ)
-    info = place.read_node_json().info
-    if info is None or not info.addresses:
-        raise _not_running(place)
-    invitation = Invitation.drawn(info.addresses[0], info.run_id)
-    expires_at = int(time.time()) + _seconds(expires) if _seconds(expires) else 0
-    request = {
-        "do": "ask",
-        "kind": "invite",
-        "peer": invitation.key,
-        "value": invite_value(_named(name), uses, expires_at),
-    }
-    answer = _ask(place, request)
+    invitation, answer = control.invite(place, _named(name), uses, _seconds(expires))
     click.echo(invitation.line)
     if answer["needs"] > 1:
         click.echo(f"good once {answer['needs']} have signed: tapestry approve {answer['id']}", err=True)
@@ -139,8 +125,8 @@ def propose(kind: str, words: tuple[str, ...], home: str | None, no_wait: bool) 
 def approve(name: str, home: str | None, no_wait: bool) -> None:
     """Sign what another member has proposed; `tapestry members` lists the ids."""
     place = Home.locate(home, os.environ)
-    waiting = [one["id"] for one in _ask(place, {"do": "members"})["pending"]]
-    answer = _ask(place, {"do": "approve", "id": _whole(name, waiting, at_begin=True)})
+    waiting = [one["id"] for one in control.ask(place, {"do": "members"})["pending"]]
+    answer = control.ask(place, {"do": "approve", "id": _whole(name, waiting, at_begin=True)})
     _wait(place, answer, f"approved {name}", no_wait)
 
 
@@ -148,7 +134,7 @@ def approve(name: str, home: str | None, no_wait: bool) -> None:
 
 
 def _change(home: Home, kind: str, peer: str, value: str, done: str, no_wait: bool) -> None:
-    answer = _ask(home, {"do": "ask", "kind": kind, "peer": peer, "value": value})
+    answer = control.ask(home, {"do": "ask", "kind": kind, "peer": peer, "value": value})
     _wait(home, answer, done, no_wait)
 
 
@@ -156,7 +142,7 @@ def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> No
     """Until a record has it, or it is clear that others must sign."""
     name, until = answer["id"], time.monotonic() + WAIT_S
     while not no_wait and time.monotonic() < until:
-        table = _ask(home, {"do": "members"})
+        table = control.ask(home, {"do": "members"})
         if name in table["done"]:
             click.echo(f"{done}, from epoch {table['epoch']} on")
             return
@@ -167,44 +153,6 @@ def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> No
             return
         time.sleep(POLL_S)
     click.echo(f"asked for; the next record takes it up ({name[:8]} in `tapestry members`)")
-
-
-def _ask(home: Home, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the running node answers. Raises UserError."""
-    from tapestry.node.trainer.guest import knock
-
-    if home.read_node_json().liveness is not Liveness.RUNNING:
-        raise _not_running(home)
-    try:
-        with knock(home.control_socket) as connection:
-            connection.settimeout(ANSWER_S)
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            answer = json.loads(_line(connection))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the node in {home.path} does not answer: {error}", exit_code=ExitCode.FAILED
-        ) from error
-    if "fault" in answer:
-        raise UserError(f"not done: {answer['fault']}", exit_code=ExitCode.REFUSED)
-    return dict(answer)
-
-
-def _line(connection: socket.socket) -> bytes:
-    data = bytearray()
-    while not data.endswith(b"\n"):
-        piece = connection.recv(1 << 16)
-        if not piece or len(data) > BYTES_MAX:
-            raise ValueError("its answer is not whole")
-        data += piece
-    return bytes(data)
-
-
-def _not_running(home: Home) -> UserError:
-    return UserError(
-        f"no node is running in {home.path}",
-        exit_code=ExitCode.FAILED,
-        hint="start it: a change of members needs its key and its swarm",
-    )
 
 
 def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
@@ -237,7 +185,7 @@ def _seconds(text: str) -> int:
 def _table(home: Home) -> dict[str, Any]:
     """The node's, or what the records in the home say."""
     if home.read_node_json().liveness is Liveness.RUNNING:
-        return _ask(home, {"do": "members"})
+        return control.ask(home, {"do": "members"})
     from tapestry.node.lineage.log import place_of
 
     at = place_of(home)

@@ -72,6 +72,17 @@ class Context:
     updates: dict[str, None] = field(default_factory=dict)  # heads whose update lies in the update log
     missed: dict[str, int] = field(default_factory=dict)  # peer -> rounds since its last contribution
 
+    def contributors_min(self) -> int:
+        """No round starts with fewer contributions: `min_members`.
+
+        But where the run has fewer members than that, and a change of them has all its signatures, as many as
+        there are: without a record nobody could be admitted, and nobody who was waited for could come.
+        """
+        roll, need = self.roll, self.rules.min_members
+        if len(roll.members) < need and not roll.is_open and self.proposals.any_signed(roll):
+            need = len(roll.members)
+        return max(1, need)
+
     def emit(self, output: Output) -> None:
         self.out.append(output)
 

@@ -115,8 +115,8 @@ class Leader:
         contributors = self._contributors(now)
         if not contributors:
             return "nobody ready has a contribution"
-        if len(contributors) < self.ctx.rules.min_members:
-            return f"{len(contributors)} contributions, the run asks for {self.ctx.rules.min_members}"
+        if len(contributors) < self.ctx.contributors_min():
+            return f"{len(contributors)} contributions, the run asks for {self.ctx.contributors_min()}"
         if self.close_at is None or now < self.gather_until():
             late = [p for p in self._expected(now) if p not in state.ready]
             if late:
@@ -163,7 +163,7 @@ class Leader:
         if not self.excluded:
             return
         ready = self.state.ready
-        count, need = len(self._contributors(now)), max(1, self.ctx.rules.min_members)
+        count, need = len(self._contributors(now)), self.ctx.contributors_min()
         out = sum(p in ready and ready[p].weight > 0 and self.ctx.heard(p, now) for p in self.excluded)
         if count < need <= count + out:
             self.excluded.clear()
@@ -247,7 +247,7 @@ class Leader:
         odds = at_odds({p: state.ready[p].unheard for p in sorted(electors.union(peers))})
         lots = {p: ctx.crypto.digest(f"{state.head}|{p}|seat".encode()) for p in peers}
         seated, able = seat(peers, odds, lots, shard_count)
-        if len(seated) < max(1, ctx.rules.min_members):
+        if len(seated) < ctx.contributors_min():
             seated, able = peers, [p for p in peers if odds[p].isdisjoint(peers)] or peers
         if len(seated) < len(peers):
             out = ",".join(p for p in peers if p not in seated)

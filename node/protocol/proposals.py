@@ -19,6 +19,7 @@ from tapestry.node.protocol.members import (
     change_fault,
     change_id,
     changes_fault,
+    enough_signed,
 )
 
 PROPOSALS_MAX = 64  # G7
@@ -78,6 +79,10 @@ class Proposals:
             if changes_fault(roll, epoch, [*taken, change], named, crypto) is None:
                 taken.append(change)
         return tuple(taken)
+
+    def any_signed(self, roll: Roll) -> bool:
+        """Whether one has all the signatures that it needs."""
+        return any(enough_signed(roll, roll, change) for change in self.pending.values())
 
     def prune(self, roll: Roll, epoch: int, crypto: Crypto) -> None:
         """After the chain has moved: forget what was applied, and what cannot be any more."""

@@ -133,7 +133,7 @@ class Watch:
         ready = sum(
             p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.electorate
         )
-        if ready < quorum(len(state.electorate)) or self._ready_count(now) < rules.min_members:
+        if ready < quorum(len(state.electorate)) or self._ready_count(now) < ctx.contributors_min():
             state.quorum_ready_at = None
             return False
         if state.quorum_ready_at is None:

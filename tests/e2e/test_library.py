@@ -63,10 +63,10 @@ def nodes_of(home: Path) -> list[psutil.Process]:
 def test_two_scripts_train_one_module_and_go_on_where_they_were(tmp_path: Path) -> None:
     homes = tmp_path / "a", tmp_path / "b"
     first = start(EXAMPLES / "digits.py", "--home", homes[0], "--part", "1/2")
-    assert first.stderr is not None
-    told = (re.search("peer='([^']*)'", line) for line in first.stderr)
-    address = next(filter(None, told))
-    second = start(EXAMPLES / "digits.py", "--home", homes[1], "--part", "2/2", "--peer", address[1])
+    assert first.stdout is not None
+    said_first = (re.search("--peer (.*)", line) for line in first.stdout)
+    line = next(filter(None, said_first))
+    second = start(EXAMPLES / "digits.py", "--home", homes[1], "--part", "2/2", "--peer", line[1])
     said = [finish(one) for one in (first, second)]
     digests = [re.findall("digest ([0-9a-f]{64})", out) for out in said]
     assert digests[0] == digests[1] and len(digests[0]) == 1, said

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Literal, NoReturn
@@ -57,6 +57,7 @@ class World:
         checkpoint_every: int = 4,
         keep_story: bool = False,
         keep_trace: bool = False,
+        late: Sequence[str] = (),  # in a story of one's own: who is no member from the start
     ) -> None:
         self.rng = random.Random(seed)
         self.random = self.rng.random
@@ -92,7 +93,7 @@ class World:
         # are given, the story is one of its own: all are founders, and tokens weigh as they always did.
         own = random.Random(seed ^ 0x6D656D626572)
         self.directed = faults is not None
-        self.charter, self.late = Charter(voice="tokens"), list[str]()
+        self.charter, self.late = Charter(voice="tokens"), list(late)
         if not self.directed:
             policy = "auto" if policy == "wait" and own.random() < 0.5 else policy
             self.charter = draw_charter(own)

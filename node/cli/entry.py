@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 
 INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
@@ -16,6 +17,10 @@ def main() -> None:
     """The entry point."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
         signal.signal(signal.SIGINT, _end)
+    if sys.argv[1:2] in (["init"], ["export"]):  # they look at models, and train none
+        from tapestry.node.trainer import imports
+
+        imports.spare_torch()
     from tapestry.node.cli.main import main as run
 
     if signal.getsignal(signal.SIGINT) is _end:

@@ -101,6 +101,7 @@ async def _run_for_scripts(config: NodeConfig, log: Log, notifier: Notifier) -> 
 async def _run_with(trainer: TrainerProcess, config: NodeConfig, log: Log, notifier: Notifier) -> int:
     try:
         imports.submodules_only("hivemind")  # not its optimizers, averagers and experts, nor scipy for them
+        imports.spare_torch()
         try:
             with imports.lasting():
                 from tapestry.node.daemon.life import Daemon  # takes seconds, in which the loop stands still

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
 from tapestry.node.spec.training import LlamaSpec, ModelSpec, TransformersSpec
+from tapestry.node.trainer.imports import meta_device
 from tapestry.node.trainer.models import lora, registry
 from tapestry.node.trainer.models.llama import config_fields
 from tapestry.node.trainer.models.pretrained import (
@@ -148,7 +149,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_model(folder: Path, what: Exported, progress: Progress) -> None:
-    with torch.device("meta"):
+    with meta_device():
         frame = registry.build(what.spec, what.base, what.sequence_length)
     for name, content in _json_files(what, frame).items():
         _write_json(folder / name, content)
@@ -182,7 +183,7 @@ def _adapted_sources(what: Exported, frame: nn.Module) -> list[Source]:
     """The base's tensors, each with what the adapters add to it."""
     assert isinstance(what.spec, TransformersSpec) and what.base is not None
     deltas = lora.deltas(frame, what.layout.views(what.flat))
-    with torch.device("meta"):
+    with meta_device():
         bare = registry.build(dataclasses.replace(what.spec, lora_rank=0), what.base, what.sequence_length)
     stored = StoredWeights.find(what.base)
     if same_names(bare, stored):
@@ -265,7 +266,7 @@ def _write_adapters(folder: Path, what: Exported) -> None:
     """A PEFT directory: adapter_config.json, which names the base, and adapter_model.safetensors."""
     if not _is_lora(what.spec):
         raise ExportError("this run trains all parameters: it has no adapters to write apart")
-    with torch.device("meta"):
+    with meta_device():
         model: Any = registry.build(what.spec, what.base, what.sequence_length)
     settings = model.peft_config["default"].to_dict()
     settings |= {"base_model_name_or_path": _name_of_base(what), "inference_mode": True}

@@ -457,7 +457,7 @@ class _TellTokenizing:
 
 def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -> None:
     """A process of the trainer, from its imports to `Stop`; `rank` and `store` as in group.py."""
-    imports.do_without("scipy")  # transformers takes it, where it is, for the losses of object detection
+    imports.spare_torch()
     with imports.lasting():
         import torch
 

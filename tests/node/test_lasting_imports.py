@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,81 @@ def test_a_package_that_is_nowhere_is_named() -> None:
 
     with pytest.raises(ModuleNotFoundError, match="'no_such_package'"):
         imports.submodules_only("no_such_package")
+
+
+def test_a_deferred_module_runs_when_it_is_first_asked_for_what_it_has(tmp_path: Path) -> None:
+    package = tmp_path / "slow"
+    package.mkdir()
+    (package / "__init__.py").write_text("from slow import inner; print('ran'); answer = 42; mark = 'real'")
+    (package / "part.py").write_text("share = 1")
+    (package / "inner.py").write_text("print('inner'); depth = 2")
+    program = f"""
+import inspect, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from tapestry.node.trainer import imports
+imports.defer("slow", {{"mark": "stand-in"}}, parts=["part"])
+import slow, slow.part
+inspect.getmodule(run := lambda: None)  # looks through all modules
+print(slow.mark, slow.part.share)
+print(slow.answer, slow.mark, type(slow).__name__, sys.modules["slow"] is slow)
+imports.run_deferred("slow")
+try:
+    slow.nothing
+except AttributeError as error:
+    print(error)
+"""
+    assert run(program).splitlines() == [
+        "stand-in 1",
+        "inner",
+        "ran",
+        "42 real module True",
+        "module 'slow' has no attribute 'nothing'",
+    ]
+
+
+def test_a_deferred_package_runs_before_a_submodule_that_needs_it(tmp_path: Path) -> None:
+    package = tmp_path / "slow"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('package'); from slow import inner, other")
+    (package / "inner.py").write_text("print('inner'); depth = 2")
+    (package / "other.py").write_text("print('other')")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from tapestry.node.trainer import imports
+imports.defer("slow")
+from slow.inner import depth
+import slow.other
+print(depth, slow.inner is sys.modules["slow.inner"], slow.inner.__spec__.origin.endswith("inner.py"))
+"""
+    assert run(program).splitlines() == ["package", "inner", "other", "2 True True"]
+
+
+def test_a_trainer_steps_without_the_compiler_and_compiles_all_the_same() -> None:
+    program = """
+import sys
+from tapestry.node.trainer import imports
+imports.spare_torch()
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def heavy():
+    names = ("sympy", "torch._dynamo.eval_frame", "torch.distributed.tensor._api", "scipy.optimize")
+    return [n for n in (*names, "torch._decomp")
+            if n in sys.modules]
+
+config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    num_attention_heads=1)
+model = LlamaForCausalLM(config)
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.zeros(1, 4, dtype=torch.long)
+model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+print(heavy())
+with imports.meta_device():
+    assert LlamaForCausalLM(config)(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.shape == (1, 4, 8)
+assert not isinstance(ids, torch.distributed.tensor.DTensor)
+print("torch._decomp" in heavy())
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item(), "sympy" in sys.modules)
+"""
+    assert run(program).splitlines() == ["[]", "True", "2.0 True"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tapestry.node.trainer.imports import meta_device
 from tapestry.node.trainer.models.hub import fetch
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, read_json
@@ -179,7 +180,7 @@ def require_sequence_length(longest: int | None, sequence_length: int) -> None:
 def frame_of(folder: Path) -> Frame:
     """The architecture on the meta device, after its config was checked. Raises ModelError."""
     config = load_config(folder)
-    with torch.device("meta"):
+    with meta_device():
         module = construct(config, folder)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     buffer_bytes = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
 from tapestry.node.spec.training import ExternalSpec, LlamaSpec, ModelSpec, TransformersSpec
+from tapestry.node.trainer.imports import meta_device
 from tapestry.node.trainer.models import llama, lora
 from tapestry.node.trainer.models.pretrained import (
     construct,
@@ -72,7 +73,7 @@ def layout_of(module: nn.Module) -> Layout:
 
 def layout(spec: ModelSpec, folder: Path | None, sequence_length: int) -> Layout:
     """As `layout_of`, without a model of numbers. Raises ModelError."""
-    with torch.device("meta"):
+    with meta_device():
         return layout_of(build(spec, folder, sequence_length))
 
 
@@ -87,7 +88,7 @@ def initial_state(
     if isinstance(spec, LlamaSpec):
         drawn = llama.initial_state(spec, sequence_length)
         return drawn if out is None else out.copy_(drawn)
-    with torch.device("meta"):
+    with meta_device():
         frame = build(spec, folder, sequence_length)
     assert isinstance(spec, TransformersSpec), "`build` has refused an external module"
     plan = layout_of(frame)

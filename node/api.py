@@ -69,9 +69,9 @@ class Swarm:
 
     `peer`: an invitation, the address of any one member, or several; none founds the run, or goes on with the
     home's. `inner_steps`, `name` and `run`, a table as in run.toml such as {"round": {"min_members": 2}}, are
-    what all members agree on. `evaluate` gives a validation loss of the module; it is called now and then on a
-    new base. `flags` are further ones of `tapestry start`. `tell` gets what a person should read; by default
-    it goes to stderr.
+    what all members agree on. `evaluate` gives a validation loss of the module; it is called now and then on
+    a new base. `flags` are further ones of `tapestry start`. `tell` gets what a person should read; by
+    default it goes to stderr.
 
     Raises SwarmError: str() is one line that says what to do.
     """

@@ -62,6 +62,7 @@ from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.history import History, HistoryFile, read_history
 from tapestry.node.surface.http import needs_token, start_http
 from tapestry.node.surface.logs import Log
@@ -174,11 +175,18 @@ class Daemon:
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
             self.history.tell(f"this node starts, version {VERSION}")
-            token = Token.load_or_create(self.home.http_token) if needs_token(config.http_host) else None
+            token = await asyncio.to_thread(Token.load_or_create, self.home.http_token)
+            shown = token if needs_token(config.http_host) else None
             http = await start_http(
-                self.view, self.metrics, config.http_host, config.http_port, token, history=self.history
+                self.view,
+                self.metrics,
+                config.http_host,
+                config.http_port,
+                shown,
+                history=self.history,
+                admit=Admit(token, self.view.admit),
             )
-            self._show_new(token)
+            self._show_new(shown)
             stack.push_async_callback(http.close)
             swarm = await self._start_swarm()
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
@@ -229,7 +237,11 @@ class Daemon:
             self.metrics.set_run(genesis.run_id, agreed.spec.name)
             self.metrics.set_trainer_up(True)
             self.view.attach(
-                node.runtime.show, node.network.addresses_of, node.network.bans, agreed.spec.name
+                node.runtime.show,
+                node.network.addresses_of,
+                node.network.bans,
+                agreed.spec.name,
+                node.runtime.members.admit,
             )
             addresses = ranked(await swarm.addresses())
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)
@@ -367,10 +379,10 @@ class Daemon:
 
     def _show_new(self, token: Token | None) -> None:
         """Once: from then on it is in its file only."""
-        if token is None or not token.new:
+        if token is None:
             return
-        _log.info("endpoint_token=made path=%s", token.path)
-        if self._prints:
+        _log.info("endpoint_token=%s path=%s", "made" if token.new else "needed", token.path)
+        if token.new and self._prints:
             sys.stdout.write(f"endpoint token  {token.text}  (kept in {token.path}, not shown again)\n")
             sys.stdout.flush()
 

@@ -97,6 +97,10 @@ class MembersDesk:
         words = strict.text(value, WHY_CHARS_MAX, "a value")
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
 
+    def admit(self, peer: str, name: str) -> str:
+        """From the page; returns what is wrong, or ""."""
+        return str(self._ask("admit", peer, name).get("fault", ""))
+
     def _approve(self, name: object) -> dict[str, Any]:
         core = self._loop.snapshot()
         found = [c for c in core.pending if isinstance(name, str) and change_id(core.run_id, c) == name]

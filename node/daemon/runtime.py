@@ -167,7 +167,8 @@ class Runtime:
 
     def show(self) -> Shown:
         """What /status shows."""
-        return self.reporter.show(self.snapshot(), self._network.where())
+        where, waiting = self._network.where(), self.members.reception.applicants
+        return self.reporter.show(self.snapshot(), where, waiting)
 
     async def _probe(self) -> None:
         """How late the loop is, and how many peers there are."""

@@ -10,10 +10,11 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tapestry.node.daemon.egress import Egress, Unwritten
+from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol import events as ev
@@ -219,7 +220,7 @@ class Reporter:
         by_kind = self.metrics.bytes_by_kind
         return Traffic.of(by_kind("sent"), by_kind("received"), self.float32_ratio)
 
-    def show(self, core: Snapshot, where: Where) -> Shown:
+    def show(self, core: Snapshot, where: Where, applicants: Sequence[Applicant] = ()) -> Shown:
         """What /status shows."""
         training, dropped = self.training, self._dropped
         return Shown(
@@ -241,6 +242,7 @@ class Reporter:
             self.traffic,
             training.trouble,
             tuple(self._accused),
+            tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
         )
 
     # --- of the trainer ------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The local endpoint: /metrics /status /peers /history /events /healthz /readyz, and at / the page.
 
-Reads the node through `View` and `Metrics` and can change nothing. Bound to a loopback address it answers
+Reads the node through `View` and `Metrics`; the one thing that changes something, POST /admit, takes the home's
+token wherever it comes from (admit.py). Bound to a loopback address it answers
 only requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding)
 gets 403. Bound to any other address it answers who shows the home's token (token.py), and of /healthz only
 that the loop is alive.
 
 Whoever reaches it cannot harm the node: door.py bounds connections, their time and the rate of requests;
-requests are small and bodies are never read; /metrics is answered from a text made at most once a second.
+requests are small; /metrics is answered from a text made at most once a second.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.assets import PREFIX, get_asset, get_page
 from tapestry.node.surface.door import Door, DoorLimits
 from tapestry.node.surface.history import History
@@ -34,7 +36,7 @@ from tapestry.node.surface.sse import EventStreams
 from tapestry.node.surface.token import Token
 
 CLOSE_TIMEOUT_S = 1.0  # requests under way get so long when the node stops
-REQUEST_BYTES_MAX = 1024  # nothing here takes a body
+REQUEST_BYTES_MAX = 1024  # of a body; /admit alone takes one
 LINE_BYTES_MAX = 4096  # of a request, and of each of its headers. Guess: browsers send one of a kilobyte
 HEADERS_MAX = 64  # Guess
 BACKLOG = 64  # that wait in the kernel, and so are taken at once at most
@@ -81,11 +83,12 @@ async def start_http(
     token: Token | None = None,  # None: whoever passes the host check is answered
     limits: DoorLimits | None = None,
     history: History | None = None,  # None: an empty one
+    admit: Admit | None = None,  # None: nobody is admitted from here
 ) -> HttpServer:
     """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
     doors: list[Door] = []  # one, as soon as there is aiohttp's server behind it
     runner = web.AppRunner(
-        _application(view, metrics, history or History(), _guard(host, token, doors), doors),
+        _application(view, metrics, history or History(), admit, _guard(host, token, doors), doors),
         access_log=None,
         handle_signals=False,
         shutdown_timeout=CLOSE_TIMEOUT_S,
@@ -139,7 +142,12 @@ class _Rendered:
 
 
 def _application(
-    view: View, metrics: Metrics, history: History, guard: Middleware, doors: list[Door]
+    view: View,
+    metrics: Metrics,
+    history: History,
+    admit: Admit | None,
+    guard: Middleware,
+    doors: list[Door],
 ) -> web.Application:
     rendered = _Rendered(metrics.render)
 
@@ -179,6 +187,8 @@ def _application(
     app.router.add_get("/events", streams.serve)
     app.router.add_get("/healthz", get_healthz)
     app.router.add_get("/readyz", get_readyz)
+    if admit is not None:
+        app.router.add_post("/admit", admit.serve)
     app.router.add_get("/", get_page)
     app.router.add_get(PREFIX + "{path:[a-zA-Z0-9./_-]+}", get_asset)
     app.on_shutdown.append(streams.close)

@@ -62,6 +62,7 @@ class Shown:
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
     accused: tuple[dict[str, str | int], ...] = ()  # peer, epoch, shard of lies that were proven
+    applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
 
 
 class NodeView:
@@ -83,6 +84,7 @@ class NodeView:
         self._version = version
         self._started_at = started_at
         self._look: Callable[[], Shown] | None = None
+        self._admit: Callable[[str, str], str] | None = None
         self._addresses_of: Callable[[str], tuple[str, ...]]
         self._bans: Callable[[], tuple[Ban, ...]]
         self._run_name = ""
@@ -93,10 +95,15 @@ class NodeView:
         addresses_of: Callable[[str], tuple[str, ...]],  # of a linked peer, by its own word
         bans: Callable[[], tuple[Ban, ...]],
         run_name: str,
+        admit: Callable[[str, str], str],  # peer and name -> what is wrong, or ""
     ) -> None:
         """From now on there is something to show."""
         self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
-        self._bans = bans
+        self._bans, self._admit = bans, admit
+
+    def admit(self, peer: str, name: str) -> str:
+        """What is wrong with it, or ""."""
+        return self._admit(peer, name) if self._admit is not None else "the node has not joined yet"
 
     def status(self) -> dict[str, Any]:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
@@ -126,6 +133,8 @@ class NodeView:
             "dropped_records": 0,
             "dropped_weight": 0,
             "accused": [],
+            "members": 0,
+            "applicants": [],
             "caps": self._caps,
             "bytes": asdict(NO_TRAFFIC),
             "addresses": [],
@@ -161,6 +170,8 @@ class NodeView:
             "dropped_records": shown.dropped_records,
             "dropped_weight": shown.dropped_weight,
             "accused": list(shown.accused),
+            "members": len(core.roll.members),
+            "applicants": list(shown.applicants),
             "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
             "reachable": shown.reachable,

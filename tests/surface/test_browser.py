@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 from e2e.harness import Node, init
 
+from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import HttpServer, start_http
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.token import Token
 
 pytestmark = pytest.mark.browser
 
@@ -97,6 +99,7 @@ class GivenView:
     def __init__(self) -> None:
         self.phase, self.reason = "training", ""
         self.run_name = "commons"
+        self.applicants: list[dict[str, Any]] = []
 
     def status(self) -> dict[str, Any]:
         return {
@@ -120,6 +123,7 @@ class GivenView:
             "round": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "applicants": self.applicants,
             "caps": {},
             "bytes": {
                 "sent": 120_000_000,
@@ -176,14 +180,23 @@ class Served:
     """An endpoint in a thread of its own, and the history behind it."""
 
     def __init__(self, view: GivenView, history: History) -> None:
-        self.history = history
+        self.history, self.view = history, view
+        self.admitted: list[tuple[str, str]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         server: Future[HttpServer] = asyncio.run_coroutine_threadsafe(
-            start_http(view, Metrics("0.1.0"), "127.0.0.1", 0, history=history), self._loop
+            start_http(view, Metrics("0.1.0"), "127.0.0.1", 0, history=history, admit=self._door()),
+            self._loop,
         )
         self.server = server.result(10)
+
+    def _door(self) -> Admit:
+        def admit(peer: str, name: str) -> str:
+            self.admitted.append((peer, name))
+            return ""
+
+        return Admit(Token("the token", Path("http.token")), admit)
 
     def call(self, function: Callable[..., Any], *args: Any, **known: Any) -> None:
         """On the endpoint's loop."""
@@ -246,6 +259,20 @@ def test_what_it_says_is_what_is(pages: Pages, served: Served) -> None:
     )
     assert "relayed" in rows[PEERS[2]] and "2 epochs" in rows[PEERS[2]]
     assert "not heard" in rows[PEERS[3]] and "epoch 59" in rows[PEERS[3]]
+    assert pages.complaints == []
+
+
+def test_an_applicant_is_shown_and_the_token_lets_it_in(pages: Pages, served: Served) -> None:
+    page = pages.open(served.server.url)
+    assert page.is_hidden("#applicants-section")
+    served.view.applicants = [{"peer": PEERS[3], "name": MARKUP, "since": time.time()}]
+    page.wait_for_selector("#applicants button", timeout=5000)
+    page.click("#applicants button")
+    assert "type the token first" in _text(page, "#applicants") and served.admitted == []
+    page.fill("#admit-token", "the token")
+    page.click("#applicants button")
+    page.wait_for_selector("#applicants .said:has-text('next record')", timeout=5000)
+    assert served.admitted == [(PEERS[3], MARKUP)]
     assert pages.complaints == []
 
 

@@ -82,6 +82,7 @@ def attached() -> NodeView:
     core = SimpleNamespace(
         peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
     )
+    core.roll = SimpleNamespace(members={"us": None})
     core.state_digest, core.params, core.peers, core.round, core.agreement = (
         "d",
         7,
@@ -103,6 +104,7 @@ def attached() -> NodeView:
         dropped_records=0,
         dropped_weight=0,
         accused=({"peer": "c", "epoch": 3, "shard": 1},),
+        applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),
         reachable=True,
@@ -110,7 +112,9 @@ def attached() -> NodeView:
         routes={"a": "direct"},
     )
     ban = SimpleNamespace(peer="b", reason="streams", left_s=3.0)
-    view.attach(lambda: shown, lambda peer: ("/ip4/1.2.3.4/tcp/2",), lambda: (ban,), "run")  # type: ignore[arg-type, return-value]
+    view.attach(
+        lambda: shown, lambda peer: ("/ip4/1.2.3.4/tcp/2",), lambda: (ban,), "run", lambda peer, name: ""
+    )  # type: ignore[arg-type, return-value]
     return view
 
 

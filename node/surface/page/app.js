@@ -3,6 +3,7 @@
 //   history   all points, records and events       point, record, event   one more
 //   now       status and peers, once a second: the sign of life too
 
+import { showApplicants } from "./applicants.js";
 import { Charts } from "./charts.js";
 import { bytes, el, number, seconds, short, shortId } from "./format.js";
 import { pill, showEvents, showMembers, showNode, showRecords } from "./tables.js";
@@ -92,6 +93,7 @@ function show() {
     if (parts.has("now")) {
       showHead();
       showNode(page.now.status);
+      showApplicants(page.now.status.applicants ?? []);
     }
     if (parts.has("now") || parts.has("records")) showMembers(page.now, page.records);
   }

@@ -1,8 +1,8 @@
 """POST /admit {"peer": ID, "name": NAME}: what the page's button sends to let an applicant in.
 
 It takes the home's token (token.py), on loopback too: what another web page makes a browser send has no such
-header, and what another user of this machine sends has no token. The change itself is asked of the node, as by
-`tapestry admit`.
+header, and what another user of this machine sends has no token. The change itself is asked of the node, as
+by `tapestry admit`.
 """
 
 from __future__ import annotations

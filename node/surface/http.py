@@ -1,9 +1,10 @@
 """The local endpoint: /metrics /status /peers /history /events /healthz /readyz, and at / the page.
 
 Reads the node through `View` and `Metrics`; the one thing that changes something, POST /admit, asks for the
-home's token wherever it comes from (admit.py). Bound to a loopback address the endpoint answers only requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding)
-gets 403. Bound to any other address it answers who shows the home's token (token.py), and of /healthz only
-that the loop is alive.
+home's token wherever it comes from (admit.py). Bound to a loopback address the endpoint answers only
+requests that name a loopback host: a web page that points its own name at 127.0.0.1 (DNS rebinding) gets
+403. Bound to any other address it answers who shows the home's token (token.py), and of /healthz only that
+the loop is alive.
 
 Whoever reaches it cannot harm the node: door.py bounds connections, their time and the rate of requests;
 requests are small; /metrics is answered from a text made at most once a second.

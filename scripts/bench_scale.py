@@ -42,8 +42,9 @@ from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol import chain
 from tapestry.node.protocol.chain import MEMBERS_MAX
-from tapestry.node.protocol.context import PeerView, Rules
+from tapestry.node.protocol.context import PeerView
 from tapestry.node.protocol.messages import Message, Status
+from tapestry.node.protocol.rules import Rules
 
 REAL = (2, 4, 8, 16, 32)
 SIMULATED = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)

@@ -43,11 +43,12 @@ from tapestry.node.net.network import Network, NetworkConfig
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
-from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig
-from tapestry.node.spec.run import RunSpec, training_spec
+from tapestry.node.spec.run import RunSpec, Seconds, training_spec
+from tapestry.node.spec.size import exchange_sized_s
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.state.means import mean_of
 from tapestry.node.state.model import ModelState
@@ -103,6 +104,7 @@ async def open_state(
     spec, genesis = agreed.spec, agreed.genesis
     params, schema, folder = trainer.params, trainer.layout.schema_hash, own.home.state
     state = await asyncio.to_thread(bare_state, spec, params, schema, folder=folder)
+    begins = genesis is None
     if genesis is None:
         await _initialise(trainer)
         founder = own.identity.peer_id
@@ -113,14 +115,15 @@ async def open_state(
         check_model(genesis, state)
         if own.base is not None and _begins_from_weights(spec):
             await _initialise(trainer)
-            if await asyncio.to_thread(keep_initial_state, spec, genesis, state, own.home):
+            begins = await asyncio.to_thread(keep_initial_state, spec, genesis, state, own.home)
+            if begins:
                 _log.info("state=0 of=%s; nothing is downloaded for it", own.base)
             else:
                 _log.warning("state=0 of=%s is not the run's; it comes from the peers", own.base)
         await asyncio.to_thread(store.write_genesis, genesis)
     state.head = genesis.run_id
     base = base_folder(own.home, spec)
-    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles, base), genesis
+    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles, base, begins), genesis
 
 
 def _begins_from_weights(spec: RunSpec) -> bool:
@@ -162,17 +165,24 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
 # --- what the spec means for the parts --------------------------------------------------------------
 
 
+def fixed(wait: Seconds) -> float | None:
+    """None where each node computes it: pace.py."""
+    return None if wait == "auto" else wait
+
+
 def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
     """What the protocol needs of the spec."""
     r = spec.round
     return Rules(
         run_id=run_id,
         shard_count=shard_count,
-        straggler_wait_s=r.straggler_wait_s,
-        closing_grace_s=r.closing_grace_s,
+        straggler_wait_s=fixed(r.straggler_wait_s),
+        closing_grace_s=fixed(r.closing_grace_s),
         stall_s=r.stall_s,
-        exchange_max_s=r.exchange_max_s,
-        quorum_loss_s=r.quorum_loss_s,
+        exchange_max_s=fixed(r.exchange_max_s),
+        exchange_sized_s=exchange_sized_s(shard_count * spec.compression.shard_elements),
+        quorum_loss_s=fixed(r.quorum_loss_s),
+        wait_max_s=r.wait_max_s,
         on_quorum_loss=r.on_quorum_loss,
         min_members=r.min_members,
         max_influence=r.max_influence,
@@ -209,7 +219,9 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         training=training_spec(spec),
         data=config.data,
         cache_dir=str(home.cache),
-        validation_windows=validation_windows(spec.data.sequence_length),
+        validation_windows=validation_windows(
+            spec.data.sequence_length, spec.train.batches * spec.train.batch_size
+        ),
         base_dir=str(home.base),
         weights_dir=str(config.base or ""),
         inner_state_path=str(home.trainer / "inner.safetensors"),
@@ -226,9 +238,11 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
     )
 
 
-def validation_windows(sequence_length: int) -> int:
-    """Windows of each validation set: about as many tokens in every run, so that measuring stays cheap."""
-    return min(VALIDATION_WINDOWS_MAX, max(VALIDATION_WINDOWS_MIN, VALIDATION_TOKENS // sequence_length))
+def validation_windows(sequence_length: int, epoch: int) -> int:
+    """Windows of each validation set: about as many tokens in every run, so that measuring stays cheap, and
+    no more than half of an epoch's, for what an epoch takes says how fast members are."""
+    windows = min(VALIDATION_TOKENS // sequence_length, epoch // 2)
+    return min(VALIDATION_WINDOWS_MAX, max(VALIDATION_WINDOWS_MIN, windows))
 
 
 def swarm_config(config: NodeConfig) -> SwarmConfig:

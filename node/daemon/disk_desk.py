@@ -24,6 +24,8 @@ from tapestry.node.net.transfer import DonorFailed, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
 
+LEAVING_BYTES_MAX = 256 << 20  # Guess: a state that even a slow disk takes in two of the seconds to stop in
+
 _log = logging.getLogger("tapestry.node")
 
 
@@ -64,7 +66,8 @@ class DiskDesk:
     # --- life ----------------------------------------------------------------------------------
 
     async def leave(self) -> None:
-        """Keep what must be kept. The trainer is still running."""
+        """Keep what must be kept; the trainer ends meanwhile. A large state is not written again: the last
+        checkpoint and the update log lead to it, and the next start takes those steps once more."""
         self._leaving = True
         if self._fetching is not None:
             self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
@@ -72,7 +75,9 @@ class DiskDesk:
             epoch = self._loop.snapshot().state_epoch
             if epoch >= 0:
                 self._trainer.save(epoch)
-            await self._on_disk(self._keeper.checkpoint)
+            self._trainer.end()
+            if self._keeper.state.size_bytes <= LEAVING_BYTES_MAX:
+                await self._on_disk(self._keeper.checkpoint)
 
     async def close(self) -> None:
         """End the threads, when the writes that were begun are done."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tapestry.node.disk.base import BaseFolder
-from tapestry.node.disk.checkpoints import Checkpoints, restore
+from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
 from tapestry.node.net.throttle import Throttles
@@ -55,9 +55,11 @@ class Keeper:
         state: ModelState,
         throttles: Throttles | None = None,  # the node's; None: no caps
         base: BaseFolder | None = None,  # of a run that continues one
+        begins: bool = False,  # `state` was made just now: it is the genesis' and lies in a checkpoint
     ) -> None:
         self.run_id = genesis.run_id
         self._base = base
+        self._begins = begins
         self.store = store
         self.state = state
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
@@ -75,7 +77,10 @@ class Keeper:
         """As far as the disk takes us: chain, state, vote. Raises OSError."""
         self.checkpoints.load()
         chain = self._chain
-        restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
+        if self._begins and chain.epoch == 0:  # to read it back would take as long as to write it did
+            restored: Restoration | None = Restoration(0, chain.genesis.state_digest, "")
+        else:
+            restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
         if restored is not None:
             self._digest = restored.state_digest
             if restored.reason:

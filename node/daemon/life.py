@@ -35,6 +35,7 @@ from tapestry.node.daemon.assembly import (
     Own,
     as_user_error,
     assemble,
+    fixed,
     open_state,
     swarm_config,
     worker_settings,
@@ -59,6 +60,7 @@ from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.pace import QUORUM_LOSS_MIN_S
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
@@ -74,7 +76,8 @@ from tapestry.node.trainer.messages import Hello, Tokenizing
 from tapestry.node.trainer.process import Event, Parted, TrainerError, TrainerProcess
 
 STOP_S = 10.0  # the contract: exit 0 within
-TRAINER_STOP_S = 4.0
+TRAINER_STOP_S = 4.0  # where nothing has to be put away
+CLOSING_S = 3.0  # of STOP_S, for what comes after the trainer's end: links, p2pd, files. Guess
 DISK_EVERY_S = 60.0
 USERS_REASONS = ("data", "model", "settings", "device")  # of messages.Failed: what a person can put right
 VERSION = version("tapestry-node")
@@ -99,6 +102,7 @@ class Daemon:
             Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)
         )
         self.stop = asyncio.Event()
+        self._stopping_at: float | None = None  # loop time
         self._tokenizing = TokenizingView(live)
         self._node: Node | None = None  # once it runs
 
@@ -125,6 +129,7 @@ class Daemon:
         await asyncio.wait({main, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not main.done():
             self.view.stopping = True
+            self._stopping_at = asyncio.get_running_loop().time()
             self.notifier.stopping()
             _log.info("stopping")
             self.history.tell("this node stops")
@@ -204,7 +209,7 @@ class Daemon:
                 await be_admitted(config, chain.roll, chain.epoch, swarm, peers)
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))
-            stack.push_async_callback(trainer.stop, TRAINER_STOP_S)
+            stack.push_async_callback(self._stop_trainer)
             await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))
             trackers = await asyncio.to_thread(
                 open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
@@ -269,6 +274,13 @@ class Daemon:
                 for task in running:
                     task.cancel()
 
+    async def _stop_trainer(self) -> None:
+        """It was told when the node began to leave; a long step may take what time is left."""
+        wait_s = TRAINER_STOP_S
+        if self._stopping_at is not None:
+            wait_s = self._stopping_at + STOP_S - CLOSING_S - asyncio.get_running_loop().time()
+        await self.trainer.stop(max(0.0, wait_s))
+
     async def _look_at_disk(self) -> None:
         """What the home takes and what is left, for the metrics, until cancelled."""
         while True:
@@ -302,7 +314,7 @@ class Daemon:
             self.view.waiting = reason
             self.live.show(reason)
 
-        wait_s = spec.round.quorum_loss_s
+        wait_s = fixed(spec.round.quorum_loss_s) or QUORUM_LOSS_MIN_S
         await find_run(self.home, mark, genesis, wait_s, swarm, peers, crypto, say)
 
     def _is_there(self, epoch: int) -> bool:

@@ -101,7 +101,7 @@ class Runtime:
             await self.disk.close()
 
     async def leave(self) -> None:
-        """Tell everybody that we stop, and keep what must be kept. The trainer is still running."""
+        """Tell everybody that we stop, keep what must be kept, and have the trainer end."""
         self.reporter.leaving = True
         self.feed(ev.Stopping())
         await asyncio.sleep(0)  # the farewell is queued; links write it while we save

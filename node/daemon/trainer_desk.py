@@ -64,6 +64,10 @@ class TrainerDesk:
         """Have the inner optimizer written down, as of the beginning of `epoch`."""
         self._trainer.save(epoch)
 
+    def end(self) -> None:
+        """Have the trainer end while the rest of the node is put away."""
+        self._trainer.end()
+
     # --- what the trainer reports --------------------------------------------------------------
 
     def on_event(self, event: Event) -> None:

@@ -153,7 +153,8 @@ def restore(
 
     Stops where the update log has no more. Raises OSError.
     """
-    if checkpoints.load_newest(chain, epoch, state) is None:
+    newest = checkpoints.load_newest(chain, epoch, state)
+    if newest is None:
         return None
     reason = ""
     while state.epoch < epoch:
@@ -164,7 +165,8 @@ def restore(
             reason = f"{error.reason}: {error}"
             break
         state.apply(payloads, record)
-    return Restoration(state.epoch, state.digest(), reason)
+    digest = newest.state_digest if state.epoch == newest.epoch else state.digest()  # loading compared it
+    return Restoration(state.epoch, digest, reason)
 
 
 def read_chunk(checkpoint: Checkpoint, file: BinaryIO, index: int) -> bytes:

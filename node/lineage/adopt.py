@@ -24,7 +24,6 @@ from tapestry.node.trainer.models.weights import weights_digest
 SEQUENCE_LENGTH_MAX = 1024  # guess: what a member with little memory can train; larger where all have GPUs
 SHARDS = 512  # guess: about so many, so that their frames neither stall a link nor crowd a roster
 SHARD_ELEMENTS_MIN = 262_144
-MBIT_S_MIN = 10.0  # the slowest line that the default of exchange_max_s allows for
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,5 +84,4 @@ def _spec(name: str, model: TransformersSpec, facts: BaseFacts) -> RunSpec:
     elements = SHARD_ELEMENTS_MIN
     while elements * SHARDS < trained:
         elements *= 2
-    exchange_s = 2 * 8 * trained / (MBIT_S_MIN * 1e6)
-    return new_spec(name, training, shard_elements=elements, exchange_max_s=max(300.0, exchange_s))
+    return new_spec(name, training, shard_elements=elements)

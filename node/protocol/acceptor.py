@@ -97,7 +97,8 @@ class Acceptor:
         state = self.state
         state.stage = Stage.EXCHANGING
         state.proposal = proposal
-        state.exchange_at = state.progress_at = now
+        state.progress_at = now
+        self.ctx.pace.exchange_began(state.epoch, now)
         self.ctx.emit(ExchangeBegan(state.epoch))
 
     def fetch_proposal(self) -> None:

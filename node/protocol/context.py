@@ -7,35 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Literal
 
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.members import Roll
 from tapestry.node.protocol.messages import Control, Stage, Status
+from tapestry.node.protocol.pace import Pace
 from tapestry.node.protocol.proposals import Proposals
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The part of the run spec that the protocol needs. Seconds, counts and shares."""
-
-    run_id: str
-    shard_count: int
-    straggler_wait_s: float = 5.0
-    closing_grace_s: float = 2.0
-    stall_s: float = 5.0
-    quorum_loss_s: float = 30.0
-    on_quorum_loss: Literal["auto", "continue", "wait"] = "continue"
-    min_members: int = 1
-    max_influence: float = 1.0
-    commit_grace_s: float = 1.0
-    exchange_max_s: float = 300.0  # Guess: a peer that drips bytes holds a ballot up no longer than this
-    heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
-    resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
-    audit_share: float = 0.05  # of a record's shards, that another member averages again
-    peers_max: int = 64
-    records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it
+from tapestry.node.protocol.rules import Rules
 
 
 @dataclass(slots=True)
@@ -56,6 +35,7 @@ class PeerView:
 
 CLOSE_BEHIND = 8  # epochs. Guess: what is decided in a few round trips, where epochs are short
 MISSED_PATIENCE = 8  # rounds in a row that a peer may miss before it is waited for in some only. Guess
+NEWCOMERS_PATIENCE = 3  # the same, of one that has not contributed yet. Guess
 BEHIND_PATIENCE = 4  # rounds in a row that a peer may be too late for before it is waited for. Guess
 UPDATES_MAX = 4096  # heads remembered as being in the update log; a forgotten one is fetched again. G7
 
@@ -71,6 +51,13 @@ class Context:
     out: list[Output] = field(default_factory=list)
     updates: dict[str, None] = field(default_factory=dict)  # heads whose update lies in the update log
     missed: dict[str, int] = field(default_factory=dict)  # peer -> rounds since its last contribution
+    delivered: dict[str, None] = field(
+        default_factory=dict
+    )  # peers that a record of late names as contributor
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.rules)
 
     def contributors_min(self) -> int:
         """No round starts with fewer contributions: `min_members`.
@@ -122,9 +109,11 @@ class Context:
 
     def deserves(self, peer: str) -> bool:
         """Whether a round waits for it. Who has missed many rounds in a row is waited for in the 8th,
-        16th and so on: whoever never delivers costs the others less and less."""
+        16th and so on, and who never delivered from its 4th on: whoever only says that it trains costs the
+        others less and less."""
         missed = self.missed.get(peer, 0)
-        return missed < MISSED_PATIENCE or missed.bit_count() == 1
+        patience = MISSED_PATIENCE if peer in self.delivered else NEWCOMERS_PATIENCE
+        return missed < patience or missed.bit_count() == 1
 
     def leaving(self, peer: str) -> bool:
         """Its last word was that it is not at any head."""
@@ -154,6 +143,9 @@ class Context:
                 self.missed[peer] = self.missed.get(peer, 0) + 1
         for peer in [p for p in self.missed if p in contributors or p not in self.peers]:
             del self.missed[peer]
+        for peer in [p for p in self.delivered if p not in self.peers]:
+            del self.delivered[peer]
+        self.delivered.update(dict.fromkeys(p for p in self.peers if p in contributors))
 
     def awaited(self, epoch: int, now: float) -> list[str]:
         """Peers that have been too late for many rounds in a row, by little: where an epoch is as short as it

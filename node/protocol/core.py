@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from tapestry.node.protocol.audit import Kept, draw, inputs_digest
 from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip, behind_of, next_place
-from tapestry.node.protocol.context import Context, PeerView, Rules
+from tapestry.node.protocol.context import Context, PeerView
 from tapestry.node.protocol.events import (
     Applied,
     Audit,
@@ -63,9 +63,11 @@ from tapestry.node.protocol.messages import (
 )
 from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Outcome, Round
+from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
 
+DELIVERED_RECORDS = 8  # whose contributors are known to deliver, after a restart
 CHANGES_AGAIN = 5  # heartbeats after which what is pending is told again, for it may have been lost
 NOTHING: Final[tuple[Output, ...]] = ()
 
@@ -88,6 +90,8 @@ class Core:
     def __init__(self, me: str, rules: Rules, crypto: Crypto, restored: Restored, now: float) -> None:
         updates = dict.fromkeys(restored.updates)
         self.ctx = Context(me, rules, crypto, restored.chain.roll, Proposals(), updates=updates)
+        for record in restored.chain.records[-DELIVERED_RECORDS:]:
+            self.ctx.delivered.update(dict.fromkeys(m.peer for m in record.body.members if m.weight))
         self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
         self.vote = restored.vote
         # Any READY leaves a vote on the disk: a disk without one has never promised anything.
@@ -217,6 +221,7 @@ class Core:
         if vote is None or vote.head != head:
             vote = Vote(epoch, head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since))
         behind = behind_of(at, chain.records[-1] if epoch else None)
+        self.ctx.pace.round_began(epoch, now)
         self.round = Round(self.ctx, at, behind, self.sync.state_digest, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:

@@ -100,7 +100,8 @@ class Leader:
             if accepted is not None:
                 return self._propose(accepted)
         if self.close_at is None:
-            self.close_at = now + self.ctx.rules.straggler_wait_s
+            self.ctx.pace.quorum_ready(now)
+            self.close_at = now + self.ctx.pace.straggler_wait_s()
         if now >= self.close_at and not self.closing_sent:
             self._close(now)
         self._pardon(now)
@@ -132,7 +133,7 @@ class Leader:
         """Until when we wait for the live ones that are not ready."""
         if self.close_at is None:
             return math.inf
-        after_close = self.close_at + self.ctx.rules.closing_grace_s
+        after_close = self.close_at + self.ctx.pace.closing_grace_s()
         return max(after_close, self.state.entered_at + self.ctx.rules.resend_s)
 
     def _promises(self, now: float) -> int:

@@ -61,7 +61,6 @@ class RoundState:
         self.accepted_at: float | None = None  # when a quorum had accepted
         # clocks
         self.entered_at = now  # this ballot
-        self.exchange_at = now  # its phase 2
         self.progress_at = now
         self.quorum_ready_at: float | None = None
         self.leader_claims_at: float | None = None  # since when the leader says that its phase 2 is under way

@@ -33,8 +33,7 @@ class Watch:
             status = view.status
             if status is not None and status.epoch == state.epoch and status.head == state.head:
                 seen += status.progress
-        overdue = now - state.exchange_at >= self.ctx.rules.exchange_max_s
-        if seen > self.progress_seen and not overdue:
+        if seen > self.progress_seen and not self.ctx.pace.exchange_overdue(now):
             state.progress_at = now
         self.progress_seen = seen
 
@@ -80,7 +79,7 @@ class Watch:
         if self.ctx.me not in state.electorate:
             return False
         rank = self._island_order(now).index(self.ctx.me)
-        return now >= state.quorum_missed_at + rules.quorum_loss_s + rank * rules.stall_s
+        return now >= state.quorum_missed_at + self.ctx.pace.quorum_loss_s() + rank * rules.stall_s
 
     def _island_order(self, now: float) -> tuple[str, ...]:
         """Who may force a record first: the electors that we hear at our head, in its order."""
@@ -94,7 +93,7 @@ class Watch:
         return (
             not waits(self.state.at, rules.on_quorum_loss)
             and lost_at is not None
-            and now - lost_at >= rules.quorum_loss_s / 2
+            and now - lost_at >= self.ctx.pace.quorum_loss_s() / 2
         )
 
     # --- the leader ----------------------------------------------------------------------------
@@ -124,12 +123,11 @@ class Watch:
     def _roster_overdue(self, leader: str, now: float) -> bool:
         """A quorum has been ready for all to see, for longer than any leader may wait."""
         state, ctx, rules = self.state, self.ctx, self.ctx.rules
-        patience_s = rules.straggler_wait_s + rules.closing_grace_s + rules.stall_s
         if ctx.stage_at(leader, state.epoch, state.head) > Stage.READY:
             state.quorum_ready_at = None  # it has sent one; that we are not in it is no fault
             if state.leader_claims_at is None:
                 state.leader_claims_at = now
-            return now - state.leader_claims_at >= rules.exchange_max_s + patience_s
+            return now - state.leader_claims_at >= ctx.pace.exchange_max_s() + ctx.pace.leaders_wait_s()
         ready = sum(
             p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.electorate
         )
@@ -138,7 +136,8 @@ class Watch:
             return False
         if state.quorum_ready_at is None:
             state.quorum_ready_at = now
-        return now - state.quorum_ready_at >= patience_s
+            ctx.pace.quorum_ready(now)
+        return now - state.quorum_ready_at >= ctx.pace.leaders_wait_s()
 
     def _ready_count(self, now: float) -> int:
         """Those who could be averaged: we, and who of the others is ready."""

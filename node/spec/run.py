@@ -132,15 +132,11 @@ def preset_spec(preset: str, name: str) -> RunSpec:
     return new_spec(name, PRESETS[preset])
 
 
-def new_spec(
-    name: str, training: TrainingSpec, shard_elements: int | None = None, exchange_max_s: float | None = None
-) -> RunSpec:
+def new_spec(name: str, training: TrainingSpec, shard_elements: int | None = None) -> RunSpec:
     """The spec of a new run, all else by default; raises UserError for a bad name."""
     table = {"name": name} | plain(training)
     if shard_elements is not None:
         table["compression"] = {"shard_elements": shard_elements}
-    if exchange_max_s is not None:
-        table["round"] = {"exchange_max_s": exchange_max_s}
     return RunSpec.from_dict(table, "a new run")
 
 
@@ -159,6 +155,7 @@ def diff(here: RunSpec, peer: RunSpec) -> list[str]:
     ]
 
 
+Seconds = Literal["auto"] | float
 NORM_MAX = Between(0, 1_000, above=True)
 NORM_MAX_COMMENT = (
     "Longest that a contribution may be in a shard, times the members' median norm there; it is scaled down "
@@ -293,16 +290,20 @@ class AuditSpec:
 
 @dataclass(frozen=True, slots=True)
 class RoundSpec:
-    """[round]. The times are guesses, made for rounds of about ten seconds."""
+    """[round]. What is "auto" each node computes from the epochs and exchanges that it measured: pace.py."""
 
     straggler_wait_s: Annotated[
-        float, Between(0, 86_400), "With a quorum ready, how long to wait for the other live members."
-    ] = 5.0
+        Seconds,
+        Between(0, 86_400),
+        "With a quorum ready, how long to wait for the other live members. auto: a quarter of an epoch, at "
+        "least 5 s.",
+    ] = "auto"
     closing_grace_s: Annotated[
-        float,
-        Between(0, 3_600),
-        "Time for stragglers to contribute what they have, once told.",
-    ] = 2.0
+        Seconds,
+        Between(0, 86_400),
+        "Time for stragglers to contribute what they have, once told. auto: three quarters of an epoch, at "
+        "least 2 s.",
+    ] = "auto"
     commit_grace_s: Annotated[
         float, Between(0, 3_600), "With a quorum's accepts, how long to wait for those of the others."
     ] = 1.0
@@ -310,13 +311,19 @@ class RoundSpec:
         float, Between(0.1, 3_600), "A member that makes no progress for so long has failed in this round."
     ] = 5.0
     exchange_max_s: Annotated[
-        float,
+        Seconds,
         Between(1, 604_800),
-        "Longest exchange of a round, even if it makes progress: raise it for large models on slow links.",
-    ] = 300.0
+        "Longest exchange of a round, even if it makes progress. auto: what the model takes at 10 Mbit/s, at "
+        "least 300 s; less where exchanges are short, more after one that was given up.",
+    ] = "auto"
     quorum_loss_s: Annotated[
-        float, Between(1, 604_800), "After so long without a quorum, on_quorum_loss decides."
-    ] = 30.0
+        Seconds,
+        Between(1, 604_800),
+        "After so long without a quorum, on_quorum_loss decides. auto: an epoch, at least 30 s.",
+    ] = "auto"
+    wait_max_s: Annotated[
+        float, Between(60, 604_800), "Longest that any of the four may be where it is auto."
+    ] = 43_200.0
     on_quorum_loss: Annotated[
         Literal["auto", "wait", "continue"],
         "wait: the rest stands still. continue: the survivors go on alone, and when they meet again, what a "

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tapestry.node.protocol.pace import EXCHANGE_SIZED_S
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import LlamaSpec
 
 FLOAT_BYTES = 4
 STATE_BYTES = 8  # of a parameter on disk: parameters and outer state
 BYTE_VOCABULARY = 259  # trainer/tokenizers/byte.py
+MBIT_S_MIN = 10.0  # the slowest line that the default of exchange_max_s allows for
 PAYLOAD_BYTES = 1.02  # of a parameter: int8-block, a scale for 256
 
 
@@ -68,13 +70,20 @@ def size_fault(spec: RunSpec, trained: int, machine: Machine) -> str:
 def size_lines(spec: RunSpec, trained: int) -> list[str]:
     """What joining asks of a machine, for a person who is to agree to it."""
     n, limits = parameters_of(spec), spec.limits
+    longest = spec.round.exchange_max_s
+    exchange_s = max(EXCHANGE_SIZED_S, exchange_sized_s(trained)) if longest == "auto" else longest
     return [
         f"{n:,} parameters, {trained:,} of them trained",
         f"memory {_gib(FLOAT_BYTES * n)} at least, disk {_gib(STATE_BYTES * trained)} and up to "
         f"{_gib(limits.updates_kept_bytes)} of updates",
         f"each round sends and receives about {_gib(int(2 * PAYLOAD_BYTES * trained))}, for at most "
-        f"{spec.round.exchange_max_s:g} s; up to {limits.max_peers} peers",
+        f"{exchange_s:g} s; up to {limits.max_peers} peers",
     ]
+
+
+def exchange_sized_s(trained: int) -> float:
+    """What a round's exchange of so many parameters takes on the slowest line that is allowed for."""
+    return 2 * PAYLOAD_BYTES * trained * 8 / (MBIT_S_MIN * 1e6)
 
 
 def _gib(count: int) -> str:

@@ -201,15 +201,24 @@ def _read_tables(kind: type, value: object, path: str) -> object:
     return tuple(read_table(kind, item, f"{path}[{number}].") for number, item in enumerate(value, 1))
 
 
-def _read_scalar(kind: Any, rule: Rule | None, value: object, path: str) -> object:
+def _is_word_or_number(kind: Any) -> bool:
+    """Whether a key takes one of some words as well as a number: Literal["auto"] | float."""
+    return get_origin(kind) in (Union, types.UnionType) and get_origin(get_args(kind)[0]) is Literal
+
+
+def _read_scalar(kind: Any, rule: Rule | None, value: object, path: str, told: Any = None) -> object:
     """The value as the declared type. An integer will do for a float; true and false are no numbers."""
+    if _is_word_or_number(kind):
+        word, number = get_args(kind)
+        return value if value in get_args(word) else _read_scalar(number, rule, value, path, kind)
+    told = told or kind
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = _as_float(value)
     fits = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise TableError(f"{path}: {shown(value)} is not {allowed(kind, rule)}")
+        raise TableError(f"{path}: {shown(value)} is not {allowed(told, rule)}")
     if rule is not None and not rule.admits(value):  # type: ignore[arg-type]  # a key's rule fits its type
-        raise TableError(f"{path}: {shown(value)} is not {allowed(kind, rule)}")
+        raise TableError(f"{path}: {shown(value)} is not {allowed(told, rule)}")
     return value + 0.0 if isinstance(value, float) else value  # -0.0 becomes 0.0: equal specs, equal bytes
 
 
@@ -310,6 +319,9 @@ def allowed(kind: Any, rule: Rule | None) -> str:
     """What a key takes, in words: for the error message and for the comment in the file."""
     if get_origin(kind) is Literal:
         return _one_of(get_args(kind))
+    if _is_word_or_number(kind):
+        word, number = get_args(kind)
+        return f"{_one_of(get_args(word))} or {allowed(number, rule)}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
     return f"{words} {rule}" if rule else words
 

@@ -335,13 +335,18 @@ class TrainerProcess:
         """Wait for the end of supervision: returns after `stop`, raises if it broke."""
         await asyncio.shield(self._supervisor)
 
+    def end(self) -> None:
+        """Have the worker end when it has done what was sent before; `stop` waits for that."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._send(Stop())
+
     async def stop(self, timeout_s: float) -> None:
         """End the worker: kindly, and after `timeout_s` with SIGKILL. Commands sent before are done first.
 
         Raises what broke the supervision, if anything did: an `on_event` that raises is our bug.
         """
-        self._stopping.set()
-        self._send(Stop())
+        self.end()
         try:
             await asyncio.wait({self._supervisor}, timeout=timeout_s)
         finally:

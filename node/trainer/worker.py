@@ -2,7 +2,8 @@
 
 `python -P -m tapestry.node.trainer.worker` is started by process.py with inherited descriptors: a
 socket for messages, and the shared buffers. It does one thing at a time: it looks for commands between
-two inner steps, so a `Close` or a newer `Begin` takes effect within one step. With `overlap` it goes on with
+two inner steps, so a `Close` or a newer `Begin` takes effect within one step; a `Stop` also between two
+micro-batches, and after those `Save`s that came before it. With `overlap` it goes on with
 the next epoch's steps once all have contributed, and when it has done them all it waits for their base.
 
 It may die at any moment, and it never outlives its node: the kernel kills it when its parent is gone
@@ -23,6 +24,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +72,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # the node's loop answers its peers first; guess
 AUTOGROUP = Path("/proc/self/autogroup")
 PROGRESS_INTERVAL_S = 0.2
+HEED_STOP_S = 1.0  # Guess: of the seconds that a node has to stop, one at most goes by unheard
 ALIVE_S = 10.0  # far below ProcessLimits.silence_timeout_s
 TOKENIZING_INTERVAL_S = 1.0
 SUMMARY_LINES_MAX = 400  # Guess: 256 sources, and what is doubtful of the first
@@ -198,8 +201,9 @@ class Worker:
                 lambda text: channel.send(Notice(text[:TEXT_CHARS_MAX])),
                 together,
             )
-        self._inner.tell_of_parts(self._show_life)
-        self._told_s = time.monotonic()  # of the last sign of life
+        self._inner.tell_of_parts(self._between_parts)
+        self._told_s = self._asked_s = time.monotonic()  # last sign of life; last look for commands
+        self._early: deque[Command] = deque()  # came in the middle of a step or an evaluation
         self._closing = False
         self._generation = self._slot = 0  # of the latest Begin
         self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
@@ -239,6 +243,9 @@ class Worker:
 
     def _next_command(self) -> Command | None:
         """Waits for one while there is no step to take."""
+        self._asked_s = time.monotonic()
+        if self._early:
+            return self._early.popleft()
         if not self._inner.idle:
             return self._channel.receive(wait=False)
         since_s = time.monotonic()
@@ -349,12 +356,26 @@ class Worker:
             raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")
         self._channel.send(Validation(epoch, mean, tuple(losses), tuple(losses.values())))
 
-    def _show_life(self) -> None:
-        """In the middle of a long step or evaluation: the node must not take us for stuck."""
+    def _between_parts(self) -> None:
+        """In the middle of a long step or evaluation: the node must not take us for stuck, and may want us
+        gone. Raises ChannelClosed."""
         now_s = time.monotonic()
         if now_s - self._told_s >= ALIVE_S:
             self._told_s = now_s
             self._channel.send(Alive())
+        if self._together is None and now_s - self._asked_s >= HEED_STOP_S:
+            self._asked_s = now_s
+            self._heed_stop()
+
+    def _heed_stop(self) -> None:
+        """What else has come waits for the end of the step."""
+        while (command := self._channel.receive(wait=False)) is not None:
+            if isinstance(command, Stop):
+                for early in self._early:
+                    if isinstance(early, Save):
+                        self._save(early.epoch)
+                raise ChannelClosed
+            self._early.append(command)
 
     def _save(self, epoch: int) -> None:
         error_text = ""

@@ -13,9 +13,9 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
-from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
+from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
 
@@ -43,7 +43,7 @@ class Run:
         genesis = loaded.genesis
         assert genesis is not None
         state.head = genesis.run_id
-        return Keeper(self.home, SPEC, store, loaded, genesis, state)
+        return Keeper(self.home, SPEC, store, loaded, genesis, state, begins=found)
 
     def commit(self, keeper: Keeper, seed: int) -> Record:
         """The next record, with an update, on disk; not yet applied."""
@@ -82,6 +82,15 @@ def test_a_restart_comes_back_to_the_same_bits(run: Run) -> None:
     again = run.open().restore()
     assert (again.state_epoch, again.state_digest) == (epoch, digest) == (7, run.keeper.state.digest())
     assert again.chain.epoch == 7
+
+
+def test_a_founder_does_not_read_back_what_it_has_just_written_and_has_the_same_state(run: Run) -> None:
+    read_back = run.open().restore()
+    (path,) = run.home.checkpoints.glob("*.safetensors")
+    path.write_bytes(b"")
+    restored = run.keeper.restore()
+    assert restored.state_digest == read_back.state_digest == run.keeper.state.digest()
+    assert (restored.state_epoch, run.open().restore().state_epoch) == (0, -1)
 
 
 def test_a_kill_between_record_and_step_loses_nothing(run: Run) -> None:

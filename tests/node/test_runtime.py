@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,7 @@ class FakeKeeper:
         self.fetching = asyncio.Event()
         self.reached = (3, "ef" * 32)
         self.run_id = RUN
+        self.state = SimpleNamespace(size_bytes=1)
 
     def donor(self, on_bytes: object) -> FakeDonor:
         self.donors.append(FakeDonor())
@@ -140,6 +142,9 @@ class FakeTrainer:
 
     def save(self, epoch: int) -> None:
         self.told.append(("save", epoch))
+
+    def end(self) -> None:
+        self.told.append(("end", 0))
 
     def settle(self, generation: int) -> None:
         self.told.append(("settle", generation))
@@ -274,6 +279,18 @@ def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
             async with asyncio.timeout(1):
                 await bench.runtime.leave()
             assert bench.keeper.checkpoints == 1
+
+    run(main)
+
+
+def test_leaving_has_the_trainer_end_at_once_and_leaves_a_large_state_to_the_update_log():
+    async def main() -> None:
+        for size_bytes, checkpoints in ((1 << 20, 1), (1 << 30, 0)):
+            async with Bench() as bench:
+                bench.keeper.state.size_bytes = size_bytes
+                await bench.runtime.leave()
+                assert bench.trainer.told == [("save", 3), ("end", 0)]
+                assert bench.keeper.checkpoints == checkpoints
 
     run(main)
 

@@ -20,7 +20,6 @@ from tapestry.node.protocol.chain import (
     accept_message,
     head_of,
 )
-from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
     Accept,
@@ -36,6 +35,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import Branch
 
 HEX = "ab" * 32

@@ -138,6 +138,7 @@ class Node:
         self.timer_at = -1.0
         self.backlog: list[ev.Input] = []  # what came while frozen
         self.training = 0  # counts Train outputs; an older one's contribution is dropped
+        self.trains = (0.0, 0.0)  # since when, and how long
         self.base = ""  # head of the state that the newest Train named
         self.dying = False  # of its last write
         self.crypto = SimCrypto(name)
@@ -383,10 +384,20 @@ class Node:
         self.world.invariants.on_train(self, out.epoch)
         self.training += 1
         self.base = out.base
-        self._finish_training(out.epoch, self.training, self.world.draw(*self.world.train_s))
+        takes_s = self.world.draw(*self.world.train_s)
+        if self.name == self.world.laggard:
+            takes_s *= self.world.lag
+        self.trains = self.world.now, takes_s
+        self._finish_training(out.epoch, self.training, takes_s)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
-        self._finish_training(out.epoch, self.training, self.world.draw(0.01, 0.3))
+        """What it has, at the end of the step that it is in; where steps are short, nearly at once."""
+        world, (began_at, takes_s) = self.world, self.trains
+        after_s = world.draw(0.01, 0.3)
+        if world.steps:
+            step_s = takes_s / world.steps
+            after_s += step_s - (world.now - began_at) % step_s
+        self._finish_training(out.epoch, self.training, after_s)
 
     def _finish_training(self, epoch: int, training: int, after_s: float) -> None:
         def finish() -> None:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
@@ -24,21 +24,27 @@ from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Genesis, found
-from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.core import founding_vote
 from tapestry.node.protocol.members import Charter
 from tapestry.node.protocol.messages import Message, Stage, Status
+from tapestry.node.protocol.rules import Rules
 
 __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
 
 SETTLE_S = 90.0  # after the network has healed: all nodes at one head, two epochs on. Virtual
 SURVIVE_S = 25.0  # after a reducer's death: two epochs on. Detection, two rounds of up to 7 s, some ballots
+COMPUTED: dict[str, Any] = dict.fromkeys(
+    ("straggler_wait_s", "closing_grace_s", "quorum_loss_s", "exchange_max_s")
+)  # each node computes its own: protocol/pace.py
 Happening = ev.Input | Callable[[], object]
 EXAM_EVERY = 3  # seeds, of which one ends with a death
 FAR_SHARE = 0.1  # of the worlds have one node far from all others
 FAR_S = (0.05, 0.2)  # one way
 LIAR_SHARE = 0.15  # of the worlds have a reducer that lies
 LIES_OF_16 = 3  # of 16 shards that it averages
+SLOW_SHARE = 0.05  # of the worlds are slow ones, of few nodes
+SLOW_PEERS_MAX = 5
+STRETCH = 30.0  # times as long as elsewhere takes everything in them but a message and a fault
 AUDIT_SHARE = 0.3  # of shards: more than a run has, so that more is seen in a short one
 
 
@@ -77,13 +83,21 @@ class World:
         self.checkpoint_every = checkpoint_every
         self.train_s = (0.3, self.rng.choice([0.6, 1.0, 3.0]))
         self.faults = Faults.draw(self.rng) if faults is None else faults
-        self.chaos = Chaos(self, self.faults)
         self.fault_s = fault_s
         self.epochs = epochs
+        self.stretch = 1.0
+        self.laggard, self.lag = "", 1.0  # a node whose trainer is that much slower than the others'
+        self.steps = 0  # of an epoch; a trainer that is told to end does so after one. 0: nearly at once
+        self.bulk_s = 0.0  # what a shard takes at the longest, in which bytes come every second
         self.furthest = 0  # epoch that any node has ever come to
         self.healed = False
         peers = self.rng.choice([1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 12]) if peers is None else peers
         names = [f"p{i}" for i in range(peers)]
+        slow = random.Random(f"slow {seed}")  # a draw of its own, as below
+        is_slow = faults is None and rules is None and peers <= SLOW_PEERS_MAX and slow.random() < SLOW_SHARE
+        if is_slow:
+            self.slow_down(slow, names)
+        self.chaos = Chaos(self, self.faults)
         policies: list[Literal["auto", "continue", "wait"]] = ["continue", "wait"]
         policy = self.rng.choice(policies)
         founder = SimCrypto(names[0])
@@ -121,6 +135,8 @@ class World:
                 records_bytes_max=self.rng.choice([1 << 19, 1 << 19, 2500]),
             )
         )
+        if is_slow:
+            self.rules = replace(self.rules, **COMPUTED, exchange_sized_s=20 * STRETCH)
         self.far_s: dict[str, float] = {}  # node -> what a message takes longer to it, and from it
         far = random.Random(f"far {seed}")  # a draw of its own: the other worlds stay as they were
         if faults is None and peers > 1 and far.random() < FAR_SHARE:
@@ -141,6 +157,15 @@ class World:
         first.disk.state_head = self.genesis.run_id
         first.disk.vote = founding_vote(self.genesis.run_id, first.disk.life)
         self.invariants.state_of[self.genesis.run_id] = state
+
+    def slow_down(self, own: random.Random, names: list[str]) -> None:
+        """Epochs of minutes, one member slower than the others, and shards that take long."""
+        self.stretch = STRETCH
+        self.train_s = (0.3 * STRETCH, own.choice([1.0, 3.0]) * STRETCH)
+        self.laggard, self.lag, self.steps = names[-1], own.uniform(1.0, 3.0), own.choice([1, 4])
+        self.bulk_s = own.choice([0.0, 1.0]) * STRETCH
+        self.fault_s, self.epochs = self.fault_s * STRETCH / 3, self.epochs // 3
+        self.faults = self.faults.rarer(3 / STRETCH)
 
     def lies(self, name: str, head: str, shard: int) -> bool:
         """Whether this reducer sends another mean of the shard in the round of `head`."""
@@ -173,12 +198,11 @@ class World:
             self.step()
         self.heal()
         self.consortium.restore()
-        goal, until = self.furthest + 2, self.now + settle_s
+        goal, until = self.furthest + 2, self.now + settle_s * self.stretch
         while not self.settled(goal):
             if self.now > until or not self.heap:
-                self.fail(
-                    "world", f"liveness: no common head at epoch {goal} within {settle_s:g} s: {self.where()}"
-                )
+                text = f"liveness: no common head at epoch {goal} within {settle_s * self.stretch:g} s"
+                self.fail("world", f"{text}: {self.where()}")
             self.step()
         if self.seed % EXAM_EVERY == 0:
             self._survive_a_death()
@@ -186,7 +210,7 @@ class World:
     def _survive_a_death(self) -> None:
         """G4: a reducer is killed for good in the middle of a round; a majority goes on by itself."""
         dead = None
-        until = self.now + SETTLE_S
+        until = self.now + SETTLE_S * self.stretch
         while dead is None:
             self.step()
             for node in self.nodes.values():
@@ -203,8 +227,8 @@ class World:
         goal, killed_at = self.furthest + 2, self.now
         living = [n for n in self.nodes.values() if n is not dead]
         while not all(n.core is not None and n.core.chain.epoch >= goal for n in living):
-            if self.now > killed_at + SURVIVE_S:
-                text = f"G4: {dead.name} died, and epoch {goal} was not reached within {SURVIVE_S:g} s"
+            if self.now > killed_at + SURVIVE_S * self.stretch:
+                text = f"G4: {dead.name} died, and epoch {goal} was not reached in time"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
 
@@ -333,20 +357,31 @@ class World:
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
         way_s = self.way_s(sender.name, to)
+        received: ev.Input
         if self.healed:
             self.tell(sender.name, message, to)
-            self.later(self.delay(bulk) + way_s, receiver, ev.Received(sender.name, message))
+            received = ev.Received(sender.name, message)
+            self.later(self.delay(bulk) + way_s + self.drips(sender, receiver, bulk), receiver, received)
             return
         draw, faults = self.random, self.faults
         if faults.loss and draw() < faults.loss:
             return
-        received: ev.Input = ev.Received(sender.name, self.chaos.falsify(sender.name, message))
+        received = ev.Received(sender.name, self.chaos.falsify(sender.name, message))
         if bulk and faults.corrupt and draw() < faults.corrupt:
             received = ev.PeerRefused(sender.name, "checksum")
         self.tell(sender.name, message, to)
-        self.later(self.delay(bulk) + way_s, receiver, received)
+        self.later(self.delay(bulk) + way_s + self.drips(sender, receiver, bulk), receiver, received)
         if faults.duplicate and draw() < faults.duplicate:
             self.later(self.delay(bulk) + way_s, receiver, received)
+
+    def drips(self, sender: Node, receiver: Node, bulk: bool) -> float:
+        """What a large frame takes besides; meanwhile the receiver sees bytes of it come."""
+        if not bulk or not self.bulk_s:
+            return 0.0
+        takes_s = self.bulk_s * self.random()
+        for second in range(1, int(takes_s) + 1):
+            self.later(float(second), receiver, ev.BulkProgress(sender.name))
+        return takes_s
 
     def heartbeat(self, sender: Node, peers: tuple[str, ...], status: Status) -> None:
         """A broadcast that reaches most of its receivers at one moment: the lion's share of all messages."""

@@ -139,6 +139,17 @@ def test_an_integer_will_do_for_a_number_and_makes_the_same_spec() -> None:
     assert one.canonical() == RunSpec.from_dict({"name": "x", "outer": {"lr": 1.0}}).canonical()
 
 
+def test_a_wait_is_auto_or_a_number_and_keeps_its_bounds(tmp_path: Path) -> None:
+    assert (DEFAULT.round.straggler_wait_s, DEFAULT.round.exchange_max_s) == ("auto", "auto")
+    fixed = RunSpec.from_dict({"name": "x", "round": {"straggler_wait_s": 7, "quorum_loss_s": "auto"}})
+    assert (fixed.round.straggler_wait_s, fixed.round.quorum_loss_s) == (7.0, "auto")
+    (tmp_path / "run.toml").write_text(fixed.to_toml(), encoding="utf-8")
+    assert RunSpec.load(tmp_path / "run.toml") == RunSpec.from_canonical(fixed.canonical()) == fixed
+    for wrong in (-1, "automatic", True, [5.0]):
+        with pytest.raises(UserError, match=r'straggler_wait_s: .* is not "auto" or a number from 0'):
+            RunSpec.from_dict({"name": "x", "round": {"straggler_wait_s": wrong}})
+
+
 def test_minus_zero_is_zero_so_that_equal_specs_have_equal_bytes() -> None:
     minus = RunSpec.from_dict({"name": "x", "train": {"weight_decay": -0.0}})
     assert minus.canonical() == RunSpec.from_dict({"name": "x", "train": {"weight_decay": 0}}).canonical()

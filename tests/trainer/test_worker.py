@@ -235,6 +235,21 @@ def test_both_inner_states_can_be_saved_while_ahead(overlapping: WorkerSettings)
     assert script.of(Saved) == [Saved(0, ""), Saved(1, "")]
 
 
+def test_a_stop_in_the_middle_of_a_step_is_heard_after_the_saves_before_it(
+    worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tapestry.node.trainer.worker.HEED_STOP_S", 0.0)
+    script = Script(
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
+        (lambda script: script.steps == 1, Save(0)),  # the first step has begun
+        (at_once, Close(0)),
+        (at_once, Stop()),
+    )
+    with pytest.raises(ChannelClosed):
+        perform(worker_settings, script)
+    assert script.of(Saved) == [Saved(0, "")] and not script.of(Progress) and not script.lines
+
+
 @pytest.mark.parametrize("counted", [0, 1])
 def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
     overlapping: WorkerSettings, counted: int

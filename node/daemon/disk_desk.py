@@ -71,12 +71,15 @@ class DiskDesk:
         self._leaving = True
         if self._fetching is not None:
             self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
+        small = self._keeper.state.size_bytes <= LEAVING_BYTES_MAX
+        if not small:
+            self._keeper.abandon_checkpoint()
         async with self._state_lock:
             epoch = self._loop.snapshot().state_epoch
             if epoch >= 0:
                 self._trainer.save(epoch)
             self._trainer.end()
-            if self._keeper.state.size_bytes <= LEAVING_BYTES_MAX:
+            if small:
                 await self._on_disk(self._keeper.checkpoint)
 
     async def close(self) -> None:

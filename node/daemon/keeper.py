@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tapestry.node.disk.base import BaseFolder
-from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
+from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
 from tapestry.node.net.throttle import Throttles
@@ -168,16 +168,24 @@ class Keeper:
         return epoch % self._limits.checkpoint_every_epochs == 0
 
     def checkpoint(self) -> None:
-        """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep."""
+        """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep; to what
+        was abandoned, the update log leads."""
         if self.state.torn or self.state.epoch > self._chain.epoch:
             return
         if self._chain.head_at(self.state.epoch) != self.state.head:
             return  # on the way back from a fork
-        self.checkpoints.save(self.state, self._digest)
+        try:
+            self.checkpoints.save(self.state, self._digest)
+        except Abandoned:
+            return
         self.checkpoints.prune(self._chain)
         self.store.prune(self._chain, self._limits, self.checkpoints.base_epoch(self._chain))
 
     # --- the loop ------------------------------------------------------------------------------
+
+    def abandon_checkpoint(self) -> None:
+        """End the one that is being written, and write no more: the node leaves."""
+        self.checkpoints.abandon()
 
     def donor(self, on_bytes: Callable[[str, int], None]) -> Donor:
         """What serves others from this disk."""

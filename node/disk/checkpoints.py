@@ -31,6 +31,7 @@ from tapestry.node.state.model import FLOAT_BYTES, DigestMismatch, ModelState, s
 
 SUFFIX = ".safetensors"
 CHUNK_BYTES = 1 << 20  # of the data; what a joiner verifies at once. Guess
+SYNC_BYTES = 64 << 20  # Guess: a slow disk takes them in a second
 HEADER_BYTES_MAX = 64 << 20  # room for the digests of a state of 800 GiB
 _LENGTH = struct.Struct("<Q")
 _METADATA = ("run_id", "epoch", "head", "state_digest", "schema", "chunk_bytes", "chunks")
@@ -63,6 +64,10 @@ class Checkpoint:
         return self.data_start + self.data_bytes
 
 
+class Abandoned(Exception):
+    """A checkpoint was not written to its end, as was asked. All is as it was."""
+
+
 class Checkpoints:
     """Those of one home and run. Call `load` first."""
 
@@ -71,6 +76,11 @@ class Checkpoints:
         self._run_id = run_id
         self._kept = kept
         self._files: dict[Path, Checkpoint] = {}
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        """End the `save` that is going on, and any later one. From any thread."""
+        self._abandoned = True
 
     def load(self) -> None:
         """Find out what there is, by the headers. Raises OSError."""
@@ -93,13 +103,24 @@ class Checkpoints:
         return max(epochs, default=0)
 
     def save(self, state: ModelState, digest: str) -> Checkpoint:
-        """Write the state, whose digest was computed before. On OSError all is as it was."""
+        """Write the state, whose digest was computed before. After OSError and Abandoned all is as it was."""
         assert not state.torn
         path = self._folder / f"{state.epoch:08d}-{state.head[:16]}{SUFFIX}"
         if path not in self._files:
-            write_file(path, lambda file: _write_checkpoint(file, state, digest, self._run_id))
+            write_file(path, lambda file: self._write(file, state, digest))
             self._files[path] = read_checkpoint(path, self._run_id)
         return self._files[path]
+
+    def _write(self, file: BinaryIO, state: ModelState, digest: str) -> None:
+        """Synced piece by piece, so that it can be abandoned, and no other write waits for all of it."""
+        synced = 0
+        for written in _write_checkpoint(file, state, digest, self._run_id):
+            if self._abandoned:
+                raise Abandoned
+            if written - synced >= SYNC_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                synced = written
 
     def prune(self, chain: Chain) -> None:
         """Keep the newest of our chain, and always one below the head: joiners are given that.
@@ -205,8 +226,9 @@ def _load(checkpoint: Checkpoint, chain: Chain, into: ModelState) -> None:
 # --- the file ---------------------------------------------------------------------------------------
 
 
-def _write_checkpoint(file: BinaryIO, state: ModelState, digest: str, run_id: str) -> None:
-    """Header, data, and the header again, when the chunks' digests are known: it has the same length."""
+def _write_checkpoint(file: BinaryIO, state: ModelState, digest: str, run_id: str) -> Iterator[int]:
+    """Header, data, and the header again, when the chunks' digests are known: it has the same length. Gives
+    the bytes of data written after each chunk."""
     metadata = {
         "run_id": run_id,
         "epoch": str(state.epoch),
@@ -224,6 +246,7 @@ def _write_checkpoint(file: BinaryIO, state: ModelState, digest: str, run_id: st
             hasher.update(part)
             file.write(part)
         digests.append(hasher.hexdigest())
+        yield CHUNK_BYTES * len(digests)
     file.seek(0)
     file.write(_header({**metadata, "chunks": "".join(digests)}, state.n, state.names))
 

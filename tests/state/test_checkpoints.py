@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from state.kit import Run, flip, new_state, state_bytes
 
-from tapestry.node.disk.checkpoints import restore
+from tapestry.node.disk.checkpoints import Abandoned, restore
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.run import AdamWSpec, LimitsSpec, NesterovSpec, OuterSpec
 
@@ -162,3 +162,27 @@ def test_after_both_prunes_the_checkpoint_below_the_head_still_leads_to_it(run: 
     checkpoints.refuse(checkpoints.list()[0], "lost")
     restored = restore(run.chain, 4, store, checkpoints, run.state)
     assert restored is not None and restored.state_digest == run.digests[4]
+
+
+def test_an_abandoned_checkpoint_leaves_no_file_and_the_update_log_leads_there(run: Run) -> None:
+    before = {path.name for path in run.home.checkpoints.iterdir()}
+    run.advance()
+    run.checkpoints.abandon()
+    with pytest.raises(Abandoned):
+        run.save()
+    assert {path.name for path in run.home.checkpoints.iterdir()} == before
+    store, checkpoints = run.reopened()
+    restored = restore(run.chain, 5, store, checkpoints, run.fresh())
+    assert restored is not None and (restored.epoch, restored.state_digest) == (5, run.digests[5])
+
+
+def test_a_checkpoint_that_is_synced_piece_by_piece_reads_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tapestry.node.disk.checkpoints.SYNC_BYTES", 1)
+    run.advance()
+    run.save()
+    store, checkpoints = run.reopened()
+    assert checkpoints.list()[0].epoch == 5
+    restored = restore(run.chain, 5, store, checkpoints, run.fresh())
+    assert restored is not None and restored.state_digest == run.digests[5]

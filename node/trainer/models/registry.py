@@ -121,9 +121,9 @@ def _read_base(spec: TransformersSpec, folder: Path, frame: nn.Module, plan: Lay
     require_rebuildable(folder, frame, StoredWeights.find(folder), spec.seed)
     hasher, views = WeightsHasher(weights_shapes(frame)), plan.views(flat)
     for name, tensor in read_weights(folder, frame):
-        hasher.update(tensor)
         if name in views:
-            views[name].copy_(tensor)
+            tensor = views[name].copy_(tensor)  # as f32, which is what is hashed: converted once
+        hasher.update(tensor)
     _require_digest(spec, folder, hasher.hexdigest())
 
 

@@ -122,7 +122,7 @@ class Watch:
 
     def _roster_overdue(self, leader: str, now: float) -> bool:
         """A quorum has been ready for all to see, for longer than any leader may wait."""
-        state, ctx, rules = self.state, self.ctx, self.ctx.rules
+        state, ctx = self.state, self.ctx
         if ctx.stage_at(leader, state.epoch, state.head) > Stage.READY:
             state.quorum_ready_at = None  # it has sent one; that we are not in it is no fault
             if state.leader_claims_at is None:

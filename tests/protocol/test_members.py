@@ -3,8 +3,8 @@
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.context import Rules
 from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.rules import Rules
 
 
 def test_a_run_that_waits_for_a_second_member_takes_it_in_and_then_goes_on_with_both():

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from e2e.nursery import Forked, Nursery
 
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
@@ -38,7 +40,9 @@ time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
 
 
 def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+    """Run the command to its end; one that imports much comes from the nursery."""
+    if arguments[0] in ("start", "export"):
+        return _forked([*map(str, arguments)], timeout_s)
     return subprocess.run(
         [*TAPESTRY, *map(str, arguments)],
         capture_output=True,
@@ -47,6 +51,18 @@ def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.Co
         env=environment(),
         check=False,
     )
+
+
+def _forked(arguments: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = Nursery.get().start(arguments, environment(), stdout.fileno(), stderr.fileno())
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
 
 def environment() -> dict[str, str]:
@@ -79,6 +95,8 @@ class Node:
     """One daemon and its home. Use as a context manager, or call `end`.
 
     With `prefix` (`ip netns exec NAME`) it lives in that network namespace, its HTTP on the loopback there.
+    It comes from the nursery, unless it is to be a command of its own: `forked=False`, or a prefix, a program
+    or an environment of its own.
     """
 
     def __init__(
@@ -88,6 +106,7 @@ class Node:
         data: str = "stdlib:1/3",
         prefix: Sequence[str] = (),
         address: str = "127.0.0.1",
+        forked: bool = True,
     ) -> None:
         self.home = home
         self.flags = [str(f) for f in flags]
@@ -96,7 +115,8 @@ class Node:
         self.listen = f"/ip4/{address}/tcp/0"
         self.environment: dict[str, str] = {}  # beside our own
         self.program: Sequence[str] = TAPESTRY
-        self.process: subprocess.Popen[bytes] | None = None
+        self.forked = forked
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self.log = home.with_name(home.name + ".log")
 
     def shift_clock(self, shift_s: float) -> None:
@@ -108,11 +128,14 @@ class Node:
         self.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
 
     def start(self, *more: object) -> Node:
-        command = [*self.prefix, *self.program, "start", "--home", str(self.home), "--data", self.data]
-        command += ["--listen", self.listen, "--http", "127.0.0.1:0"]
+        arguments = ["start", "--home", str(self.home), "--data", self.data]
+        arguments += ["--listen", self.listen, "--http", "127.0.0.1:0", *self.flags, *map(str, more)]
         with self.log.open("ab") as log:
+            if self.forked and not self.prefix and not self.environment and self.program is TAPESTRY:
+                self.process = Nursery.get().start(arguments, environment(), log.fileno(), log.fileno())
+                return self
             self.process = subprocess.Popen(
-                [*command, *self.flags, *map(str, more)],
+                [*self.prefix, *self.program, *arguments],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -4,7 +4,8 @@
 
 A fault is drawn at random, with a node to bear it: SIGKILL of the node, its trainer or its p2pd, SIGSTOP
 and SIGCONT, a restart with its home, without it, or with its newest checkpoint corrupted, an orderly stop
-and start, a disk that is full until somebody makes room, a restart with a clock that is minutes wrong. With
+and start, a disk that is full until somebody makes room, a restart with a clock that is minutes wrong; the
+founder removes a member and admits it again, or gives its seat to another key. With
 --netns every node has a network namespace of its own, and links are cut one way, both ways, or between two
 islands, and joined again. For each fault the time to the next committed epoch anywhere is taken. Meanwhile
 every node is asked for its state digest: no epoch may have two (unless parts went on apart: the chain then
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import psutil
 from _netns import Net, NetError
 from _run import exit_by_signal, work_folder
-from e2e.harness import Node, init
+from e2e.harness import Node, init, tapestry
 
 from tapestry.dht.identity import Identity
 from tapestry.node.disk.held import HeldRun, open_run
@@ -61,6 +62,7 @@ QUIET_S = 4.0  # between a recovery and the next fault, on average
 UNDO_S = 6.0  # at most, from the next epoch to the end of a fault
 CUT_S = 45.0  # the same for cut links: now and then longer than quorum_loss_s
 DISK_BYTES = 192 * 2**20  # of a node's disk: a thousand epochs of `nano` take 60 MB
+ELECTORATE_S = 10.0  # to see a round's electorate: there is none between two
 FULL_S = 30.0  # to notice a full disk
 FORCED = re.compile(r"committed epoch=(\d+) .*forced=true")
 CLOCK_S = 600.0  # how wrong a clock may be
@@ -108,7 +110,9 @@ class Chaos:
         self.disks = disks
         self.nodes = [self._make_node(index) for index in range(count)]
         changes = {"inner_steps": "20", "shard_elements": "4096", "checkpoint_every_epochs": "10"}
-        init(self.nodes[0].home, **changes)
+        init(self.nodes[0].home, "--preset", "nano", "--admission", "members", **changes)
+        self.invitation = ""  # the part of its line after the address
+        self.out: set[str] = set()  # peer ids that the founder removed
         self.watch = Watch(self.nodes)
         self.times: dict[str, list[float]] = {}
         self.memory: list[tuple[int, int]] = []  # of each node: bytes at the start and at the end
@@ -145,10 +149,13 @@ class Chaos:
     # --- life ----------------------------------------------------------------------------------
 
     def start_all(self) -> None:
-        self.nodes[0].start().wait_ready(START_S)
-        for node in self.nodes[1:]:
-            node.start("--peer", self.nodes[0].address)
         founder, count = self.nodes[0], len(self.nodes)
+        founder.start().wait_ready(START_S)
+        done = tapestry("invite", "--home", founder.home, "--uses", 1000, "--expires", 0)
+        assert done.returncode == 0, done.stderr
+        self.invitation = done.stdout.strip().partition(",")[2]
+        for node in self.nodes[1:]:
+            node.start("--peer", self._line(founder))
         for node in self.nodes[1:]:
             node.wait_ready(START_S)
         founder.wait("an electorate of all", lambda: founder.electorate() == count, START_S)
@@ -157,10 +164,21 @@ class Chaos:
     def restart(self, node: Node) -> None:
         """Start it again, towards some node that is up; alone, as its home's run, if none is."""
         up = [n for n in self.nodes if n is not node and alive(n) and (n.home / "node.json").exists()]
-        node.start(*(("--peer", self.rng.choice(up).address) if up else ()))
+        node.start(*(("--peer", self._line(self.rng.choice(up))) if up else ()))
         node.environment.clear()  # the next start has the right time
 
-    def run(self, minutes: float) -> None:
+    def _line(self, node: Node) -> str:
+        """The founder's invitation, by way of this node."""
+        return f"{node.address},{self.invitation}"
+
+    def ask(self, *words: object) -> bool:
+        """A command to the founder's node. False if it is not there, or says no."""
+        founder = self.nodes[0]
+        done = tapestry(*words, "--no-wait", "--home", founder.home)
+        self.say(f"asked={' '.join(map(str, words[:2]))} exit={done.returncode} {done.stderr.strip()[-100:]}")
+        return done.returncode == 0
+
+    def run(self, minutes: float, only: str) -> None:
         self.watch.start()
         while not self.watch.epoch:
             time.sleep(POLL_S)
@@ -170,6 +188,7 @@ class Chaos:
             **(DISK_FAULTS if self.disks else {}),
             **(LINK_FAULTS if self.net else {}),
         }
+        faults = {name: fault for name, fault in faults.items() if not only or name in only.split(",")}
         while time.monotonic() < end:
             node = self.rng.choice(self.nodes)
             fault = self.rng.choice(list(faults))
@@ -192,6 +211,9 @@ class Chaos:
         for node in self.nodes:
             if not alive(node):
                 self.restart(node)
+        self.nodes[0].wait_ready(START_S)
+        for peer in sorted(self.out):
+            self.ask("admit", peer)
         goal = self.watch.epoch + 2
         began = time.monotonic()
         end = began + SETTLE_S
@@ -271,13 +293,66 @@ class Chaos:
         return lambda: self.restart(node)
 
     def lose_home(self, node: Node) -> Callable[[], None]:
+        """The disk of one of many: it comes back as another, by invitation. Of the founder's key there is a
+        copy, for nobody else admits."""
+        keeps = not self._all_decide()
         self.kill_node(node)
 
         def back() -> None:
-            shutil.rmtree(node.home, ignore_errors=True)
+            if not keeps:
+                self._empty(node)
             self.restart(node)
 
         return back
+
+    def remove_and_admit(self, node: Node) -> Callable[[], None] | None:
+        """The founder puts one out of the run, and lets it in again. Not one of too few, and not itself."""
+        if node is self.nodes[0] or not self._all_decide():
+            return None
+        peer = peer_of(node)
+        if not self.ask("remove", peer, "--why", "chaos"):
+            return None
+        self.out.add(peer)
+
+        def back() -> None:
+            if self.ask("admit", peer):
+                self.out.discard(peer)
+
+        return back
+
+    def lose_key(self, node: Node) -> Callable[[], None]:
+        """Its disk, and another key takes its seat. Of the founder, and of too few: only a restart."""
+        keeps = node is self.nodes[0] or not self._all_decide()
+        old = "" if keeps else peer_of(node)
+        self.kill_node(node)
+
+        def back() -> None:
+            if not keeps:
+                self._empty(node)
+                new = tapestry("id", "--home", node.home).stdout.strip()
+                self.ask("propose", "rekey", old, new)
+            self.restart(node)
+
+        return back
+
+    def _empty(self, node: Node) -> None:
+        key = node.home / "identity.key"
+        kept = key.read_bytes() if node is self.nodes[0] and key.exists() else b""
+        shutil.rmtree(node.home, ignore_errors=True)
+        if kept:
+            node.home.mkdir(mode=0o700)
+            with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(kept)
+
+    def _all_decide(self) -> bool:
+        """Whether the loss of one for good leaves a quorum."""
+        end = time.monotonic() + ELECTORATE_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if any(n.electorate() == len(self.nodes) for n in self.nodes if alive(n)):
+                    return True
+            time.sleep(POLL_S)
+        return False
 
     def corrupt_checkpoint(self, node: Node) -> Callable[[], None]:
         self.kill_node(node)
@@ -402,6 +477,10 @@ def node_epoch(node: Node) -> int:
         return 0
 
 
+def peer_of(node: Node) -> str:
+    return Identity.load(Home(node.home).identity_key).peer_id
+
+
 def crypto_of(node: Node) -> NodeCrypto:
     return NodeCrypto(Identity.load(Home(node.home).identity_key))
 
@@ -435,6 +514,8 @@ FAULTS: dict[str, Fault] = {
     "freeze": Chaos.freeze,
     "stop_and_start": Chaos.stop_and_start,
     "lose_home": Chaos.lose_home,
+    "lose_key": Chaos.lose_key,
+    "remove_and_admit": Chaos.remove_and_admit,
     "corrupt_checkpoint": Chaos.corrupt_checkpoint,
     "wrong_clock": Chaos.wrong_clock,
 }
@@ -452,6 +533,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--netns", action="store_true", help="a network namespace per node; cut links")
+    parser.add_argument("--only", default="", metavar="FAULT,...", help="no other faults than these")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--keep", type=Path, help="leave homes and logs in this new folder")
     options = parser.parse_args()
@@ -470,7 +552,7 @@ def main() -> int:
         failure = ""
         try:
             chaos.start_all()
-            chaos.run(options.minutes)
+            chaos.run(options.minutes, options.only)
             chaos.settle()
             chaos.watch.stop.set()
             chaos.weigh()

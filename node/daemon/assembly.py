@@ -156,7 +156,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, reader, own.relay)
     known = own.home.island / "peers.json" if own.island else own.home.peers
     network = Network(config, KnownPeers(known))
-    auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles)
+    removes = spec.audit.on_lie == "remove"
+    auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles, removes)
     goal = Goal(own.ending, own.forbidden)
     runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, goal, auditor)
     return Node(run_id, keeper, runtime, network)

@@ -6,7 +6,8 @@
                path, or nothing; `accuse` brings an accusation, which we check ourselves
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
-that we have is no news. What does not prove anything is refused, counted and named.
+that we have is no news. Where the run has it so, who may remove members signs the liar's removal. What does
+not prove anything is refused, counted and named.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tapestry.compression.refusals import Refused
 from tapestry.dht.p2pd import SwarmError
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
+from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.accusations import Accusation, FalseAccusation, check, keep, unpack
 from tapestry.node.net.network import Network
@@ -72,6 +74,7 @@ class Auditor:
     run_id: str
     folder: Path  # HOME/accusations
     throttles: Throttles
+    removes: bool = False  # asks for the removal of who is proven to lie, where this node may
 
 
 class AuditDesk:
@@ -84,11 +87,13 @@ class AuditDesk:
         averaging: Averaging,
         reporter: Reporter,
         auditor: Auditor,
+        members: MembersDesk,
     ) -> None:
         self._loop = loop
         self._network = network
         self._averaging = averaging
         self._reporter = reporter
+        self._members = members if auditor.removes else None
         self._crypto = auditor.crypto
         self._own = auditor.own
         self._folder = auditor.folder
@@ -109,14 +114,10 @@ class AuditDesk:
             name = out.kept.contribution
             # Copies: the trainer's memory, where they lie, is written again in the next epoch.
             self._kept[out.record.head] = {
-                shard: (path(name, shard), blob.clone())  # type: ignore[attr-defined]  # a Blob is a tensor here
-                for shard, blob in out.kept.blobs
-            }
-            self._records[out.record.head] = out.record
-            while len(self._kept) > KEPT_RECORDS:
-                del self._records[self._kept.popitem(last=False)[0]]
-        for order in out.orders:
-            self._loop.spawn(self._audit(out.record, order))
+                shard: (path(name, shard), blob.clone())  # type: ignore[attr-defined]  # a Blob is a tensor
+                here for shard, blob in out.kept.blobs } self._records[out.record.head] = out.record while
+                len(self._kept) > KEPT_RECORDS: del self._records[self._kept.popitem(last=False)[0]] for
+                order in out.orders: self._loop.spawn(self._audit(out.record, order))
 
     async def _audit(self, record: Record, order: Order) -> None:
         """One shard of one record."""
@@ -209,6 +210,9 @@ class AuditDesk:
             "the mean of what it was sent. Ask its operator; the members may remove it",
             *(a.reducer, a.epoch + 1, a.shard, by[-6:], a.name),
         )
+        if self._members is not None:
+            why = f"proven to have signed a wrong mean: round {a.epoch + 1}, shard {a.shard}"
+            self._members.expel(a.reducer, why, a.epoch + 1)
         packed = a.pack()
         for peer in self._network.linked:
             if peer not in (by, a.reducer):
@@ -264,7 +268,8 @@ class AuditDesk:
             return
         path, payload = found
         self._reporter.egress.part("audit", body.epoch, head)
-        await self._write(peer, writer, msgpack.packb(list(path)), [memoryview(payload.numpy())])  # type: ignore[arg-type]
+        await self._write(peer, writer, msgpack.packb(list(path)), [memoryview(payload.numpy())])  # type:
+        ignore[arg-type]
 
     async def _write(
         self, peer: str, writer: asyncio.StreamWriter, header: bytes, payload: list[Buffer] | None = None

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from blake3 import blake3
+
 from tapestry.node.daemon.desk import Loop
 from tapestry.node.net.admission import Reception, who_admits
 from tapestry.node.protocol import events as ev
@@ -96,6 +98,17 @@ class MembersDesk:
         name = "" if kind == "charter" else peer_field(peer, "a peer id")
         words = strict.text(value, WHY_CHARS_MAX, "a value")
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
+
+    def expel(self, peer: str, why: str, epoch: int) -> None:
+        """Ask for the removal of who did what is proven, of round `epoch`, if this node may.
+
+        The change is the same at everybody who asks for it, so that their signatures are of one.
+        """
+        roll = self.roll
+        nonce = blake3(f"{peer} {why}".encode()).hexdigest()[:32]
+        change = Change("remove", peer, why, epoch + VALID_EPOCHS, nonce)
+        if peer in roll.members and peer != self._me and may_ask(roll, change, self._me):
+            self._loop.feed(ev.ChangeAsked(change))
 
     def admit(self, peer: str, name: str) -> str:
         """From the page; returns what is wrong, or ""."""

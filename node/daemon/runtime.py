@@ -59,8 +59,8 @@ class Runtime:
         self.done = asyncio.Event()  # the state has come as far as this node was to go
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
-        self.audits = AuditDesk(self, network, averaging, reporter, auditor)
         self.members = MembersDesk(self, auditor.own, auditor.crypto, network.given)
+        self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.outputs: Outputs = {

@@ -286,6 +286,11 @@ class AuditSpec:
         "Of every record's shards, those that another member averages again after the commit; drawn by the "
         "record itself. Each costs its contributions once more. 0: nobody looks.",
     ] = 0.05
+    on_lie: Annotated[
+        Literal["remove", "mark"],
+        "remove: the nodes of those who may remove a member sign the removal of a reducer whose lie is "
+        "proven, by themselves. mark: it is shown to people.",
+    ] = "remove"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ runpy.run_module("tapestry.node.cli", run_name="__main__", alter_sys=True)
 """
 
 
-def test_a_lying_reducer_is_named_with_proof_and_nobody_else_is(tmp_path: Path) -> None:
+def test_a_lying_reducer_is_named_with_proof_and_removed_and_nobody_else_is(tmp_path: Path) -> None:
     founder = Node(init(tmp_path / "a", inner_steps="4", shard_elements="4096", share="1.0"))
     with founder:
         founder.wait_ready()
@@ -42,11 +43,20 @@ def test_a_lying_reducer_is_named_with_proof_and_nobody_else_is(tmp_path: Path) 
                 assert "accusation=proven" in node.log.read_text()
             assert not liar.status()["accused"]
             founder.wait("agreement on honest shards", lambda: agreed(founder) + agreed(honest) > 0)
+            honest.wait("a removal", lambda: name in removed(honest))
+            assert "signed a wrong mean" in removed(honest)[name]
+            liar.wait("the reason", lambda: "signed a wrong mean" in liar.status()["reason"])
     for home in (founder.home, honest.home):
         assert list((home / "accusations").glob("*.accusation"))
         proof = tapestry("verify", home, "--no-replay")
         assert proof.returncode == 0, proof.stderr
         assert name[-6:] in proof.stdout and "signed a wrong mean" in proof.stdout
+
+
+def removed(node: Node) -> dict[str, str]:
+    done = tapestry("members", "--home", node.home, "--json")
+    table: dict[str, str] = json.loads(done.stdout)["removed"]
+    return table
 
 
 def agreed(node: Node) -> int:

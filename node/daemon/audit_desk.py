@@ -114,10 +114,14 @@ class AuditDesk:
             name = out.kept.contribution
             # Copies: the trainer's memory, where they lie, is written again in the next epoch.
             self._kept[out.record.head] = {
-                shard: (path(name, shard), blob.clone())  # type: ignore[attr-defined]  # a Blob is a tensor
-                here for shard, blob in out.kept.blobs } self._records[out.record.head] = out.record while
-                len(self._kept) > KEPT_RECORDS: del self._records[self._kept.popitem(last=False)[0]] for
-                order in out.orders: self._loop.spawn(self._audit(out.record, order))
+                shard: (path(name, shard), blob.clone())  # type: ignore[attr-defined]  # a Blob is a tensor here
+                for shard, blob in out.kept.blobs
+            }
+            self._records[out.record.head] = out.record
+            while len(self._kept) > KEPT_RECORDS:
+                del self._records[self._kept.popitem(last=False)[0]]
+        for order in out.orders:
+            self._loop.spawn(self._audit(out.record, order))
 
     async def _audit(self, record: Record, order: Order) -> None:
         """One shard of one record."""
@@ -268,8 +272,7 @@ class AuditDesk:
             return
         path, payload = found
         self._reporter.egress.part("audit", body.epoch, head)
-        await self._write(peer, writer, msgpack.packb(list(path)), [memoryview(payload.numpy())])  # type:
-        ignore[arg-type]
+        await self._write(peer, writer, msgpack.packb(list(path)), [memoryview(payload.numpy())])  # type: ignore[arg-type]
 
     async def _write(
         self, peer: str, writer: asyncio.StreamWriter, header: bytes, payload: list[Buffer] | None = None

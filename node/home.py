@@ -99,6 +99,11 @@ class Home:
         return self.path / "node.json"
 
     @property
+    def endpoint(self) -> Path:
+        """`PID URL` of a node's endpoint, from its first second on: node.json comes when it is ready."""
+        return self.path / "endpoint"
+
+    @property
     def http_token(self) -> Path:
         """What the endpoint asks for where other machines reach it: surface/token.py"""
         return self.path / "http.token"
@@ -266,6 +271,22 @@ class Home:
     def write_node_json(self, info: NodeInfo) -> None:
         """Say that the node is ready, atomically; raises OSError."""
         atomic_write(self.node_json, json.dumps(dataclasses.asdict(info), indent=1).encode() + b"\n")
+
+    def write_endpoint(self, url: str) -> None:
+        """Where this process answers while it is not ready; raises OSError."""
+        atomic_write(self.endpoint, f"{os.getpid()} {url}\n".encode())
+
+    def remove_endpoint(self) -> None:
+        self.endpoint.unlink(missing_ok=True)
+
+    def starting_url(self, pid: int | None) -> str | None:
+        """Where the process that starts here answers; None if it does not yet."""
+        try:
+            with self.endpoint.open(encoding="utf-8") as file:
+                words = file.read(LOCK_BYTES_MAX).split()
+        except (OSError, ValueError):
+            return None
+        return words[1] if len(words) == 2 and words[0] == str(pid) else None
 
     def remove_node_json(self) -> None:
         """A node that stops takes its sign down."""

@@ -92,11 +92,12 @@ def stopped(home: Home, what: str) -> Any:
 def ask_node(home: Home, path: str) -> object:
     """What the node of this home answers; raises UserError with exit code 1 if it does not."""
     state = home.read_node_json()
-    if state.info is None or state.liveness is not Liveness.RUNNING:
+    url = state.info.http if state.info is not None else home.starting_url(state.pid)
+    if url is None or state.liveness not in (Liveness.RUNNING, Liveness.STARTING):
         raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the node is local: no proxy
     try:
-        request = urllib.request.Request(state.info.http + path, headers=bearer(home.http_token))
+        request = urllib.request.Request(url + path, headers=bearer(home.http_token))
         with opener.open(request, timeout=HTTP_TIMEOUT_S) as response:
             data = response.read(HTTP_BYTES_MAX + 1)
         if len(data) > HTTP_BYTES_MAX:
@@ -104,7 +105,7 @@ def ask_node(home: Home, path: str) -> object:
         return json.loads(data)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
-            f"the node (pid {state.pid}) does not answer at {state.info.http}: {error}",
+            f"the node (pid {state.pid}) does not answer at {url}: {error}",
             exit_code=ExitCode.FAILED,
         ) from error
 

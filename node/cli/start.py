@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
+from tapestry.node.cli.look import ask_node
 from tapestry.node.cli.options import examples, home_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
@@ -259,11 +260,27 @@ def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float)
         state = home.read_node_json()
         if state.liveness is Liveness.RUNNING and state.pid == child.pid:
             return True
+        waits = _waits_to_be_admitted(home, child.pid)
+        if waits:
+            click.echo(f"{waits}; it goes on in the background")
+            return True
         if home.trainer_socket.exists() and home.holder() == child.pid:
             click.echo(f"waiting for a script that opens {home.path} with tapestry.node.Swarm")
             return True
         time.sleep(POLL_S)
     return False
+
+
+def _waits_to_be_admitted(home: Home, pid: int) -> str:
+    """What its endpoint says of it, while it is not ready."""
+    if home.starting_url(pid) is None:
+        return ""
+    try:
+        status = ask_node(home, "/status")
+    except UserError:
+        return ""
+    reason = str(status.get("reason", "")) if isinstance(status, dict) else ""
+    return reason if reason.startswith("waiting to be admitted") else ""
 
 
 def _printed(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.p2pd import SwarmError
@@ -30,8 +30,12 @@ async def be_admitted(
     epoch: int,
     swarm: Swarm,
     peers: Sequence[PeerAddress],
+    say: Callable[[str], None],
 ) -> None:
-    """Return once this node may take part. Raises UserError: 3 if no peer can be asked, 4 if it may not."""
+    """Return once this node may take part; `say` is told what it waits for.
+
+    Raises UserError: 3 if no peer can be asked, 4 if it may not.
+    """
     me = swarm.peer_id
     if roll.may_contribute(me):
         return
@@ -43,7 +47,7 @@ async def be_admitted(
             exit_code=ExitCode.REFUSED,
             hint=f"name a member with --peer, and ask it to run: tapestry admit {me}",
         )
-    applicant = _Applicant(config, me)
+    applicant = _Applicant(config, me, say)
     admission = None
     if config.invitation is not None:
         admission = config.invitation.admission(me, applicant.name, epoch)
@@ -72,7 +76,8 @@ async def be_admitted(
 class _Applicant:
     """What it is told, and tells."""
 
-    def __init__(self, config: NodeConfig, me: str) -> None:
+    def __init__(self, config: NodeConfig, me: str, say: Callable[[str], None]) -> None:
+        self._say = say
         self._waits = config.waits
         self._me = me
         self.name = config.home.path.name[:NAME_CHARS_MAX]
@@ -92,7 +97,9 @@ class _Applicant:
                 exit_code=ExitCode.REFUSED,
                 hint=f"ask for: tapestry admit {self._me}",
             )
-        _log.info("waiting to be admitted by %s%s; your id %s", answer.by, why, self._me)
+        waits = f"waiting to be admitted by {answer.by}{why}; your id {self._me}"
+        _log.info("%s", waits)
+        self._say(waits)
 
 
 def _removed(why: str) -> UserError:

@@ -193,6 +193,8 @@ class Daemon:
             )
             self._show_new(shown)
             stack.push_async_callback(http.close)
+            self.home.write_endpoint(http.url)
+            stack.callback(self.home.remove_endpoint)
             swarm = await self._start_swarm()
             stack.push_async_callback(swarm.close)  # Network.run closes it as well: that is safe
             await self._find_run_again(swarm, peers, crypto)
@@ -206,7 +208,8 @@ class Daemon:
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             if agreed.genesis is not None:
                 chain = Chain(agreed.genesis, loaded.records)
-                await be_admitted(config, chain.roll, chain.epoch, swarm, peers)
+                await be_admitted(config, chain.roll, chain.epoch, swarm, peers, self._wait_for)
+                self._wait_for("")
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))
             stack.push_async_callback(self._stop_trainer)
@@ -310,12 +313,13 @@ class Daemon:
         except Broken as error:
             raise UserError(f"{self.home.genesis}: {error}", hint="restore another backup") from error
 
-        def say(reason: str) -> None:
-            self.view.waiting = reason
-            self.live.show(reason)
-
         wait_s = fixed(spec.round.quorum_loss_s) or QUORUM_LOSS_MIN_S
-        await find_run(self.home, mark, genesis, wait_s, swarm, peers, crypto, say)
+        await find_run(self.home, mark, genesis, wait_s, swarm, peers, crypto, self._wait_for)
+
+    def _wait_for(self, reason: str) -> None:
+        """What the start waits for, and what ends it, for all who look; "" for nothing any more."""
+        self.view.waiting = reason
+        self.live.show(reason)
 
     def _is_there(self, epoch: int) -> bool:
         """Whether --until-epoch asks for what this home has already; says so."""

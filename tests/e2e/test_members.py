@@ -38,6 +38,8 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
 
         with Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3") as second:
             second.wait("its answer", lambda: "waiting to be admitted by" in second.log.read_text())
+            shown = json.loads(tapestry("status", "--home", second.home, "--json").stdout)
+            assert shown["phase"] == "joining" and "waiting to be admitted by" in shown["reason"]
             applicants = asked("members", "--json")["applicants"]
             peer = next(one["peer"] for one in applicants if one["name"] == "b")
             assert peer in second.log.read_text() and peer not in members()

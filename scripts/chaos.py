@@ -307,7 +307,7 @@ class Chaos:
 
     def remove_and_admit(self, node: Node) -> Callable[[], None] | None:
         """The founder puts one out of the run, and lets it in again. Not one of too few, and not itself."""
-        if node is self.nodes[0] or not self._all_decide():
+        if node is self.nodes[0] or not Home(node.home).identity_key.exists() or not self._all_decide():
             return None
         peer = peer_of(node)
         if not self.ask("remove", peer, "--why", "chaos"):
@@ -322,7 +322,7 @@ class Chaos:
 
     def lose_key(self, node: Node) -> Callable[[], None]:
         """Its disk, and another key takes its seat. Of the founder, and of too few: only a restart."""
-        keeps = node is self.nodes[0] or not self._all_decide()
+        keeps = node is self.nodes[0] or not self._all_decide() or not Home(node.home).identity_key.exists()
         old = "" if keeps else peer_of(node)
         self.kill_node(node)
 

@@ -1,0 +1,90 @@
+"""Who is no member reaches two streams of a run, and nothing that it says there or elsewhere moves it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import msgpack
+import pytest
+from e2e.enemy import Enemy, framed, said
+from e2e.harness import Digests, Node, init, tapestry
+from e2e.test_hostile_peer import floods, forged_votes, refused, run
+
+from tapestry.node.net.wire import FrameLimits, read_frame
+from tapestry.node.protocol.messages import Stage, Status
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore:path is deprecated. Use files:DeprecationWarning"),
+]
+
+
+async def asks_for_state(enemy: Enemy) -> None:
+    """The stream ends, and nothing came."""
+    reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["state"], 10.0)
+    enemy.writers.append(writer)
+    writer.write(framed(msgpack.packb({"ask": "checkpoint"})))
+    async with asyncio.timeout(10.0):
+        assert await reader.read() == b""
+
+
+async def trains_for_ever(enemy: Enemy) -> None:
+    status = await enemy.status()
+    epoch, head = status["epoch"], status["head"]
+    for _ in range(20):
+        await enemy.open("control", said(Status(epoch, head, epoch, "training", Stage.TRAINING, 0, 0, ())))
+
+
+async def applies_a_hundred_times(enemy: Enemy) -> None:
+    """One identity is one applicant, of the name that it gave last; a second stream of it is not served."""
+    reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["admission"], 10.0)
+    enemy.writers.append(writer)
+    for number in range(100):
+        question = {"ask": "admission", "name": f"name {number}", "admission": None}
+        writer.write(framed(msgpack.packb(question)))
+        header, _ = await read_frame(reader, FrameLimits(4096, 0), start_s=10.0, silence_s=10.0)
+        assert msgpack.unpackb(header)["is"] == "applicant"
+    again, second = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["admission"], 10.0)
+    enemy.writers.append(second)
+    async with asyncio.timeout(10.0):
+        assert await again.read() == b""
+    applicants = (await enemy.status())["applicants"]
+    assert [one["name"] for one in applicants if one["peer"] == enemy.swarm.peer_id] == ["name 99"]
+
+
+ATTACKS = (asks_for_state, trains_for_ever, forged_votes, applies_a_hundred_times, floods)
+
+
+def test_strangers_move_nothing_and_hold_nobody_up(tmp_path: Path) -> None:
+    founder = Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members", inner_steps="8"))
+    with founder:
+        founder.wait_ready()
+        line = tapestry("invite", "--home", founder.home).stdout.strip()
+        with Node(tmp_path / "b", "--peer", line, data="stdlib:2/3") as second:
+            second.wait_ready()
+            founder.wait("an electorate of two", lambda: founder.electorate() == 2)
+            members = {founder.json()["peer_id"], second.json()["peer_id"]}
+            digests = Digests(founder, second)
+
+            async def main() -> None:
+                for attack in ATTACKS:
+                    folder = tmp_path / attack.__name__
+                    folder.mkdir()
+                    async with Enemy.of(founder, folder) as enemy:
+                        epoch = (await enemy.status())["epoch"]
+                        await attack(enemy)
+                        await asyncio.to_thread(founder.wait_epoch, epoch + 2, 30.0)
+                        assert (await enemy.status())["peers"] == 1, "a stranger has no link"
+                        enemy.close_all()
+
+            run(main(), 120.0)
+            digests.wait("the same bits at both", lambda: any(len(s) == 2 for s in digests.shared.values()))
+            assert refused(founder).get("not_member"), refused(founder)
+            for line in (founder.home / "chain.jsonl").read_text().splitlines()[2:]:
+                body = json.loads(line)["value"]["body"]
+                assert {m[0] for m in body["members"]} <= members and not body["forced"], body
+            assert second.stop() == 0
+        assert founder.stop() == 0
+    assert "Traceback" not in founder.log.read_text()

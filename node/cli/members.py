@@ -10,7 +10,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import click
@@ -19,7 +20,7 @@ from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import home_option, json_option
 from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home, Liveness
-from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, USES_MAX, WHY_CHARS_MAX
+from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
 from tapestry.node.surface import control
 
 WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
@@ -107,14 +108,16 @@ def invite(name: str, uses: int, expires: str, home: str | None) -> None:
 def propose(kind: str, words: tuple[str, ...], home: str | None, no_wait: bool) -> None:
     """Ask for a change of who belongs to the run, or of its rules.
 
-    admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE.
+    admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE, and of the run's
+    settings set KEY NUMBER: train.lr, outer.lr, round.max_influence, round.min_members, round.stall_s,
+    round.wait_max_s. They are in force from the state that the next record makes.
     """
     place = Home.locate(home, os.environ)
-    peer, value = (
-        ("", " ".join(words)) if kind == "charter" else (words[0] if words else "", " ".join(words[1:]))
-    )
     if not words:
         raise UserError(f"propose {kind}: of whom, or of what?", hint="tapestry propose --help")
+    peer, value = ("", " ".join(words)) if kind in OF_NOBODY else (words[0], " ".join(words[1:]))
+    if kind == "set":
+        value = f"{words[0]} {_plain_number(words[1:])}"
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)
 
 
@@ -172,6 +175,18 @@ def _named(name: str) -> str:
     return name
 
 
+def _plain_number(words: Sequence[str]) -> str:
+    """3e-4 as 0.0003: a record has one text for one number. Raises UserError."""
+    try:
+        number = Decimal(words[0]) if len(words) == 1 else Decimal("nan")
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
+        raise UserError("propose set KEY NUMBER: the second word is the number", hint="3e-4 or 0.0003")
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def _seconds(text: str) -> int:
     found = re.fullmatch(r"(\d{1,6})([smhd])|0", text)
     if found is None:
@@ -207,6 +222,7 @@ def _table(home: Home) -> dict[str, Any]:
         "applicants": [],
         "invites": [{"key": key, "name": i.name, "uses": i.uses} for key, i in at.roll.invites.items()],
         "pending": [],
+        "settings": dict(at.roll.settings),
         "removed": dict(at.roll.removed),
         "done": [],
     }
@@ -232,6 +248,8 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"pending    {one['id'][:8]}  {one['signed']} of {one['needs']} signed: {printable(what)}"
         )
+    for key, number in table["settings"].items():
+        lines.append(_row("setting", key, f"{number:g}", "in place of the run spec's"))
     for peer, why in table["removed"].items():
         lines.append(_row("removed", peer, "", why))
     return lines

@@ -139,7 +139,7 @@ class Keeper:
             head, payloads = self._voted_for  # what we voted for has the digest that its head names
             if head != record.head:
                 payloads = self.store.read_update(body.epoch, record.head, body.result)
-            self.state.apply(payloads, record)
+            self.state.apply(payloads, record, self._chain.settings_of(record))
         except (UpdateMissing, TornState) as error:
             raise KeeperError(str(error)) from error
         finally:

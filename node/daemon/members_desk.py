@@ -20,6 +20,7 @@ from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import Crypto, peer_field
 from tapestry.node.protocol.members import (
     KINDS,
+    OF_NOBODY,
     WHY_CHARS_MAX,
     Change,
     Roll,
@@ -27,6 +28,7 @@ from tapestry.node.protocol.members import (
     change_fault,
     change_id,
     needed,
+    read_setting,
 )
 from tapestry.node.protocol.proposals import may_ask
 
@@ -95,8 +97,10 @@ class MembersDesk:
         if kind not in KINDS:
             raise strict.Malformed(f"a change must be one of {', '.join(KINDS)}")
         until = self._loop.snapshot().chain_epoch + VALID_EPOCHS
-        name = "" if kind == "charter" else peer_field(peer, "a peer id")
+        name = "" if kind in OF_NOBODY else peer_field(peer, "a peer id")
         words = strict.text(value, WHY_CHARS_MAX, "a value")
+        if kind == "set":
+            read_setting(words)
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
 
     def expel(self, peer: str, why: str, epoch: int) -> None:
@@ -138,6 +142,7 @@ class MembersDesk:
             "run_id": core.run_id,
             "epoch": core.chain_epoch,
             "charter": asdict(roll.charter),
+            "settings": dict(roll.settings),
             "admitted_by": who_admits(roll),
             "members": [
                 {

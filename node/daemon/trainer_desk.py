@@ -145,7 +145,8 @@ class TrainerDesk:
                 self._trainer.evaluate(out.epoch)
             self._reporter.clock.train()
             self._base = out.base
-            self._trainer.begin(out.epoch, out.base, out.before)
+            lr = self._loop.snapshot().roll.settings.get("train.lr", 0.0)
+            self._trainer.begin(out.epoch, out.base, out.before, lr)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         self._trainer.close_round(out.epoch)

@@ -185,7 +185,7 @@ def restore(
         except UpdateMissing as error:
             reason = f"{error.reason}: {error}"
             break
-        state.apply(payloads, record)
+        state.apply(payloads, record, chain.settings_of(record))
     digest = newest.state_digest if state.epoch == newest.epoch else state.digest()  # loading compared it
     return Restoration(state.epoch, digest, reason)
 

@@ -46,7 +46,7 @@ class HeldRun:
         for record in self.chain.records[state.epoch :]:
             body = record.body
             payloads = self.store.read_update(body.epoch, record.head, body.result)
-            state.apply(payloads, record)
+            state.apply(payloads, record, self.chain.settings_of(record))
             yield body.epoch
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class _Signed:
     result: str  # of the update that made it; "" of epoch 0
     state: str | None  # digest of the state, signed one record later; None at the head
     record: Record | None = None  # None of epoch 0
+    settings: Mapping[str, float] = field(default_factory=dict)  # that the roll before the record had
 
 
 def verify(path: Path, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
@@ -173,13 +174,14 @@ def _follow(
     anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
     try:
         for record in read_records(path, crypto):
+            settings = follower.at.roll.settings
             follower.take(record)
             body = record.body
             before = body.epoch - 1
             if before in signed and before:
                 signed[before] = replace(signed[before], state=body.state_digest)
             if body.epoch in needed:
-                signed[body.epoch] = _Signed(record.head, body.result, None, record)
+                signed[body.epoch] = _Signed(record.head, body.result, None, record, settings)
             if anchor is not None and anchor.epoch == body.epoch:
                 anchored = anchor.head == record.head
             proof.records += 1
@@ -417,7 +419,7 @@ def _replay(
             return
         try:
             _, payloads = read_update_file(path)
-            state.apply(payloads, said.record)
+            state.apply(payloads, said.record, said.settings)
         except (ValueError, OSError) as error:
             proof.fault(f"updates/{path.name}", f"cannot be applied: {error}", epoch)
             return

@@ -22,7 +22,7 @@ Standard library only. Text form: canon.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -569,6 +569,10 @@ class Chain:
 
     def after(self, epoch: int, count_max: int) -> tuple[Record, ...]:
         return tuple(self.records[epoch : epoch + count_max])
+
+    def settings_of(self, record: Record) -> Mapping[str, float]:
+        """What records before it have changed of the spec: it is a record of this chain."""
+        return self.places[record.body.epoch - 1].roll.settings
 
     def check(
         self,

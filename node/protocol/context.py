@@ -14,7 +14,7 @@ from tapestry.node.protocol.members import Roll
 from tapestry.node.protocol.messages import Control, Stage, Status
 from tapestry.node.protocol.pace import Pace
 from tapestry.node.protocol.proposals import Proposals
-from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.rules import Rules, settled
 
 
 @dataclass(slots=True)
@@ -56,8 +56,18 @@ class Context:
     )  # peers that a record of late names as contributor
     pace: Pace = field(init=False)
 
+    given: Rules = field(init=False)  # the spec's, before any record changed them
+
     def __post_init__(self) -> None:
+        self.given = self.rules
+        self.rules = settled(self.given, self.roll.settings)
         self.pace = Pace(self.rules)
+
+    def enrol(self, roll: Roll) -> None:
+        """The roll of our newest record, and what it says of our waits."""
+        if roll.settings != self.roll.settings:
+            self.rules = self.pace.rules = settled(self.given, roll.settings)
+        self.roll = roll
 
     def contributors_min(self) -> int:
         """No round starts with fewer contributions: `min_members`.

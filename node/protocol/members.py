@@ -19,6 +19,7 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -34,7 +35,19 @@ from tapestry.node.protocol.canon import (
 )
 from tapestry.node.protocol.strict import Malformed, hexadecimal, integer, sequence, table, text
 
-KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter")
+KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter", "set")
+OF_NOBODY: Final = ("charter", "set")  # kinds that are about no peer
+
+# What `set` may change of the run's spec, and between which numbers; in force from the state that the record
+# makes. What is not here shapes the state or the messages: that takes another run.
+SETTINGS: Final[Mapping[str, tuple[float, float]]] = {
+    "train.lr": (1e-9, 10.0),
+    "outer.lr": (1e-9, 10.0),
+    "round.max_influence": (0.001, 1.0),
+    "round.min_members": (1, 10_000),
+    "round.stall_s": (0.5, 3_600.0),
+    "round.wait_max_s": (1.0, 604_800.0),
+}
 CHANGES_MAX = 8  # in one record: more wait for the next
 CHANGES_BYTES_MAX = 65_536  # Guess: of one record's changes, so that a record fits into a frame
 LIFETIME_EPOCHS_MAX = 1_000_000  # of a change: how long the roll must remember it
@@ -83,8 +96,8 @@ class Change:
     """One change of the roll, with the signatures that ask for it."""
 
     kind: str  # of KINDS
-    peer: str  # whom it is about; the public key of an invite; "" of charter
-    value: str  # admit: name; remove: why; rekey: the new peer id; voice, invite, charter: see _read_*
+    peer: str  # whom it is about; the public key of an invite; "" of charter and set
+    value: str  # admit: name; remove: why; rekey: the new peer id; voice, invite, charter, set: see _read_*
     until: int  # void in records of a later epoch
     nonce: str  # 32 hex digits
     signatures: tuple[tuple[str, str], ...] = ()  # (peer, signature), sorted by peer
@@ -126,6 +139,7 @@ class Roll:
     done: Mapping[str, int]  # changes that were applied -> the epoch after which they are void anyway
     counted: Mapping[str, int]  # newcomers of an open run -> their committed contributions
     removed: Mapping[str, str]  # the last ones -> why
+    settings: Mapping[str, float]  # of SETTINGS, those that a record has changed
 
     @property
     def is_open(self) -> bool:
@@ -166,7 +180,7 @@ class Roll:
 def first_roll(run_id: str, charter: Charter, founders: Sequence[str]) -> Roll:
     """Of the genesis."""
     members = {p: Seat("", 1, 0) for p in sorted(founders)}
-    return Roll(run_id, charter, members, tuple(founders), {}, {}, {}, {})
+    return Roll(run_id, charter, members, tuple(founders), {}, {}, {}, {}, {})
 
 
 NO_ROLL: Final = first_roll("", Charter(), ())  # of nobody
@@ -214,6 +228,9 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
         return replace(roll, members=members)
     if kind == "invite":
         return replace(roll, invites={**roll.invites, peer: _read_invite(value)})
+    if kind == "set":
+        key, number = read_setting(value)
+        return replace(roll, settings={**roll.settings, key: number})
     return replace(roll, charter=_read_charter(roll.charter, value))
 
 
@@ -291,6 +308,9 @@ def _meaning_fault(roll: Roll, change: Change) -> str | None:
             _read_invite(value)
             taken = peer in members or peer in roll.invites or len(roll.invites) >= INVITES_MAX
             return "invites" if taken else None
+        if kind == "set":
+            read_setting(value)
+            return None
         return charter_fault(_read_charter(roll.charter, value), len(roll.council))
     except Malformed:
         return "malformed"
@@ -355,6 +375,7 @@ def voice_weights(roll: Roll, contributors: Sequence[tuple[str, int]], max_influ
     an open run's newcomers together at most `open_share`. Without tokens nothing weighs anything, and a
     newcomer does not where no member contributes.
     """
+    max_influence = roll.settings.get("round.max_influence", max_influence)
     raw = [_voice(roll, peer, tokens) for peer, tokens in contributors]
     old = [peer in roll.members for peer, _ in contributors]
     if not all(old):
@@ -417,7 +438,7 @@ def change_from(raw: Any) -> Change:
         raise Malformed(f"a change must be one of {', '.join(KINDS)}")
     return Change(
         kind=kind,
-        peer=peer_field(peer, "peer") if kind != "charter" else text(peer, 0, "peer"),
+        peer=peer_field(peer, "peer") if kind not in OF_NOBODY else text(peer, 0, "peer"),
         value=text(value, WHY_CHARS_MAX, "value"),
         until=integer(until, 1, EPOCH_MAX, "until"),
         nonce=hexadecimal(nonce, (32,), "nonce"),
@@ -492,6 +513,20 @@ def _read_charter(charter: Charter, value: str) -> Charter:
     if key == "voice":
         return replace(charter, voice=word)
     raise Malformed("no such rule")
+
+
+def read_setting(value: str) -> tuple[str, float]:
+    """Of `set`: `key number`, in plain decimals, one text for one number. Raises Malformed."""
+    key, word = _words(value, 2)
+    if key not in SETTINGS:
+        raise Malformed(f"a setting must be one of {', '.join(SETTINGS)}")
+    if len(word) > 24 or not re.fullmatch(r"(0|[1-9]\d*)(\.\d*[1-9])?", word, re.ASCII):
+        raise Malformed("a setting must be a plain number")
+    low, high = SETTINGS[key]
+    number = float(word)
+    if not low <= number <= high or (key == "round.min_members" and number != int(number)):
+        raise Malformed(f"{key} must be from {low:g} to {high:g}")
+    return key, number
 
 
 def _words(value: str, count: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -29,3 +30,21 @@ class Rules:
     audit_share: float = 0.05  # of a record's shards, that another member averages again
     peers_max: int = 64
     records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it
+
+
+def settled(rules: Rules, settings: Mapping[str, float]) -> Rules:
+    """Those of the spec, with what records have changed since: members.SETTINGS.
+
+    `max_influence` is not here: it is judged by the roll before a record, members.voice_weights.
+    """
+    if not settings:
+        return rules
+    stall_s = settings.get("round.stall_s", rules.stall_s)
+    return replace(
+        rules,
+        stall_s=stall_s,
+        heartbeat_s=min(rules.heartbeat_s, stall_s / 5),
+        resend_s=min(rules.resend_s, stall_s / 5),
+        min_members=int(settings.get("round.min_members", rules.min_members)),
+        wait_max_s=settings.get("round.wait_max_s", rules.wait_max_s),
+    )

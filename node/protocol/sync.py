@@ -270,7 +270,7 @@ class Sync:
     def _note_members(self, record: Record) -> None:
         """The roll that the others are judged by is that of our newest record."""
         ctx, body = self.ctx, record.body
-        ctx.roll = self.chain.roll
+        ctx.enrol(self.chain.roll)
         for change in body.changes:
             self.ctx.emit(
                 Note(f"epoch={body.epoch} change={change.kind} peer={change.peer} {change.value!r}")

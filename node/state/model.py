@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from blake3 import blake3
@@ -33,7 +34,7 @@ from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.agreement import lengthening
 from tapestry.node.protocol.chain import Body, Record, canonical
-from tapestry.node.spec.run import NesterovSpec, RunSpec
+from tapestry.node.spec.run import NesterovSpec, OuterSpec, RunSpec
 from tapestry.node.state.outer import Outer, f32, make_outer
 
 HASH_BYTES = 4 << 20  # per call, each without the GIL; Guess
@@ -56,13 +57,21 @@ class Arithmetic:
     codec: Codec
     outer: Outer
     lengthens: bool = False  # the mean is made as long as contributions are on average, before the outer step
+    outer_spec: OuterSpec | None = None  # of `outer`
 
     @classmethod
     def of(cls, spec: RunSpec, n: int) -> Arithmetic:
         """For a flat vector of n parameters."""
         shards = shard_bounds(n, spec.compression.shard_elements)
         lengthens = isinstance(spec.outer, NesterovSpec) and spec.outer.norm == "members"
-        return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer), lengthens)
+        return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer), lengthens, spec.outer)
+
+    def outer_at(self, settings: Mapping[str, float]) -> Outer:
+        """The outer optimizer under what records have changed: members.SETTINGS."""
+        lr = settings.get("outer.lr")
+        if lr is None or self.outer_spec is None:
+            return self.outer
+        return make_outer(replace(self.outer_spec, lr=lr))
 
     def divisor(self, body: Body) -> float:
         """What the mean of this record is divided by, an f32: from the record alone, so the same for all."""
@@ -130,6 +139,7 @@ class ModelState:
         self,
         payloads: Sequence[Tensor],  # uint8 (codec.payload_size(shard.n),) for each shard
         record: Record,  # of the state that this makes
+        settings: Mapping[str, float] = MappingProxyType({}),  # of the roll before it
     ) -> None:
         """Go from one state to the next. Raises TornState, or what the codec refuses.
 
@@ -137,7 +147,11 @@ class ModelState:
         """
         epoch = record.body.epoch
         self._require_whole()
-        shards, codec, outer = self.arithmetic.shards, self.arithmetic.codec, self.arithmetic.outer
+        shards, codec, outer = (
+            self.arithmetic.shards,
+            self.arithmetic.codec,
+            self.arithmetic.outer_at(settings),
+        )
         assert epoch == self.epoch + 1 and len(payloads) == len(shards)
         divisor = self.arithmetic.divisor(record.body)
         self.torn = True

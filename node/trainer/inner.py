@@ -117,6 +117,7 @@ class InnerLoop:
         self._epoch: int | None = None
         self._finished: int | None = None  # the epoch that has just ended in a contribution
         self._ahead = False
+        self._rate = 1.0  # times the spec's learning rate
         self._left: list[Tensor] | None = None  # local parameters when we went on; made at the first need
         self._losses: list[float] = []
         self._tokens = 0
@@ -126,12 +127,14 @@ class InnerLoop:
         epoch: int,
         base: Tensor,  # f32 (n,), CPU
         follows: bool = False,
+        lr: float = 0.0,
     ) -> bool:
-        """Start the epoch from the base; drops whatever epoch was going on.
+        """Start the epoch from the base; drops whatever epoch was going on. `lr` 0 is the spec's.
 
         If the base `follows` the one of the last contribution, the steps with which we went on are kept.
         Returns whether we had gone on so.
         """
+        self._rate = lr / self._settings.lr if lr else 1.0
         keeps = follows and self._ahead and self._epoch == epoch
         self._ahead, self._finished = False, None
         if keeps:
@@ -191,7 +194,7 @@ class InnerLoop:
         if self._optimizer is not None:
             self._held.clip_gradient(self._settings.grad_clip)
             number = run_step(self._settings, self._epoch, len(self._losses))
-            self._optimizer.step(lr_factor(self._settings, number, self._steps))
+            self._optimizer.step(self._rate * lr_factor(self._settings, number, self._steps))
             self._steps += 1
         self._losses.append(value)
         self._tokens += tokens

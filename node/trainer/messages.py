@@ -61,6 +61,7 @@ class Begin:
         int  # generation of the contribution that has counted since the last Begin; 0: none; -1: an older
     )
     slot: int  # of the contribution's buffer, to be written to; shared.py
+    lr: float = 0.0  # of the inner optimizer; 0: the spec's
 
 
 @dataclass(frozen=True, slots=True)

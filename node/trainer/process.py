@@ -236,6 +236,7 @@ class TrainerProcess:
         self._slots: Slots
         self._begun: int | None = None
         self._generation = 0
+        self._lr = 0.0  # of the latest begin
         self._base = ""  # head of the state that was begun from
         self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
         self._counted = 0  # generation; to be told with the next begin
@@ -262,19 +263,21 @@ class TrainerProcess:
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
 
-    def begin(self, epoch: int, base: str = "", before: str = "") -> None:
+    def begin(self, epoch: int, base: str = "", before: str = "", lr: float = 0.0) -> None:
         """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin.
 
         `base` is the head of the state that lies in `params`, `before` that of the one before it. With
-        overlap the steps since the last contribution are kept if that was made from `before`.
+        overlap the steps since the last contribution are kept if that was made from `before`. `lr` is the
+        inner optimizer's where records have changed it, 0 where it is the spec's.
         """
         follows = before != "" and self._contributed == (epoch - 1, before)
         self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
         self._generation += 1
+        self._lr = lr
         counted, self._counted = self._counted, 0
         slot = self._next_slot()
         if slot is not None:
-            self._send(Begin(epoch, self._generation, follows, counted, slot))
+            self._send(Begin(epoch, self._generation, follows, counted, slot, lr))
 
     def settle(self, generation: int) -> None:
         """The contribution of this begin has been committed: its residual counts from the next begin on.
@@ -551,7 +554,7 @@ class TrainerProcess:
             worker.send(Evaluate(self._evaluating))
         if self._begun is not None:
             # It has no residual that could be counted.
-            worker.send(Begin(self._begun, self._generation, False, 0, self._slots.current))
+            worker.send(Begin(self._begun, self._generation, False, 0, self._slots.current, self._lr))
             if self._closing:
                 worker.send(Close(self._begun))
 

@@ -274,7 +274,7 @@ class Worker:
 
     def _begin(self, command: Begin) -> None:
         self._encoder.settle(command.counted)
-        kept = self._inner.begin(command.epoch, self._base, command.follows)
+        kept = self._inner.begin(command.epoch, self._base, command.follows, command.lr)
         self._closing, self._generation, self._slot = False, command.generation, command.slot
         if not kept:
             self._start_clock()

@@ -54,6 +54,9 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
                 third.wait_ready()
                 assert "Guest" in members().values()
                 founder.wait("an electorate of three", lambda: founder.electorate() == 3)
+                told = asked("propose", "set", "outer.lr", "5e-1")["line"]
+                assert "from epoch" in told, told
+                founder.wait_epoch(int(told.split()[-2]) + 2)
                 asked("remove", peer, "--why", "sent noise")
                 founder.wait("two go on", lambda: founder.electorate() == 2)
                 second.wait("the reason", lambda: "sent noise" in second.status()["reason"])
@@ -61,5 +64,8 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
                 assert third.stop() == 0
             assert second.stop() == 0
         assert founder.stop() == 0
+    proof = tapestry("verify", founder.home)
+    assert proof.returncode == 0, proof.stderr
     told = tapestry("members", "--home", founder.home)
+    assert "outer.lr" in told.stdout
     assert told.returncode == 0 and "sent noise" in told.stdout, "from the records alone"

@@ -1,10 +1,12 @@
 """Who belongs to a run decides what its rounds wait for; in worlds without faults."""
 
+import pytest
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.members import Change, read_setting
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.strict import Malformed
 
 
 def test_a_run_that_waits_for_a_second_member_takes_it_in_and_then_goes_on_with_both():
@@ -20,3 +22,57 @@ def test_a_run_that_waits_for_a_second_member_takes_it_in_and_then_goes_on_with_
     records = founder.core.chain.records
     assert [len(record.body.members) for record in records[:4]] == [1, 2, 2, 2]
     assert [change.kind for change in records[0].body.changes] == ["admit"]
+
+
+def founded(**rules) -> World:
+    world = World(1, peers=3, faults=Faults())
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=2, **rules)
+    world.start_all()
+    nodes = world.nodes.values()
+    world.until(lambda: all(n.core.round and len(n.core.round.electorate) == 3 for n in nodes), 60)
+    return world
+
+
+def agree(world: World, change: Change) -> int:
+    """Ask for it, and wait until everybody has the record; returns its epoch."""
+    world.nodes["p0"].feed(ev.ChangeAsked(change))
+    chains = [node.core.chain for node in world.nodes.values()]
+
+    def carries(chain) -> list[int]:
+        return [record.body.epoch for record in chain.records if record.body.changes]
+
+    world.until(lambda: all(map(carries, chains)), 60)
+    return carries(chains[0])[0]
+
+
+def test_a_setting_holds_from_the_record_after_the_one_that_carries_it_at_everybody_alike():
+    world = founded()
+    epoch = agree(world, Change("set", "", "round.max_influence 0.34", 1000, "0" * 32))
+    world.until(lambda: world.epoch() >= epoch + 3, 60)
+    shares = {}
+    for record in world.nodes["p1"].core.chain.records:
+        weights = [m.weight for m in record.body.members if m.weight]
+        if len(weights) == 3:
+            shares[record.body.epoch] = max(weights) / sum(weights)
+    assert max(shares[e] for e in shares if e <= epoch) > 0.35, "tokens differ, and nothing caps them"
+    assert all(shares[e] <= 0.341 for e in shares if e > epoch)
+
+
+def test_the_waits_of_every_node_follow_a_setting_and_go_back_with_a_chain_that_is_left():
+    world = founded(stall_s=3.0)
+    epoch = agree(world, Change("set", "", "round.stall_s 2", 1000, "0" * 32))
+    for node in world.nodes.values():
+        assert (node.core.ctx.rules.stall_s, node.core.ctx.rules.heartbeat_s) == (2.0, 0.4)
+    core = world.nodes["p2"].core
+    core.ctx.enrol(core.chain.places[epoch - 1].roll)
+    assert core.ctx.rules == world.rules
+
+
+NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")
+NO_SETTINGS += ("round.min_members 1.5", "x.y 1")
+
+
+@pytest.mark.parametrize("value", NO_SETTINGS)
+def test_what_is_no_setting_is_refused(value: str):
+    with pytest.raises(Malformed):
+        read_setting(value)

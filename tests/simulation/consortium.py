@@ -55,6 +55,8 @@ class Consortium:
         self.rng = world.own
         drawn = not world.directed
         self.changes = drawn and self.rng.random() < 0.6  # whether members come and go
+        settings = random.Random(f"settings {world.seed}")  # apart: the other worlds stay as they were
+        self.settles = drawn and settings.random() < 0.08  # whether a setting of the run is changed
         self.strangers = drawn and self.rng.random() < 0.4  # whether strangers attack
 
     def plan(self, until_s: float) -> None:
@@ -62,6 +64,8 @@ class Consortium:
             self.world.later(3.0 * self.rng.random(), None, self._change)
         if self.strangers:
             self.world.later(3.0 * self.rng.random(), None, self._attack)
+        if self.settles:
+            self.world.later(10.0, None, self._set)
 
     # --- members -------------------------------------------------------------------------------
 
@@ -97,6 +101,16 @@ class Consortium:
             if kind == "remove" and name == names[0]:
                 return  # without its founder's key a run that asks for it admits nobody ever again
         self.ask(Change(kind, peer, value, node.core.chain.epoch + 1000, self.token()))
+
+    def _set(self) -> None:
+        """By whoever may: from the next record on nodes are given up sooner, or later."""
+        world = self.world
+        if world.healed or not self._nodes():
+            return
+        world.later(10.0, None, self._set)
+        epoch = max(node.core.chain.epoch for node in self._nodes() if node.core is not None)
+        value = f"round.stall_s {self.rng.choice(['2', '3.5', '5'])}"
+        self.ask(Change("set", "", value, epoch + 1000, self.token()))
 
     def ask(self, change: Change) -> None:
         """By everybody who may: who is not asked for a signature need not give one."""

@@ -170,7 +170,7 @@ class Invariants:
             if not mine.isdisjoint(self._contributions(earlier)):
                 self.fail(node, f"G2: a contribution in records {earlier.body.epoch} and {body.epoch}")
         weights = [m.weight for m in body.members if m.weight]
-        influence = self.world.rules.max_influence
+        influence = ground.influence or self.world.rules.max_influence
         if influence * len(weights) > 1 and max(weights) > influence * sum(weights) + 1:
             self.fail(node, f"weight cap: {weights}")
 
@@ -190,9 +190,10 @@ class Invariants:
                 self.fail(node, f"G8: record {body.epoch} bears a change with a false signature")
             if not ground.allows(change.kind, change.peer, [p for p, _ in change.signatures]):
                 self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
-        if self.world.rules.max_influence < 1.0 or strangers:
+        influence = ground.influence or self.world.rules.max_influence
+        if influence < 1.0 or strangers:
             share = sum(m.weight for m in strangers) / sum(m.weight for m in body.members)
-            if self.world.rules.max_influence == 1.0 and share > ground.open_share + 1e-5:
+            if influence == 1.0 and share > ground.open_share + 1e-5:
                 self.fail(node, f"G9: newcomers weigh {share:.3f}")
             return
         for m in body.members:
@@ -310,6 +311,7 @@ class Ground:
         self.is_open = charter.admission == "open"
         self.votes_after = charter.open_votes_after
         self.open_share = charter.open_share / 10**6
+        self.influence = 0.0  # that a record has set; 0: the spec's
         self.counted: dict[str, int] = {}
         self.removed: frozenset[str] = frozenset()
         self.full, self.since = 0, 0
@@ -349,6 +351,7 @@ class Ground:
     def _copy(self) -> Ground:
         """Without where it stands, which is told anew."""
         new = Ground(dict(self.members), list(self.council), self.electorate, Charter(voice=self.voice))
+        new.influence = self.influence
         new.rule, new.is_open, new.votes_after = self.rule, self.is_open, self.votes_after
         new.open_share, new.counted, new.removed = self.open_share, dict(self.counted), self.removed
         return new
@@ -367,6 +370,8 @@ class Ground:
             self.council = [value if p == peer else p for p in self.council]
         elif kind == "voice":
             self.members[peer] = int(value)
+        elif kind == "set" and value.startswith("round.max_influence "):
+            self.influence = float(value.split(" ")[1])
         elif kind == "charter" and value.startswith("open_share "):
             self.open_share = int(value[11:]) / 10**6
 

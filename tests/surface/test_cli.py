@@ -352,9 +352,10 @@ def test_a_detached_node_that_is_long_in_starting_goes_on_unwatched(
 ) -> None:
     home = Home(tmp_path)
     command = [sys.executable, "-c", "import signal; signal.pause()"]
+    before = _children()
     assert start_detached(command, home, wait_s=0.0) == ExitCode.DONE
     assert f"goes on in the background; see {home.log}" in capfd.readouterr().out
-    _end_only_child()
+    _end_the_new_child(before)
 
 
 def test_detach_starts_the_same_command_without_the_flag(
@@ -603,9 +604,12 @@ def test_a_node_that_does_not_answer_is_one_line_and_exit_code_1(tmp_path: Path)
     )
 
 
-def _end_only_child() -> None:
+def _children() -> set[int]:
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def _end_the_new_child(before: set[int]) -> None:
     """The process that start_detached left to itself is a child of ours all the same."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert len(children) == 1
-    os.kill(int(children[0]), signal.SIGKILL)
-    os.waitpid(int(children[0]), 0)
+    (child,) = _children() - before
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

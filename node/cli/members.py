@@ -244,7 +244,8 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
     for one in table["invites"]:
         lines.append(_row("invite", one["key"], one["name"], f"{one['uses']} left"))
     for one in table["pending"]:
-        what = f"{one['kind']} {one['peer']} {one['value']}".strip()
+        value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
+        what = f"{one['kind']} {one['peer']} {value}".strip()
         lines.append(
             f"pending    {one['id'][:8]}  {one['signed']} of {one['needs']} signed: {printable(what)}"
         )

@@ -54,7 +54,7 @@ class MembersDesk:
         self._me = me
         self._crypto = crypto
         self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
-        self.reception = Reception(lambda: self.roll, self.submit)
+        self.reception = Reception(lambda: self.roll, self.submit, self._coming)
 
     @property
     def roll(self) -> Roll:
@@ -64,6 +64,9 @@ class MembersDesk:
         """Whether we talk with it at all. Of who is removed nothing is heard, whoever named it."""
         roll = self.roll
         return roll.may_contribute(peer) or (peer in self._given and peer not in roll.removed)
+
+    def _coming(self) -> tuple[str, ...]:
+        return tuple([c.peer for c in self._loop.snapshot().pending if c.kind == "invite"])
 
     def submit(self, change: Change) -> str:
         """What an applicant brings; returns what is wrong with it, or ""."""

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tapestry.node.disk.store import update_name
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
+from tapestry.node.protocol.members import Change
 
 _NONE_KNOWN: Mapping[int, float] = {}
 
@@ -42,6 +43,7 @@ class Line:
     run_id: str
     cosine: float | None  # how far the contributions agreed: mean cosine to the mean; None of one alone
     loss: float | None = None  # this node's own, of the epoch's steps
+    changes: tuple[Change, ...] = ()  # of who belongs to the run, and of its rules and settings
 
     def table(self) -> dict[str, Any]:
         """For --json."""
@@ -56,6 +58,10 @@ class Line:
             "head": self.head,
             "cosine": self.cosine,
             "loss": self.loss,
+            "changes": [
+                {"kind": c.kind, "peer": c.peer, "value": c.value, "asked_by": [p for p, _ in c.signatures]}
+                for c in self.changes
+            ],
         }
 
 
@@ -142,6 +148,7 @@ def _line(record: Record, updates: Path, loss: float | None) -> Line:
         run_id=body.run_id,
         cosine=body.agreement.shares()["cosine"] if sum(bool(m.weight) for m in body.members) > 1 else None,
         loss=loss,
+        changes=body.changes,
     )
 
 
@@ -161,3 +168,8 @@ def lines(log: Iterator[Line]) -> Iterator[str]:
             f"{line.epoch:>8}  {line.time or '-':<20}  {loss:>7}  {agree:>6}  {size:>11}  "
             f"{line.signers:>3}/{line.voters:<3}  {line.head[:12]}  {shares}{forced}"
         )
+        for change in line.changes:
+            value = "" if change.kind == "invite" else printable(change.value)  # uses, and a moment
+            by = " ".join(peer[-6:] for peer, _ in change.signatures)
+            words = " ".join(filter(None, [change.kind, change.peer[-6:], value]))
+            yield f"{'':>8}  {words}, asked for by {by}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ from tapestry.node.protocol.members import (
 ASK_AGAIN_S = 1.0
 QUESTION_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 4096
+TAKEN = "the invitation is good: admitted with the next record"
 SILENCE_S = 10.0  # Guess: between two questions, and for an answer
 APPLICANTS_MAX = 64  # remembered. G7
 STREAMS_MAX = 32  # Guess: served at once; who comes then is told nothing, and comes again
@@ -88,10 +89,12 @@ class Reception:
         self,
         roll: Callable[[], Roll],
         submit: Callable[[Change], str],
+        coming: Callable[[], Iterable[str]] = tuple,  # keys of invitations that wait for a record
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._roll = roll
         self._submit = submit  # a change to the core; returns what is wrong with it, or ""
+        self._coming = coming
         self._clock = clock
         self._applicants: dict[str, Applicant] = {}  # the one that asked last is the last
         self._serving: dict[str, None] = {}
@@ -137,15 +140,17 @@ class Reception:
             return Answer("member")
         if peer in roll.removed and change is None:
             return Answer("removed", why=roll.removed[peer])
-        why = self._take(roll, change) if change is not None else ""
+        why = self._take(roll, change) or TAKEN if change is not None else ""
         self._remember(peer, name)
         return Answer("applicant", who_admits(roll), why)
 
     def _take(self, roll: Roll, change: Change) -> str:
         """An admission by invitation. Returns what is wrong with it, or ""."""
         invites = [roll.invites[key] for key, _ in change.signatures if key in roll.invites]
+        if not invites and any(key in self._coming() for key, _ in change.signatures):
+            return "the invitation holds from the next record on"
         if not invites:
-            return "the invitation is not known here yet, or was used up or taken back"
+            return "the invitation is not known here, or was used up or taken back"
         if all(0 < invite.expires_at < self._clock() for invite in invites):
             return "the invitation has expired"
         return self._submit(change)

@@ -69,7 +69,8 @@ class Office:
         self.roll = roll or first_roll(RUN, Charter(), [FOUNDER.peer_id])
         self.now = 1000.0
         self.submitted: list[Change] = []
-        self.reception = Reception(lambda: self.roll, self.submit, lambda: self.now)
+        self.coming: tuple[str, ...] = ()
+        self.reception = Reception(lambda: self.roll, self.submit, lambda: self.coming, lambda: self.now)
 
     def submit(self, change: Change) -> str:
         self.submitted.append(change)
@@ -129,13 +130,23 @@ def test_an_invitation_admits_its_guest_once_and_nobody_else() -> None:
     admission = invitation.admission(GUEST.peer_id, "me", 0)
     with pytest.raises(RemoteProtocolError):
         office.ask(key(3).peer_id, "", admission)  # another's admission
-    assert office.ask(GUEST.peer_id, "", admission)["why"] == ""
+    assert "next record" in office.ask(GUEST.peer_id, "", admission)["why"]
     assert office.submitted == [admission]
     office.applied(admission)
     assert office.roll.members[GUEST.peer_id].name == "Gast"
     late = invitation.admission(key(3).peer_id, "", 0)
     assert "used up" in office.ask(key(3).peer_id, "", late)["why"]
     assert changes_fault(office.roll, 2, [late], list(office.roll.members), CRYPTO) == "unsigned_change"
+
+
+def test_an_invitation_that_no_record_has_yet_is_said_to_be_on_its_way() -> None:
+    office = Office()
+    invitation = Invitation.drawn(ADDRESS, RUN)
+    admission = invitation.admission(GUEST.peer_id, "", 0)
+    assert "is not known here" in office.ask(GUEST.peer_id, "", admission)["why"]
+    office.coming = (invitation.key,)
+    assert "holds from the next record on" in office.ask(GUEST.peer_id, "", admission)["why"]
+    assert office.submitted == []
 
 
 def test_an_invitation_expires() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tapestry.node.lineage.log import Line
+from tapestry.node.protocol.members import Change
 from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
 
+CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 TYPES: dict[str, Any] = {
     "number": (int, float),
@@ -127,7 +129,7 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
 
 def test_log_and_doctor_are_as_their_schemas_say() -> None:
     lines = [
-        Line(1, "2026", (("a", 0.5),), 2, 2, False, 9, "ab", "r", 0.5, 2.5),
+        Line(1, "2026", (("a", 0.5),), 2, 2, False, 9, "ab", "r", 0.5, 2.5, CHANGES),
         Line(2, "", (), 1, 1, True, 0, "cd", "r", None),
     ]
     assert [faults(schema("log"), line.table()) for line in lines] == [[], []]

@@ -142,6 +142,16 @@ class Home:
         return self.path / "island"
 
     @property
+    def left_island(self) -> Path:
+        """In what lies aside of an island: where it began. lineage/island.py"""
+        return self.path / "island.json"
+
+    @property
+    def brought(self) -> Path:
+        """What was learnt on an island and is to be contributed: lineage/bring.py"""
+        return self.path / "brought.safetensors"
+
+    @property
     def egress(self) -> Path:
         """What left this node: lineage/egress.py"""
         return self.path / "egress.jsonl"

@@ -53,20 +53,22 @@ class MadeHome:
     def params(self) -> Tensor:
         return self.state.params
 
-    def advance(self, epochs: int = 1, *, scale: float = 0.05, checkpoint: bool = False) -> None:
-        """So many epochs of random updates, each signed by all."""
+    def advance(
+        self, epochs: int = 1, *, scale: float = 0.05, checkpoint: bool = False, alone: bool = False
+    ) -> None:
+        """So many epochs of random updates, each signed by all; or by the founder alone, on an island."""
         for _ in range(epochs):
-            self._epoch(scale)
+            self._epoch(scale, self.identities[:1] if alone else self.identities)
         if checkpoint:
             self.checkpoints.save(self.state, self.state.digest())
 
-    def _epoch(self, scale: float) -> None:
+    def _epoch(self, scale: float, identities: tuple[Identity, ...]) -> None:
         codec, shards = self.state.arithmetic.codec, self.state.arithmetic.shards
         payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
         epoch = self.chain.epoch + 1
         members = tuple(
             Member(one.peer_id, 300 - 100 * index, f"{epoch:062x}{index:02x}", "", 300 - 100 * index)
-            for index, one in enumerate(self.identities)
+            for index, one in enumerate(identities)
         )
         body = Body(
             self.chain.genesis.run_id,
@@ -75,11 +77,12 @@ class MadeHome:
             self.state.digest(),
             tuple(sorted(members, key=lambda member: member.peer)),
             result_digest(payloads),
+            forced=2 * len(identities) <= len(self.chain.place.electorate),
         )
         crypto = NodeCrypto(self.identities[0])
         head = head_of(body, crypto)
         message = accept_message(head, 0)
-        signatures = [(one.peer_id, NodeCrypto(one).sign(message)) for one in self.identities]
+        signatures = [(one.peer_id, NodeCrypto(one).sign(message)) for one in identities]
         record = Record(body, head, 0, tuple(sorted(signatures)))
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)

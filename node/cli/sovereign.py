@@ -20,6 +20,7 @@ from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
 from tapestry.node.sovereign.recipe import load_recipe, recipe_paths
 from tapestry.node.spec.data import split_field
+from tapestry.node.spec.declared import BASE, require, today_utc
 from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
@@ -177,13 +178,18 @@ def rebase(
 
 @click.command()
 @home_option
-@click.option("--keep", "name", required=True, metavar="NAME", help="What was learnt alone, as a derivative.")
+@click.option("--keep", "name", metavar="NAME", help="What was learnt alone, as a derivative.")
+@click.option("--bring", "brings", is_flag=True, help="What was learnt alone, in the next contribution.")
 @declare_option
-def rejoin(home: str | None, name: str, declaration: str | None) -> None:
-    """Leave the island: what was learnt alone becomes a derivative, the home is as it was before."""
+def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | None) -> None:
+    """Leave the island: what was learnt alone is kept or brought, the home is as it was before."""
     from tapestry.node.lineage import island
+    from tapestry.node.lineage.bring import bring
     from tapestry.node.lineage.uses import sources_since
     from tapestry.node.sovereign import build
+
+    if name is None and not brings:
+        raise click.UsageError("say what becomes of it: --keep NAME, --bring, or both")
 
     where = Home.locate(home, os.environ)
     if island.is_ending(where):
@@ -193,14 +199,24 @@ def rejoin(home: str | None, name: str, declaration: str | None) -> None:
     began, here = island.require(where)
     with where.lock():
         paths = [split_field(one)[0] for one in sources_since(where, began.run_id, began.epoch)]
-        declare_missing(where, paths, f"derive:{name}", declaration)
+        if brings:
+            require(where, paths, BASE, today_utc())
+        if name is not None:
+            declare_missing(where, paths, f"derive:{name}", declaration)
         with _Said() as told:
-            built = build.keep_island(where, name, told=told.update)
+            built = None if name is None else build.keep_island(where, name, told=told.update)
+            if brings:
+                bring(where, told.update)
+            else:
+                where.brought.unlink(missing_ok=True)  # of a command like this one that was killed
         aside = island.end(where)
-    _say_built(built)
+    if built is not None:
+        _say_built(built)
     click.echo(
         f"{where.path} is at epoch {began.epoch} again, as it was; epochs to {here.epoch} lie in {aside}"
     )
+    if brings:
+        click.echo("what was learnt alone goes into this member's next contribution that counts")
     click.echo("`tapestry start` with --peer, or the addresses it knows, goes on with the others")
 
 

@@ -195,7 +195,8 @@ def _check_island(config: NodeConfig) -> None:
     if not config.island and config.home.island.exists():
         raise UserError(
             f"{config.home.path} is on an island: epochs that it made alone would be given up",
-            hint="tapestry rejoin --keep NAME keeps them as a derivative; --island goes on alone",
+            hint="tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a "
+            "derivative of it; --island goes on alone",
         )
 
 

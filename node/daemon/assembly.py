@@ -36,6 +36,7 @@ from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import LoadedStore, Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.bring import Brought
 from tapestry.node.net.join import Agreed
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits
@@ -159,7 +160,9 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     removes = spec.audit.on_lie == "remove"
     auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles, removes)
     goal = Goal(own.ending, own.forbidden)
-    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, goal, auditor)
+    brought = Brought(own.home, peer_id, run_id)
+    brought.look(restored.chain.records)
+    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, goal, auditor, brought)
     return Node(run_id, keeper, runtime, network)
 
 
@@ -236,6 +239,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         threads=config.threads,
         run_spec=spec.canonical().decode() if config.external else "",
         protected=protected,
+        brought_path=str(home.brought),
     )
 
 

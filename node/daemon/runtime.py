@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,8 +27,10 @@ from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.network_desk import NetworkDesk
 from tapestry.node.daemon.trainer_desk import TrainerDesk
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.lineage.bring import Brought
 from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.status import Shown
@@ -52,8 +54,10 @@ class Runtime:
         reporter: Reporter,
         goal: Goal,  # `done` is set there
         auditor: Auditor,
+        brought: Brought | None = None,
     ) -> None:
         self._core = core
+        self._brought = brought
         self._network = network
         self.reporter = reporter
         self.done = asyncio.Event()  # the state has come as far as this node was to go
@@ -66,8 +70,8 @@ class Runtime:
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),
-            ev.AppendRecord: lambda out: network.check_members() if out.record.body.changes else None,
-            ev.SwitchChain: lambda out: network.check_members(),
+            ev.AppendRecord: lambda out: self._appended((out.record,), bool(out.record.body.changes)),
+            ev.SwitchChain: lambda out: self._appended(out.records, True),
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
@@ -126,6 +130,12 @@ class Runtime:
             self._set_timer()
         except Exception as error:
             self._broken.set_exception(error)
+
+    def _appended(self, records: Sequence[Record], changed: bool) -> None:
+        if self._brought is not None:
+            self._brought.look(records)
+        if changed:
+            self._network.check_members()
 
     def do_moved(self, out: ev.Moved) -> None:
         self.reporter.moved(out, self.now(), self.snapshot)

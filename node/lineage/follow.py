@@ -7,12 +7,14 @@ it cuts no torn line off, because a proof must not mend what it looks at.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tapestry.node.disk.files import seal, unseal
+from tapestry.node.home import Home
 from tapestry.node.protocol.chain import (
     Crypto,
     Genesis,
@@ -51,6 +53,7 @@ class Follower:
     spec: RunSpec
     crypto: Crypto
     at: Place
+    island_from: int | None = None  # epoch of the record with which an island of this home's begins
 
     @property
     def epoch(self) -> int:
@@ -66,17 +69,35 @@ class Follower:
         return self.at.electorate
 
     @classmethod
-    def start(cls, genesis: Genesis, spec: RunSpec, crypto: Crypto) -> Follower:
+    def start(
+        cls, genesis: Genesis, spec: RunSpec, crypto: Crypto, island_from: int | None = None
+    ) -> Follower:
         """At epoch 0."""
-        return cls(genesis, spec, crypto, genesis_place(genesis))
+        return cls(genesis, spec, crypto, genesis_place(genesis), island_from)
 
     def take(self, record: Record) -> None:
         """Link, electorate, signatures, voices and changes, as a member judges them. Raises InvalidRecord."""
         body, rules = record.body, self.spec.round
         if self.epoch == 0 and body.state_digest != self.genesis.state_digest:
             raise InvalidRecord("genesis", "record 1 follows another state than that of the genesis")
-        check_record(record, self.at, self.crypto, rules.max_influence, rules.on_quorum_loss)
+        policy = "continue" if body.epoch == self.island_from else rules.on_quorum_loss
+        check_record(record, self.at, self.crypto, rules.max_influence, policy)
         self.at = next_place(self.at, record)
+
+
+def island_from(home: Home) -> int | None:
+    """With which record the home's island begins, if it is on one or is one that was left. Raises OSError.
+
+    Its first record is forced, which members of a run that waits (`on_quorum_loss`) take from nobody.
+    """
+    before = Home(home.island).chain
+    if home.island.exists():
+        with contextlib.suppress(FileNotFoundError), before.open("rb") as lines:
+            return 1 + sum(line.endswith(b"\n") for line in lines)
+        return 1
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return 1 + int(json.loads(home.left_island.read_bytes())["since_epoch"])
+    return None
 
 
 def read_genesis(path: Path, crypto: Crypto) -> tuple[Genesis, RunSpec]:

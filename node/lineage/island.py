@@ -5,20 +5,22 @@ what the island prunes stays), its vote and the trainer's state. The epochs made
 ever: the first of them is a forced record, whose electorate is this member alone. They are a branch: nobody
 else has them, and the run's other members would not take them.
 
-The way back first makes a derivative of what was learnt alone (sovereign/build.py, keep_island), and then
-`end` puts the home of before in its place; the island's records, updates and checkpoints go to
-HOME/islands/EPOCH-HEAD, which `verify` accepts. The vote of before comes back too: what this member promised
-to the others it still keeps. A command that was killed in the middle is given again and goes on.
+The way back first makes a derivative of what was learnt alone (sovereign/build.py, keep_island), or writes
+down its difference, to be contributed (bring.py). Then `end` puts the home of before in its place; the
+island's records, updates and checkpoints go to HOME/islands/EPOCH-HEAD, which `verify` accepts. The vote of
+before comes back too: what this member promised to the others it still keeps. A command that was killed in
+the middle is given again and goes on.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapestry.node.disk.files import sync_folder, unseal
+from tapestry.node.disk.files import atomic_write, sync_folder, unseal
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
@@ -40,8 +42,16 @@ class Tip:
 
 
 def begin(home: Home) -> Tip:
-    """Keep the home as it is, unless it is on an island already. Where the island began. Raises OSError."""
+    """Keep the home as it is, unless it is on an island already. Where the island began.
+
+    Raises UserError, OSError.
+    """
     if not home.island.exists():
+        if home.brought.exists():
+            raise UserError(
+                f"{home.path} has still to bring to the others what it learnt on its last island",
+                hint="start it without --island until that is in a record: the log says brought",
+            )
         new = home.island.with_name("island.new")
         shutil.rmtree(new, ignore_errors=True)
         snapshot(home, new)
@@ -76,11 +86,13 @@ def is_ending(home: Home) -> bool:
 
 def end(home: Home) -> Path:
     """Put the home of before in its place. Where the island's own records lie now. Raises UserError."""
-    here = tip(home)
+    here, began = tip(home), tip(Home(home.island))
     shelf = home.path / "islands"
     try:
         target = _begun(shelf) or shelf / f".{here.epoch:08d}-{here.head[:16]}"
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not Home(target).left_island.exists():  # else the chain there may be put back already
+            atomic_write(Home(target).left_island, json.dumps({"since_epoch": began.epoch}).encode(), 0o600)
         if not (target / "genesis.json").exists():
             shutil.copyfile(home.genesis, target / "genesis.json")
             if home.base.exists():

@@ -1,16 +1,17 @@
 """`tapestry exit OUT`: everything that a member has of a run, as one directory that holds by itself.
 
 OUT is a home: identity, genesis, chain, updates, checkpoints, the base's files, the trainer's own state,
-settings and derivatives. It is made beside a running node or from a stopped one, verified before it gets its
-name, and asks nobody's leave. What is left out is what can be made again or would lead back: token caches,
-the running node's lock and addresses, and where the others were. So `tapestry start --home OUT` finds nobody,
-and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an island.
+settings, history, islands and derivatives. It is made beside a running node or from a stopped one, verified
+before it gets its name, and asks nobody's leave. What is left out is what can be made again or would lead
+back: token caches, the running node's lock and addresses, and where the others were. So `tapestry start
+--home OUT` finds nobody, and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an island.
 
 The identity is the same one: a member that goes on from OUT does not start the old home again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -33,8 +34,9 @@ FILES = (
     "gates.toml",
     "suite.toml",
     "data.toml",
+    "history.jsonl",
 )
-FOLDERS = ("base", "trainer", "derivatives", "island")
+FOLDERS = ("base", "trainer", "derivatives", "island", "islands")
 LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
 
 Told = Callable[[str, int, int], None]
@@ -71,7 +73,7 @@ def leave(home: Home, out: Path, told: Told) -> Proof:
 def copy_run(home: Home, copy: Home, told: Told) -> None:
     """The chain first; then of updates and checkpoints those that it has. A live node goes on meanwhile."""
     for name in FILES:
-        if (home.path / name).is_file():
+        with contextlib.suppress(FileNotFoundError):  # a live node may just take it away
             shutil.copy2(home.path / name, copy.path / name)
     if home.chain.exists():
         shutil.copy2(home.chain, copy.chain)
@@ -85,7 +87,7 @@ def copy_run(home: Home, copy: Home, told: Told) -> None:
     for name in FOLDERS:
         if (home.path / name).is_dir():
             told(name, 0, 1)
-            left_out, links = shutil.ignore_patterns(*LEFT_OUT), name == "island"
+            left_out, links = shutil.ignore_patterns(*LEFT_OUT), name in ("island", "islands")
             shutil.copytree(home.path / name, copy.path / name, symlinks=links, ignore=left_out)
 
 

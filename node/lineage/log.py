@@ -21,7 +21,7 @@ from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
-from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
+from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
 from tapestry.node.protocol.members import Change
 
@@ -103,7 +103,7 @@ def _records(home: Home) -> Iterator[Record]:
     """Each checked against the one before. A live node's half-written last line is not there yet."""
     genesis, spec = _genesis(home)
     crypto = ReaderCrypto()
-    follower = Follower.start(genesis, spec, crypto)
+    follower = Follower.start(genesis, spec, crypto, island_from(home))
     try:
         for record in read_records(home.chain, crypto):
             follower.take(record)

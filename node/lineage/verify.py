@@ -43,7 +43,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
-from tapestry.node.lineage.follow import Broken, Follower, read_genesis, read_records
+from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.protocol import strict
@@ -139,7 +139,12 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     checkpoints = _checkpoints(home, genesis, proof)
     derivatives = _derivatives(home, proof)
     needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives)}
-    signed = _follow(home.chain, genesis, spec, crypto, needed, anchor, proof, told)
+    begins = island_from(home)
+    signed = _follow(home.chain, genesis, spec, crypto, needed, anchor, proof, told, begins)
+    if begins is not None and begins <= proof.epoch:
+        proof.notes.append(
+            f"chain.jsonl: from epoch {begins} on made alone, on an island; no other member has it"
+        )
     for epoch, path in sorted(updates.items()):
         _check_update(path, epoch, signed.get(epoch), proof)
         proof.updates += 1
@@ -167,9 +172,10 @@ def _follow(
     anchor: Anchor | None,
     proof: Proof,
     told: Told,
+    begins: int | None = None,  # an island, by the record of this epoch
 ) -> dict[int, _Signed]:
     """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
-    follower = Follower.start(genesis, spec, crypto)
+    follower = Follower.start(genesis, spec, crypto, begins)
     signed = {0: _Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
     anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
     try:

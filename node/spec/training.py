@@ -375,6 +375,7 @@ class WorkerSettings:
     run_spec: Annotated[str, "For a script, which looks whether it agrees: the canonical run spec."] = ""
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
     protected: Annotated[tuple[Protection, ...], "Domains that sources are kept clear of."] = ()
+    brought_path: Annotated[str, "What is brought from an island: trainer/brought.py. Or empty."] = ""
 
 
 # `tiny` comes from simulating 3 members with outer Nesterov (lr 0.7, momentum 0.9) on thirds of the

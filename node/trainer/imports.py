@@ -82,9 +82,10 @@ def spare_torch() -> None:
             "graph_break": lambda: None,  # of optimizers, at each step
         },
         parts=("_trace_wrapped_higher_order_op",),  # for attention masks
+        needs=META,  # torch imports it first, and else they go in a circle
     )
     defer(META)
-    defer(SHARDED)
+    defer(SHARDED, needs=META)
     sys.meta_path.insert(0, _BeforeFinder("transformers.distributed", _without_sharded_models))
 
 
@@ -115,14 +116,16 @@ def meta_device() -> Iterator[None]:
         yield
 
 
-def defer(name: str, stands_in: Mapping[str, Any] | None = None, parts: Sequence[str] = ()) -> None:
+def defer(
+    name: str, stands_in: Mapping[str, Any] | None = None, parts: Sequence[str] = (), needs: str = ""
+) -> None:
     """Let the module's own code run when a name is asked for that `stands_in` has not, or by `run_deferred`.
 
-    Or when a submodule is imported: only `parts` can be without it. No effect on a module that is imported
-    already.
+    Or when a submodule is imported: only `parts` can be without it. What it `needs` runs before it, if that
+    was deferred too. No effect on a module that is imported already.
     """
     if name not in sys.modules:
-        sys.meta_path.insert(0, _DeferringFinder(name, stands_in or {}, parts))
+        sys.meta_path.insert(0, _DeferringFinder(name, stands_in or {}, parts, needs))
 
 
 def run_deferred(name: str) -> None:
@@ -143,8 +146,10 @@ class _Deferred(ModuleType):
     def run(self) -> None:
         """Become the module that it stands for."""
         assert self.__spec__ is not None and isinstance(self.__spec__.loader, _DeferringLoader)
+        needs = self.__spec__.loader.needs
         self.__spec__.loader = self.__loader__ = self.__spec__.loader.real
         self.__class__ = ModuleType  # type: ignore[assignment]
+        run_deferred(needs)
         self.__spec__.loader.exec_module(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -155,8 +160,8 @@ class _Deferred(ModuleType):
 
 
 class _DeferringLoader(Loader):
-    def __init__(self, real: Loader, stands_in: Mapping[str, Any]) -> None:
-        self.real = real
+    def __init__(self, real: Loader, stands_in: Mapping[str, Any], needs: str) -> None:
+        self.real, self.needs = real, needs
         self._stands_in = stands_in
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -169,8 +174,8 @@ class _DeferringLoader(Loader):
 class _DeferringFinder:
     """For sys.meta_path: finds one module as Python does, and gives it the loader that waits."""
 
-    def __init__(self, name: str, stands_in: Mapping[str, Any], parts: Sequence[str]) -> None:
-        self._name, self._stands_in = name, dict(stands_in)
+    def __init__(self, name: str, stands_in: Mapping[str, Any], parts: Sequence[str], needs: str) -> None:
+        self._name, self._stands_in, self._needs = name, dict(stands_in), needs
         self._parts = [f"{name}.{part}" for part in parts]
 
     def find_spec(
@@ -179,7 +184,7 @@ class _DeferringFinder:
         if name == self._name:
             spec = PathFinder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _DeferringLoader(spec.loader, self._stands_in)
+                spec.loader = _DeferringLoader(spec.loader, self._stands_in, self._needs)
             return spec
         if name.startswith(self._name + ".") and name not in self._parts:
             run_deferred(self._name)  # which may import this one on its way

@@ -274,12 +274,24 @@ class Worker:
 
     def _begin(self, command: Begin) -> None:
         self._encoder.settle(command.counted)
-        kept = self._inner.begin(command.epoch, self._base, command.follows, command.lr)
+        brought = self._brought()
+        base = self._base if brought is None else brought.add_(self._base)
+        kept = self._inner.begin(command.epoch, base, command.follows and brought is None, command.lr)
         self._closing, self._generation, self._slot = False, command.generation, command.slot
         if not kept:
             self._start_clock()
         elif self._inner.done:
             self._report_progress(command.epoch)  # it has waited: that made it slower
+
+    def _brought(self) -> torch.Tensor | None:  # f32 (n,), CPU
+        """What this member learnt alone, as long as no contribution with it has counted."""
+        from tapestry.node.trainer.brought import BroughtError, read_brought
+
+        path = self._settings.brought_path
+        try:
+            return read_brought(Path(path), self.layout.n) if path else None
+        except BroughtError as error:
+            raise WorkerFailure("settings", str(error)) from error
 
     def _start_clock(self) -> None:
         self._began_s, self._reported_s = time.monotonic(), 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from simulation.draws import choice
@@ -88,7 +88,7 @@ class Faults:
 
     def rarer(self, share: float) -> Faults:
         """The same, that share as often: for worlds that last longer."""
-        rates = {name: share * getattr(self, name) for name in vars(self) if name.endswith("_per_s")}
+        rates = {f.name: share * getattr(self, f.name) for f in fields(self) if f.name.endswith("_per_s")}
         return replace(self, **rates)
 
 

@@ -6,20 +6,25 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from homes import MadeHome, make_home
 
 from tapestry.node.cli.main import cli
+from tapestry.node.disk.held import open_run
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage import island
+from tapestry.node.lineage.bring import Brought, bring
+from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
-from tapestry.node.lineage.uses import note_use
+from tapestry.node.lineage.uses import note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign.derivative import Shelf
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
+from tapestry.node.trainer.brought import read_brought
 from tapestry.node.trainer.models.weights import weights_digest
 
 
@@ -35,8 +40,8 @@ def holds(path: Path) -> bool:
 
 @pytest.fixture
 def made(tmp_path: Path) -> MadeHome:
-    """Two epochs together, then three on an island, on declared text."""
-    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    """Two epochs of three, whose run waits for a quorum; then three on an island, on declared text."""
+    made = make_home(tmp_path / "home", PRESETS["nano"].model, members=3)
     home, text = made.home, tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of the text that is learnt alone\n" for n in range(400)))
     append(home, [parse_declaration("us, CC0-1.0, open", str(text), BASE)])
@@ -48,7 +53,7 @@ def made(tmp_path: Path) -> MadeHome:
     note_use(home, BASE, [str(text)], began.run_id, 2)
     home.vote.write_text("the vote of the island")
     shutil.rmtree(home.trainer)
-    made.advance(3, checkpoint=True)
+    made.advance(3, checkpoint=True, alone=True)
     return made
 
 
@@ -116,3 +121,64 @@ def test_who_leaves_from_an_island_takes_the_way_back_along(made: MadeHome, tmp_
     leave(made.home, tmp_path / "out", _quiet)
     began, here = island.require(Home(tmp_path / "out"))
     assert (began.epoch, here.epoch) == (2, 5)
+
+
+# --- bringing it ------------------------------------------------------------------------------------
+
+
+def test_what_is_brought_is_the_difference_to_where_the_island_began(made: MadeHome) -> None:
+    home = made.home
+    home.vote.unlink()  # no vote of a node's
+    run = open_run(home, ReaderCrypto())
+    assert run is not None
+    at = {}
+    for epoch in (2, 5):
+        state = run.state(torch.zeros(run.chain.genesis.params))
+        restored = run.restore(state, epoch)
+        assert restored is not None and restored.epoch == epoch
+        at[epoch] = state.params
+    said = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--bring"])
+    assert said.exit_code == 0 and "next contribution that counts" in said.stdout, said.output
+    brought = read_brought(home.brought, at[2].numel())
+    assert brought is not None and torch.equal(brought, at[5] - at[2]) and brought.any()
+    assert island.tip(home).epoch == 2 and not home.island.exists()
+    with pytest.raises(UserError, match="has still to bring"):
+        island.begin(home)
+
+
+def test_what_was_learnt_from_data_that_may_no_more_be_used_is_not_brought(made: MadeHome) -> None:
+    (source,) = sources_since(made.home, made.chain.genesis.run_id, 2)
+    revoke = CliRunner().invoke(cli, ["data", "revoke", source, "--home", str(made.home.path)])
+    assert revoke.exit_code == 0, revoke.output
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(made.home.path), "--bring"])
+    assert run.exit_code == 2 and "is not read" in run.stderr and made.home.island.exists()
+    assert not made.home.brought.exists()
+
+
+def test_it_is_taken_away_by_the_first_record_after_the_island_that_names_this_member(made: MadeHome) -> None:
+    bring(made.home, _quiet)
+    made.home.brought.touch()
+    own, run_id = made.identities[0].peer_id, made.chain.genesis.run_id
+    records = made.chain.records
+    Brought(made.home, own, run_id).look(records[:2])
+    Brought(made.home, "somebody else", run_id).look(records)
+    assert made.home.brought.exists()
+    pending = Brought(made.home, own, run_id)
+    pending.look(records[2:3])
+    assert not made.home.brought.exists() and not pending.is_pending
+    pending.look(records)  # nothing is left to do
+    assert not Brought(made.home, own, run_id).is_pending
+
+
+def test_what_is_of_another_run_or_damaged_is_never_brought(made: MadeHome) -> None:
+    bring(made.home, _quiet)
+    with pytest.raises(UserError, match="of another run"):
+        Brought(made.home, "own", "ab" * 32)
+    made.home.brought.write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        Brought(made.home, "own", made.chain.genesis.run_id)
+
+
+def test_who_rejoins_says_what_becomes_of_the_island(made: MadeHome) -> None:
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(made.home.path)])
+    assert run.exit_code == 2 and "--keep NAME, --bring, or both" in run.stderr

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.trainer.brought import write_brought
 from tapestry.node.trainer.messages import (
     Abort,
     Begin,
@@ -135,6 +136,37 @@ def test_the_next_epoch_is_ready_when_its_base_comes_and_not_before(overlapping:
     assert script.steps == 2 * STEPS + 1  # the last one only to contribute
     ahead = [report for report in script.of(Progress) if report.epoch == 1]
     assert (ahead[-1].step, ahead[-1].tokens) == (STEPS, STEPS * TOKENS)
+
+
+def test_contributions_carry_what_is_brought_from_an_island_as_long_as_it_is_there(
+    overlapping: WorkerSettings,
+) -> None:
+    def contributed_by(brought: bool, lines: list[tuple[Callable[[Script], bool], Command]]) -> Tensor:
+        path = Path(overlapping.cache_dir).with_name("brought.safetensors")
+        settings = dataclasses.replace(overlapping, brought_path=str(path) if brought else "")
+        worker = Worker(settings, script := Script(*lines))  # type: ignore[arg-type]
+        base, out = buffers_of(worker)
+        base.fill_(0.01)
+        if brought:
+            write_brought(path, torch.full_like(base, 0.5), {})
+        worker.run(base, [out, out], no_initial)
+        assert len(script.of(Contribution)) == sum(isinstance(command, Begin) for _, command in lines)
+        codec, views = worker.payloads.codec, worker.payloads.views(out)
+        made = [
+            codec.decode(view, shard.n) for view, shard in zip(views, worker.payloads.shards, strict=True)
+        ]
+        return torch.cat(made)
+
+    once = [(at_once, Begin(0, 1, follows=False, counted=0, slot=0)), (contributed(1), Stop())]
+    again = [
+        once[0],
+        (contributed(1), GoOn(0)),
+        (waiting, Begin(1, 2, follows=True, counted=0, slot=0)),  # steps ahead are dropped: they lack it
+        (contributed(2), Stop()),
+    ]
+    assert contributed_by(False, once).mean().abs() < 0.05
+    for lines in (once, again):
+        assert abs(contributed_by(True, lines).mean() + 0.5) < 0.05  # base minus local
 
 
 def test_without_overlap_nothing_is_done_between_contribution_and_begin(

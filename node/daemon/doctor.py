@@ -435,13 +435,13 @@ def judged_dial(answer: Answer, ports: Sequence[int], held: bool) -> Finding:
     opened = [port for port, is_open in zip(ports, answer.open, strict=False) if is_open]
     if opened:
         return passed("dialled", f"the peer reaches this machine at {answer.host}, port {opened[0]}")
-    text = f"the peer sees us at {answer.host} and cannot open port {', '.join(map(str, ports))} there"
-    return wrong(
-        "dialled",
-        text,
-        "open the port in the firewall, forward it on the router (--listen /ip4/0.0.0.0/tcp/PORT "
-        f"--announce /ip4/{answer.host}/tcp/PORT); without, this node can still dial others",
+    closed = ", ".join(map(str, ports))
+    text = (
+        f"the peer sees us at {answer.host} and cannot open port {closed} there: members that can be dialled "
+        "will carry this node (docs/networks.md). For direct links open the port in the firewall, or forward "
+        f"it on the router (--listen /ip4/0.0.0.0/tcp/PORT --announce /ip4/{answer.host}/tcp/PORT)"
     )
+    return passed("dialled", text)
 
 
 # --- pieces -----------------------------------------------------------------------------------------

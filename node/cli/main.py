@@ -146,6 +146,8 @@ class _Cli(click.Group):
         except BrokenPipeError:
             _forget_stdout()
             code = ExitCode.FAILED
+        except PermissionError as error:
+            code = _complain(_not_ours(error))
         sys.exit(int(code or ExitCode.DONE))
 
 
@@ -171,6 +173,15 @@ def _usage_error(error: click.ClickException) -> UserError:
     context = error.ctx if isinstance(error, click.UsageError) else None
     hint = f"{context.command_path} --help" if context else None
     return UserError(error.format_message(), exit_code=ExitCode.USAGE, hint=hint)
+
+
+def _not_ours(error: PermissionError) -> UserError:
+    """A home, or a file in it, of another user: what no command could do otherwise either."""
+    return UserError(
+        f"no permission for {error.filename or 'a file'}",
+        exit_code=ExitCode.FAILED,
+        hint="run this as the user whose home it is: sudo -u USER tapestry ...",
+    )
 
 
 def _forget_stdout() -> None:

@@ -613,3 +613,13 @@ def _end_the_new_child(before: set[int]) -> None:
     (child,) = _children() - before
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_home_of_another_user_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    result = _run("status", "--home", str(tmp_path / "theirs"))
+    assert result.exit_code == ExitCode.FAILED
+    assert result.stderr.startswith("error: no permission for ") and "sudo -u USER" in result.stderr

@@ -77,7 +77,7 @@ from tapestry.node.trainer.process import Event, Parted, TrainerError, TrainerPr
 
 STOP_S = 10.0  # the contract: exit 0 within
 TRAINER_STOP_S = 4.0  # where nothing has to be put away
-CLOSING_S = 3.0  # of STOP_S, for what comes after the trainer's end: links, p2pd, files. Guess
+CLOSING_S = 5.0  # of STOP_S, for the end of a trainer that had to be killed, of links and of p2pd. Guess
 DISK_EVERY_S = 60.0
 USERS_REASONS = ("data", "model", "settings", "device")  # of messages.Failed: what a person can put right
 VERSION = version("tapestry-node")

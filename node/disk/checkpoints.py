@@ -31,7 +31,8 @@ from tapestry.node.state.model import FLOAT_BYTES, DigestMismatch, ModelState, s
 
 SUFFIX = ".safetensors"
 CHUNK_BYTES = 1 << 20  # of the data; what a joiner verifies at once. Guess
-SYNC_BYTES = 64 << 20  # Guess: a slow disk takes them in a second
+# 1 GiB, hashed and written: 3.1 s so, 3.4 s with one sync at its end, 3.7 s with one after every 64 MiB.
+WRITE_OUT_BYTES = 16 << 20  # of the data, a moment later: see `_write`
 HEADER_BYTES_MAX = 64 << 20  # room for the digests of a state of 800 GiB
 _LENGTH = struct.Struct("<Q")
 _METADATA = ("run_id", "epoch", "head", "state_digest", "schema", "chunk_bytes", "chunks")
@@ -112,15 +113,15 @@ class Checkpoints:
         return self._files[path]
 
     def _write(self, file: BinaryIO, state: ModelState, digest: str) -> None:
-        """Synced piece by piece, so that it can be abandoned, and no other write waits for all of it."""
-        synced = 0
+        """The disk has its first bytes while the last are hashed; so it can be abandoned, too."""
+        begun = 0
         for written in _write_checkpoint(file, state, digest, self._run_id):
             if self._abandoned:
                 raise Abandoned
-            if written - synced >= SYNC_BYTES:
+            if written - begun >= WRITE_OUT_BYTES:
                 file.flush()
-                os.fdatasync(file.fileno())
-                synced = written
+                os.posix_fadvise(file.fileno(), begun, written - begun, os.POSIX_FADV_DONTNEED)  # and goes on
+                begun = written
 
     def prune(self, chain: Chain) -> None:
         """Keep the newest of our chain, and always one below the head: joiners are given that.

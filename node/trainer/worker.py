@@ -228,9 +228,10 @@ class Worker:
         base: torch.Tensor,  # f32 (n,), shared with the node, which writes it
         outs: Sequence[torch.Tensor],  # uint8 (payloads.size,), of each slot; the node reads them
         initial: Callable[[], torch.Tensor],  # f32 (n,), shared with the node for `Initialise`
+        before_first: Callable[[], None] = lambda: None,  # before the first epoch begins
     ) -> None:
         """Until Stop. Raises ChannelClosed and WorkerFailure."""
-        self._base, self._outs, self._initial = base, outs, initial
+        self._base, self._outs, self._initial, self._before_first = base, outs, initial, before_first
         while True:
             command = self._next_command()
             if isinstance(command, Stop):
@@ -274,6 +275,8 @@ class Worker:
 
     def _begin(self, command: Begin) -> None:
         self._encoder.settle(command.counted)
+        if not self._generation:
+            self._before_first()
         brought = self._brought()
         base = self._base if brought is None else brought.add_(self._base)
         kept = self._inner.begin(command.epoch, base, command.follows and brought is None, command.lr)
@@ -513,7 +516,6 @@ def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -
     if together is not None:
         channel = group.LeadingChannel(channel, together) if not rank else group.FollowingChannel(together)
     worker = Worker(settings, channel, together)
-    _let_others_first()  # not before: a node that comes back is waited for
     attach = channel.receive(wait=True)
     if isinstance(attach, Stop):
         return
@@ -526,7 +528,9 @@ def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -
         lock_for_gpu(base, writable=False)
         for out in outs:
             lock_for_gpu(out, writable=True)
-    worker.run(base, outs, lambda: map_vector(fds["initial"], attach.n, writable=True))
+    initial = fds["initial"]
+    # Not nice before there is something to train: a node that begins, or comes back, is waited for.
+    worker.run(base, outs, lambda: map_vector(initial, attach.n, writable=True), _let_others_first)
 
 
 @contextlib.contextmanager

@@ -176,10 +176,10 @@ def test_an_abandoned_checkpoint_leaves_no_file_and_the_update_log_leads_there(r
     assert restored is not None and (restored.epoch, restored.state_digest) == (5, run.digests[5])
 
 
-def test_a_checkpoint_that_is_synced_piece_by_piece_reads_back(
+def test_a_checkpoint_that_is_written_out_piece_by_piece_reads_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tapestry.node.disk.checkpoints.SYNC_BYTES", 1)
+    monkeypatch.setattr("tapestry.node.disk.checkpoints.WRITE_OUT_BYTES", 1)
     run.advance()
     run.save()
     store, checkpoints = run.reopened()

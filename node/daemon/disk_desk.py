@@ -23,10 +23,16 @@ from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.transfer import DonorFailed, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
+from tapestry.node.state.model import ModelState
 
 LEAVING_BYTES_MAX = 256 << 20  # Guess: a state that even a slow disk takes in two of the seconds to stop in
 
 _log = logging.getLogger("tapestry.node")
+
+
+def is_large(state: ModelState) -> bool:
+    """Whether a state, and the inner optimizer of its model, take too long to write when a node stops."""
+    return state.size_bytes > LEAVING_BYTES_MAX
 
 
 class DiskDesk:
@@ -67,16 +73,17 @@ class DiskDesk:
 
     async def leave(self) -> None:
         """Keep what must be kept; the trainer ends meanwhile. A large state is not written again: the last
-        checkpoint and the update log lead to it, and the next start takes those steps once more."""
+        checkpoint and the update log lead to it, and the next start takes those steps once more. Nor is the
+        inner optimizer of so large a model: the next start has it as of that checkpoint."""
         self._leaving = True
         if self._fetching is not None:
             self._fetching.cancel()  # what has come of it lies in memory only: there is nothing to keep
-        small = self._keeper.state.size_bytes <= LEAVING_BYTES_MAX
+        small = not is_large(self._keeper.state)
         if not small:
             self._keeper.abandon_checkpoint()
         async with self._state_lock:
             epoch = self._loop.snapshot().state_epoch
-            if epoch >= 0:
+            if small and epoch >= 0:
                 self._trainer.save(epoch)
             self._trainer.end()
             if small:

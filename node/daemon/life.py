@@ -42,6 +42,7 @@ from tapestry.node.daemon.assembly import (
 )
 from tapestry.node.daemon.base import have_base
 from tapestry.node.daemon.control import Control
+from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit
@@ -77,7 +78,9 @@ from tapestry.node.trainer.process import Event, Parted, TrainerError, TrainerPr
 
 STOP_S = 10.0  # the contract: exit 0 within
 TRAINER_STOP_S = 4.0  # where nothing has to be put away
-CLOSING_S = 5.0  # of STOP_S, for the end of a trainer that had to be killed, of links and of p2pd. Guess
+# Of STOP_S, for the end of a trainer that is killed in a step: 5 GB take 4 s beside other jobs.
+CLOSING_S = 6.0
+TRAINER_STOP_LARGE_S = 1.0  # it has nothing to save
 DISK_EVERY_S = 60.0
 USERS_REASONS = ("data", "model", "settings", "device")  # of messages.Failed: what a person can put right
 VERSION = version("tapestry-node")
@@ -280,7 +283,9 @@ class Daemon:
     async def _stop_trainer(self) -> None:
         """It was told when the node began to leave; a long step may take what time is left."""
         wait_s = TRAINER_STOP_S
-        if self._stopping_at is not None:
+        if self._node is not None and is_large(self._node.keeper.state):
+            wait_s = TRAINER_STOP_LARGE_S
+        elif self._stopping_at is not None:
             wait_s = self._stopping_at + STOP_S - CLOSING_S - asyncio.get_running_loop().time()
         await self.trainer.stop(max(0.0, wait_s))
 

@@ -25,6 +25,7 @@ Works under asyncio and uvloop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
@@ -682,6 +683,8 @@ class _Worker:
     def kill(self) -> None:
         if self._process.returncode is None:
             try:
+                with contextlib.suppress(PermissionError):  # nice, with much memory to give back
+                    os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
                 self._process.kill()
             except ProcessLookupError:
                 return  # it has just gone by itself

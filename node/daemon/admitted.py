@@ -15,7 +15,7 @@ from tapestry.dht.swarm import Swarm
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
-from tapestry.node.protocol.members import NAME_CHARS_MAX, Roll
+from tapestry.node.protocol.members import LIFETIME_EPOCHS_MAX, NAME_CHARS_MAX, Change, Roll
 from tapestry.node.spec.node import NodeConfig
 
 CONNECT_S = 10.0
@@ -27,7 +27,6 @@ _log = logging.getLogger("tapestry.join")
 async def be_admitted(
     config: NodeConfig,
     roll: Roll,  # by the records of this home, or the genesis
-    epoch: int,
     swarm: Swarm,
     peers: Sequence[PeerAddress],
     say: Callable[[str], None],
@@ -48,9 +47,6 @@ async def be_admitted(
             hint=f"name a member with --peer, and ask it to run: tapestry admit {me}",
         )
     applicant = _Applicant(config, me, say)
-    admission = None
-    if config.invitation is not None:
-        admission = config.invitation.admission(me, applicant.name, epoch)
     while True:
         failures = []
         for peer in peers:
@@ -60,7 +56,7 @@ async def be_admitted(
                 return await swarm.open_stream(peer.peer_id, admission_protocol(roll.run_id), CONNECT_S)
 
             try:
-                await ask_until_member(open_stream, applicant.name, admission, applicant.hear)
+                await ask_until_member(open_stream, applicant.name, applicant.admission, applicant.hear)
                 _log.info("admitted peer=%s", peer.peer_id[-6:])
                 return
             except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
@@ -79,9 +75,20 @@ class _Applicant:
     def __init__(self, config: NodeConfig, me: str, say: Callable[[str], None]) -> None:
         self._say = say
         self._waits = config.waits
+        self._invitation = config.invitation
+        self._admission: Change | None = None  # one, however often it is brought
         self._me = me
         self.name = config.home.path.name[:NAME_CHARS_MAX]
         self.heard: Answer | None = None
+
+    def admission(self, epoch: int) -> Change | None:
+        """By our invitation, as long as records from `epoch` on may carry it."""
+        if self._invitation is None:
+            return None
+        made = self._admission
+        if made is None or not epoch < made.until <= epoch + LIFETIME_EPOCHS_MAX:
+            made = self._admission = self._invitation.admission(self._me, self.name, epoch)
+        return made
 
     def hear(self, answer: Answer) -> None:
         """Raises UserError where there is nothing to wait for."""

@@ -211,7 +211,7 @@ class Daemon:
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             if agreed.genesis is not None:
                 chain = Chain(agreed.genesis, loaded.records)
-                await be_admitted(config, chain.roll, chain.epoch, swarm, peers, self._wait_for)
+                await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
                 self._wait_for("")
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
             _log.info("%s", _waiting_for(config))

@@ -13,6 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from tapestry.dht.identity import public_key_of
 from tapestry.node.daemon.desk import Loop
 from tapestry.node.net.admission import Reception, who_admits
 from tapestry.node.protocol import events as ev
@@ -44,6 +45,10 @@ FAULTS = {
     "charter": "these are no rules that the founders could keep",
     "malformed": "it is not of the right form",
 }
+LAST_AUTHORITY = (
+    "nobody could admit or remove any more: first `tapestry propose charter admit_by majority`, "
+    "or `tapestry propose rekey` to another key"
+)
 
 
 class MembersDesk:
@@ -54,11 +59,14 @@ class MembersDesk:
         self._me = me
         self._crypto = crypto
         self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
-        self.reception = Reception(lambda: self.roll, self.submit, self._coming)
+        self.reception = Reception(lambda: self.roll, self._epoch, self.submit, self._coming)
 
     @property
     def roll(self) -> Roll:
         return self._loop.snapshot().roll
+
+    def _epoch(self) -> int:
+        return self._loop.snapshot().chain_epoch
 
     def admits(self, peer: str) -> bool:
         """Whether we talk with it at all. Of who is removed nothing is heard, whoever named it."""
@@ -104,6 +112,11 @@ class MembersDesk:
         words = strict.text(value, WHY_CHARS_MAX, "a value")
         if kind == "set":
             read_setting(words)
+        for one in (name, words if kind == "rekey" else name):
+            if kind not in OF_NOBODY and one not in self.roll.members and public_key_of(one) is None:
+                raise strict.Malformed(f"{one[:64]} is no peer id")
+        if kind == "remove" and self.roll.charter.admit_by != "majority" and self.roll.council == (name,):
+            return {"fault": LAST_AUTHORITY}
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
 
     def expel(self, peer: str, why: str, epoch: int) -> None:

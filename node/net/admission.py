@@ -1,15 +1,18 @@
 """How somebody becomes a member: an applicant asks, a member answers, until a record has admitted it.
 
 An applicant reaches the run by two streams, this one and that of the genesis, and by nothing else. It opens
-this stream to a member, asks, and asks again every ASK_AGAIN_S on the same stream:
+this stream to a member, asks, and asks again every ASK_AGAIN_S on the same stream. Who has an invitation asks
+without it first: an admission is for records around one epoch, and who knows none is told where the run is.
 
     {"ask": "admission", "name": NAME, "admission": CHANGE or None}    CHANGE: signed with an invitation's key
-    {"is": "member"}                                 it may begin
-    {"is": "applicant", "by": WHO ADMITS, "why": WHAT IS WRONG WITH ITS INVITATION, or ""}
-    {"is": "removed", "why": WHY}
+    {"is": "member", ...}                            it may begin
+    {"is": "applicant", "by": WHO ADMITS, "why": WHAT IS WRONG WITH ITS INVITATION or "", "epoch": EPOCH}
+    {"is": "removed", "why": WHY, ...}
 
 A member remembers APPLICANTS_MAX of them, those who asked last: who floods it is shown instead of others, and
-hides nobody from `tapestry admit`, which takes the id that the applicant was told.
+hides nobody from `tapestry admit`, which takes the id that the applicant was told. It serves STREAMS_MAX at
+once: for who comes then, the stream that was opened first is closed. So nobody holds the others up, and an
+applicant that loses its stream has had its answer and comes again.
 
 Imports net/wire.py's frames and asyncio; no hivemind. What opens streams is given.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -37,6 +40,7 @@ from tapestry.node.net.wire import (
     write_frame,
 )
 from tapestry.node.protocol import strict
+from tapestry.node.protocol.canon import EPOCH_MAX
 from tapestry.node.protocol.members import (
     NAME_CHARS_MAX,
     WHY_CHARS_MAX,
@@ -53,7 +57,8 @@ ANSWER_BYTES_MAX = 4096
 TAKEN = "the invitation is good: admitted with the next record"
 SILENCE_S = 10.0  # Guess: between two questions, and for an answer
 APPLICANTS_MAX = 64  # remembered. G7
-STREAMS_MAX = 32  # Guess: served at once; who comes then is told nothing, and comes again
+STREAMS_MAX = 32  # Guess: served at once
+PACE_S = 0.1  # Guess: after an answer, before the next question on that stream is read
 APPLICANT_S = 600.0  # Guess: after so long without a question it is forgotten
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -80,6 +85,9 @@ class Answer:
     standing: str  # member | applicant | removed
     by: str = ""  # applicant: who admits
     why: str = ""  # removed: the reason; applicant: what is wrong with its invitation
+    epoch: int = field(
+        default=0, compare=False
+    )  # of the newest record there; each changes it, and says nothing
 
 
 class Reception:
@@ -88,16 +96,18 @@ class Reception:
     def __init__(
         self,
         roll: Callable[[], Roll],
+        epoch: Callable[[], int],
         submit: Callable[[Change], str],
         coming: Callable[[], Iterable[str]] = tuple,  # keys of invitations that wait for a record
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._roll = roll
+        self._epoch = epoch  # of our newest record
         self._submit = submit  # a change to the core; returns what is wrong with it, or ""
         self._coming = coming
         self._clock = clock
         self._applicants: dict[str, Applicant] = {}  # the one that asked last is the last
-        self._serving: dict[str, None] = {}
+        self._serving: dict[str, asyncio.StreamWriter] = {}  # whose stream was opened first is the first
 
     @property
     def applicants(self) -> tuple[Applicant, ...]:
@@ -113,17 +123,20 @@ class Reception:
         if peer in self._serving:
             raise RemoteProtocolError("streams", "more than one stream to ask for admission")
         if len(self._serving) >= STREAMS_MAX:
-            return
-        self._serving[peer] = None
+            self._serving.pop(next(iter(self._serving))).close()
+        self._serving[peer] = writer
         try:
             while True:
                 answer = self._answer(peer, await _receive(reader, QUESTION_BYTES_MAX))
-                await _send(writer, {"is": answer.standing, "by": answer.by, "why": answer.why})
+                fields = {"is": answer.standing, "by": answer.by, "why": answer.why}
+                await _send(writer, fields | {"epoch": self._epoch()})
+                await asyncio.sleep(PACE_S)
         except StreamEnded as ended:
             if not ended.clean:
                 raise
         finally:
-            del self._serving[peer]
+            if self._serving.get(peer) is writer:
+                del self._serving[peer]
 
     def _answer(self, peer: str, question: dict[str, Any]) -> Answer:
         """Raises RemoteProtocolError."""
@@ -177,7 +190,7 @@ def who_admits(roll: Roll) -> str:
 async def ask_until_member(
     open_stream: Callable[[], Awaitable[Streams]],
     name: str,
-    admission: Change | None,
+    admission: Callable[[int], Change | None],  # by invitation, in a run at that epoch
     heard: Callable[[Answer], None],
 ) -> None:
     """Ask over one stream until the answer is `member`; `heard` is told of every other, and may raise.
@@ -185,17 +198,17 @@ async def ask_until_member(
     Raises RemoteProtocolError, StreamEnded, TimeoutError, OSError, and what opening raises.
     """
     reader, writer = await open_stream()
-    question = {
-        "ask": "admission",
-        "name": name,
-        "admission": change_to_list(admission) if admission is not None else None,
-    }
+    brought: Change | None = None
     try:
         while True:
-            await _send(writer, question)
+            raw = change_to_list(brought) if brought is not None else None
+            await _send(writer, {"ask": "admission", "name": name, "admission": raw})
             answer = _answer_of(await _receive(reader, ANSWER_BYTES_MAX))
             if answer.standing == "member":
                 return
+            had, brought = brought, admission(answer.epoch)
+            if had is None and brought is not None:
+                continue
             heard(answer)
             await asyncio.sleep(ASK_AGAIN_S)
     finally:
@@ -204,14 +217,15 @@ async def ask_until_member(
 
 def _answer_of(raw: dict[str, Any]) -> Answer:
     try:
-        fields = strict.table(raw, ("is", "by", "why"), "an answer")
+        fields = strict.table(raw, ("is", "by", "why", "epoch"), "an answer")
         standing = strict.text(fields["is"], 16, "is")
         if standing not in ("member", "applicant", "removed"):
             raise strict.Malformed("no answer to an applicant")
+        epoch = strict.integer(fields["epoch"], 0, EPOCH_MAX, "epoch")
         by, why = (printable(strict.text(fields[key], 4 * WHY_CHARS_MAX, key)) for key in ("by", "why"))
     except strict.Malformed as error:
         raise RemoteProtocolError("malformed", str(error)) from None
-    return Answer(standing, by, why)
+    return Answer(standing, by, why, epoch)
 
 
 async def _receive(reader: asyncio.StreamReader, bytes_max: int) -> dict[str, Any]:

@@ -221,8 +221,10 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
         seat = members.pop(peer)
         members[value] = replace(seat, since=epoch)
         council = tuple([value if p == peer else p for p in roll.council])
-        removed = dict([*roll.removed.items(), (peer, "its key was replaced")][-REMOVED_KEPT:])
-        return replace(roll, members=_sorted(members), council=council, removed=removed)
+        removed = {p: why for p, why in roll.removed.items() if p != value}
+        removed = dict([*removed.items(), (peer, "its key was replaced")][-REMOVED_KEPT:])
+        counted = {p: n for p, n in roll.counted.items() if p != value}
+        return replace(roll, members=_sorted(members), council=council, removed=removed, counted=counted)
     if kind == "voice":
         members[peer] = replace(members[peer], voice=int(value))
         return replace(roll, members=members)
@@ -295,12 +297,16 @@ def change_fault(roll: Roll, epoch: int, change: Change, crypto: Crypto) -> str 
 def _meaning_fault(roll: Roll, change: Change) -> str | None:
     kind, peer, value, members = change.kind, change.peer, change.value, roll.members
     if kind == "admit":
+        if peer in roll.invites:
+            return "invites"
         return "member" if peer in members or len(members) >= MEMBERS_MAX else None
     if kind == "remove":
         return None if peer in members or peer in roll.invites else "no_member"
-    if kind == "rekey":
-        return None if peer in members and value not in members and value else "no_member"
     try:
+        if kind == "rekey":
+            if peer_field(value, "the new peer id") in roll.invites:
+                return "invites"
+            return None if peer in members and value not in members else "no_member"
         if kind == "voice":
             _read_voice(value)
             return None if peer in members else "no_member"
@@ -352,8 +358,10 @@ def charter_fault(charter: Charter, council_count: int) -> str | None:
         return "charter"
     if not (0 < charter.open_share < SHARE and 0 <= charter.open_votes_after <= LIFETIME_EPOCHS_MAX):
         return "charter"
-    if charter.admit_by in ("founder", "majority"):
+    if charter.admit_by == "majority":
         return None
+    if charter.admit_by == "founder":
+        return None if council_count else "charter"
     words = charter.admit_by.removeprefix("council ").split("/")
     if (
         not charter.admit_by.startswith("council ")

@@ -1,14 +1,17 @@
 """Changes of the roll on their way into a record: collected outside of rounds, carried by whoever leads next.
 
-A pool of what is signed by somebody who may ask; bounded, and of each asker so many. Members tell each other
-what they know (CHANGES), signatures add up, and a change with enough of them goes into the next record. What
-a record applied, or what can no longer apply, leaves the pool. It is in memory only: who asked asks again.
+A pool of what is signed by somebody who may ask; bounded, and of each asker so many. Where it is full, who
+asks for little displaces who has asked for most: a few who ask for much keep nobody out. Members tell each
+other what they know (CHANGES), signatures add up, and a change with enough of them goes into the next record.
+What a record applied, or what can no longer apply, leaves the pool. It is in memory only: who asked asks
+again.
 
 Pure; no clock.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from tapestry.node.protocol.canon import Crypto
@@ -44,7 +47,7 @@ class Proposals:
         if known is None:
             if not askers:
                 return "unsigned_change"
-            if len(self.pending) >= PROPOSALS_MAX or self._of(askers[0]) >= OF_ONE_MAX:
+            if self._of(askers[0]) >= OF_ONE_MAX or not self._room_for(askers[0]):
                 return "proposals"
             self.asked_by[name] = askers[0]
             known = Change(change.kind, change.peer, change.value, change.until, change.nonce)
@@ -62,6 +65,17 @@ class Proposals:
         """Who signed it, as far as we know and the roll lets them count."""
         known = self.pending.get(change_id(roll.run_id, change))
         return {peer for peer, _ in known.signatures} if known is not None else set()
+
+    def _room_for(self, asker: str) -> bool:
+        """Made, if need be, by forgetting what came last of who asked for most, if that is more."""
+        if len(self.pending) < PROPOSALS_MAX:
+            return True
+        greediest, count = Counter(self.asked_by.values()).most_common(1)[0]
+        if count <= self._of(asker) + 1:
+            return False
+        last = [name for name, by in self.asked_by.items() if by == greediest][-1]
+        del self.pending[last], self.asked_by[last]
+        return True
 
     def _of(self, asker: str) -> int:
         return sum(by == asker for by in self.asked_by.values())

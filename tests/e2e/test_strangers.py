@@ -37,11 +37,11 @@ async def trains_for_ever(enemy: Enemy) -> None:
         await enemy.open("control", said(Status(epoch, head, epoch, "training", Stage.TRAINING, 0, 0, ())))
 
 
-async def applies_a_hundred_times(enemy: Enemy) -> None:
+async def applies_again_and_again(enemy: Enemy) -> None:
     """One identity is one applicant, of the name that it gave last; a second stream of it is not served."""
     reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["admission"], 10.0)
     enemy.writers.append(writer)
-    for number in range(100):
+    for number in range(10):
         question = {"ask": "admission", "name": f"name {number}", "admission": None}
         writer.write(framed(msgpack.packb(question)))
         header, _ = await read_frame(reader, FrameLimits(4096, 0), start_s=10.0, silence_s=10.0)
@@ -51,10 +51,10 @@ async def applies_a_hundred_times(enemy: Enemy) -> None:
     async with asyncio.timeout(10.0):
         assert await again.read() == b""
     applicants = (await enemy.status())["applicants"]
-    assert [one["name"] for one in applicants if one["peer"] == enemy.swarm.peer_id] == ["name 99"]
+    assert [one["name"] for one in applicants if one["peer"] == enemy.swarm.peer_id] == ["name 9"]
 
 
-ATTACKS = (asks_for_state, trains_for_ever, forged_votes, applies_a_hundred_times, floods)
+ATTACKS = (asks_for_state, trains_for_ever, forged_votes, applies_again_and_again, floods)
 
 
 def test_strangers_move_nothing_and_hold_nobody_up(tmp_path: Path) -> None:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity
+from tapestry.node.daemon.admitted import be_admitted
 from tapestry.node.errors import UserError
+from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.net.admission import APPLICANT_S, APPLICANTS_MAX, Reception, who_admits
+from tapestry.node.net import admission as protocol
+from tapestry.node.net.admission import (
+    APPLICANT_S,
+    APPLICANTS_MAX,
+    STREAMS_MAX,
+    TAKEN,
+    Reception,
+    who_admits,
+)
 from tapestry.node.net.wire import FRAME, RemoteProtocolError, frame_parts
 from tapestry.node.protocol.members import (
     Change,
@@ -25,7 +37,8 @@ from tapestry.node.protocol.members import (
     first_roll,
     invite_value,
 )
-from tapestry.node.spec.invitation import Invitation, read_invitation
+from tapestry.node.spec.invitation import ADMIT_WITHIN_EPOCHS, Invitation, read_invitation
+from tapestry.node.spec.node import NodeConfig
 
 RUN = "ab" * 32
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWMe"
@@ -44,14 +57,22 @@ class FakeWriter:
 
     def __init__(self) -> None:
         self.data = bytearray()
+        self.reader = asyncio.StreamReader()
+        self.to: asyncio.StreamReader | None = None  # at the other end
 
     def is_closing(self) -> bool:
         return False
 
     def write(self, data: Any) -> None:
         self.data += data
+        if self.to is not None:
+            self.to.feed_data(data)
 
     async def drain(self) -> None: ...
+
+    def close(self) -> None:
+        """What asyncio does when a stream is closed: the reader is at its end."""
+        self.reader.feed_eof()
 
     def answers(self) -> list[dict[str, Any]]:
         found, at = [], 0
@@ -68,9 +89,12 @@ class Office:
     def __init__(self, roll: Roll | None = None) -> None:
         self.roll = roll or first_roll(RUN, Charter(), [FOUNDER.peer_id])
         self.now = 1000.0
+        self.epoch = 0
         self.submitted: list[Change] = []
         self.coming: tuple[str, ...] = ()
-        self.reception = Reception(lambda: self.roll, self.submit, lambda: self.coming, lambda: self.now)
+        self.reception = Reception(
+            lambda: self.roll, lambda: self.epoch, self.submit, lambda: self.coming, lambda: self.now
+        )
 
     def submit(self, change: Change) -> str:
         self.submitted.append(change)
@@ -82,28 +106,49 @@ class Office:
 
     def say(self, peer: str, question: object) -> dict[str, Any]:
         async def main() -> dict[str, Any]:
-            reader, writer = asyncio.StreamReader(), FakeWriter()
-            reader.feed_data(b"".join(frame_parts(msgpack.packb(question))))
-            reader.feed_eof()
-            await self.reception.serve(peer, reader, writer)  # type: ignore[arg-type]
+            writer = FakeWriter()
+            writer.reader.feed_data(b"".join(frame_parts(msgpack.packb(question))))
+            writer.reader.feed_eof()
+            await self.reception.serve(peer, writer.reader, writer)  # type: ignore[arg-type]
             (answer,) = writer.answers()
+            assert answer.pop("epoch") == self.epoch
             return answer
 
         return asyncio.run(main())
 
     def applied(self, change: Change, by: Identity | None = None) -> None:
         """The next record has it."""
+        epoch = self.epoch + 1
         if by is not None:
             change = change.signed(by.peer_id, by.sign(change_message(RUN, change)).hex())
         named = list(self.roll.members)
-        assert changes_fault(self.roll, 1, [change], named, CRYPTO) is None
-        self.roll = self.roll.after(1, [change], [(p, 1) for p in named])
+        assert changes_fault(self.roll, epoch, [change], named, CRYPTO) is None
+        self.roll = self.roll.after(epoch, [change], [(p, 1) for p in named])
+
+
+class FakeSwarm:
+    """A guest's, in which an office answers."""
+
+    peer_id = GUEST.peer_id
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._serving: list[asyncio.Task[None]] = []
+
+    async def connect(self, *_: object) -> None: ...
+
+    async def open_stream(self, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:
+        ours, theirs = FakeWriter(), FakeWriter()
+        ours.to, theirs.to = theirs.reader, ours.reader
+        serving = self._office.reception.serve(self.peer_id, theirs.reader, theirs)  # type: ignore[arg-type]
+        self._serving.append(asyncio.create_task(serving))
+        return ours.reader, ours
 
 
 def invited(office: Office, uses: int = 1, expires_at: int = 0) -> Invitation:
     invitation = Invitation.drawn(ADDRESS, RUN)
     value = invite_value("Gast", uses, expires_at)
-    office.applied(Change("invite", invitation.key, value, 9, "cd" * 16), FOUNDER)
+    office.applied(Change("invite", invitation.key, value, office.epoch + 9, "cd" * 16), FOUNDER)
     return invitation
 
 
@@ -137,6 +182,33 @@ def test_an_invitation_admits_its_guest_once_and_nobody_else() -> None:
     late = invitation.admission(key(3).peer_id, "", 0)
     assert "used up" in office.ask(key(3).peer_id, "", late)["why"]
     assert changes_fault(office.roll, 2, [late], list(office.roll.members), CRYPTO) == "unsigned_change"
+
+
+def test_a_guest_that_knows_no_record_is_admitted_to_a_run_of_any_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(protocol, "PACE_S", 0.0)
+    office = Office()
+    office.epoch = 3 * ADMIT_WITHIN_EPOCHS
+    line = Invitation.drawn(f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}", RUN)
+    value = invite_value("Gast", 1, 0)
+    office.applied(Change("invite", line.key, value, office.epoch + 9, "cd" * 16), FOUNDER)
+    told: list[str] = []
+
+    def say(text: str) -> None:
+        if text not in told:
+            told.append(text)
+            office.applied(office.submitted[0])
+
+    async def main() -> None:
+        config = NodeConfig.resolve(Home(tmp_path), {"peers": (line.line,), "external": True}, {})
+        peers = [parse_peer(peer) for peer in config.peers]
+        async with asyncio.timeout(10.0):
+            await be_admitted(config, office.roll, FakeSwarm(office), peers, say)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert len(told) == 1 and TAKEN in told[0] and GUEST.peer_id in office.roll.members
 
 
 def test_an_invitation_that_no_record_has_yet_is_said_to_be_on_its_way() -> None:
@@ -174,6 +246,46 @@ def test_a_flood_of_applicants_is_bounded_and_who_asked_last_is_shown() -> None:
     assert len(shown) == APPLICANTS_MAX and shown[0].peer == GUEST.peer_id
     office.now += APPLICANT_S + 1
     assert office.reception.applicants == ()
+
+
+def test_who_holds_all_streams_keeps_nobody_from_being_answered() -> None:
+    office = Office()
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            silent = []
+            for number in range(2 * STREAMS_MAX):
+                silent.append(FakeWriter())
+                serving = office.reception.serve(f"stranger{number}", silent[-1].reader, silent[-1])  # type: ignore[arg-type]
+                tasks.create_task(serving)
+            await asyncio.sleep(0)
+            guest = FakeWriter()
+            question = {"ask": "admission", "name": "Oma", "admission": None}
+            guest.reader.feed_data(b"".join(frame_parts(msgpack.packb(question))))
+            guest.reader.feed_eof()
+            await office.reception.serve(GUEST.peer_id, guest.reader, guest)  # type: ignore[arg-type]
+            assert [answer["is"] for answer in guest.answers()] == ["applicant"]
+            assert sum(not writer.reader.at_eof() for writer in silent) < STREAMS_MAX
+            for writer in silent:
+                writer.close()
+
+    asyncio.run(main())
+
+
+def test_questions_that_come_without_a_pause_are_answered_at_a_pace() -> None:
+    office = Office()
+
+    async def main() -> int:
+        flood = FakeWriter()
+        question = {"ask": "admission", "name": "Oma", "admission": None}
+        flood.reader.feed_data(100 * b"".join(frame_parts(msgpack.packb(question))))
+        serving = asyncio.create_task(office.reception.serve(GUEST.peer_id, flood.reader, flood))  # type: ignore[arg-type]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        serving.cancel()
+        return len(flood.answers())
+
+    assert asyncio.run(main()) == 1
 
 
 @pytest.mark.parametrize(

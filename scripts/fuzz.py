@@ -110,7 +110,7 @@ def _invitation(data: bytes) -> None:
 def _admission(data: bytes) -> None:
     question = wire.unpack(data)
     if type(question) is dict:
-        Reception(lambda: ROLL, lambda change: "")._answer(GUEST, question)
+        Reception(lambda: ROLL, lambda: 0, lambda change: "")._answer(GUEST, question)
 
 
 def _presence(data: bytes) -> None:

@@ -72,13 +72,11 @@ class Context:
     def contributors_min(self) -> int:
         """No round starts with fewer contributions: `min_members`.
 
-        But where the run has fewer members than that, and a change of them has all its signatures, as many as
-        there are: without a record nobody could be admitted, and nobody who was waited for could come.
+        But one is enough where a change has all its signatures: without a record nobody could be admitted of
+        those who are waited for, nobody who is gone removed, and this number not be lowered. A quorum decides
+        such a record as it does all others.
         """
-        roll, need = self.roll, self.rules.min_members
-        if len(roll.members) < need and not roll.is_open and self.proposals.any_signed(roll):
-            need = len(roll.members)
-        return max(1, need)
+        return 1 if self.proposals.any_signed(self.roll) else max(1, self.rules.min_members)
 
     def emit(self, output: Output) -> None:
         self.out.append(output)

@@ -68,6 +68,22 @@ def test_the_waits_of_every_node_follow_a_setting_and_go_back_with_a_chain_that_
     assert core.ctx.rules == world.rules
 
 
+@pytest.mark.parametrize(
+    "change",
+    [Change("set", "", "round.min_members 2", 1000, "0" * 32), Change("remove", "p2", "", 1000, "0" * 32)],
+)
+def test_who_is_gone_holds_up_no_change_of_a_run_that_asks_for_everybody(change: Change):
+    world = founded(min_members=3)
+    world.nodes["p2"].crash()
+    stands = world.epoch()
+    for _ in range(500):
+        world.step()
+    assert world.epoch() <= stands + 1, "a round needs all three"
+    there = [world.nodes[name] for name in ("p0", "p1")]
+    there[0].feed(ev.ChangeAsked(change))
+    world.until(lambda: all(n.core.ctx.roll != n.core.chain.places[0].roll for n in there), 60)
+
+
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")
 NO_SETTINGS += ("round.min_members 1.5", "x.y 1")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,8 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import ModelState, TornState
+
+GENESIS_SERVES_MAX = 64  # Guess: of the stream of the genesis at once; each is one frame, within 10 s
 
 _log = logging.getLogger("tapestry.keeper")
 
@@ -187,9 +190,12 @@ class Keeper:
         """End the one that is being written, and write no more: the node leaves."""
         self.checkpoints.abandon()
 
-    def donor(self, on_bytes: Callable[[str, int], None]) -> Donor:
-        """What serves others from this disk."""
-        return Donor(self._chain.genesis, self.store, self.checkpoints, self._transfer, on_bytes, self._base)
+    def donor(self, on_bytes: Callable[[str, int], None], genesis_only: bool = False) -> Donor:
+        """What serves others from this disk: members, or whoever asks what the run is."""
+        limits = replace(self._transfer, serves_max=GENESIS_SERVES_MAX) if genesis_only else self._transfer
+        return Donor(
+            self._chain.genesis, self.store, self.checkpoints, limits, on_bytes, self._base, genesis_only
+        )
 
     async def fetch_update(
         self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]

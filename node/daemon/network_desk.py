@@ -61,8 +61,9 @@ class NetworkDesk:
         self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
         self._epoch_told = -2
         self._means: dict[tuple[str, int, int], str] = {}  # digests of this round's means, for the ledger
-        # Two, so that a joiner learns what the run is while all that give state are busy.
-        genesis_donor, state_donor = keeper.donor(self._on_served_bytes), keeper.donor(self._on_served_bytes)
+        # Two: a joiner learns what the run is while all that give state are busy, and a stranger only that.
+        genesis_donor = keeper.donor(self._on_served_bytes, genesis_only=True)
+        state_donor = keeper.donor(self._on_served_bytes)
         egress = reporter.egress
         self._genesis_door = Door(genesis_donor, egress, GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
         self._state_door = Door(state_donor, egress, STATE_STREAMS_MAX, None)

@@ -131,7 +131,9 @@ class Donor:
         limits: TransferLimits,
         on_bytes: OnBytes,
         base: BaseFolder | None = None,  # of a run that continues one
+        genesis_only: bool = False,  # for who is no member: no state, no update, no file
     ) -> None:
+        self._genesis_only = genesis_only
         self._base = base
         self._genesis = genesis
         self._store = store
@@ -176,6 +178,8 @@ class Donor:
             case {"ask": "genesis", **rest} if not rest:
                 served.part(0, self._genesis.run_id)
                 await stream.send({"is": "genesis", "genesis": canonical(genesis_to_dict(self._genesis))})
+            case _ if self._genesis_only:
+                raise RemoteProtocolError("not_member", "more than the genesis is for members")
             case {"ask": "update", "epoch": epoch, "head": head, **rest} if not rest:
                 await self._send_update(stream, _epoch(epoch), _digest(head), served)
             case {"ask": "checkpoint", "epoch_max": epoch_max, **rest} if not rest:

@@ -22,12 +22,13 @@ pytestmark = [
 
 
 async def asks_for_state(enemy: Enemy) -> None:
-    """The stream ends, and nothing came."""
-    reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["state"], 10.0)
-    enemy.writers.append(writer)
-    writer.write(framed(msgpack.packb({"ask": "checkpoint"})))
-    async with asyncio.timeout(10.0):
-        assert await reader.read() == b""
+    """The stream ends, and nothing came; so on that of the genesis, which is for everybody."""
+    for protocol in ("state", "genesis"):
+        reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols[protocol], 10.0)
+        enemy.writers.append(writer)
+        writer.write(framed(msgpack.packb({"ask": "checkpoint", "epoch_max": 1000})))
+        async with asyncio.timeout(10.0):
+            assert await reader.read() == b"", protocol
 
 
 async def trains_for_ever(enemy: Enemy) -> None:

@@ -85,7 +85,7 @@ class FakeKeeper:
         self.run_id = RUN
         self.state = SimpleNamespace(size_bytes=1)
 
-    def donor(self, on_bytes: object) -> FakeDonor:
+    def donor(self, on_bytes: object, genesis_only: bool = False) -> FakeDonor:
         self.donors.append(FakeDonor())
         return self.donors[-1]
 

@@ -271,6 +271,23 @@ class Tampering:
         return self._writer.is_closing()
 
 
+def test_who_may_know_the_genesis_alone_gets_no_update_and_no_state(big: Run, joiner: Store) -> None:
+    served: list[str] = []
+
+    async def serve(*streams: Any) -> None:
+        door = Donor(big.chain.genesis, big.store, big.checkpoints, LIMITS, no_count, genesis_only=True)
+        try:
+            await door.serve(*streams)
+        except RemoteProtocolError as error:
+            served.append(error.reason)
+
+    assert between(serve, lambda opened: fetch_genesis(opened, CRYPTO, LIMITS, no_count)) == big.chain.genesis
+    for fetch in (update_of(big, joiner), state_of(big, big.fresh())):
+        with pytest.raises(DonorFailed):
+            between(serve, fetch)
+    assert served == ["not_member"] * 2 and joiner.heads_with_updates() == ()
+
+
 def tampered(run: Run, at: int) -> Serve:
     return lambda reader, writer: donor(run).serve(reader, Tampering(writer, at))  # type: ignore[arg-type]
 

@@ -214,7 +214,8 @@ class Network:
             )
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
-            relay = Relay(swarm.open_stream, lambda: self.linked, config.limits.throttles, config.relay)
+            throttles = config.limits.throttles
+            relay = Relay(swarm.open_stream, lambda: self.linked, node.admits, throttles, config.relay)
             await swarm.serve(HOP, relay.serve)  # in the place of p2pd's own, also where it refuses
             announced = bool(config.swarm.announce)
             self._reach = Reach(swarm, self._links, lambda: self._direct, announced, self._place)

@@ -4,10 +4,10 @@ libp2p's circuit relay 2 (dht/reachability.py has the messages). A guest asks fo
 guest; we open a stream to the guest, tell it who calls, and from then on pass bytes both ways. The two then
 prove to each other who they are and encrypt, inside: we see sizes and times.
 
-Only a linked peer, so a node of this run, gets a place, and only to those with a place is anything carried;
-who calls may be anybody, for a joiner is nobody yet. What is carried waits for the upload cap like bulk, and
-counts for both caps. Everything has a bound: places, circuits in all and of each peer, and how long a side
-may take nothing.
+Only a linked peer, so a member of this run, gets a place, and only to those with a place is anything carried;
+who calls may be anybody, for a joiner is nobody yet, but strangers have few circuits. What is carried waits
+for the upload cap like bulk, and counts for both caps. Everything has a bound: places, circuits in all and of
+each peer, and how long a side may take nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from tapestry.node.net.throttle import Throttles
 PLACES_MAX = 128  # libp2p's
 CIRCUITS_MAX = 256  # Guess: 16 guests that are all linked with each other take 240, one for each end's dial
 PEER_CIRCUITS_MAX = 32  # to or from one peer. Guess
+STRANGERS_CIRCUITS_MAX = 16  # of all who are no members, one each: enough to ask for admission. Guess
 PLACE_S = 3600.0  # libp2p's; our guests ask again each minute
 ASK_S = 10.0  # for a question to come, and for a guest to answer
 WRITE_S = 60.0  # Guess: a side that takes nothing for so long has no use for it
@@ -60,15 +61,18 @@ class Relay:
         self,
         open_stream: OpenStream,
         linked: Callable[[], Collection[str]],
+        admits: Callable[[str], bool],  # whether a peer belongs to the run
         throttles: Throttles,
         enabled: bool,
     ) -> None:
         self._open_stream = open_stream
         self._linked = linked
+        self._admits = admits
         self._throttles = throttles
         self._enabled = enabled
         self._places: dict[str, float] = {}  # guest -> until when
         self._circuits: Counter[str] = Counter()  # by peer, of either end
+        self._strangers: set[str] = set()  # callers that are no members, with a circuit each
 
     @property
     def guests(self) -> tuple[str, ...]:
@@ -119,11 +123,19 @@ class Relay:
         if self._circuits.total() >= 2 * CIRCUITS_MAX or of_peers >= PEER_CIRCUITS_MAX:
             await write_message(writer, hop_answer(TOO_MANY))
             return
+        is_member = self._admits(caller)
+        if not is_member and (caller in self._strangers or len(self._strangers) >= STRANGERS_CIRCUITS_MAX):
+            await write_message(writer, hop_answer(TOO_MANY))
+            return
         ends = (caller, guest)
         self._circuits.update(ends)
+        if not is_member:
+            self._strangers.add(caller)
         try:
             await self._carry(caller, guest, reader, writer)
         finally:
+            if not is_member:
+                self._strangers.discard(caller)
             self._circuits.subtract(ends)
             self._circuits = +self._circuits  # without those that have none
 

@@ -33,11 +33,12 @@ from tapestry.dht.reachability import (
 )
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.net import relay as relay_module
-from tapestry.node.net.relay import PEER_CIRCUITS_MAX, Relay
+from tapestry.node.net.relay import PEER_CIRCUITS_MAX, STRANGERS_CIRCUITS_MAX, Relay
 from tapestry.node.net.throttle import Throttle, Throttles
 
 GUEST, CALLER = (f"12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn{n}" for n in "56")
 CONNECT = b"\x08\x01" + stop_request(GUEST)[2:]
+LETTERS = "abcdefghijkmnpqr"  # of base58
 STOP_OK = b"\x08\x01\x20\x64"
 
 
@@ -77,7 +78,9 @@ def framed(message: bytes) -> bytes:
 class Bench:
     def __init__(self, enabled: bool = True, throttles: Throttles | None = None) -> None:
         self.linked, self.inner, self.asked = [GUEST], End(framed(STOP_OK)), ""
-        self.relay = Relay(self.open, lambda: self.linked, throttles or Throttles(), enabled)
+        self.members = {GUEST, CALLER, "another"}
+        admits = self.members.__contains__
+        self.relay = Relay(self.open, lambda: self.linked, admits, throttles or Throttles(), enabled)
 
     async def open(self, peer: str, protocol: str, timeout_s: float) -> Any:
         self.asked = f"{peer} {protocol}"
@@ -146,6 +149,34 @@ def test_bytes_pass_both_ways_until_one_side_ends_and_are_counted_for_the_caps()
     run(main())
 
 
+def test_strangers_have_one_circuit_each_and_few_together_and_leave_room_for_members():
+    async def main() -> None:
+        bench = Bench()
+        await bench.ask(GUEST, RESERVE)
+        bench.members = {GUEST, CALLER}
+        bench.relay._admits = bench.members.__contains__
+        held = []
+        for number in range(STRANGERS_CIRCUITS_MAX):
+            bench.inner = End(framed(STOP_OK))
+            end = End(framed(CONNECT))
+            held.append(asyncio.create_task(bench.relay.serve(f"stranger{LETTERS[number]}", end.reader, end)))  # type: ignore[arg-type]
+            while not end.written:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert await bench.ask("strangera", CONNECT) == TOO_MANY
+        assert await bench.ask("onemore", CONNECT) == TOO_MANY
+        bench.inner = None  # type: ignore[assignment]
+        assert await bench.ask(CALLER, CONNECT) == NOT_REACHED, "a member is tried"
+        held[0].cancel()
+        await asyncio.wait(held[:1])
+        assert await bench.ask("onemore", CONNECT) == NOT_REACHED
+        for task in held:
+            task.cancel()
+        await asyncio.wait(held)
+        assert not bench.relay._circuits and not bench.relay._strangers
+
+    run(main())
+
+
 def test_one_peer_has_so_many_circuits_and_no_more():
     async def main() -> None:
         bench = Bench()
@@ -196,7 +227,9 @@ def test_two_p2pd_meet_through_the_relay_and_it_carries_more_than_p2pds_own_128_
         try:
             carrier, guest, caller = swarms
             linked: list[str] = []
-            await carrier.serve(HOP, Relay(carrier.open_stream, lambda: linked, Throttles(), True).serve)
+            await carrier.serve(
+                HOP, Relay(carrier.open_stream, lambda: linked, linked.__contains__, Throttles(), True).serve
+            )
             await guest.serve("/tapestry/test/1", echo)
             at_relay = (await carrier.addresses())[0]
             await guest.connect(parse_peer(at_relay), 5.0)

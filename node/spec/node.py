@@ -101,7 +101,7 @@ class NodeConfig:
         values, where = _merged([_file_layer(home), _environment_layer(env), _flags_layer(flags)])
         options = read_table(NodeToml, values)
         host, port = _host_and_port(options.http, where["http"])
-        invitation = next(filter(None, map(read_invitation, options.peers)), None)
+        invitation = _invitation(options.peers, where["peers"])
         return cls(
             home=home,
             run=_run_file(options.run, where["run"], home),
@@ -331,6 +331,16 @@ def _run_id(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(rf"[0-9a-f]{{{RUN_ID_HEX_DIGITS}}}", value):
         raise UserError(f"--run-id: '{value[:80]}' is not a run id, which has {RUN_ID_HEX_DIGITS} hex digits")
     return value
+
+
+def _invitation(texts: tuple[str, ...], where: str) -> Invitation | None:
+    """The one among them, if there is one; it may come with several addresses."""
+    found = {read.secret: read for read in map(read_invitation, texts) if read is not None}
+    if len(found) > 1:
+        raise UserError(
+            f"{where}: there are {len(found)} invitations, and one admits", hint="keep one of them"
+        )
+    return next(iter(found.values()), None)
 
 
 def _of_invitations(texts: tuple[str, ...]) -> tuple[str, ...]:

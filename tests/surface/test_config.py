@@ -12,6 +12,7 @@ import pytest
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
+from tapestry.node.spec.invitation import Invitation
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig, NodeToml
 from tapestry.node.spec.tables import read_table
 
@@ -295,3 +296,14 @@ def test_the_commented_node_toml_reads_back_to_the_same_values() -> None:
 
 def _reads_back(written: NodeToml) -> None:
     assert read_table(NodeToml, tomllib.loads(written.to_toml())) == written
+
+
+def test_an_invitation_names_the_run_and_two_are_one_too_many(tmp_path: Path) -> None:
+    address = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
+    one, two = Invitation(address, "ab" * 32, b"1" * 32), Invitation(address, "ab" * 32, b"2" * 32)
+    config = _resolve(tmp_path, peers=(one.line, address))
+    assert (config.invitation, config.run_id, config.peers) == (one, "ab" * 32, (address, address))
+    with pytest.raises(UserError, match="2 invitations, and one admits"):
+        _resolve(tmp_path, peers=(one.line, two.line))
+    with pytest.raises(UserError, match="not whole"):
+        _resolve(tmp_path, peers=(one.line[:-3],))

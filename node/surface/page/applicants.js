@@ -6,6 +6,8 @@ import { ago, el, shortId } from "./format.js";
 const byId = (id) => document.getElementById(id);
 const asked = new Map(); // peer -> what the node said
 
+byId("admit-form").addEventListener("submit", (event) => event.preventDefault()); // Enter sends nothing
+
 /** The section is there only while somebody waits. */
 export function showApplicants(applicants) {
   byId("applicants-section").hidden = !applicants.length;

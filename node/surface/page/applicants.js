@@ -27,7 +27,7 @@ function row(one) {
     { "data-peer": one.peer },
     el("span", { class: "who", text: one.name || shortId(one.peer) }),
     el("span", { class: "mono quiet", title: one.peer, text: shortId(one.peer) }),
-    el("span", { class: "quiet", text: `asks since ${one.since}` }),
+    el("span", { class: "quiet", text: `first asked ${one.since}` }),
     el("span", { class: "said", role: "status", text: one.said }),
     button,
   );

@@ -208,17 +208,7 @@ def _table(home: Home) -> dict[str, Any]:
         "me": "",
         "run_id": at.roll.run_id,
         "epoch": at.epoch,
-        "members": [
-            {
-                "peer": peer,
-                "name": seat.name,
-                "since": seat.since,
-                "voice": seat.voice,
-                "founder": peer in at.roll.council,
-                "phase": "",
-            }
-            for peer, seat in at.roll.members.items()
-        ],
+        "members": control.member_rows(at.roll, {}),
         "applicants": [],
         "invites": [{"key": key, "name": i.name, "uses": i.uses} for key, i in at.roll.invites.items()],
         "pending": [],

@@ -32,6 +32,7 @@ from tapestry.node.protocol.members import (
     read_setting,
 )
 from tapestry.node.protocol.proposals import may_ask
+from tapestry.node.surface.control import member_rows
 
 VALID_EPOCHS = 100_000  # Guess: what nobody approved by then is void
 DONE_SHOWN = 256  # of the newest changes: a command looks there for its own
@@ -152,7 +153,8 @@ class MembersDesk:
     def table(self) -> dict[str, Any]:
         """All that people are shown."""
         core = self._loop.snapshot()
-        roll, up = core.roll, {p.peer_id: p.phase for p in core.peers}
+        roll = core.roll
+        phases = {p.peer_id: p.phase for p in core.peers} | {self._me: core.phase}
         return {
             "me": self._me,
             "run_id": core.run_id,
@@ -160,17 +162,7 @@ class MembersDesk:
             "charter": asdict(roll.charter),
             "settings": dict(roll.settings),
             "admitted_by": who_admits(roll),
-            "members": [
-                {
-                    "peer": peer,
-                    "name": seat.name,
-                    "since": seat.since,
-                    "voice": seat.voice,
-                    "founder": peer in roll.council,
-                    "phase": core.phase if peer == self._me else up.get(peer, ""),
-                }
-                for peer, seat in roll.members.items()
-            ],
+            "members": member_rows(roll, phases),
             "applicants": [asdict(applicant) for applicant in self.reception.applicants],
             "invites": [{"key": key, **asdict(invite)} for key, invite in roll.invites.items()],
             "pending": [

@@ -13,7 +13,7 @@ from typing import Any
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
-from tapestry.node.protocol.members import invite_value
+from tapestry.node.protocol.members import Roll, invite_value
 from tapestry.node.spec.invitation import Invitation
 from tapestry.node.trainer.guest import knock
 
@@ -51,6 +51,21 @@ def invite(home: Home, name: str, uses: int, lasts_s: int) -> tuple[Invitation, 
     expires_at = int(time.time()) + lasts_s if lasts_s else 0
     value = invite_value(name, uses, expires_at)
     return invitation, ask(home, {"do": "ask", "kind": "invite", "peer": invitation.key, "value": value})
+
+
+def member_rows(roll: Roll, phases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The members as `tapestry members` shows them. `phases`: by peer, of those who are heard."""
+    return [
+        {
+            "peer": peer,
+            "name": seat.name,
+            "since": seat.since,
+            "voice": seat.voice,
+            "founder": peer in roll.council,
+            "phase": phases.get(peer, ""),
+        }
+        for peer, seat in roll.members.items()
+    ]
 
 
 def not_running(home: Home) -> UserError:

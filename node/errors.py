@@ -5,7 +5,8 @@ The exit codes are the contract of the command line; README lists them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 
@@ -46,3 +47,12 @@ def printable(text: str) -> str:
     """The text on one line: white space as single blanks, control characters and their like as '?'."""
     one_line = " ".join(text.split())
     return "".join(char if char.isprintable() else "?" for char in one_line)
+
+
+@contextlib.contextmanager
+def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
+    """What is wrong with the user's files, told as such."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error

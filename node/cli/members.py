@@ -18,7 +18,7 @@ import click
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import home_option, json_option
-from tapestry.node.errors import UserError, printable
+from tapestry.node.errors import UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
 from tapestry.node.surface import control
@@ -52,10 +52,8 @@ def own_id(directory: str | None, home: str | None) -> None:
     """The peer id of a home, which is made if there is none: what a founder writes into `founders`."""
     place = Home.locate(directory or home, os.environ)
     place.create()
-    try:
+    with as_user_error(IdentityError):
         click.echo(Identity.load_or_create(place.identity_key).peer_id)
-    except IdentityError as error:
-        raise UserError(str(error)) from error
 
 
 @click.command()
@@ -205,15 +203,11 @@ def _table(home: Home) -> dict[str, Any]:
 
     at = place_of(home)
     return {
+        **control.roll_table(at.roll, {}),
         "me": "",
-        "run_id": at.roll.run_id,
         "epoch": at.epoch,
-        "members": control.member_rows(at.roll, {}),
         "applicants": [],
-        "invites": [{"key": key, "name": i.name, "uses": i.uses} for key, i in at.roll.invites.items()],
         "pending": [],
-        "settings": dict(at.roll.settings),
-        "removed": dict(at.roll.removed),
         "done": [],
     }
 

@@ -10,11 +10,10 @@ A home that is only read needs none of this: see disk/held.py.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -291,12 +290,3 @@ def check_roster(spec: RunSpec, shard_count: int) -> None:
             exit_code=ExitCode.REFUSED,
             hint="found a run with a larger compression.shard_elements, or with that limit raised",
         )
-
-
-@contextlib.contextmanager
-def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
-    """What is wrong with the user's files, told as such."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(str(error)) from error

@@ -33,7 +33,6 @@ from tapestry.node.daemon.admitted import be_admitted
 from tapestry.node.daemon.assembly import (
     Node,
     Own,
-    as_user_error,
     assemble,
     fixed,
     open_state,
@@ -51,7 +50,7 @@ from tapestry.node.daemon.views import Reporter, TokenizingView
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import Store
 from tapestry.node.disk.use import disk_free, disk_use
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.errors import ExitCode, UserError, as_user_error
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis

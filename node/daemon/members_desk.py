@@ -32,7 +32,7 @@ from tapestry.node.protocol.members import (
     read_setting,
 )
 from tapestry.node.protocol.proposals import may_ask
-from tapestry.node.surface.control import member_rows
+from tapestry.node.surface.control import roll_table
 
 VALID_EPOCHS = 100_000  # Guess: what nobody approved by then is void
 DONE_SHOWN = 256  # of the newest changes: a command looks there for its own
@@ -156,15 +156,10 @@ class MembersDesk:
         roll = core.roll
         phases = {p.peer_id: p.phase for p in core.peers} | {self._me: core.phase}
         return {
+            **roll_table(roll, phases),
             "me": self._me,
-            "run_id": core.run_id,
             "epoch": core.chain_epoch,
-            "charter": asdict(roll.charter),
-            "settings": dict(roll.settings),
-            "admitted_by": who_admits(roll),
-            "members": member_rows(roll, phases),
             "applicants": [asdict(applicant) for applicant in self.reception.applicants],
-            "invites": [{"key": key, **asdict(invite)} for key, invite in roll.invites.items()],
             "pending": [
                 {
                     "id": change_id(core.run_id, c),
@@ -176,6 +171,5 @@ class MembersDesk:
                 }
                 for c in core.pending
             ],
-            "removed": dict(roll.removed),
             "done": list(roll.done)[-DONE_SHOWN:],
         }

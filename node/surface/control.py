@@ -9,10 +9,12 @@ import json
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, Liveness
+from tapestry.node.net.admission import who_admits
 from tapestry.node.protocol.members import Roll, invite_value
 from tapestry.node.spec.invitation import Invitation
 from tapestry.node.trainer.guest import knock
@@ -53,19 +55,27 @@ def invite(home: Home, name: str, uses: int, lasts_s: int) -> tuple[Invitation, 
     return invitation, ask(home, {"do": "ask", "kind": "invite", "peer": invitation.key, "value": value})
 
 
-def member_rows(roll: Roll, phases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The members as `tapestry members` shows them. `phases`: by peer, of those who are heard."""
-    return [
-        {
-            "peer": peer,
-            "name": seat.name,
-            "since": seat.since,
-            "voice": seat.voice,
-            "founder": peer in roll.council,
-            "phase": phases.get(peer, ""),
-        }
-        for peer, seat in roll.members.items()
-    ]
+def roll_table(roll: Roll, phases: Mapping[str, str]) -> dict[str, Any]:
+    """A roll as `tapestry members` shows it. `phases`: by peer, of those who are heard."""
+    return {
+        "run_id": roll.run_id,
+        "charter": asdict(roll.charter),
+        "settings": dict(roll.settings),
+        "admitted_by": who_admits(roll),
+        "members": [
+            {
+                "peer": peer,
+                "name": seat.name,
+                "since": seat.since,
+                "voice": seat.voice,
+                "founder": peer in roll.council,
+                "phase": phases.get(peer, ""),
+            }
+            for peer, seat in roll.members.items()
+        ],
+        "invites": [{"key": key, **asdict(invite)} for key, invite in roll.invites.items()],
+        "removed": dict(roll.removed),
+    }
 
 
 def not_running(home: Home) -> UserError:

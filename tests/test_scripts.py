@@ -441,7 +441,7 @@ def test_members_of_bench_learning_see_the_windows_that_pooled_training_sees(
 ) -> None:
     flags = ["--preset", "nano", "--windows-per-member", "32", "--variants", "pooled"]
     options = learning.parse([*two_languages, *flags])
-    texts = [learning.load_text(source) for source in options.sources]
+    texts = [learning.load_text(source, options.subject.tokenizer) for source in options.sources]
     bench = learning.Bench(options, texts, options.variants["pooled"], 0)
     members = {w.tobytes() for member in (0, 1) for step in range(8) for w in bench.draw_own(member, step)}
     mixed = {w.tobytes() for member in (0, 1) for step in range(8) for w in bench.draw_mixed(member, step)}
@@ -452,7 +452,7 @@ def test_members_of_bench_learning_see_the_windows_that_pooled_training_sees(
     ("variant", "line"),
     [
         ("members:inner=4", "no setting is called 'inner'"),
-        ("swarm", "kind is one of pooled"),
+        ("swarm", "kind is one of before, pooled"),
         ("pooled:schedule=warm", "schedule is one of"),
         ("members:inner_steps=four", "invalid literal"),
     ],

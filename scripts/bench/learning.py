@@ -7,6 +7,7 @@ and what was found.
 A variant is a kind and settings: `members:inner_steps=16,lr=1e-3`. Kinds:
 
     pooled    one model, one optimizer, the windows of all members in turn; `batch` windows in each step
+    before    nothing is trained: what a base knows
     alone     each member by itself at its own tokens; its loss is that of its own language
     members   the product's rounds: inner loop, codec, reduce and outer step, without a network
     mixed     the same, but every member draws from all texts: what is lost although nobody differs
@@ -15,7 +16,8 @@ All see the same windows, --windows-per-member of each text, none of them twice 
 so they have equal tokens and, but for the order, equal data. Settings, with their defaults:
 
     batch=4            windows of a step, of a member or of pooled training
-    lr=1e-3 warmup=30 schedule=constant|cosine|wsd decay=0.1 beta2=0.99 eps=1e-8 optimizer=adamw|muon
+    lr=1e-3 warmup=30 schedule=constant|cosine|wsd decay=0.1 beta2=0.99 eps=1e-8 weight_decay=0.1
+                       optimizer=adamw|muon
                        the inner optimizer of any kind; schedules run over the whole run; muon is for the
                        matrices of layers (AdamW for the rest), in float32, its lr is `muon_lr`
     inner_steps=64     or by shares of the run: 4@0.25+16@0.5+64 (4 for its first quarter, 16 to the half)
@@ -26,7 +28,8 @@ so they have equal tokens and, but for the order, equal data. Settings, with the
     merge=mean|normed|elected  normed: as [outer] norm = "members"; elected: TIES' signs
     codec=int8-block|none
 
-Every loss is in nats per byte, on windows that are spread evenly over each text and trained on by nobody.
+With --base a base is continued in place of a preset, with --lora by adapters alone. Every loss is in nats
+per token (of a preset: per byte), on windows that are spread evenly over each text and trained on by nobody.
 """
 
 from __future__ import annotations
@@ -48,25 +51,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from _bench import into, machine, table, write_json
+from _subjects import Base, Preset, Subject
 from torch import Tensor, nn
 
 from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.shards import shard_bounds
+from tapestry.node.errors import UserError
 from tapestry.node.protocol.agreement import PPM, Agreement, ShardSums, agreement, lengthening
 from tapestry.node.spec.run import NesterovSpec
-from tapestry.node.spec.training import PRESETS, LlamaSpec, TrainSpec
+from tapestry.node.spec.training import PRESETS, TrainSpec
 from tapestry.node.state.outer import Nesterov, f32
 from tapestry.node.trainer.data.corpus import Batch
 from tapestry.node.trainer.inner import Diverged, InnerLoop
-from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
-from tapestry.node.trainer.tokenizers.byte import EOS_ID
+from tapestry.node.trainer.tokenizers.api import Tokenizer
 
 HELD_OUT_EVERY = 50  # blocks: 2 %
 BLOCK_TOKENS = 4096
+CHARS_AT_ONCE = 1 << 20  # tokenized
 SHARD_ELEMENTS = 1 << 20
-KINDS = ("pooled", "alone", "members", "mixed")
+KINDS = ("before", "pooled", "alone", "members", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Variant:
     decay: float = 0.1
     beta2: float = 0.99
     eps: float = 1e-8
+    weight_decay: float = 0.1
     inner_steps: str = "64"
     outer_lr: float = 0.7
     momentum: float = 0.9
@@ -149,7 +155,7 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
-    texts = [load_text(source) for source in options.sources]
+    texts = [load_text(source, options.subject.tokenizer) for source in options.sources]
     results: dict[str, list[Result]] = {}
     for name, variant in options.variants.items():
         for seed in options.seeds:
@@ -165,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"# {name} seed {seed}: {result.loss:.4f} in {result.seconds:.0f} s", file=sys.stderr)
             print("#   " + " ".join(f"{loss:.3f}" for _, loss in result.curve), file=sys.stderr, flush=True)
             write_json(options.json, as_json(options, results))
-    print(f"{machine()}\n{options.preset}, {bench.tokens:,} tokens in all, {len(texts)} members\n")
+    print(f"{machine()}\n{options.subject.name}, {bench.tokens:,} tokens in all, {len(texts)} members\n")
     print(show(results, [source.name for source in options.sources], options.reference))
     return 0
 
@@ -179,6 +185,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--hidden", type=int, help="a smaller or larger model of the preset's shape")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--base", type=Path, metavar="HFDIR", help="continue a base in place of a preset")
+    parser.add_argument("--lora", type=int, default=0, metavar="R", help="with --base: adapters of rank R")
     parser.add_argument("--windows-per-member", type=int, default=5120, help="20 epochs of 64 steps of 4")
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--validation-windows", type=int, default=128, help="of each text")
@@ -192,11 +200,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         options.variants = {text: Variant.parse(text) for text in options.variants}
-    except ValueError as error:
+        options.subject = subject_of(options)
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     if options.reference not in (None, *options.variants):
         parser.error(f"--reference {options.reference} is none of the variants")
     return options
+
+
+def subject_of(options: argparse.Namespace) -> Subject:
+    """Raises UserError."""
+    if options.base:
+        return Base(options.base, options.lora, options.sequence_length or 128)
+    return Preset.of(options.preset, options.hidden, options.layers, options.sequence_length)
 
 
 # ---- the text ----------------------------------------------------------------------------------------
@@ -206,8 +222,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 class Text:
     """A member's tokens; held out are blocks that are spread evenly over all of it."""
 
-    training: np.ndarray  # uint16 (count,)
-    held_out: np.ndarray  # uint16 (count,)
+    training: np.ndarray  # uint32 (count,)
+    held_out: np.ndarray  # uint32 (count,)
 
     def windows(
         self,
@@ -225,15 +241,18 @@ class Text:
         return _cut(self.held_out, starts, length)
 
 
-def load_text(source: Path) -> Text:
-    """The bytes of the source's files, an end of text after each."""
+def load_text(source: Path, tokenizer: Tokenizer) -> Text:
+    """A text file, or a folder's .txt files; an end of text after each."""
     parts: list[np.ndarray] = []
     for path in [source] if source.is_file() else sorted(source.rglob("*.txt")):
-        data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-        parts += [data.astype(np.uint16), np.array([EOS_ID], dtype=np.uint16)]
+        text = path.read_text(errors="replace")
+        parts += tokenizer.encode_batch(
+            [text[start : start + CHARS_AT_ONCE] for start in range(0, len(text), CHARS_AT_ONCE)]
+        )
+        parts.append(np.array([tokenizer.eos_id], dtype=np.uint32))
     if not parts:
         raise SystemExit(f"error: {source} is no text file, nor a folder with .txt files")
-    tokens = np.concatenate(parts)
+    tokens = np.concatenate(parts, dtype=np.uint32)
     block = min(BLOCK_TOKENS, len(tokens) // HELD_OUT_EVERY)
     held = np.arange(len(tokens)) // block % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
     return Text(tokens[~held], tokens[held])
@@ -261,9 +280,8 @@ class Bench:
         self.texts = texts
         self.variant = variant
         self.seed = seed
-        self.model = dataclasses.replace(model_spec(options), seed=seed)
-        self.length = 1 + (options.sequence_length or PRESETS[options.preset].data.sequence_length)
-        self.base = initial_state(self.model, self.length - 1)
+        self.length = 1 + options.subject.sequence_length
+        self.base = options.subject.initial_state(seed)
         self.validation = [text.validation(options.validation_windows, self.length) for text in texts]
 
     @property
@@ -292,8 +310,7 @@ class Bench:
     def loop(self, draw: Callable[[int], np.ndarray], steps: int) -> tuple[InnerLoop, Optimizer]:
         """The product's inner loop with the variant's optimizer; `draw` is told the steps before this one."""
         variant = self.variant
-        model = build_model(self.model, self.length - 1)
-        layout = model_layout(model)
+        model, layout = self.options.subject.network(self.seed)
         if self.options.compile:
             model.compile()
         settings = TrainSpec(batch_size=variant.batch)
@@ -312,22 +329,9 @@ class Bench:
         return [loop.evaluate(base, Batch(windows, None)) for windows in self.validation]
 
 
-def model_spec(options: argparse.Namespace) -> LlamaSpec:
-    model = PRESETS[options.preset].model
-    assert isinstance(model, LlamaSpec)
-    if options.hidden:
-        scale = options.hidden / model.hidden_size
-        heads = max(1, round(model.heads * scale))
-        model = dataclasses.replace(
-            model,
-            hidden_size=options.hidden,
-            intermediate_size=round(model.intermediate_size * scale),
-            heads=heads,
-            kv_heads=max(1, heads // 2),
-        )
-    if options.layers:
-        model = dataclasses.replace(model, layers=options.layers)
-    return model
+def run_before(bench: Bench) -> Result:
+    loop, _ = bench.loop(bench.draw_pooled, 1)
+    return Result(bench.losses(loop, bench.base), [])
 
 
 def run_pooled(bench: Bench) -> Result:
@@ -399,7 +403,13 @@ def run_rounds(bench: Bench, draw: Callable[[int, int], np.ndarray]) -> Result:
     return result
 
 
-RUNS = {"pooled": run_pooled, "alone": run_alone, "members": run_members, "mixed": run_mixed}
+RUNS = {
+    "before": run_before,
+    "pooled": run_pooled,
+    "alone": run_alone,
+    "members": run_members,
+    "mixed": run_mixed,
+}
 
 
 # ---- the round ---------------------------------------------------------------------------------------
@@ -477,14 +487,19 @@ class Optimizer:
         self._steps_max = steps_max
         self._muon: Muon | None = None
         if variant.optimizer == "muon":
-            named = list(model.named_parameters())
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
             rest = [p for name, p in named if not (p.dim() == 2 and ".layers." in name)]
             self._muon = Muon(matrices)
         else:
-            rest = list(model.parameters())
+            rest = [p for p in model.parameters() if p.requires_grad]
         self._adamw = torch.optim.AdamW(
-            rest, lr=0.0, betas=(0.9, variant.beta2), eps=variant.eps, weight_decay=0.1, fused=True
+            rest,
+            lr=0.0,
+            betas=(0.9, variant.beta2),
+            eps=variant.eps,
+            weight_decay=variant.weight_decay,
+            fused=True,
         )
         self._rest = rest
 
@@ -573,6 +588,7 @@ def show(results: dict[str, list[Result]], names: Sequence[str], reference: str 
     mean = {name: statistics.fmean(result.loss for result in runs) for name, runs in results.items()}
     pooled = [name for name in results if name.startswith("pooled")]
     base = mean[reference] if reference else min((mean[name] for name in pooled), default=math.nan)
+    before = mean.get("before")
     rows = []
     for name, runs in results.items():
         by_language = np.array([result.losses for result in runs]).mean(0)
@@ -583,13 +599,27 @@ def show(results: dict[str, list[Result]], names: Sequence[str], reference: str 
                 f"{mean[name]:.3f}",
                 "-" if spread is None else f"{spread:.3f}",
                 f"{100 * (mean[name] / base - 1):+.1f}",
+                *([] if before is None else [f"{100 * (before - mean[name]) / (before - base):.0f}"]),
                 *(f"{loss:.3f}" for loss in by_language),
                 runs[0].rounds or "-",
                 *(ends([getattr(r, key) for r in runs]) for key in ("cosine", "kept", "signs")),
                 f"{statistics.fmean(r.seconds for r in runs):.0f}",
             ]
         )
-    head = ["variant", "loss", "spread", "gap %", *names, "rounds", "cosine", "norm kept", "signs", "s"]
+    gain = [] if before is None else ["gain %"]  # of pooled training's
+    head = [
+        "variant",
+        "loss",
+        "spread",
+        "gap %",
+        *gain,
+        *names,
+        "rounds",
+        "cosine",
+        "norm kept",
+        "signs",
+        "s",
+    ]
     return table(head, rows)
 
 

@@ -30,6 +30,8 @@ from learning import SCHEDULES, Text, Variant, elected_mean, load_text, orthogon
 from torch import Tensor
 from torch.nn import functional
 
+from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
+
 VOCABULARY = 259
 
 
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     options = parse(arguments)
     shape = Shape(options.hidden, options.layers, 2, 3 * options.hidden, options.sequence_length)
-    texts = [load_text(source) for source in options.sources]
+    texts = [load_text(source, ByteTokenizer()) for source in options.sources]
     held_out = [text.validation(options.validation_windows, shape.length + 1) for text in texts]
     validation = torch.from_numpy(np.stack(held_out))
     rows = []

@@ -60,6 +60,16 @@ class Home:
         return self.path / "chain.jsonl"
 
     @property
+    def chain_index(self) -> Path:
+        """Where each record's line ends; made again of chain.jsonl if it is missing: disk/chain_file.py."""
+        return self.path / "chain.index"
+
+    @property
+    def chain_marks(self) -> Path:
+        """What the records come to, now and then: as chain.index."""
+        return self.path / "chain.marks"
+
+    @property
     def vote(self) -> Path:
         return self.path / "vote.json"
 

@@ -40,7 +40,7 @@ from simulation.world import World
 
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
-from tapestry.node.protocol import chain
+from tapestry.node.protocol import record as record_module
 from tapestry.node.protocol.chain import MEMBERS_MAX
 from tapestry.node.protocol.context import PeerView
 from tapestry.node.protocol.messages import Message, Status
@@ -302,7 +302,7 @@ class Peaceful(World):
 def simulate(count: int, limit_s: float) -> dict[str, Any]:
     """What an epoch sends, for each node, when all are members."""
     began = time.process_time()
-    chain.MEMBERS_MAX = max(MEMBERS_MAX, count)  # beyond it, what the law would be
+    record_module.MEMBERS_MAX = max(MEMBERS_MAX, count)  # beyond it, what the law would be
     row: dict[str, Any] = {"nodes": count}
     gc.disable()
     try:

@@ -415,7 +415,7 @@ class Chaos:
         def back() -> None:
             filler.unlink()
             if not alive(node):
-                kept = len(Store(Home(node.home), crypto_of(node)).load().records)
+                kept = Store(Home(node.home), crypto_of(node)).load().epoch
                 assert kept >= epoch, f"{node.home.name}: epoch {epoch} shown, {kept} on its disk"
                 self.restart(node)
 

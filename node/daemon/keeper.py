@@ -29,7 +29,7 @@ from tapestry.node.net.transfer import (
     fetch_state,
     fetch_update,
 )
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found, tokens_of
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.sync import NO_STATE
@@ -68,7 +68,7 @@ class Keeper:
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
         self._limits = spec.limits
         self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
-        self._chain = Chain(genesis, loaded.records)
+        self._chain = store.chain(genesis)
         self._vote = loaded.vote
         self._digest = ""  # of the state, unless it is torn
         self._draft = store.draft(state.arithmetic.payload_sizes)
@@ -89,7 +89,7 @@ class Keeper:
             if restored.reason:
                 _log.warning("restored epoch=%d of=%d %s", restored.epoch, chain.epoch, restored.reason)
         return Restored(
-            Chain(chain.genesis, chain.records),
+            self.store.chain(chain.genesis),
             restored.epoch if restored is not None else NO_STATE,
             restored.state_digest if restored is not None else "",
             self._vote,
@@ -99,7 +99,7 @@ class Keeper:
 
     def copy_of_chain(self) -> Chain:
         """The chain as it is on disk now, for the loop, where this one must not be read."""
-        return Chain(self._chain.genesis, self._chain.records)
+        return self.store.chain(self._chain.genesis)
 
     def write_vote(self, vote: Vote) -> None:
         self.store.write_vote(vote)
@@ -130,8 +130,7 @@ class Keeper:
     def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
         """Leave a fork at `epoch` for `records`: how many of ours that drops, and how many tokens."""
         self.store.switch_chain(epoch, records)
-        dropped = self._chain.switch(epoch, records)
-        return len(dropped), tokens_of(dropped)
+        return self._chain.switch(epoch, records)
 
     def apply(self, record: Record) -> tuple[int, str]:
         """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
@@ -265,4 +264,4 @@ def found_run(
     vote = founding_vote(genesis.run_id, secrets.token_hex(16))
     store.write_vote(vote)
     store.write_genesis(genesis)
-    return LoadedStore(genesis, (), vote, ())
+    return LoadedStore(genesis, 0, vote, ())

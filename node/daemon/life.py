@@ -59,7 +59,6 @@ from tapestry.node.lineage.uses import note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
-from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.pace import QUORUM_LOSS_MIN_S
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
@@ -202,14 +201,14 @@ class Daemon:
             await self._find_run_again(swarm, peers, crypto)
             store = Store(self.home, crypto)
             loaded = await asyncio.to_thread(store.load)
-            if self._is_there(len(loaded.records)):
+            if self._is_there(loaded.epoch):
                 return
             if config.island:
                 began = await asyncio.to_thread(begin_island, self.home)
                 _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             if agreed.genesis is not None:
-                chain = Chain(agreed.genesis, loaded.records)
+                chain = await asyncio.to_thread(store.chain, agreed.genesis)
                 await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
                 self._wait_for("")
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
@@ -239,7 +238,7 @@ class Daemon:
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
-                used = (self.home, BASE, sources_of(config.data), genesis.run_id, len(loaded.records))
+                used = (self.home, BASE, sources_of(config.data), genesis.run_id, loaded.epoch)
                 await asyncio.to_thread(note_use, *used)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)

@@ -180,7 +180,7 @@ def restore(
         return None
     reason = ""
     while state.epoch < epoch:
-        record = chain.records[state.epoch]
+        (record,) = chain.after(state.epoch, 1)
         try:
             payloads = store.read_update(record.body.epoch, record.head, record.body.result)
         except UpdateMissing as error:

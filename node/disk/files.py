@@ -21,6 +21,7 @@ from tapestry.node.protocol.chain import canonical
 from tapestry.node.protocol.strict import table
 
 TEMPORARY = ".tmp"
+_SEALED, _SEALED_VALUE = b'{"digest":"', b'","value":'
 
 _log = logging.getLogger("tapestry.disk")
 
@@ -110,6 +111,10 @@ def seal(value: Any) -> bytes:
 
 def unseal(line: bytes) -> Any:
     """The value. Raises ValueError if a single bit of it changed."""
+    if line[: len(_SEALED)] == _SEALED and line[75:85] == _SEALED_VALUE and line[-1:] == b"}":
+        text = line[85:-1]  # as `seal` writes it: its bytes need not be made again to be compared
+        if blake3(text).hexdigest().encode() == line[len(_SEALED) : 75]:
+            return json.loads(text)
     try:
         raw = json.loads(line)
     except RecursionError as error:

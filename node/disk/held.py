@@ -17,7 +17,7 @@ from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Chain, Crypto
+from tapestry.node.protocol.chain import Chain, Crypto, records_from
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 
@@ -43,7 +43,7 @@ class HeldRun:
 
     def replay(self, state: ModelState) -> Iterator[int]:
         """Apply the updates after `state`, one at a time; gives each epoch. Raises UpdateMissing."""
-        for record in self.chain.records[state.epoch :]:
+        for record in records_from(self.chain, state.epoch, self.chain.epoch):
             body = record.body
             payloads = self.store.read_update(body.epoch, record.head, body.result)
             state.apply(payloads, record, self.chain.settings_of(record))
@@ -60,7 +60,7 @@ def open_run(home: Home, crypto: Crypto) -> HeldRun | None:
     spec = RunSpec.of_genesis(genesis)
     checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
     checkpoints.load()
-    return HeldRun(spec, Chain(genesis, loaded.records), store, checkpoints)
+    return HeldRun(spec, store.chain(genesis), store, checkpoints)
 
 
 def bare_state(

@@ -1,7 +1,7 @@
 """What a node must not forget, but for checkpoints: genesis, chain, vote, and the update log.
 
     genesis.json     who began this run, and with which state
-    chain.jsonl      one sealed record per line, appended and synced
+    chain.jsonl      one sealed record per line, appended and synced: chain_file.py
     vote.json        what this node promised and accepted in the round under way; sealed
     updates/<epoch>-<head>.upd    the encoded result of each epoch
 
@@ -36,14 +36,13 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.draft import Draft, mapped
 from tapestry.node.disk.files import (
     atomic_write,
-    pwrite_all,
     remove_temporaries,
     seal,
     set_aside,
-    sync_folder,
     unseal,
     write_file,
 )
@@ -60,8 +59,6 @@ from tapestry.node.protocol.chain import (
     canonical,
     genesis_from_dict,
     genesis_to_dict,
-    record_from_dict,
-    record_to_dict,
 )
 from tapestry.node.protocol.events import Vote
 from tapestry.node.spec.run import LimitsSpec
@@ -88,7 +85,7 @@ class LoadedStore:
     """What the disk gave back. No genesis: a home that belongs to no run yet."""
 
     genesis: Genesis | None
-    records: tuple[Record, ...]
+    epoch: int  # that its chain ends with
     vote: Vote | None
     updates: tuple[str, ...]  # heads whose update is in the update log
 
@@ -128,7 +125,7 @@ class Store:
     def __init__(self, home: Home, crypto: Crypto) -> None:
         self._home = home
         self._crypto = crypto
-        self._line_ends: list[int] = []  # of chain.jsonl: byte offset behind record i + 1
+        self._chain: ChainFile | None = None  # of a home with a genesis
         self._updates: dict[str, UpdateFile] = {}
         self._lock = threading.Lock()
 
@@ -136,15 +133,18 @@ class Store:
         """Read everything. Raises UserError for a damaged genesis or vote, and OSError."""
         self._home.updates.mkdir(exist_ok=True)
         genesis = self._load_genesis()
-        records = self._load_chain(genesis) if genesis else ()
+        if genesis is not None:
+            self._chain = ChainFile(self._home, genesis, self._crypto)
         vote = self._load_vote()
         self._load_updates()
-        return LoadedStore(genesis, records, vote, self.heads_with_updates())
+        epoch = 0 if self._chain is None else len(self._chain)
+        return LoadedStore(genesis, epoch, vote, self.heads_with_updates())
 
     # --- genesis -------------------------------------------------------------------------------
 
     def write_genesis(self, genesis: Genesis) -> None:
         atomic_write(self._home.genesis, canonical(genesis_to_dict(genesis)) + b"\n")
+        self._chain = ChainFile(self._home, genesis, self._crypto)
 
     def _load_genesis(self) -> Genesis | None:
         path = self._home.genesis
@@ -161,69 +161,19 @@ class Store:
 
     # --- chain ---------------------------------------------------------------------------------
 
+    def chain(self, genesis: Genesis) -> Chain:
+        """What is on the disk, for one thread to go on with."""
+        return Chain(genesis, past=self._chain)
+
     def append_record(self, record: Record) -> None:
         """Write the record that follows the last one. On OSError the chain on disk is as before."""
-        assert record.body.epoch == len(self._line_ends) + 1
-        start = self._line_ends[-1] if self._line_ends else 0
-        line = _line_of(record)
-        fd = self._open_chain()
-        try:
-            pwrite_all(fd, line, start)
-            os.fsync(fd)
-        except OSError:
-            os.ftruncate(fd, start)
-            raise
-        finally:
-            os.close(fd)
-        self._line_ends.append(start + len(line))
+        assert self._chain is not None
+        self._chain.append(record)
 
     def switch_chain(self, epoch: int, records: Sequence[Record]) -> None:
         """Put `records` in the place of those after `epoch`: all of it, or on OSError nothing."""
-        ends = self._line_ends[:epoch]
-        kept = self._home.chain.read_bytes()[: ends[-1]] if ends else b""
-        lines = [_line_of(record) for record in records]
-        atomic_write(self._home.chain, b"".join([kept, *lines]))
-        for line in lines:
-            ends.append((ends[-1] if ends else 0) + len(line))
-        self._line_ends = ends
-
-    def _open_chain(self) -> int:
-        existed = self._home.chain.exists()
-        fd = os.open(self._home.chain, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if not existed:
-            sync_folder(self._home.path)
-        return fd
-
-    def _load_chain(self, genesis: Genesis) -> tuple[Record, ...]:
-        path = self._home.chain
-        data = path.read_bytes() if path.exists() else b""
-        records: list[Record] = []
-        self._line_ends = []
-        start, why = 0, ""
-        while start < len(data):
-            end = data.find(b"\n", start) + 1
-            if not end:
-                why = "unfinished"
-                break
-            try:
-                record = record_from_dict(unseal(data[start : end - 1]), self._crypto)
-                _require_link(record, records, genesis)
-            except ValueError as error:
-                why = str(error)
-                break
-            records.append(record)
-            self._line_ends.append(end)
-            start = end
-        if why:
-            self._cut_chain(data[start:], why)
-        return tuple(records)
-
-    def _cut_chain(self, rest: bytes, why: str) -> None:
-        path, kept = self._home.chain, len(self._line_ends)
-        _log.warning("chain cut path=%s records_kept=%d bytes_cut=%d reason=%r", path, kept, len(rest), why)
-        if why != "unfinished":
-            atomic_write(path.with_name(path.name + ".corrupt"), rest)
-        self.switch_chain(kept, ())
+        assert self._chain is not None
+        self._chain.switch(epoch, records)
 
     # --- vote ----------------------------------------------------------------------------------
 
@@ -368,19 +318,6 @@ def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_K
         for shard, payload in enumerate(payloads)
     ]
     return blake3("".join(digests).encode()).hexdigest()
-
-
-def _require_link(record: Record, before: Sequence[Record], genesis: Genesis) -> None:
-    """Raise ValueError unless the record follows. Its signatures were checked before it was written."""
-    prev = before[-1].head if before else genesis.run_id
-    body = record.body
-    if (body.epoch, body.prev, body.run_id) != (len(before) + 1, prev, genesis.run_id):
-        raise ValueError(f"record {body.epoch} does not follow record {len(before)}")
-
-
-def _line_of(record: Record) -> bytes:
-    """Of chain.jsonl."""
-    return seal(record_to_dict(record)) + b"\n"
 
 
 def _vote_to_dict(vote: Vote) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def disk_free(home: Home) -> int:
 def _kind_of(name: str) -> str:
     if name in _FOLDERS:
         return name
-    if name.startswith("chain.jsonl"):
+    if name.startswith(("chain.jsonl", "chain.index", "chain.marks")):
         return "chain"
     return "logs" if name.startswith(("node.log", "node.out", "history.jsonl", "tensorboard")) else "other"
 

@@ -38,7 +38,7 @@ from tapestry.node.lineage.huggingface import (
     silent,
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
-from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.chain import Chain, records_from
 from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -182,7 +182,7 @@ def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> 
         epoch=restored.epoch,
         head=chain.head_at(restored.epoch),
         state_digest=restored.state_digest,
-        members=members_of(chain.records[: restored.epoch]),
+        members=members_of(records_from(chain, 0, restored.epoch)),
         licence="" if base is None else licence_of(base),
         data=published(Declared.load(home)),
     )
@@ -192,7 +192,12 @@ def snapshot(home: Home, folder: Path) -> Home:
     """A home of links to this one's files: nothing of this one is written, or moved when it turns out bad."""
     folder.mkdir()
     copy = Home(folder)
-    for source, target in ((home.genesis, copy.genesis), (home.chain, copy.chain)):
+    for source, target in (
+        (home.chain_marks, copy.chain_marks),  # what is older than the chain is what is believed of it
+        (home.chain_index, copy.chain_index),
+        (home.genesis, copy.genesis),
+        (home.chain, copy.chain),
+    ):
         if source.exists():
             shutil.copyfile(source, target)
     for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):

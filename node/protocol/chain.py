@@ -1,122 +1,58 @@
-"""Records, heads, electorates and fork choice: the lineage of a run (G6).
+"""Heads, electorates and fork choice: what may follow what, and where a run stands (G6).
 
 State e is what e committed updates made of the genesis. Record e+1 says which contributions made state
-e+1 out of state e, and is signed by a quorum of the electorate that record e named. `head_e` is the digest
-of record e's *body*; signatures are outside it, so that two leaders who gather different signatures for one
-decision still name one head.
-
-A signature covers the head *and the ballot*. Without the ballot, accepts of one value in two ballots could
-be added up to a quorum that no ballot ever had (Lamport, "Paxos Made Simple", 2001, section 2.2: a value is
-chosen when a majority accepted *one proposal*, number included).
-
-A body carries the digest of state e, the state *before* its update: every member has had a whole epoch to
-compute it, so it costs nothing on the critical path, and a member whose arithmetic went astray is found
-before it contributes (docs/decisions/001-state-digest.md).
+e+1 out of state e, and is signed by a quorum of the electorate that record e named. Records themselves, their
+digests and their text: record.py.
 
 What a record is worth when two chains meet (`Tip`) and who belongs to the run (`Roll`) are functions of the
 bodies alone: see docs/decisions/010-members.md.
 
-Standard library only. Text form: canon.py.
+`Chain` keeps the newest records in memory. Older ones lie in a `Past`, the store's files for a node
+(disk/chain_file.py), and are read when they are asked for; without a Past all of them stay in memory, as in
+the simulator (docs/decisions/017-chain-on-disk.md).
+
+Standard library only.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, overload
 
-from tapestry.node.protocol.agreement import ALIKE, Agreement, agreement_from, agreement_to_list
 from tapestry.node.protocol.canon import EPOCH_MAX as EPOCH_MAX
 from tapestry.node.protocol.canon import MEMBERS_MAX as MEMBERS_MAX
 from tapestry.node.protocol.canon import WEIGHT_MAX as WEIGHT_MAX
 from tapestry.node.protocol.canon import Crypto as Crypto
 from tapestry.node.protocol.canon import InvalidRecord as InvalidRecord
 from tapestry.node.protocol.canon import canonical as canonical
-from tapestry.node.protocol.canon import peer_field
 from tapestry.node.protocol.canon import quorum as quorum
-from tapestry.node.protocol.members import (
-    CHANGES_BYTES_MAX,
-    CHANGES_MAX,
-    Change,
-    Charter,
-    Roll,
-    change_bytes,
-    change_from,
-    change_to_list,
-    changes_fault,
-    charter_of,
-    charter_to_dict,
-    first_roll,
-    pairs_from,
-    voice_weights,
-)
-from tapestry.node.protocol.strict import Malformed, boolean, hexadecimal, integer, sequence, table, text
+from tapestry.node.protocol.members import Roll, changes_fault, first_roll, voice_weights
+from tapestry.node.protocol.record import BALLOT_MAX as BALLOT_MAX
+from tapestry.node.protocol.record import VERSION as VERSION
+from tapestry.node.protocol.record import Behind as Behind
+from tapestry.node.protocol.record import Body as Body
+from tapestry.node.protocol.record import Genesis as Genesis
+from tapestry.node.protocol.record import Member as Member
+from tapestry.node.protocol.record import Record as Record
+from tapestry.node.protocol.record import accept_message as accept_message
+from tapestry.node.protocol.record import behind_from as behind_from
+from tapestry.node.protocol.record import behind_to_list as behind_to_list
+from tapestry.node.protocol.record import body_from_dict as body_from_dict
+from tapestry.node.protocol.record import body_to_dict as body_to_dict
+from tapestry.node.protocol.record import changes_from as changes_from
+from tapestry.node.protocol.record import found as found
+from tapestry.node.protocol.record import genesis_from_dict as genesis_from_dict
+from tapestry.node.protocol.record import genesis_to_dict as genesis_to_dict
+from tapestry.node.protocol.record import head_of as head_of
+from tapestry.node.protocol.record import member_from as member_from
+from tapestry.node.protocol.record import member_to_list as member_to_list
+from tapestry.node.protocol.record import record_bytes as record_bytes
+from tapestry.node.protocol.record import record_from_dict as record_from_dict
+from tapestry.node.protocol.record import record_to_dict as record_to_dict
+from tapestry.node.protocol.record import wire_bytes as wire_bytes
 
-BALLOT_MAX = 2**53  # out of a liar's reach: see BALLOT_STEP_MAX in round.py
-VERSION = 2  # of bodies and of the genesis: 1 knew no members
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One line of a roster. Weight 0 and contribution "" is a voter that contributed nothing."""
-
-    peer: str
-    weight: int  # in the mean: what the roll's charter gives it (members.voice_weights)
-    contribution: str  # its name, 64 hex digits: commitment.py; "" if none
-    life: str = ""  # 32 hex digits, drawn with the disk that its votes are on: see Vote
-    tokens: int = 0  # that it says it trained on
-
-
-@dataclass(frozen=True, slots=True)
-class Behind:
-    """Who signed the record before, in one ballot: told while that one is not a full electorate's."""
-
-    ballot: int
-    signatures: tuple[tuple[str, str], ...]  # (peer, signature), sorted by peer
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """What is decided in a round."""
-
-    run_id: str
-    epoch: int  # of the state this record makes; >= 1
-    prev: str  # head of record epoch - 1
-    state_digest: str  # of state epoch - 1
-    members: tuple[Member, ...]  # sorted by peer; the electorate of the next round
-    result: str  # digest of the encoded mean
-    forced: bool = False  # made without a quorum, by the policy of on_quorum_loss
-    agreement: Agreement = ALIKE  # of the contributions: a function of them and the weights, as `result` is
-    changes: tuple[Change, ...] = ()  # of the roll, in force from the state that this record makes
-    behind: Behind | None = None  # who signed record epoch - 1, where that says more than its own standing
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A decided body with the proof that it was decided."""
-
-    body: Body
-    head: str
-    ballot: int
-    signatures: tuple[tuple[str, str], ...]  # (peer, signature), sorted by peer
-
-
-@dataclass(frozen=True, slots=True)
-class Genesis:
-    """Where a run begins. Its digest is the run id, and the head of epoch 0."""
-
-    spec: str  # the run spec's canonical text
-    founder: str
-    state_digest: str  # of state 0
-    schema: str  # schema hash of the parameter layout
-    params: int  # length of the flat vector
-    nonce: str  # 32 hex digits, random: who founds anew, with all else the same, founds another run
-    run_id: str
-    signature: str
-    charter: Charter = Charter()  # noqa: RUF009  frozen
-    founders: tuple[str, ...] = ()  # all that belong to the run from the start, the founder among them
+RECENT = 256  # records of a chain with a past that stay in memory. Guess: 7 MB of 64 members
+PAGE = 256  # records that are read at a time
 
 
 class Standing(NamedTuple):
@@ -158,209 +94,6 @@ class Place(NamedTuple):
     def tip(self) -> Tip:
         s = self.standing
         return Tip(s.full, s.voice, s.since, self.head)
-
-
-# --- canonical text ---------------------------------------------------------------------------------
-
-
-def body_to_dict(body: Body) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "run_id": body.run_id,
-        "epoch": body.epoch,
-        "prev": body.prev,
-        "state_digest": body.state_digest,
-        "members": [member_to_list(m) for m in body.members],
-        "result": body.result,
-        "forced": body.forced,
-        "agreement": agreement_to_list(body.agreement),
-        "changes": [change_to_list(c) for c in body.changes],
-        "behind": behind_to_list(body.behind),
-    }
-
-
-def body_from_dict(raw: Any) -> Body:
-    """Strict. Raises InvalidRecord."""
-    try:
-        return _body_from(raw)
-    except Malformed as error:
-        raise InvalidRecord("malformed", str(error)) from None
-
-
-_BODY_KEYS = (
-    *("version", "run_id", "epoch", "prev", "state_digest", "members", "result", "forced", "changes"),
-    *("behind", "agreement"),
-)
-
-
-def _body_from(raw: Any) -> Body:
-    fields = table(raw, _BODY_KEYS, "body")
-    integer(fields["version"], VERSION, VERSION, "version")
-    body = Body(
-        run_id=sys.intern(hexadecimal(fields["run_id"], (64,), "run_id")),
-        epoch=integer(fields["epoch"], 1, EPOCH_MAX, "epoch"),
-        prev=sys.intern(hexadecimal(fields["prev"], (64,), "prev")),
-        state_digest=hexadecimal(fields["state_digest"], (64,), "state_digest"),
-        members=tuple([_member_from(m) for m in sequence(fields["members"], MEMBERS_MAX, "members", 1)]),
-        result=hexadecimal(fields["result"], (64,), "result"),
-        forced=boolean(fields["forced"], "forced"),
-        agreement=agreement_from(fields["agreement"], "agreement"),
-        changes=changes_from(fields["changes"]),
-        behind=behind_from(fields["behind"]),
-    )
-    peers = [m.peer for m in body.members]
-    if peers != sorted(set(peers)):
-        raise Malformed("members must be sorted by peer, each once")
-    if not any(m.weight for m in body.members):
-        raise Malformed("a record without any contribution")
-    return body
-
-
-def record_to_dict(record: Record) -> dict[str, Any]:
-    return {
-        "body": body_to_dict(record.body),
-        "ballot": record.ballot,
-        "signatures": [list(pair) for pair in record.signatures],
-    }
-
-
-def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
-    """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
-    return 512 + 192 * member_count + 192 * signature_count + changes_bytes
-
-
-def record_bytes(record: Record) -> int:
-    """No less than what `record` takes in msgpack."""
-    body = record.body
-    signatures = len(record.signatures) + (len(body.behind.signatures) if body.behind is not None else 0)
-    return wire_bytes(len(body.members), signatures, sum(change_bytes(c) for c in body.changes))
-
-
-def changes_from(raw: Any) -> tuple[Change, ...]:
-    """Strict. Raises Malformed."""
-    return tuple([change_from(c) for c in sequence(raw, CHANGES_MAX, "changes")])
-
-
-def behind_to_list(behind: Behind | None) -> list[Any]:
-    return [] if behind is None else [behind.ballot, [list(pair) for pair in behind.signatures]]
-
-
-def behind_from(raw: Any) -> Behind | None:
-    """Strict. Raises Malformed."""
-    values = sequence(raw, 2, "behind")
-    if not values:
-        return None
-    ballot, signatures = sequence(values, 2, "behind", 2)
-    pairs = pairs_from(signatures, "behind")
-    if not pairs:
-        raise Malformed("behind must name somebody")
-    return Behind(integer(ballot, 0, BALLOT_MAX, "ballot"), pairs)
-
-
-def record_from_dict(raw: Any, crypto: Crypto) -> Record:
-    """Strict, without the signatures' check (`check_record`). Raises InvalidRecord."""
-    try:
-        return _record_from(raw, crypto)
-    except Malformed as error:
-        raise InvalidRecord("malformed", str(error)) from None
-
-
-def _record_from(raw: Any, crypto: Crypto) -> Record:
-    fields = table(raw, ("body", "ballot", "signatures"), "record")
-    body = _body_from(fields["body"])
-    signatures = pairs_from(fields["signatures"], "signatures")
-    ballot = integer(fields["ballot"], 0, BALLOT_MAX, "ballot")
-    return Record(body, sys.intern(head_of(body, crypto)), ballot, signatures)
-
-
-def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
-    return {**_genesis_core(genesis), "signature": genesis.signature}
-
-
-def genesis_from_dict(raw: Any, crypto: Crypto) -> Genesis:
-    """Strict, signature checked. Raises InvalidRecord."""
-    try:
-        genesis = _genesis_from(raw)
-    except Malformed as error:
-        raise InvalidRecord("malformed", str(error)) from None
-    core = canonical(_genesis_core(genesis))
-    if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v2\0" + core):
-        raise InvalidRecord("signature", "the genesis is not signed by the founder it names")
-    return replace(genesis, run_id=crypto.digest(core))
-
-
-def _genesis_from(raw: Any) -> Genesis:
-    names = ("version", "spec", "founder", "state_digest", "schema", "params", "nonce", "signature")
-    fields = table(raw, (*names, "charter", "founders"), "genesis")
-    integer(fields["version"], VERSION, VERSION, "version")
-    founders = tuple(
-        [peer_field(p, "founder") for p in sequence(fields["founders"], MEMBERS_MAX, "founders", 1)]
-    )
-    if len(set(founders)) < len(founders) or fields["founder"] not in founders:
-        raise Malformed("founders must be named once each, the founder among them")
-    return Genesis(
-        spec=text(fields["spec"], 64 * 1024, "spec", 1),
-        founder=text(fields["founder"], 128, "founder", 1),
-        state_digest=hexadecimal(fields["state_digest"], (64,), "state_digest"),
-        schema=hexadecimal(fields["schema"], (64,), "schema"),
-        params=integer(fields["params"], 1, 2**40, "params"),
-        nonce=hexadecimal(fields["nonce"], (32,), "nonce"),
-        run_id="",
-        signature=text(fields["signature"], 256, "signature", 1),
-        charter=charter_of(fields["charter"], len(founders)),
-        founders=founders,
-    )
-
-
-def found(
-    spec: str,
-    founder: str,
-    state_digest: str,
-    schema: str,
-    params: int,
-    nonce: str,
-    crypto: Crypto,
-    charter: Charter = Charter(),  # noqa: B008  frozen
-    founders: Sequence[str] = (),
-) -> Genesis:
-    """Make and sign the genesis of a new run. `nonce`: 32 hex digits, drawn for this one. `founders`: who
-    belongs to it from the start, beside the founder."""
-    named = tuple(dict.fromkeys([founder, *founders]))
-    genesis = Genesis(spec, founder, state_digest, schema, params, nonce, "", "", charter, named)
-    core = canonical(_genesis_core(genesis))
-    signature = crypto.sign(b"tapestry genesis v2\0" + core)
-    return replace(genesis, run_id=crypto.digest(core), signature=signature)
-
-
-def _genesis_core(genesis: Genesis) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "charter": charter_to_dict(genesis.charter),
-        "founders": list(genesis.founders),
-        "spec": genesis.spec,
-        "founder": genesis.founder,
-        "state_digest": genesis.state_digest,
-        "schema": genesis.schema,
-        "params": genesis.params,
-        "nonce": genesis.nonce,
-    }
-
-
-# --- decisions --------------------------------------------------------------------------------------
-
-
-def head_of(body: Body, crypto: Crypto) -> str:
-    return crypto.digest(_body_text(body))
-
-
-@lru_cache(maxsize=32)  # one body is asked for by all parts of a round, and in the simulator by all nodes
-def _body_text(body: Body) -> bytes:
-    return canonical(body_to_dict(body))
-
-
-def accept_message(head: str, ballot: int) -> bytes:
-    """What an ACCEPT signs."""
-    return b"tapestry accept v1\0%s\0%d" % (head.encode(), ballot)
 
 
 def leader_order(electorate: Iterable[str], head: str, crypto: Crypto) -> tuple[str, ...]:
@@ -504,75 +237,198 @@ def check_record(
             raise InvalidRecord("signature", f"record {body.epoch}: bad signature of {peer}")
 
 
-class Chain:
-    """The records from the genesis to the head, in memory, each checked when it was added."""
+class Past(Protocol):
+    """Records that lie elsewhere, from the first on: what is read of them is what was appended.
 
-    def __init__(self, genesis: Genesis, records: Iterable[Record] = ()) -> None:
+    It may lag behind the chain that reads it, by what was decided and is not written yet, and lose its end
+    when a fork is left; `switches` says how often that was.
+    """
+
+    @property
+    def switches(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def head_at(self, epoch: int) -> str:
+        """Of record `epoch`, from 1 on; "" where there is none."""
+        ...
+
+    def read(self, epoch: int, count_max: int) -> tuple[Record, ...]:
+        """Records after `epoch`, in order."""
+        ...
+
+    def kept(self, epoch: int) -> Point | None:
+        """The last place up to `epoch` that is kept, so that not all records before must be read again."""
+        ...
+
+
+class Point(NamedTuple):
+    """What the records up to an epoch come to."""
+
+    place: Place
+    tokens: int  # that members say they trained on
+
+
+def walk(at: Point, past: Past, epoch: int) -> Point:
+    """From `at` to `epoch`, by the records between. Raises LookupError where they are gone."""
+    place, tokens = at
+    while place.epoch < epoch:
+        page = past.read(place.epoch, min(PAGE, epoch - place.epoch))
+        if not page:
+            raise LookupError(f"record {place.epoch + 1} is gone")
+        for record in page:
+            place = next_place(place, record)
+        tokens += tokens_of(page)
+    return Point(place, tokens)
+
+
+def point_at(genesis: Genesis, past: Past, epoch: int, known: Point | None = None) -> Point:
+    """Of one of the past's epochs. `known`: one from where to go, if it is of no later epoch."""
+    start = past.kept(epoch) or Point(genesis_place(genesis), 0)
+    if known is not None and start.place.epoch < known.place.epoch <= epoch:
+        start = known
+    return walk(start, past, epoch)
+
+
+class Chain:
+    """The records from the genesis to the head, each checked when it was added.
+
+    Of `past`, records up to `_base` are ours; those after them, which it may have too, are in `_tail`. The
+    tail is cut when the past has them, but not while it lags behind a fork that we left: what lies there then
+    may be of the other side.
+    """
+
+    def __init__(
+        self,
+        genesis: Genesis,
+        records: Iterable[Record] = (),  # that follow `past`; from our own disk: checked before
+        past: Past | None = None,
+        recent: int = RECENT,  # records that stay in memory at least
+    ) -> None:
         self.genesis = genesis
-        self.records: list[Record] = []  # records[i].body.epoch == i + 1
-        self.places: list[Place] = [genesis_place(genesis)]  # places[e]: after record e
+        self._past = past
+        self._recent = recent
+        self._switches = 0  # as the past will count them when it has caught up
+        self._base = 0
+        self._tail: list[Record] = []  # of epochs _base + 1 and on
+        self._places = [genesis_place(genesis)]  # after epochs _base and on
+        self._walked: Point | None = None  # the last that was asked for before _base
         self.tokens = 0  # that members say they trained on, up to the head
-        for record in records:  # from our own disk: checked before they were written
+        if past is not None:
+            self._open(past)
+        for record in records:
+            self.append(record)
+
+    def _open(self, past: Past) -> None:
+        count = len(past)
+        self._switches, self._base = past.switches, max(0, count - self._recent)
+        place, self.tokens = point_at(self.genesis, past, self._base)
+        self._places = [place]
+        for record in past.read(self._base, count - self._base):
             self.append(record)
 
     @property
     def epoch(self) -> int:
-        return len(self.records)
+        return self._base + len(self._tail)
 
     @property
     def head(self) -> str:
-        return self.records[-1].head if self.records else self.genesis.run_id
+        return self._places[-1].head
 
     @property
     def place(self) -> Place:
-        return self.places[-1]
+        return self._places[-1]
 
     @property
     def tip(self) -> Tip:
-        return self.places[-1].tip
+        return self._places[-1].tip
 
     @property
     def roll(self) -> Roll:
         """Who belongs to the run now."""
-        return self.places[-1].roll
+        return self._places[-1].roll
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """records[i].body.epoch == i + 1; those before the newest are read when they are asked for."""
+        return self._tail if self._past is None else _Records(self)
 
     def head_at(self, epoch: int) -> str:
         """The head of `epoch`; "" where we have none, so that it equals nobody's."""
-        if not 0 <= epoch <= len(self.records):
-            return ""
-        return self.records[epoch - 1].head if epoch else self.genesis.run_id
+        if self._base <= epoch <= self.epoch:
+            return self._places[epoch - self._base].head
+        if not epoch:
+            return self.genesis.run_id
+        return self._past.head_at(epoch) if self._past is not None and 0 < epoch < self._base else ""
+
+    def place_at(self, epoch: int) -> Place:
+        """Where the chain was after record `epoch`."""
+        if epoch >= self._base:
+            return self._places[epoch - self._base]
+        return self._before(epoch).place
 
     def electorate_at(self, epoch: int) -> tuple[str, ...]:
-        return self.places[epoch].electorate
+        return self.place_at(epoch).electorate
 
     def state_digest_at(self, epoch: int) -> str | None:
         """The digest of state `epoch` as signed: by the genesis or by the record after. None at the head."""
         if epoch == 0:
             return self.genesis.state_digest
-        return self.records[epoch].body.state_digest if epoch < self.epoch else None
+        after = self.after(epoch, 1)
+        return after[0].body.state_digest if after else None
 
     def append(self, record: Record) -> None:
         """A checked record. Our bug if it does not follow."""
         assert record.body.epoch == self.epoch + 1 and record.body.prev == self.head
-        self.places.append(next_place(self.places[-1], record))
-        self.records.append(record)
+        self._places.append(next_place(self._places[-1], record))
+        self._tail.append(record)
         self.tokens += tokens_of((record,))
+        if self._past is not None and len(self._tail) >= 2 * self._recent:
+            self._let_go(self._past)
 
-    def switch(self, epoch: int, records: Sequence[Record]) -> tuple[Record, ...]:
-        """Leave a fork: checked records take the place of those after `epoch`. Returns those."""
-        dropped = tuple(self.records[epoch:])
-        self.tokens -= tokens_of(dropped)
-        del self.records[epoch:], self.places[epoch + 1 :]
+    def _let_go(self, past: Past) -> None:
+        """Of what the past has by now, keep only the newest in memory."""
+        if past.switches != self._switches:
+            return
+        count = min(len(self._tail) - self._recent, len(past) - self._base)
+        if count > 0:
+            assert past.head_at(self._base + count) == self._tail[count - 1].head
+            del self._tail[:count], self._places[:count]
+            self._base += count
+
+    def switch(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
+        """Leave a fork: checked records take the place of those after `epoch`. How many were dropped, and how
+        many tokens are behind those."""
+        count, tokens = self.epoch - epoch, self.tokens
+        if epoch >= self._base:
+            self.tokens -= tokens_of(self._tail[epoch - self._base :])
+            del self._tail[epoch - self._base :], self._places[epoch + 1 - self._base :]
+        else:
+            place, self.tokens = self._before(epoch)
+            self._base, self._tail, self._places, self._walked = epoch, [], [place], None
+        self._switches += 1
+        tokens -= self.tokens
         for record in records:
             self.append(record)
-        return dropped
+        return count, tokens
+
+    def _before(self, epoch: int) -> Point:
+        """What the past says of an epoch before the tail."""
+        assert self._past is not None and epoch >= 0
+        self._walked = point_at(self.genesis, self._past, epoch, self._walked)
+        return self._walked
 
     def after(self, epoch: int, count_max: int) -> tuple[Record, ...]:
-        return tuple(self.records[epoch : epoch + count_max])
+        """Records after `epoch`, so many at most."""
+        if epoch >= self._base:
+            return tuple(self._tail[epoch - self._base : epoch - self._base + count_max])
+        assert self._past is not None
+        found = self._past.read(epoch, min(count_max, self._base - epoch))
+        return found + self.after(self._base, count_max - len(found))
 
     def settings_of(self, record: Record) -> Mapping[str, float]:
         """What records before it have changed of the spec: it is a record of this chain."""
-        return self.places[record.body.epoch - 1].roll.settings
+        return self.place_at(record.body.epoch - 1).roll.settings
 
     def check(
         self,
@@ -585,32 +441,45 @@ class Chain:
         check_record(record, self.place, crypto, max_influence, on_quorum_loss)
 
 
+class _Records(Sequence[Record]):
+    """Of a chain with a past. A slice is read whole; to go over all of them reads a page at a time."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+
+    def __len__(self) -> int:
+        return self._chain.epoch
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Record, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | tuple[Record, ...]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1
+            return self._chain.after(start, max(0, stop - start))
+        epoch = index if index >= 0 else len(self) + index
+        found = self._chain.after(epoch, 1) if 0 <= epoch < len(self) else ()
+        if not found:
+            raise IndexError(f"no record {epoch + 1}")
+        return found[0]
+
+    def __iter__(self) -> Iterator[Record]:
+        return records_from(self._chain, 0, self._chain.epoch)
+
+
+def records_from(chain: Chain, epoch: int, end: int) -> Iterator[Record]:
+    """Those after `epoch` up to `end`, however many, a page at a time."""
+    while epoch < end:
+        page = chain.after(epoch, min(PAGE, end - epoch))
+        if not page:
+            raise LookupError(f"record {epoch + 1} is gone")
+        yield from page
+        epoch += len(page)
+
+
 def tokens_of(records: Iterable[Record]) -> int:
     """That their members say they trained on."""
     return sum(m.tokens for r in records for m in r.body.members)
-
-
-# --- fields -----------------------------------------------------------------------------------------
-
-
-def member_from(raw: Any) -> Member:
-    """Strict. Raises InvalidRecord."""
-    try:
-        return _member_from(raw)
-    except Malformed as error:
-        raise InvalidRecord("malformed", str(error)) from None
-
-
-def _member_from(raw: Any) -> Member:
-    peer, weight, contribution, life, tokens = sequence(raw, 5, "a member", 5)
-    integer(weight, 0, WEIGHT_MAX, "weight")
-    integer(tokens, 0, WEIGHT_MAX, "tokens")
-    if (weight == 0) != (contribution == ""):
-        raise Malformed("a member has weight and contribution or neither")
-    hexadecimal(contribution, (0, 64), "contribution")
-    hexadecimal(life, (0, 32), "life")
-    return Member(peer_field(peer, "peer"), weight, contribution, sys.intern(life), tokens)
-
-
-def member_to_list(member: Member) -> list[Any]:
-    return [member.peer, member.weight, member.contribution, member.life, member.tokens]

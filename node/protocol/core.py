@@ -281,7 +281,8 @@ class Core:
 
     def _counted(self, epoch: int) -> str:
         """The contribution of ours that the record after `epoch` names; "" if there is none."""
-        members = self.chain.records[epoch].body.members if epoch < self.chain.epoch else ()
+        after = self.chain.after(epoch, 1)
+        members = after[0].body.members if after else ()
         return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
 
     def _stands_by(self) -> str:

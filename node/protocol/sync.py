@@ -217,18 +217,17 @@ class Sync:
             self.branches.pop(peer, None)
             return None
         try:
-            start = self.chain.places[common] if branch is None or not before else branch.place
+            start = self.chain.place_at(common) if branch is None or not before else branch.place
             place = self._check(message.records, start)
         except InvalidRecord as e:
             self.ctx.refuse(peer, e.reason, str(e))
             self.branches.pop(peer, None)
             return None
-        ours = self.chain.after(common, self.chain.epoch - common)
         same = 0
-        while same < min(len(ours), len(records)) and ours[same].head == records[same].head:
+        while same < len(records) and self.chain.head_at(common + same + 1) == records[same].head:
             same += 1
         goes_on = self._goes_on(peer, records[-1].body.epoch)
-        if self._is_final(ours[same:], common + same):
+        if self._is_final(common + same):
             self.ctx.refuse(
                 peer, "final", f"a fork before record {common + same + 1}, which a quorum has decided"
             )
@@ -240,7 +239,7 @@ class Sync:
                 self.asked_at[peer] = now  # it is asked again when that quorum has had its time
                 return []
             self.branches.clear()  # they are of forks from a chain that is ours no more
-            added = self._switch(common + same, records[same:], ours[same:])
+            added = self._switch(common + same, records[same:])
             self.ahead_since.pop(peer, None)
             if goes_on:
                 self.ask(peer, now)
@@ -286,25 +285,27 @@ class Sync:
             at = next_place(at, record)
         return at
 
-    def _is_final(self, ours: Sequence[Record], common: int) -> bool:
-        """Whether leaving `ours` would leave what a full electorate decided, in a run where that is for good.
+    def _is_final(self, common: int) -> bool:
+        """Whether leaving what we have after `common` would leave what a full electorate decided, in a run
+        where that is for good.
 
         Where three or more never go on without a quorum, no honest member can have signed another record: who
         shows one has the keys of an old majority, and could make as long a past as it likes.
         """
         if self.ctx.rules.on_quorum_loss == "continue":
             return False
-        return any(not self.chain.places[common + 1 + i].standing.since for i in range(len(ours)))
+        chain = self.chain
+        return any(not chain.place_at(epoch).standing.since for epoch in range(common + 1, chain.epoch + 1))
 
-    def _switch(self, common: int, theirs: Sequence[Record], ours: Sequence[Record]) -> list[Record]:
-        if ours:
+    def _switch(self, common: int, theirs: Sequence[Record]) -> list[Record]:
+        if common < self.chain.epoch:
+            dropped, tokens = self.chain.switch(common, theirs)
             self.ctx.emit(
                 Note(
-                    f"fork=left common_epoch={common} dropped_records={len(ours)} "
-                    f"dropped_tokens={tokens_of(ours)} gained_tokens={tokens_of(theirs)}"
+                    f"fork=left common_epoch={common} dropped_records={dropped} "
+                    f"dropped_tokens={tokens} gained_tokens={tokens_of(theirs)}"
                 )
             )
-            self.chain.switch(common, theirs)
             for record in theirs:
                 self._note_members(record)
             self.lacks.clear()
@@ -405,7 +406,7 @@ class Sync:
             self._fetch_state(now)
 
     def _advance(self) -> None:
-        record = self.chain.records[self.state_epoch]
+        (record,) = self.chain.after(self.state_epoch, 1)
         if record.body.state_digest != self.state_digest:
             self._diverged(f"record={record.body.epoch}")
         elif record.head in self.ctx.updates:
@@ -416,7 +417,7 @@ class Sync:
     def _fetch_updates(self, now: float) -> None:
         """Those that are missing next, while there is room. In the round after them all have the update."""
         begin = self.state_epoch + (1 if self.job == "apply" else 0)
-        for record in self.chain.records[begin : begin + FETCHES_MAX]:
+        for record in self.chain.after(begin, FETCHES_MAX):
             if len(self.fetches) >= FETCHES_MAX or self.need_state:
                 return
             if record.head not in self.ctx.updates and record.head not in self.fetches:

@@ -139,7 +139,7 @@ def test_records_that_extend_nothing_we_have_are_ignored():
 def test_one_peers_records_do_not_drop_anothers_branch():
     world = swarm()
     sync = nodes(world)[0].core.sync
-    branch = sync.branches["p1"] = Branch(0, list(sync.chain.records[:1]), sync.chain.places[1], world.now)
+    branch = sync.branches["p1"] = Branch(0, list(sync.chain.records[:1]), sync.chain.place_at(1), world.now)
     says(world, STRANGER, Records(0, (sync.chain.records[0],)))
     assert sync.branches == {"p1": branch}
 

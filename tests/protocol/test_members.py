@@ -64,7 +64,7 @@ def test_the_waits_of_every_node_follow_a_setting_and_go_back_with_a_chain_that_
     for node in world.nodes.values():
         assert (node.core.ctx.rules.stall_s, node.core.ctx.rules.heartbeat_s) == (2.0, 0.4)
     core = world.nodes["p2"].core
-    core.ctx.enrol(core.chain.places[epoch - 1].roll)
+    core.ctx.enrol(core.chain.place_at(epoch - 1).roll)
     assert core.ctx.rules == world.rules
 
 
@@ -81,7 +81,7 @@ def test_who_is_gone_holds_up_no_change_of_a_run_that_asks_for_everybody(change:
     assert world.epoch() <= stands + 1, "a round needs all three"
     there = [world.nodes[name] for name in ("p0", "p1")]
     there[0].feed(ev.ChangeAsked(change))
-    world.until(lambda: all(n.core.ctx.roll != n.core.chain.places[0].roll for n in there), 60)
+    world.until(lambda: all(n.core.ctx.roll != n.core.chain.place_at(0).roll for n in there), 60)
 
 
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")

@@ -21,7 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL = ROOT / "node" / "protocol"
 SIMULATION = ROOT / "tests" / "simulation"
-MODULES = ("consortium", "draws", "faults", "invariants", "lies", "shell", "world")  # the rest stays as it is
+MODULES = (
+    "consortium",
+    "draws",
+    "faults",
+    "invariants",
+    "lies",
+    "past",
+    "shell",
+    "world",
+)  # the rest stays as it is
 FLAGS = ("--strict", "--ignore-missing-imports")
 
 

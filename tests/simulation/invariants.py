@@ -15,6 +15,7 @@ G9 voice is policy: what a contribution weighs follows from the roll.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from simulation.shell import NORM_MAX, Mean, size_of
@@ -289,7 +290,7 @@ class Invariants:
         if taken < left or (taken == left and theirs[-1].head > ours[-1].head):
             self.fail(node, f"fork choice: left {left} since epoch {common} for {taken}")
 
-    def electorate(self, records: list[Record]) -> tuple[str, ...]:
+    def electorate(self, records: Sequence[Record]) -> tuple[str, ...]:
         return self.at[records[-1].head if records else self.world.genesis.run_id].electorate
 
 

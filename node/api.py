@@ -57,7 +57,8 @@ from tapestry.node.spec.tables import TableError, read_table
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface import control
 from tapestry.node.trainer.messages import Configure, Failed
-from tapestry.node.trainer.worker import Channel, ChannelClosed
+from tapestry.node.trainer.opening import ChannelClosed
+from tapestry.node.trainer.worker import Channel
 
 LEAVE_S = 20.0  # the node's own limit is 10 s
 UP_S = 60.0  # from the first base to node.json. Guess

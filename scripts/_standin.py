@@ -24,8 +24,9 @@ from tapestry.compression.payloads import PayloadLayout
 from tapestry.node.spec.tables import read_table
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer import messages as tm
+from tapestry.node.trainer.opening import ChannelClosed
 from tapestry.node.trainer.shared import BUFFERS, map_slot, map_vector
-from tapestry.node.trainer.worker import Channel, ChannelClosed
+from tapestry.node.trainer.worker import Channel
 
 SCALE = 1e-3  # of the noise
 DRAW = 1 << 22  # elements of the initial state at a time

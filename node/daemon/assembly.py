@@ -195,6 +195,7 @@ def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
         peers_max=spec.limits.max_peers,
         records_bytes_max=spec.limits.max_control_frame_bytes // 2,
         audit_share=spec.audit.share,
+        gate_margin=spec.gate.margin or None,
     )
 
 
@@ -229,6 +230,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         weights_dir=str(config.base or ""),
         inner_state_path=str(home.trainer / "inner.safetensors"),
         cursor_path=str(home.trainer / "cursor.json"),
+        gate_windows=spec.gate.windows if spec.gate.margin else 0,
         node_seed=node_seed(peer_id),
         codec=spec.compression.codec,
         shard_elements=spec.compression.shard_elements,

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from torch import Tensor
 
 from tapestry.dht.p2pd import SwarmError
 from tapestry.node.daemon.desk import Loop, Outputs
@@ -23,6 +25,7 @@ from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.transfer import DonorFailed, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import Body
 from tapestry.node.state.model import ModelState
 
 LEAVING_BYTES_MAX = 256 << 20  # Guess: a state that even a slow disk takes in two of the seconds to stop in
@@ -130,6 +133,20 @@ class DiskDesk:
 
     def do_apply(self, out: ev.Apply) -> None:
         self._loop.spawn(self._state_job(self._keeper.apply, out.record))
+
+    async def take_aside(
+        self,
+        body: Body,
+        blobs: Sequence[Any],
+        out: Tensor,  # f32 (n,)
+    ) -> bool:
+        """The parameters that the step of `body` makes, into `out`; False if our state is not the one before.
+
+        Raises Refused.
+        """
+        async with self._state_lock:
+            done: bool = await self._on_disk(self._keeper.take_aside, body, blobs, out)
+        return done
 
     def do_rollback(self, out: ev.Rollback) -> None:
         self._trainer.abort()

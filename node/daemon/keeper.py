@@ -29,7 +29,7 @@ from tapestry.node.net.transfer import (
     fetch_state,
     fetch_update,
 )
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Record, found
+from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.sync import NO_STATE
@@ -148,6 +148,21 @@ class Keeper:
             self._voted_for = ("", ())
         self._digest = self.state.digest()
         return body.epoch, self._digest
+
+    def take_aside(
+        self,
+        body: Body,
+        payloads: Sequence[Any],
+        out: Tensor,  # f32 (n,)
+    ) -> bool:
+        """The parameters that the step of `body` makes of the state, into `out`. Nothing else changes.
+
+        False if the state is not the one before it. Raises Refused.
+        """
+        if self.state.torn or self.state.head != body.prev or self._chain.head != body.prev:
+            return False
+        self.state.aside([p.tensor for p in payloads], body, self._chain.roll.settings, out)
+        return True
 
     def _reload(self, epoch: int) -> None:
         """A step was broken off: take it again from what lies on disk. Raises KeeperError."""

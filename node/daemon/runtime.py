@@ -21,6 +21,7 @@ from tapestry.node.daemon.audit_desk import AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Job, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
+from tapestry.node.daemon.gate_desk import GateDesk
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.members_desk import MembersDesk
@@ -67,6 +68,7 @@ class Runtime:
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
+        self.gate = GateDesk(self, trainer, self.disk, reporter)
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),
@@ -75,7 +77,7 @@ class Runtime:
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
-        desks = self.trainer, self.disk, self.network, self.audits
+        desks = self.trainer, self.disk, self.network, self.audits, self.gate
         self._execute = _table(*(desk.outputs for desk in desks), self.outputs)
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")

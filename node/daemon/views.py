@@ -42,6 +42,13 @@ OUTCOMES = {  # of a round that did not commit with us in it, and what is to be 
     "tapestry peers",
 }
 
+GATED = {  # protocol/events.py, Gated
+    "refused": "this node does not vote for it; if a majority does, it follows",
+    "again": "a majority refused, and the round goes on without this contribution. If it is the same member "
+    "again and again, ask its operator",
+    "went_on": "it is accepted all the same, for nothing more can be left out",
+}
+
 _log = logging.getLogger("tapestry.node")
 
 
@@ -137,18 +144,26 @@ class PhaseClock:
         self._stage = Stage.AWAY
         self._since = 0.0
         self._ready_at: float | None = None
+        self._gate_s = 0.0  # of the stage that goes on, spent on measuring the result
         self._phases: dict[str, float] = {}  # seconds, since they were taken
 
     def stage(self, stage: Stage, now: float) -> None:
         if stage == self._stage:
             return
         if self._stage != Stage.AWAY:
-            phase, duration_s = self._stage.name.lower(), now - self._since
+            phase, duration_s = self._stage.name.lower(), max(0.0, now - self._since - self._gate_s)
+            self._gate_s = 0.0
             self._metrics.round_phase_ended(phase, duration_s)
             self._phases[phase] = self._phases.get(phase, 0.0) + duration_s
         if stage >= Stage.READY and self._ready_at is None:
             self._ready_at = now
         self._stage, self._since = stage, now
+
+    def gate(self, duration_s: float) -> None:
+        """A result was measured, in the middle of a stage."""
+        self._gate_s += duration_s
+        self._metrics.round_phase_ended("gate", duration_s)
+        self._phases["gate"] = self._phases.get("gate", 0.0) + duration_s
 
     def train(self) -> None:
         self._ready_at = None
@@ -375,6 +390,18 @@ class Reporter:
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
         self.metrics.dropped(records, weight)
         self._story.dropped(records, weight)
+
+    def gated(self, out: ev.Gated) -> None:
+        """What the gate made of a result of a round."""
+        self.metrics.gated(out.outcome)
+        if out.outcome in ("passed", "unmeasured"):
+            return
+        without = f" furthest={out.peer}" if out.peer else ""
+        _log.warning(
+            "gate=%s epoch=%d worse=%.4f%s; %s",
+            *(out.outcome, out.epoch + 1, out.worse, without, GATED[out.outcome]),
+        )
+        self._story.gate(out.epoch + 1, out.outcome, out.worse, out.peer)
 
     def audited(self, outcome: str) -> None:
         """As Metrics.audited."""

@@ -53,8 +53,9 @@ from tapestry.node.trainer.messages import (
     Stop,
     Validation,
 )
+from tapestry.node.trainer.opening import ChannelClosed
 from tapestry.node.trainer.shared import SLOTS, map_slot, map_vector
-from tapestry.node.trainer.worker import Channel, ChannelClosed
+from tapestry.node.trainer.worker import Channel
 
 PROGRESS_INTERVAL_S = 0.2
 LOOK_S = 1.0  # between two signs of life, while waiting

@@ -26,6 +26,7 @@ from tapestry.node.protocol.agreement import (
 )
 from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
 from tapestry.node.protocol.commitment import PATH_MAX
+from tapestry.node.protocol.gate import WORSE_MAX
 from tapestry.node.protocol.messages import (
     RECORDS_MAX,
     WAITING_MAX,
@@ -40,6 +41,7 @@ from tapestry.node.protocol.messages import (
     Propose,
     Ready,
     Records,
+    Refuse,
     Result,
     Roster,
     Shard,
@@ -142,6 +144,13 @@ def _norm(value: Any, what: str) -> float:
     return strict.finite(value, what, 0.0)
 
 
+def _worse(value: Any, what: str) -> float:
+    worse = strict.finite(value, what, 0.0)
+    if worse > WORSE_MAX:
+        raise strict.Malformed(f"{what} must be at most {WORSE_MAX:g}")
+    return worse
+
+
 def _tuple_of(item: Decode, count_max: int) -> Decode:
     def decode(value: Any, what: str) -> tuple[Any, ...]:
         return tuple([item(v, what) for v in strict.sequence(value, count_max, what)])
@@ -234,6 +243,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "accepted": (_encode_optional_body, _optional_body),
         "life": (_same, _hex(0, 32)),
         "unheard": (_same, _PEERS),
+        "refused": (_same, _hex(0, 64)),
     },
     Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
     Roster: {
@@ -262,6 +272,13 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "result": (_same, _hex(64)),
         "agreement": (agreement_to_list, agreement_from),
         "signature": (_same, _text(256)),
+    },
+    Refuse: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "ballot": (_same, _BALLOT),
+        "body_head": (_same, _HEAD),
+        "worse": (_same, _worse),
     },
     Commit: {"record": (chain.record_to_dict, _any)},
     Need: {

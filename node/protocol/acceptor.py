@@ -32,6 +32,7 @@ class Acceptor:
         state.set_ballot(ballot, forced, leader)
         state.ready.clear()
         state.accepts.clear()
+        state.refusals.clear()
         state.accepted_at = None
         state.accepted_body = None
         state.proposal = None
@@ -71,6 +72,7 @@ class Acceptor:
             state.vote.accepted,
             state.vote.life,
             self.ctx.unheard(state.electorate, now),
+            state.refused,
         )
         if state.leading:
             state.ready[self.ctx.me] = ready
@@ -129,15 +131,15 @@ class Acceptor:
         if proposal is not None and head_of(proposal.body, self.ctx.crypto) == head:
             self.holder_index += 1  # the next one is asked at the next resend
 
-    def accept_result(self) -> str | None:
-        """All shards are here: they and the roster are the value. Write it down, then vote. As `accept`."""
+    def hold_result(self) -> tuple[Body, str]:
+        """All shards are here: they and the roster are the value (body and head). Written down; no vote."""
         exchange = self.state.exchange
         assert exchange.roster is not None
         body = body_of(self.state, exchange.roster, exchange.result_digest(), exchange.agreement())
         head = head_of(body, self.ctx.crypto)
         self.ctx.keep_update(head)
         self.ctx.emit(PersistResult(body.epoch, head, exchange.result_blobs()))
-        return self.accept(body, head)
+        return body, head
 
     def accept(self, body: Body, head: str) -> str | None:
         """Vote for `body` in this ballot. Returns why not, if its leader has had our vote for another."""
@@ -146,6 +148,8 @@ class Acceptor:
             return "equivocation"  # before a restart we accepted the other
         state.stage = Stage.ACCEPTED
         state.accepted_body, state.accepted_head = body, head
+        if state.refused == head:
+            state.refused = ""
         if body.forced:
             # Not in the vote: it must not displace an ordinary value, which a quorum may have chosen.
             self.promise()

@@ -26,6 +26,7 @@ from tapestry.node.protocol.events import (
     EndRound,
     FetchFailed,
     Input,
+    Judged,
     Moved,
     Note,
     Output,
@@ -55,6 +56,7 @@ from tapestry.node.protocol.messages import (
     Propose,
     Ready,
     Records,
+    Refuse,
     Result,
     Roster,
     Shard,
@@ -386,6 +388,10 @@ class Core:
             self.round.exchange.on_reduced(inp)
             self.round.advance(now)
 
+    def handle_judged(self, inp: Judged, now: float) -> None:
+        if self.round is not None and (inp.epoch, inp.head) == (self.round.epoch, self.round.head):
+            self.round.handle_judged(inp.body_head, inp.worse, now)
+
     def handle_applied(self, inp: Applied, now: float) -> None:
         self.sync.on_applied(inp.epoch, inp.state_digest)
 
@@ -481,6 +487,8 @@ class Core:
             return self._on_data(peer, round_, message, now)
         if isinstance(message, Accept):
             return round_.on_accept(peer, message, now)
+        if isinstance(message, Refuse):
+            return round_.on_refuse(peer, message, now)
         if isinstance(message, Ready):
             refused = round_.on_ready(peer, message, now)
             if refused is None and (view.status is None or view.status.head != message.head):
@@ -610,6 +618,7 @@ _HANDLERS: Final[dict[type, Callable[[Core, Any, float], None]]] = {
     Contributed: Core.handle_contributed,
     TrainerState: Core.handle_trainer_state,
     Reduced: Core.handle_reduced,
+    Judged: Core.handle_judged,
     Applied: Core.handle_applied,
     UpdateFetched: Core.handle_update_fetched,
     FetchFailed: Core.handle_fetch_failed,

@@ -88,6 +88,16 @@ class Reduced:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """By how much the held-out loss is worse after the step of this body; None if it was not measured."""
+
+    epoch: int
+    head: str  # of the state the round starts from
+    body_head: str
+    worse: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Applied:
     """State `epoch` is reached; also the answer to Rollback and FetchState."""
 
@@ -137,6 +147,7 @@ Input = (
     | Contributed
     | TrainerState
     | Reduced
+    | Judged
     | Applied
     | UpdateFetched
     | FetchFailed
@@ -234,6 +245,29 @@ class PersistResult:
     epoch: int  # of the state it makes
     head: str
     blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Take the step of `body` aside and measure it on held-out data. Answer: Judged."""
+
+    body: Body
+    head: str  # of the body
+    blobs: tuple[Blob, ...]  # the encoded result
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """What the gate made of a result of the round that started from `epoch`: for people.
+
+    passed | unmeasured | refused | went_on (too bad, and accepted all the same), by this node's own data, or
+    again: we led a ballot that a majority refused, and the next one is without `peer`.
+    """
+
+    epoch: int
+    outcome: str
+    worse: float  # loss after less before; NaN if unknown
+    peer: str  # whose contribution differs most from the others, if that matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +397,8 @@ Output = (
     | KeepResult
     | PersistVote
     | PersistResult
+    | Judge
+    | Gated
     | AppendRecord
     | SwitchChain
     | Apply

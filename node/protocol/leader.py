@@ -11,13 +11,14 @@ import math
 from tapestry.node.protocol.acceptor import Acceptor, body_of
 from tapestry.node.protocol.blame import culprit
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
-from tapestry.node.protocol.events import CloseTraining, Note
+from tapestry.node.protocol.events import CloseTraining, Gated, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
 from tapestry.node.protocol.members import voice_weights
 from tapestry.node.protocol.messages import WAITING_MAX, Accept, Call, Closing, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 
+GATE = "gate"  # why one's contribution is left out, and not its vote
 WAITING_NAMED = 3  # peers named in a reason
 
 
@@ -34,6 +35,8 @@ class Leader:
         self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
         self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
         self.closing_sent = False
+        self.made_again: dict[str, None] = {}  # heads of results that a majority refused
+        self.worse = math.nan  # the median of what those who refused said last
         self.late: dict[str, None] = {}  # waited for in vain, when a roster was sent
 
     # --- ballots of ours -----------------------------------------------------------------------
@@ -96,9 +99,12 @@ class Leader:
         if not state.forced:
             if self._promises(now) < quorum(len(state.electorate)):
                 return None
+            if self._may_yet_refuse(now):
+                return None
             accepted = self._accepted()
             if accepted is not None:
                 return self._propose(accepted)
+            self._leave_out_furthest()
         if self.close_at is None:
             self.ctx.pace.quorum_ready(now)
             self.close_at = now + self.ctx.pace.straggler_wait_s()
@@ -149,9 +155,50 @@ class Leader:
         return [ready[p] for p in (served if len(served) >= quorum(len(electorate)) else told)]
 
     def _accepted(self) -> Body | None:
-        """The value of the highest ballot that electors tell of: what others accepted decides nothing."""
+        """The value of the highest ballot that electors tell of: what others accepted decides nothing.
+
+        None as well where a majority refused it and a quorum has accepted nothing: any quorum of promises
+        will do (`_trusted`), and by that one it was not decided, nor was anything else.
+        """
         told = [r for r in self._trusted() if r.accepted is not None]
-        return max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted if told else None
+        if not told:
+            return None
+        body = max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted
+        assert body is not None
+        ready, electorate = self.state.ready, self.state.electorate
+        free = sum(p in ready and ready[p].accepted is None for p in electorate)
+        refused = self._refused() == head_of(body, self.ctx.crypto)
+        return None if refused and free >= quorum(len(electorate)) else body
+
+    # --- phase 1: what a majority refused ------------------------------------------------------
+
+    def _refused(self) -> str:
+        """Head of the body that a majority of the electorate says it refused last; "" if there is none."""
+        ready, electorate = self.state.ready, self.state.electorate
+        said = [ready[p].refused for p in electorate if p in ready and ready[p].refused]
+        counts = {head: said.count(head) for head in said}
+        return next((h for h, count in counts.items() if count >= quorum(len(electorate))), "")
+
+    def _may_yet_refuse(self, now: float) -> bool:
+        """Some refused what others accepted: whether who is not ready yet may make them a majority. Not for
+        long: what a quorum does not speak against is proposed again."""
+        state = self.state
+        said = [r for p, r in state.ready.items() if p in state.electorate]
+        if not any(r.refused for r in said) or all(r.accepted is None for r in said):
+            return False
+        late = any(p not in state.ready and self.ctx.heard(p, now) for p in state.electorate)
+        return late and now < state.entered_at + self.ctx.rules.stall_s
+
+    def _leave_out_furthest(self) -> None:
+        """A majority refused a result of this round: the next is without what differed most in that."""
+        state, head = self.state, self._refused()
+        peer = state.furthest.get(head)
+        if peer is None or head in self.made_again:
+            return
+        self.made_again[head] = None
+        self.excluded[peer] = GATE
+        self.ctx.emit(Gated(state.epoch, "again", self.worse, peer))
+        self.ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} failed=gate without={peer}"))
 
     def _contributors(self, now: float) -> list[str]:
         """Nobody, where not one of them is a member: newcomers of an open run weigh nothing alone."""
@@ -201,9 +248,10 @@ class Leader:
         self.late.update(dict.fromkeys(p for p in self._expected(now) if p not in state.ready))
         electors = {p for p in state.electorate if p in state.ready and ctx.heard(p, now)}
         seated, able = self._seat(electors, now)
-        members = tuple(
-            [self._member(p, w) for p, w in self._weights(electors, seated) if w or p in electors]
+        voters = electors.union(
+            p for p, why in self.excluded.items() if why == GATE and self._may_vote(p, now)
         )
+        members = tuple([self._member(p, w) for p, w in self._weights(voters, seated) if w or p in voters])
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
             state.epoch,
@@ -227,13 +275,17 @@ class Leader:
                 ctx.send(member.peer, roster)
         return roster
 
-    def _weights(self, electors: set[str], seated: list[str]) -> list[tuple[str, int]]:
-        """What everybody's contribution weighs, sorted by peer; 0 for electors that only vote."""
+    def _may_vote(self, peer: str, now: float) -> bool:
+        """Whether who does not contribute can be named all the same, and so votes in the next round."""
+        return peer in self.state.ready and self.ctx.heard(peer, now) and peer in self.state.at.roll.members
+
+    def _weights(self, voters: set[str], seated: list[str]) -> list[tuple[str, int]]:
+        """What everybody's contribution weighs, sorted by peer; 0 for those that only vote."""
         state, ctx = self.state, self.ctx
         contributors = [(p, state.ready[p].weight) for p in sorted(seated)]
         weights = voice_weights(state.at.roll, contributors, ctx.rules.max_influence)
         weight_of = {p: w for (p, _), w in zip(contributors, weights)}  # noqa: B905
-        return [(p, weight_of.get(p, 0)) for p in sorted(electors.union(seated))]
+        return [(p, weight_of.get(p, 0)) for p in sorted(voters.union(seated))]
 
     def _member(self, peer: str, weight: int) -> Member:
         ready = self.state.ready[peer]
@@ -298,6 +350,25 @@ class Leader:
             self.spared.update(dict.fromkeys(p for named in accusations.values() for p in named))
             self.exclude([who] if who is not None else [], "stalled", now)
 
+    def heed_refusals(self, now: float) -> bool:
+        """Open the next ballot where too many refuse for this one to be decided: whether that was done.
+
+        Of a majority, READY says so in that ballot, and the result is made again. Where a minority and the
+        silence of others hold it up, who accepted tells of the value, which is proposed again, and then who
+        refused accepts it too.
+        """
+        state = self.state
+        against = sum(p in state.refusals for p in state.electorate)
+        if not against or state.accepted_at is not None:
+            return False
+        answered = state.accepts.keys() | state.refusals.keys()
+        open_ = any(p not in answered and self.ctx.heard(p, now) for p in state.electorate)
+        if open_ and against < quorum(len(state.electorate)):
+            return False
+        self.worse = sorted(state.refusals.values())[len(state.refusals) // 2]
+        self.open_next(now)
+        return True
+
     def _gone(self, peer: str, now: float) -> bool:
         state = self.state
         if self.ctx.heard(peer, now):
@@ -334,7 +405,7 @@ class Leader:
             safe = sum(p in votes for p in members) >= quorum(len(members))
             # Whom we have not told of a value that we had accepted before we restarted will ask for it.
             asked = state.addressees() if safe else [*state.addressees(), *members]
-            late = any(p not in votes and self.ctx.heard(p, now) for p in asked)
+            late = any(p not in votes and p not in state.refusals and self.ctx.heard(p, now) for p in asked)
             grace_s = self.ctx.rules.commit_grace_s if safe else self.ctx.rules.stall_s
             if late and now < state.accepted_at + grace_s:
                 return

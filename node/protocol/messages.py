@@ -72,6 +72,7 @@ class Ready:
     accepted: Body | None
     life: str = ""  # as in Member
     unheard: tuple[str, ...] = ()  # electors and linked peers that the sender does not hear now
+    refused: str = ""  # head of the body that the sender refused last in this round (gate.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,17 @@ class Accept:
     result: str  # its result digest and
     agreement: Agreement  # figures, so that a leader who lacks the result can name the body
     signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """No vote for this result: on the sender's own held-out data the state is worse for it (gate.py)."""
+
+    epoch: int
+    head: str
+    ballot: int
+    body_head: str  # as in Accept
+    worse: float  # loss after less loss before; what the sender says, and nobody can check
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +208,7 @@ Control = (
     | Roster
     | Propose
     | Accept
+    | Refuse
     | Commit
     | Need
     | GetRecords

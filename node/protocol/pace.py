@@ -29,6 +29,9 @@ EXCHANGE_SIZED_S = 300.0  # for whatever model, before anything was measured
 EXCHANGE_MIN_S = 60.0  # Guess: a link that is slow for a moment is not given up
 EXCHANGE_MARGIN = 10.0  # times a usual exchange, up to what the size allows. Guess
 EXCHANGE_MARGIN_SLOW = 1.5  # times one that is longer than that. Guess
+GATE_MIN_S = 30.0  # Guess: a trainer that is in the middle of a step, and then a few windows
+GATE_SHARE = 0.5  # of an epoch, to measure a result. Guess: it takes a few windows of an epoch's hundreds
+
 EXCHANGE_WIDEN_MAX = 4  # doublings, after exchanges that were given up in one round
 
 
@@ -109,6 +112,11 @@ class Pace:
         limit_s = max(min(EXCHANGE_MARGIN * usual_s, sized_s), EXCHANGE_MARGIN_SLOW * usual_s) or sized_s
         widened_s = limit_s * 2.0 ** min(self.given_up, EXCHANGE_WIDEN_MAX)
         return self._computed(EXCHANGE_MIN_S, min(widened_s, sized_s * 2.0**EXCHANGE_WIDEN_MAX))
+
+    def gate_max_s(self) -> float:
+        """The longest that this node measures a result before it votes all the same."""
+        fixed = self.rules.gate_max_s
+        return self._computed(GATE_MIN_S, GATE_SHARE * self.epoch_s()) if fixed is None else fixed
 
     def _computed(self, low_s: float, wait_s: float) -> float:
         return min(max(low_s, wait_s), self.rules.wait_max_s)

@@ -7,7 +7,7 @@ it determines:
     phase 1b  READY     a promise, a contribution, the highest accepted value
     phase 2a  ROSTER    a new value: who is averaged, and who averages what;
               PROPOSE   or the accepted value of the highest ballot that a READY told of
-    phase 2b  ACCEPT    after result and vote are on disk
+    phase 2b  ACCEPT    after result and vote are on disk; or REFUSE, if the run has a gate
     learn     COMMIT    the record with the signatures of a quorum
 
 Modification from the paper: a ROSTER's value is not known when it is sent, only determined (the mean is a
@@ -18,7 +18,7 @@ when it says nothing for stall_s. Everything is repeated every resend_s until it
 
 `Round` is the entry: it hears messages, checks whose they are and which ballot they name, and lets the parts
 act: acceptor.py (promises and votes), leader.py (rosters, exclusion, commit), watch.py (what is overdue),
-exchange.py (the shards). They share round_state.py.
+gate.py (whether a result is good enough), exchange.py (the shards). They share round_state.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, 
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import CloseTraining, Contributed, Note, Vote
 from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
-from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
@@ -62,6 +63,7 @@ class Round:
         self.state = RoundState(ctx, at, behind, state_digest, vote, now)
         self.acceptor = Acceptor(self.state)
         self.lead = Leader(self.state, self.acceptor)
+        self.gate = Gate(self.state, self.acceptor)
         self.watch = Watch(self.state)
         self.exchange: Exchange = self.state.exchange
         self.reach = self.state.ballot + BALLOT_STEP_MAX  # highest ballot that others may take us to
@@ -105,6 +107,9 @@ class Round:
             if state.leading:
                 return self.lead.gather_gap(now) or "roster due"
             return f"waiting for {state.leader}"
+        measuring = self.gate.reason() if state.stage == Stage.EXCHANGING else None
+        if measuring is not None:
+            return measuring
         if state.stage == Stage.EXCHANGING and roster is not None:
             return f"{len(self.exchange.results)} of {len(roster.reducers)} result shards"
         return "waiting for the commit"
@@ -180,6 +185,10 @@ class Round:
 
     def handle_update_fetched(self, head: str, now: float) -> None:
         self._voted(self.acceptor.on_update_fetched(head), now)
+        self.advance(now)
+
+    def handle_judged(self, body_head: str, worse: float | None, now: float) -> None:
+        self.gate.on_judged(body_head, worse)
         self.advance(now)
 
     def handle_fetch_failed(self, head: str) -> None:
@@ -322,6 +331,20 @@ class Round:
             return "equivocation"
         if known is None:
             state.accepts[peer] = accept
+            state.refusals.pop(peer, None)
+            self.exchange.progress += 1
+        self.advance(now)
+        return None
+
+    def on_refuse(self, peer: str, refuse: Refuse, now: float) -> str | None:
+        """A member's own data speak against this ballot's result; only a leader counts that."""
+        state = self.state
+        if refuse.ballot != state.ballot or not state.leading or state.proposal is not None:
+            return None
+        if state.in_roster(peer) is None:
+            return "roster"
+        if peer not in state.accepts and peer not in state.refusals:
+            state.refusals[peer] = refuse.worse
             self.exchange.progress += 1
         self.advance(now)
         return None
@@ -336,11 +359,12 @@ class Round:
         self._watch_quorum(now)
         if state.stage >= Stage.EXCHANGING:
             self.watch.progress(now)
-        if state.stage == Stage.EXCHANGING and state.proposal is None and self.exchange.complete:
-            self._voted(self.acceptor.accept_result(), now)
+        has_all = state.stage == Stage.EXCHANGING and state.proposal is None and self.exchange.complete
+        if has_all and self.gate.passes(now):
+            self._voted(self.gate.accept(), now)
         if state.leading and state.stage >= Stage.EXCHANGING:
             self.lead.try_commit(now)
-            if state.decided is None:
+            if state.decided is None and not self.lead.heed_refusals(now):
                 self.lead.watch_members(now)
         elif not state.leading and state.stage >= Stage.READY:
             self._watch_leader(now)
@@ -435,6 +459,10 @@ class Round:
         elif state.stage == Stage.EXCHANGING:
             if state.proposal is not None:
                 self.acceptor.fetch_proposal()
+            elif self.exchange.complete:
+                self.gate.keep_patience(now)
+                if not state.leading:
+                    self.gate.tell()
             elif stalled:
                 self.exchange.pull()
         else:

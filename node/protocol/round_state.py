@@ -58,7 +58,11 @@ class RoundState:
         # the leader's tables, of this ballot
         self.ready: dict[str, Ready] = {}
         self.accepts: dict[str, Accept] = {}
+        self.refusals: dict[str, float] = {}  # who refused the result, and by how much it is too bad to them
         self.accepted_at: float | None = None  # when a quorum had accepted
+        # the gate, of this round
+        self.refused = ""  # head of the body that we refused last
+        self.furthest: dict[str, str] = {}  # head of a result -> whose contribution differs most in it
         # clocks
         self.entered_at = now  # this ballot
         self.progress_at = now

@@ -27,6 +27,10 @@ class Rules:
     wait_max_s: float = 43_200.0  # that a computed wait comes to
     heartbeat_s: float = 1.0  # Guess: a fifth of stall_s, so that one lost heartbeat accuses nobody
     resend_s: float = 1.0  # Guess: longer than a round trip anywhere on Earth
+    gate_margin: float | None = (
+        None  # by how much a result may worsen a member's held-out loss; None: no gate
+    )
+    gate_max_s: float | None = None  # that a member takes to measure; then it votes unmeasured
     audit_share: float = 0.05  # of a record's shards, that another member averages again
     peers_max: int = 64
     records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it

@@ -51,6 +51,9 @@ class RunSpec:
     compression: Annotated[CompressionSpec, "How contributions cross the network."]
     mean: Annotated[MeanSpec, "How the contributions of a round become one."]
     outer: Annotated[OuterSpec, "The step that everyone takes, on the averaged contribution, after a round."]
+    gate: Annotated[
+        GateSpec, "Whether members measure a result on data of their own before they vote for it."
+    ]
     audit: Annotated[AuditSpec, "Who looks over the reducers' shoulders: docs/trust.md."]
     round: Annotated[RoundSpec, "How long a round waits, and for whom."]
     limits: Annotated[LimitsSpec, "Bounds that all members keep."]
@@ -274,6 +277,22 @@ class AdamWSpec:
 
 
 OuterSpec = NesterovSpec | AdamWSpec
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """[gate]"""
+
+    margin: Annotated[
+        float,
+        Between(0, 10),
+        "A member does not vote for a result that makes the loss on its held-out data worse by more than "
+        "this. What a majority refuses is made again without the contribution that differs most from the "
+        "others. 0: nobody measures.",
+    ] = 0.0
+    windows: Annotated[
+        int, Between(1, 4_096), "Held-out windows that a member measures on, of each result."
+    ] = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,6 +374,7 @@ class WorkerSettings:
     threads: Annotated[int, Between(1, 1_024), "CPU threads."] = 1
     run_spec: Annotated[str, "For a script, which looks whether it agrees: the canonical run spec."] = ""
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
+    gate_windows: Annotated[int, Between(0, 2**16), "To judge a result by: protocol/gate.py. 0: no gate."] = 0
     protected: Annotated[tuple[Protection, ...], "Domains that sources are kept clear of."] = ()
     brought_path: Annotated[str, "What is brought from an island: trainer/brought.py. Or empty."] = ""
 

@@ -145,16 +145,39 @@ class ModelState:
 
         After any exception the state is torn.
         """
-        epoch = record.body.epoch
+        epoch, outer = record.body.epoch, self.arithmetic.outer_at(settings)
         self._require_whole()
-        shards, codec, outer = (
-            self.arithmetic.shards,
-            self.arithmetic.codec,
-            self.arithmetic.outer_at(settings),
-        )
-        assert epoch == self.epoch + 1 and len(payloads) == len(shards)
-        divisor = self.arithmetic.divisor(record.body)
+        assert epoch == self.epoch + 1
         self.torn = True
+        for start, stop, mean in self._means(payloads, record.body):
+            outer.step(self.params, self.buffers, mean, start, stop, epoch)
+        self.epoch, self.head, self.torn = epoch, record.head, False
+
+    def aside(
+        self,
+        payloads: Sequence[Tensor],  # as of `apply`
+        body: Body,
+        settings: Mapping[str, float],
+        out: Tensor,  # f32 (n,)
+    ) -> None:
+        """The parameters that `apply` would make, to the bit, into `out`: the state stays as it is.
+
+        Raises TornState, or what the codec refuses.
+        """
+        self._require_whole()
+        outer = self.arithmetic.outer_at(settings)
+        for start, stop, mean in self._means(payloads, body):
+            piece = out[start:stop].copy_(self.params[start:stop])
+            buffers = {name: buffer[start:stop].clone() for name, buffer in self.buffers.items()}
+            outer.step(piece, buffers, mean, 0, stop - start, body.epoch)
+
+    def _means(
+        self, payloads: Sequence[Tensor], body: Body
+    ) -> Iterator[tuple[int, int, Tensor]]:  # start, stop, f32 (stop - start,), good until the next
+        """The mean that the outer step takes, piece by piece."""
+        shards, codec = self.arithmetic.shards, self.arithmetic.codec
+        assert len(payloads) == len(shards)
+        divisor = self.arithmetic.divisor(body)
         for shard, payload in zip(shards, payloads, strict=True):
             opened = codec.open(payload, shard.n)
             for index, (start, stop) in enumerate(codec.pieces(shard.n)):
@@ -162,8 +185,7 @@ class ModelState:
                 opened.decode_piece(index, mean)
                 if divisor != 1.0:
                     mean.div_(divisor)
-                outer.step(self.params, self.buffers, mean, shard.start + start, shard.start + stop, epoch)
-        self.epoch, self.head, self.torn = epoch, record.head, False
+                yield shard.start + start, shard.start + stop, mean
 
     def vectors(self) -> list[memoryview]:
         """The bytes of parameters and buffers, without a copy. Whoever writes says `overwrite` first."""

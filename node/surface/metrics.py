@@ -19,11 +19,12 @@ from tapestry.node.disk.use import KINDS
 
 ROUND_OUTCOMES = ("committed", "aborted", "missed", "forced")
 AGREEMENT_FIGURES = ("cosine", "sign", "norm_kept")  # protocol/agreement.py
-ROUND_PHASES = ("training", "ready", "exchanging", "accepted")  # protocol/messages.py, Stage
+ROUND_PHASES = ("training", "ready", "exchanging", "gate", "accepted")  # protocol/messages.py, Stage
 NODE_PHASES = ("starting", "joining", "training", "averaging", "degraded", "stopping")
 DIRECTIONS = ("sent", "received")
 ROUTES = ("direct", "relayed")
 BYTE_KINDS = ("control", "contribution", "result", "state", "audit")
+GATE_OUTCOMES = ("passed", "unmeasured", "refused", "went_on", "again")  # protocol/events.py, Gated
 AUDIT_OUTCOMES = ("agreed", "lie", "incomplete")
 REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
@@ -127,6 +128,10 @@ class Metrics:
 
     def round_phase_ended(self, phase: str, duration_s: float) -> None:
         self._round_phases[_one_of(ROUND_PHASES, phase)].observe(duration_s)
+
+    def gated(self, outcome: str) -> None:
+        """One of GATE_OUTCOMES."""
+        self._gate[_one_of(GATE_OUTCOMES, outcome)].inc()
 
     def audited(self, outcome: str) -> None:
         """One of AUDIT_OUTCOMES."""
@@ -239,6 +244,13 @@ class Metrics:
         self._dropped_weight = Counter(
             "tapestry_dropped_weight", "Tokens behind those records.", registry=registry
         )
+        gate = Counter(
+            "tapestry_gate",
+            "Results of rounds that this node measured on its held-out data, or made again.",
+            labelnames=["outcome"],
+            registry=registry,
+        )
+        self._gate = {outcome: gate.labels(outcome=outcome) for outcome in GATE_OUTCOMES}
         audits = Counter(
             "tapestry_audits",
             "Shards of others that this node averaged again after a commit.",

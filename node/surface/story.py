@@ -63,6 +63,19 @@ class Story:
             "warning",
         )
 
+    def gate(self, round_: int, outcome: str, worse: float, peer: str) -> None:
+        """What came of measuring a result: protocol/events.py, Gated."""
+        made, by = f"round {round_}", f"by {worse:.4f}"
+        if outcome == "again":
+            text = f"{made} is made again without {self._name_of(peer)}, whose contribution differed most"
+            self._history.tell(f"{text}: the data of a majority spoke against the result", "warning")
+        elif outcome == "refused":
+            text = f"{made}: this node refused a result that makes its held-out loss worse {by}"
+            self._history.tell(f"{text}; {self._name_of(peer)}'s contribution differed most", "warning")
+        elif outcome == "went_on":
+            text = f"{made}: a result that makes the held-out loss worse {by} was accepted all the same"
+            self._history.tell(f"{text}: nothing more can be left out", "warning")
+
     def trainer(self, text: str, *, up: bool) -> None:
         self._history.tell(text, "good" if up else "warning")
 

@@ -269,7 +269,8 @@ class InnerLoop:
 
         Raises OutOfMemory.
         """
-        aside = self._held.copy() if self._epoch is not None else None
+        goes_on = self._settings.overlap and self._finished is not None
+        aside = self._held.copy() if self._epoch is not None or goes_on else None
         self._held.take(base)
         try:
             return self._fitting(lambda: self._gradients.loss(batch))[0]

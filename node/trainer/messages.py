@@ -91,6 +91,15 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True)
+class Judge:
+    """Report the held-out losses of the parameters in shared memory, state `base`, and of those beside them,
+    in the buffer of the initial state, which are what a step makes of it: state `head`."""
+
+    base: str
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """Write the inner optimizer as of the beginning of `epoch` to disk."""
 
@@ -178,6 +187,15 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """The held-out loss before the step to state `head`, and after it."""
+
+    head: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """The inner optimizer is on disk, or `error` says why not."""
 
@@ -201,9 +219,19 @@ class Failed:
     text: str
 
 
-Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Save | Stop
+Command = Configure | Attach | Initialise | Begin | Close | GoOn | Abort | Evaluate | Judge | Save | Stop
 Report = (
-    Alive | Hello | Tokenizing | Initialised | Progress | Contribution | Validation | Saved | Notice | Failed
+    Alive
+    | Hello
+    | Tokenizing
+    | Initialised
+    | Progress
+    | Contribution
+    | Validation
+    | Judged
+    | Saved
+    | Notice
+    | Failed
 )
 
 

@@ -25,12 +25,9 @@ Works under asyncio and uvloop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
-import socket
 import sys
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +38,9 @@ from tapestry.node.disk.scratch import create_scratch, reserve
 from tapestry.node.errors import UserError
 from tapestry.node.spec.tables import plain
 from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.trainer.aside import Aside
+from tapestry.node.trainer.child import Children
 from tapestry.node.trainer.messages import (
-    HEADER,
     Abort,
     Alive,
     Attach,
@@ -57,6 +55,8 @@ from tapestry.node.trainer.messages import (
     Hello,
     Initialise,
     Initialised,
+    Judge,
+    Judged,
     MessageError,
     Notice,
     Progress,
@@ -66,9 +66,6 @@ from tapestry.node.trainer.messages import (
     Stop,
     Tokenizing,
     Validation,
-    body_length,
-    pack,
-    unpack_report,
 )
 from tapestry.node.trainer.shared import (
     BUFFERS,
@@ -88,12 +85,9 @@ if TYPE_CHECKING:
 
 # -P: the folder we were started in must not be on sys.path; it may be this repository.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
-OUTPUT_LINES = 20  # of what a worker wrote last, kept to explain its death
-OUTPUT_LINE_BYTES = 500
 UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
 SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
 GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
-EXIT_GRACE_S = 5.0  # from the end of the conversation to the end of the process
 
 
 class TrainerError(RuntimeError):
@@ -132,7 +126,7 @@ Event = Hello | Tokenizing | Progress | Contribution | Validation | Saved | Noti
 
 
 class Hired(Protocol):
-    """A worker, and the socket to it: `_Worker` below, or guest.Guest."""
+    """A worker, and the socket to it: child.Worker, or guest.Guest."""
 
     guest: bool  # whether its process is somebody else's
     attached: bool  # it has said hello
@@ -205,7 +199,7 @@ class TrainerProcess:
 
         The parameters lie in a file without a name in `folder`; without one, in memory. Raises UserError.
         """
-        trainer = cls(_Children(command, threads), limits or ProcessLimits(), folder)
+        trainer = cls(Children(command, threads), limits or ProcessLimits(), folder)
         spawned = asyncio.create_task(trainer._spawned.wait())
         await asyncio.wait({trainer._supervisor, spawned}, return_when=asyncio.FIRST_COMPLETED)
         spawned.cancel()
@@ -243,6 +237,8 @@ class TrainerProcess:
         self._counted = 0  # generation; to be told with the next begin
         self._closing = False
         self._evaluating: int | None = None
+        self.aside = Aside()
+        self._measures = False  # the worker has data held out, and takes a step aside
         self._initialising: asyncio.Future[None] | None = None
         self._worker: Hired | None = None
         self._spawned = asyncio.Event()  # a first worker runs
@@ -309,6 +305,28 @@ class TrainerProcess:
         """Ask for the validation loss of `params`; comes as a Validation event named `epoch`."""
         self._evaluating = epoch
         self._send(Evaluate(epoch))
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether a worker is here that can measure a step."""
+        return self._worker is not None and self._worker.attached and self._measures
+
+    def room_aside(self) -> Tensor:  # f32 (n,)
+        """Where to write the parameters of a step, for `judge`; hold `aside.lock`. Raises UserError."""
+        if self.aside.room is None:
+            self._size(self._fds["initial"], vector_size(self.layout.n))
+            self.aside.room = map_vector(self._fds["initial"], self.layout.n, writable=True)
+        return self.aside.room
+
+    async def judge(self, base: str, head: str) -> tuple[float, float] | None:
+        """The held-out losses of `params`, state `base`, and of what lies aside, state `head`; None if the
+        worker goes without an answer. Hold `aside.lock`."""
+        if not self.can_judge:
+            return None
+        answer = asyncio.ensure_future(self.aside.answer(head))
+        await asyncio.sleep(0)  # it waits now
+        self._send(Judge(base, head))
+        return await answer
 
     def save(self, epoch: int) -> None:
         """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
@@ -424,6 +442,7 @@ class TrainerProcess:
         finally:
             await worker.close()
             self._worker = None
+            self.aside.gone()
 
     async def _hired(self) -> Hired | None:
         """The next worker; None if we are told to stop before there is one. Raises OSError."""
@@ -471,6 +490,8 @@ class TrainerProcess:
         elif isinstance(report, Initialised):
             if self._initialising is not None and not self._initialising.done():
                 self._initialising.set_result(None)
+        elif isinstance(report, Judged):
+            self.aside.answered(report)
         elif isinstance(report, Alive):
             return  # that it came is all it says
         elif isinstance(report, Progress | Contribution) and self._is_stale(report):
@@ -504,6 +525,8 @@ class TrainerProcess:
         elif layout != self.layout:
             raise MessageError("the model has changed since the first Hello")
         worker.attached = True
+        assert self._settings is not None  # the worker has said hello because of them
+        self._measures = self._settings.gate_windows > 0 and hello.validation_tokens > 0 and not worker.guest
         worker.send(Attach(layout.n))
         self._on_event(hello)
         self._resume(worker)
@@ -579,7 +602,12 @@ class TrainerProcess:
         """Only a worker that has something to do owes us a sign of life."""
         if worker.deadline is None or not worker.attached:
             return
-        busy = self._begun is not None or self._evaluating is not None or self._initialising is not None
+        busy = (
+            self._begun is not None
+            or self._evaluating is not None
+            or self._initialising is not None
+            or self.aside.waiting
+        )
         silence_s = self._limits.silence_timeout_s
         now_s = asyncio.get_running_loop().time()
         worker.deadline.reschedule(now_s + silence_s if busy and silence_s is not None else None)
@@ -590,130 +618,6 @@ class TrainerProcess:
                 "died", f"the trainer died while initialising, exit status {exit_code}"
             )
             self._initialising.set_exception(TrainerError(failure.reason, failure.text))
-
-
-class _Children:
-    """Workers of our own; Hire."""
-
-    again = False
-
-    def __init__(self, command: Sequence[str], threads: int) -> None:
-        self._command, self._threads = command, threads
-
-    async def __call__(self, fds: dict[str, int]) -> _Worker:
-        return await _Worker.spawn(self._command, self._threads, fds)
-
-
-class _Worker:
-    """One child process and the socket to it; Hired."""
-
-    guest = False
-
-    @classmethod
-    async def spawn(cls, command: Sequence[str], threads: int, fds: dict[str, int]) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    *("--channel", str(theirs.fileno())),
-                    *(f"--{name}={fd}" for name, fd in fds.items()),
-                    *("--parent", str(os.getpid())),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(), *fds.values()),
-                    start_new_session=True,  # a terminal's Ctrl-C is for the node
-                    env=_environment(threads),
-                )
-                reader, writer = await asyncio.open_connection(sock=ours)
-            except BaseException:
-                ours.close()
-                raise
-        return cls(process, reader, writer)
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        self.attached = False
-        self.deadline: asyncio.Timeout | None = None
-        self._process = process
-        self._reader = reader
-        self._writer = writer
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    async def receive(self) -> Report:
-        """Raises MessageError; IncompleteReadError or ConnectionError when the worker has hung up."""
-        length = body_length(await self._reader.readexactly(HEADER.size))
-        return unpack_report(await self._reader.readexactly(length))
-
-    def send(self, command: Command) -> None:
-        """Commands are few and small; the silence limit bounds what piles up before a stuck worker."""
-        if not self._writer.is_closing():
-            self._writer.write(pack(command))
-
-    async def collect_output(self) -> tuple[str, ...]:
-        """The last lines of standard output and error, until both are closed."""
-        assert self._process.stdout is not None
-        lines: deque[str] = deque(maxlen=OUTPUT_LINES)
-        rest = b""
-        while piece := await self._process.stdout.read(4096):
-            *whole, rest = (rest + piece).split(b"\n")
-            lines.extend(_readable(line) for line in whole if line.strip())
-            rest = rest[-OUTPUT_LINE_BYTES:]
-        if rest.strip():
-            lines.append(_readable(rest))
-        return tuple(lines)
-
-    async def end(self) -> int:
-        """The exit status; a worker that has hung up but lives on is killed."""
-        try:
-            async with asyncio.timeout(EXIT_GRACE_S):
-                return await self._process.wait()
-        except TimeoutError:
-            self.kill()
-            return await self._process.wait()
-
-    def kill(self) -> None:
-        if self._process.returncode is None:
-            try:
-                with contextlib.suppress(PermissionError):  # nice, with much memory to give back
-                    os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
-                self._process.kill()
-            except ProcessLookupError:
-                return  # it has just gone by itself
-
-    async def close(self) -> None:
-        """Whatever went before: no process and no socket is left."""
-        self.kill()
-        self._writer.close()
-        await self._process.wait()
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Ours, and: nothing from a network, nothing chatty, no more threads than allowed."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "true",  # before there is a model, all threads are the tokenizer's
-        "RAYON_NUM_THREADS": str(threads),
-        "OMP_NUM_THREADS": str(threads),
-        # Trainers that share cores must not spin: three with two threads each on two cores were 5x slower.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MKL_NUM_THREADS": str(threads),
-    }
-
-
-def _readable(line: bytes) -> str:
-    return line[-OUTPUT_LINE_BYTES:].decode("utf-8", errors="replace")
 
 
 def _start_error(failure: Failed | None, exit_code: int, output: tuple[str, ...]) -> TrainerError:

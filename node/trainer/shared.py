@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What the worker reads, what it writes, and what it writes once, for a founder: else that is empty.
+# What the worker reads, what it writes, and what it writes once, for a founder. That is empty then, until the
+# node takes a step aside there: aside.py.
 BUFFERS = ("params", "contribution", "initial")
 SLOTS = 2  # a contribution that a slow link still sends, and the next one
 REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly, of CUDA's driver_types.h

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapestry.node.spec.tables import TableError, read_table
-from tapestry.node.spec.training import TransformersSpec, WorkerSettings
+from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer import group, imports
 from tapestry.node.trainer.messages import (
     HEADER,
@@ -49,24 +49,32 @@ from tapestry.node.trainer.messages import (
     Hello,
     Initialise,
     Initialised,
+    Judge,
+    Judged,
     Notice,
     Progress,
     Report,
     Save,
     Saved,
     Stop,
-    Tokenizing,
     Validation,
     body_length,
     pack,
     unpack_command,
+)
+from tapestry.node.trainer.opening import (
+    ChannelClosed,
+    WorkerFailure,
+    model_refused,
+    open_training_corpus,
+    sendable,
+    weights_folder,
 )
 from tapestry.node.trainer.shared import BUFFERS, SLOTS, lock_for_gpu, map_slot, map_vector
 
 if TYPE_CHECKING:
     import torch
 
-    from tapestry.node.trainer.data.corpus import Corpus
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # the node's loop answers its peers first; guess
@@ -74,21 +82,8 @@ AUTOGROUP = Path("/proc/self/autogroup")
 PROGRESS_INTERVAL_S = 0.2
 HEED_STOP_S = 1.0  # Guess: of the seconds that a node has to stop, one at most goes by unheard
 ALIVE_S = 10.0  # far below ProcessLimits.silence_timeout_s
-TOKENIZING_INTERVAL_S = 1.0
 SUMMARY_LINES_MAX = 400  # Guess: 256 sources, and what is doubtful of the first
 EXIT_FAILED = 3
-
-
-class ChannelClosed(Exception):
-    """The node has gone, or wants us gone."""
-
-
-class WorkerFailure(Exception):
-    """We cannot go on; `reason` as in messages.Failed."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
 
 
 def main() -> int:
@@ -164,6 +159,7 @@ class Worker:
         from tapestry.node.trainer import encoder, inner
         from tapestry.node.trainer.data.feed import Feed
         from tapestry.node.trainer.models import registry
+        from tapestry.node.trainer.trial import Trial
 
         self._settings = settings
         self._channel = channel
@@ -173,13 +169,17 @@ class Worker:
         if together is not None and together.rank:
             self._inner_state = self._inner_state.with_suffix(f".{together.rank}{self._inner_state.suffix}")
         training = settings.training
-        corpus = _open_corpus(settings, channel if together is None else None)
+        corpus = open_training_corpus(settings, channel if together is None else None)
         cursor = Path(settings.cursor_path)
         if together is not None:
             cursor = together.own_copy(cursor)
         self._feed = Feed(corpus, training.train.batch_size, cursor)
         self._validation = corpus.validation(settings.validation_windows)
-        with _model_refused():
+        self._trial = Trial(
+            corpus.validation(settings.gate_windows) if settings.gate_windows else {},
+            lambda params, batch: self._inner.evaluate(params, batch),
+        )
+        with model_refused():
             net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
         if self.device.type == "cpu":
             net.float()  # a frozen base may be stored in bf16, which most CPUs multiply many times slower
@@ -219,7 +219,7 @@ class Worker:
                 inner_epoch=inner_epoch,
                 note=note[:TEXT_CHARS_MAX],
                 sets=tuple(self._validation),
-                summary=tuple(_sendable(line)[:1000] for line in corpus.summary[:SUMMARY_LINES_MAX]),
+                summary=tuple(sendable(line)[:1000] for line in corpus.summary[:SUMMARY_LINES_MAX]),
             )
         )
 
@@ -266,6 +266,8 @@ class Worker:
             self._inner.abandon()
         elif isinstance(command, Evaluate):
             self._evaluate(command.epoch)
+        elif isinstance(command, Judge):
+            self._judge(command)
         elif isinstance(command, Save):
             self._save(command.epoch)
         elif isinstance(command, Initialise):
@@ -371,6 +373,10 @@ class Worker:
             raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")
         self._channel.send(Validation(epoch, mean, tuple(losses), tuple(losses.values())))
 
+    def _judge(self, command: Judge) -> None:
+        before, after = self._trial.judge(command.base, self._base, command.head, self._initial())
+        self._channel.send(Judged(command.head, before, after))
+
     def _between_parts(self) -> None:
         """In the middle of a long step or evaluation: the node must not take us for stuck, and may want us
         gone. Raises ChannelClosed."""
@@ -407,9 +413,9 @@ class Worker:
 
         settings = self._settings
         training = settings.training
-        with _model_refused():
+        with model_refused():
             registry.initial_state(
-                training.model, _weights_folder(settings), training.data.sequence_length, self._initial()
+                training.model, weights_folder(settings), training.data.sequence_length, self._initial()
             )
         self._channel.send(Initialised())
 
@@ -421,74 +427,6 @@ class Worker:
         except InnerStateError as error:
             return -1, f"the inner optimizer starts afresh: {error}"
         return (-1 if epoch is None else epoch), ""
-
-
-def _weights_folder(settings: WorkerSettings) -> Path:
-    """Where state 0 is read from: adapters begin on the base that all hold, all else from a member's own."""
-    model = settings.training.model
-    whole = isinstance(model, TransformersSpec) and model.weights and not model.lora_rank
-    return Path(settings.weights_dir if whole else settings.base_dir)
-
-
-@contextlib.contextmanager
-def _model_refused() -> Iterator[None]:
-    from tapestry.node.trainer.models.refusal import ModelError
-
-    try:
-        yield
-    except ModelError as error:
-        raise WorkerFailure("model", f"{error}; {error.hint}" if error.hint else str(error)) from error
-
-
-def _open_corpus(settings: WorkerSettings, channel: group.Channel | None) -> Corpus:
-    """Tokenizes what is not yet, and tells the channel. Raises WorkerFailure and ChannelClosed."""
-    from tapestry.node.trainer.data.corpus import Use, open_corpus
-    from tapestry.node.trainer.data.errors import DataError
-    from tapestry.node.trainer.tokenizers.api import TokenizerError
-    from tapestry.node.trainer.tokenizers.base import eos_id_of
-    from tapestry.node.trainer.tokenizers.registry import open_tokenizer
-
-    training, base = settings.training, Path(settings.base_dir)
-    use = Use(
-        sequence_length=training.data.sequence_length,
-        windows_per_epoch=training.train.batches * training.train.batch_size,
-        seed=settings.node_seed,
-        attend_across_documents=training.data.attend_across_documents,
-    )
-    try:
-        eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
-        tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
-        progress = (lambda done, total: None) if channel is None else _TellTokenizing(channel)
-        cache = Path(settings.cache_dir)
-        return open_corpus(settings.data, tokenizer, cache, use, progress, settings.protected)
-    except (DataError, TokenizerError) as error:
-        raise WorkerFailure("data", _sendable(str(error))) from error
-
-
-def _sendable(text: str) -> str:
-    """Short enough for a message; the bytes of a file's name that are no text become question marks."""
-    return text.encode("utf-8", "replace").decode()[:TEXT_CHARS_MAX]
-
-
-class _TellTokenizing:
-    """Progress as messages, a few a second; and the moment to see that the node wants us gone."""
-
-    def __init__(self, channel: group.Channel) -> None:
-        self._channel = channel
-        self._began_s = self._told_s = time.monotonic()
-        self._first_bytes: int | None = None  # done by an earlier start
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        now_s = time.monotonic()
-        if self._first_bytes is None:
-            self._first_bytes = done_bytes
-        if now_s - self._told_s < TOKENIZING_INTERVAL_S:
-            return
-        self._told_s = now_s
-        if isinstance(self._channel.receive(wait=False), Stop):
-            raise ChannelClosed
-        rate = (done_bytes - self._first_bytes) / (now_s - self._began_s)
-        self._channel.send(Tokenizing(done_bytes, total_bytes, max(0.0, rate)))
 
 
 def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -> None:
@@ -511,7 +449,7 @@ def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -
     devices = group.devices_of(settings.device)
     torch.set_num_threads(max(1, settings.threads // len(devices)))
     if len(devices) > 1 and not rank:
-        _open_corpus(settings, channel)  # tokenized once, before the others come
+        open_training_corpus(settings, channel)  # tokenized once, before the others come
     together = group.meet(first, devices, fds, rank, store or f"{settings.inner_state_path}.meet")
     if together is not None:
         channel = group.LeadingChannel(channel, together) if not rank else group.FollowingChannel(together)

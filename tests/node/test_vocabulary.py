@@ -48,6 +48,7 @@ CONTROL = [
     messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1), (CHANGE,), BEHIND),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
     messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
+    messages.Refuse(6, HEAD, 2, HEAD, 0.25),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),

@@ -86,6 +86,7 @@ class Invariants:
 
     def on_send(self, node: Node, message: Message) -> None:
         """Promises and votes lie on disk before they are sent (section 5)."""
+        self.world.gates.on_send(node, message)
         if type(message) is Ready:
             vote = node.disk.vote
             if vote is None or vote.head != message.head or vote.promised < message.ballot:

@@ -27,6 +27,7 @@ from tapestry.node.protocol import validity as validity_module
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.round import Round
@@ -423,3 +424,26 @@ def leader_never_given_up() -> list[Patch]:
             self.lead.open_next(now)
 
     return [(Round, "_watch_leader", wait)]
+
+
+# --- the gate ---------------------------------------------------------------------------------------
+
+
+@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 167)
+def refused_value_dropped() -> list[Patch]:
+    accepted = Leader._accepted
+
+    def drop(self: Leader) -> Any:
+        return None if any(r.refused for r in self.state.ready.values()) else accepted(self)
+
+    return [(Leader, "_accepted", drop)]
+
+
+@plant("who refuses a result votes for it all the same", 1)
+def refused_and_accepted() -> list[Patch]:
+    passes = Gate.passes
+
+    def both(self: Gate, now: float) -> bool:
+        return passes(self, now) or self.refused is not None
+
+    return [(Gate, "passes", both)]

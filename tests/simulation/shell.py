@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from simulation.draws import randint
+from simulation.gates import is_poison
 from simulation.lies import STRANGER
 from simulation.past import RECENT, DiskPast
 
@@ -92,17 +93,21 @@ class Mean:
         if lie:  # other bits, which look as good as any
             self.text += " and a lie"
         self.digest = digest(self.text.encode())
-        self.sums = sums_of(self.digest, len(blobs))
+        poisoned = tuple(isinstance(blob, Part) and is_poison(blob.contribution) for blob in blobs)
+        self.sums = sums_of(self.digest, len(blobs), poisoned)
 
     def __repr__(self) -> str:
         return self.text
 
 
-def sums_of(digest: str, contributors: int) -> ShardSums:
-    """Some that follow from what was averaged, as those of real shards do; every mean has others."""
+def sums_of(digest: str, contributors: int, poisoned: tuple[bool, ...] = ()) -> ShardSums:
+    """Some that follow from what was averaged, as those of real shards do; every mean has others. What is
+    poisoned lies far from the mean."""
     lots = [int(digest[at : at + 4], 16) for at in range(0, 16, 4)]
     mean_square = 1.0 + lots[0]
     squares = tuple(mean_square * (1.0 + lots[1] % 7 + index) for index in range(contributors))
+    if any(poisoned):
+        squares = tuple([1e6 * s if bad else s for s, bad in zip(squares, poisoned)])  # noqa: B905
     dots = (float(lots[2] % 100),) * contributors
     return ShardSums(squares, mean_square, squares, dots, mean_square, lots[3], lots[2])
 
@@ -412,7 +417,7 @@ class Node:
             if training != self.training:
                 return
             self.training += 1
-            contribution = 2 * self.world.token()
+            contribution = self.world.gates.named(self.name, self.base, 2 * self.world.token())
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
             self.feed(
                 ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
@@ -429,6 +434,12 @@ class Node:
     def do_verdict(self, out: ev.Verdict) -> None:
         self.world.tell(self.name, f"refused peer={out.peer} reason={out.reason} {out.text}")
         self.world.refused[out.reason] = self.world.refused.get(out.reason, 0) + 1
+
+    def do_judge(self, out: ev.Judge) -> None:
+        self.world.gates.judge(self, out)
+
+    def do_gated(self, out: ev.Gated) -> None:
+        self.world.gates.gated(out)
 
     def do_audit(self, out: ev.Audit) -> None:
         """The auditor's inputs are those that the record names: nobody has others of these names."""
@@ -452,6 +463,8 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.KeepResult: Node.do_nothing,
     ev.PersistVote: Node.do_persist_vote,
     ev.PersistResult: Node.do_persist_result,
+    ev.Judge: Node.do_judge,
+    ev.Gated: Node.do_gated,
     ev.AppendRecord: Node.do_append_record,
     ev.SwitchChain: Node.do_switch_chain,
     ev.Apply: Node.do_apply,

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.faults import Chaos, Faults
+from simulation.gates import GateWorld
 from simulation.invariants import Invariants
 from simulation.shell import TICK, Node, SimCrypto, digest
 from simulation.violation import Violation
@@ -33,6 +34,7 @@ __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
 
 SETTLE_S = 90.0  # after the network has healed: all nodes at one head, two epochs on. Virtual
 SURVIVE_S = 25.0  # after a reducer's death: two epochs on. Detection, two rounds of up to 7 s, some ballots
+GATED_S = 60.0  # the same where a gate has rounds made again, up to four times each
 COMPUTED: dict[str, Any] = dict.fromkeys(
     ("straggler_wait_s", "closing_grace_s", "quorum_loss_s", "exchange_max_s")
 )  # each node computes its own: protocol/pace.py
@@ -137,6 +139,8 @@ class World:
         )
         if is_slow:
             self.rules = replace(self.rules, **COMPUTED, exchange_sized_s=20 * STRETCH)
+        self.gates = GateWorld(self, faults is None and not is_slow, names)
+        self.rules = self.gates.rules(self.rules)
         self.far_s: dict[str, float] = {}  # node -> what a message takes longer to it, and from it
         far = random.Random(f"far {seed}")  # a draw of its own: the other worlds stay as they were
         if faults is None and peers > 1 and far.random() < FAR_SHARE:
@@ -194,6 +198,7 @@ class World:
             self.later(self.rng.random() * 5.0, None, node.start)
         self.chaos.plan(self.fault_s)
         self.consortium.plan(self.fault_s)
+        self.gates.plan()
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
             self.step()
         self.heal()
@@ -227,7 +232,7 @@ class World:
         goal, killed_at = self.furthest + 2, self.now
         living = [n for n in self.nodes.values() if n is not dead]
         while not all(n.core is not None and n.core.chain.epoch >= goal for n in living):
-            if self.now > killed_at + SURVIVE_S * self.stretch:
+            if self.now > killed_at + (GATED_S if self.gates.on else SURVIVE_S) * self.stretch:
                 text = f"G4: {dead.name} died, and epoch {goal} was not reached in time"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()

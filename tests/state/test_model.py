@@ -15,7 +15,7 @@ from state.kit import SCHEMA, arithmetic, new_state, state_bytes
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.protocol.agreement import ALIKE, PPM, Agreement
 from tapestry.node.protocol.chain import Body, Member, Record
-from tapestry.node.spec.run import AdamWSpec, NesterovSpec, preset_spec
+from tapestry.node.spec.run import AdamWSpec, NesterovSpec, OuterSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, DigestMismatch, ModelState, TornState, spans
 
 HEAD = "aa" * 32
@@ -62,6 +62,21 @@ def test_apply_is_the_outer_step_on_the_decoded_mean() -> None:
     expected.arithmetic.outer.step(expected.params, expected.buffers, torch.cat(decoded), 0, 700, 1)
     assert state_bytes(state) == state_bytes(expected)
     assert (state.epoch, state.head, state.torn) == (1, HEAD, False)
+
+
+@pytest.mark.parametrize("outer", [NesterovSpec(norm="members"), AdamWSpec()])
+def test_a_step_taken_aside_is_the_step_to_the_bit_and_changes_nothing(outer: OuterSpec) -> None:
+    settings = {"outer.lr": 0.25}
+    made = dataclasses.replace(arithmetic(700, outer), outer_spec=outer, lengthens=True)
+    state = new_state(700, made, fill=0.5)
+    first, found = record(), Agreement(0, 0, 600_000)
+    state.apply(_payloads(state, 1), first)
+    body = dataclasses.replace(first.body, epoch=2, agreement=found)
+    before, out = state_bytes(state), torch.empty(700)
+    state.aside(_payloads(state, 2), body, settings, out)
+    assert state_bytes(state) == before
+    state.apply(_payloads(state, 2), dataclasses.replace(first, body=body), settings)
+    assert torch.equal(state.params, out)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ CONTRACT = {
     "tapestry_applicants": ("gauge", set()),
     "tapestry_links": ("gauge", {"route"}),
     "tapestry_contribution_weight": ("gauge", set()),
+    "tapestry_gate": ("counter", {"outcome"}),
     "tapestry_audits": ("counter", {"outcome"}),
     "tapestry_accusations": ("counter", set()),
     "tapestry_dropped_records": ("counter", set()),

@@ -25,7 +25,7 @@ from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
 from tapestry.node.spec.tables import plain
 from tapestry.node.spec.training import WorkerSettings
-from tapestry.node.trainer import process
+from tapestry.node.trainer import child, process
 from tapestry.node.trainer.messages import (
     Contribution,
     Failed,
@@ -214,6 +214,31 @@ def test_an_evaluation_is_asked_again_of_a_new_worker_until_it_is_answered(fake:
     asyncio.run(scenario())
 
 
+def test_a_step_aside_is_measured_by_who_can_and_a_worker_that_dies_of_it_has_no_answer(
+    fake: Fake, worker_settings: WorkerSettings, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        trainer, _ = await fake.start("crashes once")
+        try:
+            assert (
+                not trainer.can_judge and await trainer.judge("base", "head") is None
+            )  # the run has no gate
+        finally:
+            await trainer.stop(DEADLINE_S)
+        (tmp_path / "flag").unlink()
+        gated = Fake(dataclasses.replace(worker_settings, gate_windows=2), tmp_path)
+        trainer, events = await gated.start("crashes once", folder=tmp_path)
+        try:
+            assert trainer.can_judge and trainer.room_aside().shape == trainer.params.shape
+            assert await trainer.judge("base", "head") is None
+            await events.until(Hello, 2)
+            assert await trainer.judge("base", "head") == (2.5, 2.75)
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_the_pause_before_a_restart_doubles_up_to_its_limit_and_the_last_words_are_told(fake: Fake) -> None:
     async def scenario() -> None:
         trainer, events = await fake.start("crashes always")
@@ -235,7 +260,7 @@ def test_a_worker_that_cannot_be_started_again_at_once_is_tried_again(
 ) -> None:
     async def scenario() -> None:
         trainer, events = await fake.start("crashes once")
-        spawn, tries = process._Worker.spawn, []
+        spawn, tries = child.Worker.spawn, []
 
         async def fails_twice(*args: Any) -> Any:
             tries.append(args)
@@ -243,7 +268,7 @@ def test_a_worker_that_cannot_be_started_again_at_once_is_tried_again(
                 raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
             return await spawn(*args)
 
-        monkeypatch.setattr(process._Worker, "spawn", fails_twice)
+        monkeypatch.setattr(child.Worker, "spawn", fails_twice)
         try:
             trainer.begin(4)
             assert (await events.until(Contribution)).epoch == 4

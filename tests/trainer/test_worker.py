@@ -22,6 +22,8 @@ from tapestry.node.trainer.messages import (
     Evaluate,
     GoOn,
     Hello,
+    Judge,
+    Judged,
     Progress,
     Report,
     Save,
@@ -30,7 +32,8 @@ from tapestry.node.trainer.messages import (
     Tokenizing,
     Validation,
 )
-from tapestry.node.trainer.worker import ChannelClosed, Worker, WorkerFailure, _TellTokenizing
+from tapestry.node.trainer.opening import ChannelClosed, TellTokenizing, WorkerFailure
+from tapestry.node.trainer.worker import Worker
 
 STEPS = 4
 TOKENS = 4 * 32  # of a step
@@ -301,6 +304,46 @@ def test_the_residual_is_kept_from_the_begin_that_says_it_counted(
         assert 0 < kept.abs().max() < 0.01
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_taken_aside_is_measured_beside_its_base_and_disturbs_nothing(
+    overlapping: WorkerSettings, overlap: bool
+) -> None:
+    """One judged after the contribution, one in the middle of what goes on ahead; the rest is as without."""
+    training = overlapping.training
+    inner = dataclasses.replace(training.train, overlap=overlap)
+    settings = dataclasses.replace(
+        overlapping, training=dataclasses.replace(training, train=inner), gate_windows=2
+    )
+    goes_on: list[tuple[Callable[[Script], bool], Command]] = [(contributed(1), GoOn(0))] if overlap else []
+
+    def lines(*judged: tuple[Callable[[Script], bool], Command]) -> Script:
+        return Script(
+            (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
+            *judged[:1],
+            *goes_on,
+            *judged[1:],
+            (contributed(1), Begin(1, 2, follows=overlap, counted=1, slot=1)),
+            (contributed(2), Stop()),
+        )
+
+    def aside(worker: Worker) -> Tensor:
+        return torch.ones(worker.layout.n) * 0.02
+
+    plain, script = lines(), lines((contributed(1), Judge("base", "next")), (at_once, Judge("next", "third")))
+    outs = []
+    for one in (plain, script):
+        torch.manual_seed(1)
+        worker = Worker(settings, one)  # type: ignore[arg-type]
+        base, out = buffers_of(worker)
+        second = torch.zeros_like(out)
+        worker.run(base, [out, second], lambda worker=worker: aside(worker))  # type: ignore[misc]
+        outs.append(torch.cat([out, second]))
+    assert torch.equal(*outs)
+    first, again = script.of(Judged)
+    assert (first.head, again.head) == ("next", "third")
+    assert again.before == again.after == first.after != first.before  # the same numbers, measured once
+
+
 def test_every_set_has_its_loss_and_the_data_their_passes(
     worker_settings: WorkerSettings, text_file: Path, tmp_path: Path
 ) -> None:
@@ -342,7 +385,7 @@ def test_a_stop_while_the_data_are_tokenized_ends_the_work(monkeypatch: pytest.M
     times = iter((0.0, 1.5, 1.6, 3.0))
     monkeypatch.setattr("tapestry.node.trainer.worker.time.monotonic", lambda: next(times))
     script = Script((lambda script: len(script.told) == 1, Stop()))
-    tell = _TellTokenizing(script)  # type: ignore[arg-type]
+    tell = TellTokenizing(script)  # type: ignore[arg-type]
     tell(10, 100)
     tell(20, 100)
     with pytest.raises(ChannelClosed):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 GATE_SHARE = 0.2  # of the worlds have a gate
+DRAW = "gated 211"  # which: not those whose seeds catch other bugs
 MARGIN = 0.1
 MEASURE_MAX_S = 2.0
 POISON = "face"  # how the name of a poisoned contribution ends
@@ -39,7 +40,9 @@ class GateWorld:
     def __init__(self, world: World, drawn: bool, names: list[str]) -> None:
         self.world = world
         self.rng = random.Random(f"gate {world.seed}")
-        self.on = drawn and len(names) > 2 and self.rng.random() < GATE_SHARE
+        self.rng.random()
+        gated = random.Random(f"{DRAW} {world.seed}").random() < GATE_SHARE
+        self.on = drawn and len(names) > 2 and gated
         self.poisoner = self.grudger = ""
         self.blind: list[str] = []
         self.false_alarm_of_16 = 0

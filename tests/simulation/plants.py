@@ -439,7 +439,7 @@ def refused_value_dropped() -> list[Patch]:
     return [(Leader, "_accepted", drop)]
 
 
-@plant("who refuses a result votes for it all the same", 1)
+@plant("who refuses a result votes for it all the same", 14)
 def refused_and_accepted() -> list[Patch]:
     passes = Gate.passes
 

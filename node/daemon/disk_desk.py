@@ -22,7 +22,7 @@ from tapestry.node.daemon.keeper import Keeper, KeeperError
 from tapestry.node.daemon.network_desk import NetworkDesk
 from tapestry.node.daemon.trainer_desk import TrainerDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.net.transfer import DonorFailed, WantedUpdate
+from tapestry.node.net.transfer import DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Body
@@ -184,7 +184,9 @@ class DiskDesk:
         self._loop.spawn(self._fetch_state(out))
 
     async def _fetch_state(self, out: ev.FetchState) -> None:
-        keeper, opener = self._keeper, self._network.opener(out.donor)
+        keeper, first = self._keeper, out.donors[0]
+        openers = {donor: _reaching(self._network.opener(donor)) for donor in out.donors}
+        others: list[str] = []  # that failed
         async with self._state_lock:
             if self._leaving:
                 return
@@ -192,13 +194,27 @@ class DiskDesk:
             self._fetching = asyncio.current_task()
             try:
                 chain = await self._on_disk(keeper.copy_of_chain)
-                fetching = keeper.fetch_state(opener, out.epoch_max, chain, self._network.on_state_bytes)
-                why = await self._failure_of(out.donor, fetching)
+                count, on_fault = self._network.on_state_bytes, self._noting(others)
+                fetching = keeper.fetch_state(openers, out.epoch_max, chain, count, on_fault)
+                why = await self._failure_of(first, fetching)
             finally:
                 self._fetching = None
             if not why:
                 await self._on_disk(keeper.checkpoint)
-        self._loop.feed(ev.FetchFailed(out.donor, "", why) if why else ev.Applied(*keeper.reached))
+        failed = ev.FetchFailed(first, "", why, tuple(others))
+        self._loop.feed(failed if why else ev.Applied(*keeper.reached))
+
+    def _noting(self, failed: list[str]) -> Callable[[str, Exception], None]:
+        """Of several donors, who failed or lied while the others went on: named here, and noted."""
+
+        def on_fault(donor: str, error: Exception) -> None:
+            failed.append(donor)
+            if isinstance(error, RemoteProtocolError):
+                self._reporter.refused(donor, error.reason, str(error))
+            else:
+                _log.info("fetch=failed donor=%s reason=%r", donor[-6:], str(error))
+
+        return on_fault
 
     async def _failure_of(self, donor: str, fetching: Coroutine[Any, Any, None]) -> str:
         """Run a fetch: "" or why it failed, in a word. What our own disk raises is passed on."""
@@ -213,3 +229,15 @@ class DiskDesk:
             _log.info("fetch=failed donor=%s reason=%r", donor[-6:], str(error))
             return "unreachable"
         return ""
+
+
+def _reaching(opener: OpenStream) -> OpenStream:
+    """A donor that cannot be reached is one that failed."""
+
+    async def open_stream() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await opener()
+        except SwarmError as error:
+            raise DonorFailed("unreachable", str(error)) from error
+
+    return open_stream

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,10 @@ from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
+from tapestry.node.net.donor import Donor
+from tapestry.node.net.download import Wanted, fetch_state
 from tapestry.node.net.throttle import Throttles
-from tapestry.node.net.transfer import (
-    Donor,
-    OpenStream,
-    TransferLimits,
-    WantedUpdate,
-    fetch_state,
-    fetch_update,
-)
+from tapestry.node.net.transfer import OpenStream, TransferLimits, WantedUpdate, fetch_update
 from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
@@ -219,10 +214,16 @@ class Keeper:
         await fetch_update(open_stream, wanted, arithmetic, self.store, self._transfer, on_bytes)
 
     async def fetch_state(
-        self, open_stream: OpenStream, epoch_max: int, chain: Chain, on_bytes: Callable[[str, int], None]
+        self,
+        donors: Mapping[str, OpenStream],
+        epoch_max: int,
+        chain: Chain,
+        on_bytes: Callable[[str, int], None],
+        on_fault: Callable[[str, Exception], None],
     ) -> None:
-        """Into the parameters; compared with what `chain` signed. Raises as transfer.py says."""
-        self._digest = await fetch_state(open_stream, epoch_max, chain, self.state, self._transfer, on_bytes)
+        """Into the parameters and a checkpoint, as `chain` signed them. Raises as download.py says."""
+        wanted = Wanted(epoch_max, chain, self.state, self.checkpoints)
+        self._digest = await fetch_state(donors, wanted, self._transfer, on_bytes, on_fault)
 
     @property
     def committed_tokens(self) -> int:

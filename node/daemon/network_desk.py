@@ -22,9 +22,10 @@ from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.admission import admission_protocol
 from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
+from tapestry.node.net.donor import Donor
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 from tapestry.node.net.network import Handler, Network, News, Streams
-from tapestry.node.net.transfer import Donor, OpenStream
+from tapestry.node.net.transfer import OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.messages import Commit, Control, Records, Result, Shard

@@ -24,7 +24,9 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from tapestry.node.disk.files import remove_temporaries, set_aside, write_file
+from tapestry.node.disk.files import remove_temporaries, set_aside, sync_folder, write_file
+from tapestry.node.disk.part import NAME as PART_NAME
+from tapestry.node.disk.part import Part, Pieces
 from tapestry.node.disk.store import Store, UpdateMissing
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.state.model import FLOAT_BYTES, DigestMismatch, ModelState, spans
@@ -106,7 +108,7 @@ class Checkpoints:
     def save(self, state: ModelState, digest: str) -> Checkpoint:
         """Write the state, whose digest was computed before. After OSError and Abandoned all is as it was."""
         assert not state.torn
-        path = self._folder / f"{state.epoch:08d}-{state.head[:16]}{SUFFIX}"
+        path = self._folder / _name(state.epoch, state.head)
         if path not in self._files:
             write_file(path, lambda file: self._write(file, state, digest))
             self._files[path] = read_checkpoint(path, self._run_id)
@@ -122,6 +124,43 @@ class Checkpoints:
                 file.flush()
                 os.posix_fadvise(file.fileno(), begun, written - begun, os.POSIX_FADV_DONTNEED)  # and goes on
                 begun = written
+
+    def part(self) -> Part | None:
+        """What is there of a checkpoint that was being fetched; its numbers are not compared yet."""
+        path = self._folder / PART_NAME
+        try:
+            one = read_checkpoint(path, self._run_id)
+        except (ValueError, OSError):
+            path.unlink(missing_ok=True)
+            return None
+        pieces = Pieces(one.epoch, one.head, one.state_digest, one.chunks)
+        return Part(path, pieces, one.data_start, one.data_bytes, CHUNK_BYTES)
+
+    def begin_part(self, pieces: Pieces, state: ModelState) -> Part:
+        """An empty one, in the place of any other. Raises OSError."""
+        metadata = {
+            "run_id": self._run_id,
+            "epoch": str(pieces.epoch),
+            "head": pieces.head,
+            "state_digest": pieces.state_digest,
+            "schema": state.schema,
+            "chunk_bytes": str(CHUNK_BYTES),
+            "chunks": pieces.chunks.hex(),
+        }
+        header, path = _header(metadata, state.n, state.names), self._folder / PART_NAME
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
+            file.write(header)
+            file.truncate(len(header) + state.size_bytes)
+        return Part(path, pieces, len(header), state.size_bytes, CHUNK_BYTES)
+
+    def keep(self, part: Part) -> None:
+        """It is whole, and its state was the one that was signed. Raises OSError."""
+        path = self._folder / _name(part.pieces.epoch, part.pieces.head)
+        part.sync()
+        os.replace(part.path, path)
+        sync_folder(self._folder)
+        self._files[path] = read_checkpoint(path, self._run_id)
 
     def prune(self, chain: Chain) -> None:
         """Keep the newest of our chain, and always one below the head: joiners are given that.
@@ -222,6 +261,10 @@ def _load(checkpoint: Checkpoint, chain: Chain, into: ModelState) -> None:
             if len(vector) and file.readinto(vector) != len(vector):
                 raise ValueError("it is cut short")
     into.adopt(checkpoint.epoch, checkpoint.head, checkpoint.state_digest)
+
+
+def _name(epoch: int, head: str) -> str:
+    return f"{epoch:08d}-{head[:16]}{SUFFIX}"
 
 
 # --- the file ---------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ class FetchFailed:
     donor: str
     head: str  # of the update that was asked for; "" for a state
     reason: str  # "missing" if the donor does not keep it (any more)
+    others: tuple[str, ...] = ()  # of a state: further donors that failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,12 +312,12 @@ class FetchUpdate:
 
 @dataclass(frozen=True, slots=True)
 class FetchState:
-    """Get a checkpoint of an epoch up to `epoch_max` from `donor`, one whose digest the chain has signed.
+    """Get a checkpoint of an epoch up to `epoch_max` from donors, one whose digest the chain has signed.
 
-    Answer: Applied or FetchFailed.
+    Answer: Applied, or FetchFailed of the first of them.
     """
 
-    donor: str
+    donors: tuple[str, ...]
     epoch_max: int
 
 

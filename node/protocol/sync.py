@@ -45,6 +45,7 @@ from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, St
 BRANCH_RECORDS_MAX = 16_384
 BRANCHES_MAX = 4  # forks that are looked at at a time, each of another peer
 NO_STATE = -1
+STATE_DONORS_MAX = 4  # that are asked for parts of one state at a time. Guess: net/download.py
 FETCHES_MAX = 4  # updates that are fetched at a time; so many streams a donor serves (net/transfer.py)
 
 
@@ -366,8 +367,9 @@ class Sync:
             self.need_state = True
             self.ctx.emit(Note(f"{job}=failed reason={reason!r} next=fetch_state"))
             return
-        if donor in self.ctx.peers:
-            self.failed_at[donor] = now
+        for peer in (donor, *failed.others):
+            if peer in self.ctx.peers:
+                self.failed_at[peer] = now
         self.ctx.emit(Note(f"{job}=failed donor={donor} reason={reason!r}"))
 
     def _update_failed(self, fetch: Fetch, reason: str, now: float) -> None:
@@ -443,15 +445,18 @@ class Sync:
             self.ctx.emit(FetchUpdate(epoch, head, record.body.result, donor))
 
     def _fetch_state(self, now: float) -> None:
-        """From one of the furthest on our chain, but not before we know where the head is."""
+        """From one of the furthest on our chain, and from others at the same time, but not before we know
+        where the head is."""
         if self._head_ahead(now):
             return
         held = {peer: status.state_epoch for peer, status in self._donors(now)}
         donors = [peer for peer, epoch in held.items() if epoch == max(held.values())]
         if donors:
-            self.job, self.state_donor = "state", donors[self.chain.epoch % len(donors)]
+            first = self.chain.epoch % len(donors)
+            order = [*donors[first:], *donors[:first], *[p for p in held if p not in donors]]
+            self.job, self.state_donor = "state", order[0]
             self.rollback_to = None
-            self.ctx.emit(FetchState(self.state_donor, max(0, self.chain.epoch - 1)))
+            self.ctx.emit(FetchState(tuple(order[:STATE_DONORS_MAX]), max(0, self.chain.epoch - 1)))
 
     def _head_ahead(self, now: float) -> bool:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""

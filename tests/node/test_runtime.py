@@ -278,7 +278,7 @@ def test_data_that_may_not_be_used_any_more_are_neither_trained_on_nor_contribut
 def test_leaving_does_not_wait_for_a_state_that_is_being_fetched():
     async def main() -> None:
         async with Bench() as bench:
-            bench.says(ev.FetchState(PEER, 2))
+            bench.says(ev.FetchState((PEER,), 2))
             await bench.keeper.fetching.wait()
             async with asyncio.timeout(1):
                 await bench.runtime.leave()
@@ -510,7 +510,7 @@ def test_a_donor_that_lies_or_fails_is_named_and_the_node_goes_on():
                     raise error
 
                 bench.keeper.fetch_state = fetch  # type: ignore[method-assign]
-                bench.says(ev.FetchState(PEER, 2))
+                bench.says(ev.FetchState((PEER,), 2))
                 failed = ev.FetchFailed(PEER, "", error.reason)
                 await until(lambda failed=failed: bench.core.heard[-1] == failed)
                 assert bench.core.heard[-1] == failed

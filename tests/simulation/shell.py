@@ -374,11 +374,14 @@ class Node:
         return digest("".join([digest_of(s) for s in shards]).encode()) == result
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
-        donor = self.world.nodes.get(out.donor)
+        """From the first of the donors that can be reached: what the others give is the same state."""
+        first, donors = out.donors[0], [self.world.nodes.get(name) for name in out.donors]
 
         def arrive() -> None:
-            if donor is None or donor.core is None or donor.frozen or self.world.is_cut(donor, self):
-                self.feed(ev.FetchFailed(out.donor, "", "timeout"))
+            able = [d for d in donors if d is not None and d.core is not None and not d.frozen]
+            donor = next((d for d in able if not self.world.is_cut(d, self)), None)
+            if donor is None:
+                self.feed(ev.FetchFailed(first, "", "timeout"))
                 return
             for epoch in range(min(out.epoch_max, len(self.disk.records)), -1, -1):
                 head = self.head_at(epoch)
@@ -389,9 +392,9 @@ class Node:
                     self.set_state(head, epoch, state)
                     self.feed(ev.Applied(epoch, state))
                     return
-            self.feed(ev.FetchFailed(out.donor, "", "missing"))
+            self.feed(ev.FetchFailed(first, "", "missing"))
 
-        self.world.later(self.world.fetch_s(out.donor, self.name), self, arrive)
+        self.world.later(self.world.fetch_s(first, self.name), self, arrive)
 
     def do_train(self, out: ev.Train) -> None:
         self.world.invariants.on_train(self, out.epoch)

@@ -16,7 +16,8 @@ from tapestry.node.disk.base import (
     BaseFolder,
     take_base,
 )
-from tapestry.node.net.transfer import Donor, DonorFailed, fetch_file
+from tapestry.node.net.donor import Donor
+from tapestry.node.net.transfer import DonorFailed, fetch_file
 from tapestry.node.net.wire import RemoteProtocolError
 
 LARGE = bytes(range(256)) * (PIECE_BYTES // 256) * 2 + b"the end"  # three pieces, the last one short

@@ -17,19 +17,18 @@ from tapestry.node.disk.checkpoints import CHUNK_BYTES, restore
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
 from tapestry.node.net.bucket import BURST_S
+from tapestry.node.net.donor import Donor
+from tapestry.node.net.download import Download, Wanted, fetch_manifest, fetch_state
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.net.transfer import (
-    Donor,
     DonorFailed,
-    Download,
+    OnBytes,
     TransferLimits,
     WantedUpdate,
     fetch_genesis,
-    fetch_manifest,
-    fetch_state,
     fetch_update,
 )
-from tapestry.node.net.transfer import _Stream as Frames
+from tapestry.node.net.transfer import Stream as Frames
 from tapestry.node.net.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
 from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict
 
@@ -111,8 +110,27 @@ def update_of(run: Run, joiner: Store, epoch: int = 2) -> Fetch:
     return lambda open_stream: fetch_update(open_stream, wanted(run, epoch), arith, joiner, LIMITS, no_count)
 
 
-def state_of(run: Run, state: Any, epoch_max: int = 2) -> Fetch:
-    return lambda open_stream: fetch_state(open_stream, epoch_max, run.chain, state, LIMITS, no_count)
+def nobody_fails(donor: str, error: Exception) -> None:
+    raise AssertionError(f"{donor}: {error}")
+
+
+def state_of(
+    run: Run,
+    state: Any,
+    epoch_max: int = 2,
+    limits: TransferLimits = LIMITS,
+    on_bytes: OnBytes = no_count,
+    chain: Chain | None = None,
+) -> Fetch:
+    """From one donor."""
+    wanted = Wanted(epoch_max, chain or run.chain, state)
+    return lambda open_stream: fetch_state({"d": open_stream}, wanted, limits, on_bytes, nobody_fails)
+
+
+async def pulled(stream: Frames, download: Download) -> None:
+    for index in [*download.missing]:
+        await download.ask(stream, index)
+        await download.receive(stream, index)
 
 
 def answers(*frames: tuple[dict[str, Any], bytes]) -> Serve:
@@ -176,9 +194,7 @@ def test_a_state_takes_the_time_that_a_cap_gives_it_and_nobody_is_blamed_for_tha
     state = big.fresh()
     between(
         donor(big, donors if capped == "donor" else LIMITS).serve,
-        lambda open_stream: fetch_state(
-            open_stream, 2, big.chain, state, joiners if capped == "joiner" else LIMITS, on_bytes
-        ),
+        state_of(big, state, 2, joiners if capped == "joiner" else LIMITS, on_bytes),
     )
     assert state_bytes(state) == big.numbers[1] and moved > 1e6
     assert now == pytest.approx(moved / 1e6 - BURST_S, rel=0.05)
@@ -206,7 +222,7 @@ def test_a_download_goes_on_where_another_donor_broke_off(big: Run) -> None:
         size = len(state.vectors()[0])
         state.vectors()[0][start:size] = big.numbers[1][start:size]
         state.vectors()[1][: stop - size] = big.numbers[1][size:stop]
-        await download.pull(stream)
+        await pulled(stream, download)
         return download.finish()
 
     assert between(donor(big).serve, resume) == big.chain.state_digest_at(1)
@@ -224,7 +240,7 @@ def test_every_byte_is_counted_on_both_sides(big: Run) -> None:
     state = big.fresh()
     between(
         serving.serve,
-        lambda open_stream: fetch_state(open_stream, 2, big.chain, state, LIMITS, count(ours)),
+        state_of(big, state, 2, LIMITS, count(ours)),
     )
     assert ours["in"] == theirs["out"] > 8 * N
     assert ours["out"] == theirs["in"] > 0
@@ -238,11 +254,11 @@ def test_a_checkpoint_that_is_pruned_while_it_is_sent_arrives_all_the_same(big: 
         download = Download(await fetch_manifest(stream, 2, big.chain, state), state)
         first, *rest = download.missing
         download.missing = {first: None}
-        await download.pull(stream)
+        await pulled(stream, download)
         (path,) = big.home.checkpoints.glob("00000001-*")
         path.unlink()
         download.missing = dict.fromkeys(rest)
-        await download.pull(stream)
+        await pulled(stream, download)
         return download.finish()
 
     assert between(donor(big).serve, fetch) == big.chain.state_digest_at(1)
@@ -519,7 +535,7 @@ def test_at_the_head_no_checkpoint_is_signed_so_none_is_taken(big: Run) -> None:
     with pytest.raises(RemoteProtocolError) as raised:
         between(
             donor(big).serve,
-            lambda open_stream: fetch_state(open_stream, 1, chain, big.fresh(), LIMITS, no_count),
+            state_of(big, big.fresh(), 1, chain=chain),
         )
     assert raised.value.reason == "digest"
 

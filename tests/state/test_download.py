@@ -1,0 +1,236 @@
+"""A state from several donors at once: by their speed, past the bad ones, and on from where it broke off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from state.kit import STALL_S, Run, Stream, state_bytes, stream_pair
+
+from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoints
+from tapestry.node.disk.part import NAME as PART
+from tapestry.node.net import download as download_module
+from tapestry.node.net.donor import Donor
+from tapestry.node.net.download import Wanted, fetch_state
+from tapestry.node.net.transfer import DonorFailed, TransferLimits
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.state.model import ModelState
+
+N = 1_300_001
+CHUNKS = -(-8 * N // CHUNK_BYTES)
+LIMITS = TransferLimits(stall_s=STALL_S)
+PATIENT = TransferLimits(stall_s=600.0)
+FETCH_S = 20.0  # a fetch that waits for a donor's silence ends here
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A checkpoint of epoch 1, which the record of epoch 2 signed. Nothing here writes to it."""
+    made = Run(tmp_path_factory.mktemp("donor"), n=N, shard_elements=1 << 20)
+    made.advance()
+    made.save()
+    made.advance()
+    return made
+
+
+class Asked:
+    """Donors at the other ends of streams, and what came of asking them."""
+
+    def __init__(self, run: Run, limits: TransferLimits = LIMITS, **serves: Serve) -> None:
+        self.run, self.limits = run, limits
+        self.serves = serves
+        self.state = run.fresh()
+        self.faults: dict[str, Exception] = {}
+        self.bytes: Counter[str] = Counter()
+
+    def fetch(self, checkpoints: Checkpoints | None = None) -> str:
+        """The digest; raises what fetch_state does."""
+        return asyncio.run(self._fetch(checkpoints))
+
+    async def _fetch(self, checkpoints: Checkpoints | None) -> str:
+        async with contextlib.AsyncExitStack() as stack:
+            openers, tasks = {}, []
+            for name, serve in self.serves.items():
+                mine, theirs = await stack.enter_async_context(stream_pair())
+                tasks.append(asyncio.create_task(_served(serve, theirs)))
+                openers[name] = _opener(mine)
+            wanted = Wanted(2, self.run.chain, self.state, checkpoints)
+            try:
+                async with asyncio.timeout(FETCH_S):
+                    told = self.faults.__setitem__
+                    return await fetch_state(openers, wanted, self.limits, self._count, told)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _count(self, direction: str, count: int) -> None:
+        self.bytes[direction] += count
+
+    def is_right(self, digest: str) -> bool:
+        return digest == self.run.chain.state_digest_at(1) and state_bytes(self.state) == self.run.numbers[1]
+
+
+def _opener(stream: Stream) -> Callable[[], Awaitable[Stream]]:
+    async def open_stream() -> Stream:
+        return stream
+
+    return open_stream
+
+
+async def _served(serve: Serve, stream: Stream) -> None:
+    with contextlib.suppress(StreamEnded, RemoteProtocolError, ConnectionError, TimeoutError):
+        await serve(*stream)
+    stream[1].close()
+
+
+def honest(run: Run, checkpoints: Checkpoints | None = None) -> Serve:
+    limits = TransferLimits(stall_s=60.0)
+    donor = Donor(run.chain.genesis, run.store, checkpoints or run.checkpoints, limits, lambda *_: None)
+    return donor.serve
+
+
+class Writer:
+    """A donor's end, of which the bytes after `after` meet with something."""
+
+    def __init__(self, writer: asyncio.StreamWriter, after: int, what: str) -> None:
+        self._writer, self._left, self._what = writer, after, what
+
+    def write(self, data: Any) -> None:
+        before, self._left = self._left, self._left - len(data)
+        if before > 0 >= self._left:
+            if self._what == "ends":
+                self._writer.close()
+            if self._what == "lies":
+                data = bytearray(data)
+                data[before - 1] ^= 1
+        if before > 0 or self._what == "lies":
+            self._writer.write(data)
+
+    async def drain(self) -> None:
+        if self._left <= 0 and self._what == "sleeps":
+            await asyncio.Event().wait()
+        await self._writer.drain()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+def after(chunks: float, what: str, serve: Serve) -> Serve:
+    """Sleeps, ends or lies after so many chunks."""
+
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve(reader, Writer(writer, int(chunks * CHUNK_BYTES), what))  # type: ignore[arg-type]
+
+    return served
+
+
+def other_state(run: Run, folder: Path, digest: str) -> Checkpoints:
+    """Another state under a signed digest: what a liar has who knows what the others have."""
+    state: ModelState = run.fresh()
+    for vector in state.overwrite():
+        vector[:] = bytes(len(vector))
+    state.adopt(1, run.chain.head_at(1), state._hash())
+    checkpoints = Checkpoints(folder, run.chain.genesis.run_id, 3)
+    checkpoints.load()
+    checkpoints.save(state, digest)
+    return checkpoints
+
+
+def test_every_donor_gives_a_part(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    asked = Asked(run, a=honest(run), b=honest(run), c=honest(run), d=honest(run))
+    assert asked.is_right(asked.fetch()) and not asked.faults
+    (line,) = [r.getMessage() for r in caplog.records if "state=fetched" in r.getMessage()]
+    shares = [int(one.split(":")[1]) for one in line.split("donors=")[1].split(",")]
+    assert len(shares) == 4 and min(shares) > 0 and CHUNKS <= sum(shares) <= CHUNKS + 3
+    assert asked.bytes["in"] < 8 * N + 8 * CHUNK_BYTES, "hardly anything comes twice"
+
+
+@pytest.mark.parametrize("slow", ["a", "b"])
+def test_the_last_pieces_of_a_donor_that_sleeps_are_asked_of_another(run: Run, slow: str) -> None:
+    """Nobody waits until its silence has been long enough."""
+    serves = {"a": honest(run), "b": honest(run)}
+    serves[slow] = after(1.5, "sleeps", honest(run))
+    asked = Asked(run, PATIENT, **serves)
+    assert asked.is_right(asked.fetch()) and not asked.faults
+
+
+@pytest.mark.parametrize("bad", ["a", "b"])
+@pytest.mark.parametrize(("what", "kind"), [("lies", RemoteProtocolError), ("ends", DonorFailed)])
+def test_a_donor_that_fails_is_named_and_its_pieces_come_from_another(
+    run: Run, bad: str, what: str, kind: type[Exception]
+) -> None:
+    serves = {"a": honest(run), "b": honest(run)}
+    serves[bad] = after(1.5, what, honest(run))
+    asked = Asked(run, **serves)
+    assert asked.is_right(asked.fetch())
+    assert [*asked.faults] == [bad] and isinstance(asked.faults[bad], kind)
+
+
+def test_if_all_fail_the_first_is_told_by_what_is_raised_and_the_others_by_name(run: Run) -> None:
+    asked = Asked(run, a=after(1.5, "ends", honest(run)), b=after(1.5, "lies", honest(run)))
+    with pytest.raises(DonorFailed, match="ended"):
+        asked.fetch()
+    assert [*asked.faults] == ["b"] and asked.state.torn
+
+
+def test_a_lone_liar_about_the_whole_is_outvoted(run: Run, tmp_path: Path) -> None:
+    signed = run.chain.state_digest_at(1)
+    assert signed is not None
+    lie = honest(run, other_state(run, tmp_path, signed))
+    asked = Asked(run, a=lie, b=honest(run), c=honest(run))
+    assert asked.is_right(asked.fetch())
+
+
+def test_who_vouched_for_a_state_that_nobody_signed_is_named(run: Run, tmp_path: Path) -> None:
+    signed = run.chain.state_digest_at(1)
+    assert signed is not None
+    lie = honest(run, other_state(run, tmp_path, signed))
+    asked = Asked(run, a=lie, b=lie, c=honest(run))
+    mine = Checkpoints(tmp_path / "mine", run.chain.genesis.run_id, 3)
+    mine.load()
+    with pytest.raises(RemoteProtocolError, match="has the digest"):
+        asked.fetch(mine)
+    assert [*asked.faults] == ["b"] and asked.state.torn
+    assert not (tmp_path / "mine" / PART).exists(), "it would be taken up again"
+
+
+def test_what_came_before_a_crash_is_not_asked_for_again_and_becomes_the_checkpoint(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
+    mine.load()
+    first = Asked(run, a=after(6.5, "ends", honest(run)))
+    with pytest.raises(DonorFailed):
+        first.fetch(mine)
+    part = tmp_path / PART
+    data = bytearray(part.read_bytes())
+    data[-8 * N + 100] ^= 1  # of the first chunk: a power cut spoilt it
+    part.write_bytes(data)
+
+    caplog.set_level("INFO")
+    again = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
+    again.load()
+    second = Asked(run, b=honest(run))
+    assert second.is_right(second.fetch(again))
+    assert f"state=resumed epoch=1 chunks=5 of={CHUNKS}" in caplog.text
+    assert second.bytes["in"] < (CHUNKS - 5) * CHUNK_BYTES + 4096
+    (kept,) = again.list()
+    assert not part.exists() and kept.path.read_bytes() == run.checkpoints.list()[-1].path.read_bytes()
+    loaded = run.fresh()
+    assert again.load_newest(run.chain, 1, loaded) is not None and loaded.digest() == second.state.digest()
+
+
+def test_a_window_follows_the_donors_speed() -> None:
+    giving = download_module._Giving(began_s=0.0)
+    assert giving.window(5.0) == download_module.WINDOW_MIN
+    giving.given = 3
+    assert [giving.window(now) for now in (0.1, 1.0, 30.0)] == [8, 4, 2]

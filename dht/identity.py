@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from pathlib import Path
@@ -101,6 +102,11 @@ def public_key_of(peer_id: str) -> bytes | None:
     """The Ed25519 public key (32 bytes) inside `peer_id`; None unless it is exactly the canonical form."""
     if not isinstance(peer_id, str) or len(peer_id) != _PEER_ID_CHARS or not peer_id.isascii():
         return None
+    return _decoded(peer_id)
+
+
+@functools.lru_cache(maxsize=4096)  # a chain asks for the same few again and again, and base58 is slow
+def _decoded(peer_id: str) -> bytes | None:
     try:
         raw = base58.b58decode(peer_id)
     except ValueError:

@@ -1,9 +1,15 @@
 """The auditor's desk: averages again what the head of a record draws, and tells everybody of a lie.
 
-    do_audit   the core's draw: our own drawn shards are kept for the auditors, and those that we are to look
-               at are asked of their contributors, averaged and compared
-    serve      streams of peers: `input` (head, shard) gives a member of that record a kept shard with its
-               path, or nothing; `accuse` brings an accusation, which we check ourselves
+    do_audit   the core's draw: drawn shards are kept for the auditors, and those that we are to look at are
+               asked of their contributors, averaged and compared. Who does not answer is asked again, for it
+               may not have heard of the record yet, and the reducer in its place; then another auditor is
+               told, which does the same
+    serve      streams of peers: `input` (head, shard, peer) gives a member of that record a kept shard with
+               its path, or nothing; `second` (head, shard) has us look at a shard of which the first auditor
+               did not get all; `accuse` brings an accusation, which we check ourselves
+
+Who gives an auditor nothing, though there is a link to it, is named and counted. That proves nothing: it may
+have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
 that we have is no news. Where the run has it so, who may remove members signs the liar's removal. What does
@@ -14,7 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,18 +52,32 @@ from tapestry.node.net.wire import (
 from tapestry.node.net.wire import unpack as unpack_header
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.audit import Order
+from tapestry.node.protocol.audit import Input, Order, auditors_of
 from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
 from tapestry.node.state.means import payload_digest
 
-KEPT_RECORDS = 4  # Guess: an auditor asks within seconds of the commit
-STREAMS_MAX = 4  # of all peers at a time
+KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
+KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * (sum of AGAIN_S and answers)
+KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
+KEPT_MAX = 4096  # records. G7
+STREAMS_MAX = 4  # of all peers at a time; the others wait
+STREAMS_OF_ONE_MAX = 8  # open ones of a peer: it audits AUDITS_AT_ONCE shards, and asks once for each
+AUDITS_AT_ONCE = 2  # Guess: each holds all members' bytes of a shard
+AUDITS_MAX = 64  # under way, those that wait to ask again among them. G7
+AGAIN_S = (
+    2.0,
+    10.0,
+    30.0,
+)  # Guess: a member that is late for the record; one that catches up; a line that is full
+ANSWER_S = 60.0  # Guess: behind other auditors
 OPEN_S = 10.0
 SILENCE_S = 10.0
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits
 ACCUSATION_BYTES_MAX = 64 << 20  # Guess: 128 members' shards of 512 KiB
+
+_Given = tuple[tuple[str, ...], Tensor]  # a path, and encoded bytes
 
 _log = logging.getLogger("tapestry.audit")
 
@@ -99,42 +120,103 @@ class AuditDesk:
         self._folder = auditor.folder
         self._throttles = auditor.throttles
         self.protocol = audit_protocol(auditor.run_id)
-        # Head of a record -> shard -> path and encoded bytes, of our contribution to it.
-        self._kept: OrderedDict[str, dict[int, tuple[tuple[str, ...], Tensor]]] = OrderedDict()
+        # Head of a record -> (peer, shard) -> path and encoded bytes, of contributions to it.
+        self._kept: OrderedDict[str, dict[tuple[str, int], tuple[tuple[str, ...], Tensor]]] = OrderedDict()
+        self._kept_at: dict[str, float] = {}  # since when
         self._records: dict[str, Record] = {}  # those
-        self._streams = 0
+        self._seconds: dict[str, dict[int, Order]] = {}  # of those, what we look at if we are asked
+        self._auditing = 0
+        self._turn = asyncio.Semaphore(AUDITS_AT_ONCE)
+        self._serving = asyncio.Semaphore(STREAMS_MAX)
+        self._streams: Counter[str] = Counter()  # open ones, by peer
         self._read = FrameLimits(HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, throttle=auditor.throttles.download)
         self.outputs: Outputs = {ev.Audit: self.do_audit}
 
     # --- our own audits ------------------------------------------------------------------------
 
     def do_audit(self, out: ev.Audit) -> None:
-        if out.kept is not None:
-            path = self._averaging.path
-            name = out.kept.contribution
-            # Copies: the trainer's memory, where they lie, is written again in the next epoch.
-            self._kept[out.record.head] = {
-                shard: (path(name, shard), blob.clone())  # type: ignore[attr-defined]  # a Blob is a tensor here
-                for shard, blob in out.kept.blobs
-            }
-            self._records[out.record.head] = out.record
-            while len(self._kept) > KEPT_RECORDS:
-                del self._records[self._kept.popitem(last=False)[0]]
+        head = out.record.head
+        # Copies: the trainer's memory, where ours lie, is written again in the next epoch.
+        self._kept[head] = {
+            (one.peer, one.shard): (self._path_of(one), one.blob.clone())  # type: ignore[attr-defined]  # a tensor
+            for one in out.kept
+        }
+        self._records[head] = out.record
+        self._seconds[head] = {order.shard: order for order in out.seconds}
+        self._kept_at[head] = self._loop.now()
+        self._drop_old()
         for order in out.orders:
-            self._loop.spawn(self._audit(out.record, order))
+            self._begin_audit(out.record, order, first=True)
 
-    async def _audit(self, record: Record, order: Order) -> None:
-        """One shard of one record."""
-        members = tuple(m for m in record.body.members if m.weight)
-        fetched = await asyncio.gather(*(self._input(record, order.shard, m) for m in members))
-        inputs = [one for one in fetched if one is not None]
-        if len(inputs) < len(members):
-            silent = [m.peer[-6:] for m, one in zip(members, fetched, strict=True) if one is None]
+    def _drop_old(self) -> None:
+        """Of short rounds many are kept, for auditors ask again; of long ones a few."""
+        held = sum(payload.nbytes for kept in self._kept.values() for _, payload in kept.values())
+        while len(self._kept) > KEPT_RECORDS:
+            old, kept = next(iter(self._kept.items()))
+            is_old = self._loop.now() - self._kept_at[old] > KEPT_S
+            if not is_old and held <= KEPT_BYTES_MAX and len(self._kept) <= KEPT_MAX:
+                return
+            held -= sum(payload.nbytes for _, payload in kept.values())
+            del self._kept[old], self._kept_at[old], self._records[old], self._seconds[old]
+
+    def _path_of(self, one: Input) -> tuple[str, ...]:
+        return one.path if one.peer != self._own else self._averaging.path(one.contribution, one.shard)
+
+    def _begin_audit(self, record: Record, order: Order, first: bool) -> None:
+        if self._auditing < AUDITS_MAX:
+            self._auditing += 1
+            self._loop.spawn(self._audit(record, order, first))
+        else:
             self._reporter.audited("incomplete")
             _log.info(
-                "audit=incomplete epoch=%d shard=%d no_input_of=%s", record.body.epoch, order.shard, silent
+                "audit=skipped epoch=%d shard=%d too_many=%d", record.body.epoch, order.shard, AUDITS_MAX
             )
-            return
+
+    async def _audit(self, record: Record, order: Order, first: bool) -> None:
+        """One shard of one record. `first`: another auditor is told if we do not get all of it."""
+        members = tuple(m for m in record.body.members if m.weight)
+        given: dict[str, _Given] = {}
+        try:
+            for pause_s in (0.0, *AGAIN_S):
+                await asyncio.sleep(pause_s)
+                async with self._turn:
+                    await self._gather(record, order, members, given, ask_reducer=pause_s > 0)
+                    if len(given) == len(members):
+                        await self._compare(record, order, members, [given[m.peer] for m in members])
+                        return
+        finally:
+            self._auditing -= 1
+        await self._give_up(record, order, [m.peer for m in members if m.peer not in given], first)
+
+    async def _gather(
+        self,
+        record: Record,
+        order: Order,
+        members: Sequence[Member],
+        given: dict[str, _Given],
+        ask_reducer: bool,
+    ) -> None:
+        """What is not in `given` yet, of everybody at once."""
+        missing = [m for m in members if m.peer not in given]
+        found = await asyncio.gather(*(self._input(record, order, m, ask_reducer) for m in missing))
+        given.update({m.peer: one for m, one in zip(missing, found, strict=True) if one is not None})
+
+    async def _give_up(self, record: Record, order: Order, missing: list[str], first: bool) -> None:
+        """Nobody gave what these contributed. Those that we are linked to withheld it, or lost it."""
+        linked = [peer for peer in missing if peer in self._network.linked]
+        epoch, shard = record.body.epoch, order.shard
+        self._reporter.audited("incomplete")
+        self._reporter.withheld(linked, epoch, shard)
+        short = [peer[-6:] for peer in missing]
+        _log.info("audit=incomplete epoch=%d shard=%d no_input_of=%s", epoch, shard, short)
+        peers = [m.peer for m in record.body.members]
+        auditors = auditors_of(record.head, shard, order.reducer, peers, self._crypto)
+        if first and len(auditors) > 1:
+            await self._say(auditors[1], ["second", record.head, shard])
+
+    async def _compare(
+        self, record: Record, order: Order, members: tuple[Member, ...], inputs: list[_Given]
+    ) -> None:
         weights = [m.weight for m in members]
         payloads = [payload for _, payload in inputs]
         try:
@@ -159,24 +241,27 @@ class AuditDesk:
         self._reporter.audited("lie")
         await self._accuse(accusation, self._own)
 
-    async def _input(
-        self, record: Record, shard: int, member: Member
-    ) -> tuple[tuple[str, ...], Tensor] | None:
-        """A member's shard, and the path that proves it; None if it did not give it."""
-        if member.peer == self._own:
-            return self._kept.get(record.head, {}).get(shard)
+    async def _input(self, record: Record, order: Order, member: Member, ask_reducer: bool) -> _Given | None:
+        """A member's shard, and the path that proves it; None if neither it nor the reducer gave it."""
+        kept = self._kept.get(record.head, {}).get((member.peer, order.shard))
+        sources = [member.peer, order.reducer] if ask_reducer else [member.peer]
+        for source in dict.fromkeys(s for s in sources if s in self._network.linked):
+            kept = kept or await self._given_by(source, record, order.shard, member)
+        return kept
+
+    async def _given_by(self, source: str, record: Record, shard: int, member: Member) -> _Given | None:
         try:
-            header, payload = await self._ask(member.peer, ["input", record.head, shard])
+            header, payload = await self._ask(source, ["input", record.head, shard, member.peer])
             path = _path(header)
         except (SwarmError, StreamEnded, TimeoutError, ConnectionError):
             return None
         except RemoteProtocolError as error:
             if error.reason != "missing":
-                self._reporter.refused(member.peer, error.reason, str(error))
+                self._reporter.refused(source, error.reason, str(error))
             return None
         tensor = torch.frombuffer(payload, dtype=torch.uint8)
         if not self._is_of(member, record.body.epoch - 1, shard, payload_digest(tensor), path):
-            self._reporter.refused(member.peer, "commitment", "an input that is not of its contribution")
+            self._reporter.refused(source, "commitment", "an input that is not of the contribution")
             return None
         return path, tensor
 
@@ -189,7 +274,7 @@ class AuditDesk:
         reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
         try:
             await self._write(peer, writer, msgpack.packb(said))
-            header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)
+            header, payload = await read_frame(reader, self._read, ANSWER_S, SILENCE_S, self._came)
             if not payload:
                 raise RemoteProtocolError("missing", "it has not kept this")
             return header, payload
@@ -223,36 +308,64 @@ class AuditDesk:
                 self._loop.spawn(self._tell(peer, packed))
 
     async def _tell(self, peer: str, packed: bytes) -> None:
+        await self._say(peer, ["accuse"], [packed])
+
+    async def _say(self, peer: str, said: list[Any], payload: list[Buffer] | None = None) -> None:
+        """What has no answer; whether it arrived is all the same to us."""
         try:
             reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
         except SwarmError:
             return
         try:
-            await self._write(peer, writer, msgpack.packb(["accuse"]), [packed])
+            await self._write(peer, writer, msgpack.packb(said), payload)
             await asyncio.wait_for(reader.read(1), SILENCE_S)  # its end: it has taken it
         except (TimeoutError, ConnectionError, SwarmError):
-            _log.debug("accusation=not_told peer=%s", peer[-6:])
+            _log.debug("audit=not_told peer=%s of=%s", peer[-6:], said[0])
         finally:
             writer.close()
 
     # --- other members' streams ----------------------------------------------------------------
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request. Raises RemoteProtocolError, StreamEnded, TimeoutError and ConnectionError."""
-        if self._streams >= STREAMS_MAX or peer not in self._network.linked:
+        """One request; of each peer so many at a time, and of all so many, for which the others wait.
+
+        Raises RemoteProtocolError, StreamEnded, TimeoutError and ConnectionError.
+        """
+        if peer not in self._network.linked:
             return
-        self._streams += 1
+        if self._streams[peer] >= STREAMS_OF_ONE_MAX:
+            raise RemoteProtocolError("streams", f"more than {STREAMS_OF_ONE_MAX} streams at a time")
+        self._streams[peer] += 1
         try:
-            header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)
-            match _values(header, 3, "request"):
-                case ["accuse", *_]:
-                    await self._judge(peer, payload)
-                case ["input", head, shard]:
-                    await self._give(peer, writer, head, shard)
-                case _:
-                    raise RemoteProtocolError("malformed", "no such request")
+            async with self._serving:
+                await self._serve(peer, reader, writer)
         finally:
-            self._streams -= 1
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
+
+    async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)
+        match _values(header, 4, "request"):
+            case ["accuse"]:
+                await self._judge(peer, payload)
+            case ["second", head, shard]:
+                self._audit_as_second(peer, head, shard)
+            case ["input", head, shard, of]:
+                await self._give(peer, writer, head, shard, of)
+            case _:
+                raise RemoteProtocolError("malformed", "no such request")
+
+    def _audit_as_second(self, peer: str, head: Any, shard: Any) -> None:
+        """Once for a shard, and only if it is the first auditor that asks."""
+        record = self._records.get(head) if isinstance(head, str) else None
+        if record is None or type(shard) is not int or shard not in self._seconds[record.head]:
+            return
+        order = self._seconds[record.head][shard]
+        peers = [m.peer for m in record.body.members]
+        if auditors_of(record.head, shard, order.reducer, peers, self._crypto)[0] == peer:
+            del self._seconds[record.head][shard]
+            self._begin_audit(record, order, first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
         averaging = self._averaging
@@ -264,8 +377,9 @@ class AuditDesk:
             raise RemoteProtocolError("accusation", str(error)) from None
         await self._accuse(accusation, peer)
 
-    async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any) -> None:
-        found = self._kept.get(head, {}).get(shard) if isinstance(head, str) and type(shard) is int else None
+    async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any, of: Any) -> None:
+        asked = isinstance(head, str) and type(shard) is int and isinstance(of, str)
+        found = self._kept.get(head, {}).get((of, shard)) if asked else None
         body = self._records[head].body if found is not None else None
         if found is None or body is None or all(m.peer != peer for m in body.members):
             await self._write(peer, writer, msgpack.packb([]))

@@ -32,6 +32,7 @@ from tapestry.node.trainer.process import Event
 
 TOKENIZING_LOG_S = 15.0  # Guess: between two lines of progress in the log
 ACCUSED_SHOWN = 16  # in /status
+WITHHELD_MAX = 256  # peers that are counted. G7
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
 OUTCOMES = {  # of a round that did not commit with us in it, and what is to be done
     "aborted": "it left no trace and the next one is under way; if this goes on, `tapestry status` says who "
@@ -221,6 +222,7 @@ class Reporter:
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
         self._accused: list[dict[str, str | int]] = []
+        self._withheld: Counter[str] = Counter()  # peer -> inputs that it did not give an auditor
         self._refusals = Repeats(REFUSAL_LOG_S)
         self._epoch = -2
         self._phase = ""
@@ -257,6 +259,9 @@ class Reporter:
             self.traffic,
             training.trouble,
             tuple(self._accused),
+            tuple(
+                {"peer": peer, "count": count} for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
+            ),
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
         )
 
@@ -413,6 +418,14 @@ class Reporter:
         self._accused.append({"peer": peer, "epoch": epoch, "shard": shard})
         del self._accused[:-ACCUSED_SHOWN]
         self._story.accused(peer, epoch, shard)
+
+    def withheld(self, peers: Sequence[str], epoch: int, shard: int) -> None:
+        """These did not give us, who audits, what they contributed; nor did the reducer of the shard."""
+        for peer in peers:
+            if peer in self._withheld or len(self._withheld) < WITHHELD_MAX:
+                self._withheld[peer] += 1
+            if self._refusals.may_tell((peer, "withheld"), time.monotonic()):
+                self._story.withheld(peer, epoch, shard)
 
     def note(self, text: str) -> None:
         _log.info("%s", text)

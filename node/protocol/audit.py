@@ -6,13 +6,15 @@ A reducer could send everybody the same wrong mean, and all would hold the same 
                 can check any one shard of it, and nobody can show another shard under that name
     signed      a reducer signs the digest of the mean it made, with the head and the inputs it made it of
     drawn       the head of a record, which nobody can choose, says which shards are looked at, and by whom
-    audited     the auditor asks the contributors for their shards of those, averages them again, and compares
+    audited     the auditor asks the contributors for their shards of those, averages them again, and
+                compares; of whom it gets nothing it asks the reducer, and then another auditor tries
 
 A mean that differs from the signed one is a lie that anyone can check, with the inputs and the signature in
 hand (lineage/accusation.py). An honest reducer cannot be accused: it averaged inputs of just these names, of
 which there is one each, and the mean is a function of them, to the bit.
 
-What is not found: a lie in a shard that was not drawn, and one whose contributors do not give their shards.
+What is not found: a lie in a shard that was not drawn, and one of which neither a contributor nor the reducer
+gives an input. That somebody does not answer is no proof of anything: it is counted and named, no more.
 
 Pure; standard library only.
 """
@@ -45,6 +47,7 @@ class Draw:
 
     due: tuple[int, ...]  # shards that somebody looks at
     orders: tuple[Order, ...]  # those that this node looks at
+    seconds: tuple[Order, ...] = ()  # and those that it looks at if it is asked to, by who cannot
 
 
 def inputs_digest(members: Iterable[Member], crypto: Crypto) -> str:
@@ -66,10 +69,13 @@ def due_shards(head: str, shard_count: int, share: float, crypto: Crypto) -> tup
     return tuple(shard for shard, lot in enumerate(lots) if int(lot[:8], 16) < limit)
 
 
-def auditor_of(head: str, shard: int, reducer: str, members: Sequence[str], crypto: Crypto) -> str | None:
-    """Who looks at a shard: any member of the record but its reducer, by lot; None if there is none."""
+def auditors_of(
+    head: str, shard: int, reducer: str, members: Sequence[str], crypto: Crypto
+) -> tuple[str, ...]:
+    """Who looks at a shard, and who does if that one cannot: members but its reducer, by lot."""
     others = [peer for peer in members if peer != reducer]
-    return min(others, key=lambda peer: crypto.digest(f"{head}|{shard}|{peer}".encode()), default=None)
+    order = sorted(others, key=lambda peer: crypto.digest(f"{head}|{shard}|{peer}".encode()))
+    return tuple(order[:2])
 
 
 def draw(
@@ -82,17 +88,20 @@ def draw(
 ) -> Draw:
     """What `me` keeps for the auditors of this record, and what it looks at itself."""
     due = due_shards(head, len(means), share, crypto)
-    orders = [
-        Order(shard, *means[shard])
-        for shard in due
-        if auditor_of(head, shard, means[shard][0], members, crypto) == me
-    ]
-    return Draw(due, tuple(orders))
+    turns: list[list[Order]] = [[], []]
+    for shard in due:
+        auditors = auditors_of(head, shard, means[shard][0], members, crypto)
+        if me in auditors:
+            turns[auditors.index(me)].append(Order(shard, *means[shard]))
+    return Draw(due, tuple(turns[0]), tuple(turns[1]))
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Of our own contribution, what auditors may ask for."""
+class Input:
+    """A shard of a contribution, that auditors may ask for."""
 
+    shard: int
+    peer: str  # whose it is
     contribution: str
-    blobs: tuple[tuple[int, Blob], ...]  # (shard, its encoded bytes)
+    path: tuple[str, ...]  # that proves it; of our own the shell has it
+    blob: Blob  # its encoded bytes

@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tapestry.node.protocol.audit import Kept, draw, inputs_digest
 from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip, behind_of, next_place
 from tapestry.node.protocol.context import Context, PeerView
+from tapestry.node.protocol.drawn import audit_of
 from tapestry.node.protocol.events import (
     Applied,
-    Audit,
     BulkProgress,
     ChangeAsked,
     Contributed,
@@ -42,7 +41,6 @@ from tapestry.node.protocol.events import (
     UpdateFetched,
     Vote,
 )
-from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.members import CHANGES_MAX, Change, change_message
 from tapestry.node.protocol.messages import (
     Accept,
@@ -260,26 +258,11 @@ class Core:
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
-            self._draw_audits(round_.exchange, record)
+            audit = audit_of(self.ctx, round_.exchange, record)
+            if audit is not None:
+                self.ctx.emit(audit)
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
         self.round = None
-
-    def _draw_audits(self, exchange: Exchange, record: Record) -> None:
-        """What the new head draws of the means that we hold; nothing if we hold others, or not all."""
-        ctx, body, share = self.ctx, record.body, self.ctx.rules.audit_share
-        if not share or not exchange.complete or exchange.result_digest() != body.result:
-            return
-        if exchange.averaged != inputs_digest(body.members, ctx.crypto):
-            return
-        means, peers = exchange.means(), [m.peer for m in body.members]
-        drawn = draw(ctx.me, record.head, peers, means, share, ctx.crypto)
-        if not drawn.due:
-            return
-        kept, mine = None, exchange.mine
-        if mine is not None and mine.contribution == self._counted(body.epoch - 1):
-            kept = Kept(mine.contribution, tuple((shard, mine.blobs[shard]) for shard in drawn.due))
-        digests = tuple(means[shard][1] for shard in range(len(means)))
-        ctx.emit(Audit(record, digests, drawn.orders, kept))
 
     def _counted(self, epoch: int) -> str:
         """The contribution of ours that the record after `epoch` names; "" if there is none."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import ShardSums
-from tapestry.node.protocol.audit import Kept, Order
+from tapestry.node.protocol.audit import Input as Kept
+from tapestry.node.protocol.audit import Order
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
@@ -347,12 +348,13 @@ class ExchangeBegan:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A record was made with our results in it: what its head draws of them (audit.py). Before EndRound."""
+    """A record was made: what its head draws of what we have (drawn.py). Before EndRound."""
 
     record: Record
-    digests: tuple[str, ...]  # of the result's shards
+    digests: tuple[str, ...]  # of the result's shards; () if we do not have it, and then there are no orders
     orders: tuple[Order, ...]  # what this node is to average again
-    kept: Kept | None  # what others may ask for of our contribution; None if it is not in the record
+    seconds: tuple[Order, ...]  # what it is to if it is asked
+    kept: tuple[Kept, ...]  # what auditors may ask for
 
 
 @dataclass(frozen=True, slots=True)

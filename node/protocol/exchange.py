@@ -14,7 +14,7 @@ A shard that does not come is asked for (`pull`); whoever keeps us waiting is na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
 from tapestry.node.protocol.audit import inputs_digest, mean_message
@@ -30,6 +30,11 @@ class Input:
 
     contribution: str
     blobs: dict[int, Blob]  # shard -> blob
+    paths: dict[int, tuple[str, ...]] = field(default_factory=dict)  # shard -> what proves it, of others'
+
+    def of(self, shard: int) -> tuple[tuple[str, ...], Blob]:
+        """Path and blob."""
+        return self.paths.get(shard, ()), self.blobs[shard]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ class Exchange:
             entry = self.inputs[peer] = Input(shard.contribution, {})
         if shard.shard in entry.blobs:
             return None  # doubled on the way
-        entry.blobs[shard.shard] = shard.blob
+        entry.blobs[shard.shard], entry.paths[shard.shard] = shard.blob, shard.path
         self.progress += 1
         self._reduce_if_complete(shard.shard)
         return None
@@ -196,6 +201,15 @@ class Exchange:
     def agreement(self) -> Agreement:
         """What the sums of all shards come to."""
         return agreement([self.results[s].sums for s in range(len(self.results))], self._weights())
+
+    def averages(self, shard: int) -> bool:
+        """Whether the newest roster makes us its reducer."""
+        return self.roster is not None and self._reducer(shard) == self.ctx.me
+
+    def has(self, member: Member, shard: int) -> bool:
+        """Whether its contribution's shard is here."""
+        entry = self.inputs.get(member.peer)
+        return entry is not None and entry.contribution == member.contribution and shard in entry.blobs
 
     def means(self) -> dict[int, tuple[str, str, str]]:
         """Of every shard of the result: its reducer, the mean's digest, the reducer's signature."""
@@ -314,10 +328,7 @@ class Exchange:
                 missing.setdefault(reducer, ("", []))[1].append(shard)
                 continue
             for member in roster.members:
-                entry = self.inputs.get(member.peer)
-                if member.weight and (
-                    entry is None or entry.contribution != member.contribution or shard not in entry.blobs
-                ):
+                if member.weight and not self.has(member, shard):
                     # what it owes us as a contributor comes before what it owes us as a reducer
                     asked = missing.get(member.peer)
                     if asked is None or not asked[0]:

@@ -62,6 +62,7 @@ class Shown:
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
     accused: tuple[dict[str, str | int], ...] = ()  # peer, epoch, shard of lies that were proven
+    withheld: tuple[dict[str, str | int], ...] = ()  # peer, count: what it did not give our audits
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
 
 
@@ -133,6 +134,7 @@ class NodeView:
             "dropped_records": 0,
             "dropped_weight": 0,
             "accused": [],
+            "withheld": [],
             "members": 0,
             "applicants": [],
             "caps": self._caps,
@@ -170,6 +172,7 @@ class NodeView:
             "dropped_records": shown.dropped_records,
             "dropped_weight": shown.dropped_weight,
             "accused": list(shown.accused),
+            "withheld": list(shown.withheld),
             "members": len(core.roll.members),
             "applicants": list(shown.applicants),
             "bytes": asdict(shown.traffic),

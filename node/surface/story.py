@@ -63,6 +63,14 @@ class Story:
             "warning",
         )
 
+    def withheld(self, peer: str, epoch: int, shard: int) -> None:
+        """An audit is incomplete."""
+        self._history.tell(
+            f"{self._name_of(peer)} did not give this auditor its part of round {epoch}, shard {shard}: "
+            "that proves nothing, for it may have restarted; if it goes on, ask its operator",
+            "warning",
+        )
+
     def gate(self, round_: int, outcome: str, worse: float, peer: str) -> None:
         """What came of measuring a result: protocol/events.py, Gated."""
         made, by = f"round {round_}", f"by {worse:.4f}"

@@ -18,6 +18,7 @@ from simulation.shell import EXECUTE, Node
 
 from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import chain as chain_module
+from tapestry.node.protocol import drawn as drawn_module
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
 from tapestry.node.protocol import members as members_module
@@ -424,6 +425,19 @@ def leader_never_given_up() -> list[Patch]:
             self.lead.open_next(now)
 
     return [(Round, "_watch_leader", wait)]
+
+
+# --- audits -----------------------------------------------------------------------------------------
+
+
+@plant("who hears of a record before it has the whole result keeps nothing for its auditors", 1)
+def late_keeps_nothing() -> list[Patch]:
+    own = drawn_module._own
+
+    def forget(ctx: Any, exchange: Exchange, *args: Any) -> Any:
+        return own(ctx, exchange, *args) if exchange.complete else []
+
+    return [(drawn_module, "_own", forget)]
 
 
 # --- the gate ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from simulation.past import RECENT, DiskPast
 from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.audit import Order
 from tapestry.node.protocol.chain import Chain, Record
 from tapestry.node.protocol.core import NOTHING, Core, Restored
 from tapestry.node.protocol.messages import Result, Shard, Status
@@ -145,6 +146,7 @@ class Node:
         self.backlog: list[ev.Input] = []  # what came while frozen
         self.training = 0  # counts Train outputs; an older one's contribution is dropped
         self.trains = (0.0, 0.0)  # since when, and how long
+        self.contributed = ""  # the name of what its trainer gave last, in this life
         self.base = ""  # head of the state that the newest Train named
         self.dying = False  # of its last write
         self.crypto = SimCrypto(name)
@@ -194,6 +196,7 @@ class Node:
 
     def crash(self) -> None:
         self.life += 1
+        self.contributed = ""
         self.left = None
         self.core = None
         self.frozen = False
@@ -421,6 +424,7 @@ class Node:
                 return
             self.training += 1
             contribution = self.world.gates.named(self.name, self.base, 2 * self.world.token())
+            self.contributed = contribution
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
             self.feed(
                 ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
@@ -445,15 +449,20 @@ class Node:
         self.world.gates.gated(out)
 
     def do_audit(self, out: ev.Audit) -> None:
+        self.world.desk.drawn(self, out, Node.compare)
+
+    def compare(self, record: Record, order: Order, given: dict[str, object]) -> None:
         """The auditor's inputs are those that the record names: nobody has others of these names."""
-        body = out.record.body
-        members = [m for m in body.members if m.weight]
-        for order in out.orders:
-            parts = tuple(Part(m.peer, m.contribution, order.shard) for m in members)
-            mean = Mean(order.shard, parts, tuple(m.weight for m in members))
-            self.world.invariants.on_audit(self, order, mean.digest != order.digest)
+        members = [m for m in record.body.members if m.weight]
+        parts = tuple(given[m.peer] for m in members)
+        names = [(p.peer, p.contribution, p.shard) for p in parts if isinstance(p, Part)]
+        if names != [(m.peer, m.contribution, order.shard) for m in members]:
+            self.world.fail(self.name, f"audit: what was kept is not what the record names: {names}")
+        mean = Mean(order.shard, parts, tuple(m.weight for m in members))
+        self.world.invariants.on_audit(self, order, mean.digest != order.digest)
 
     def do_end_round(self, out: ev.EndRound) -> None:
+        self.world.desk.on_end(self, out)
         self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
 
 

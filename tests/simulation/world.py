@@ -15,6 +15,7 @@ from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any, Literal, NoReturn
 
+from simulation.audits import Audits
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.faults import Chaos, Faults
@@ -149,6 +150,7 @@ class World:
         lies = faults is None and peers > 1 and liars.random() < LIAR_SHARE
         self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
         self.lied: set[str] = set()  # digests of what it made
+        self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
         self.invariants = Invariants(self)
         self.consortium = Consortium(self)

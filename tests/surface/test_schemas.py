@@ -106,6 +106,7 @@ def attached() -> NodeView:
         dropped_records=0,
         dropped_weight=0,
         accused=({"peer": "c", "epoch": 3, "shard": 1},),
+        withheld=({"peer": "c", "count": 2},),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),

@@ -1,0 +1,53 @@
+"""What the head of a record draws of the round that made it, at this node: what to keep, what to look at.
+
+Kept are the shards of our own contribution that are drawn, whether or not we had the whole result when the
+record came: who is late is audited as well. And of the shards that we averaged ourselves, everybody's inputs:
+an auditor whom a contributor does not answer asks the reducer. Both are checked by the names that the record
+has (commitment.py), so that it does not matter who gives them.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from tapestry.node.protocol.audit import Input, draw, due_shards, inputs_digest
+from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.events import Audit
+from tapestry.node.protocol.exchange import Exchange
+
+
+def audit_of(ctx: Context, exchange: Exchange, record: Record) -> Audit | None:
+    """None where nothing is drawn, or nothing of it concerns us."""
+    body, share = record.body, ctx.rules.audit_share
+    due = due_shards(record.head, ctx.rules.shard_count, share, ctx.crypto) if share else ()
+    if not due:
+        return None
+    kept = [*_own(ctx, exchange, record, due), *_averaged(ctx, exchange, record, due)]
+    same = exchange.complete and exchange.result_digest() == body.result
+    if not same or exchange.averaged != inputs_digest(body.members, ctx.crypto):
+        return Audit(record, (), (), (), tuple(kept)) if kept else None
+    means, peers = exchange.means(), [m.peer for m in body.members]
+    drawn = draw(ctx.me, record.head, peers, means, share, ctx.crypto)
+    digests = tuple(means[shard][1] for shard in range(len(means)))
+    return Audit(record, digests, drawn.orders, drawn.seconds, tuple(kept))
+
+
+def _own(ctx: Context, exchange: Exchange, record: Record, due: tuple[int, ...]) -> list[Input]:
+    """Of the contribution of ours that the record names."""
+    mine = exchange.mine
+    named = next((m.contribution for m in record.body.members if m.peer == ctx.me and m.weight), "")
+    if mine is None or mine.contribution != named:
+        return []
+    return [Input(shard, ctx.me, named, (), mine.blobs[shard]) for shard in due]
+
+
+def _averaged(ctx: Context, exchange: Exchange, record: Record, due: tuple[int, ...]) -> list[Input]:
+    """Of others' contributions, in the shards that we averaged."""
+    return [
+        Input(shard, member.peer, member.contribution, *exchange.inputs[member.peer].of(shard))
+        for shard in due
+        if exchange.averages(shard)
+        for member in record.body.members
+        if member.weight and member.peer != ctx.me and exchange.has(member, shard)
+    ]

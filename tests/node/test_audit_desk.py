@@ -1,0 +1,275 @@
+"""Auditors get what they need of whoever has it, and name who gives nothing: desks at both stream ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.reduce import WEIGHTED
+from tapestry.dht.identity import Identity
+from tapestry.dht.p2pd import SwarmError
+from tapestry.node.daemon import audit_desk
+from tapestry.node.daemon.audit_desk import KEPT_RECORDS, AuditDesk, Auditor
+from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.audit import Input, Order, auditors_of
+from tapestry.node.protocol.chain import Body, Member, Record
+
+N, RUN, HEAD, EPOCH = 600, "ab" * 32, "cd" * 32, 5
+PEERS = ("alice", "bob", "carol", "dora")
+SHARD = 1
+CODEC = get_codec("int8-block")
+CRYPTO = NodeCrypto(Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry audit tests ed25519 key")))
+
+
+class Desk(AuditDesk):
+    """One member's, with all that it tells, and links to the others of its table."""
+
+    def __init__(self, name: str, table: dict[str, Desk], folder: Path) -> None:
+        self.told: list[tuple[str, object]] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.clock_s = 0.0
+        self.averaging = Averaging(CODEC, N, 256, WEIGHTED)
+        self.hides = False
+
+        def tell(what: str) -> Callable[..., None]:
+            return lambda *args: self.told.append((what, *args))  # type: ignore[arg-type]
+
+        async def compute(function: Callable[..., Any], *args: Any) -> Any:
+            return function(*args)
+
+        def spawn(job: Coroutine[Any, Any, None]) -> None:
+            self.tasks.append(asyncio.get_running_loop().create_task(job))
+
+        async def open_stream(peer: str, protocol: str, open_s: float) -> Any:
+            other = table.get(peer)
+            if other is None:
+                raise SwarmError("no such peer")
+            ours, theirs = socket.socketpair()
+            reader, writer = await asyncio.open_connection(sock=theirs)
+            spawn(serve(other, reader, writer))
+            return await asyncio.open_connection(sock=ours)
+
+        async def serve(other: Desk, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                if not other.hides:
+                    await other.serve(name, reader, writer)
+            except RemoteProtocolError as error:
+                other.told.append(("refused", error.reason))
+            finally:
+                writer.close()
+
+        egress = SimpleNamespace(part=tell("part"), sent=lambda *args: None)
+        metrics = SimpleNamespace(network_bytes=lambda *args: None)
+        reporter = SimpleNamespace(
+            audited=tell("audited"),
+            withheld=tell("withheld"),
+            refused=tell("refused"),
+            accused=tell("accused"),
+            egress=egress,
+            metrics=metrics,
+        )
+        network = SimpleNamespace(open_stream=open_stream, linked=PEERS)
+        loop = SimpleNamespace(spawn=spawn, compute=compute, now=lambda: self.clock_s)
+        auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles())
+        super().__init__(loop, network, self.averaging, reporter, auditor, None)  # type: ignore[arg-type]
+
+    def said(self, what: str) -> list[Any]:
+        return [entry[1:] for entry in self.told if entry[0] == what]
+
+
+class Table:
+    """Four members that contributed to one record; the reducer of SHARD is drawn by nobody."""
+
+    def __init__(self, folder: Path) -> None:
+        self.desks: dict[str, Desk] = {}
+        for peer in PEERS:
+            self.desks[peer] = Desk(peer, self.desks, folder)
+        members, self.payloads = [], {}
+        for seed, peer in enumerate(PEERS):
+            one = self.desks[peer].averaging
+            x = torch.randn(N, generator=torch.Generator().manual_seed(seed))
+            encoded = one.take(
+                torch.cat([CODEC.encode(x[i : i + 256]) for i in range(0, N, 256)]), copy=False
+            )
+            members.append(Member(peer, 1, one.commit(peer, EPOCH, encoded)))
+            self.payloads[peer] = encoded[SHARD]
+        body = Body(RUN, EPOCH + 1, "00" * 32, "00" * 32, tuple(members), "00" * 32)
+        self.record = Record(body, HEAD, 0, ())
+        self.reducer = PEERS[0]
+        self.first, self.second = auditors_of(HEAD, SHARD, self.reducer, PEERS, CRYPTO)
+        (self.other,) = set(PEERS) - {self.reducer, self.first, self.second}
+        mean = self.desks[self.first].averaging.mean_digest
+        self.order = Order(SHARD, self.reducer, mean(SHARD, list(self.payloads.values()), [1] * 4), "")
+
+    def own(self, peer: str) -> Input:
+        member = next(m for m in self.record.body.members if m.peer == peer)
+        return Input(SHARD, peer, member.contribution, (), self.payloads[peer])
+
+    def at_reducer(self) -> list[Input]:
+        """All others' inputs, with the paths that came with them."""
+        owns = [self.own(peer) for peer in PEERS if peer != self.reducer]
+        return [
+            Input(
+                o.shard,
+                o.peer,
+                o.contribution,
+                self.desks[o.peer].averaging.path(o.contribution, SHARD),
+                o.blob,
+            )
+            for o in owns
+        ]
+
+    def drawn(self, peer: str, *kept: Input, order: Order | None = None, second: Order | None = None) -> None:
+        orders, seconds = (order,) if order else (), (second,) if second else ()
+        self.desks[peer].do_audit(ev.Audit(self.record, (), orders, seconds, kept))
+
+    async def settle(self) -> None:
+        while pending := [t for desk in self.desks.values() for t in desk.tasks if not t.done()]:
+            await asyncio.gather(*pending)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_desk, "AGAIN_S", (0.0, 1e-9))
+
+
+def run(scenario: Callable[[Table], Coroutine[Any, Any, None]], folder: Path) -> Table:
+    async def begin() -> Table:
+        table = Table(folder)
+        await scenario(table)
+        await table.settle()
+        return table
+
+    return asyncio.run(begin())
+
+
+def test_an_auditor_that_has_all_inputs_agrees(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            if peer != table.first:
+                table.drawn(peer, table.own(peer))
+        table.drawn(table.first, table.own(table.first), order=table.order)
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("agreed",)]
+
+
+def test_who_is_late_for_the_record_is_asked_again(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        for peer in (table.reducer, table.second):
+            table.drawn(peer, table.own(peer))
+        table.drawn(table.first, table.own(table.first), order=table.order)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        table.drawn(table.other, table.own(table.other))  # it hears of the record only now
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("agreed",)]
+    assert not table.desks[table.first].said("withheld")
+
+
+def test_what_a_contributor_does_not_give_its_reducer_gives(tmp_path: Path) -> None:
+    """And so does a contributor that lies: who hides hides nothing, unless the reducer hides it too."""
+
+    async def scenario(table: Table) -> None:
+        lie = table.order.__class__(SHARD, table.reducer, "11" * 32, "")
+        table.drawn(table.reducer, table.own(table.reducer), *table.at_reducer())
+        table.drawn(table.second, table.own(table.second))
+        table.desks[table.other].hides = True
+        table.drawn(table.first, table.own(table.first), order=lie)
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("lie",)]
+    assert not table.desks[table.first].said("withheld")
+
+
+def test_what_nobody_gives_is_counted_and_named_and_another_auditor_tries(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        for peer in (table.reducer, table.second):
+            table.drawn(peer, table.own(peer), second=table.order if peer == table.second else None)
+        table.desks[table.other].hides = True
+        table.drawn(table.first, table.own(table.first), order=table.order)
+
+    table = run(scenario, tmp_path)
+    for auditor in (table.first, table.second):
+        assert table.desks[auditor].said("audited") == [("incomplete",)]
+        assert table.desks[auditor].said("withheld") == [([table.other], EPOCH + 1, SHARD)]
+    assert not any(desk.said("accused") for desk in table.desks.values())
+
+
+def test_only_the_first_auditor_can_have_a_second_one_look(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        table.drawn(table.second, table.own(table.second), second=table.order)
+        for peer in (table.other, table.reducer):
+            await table.desks[peer]._say(table.second, ["second", HEAD, SHARD])
+
+    table = run(scenario, tmp_path)
+    assert not table.desks[table.second].said("audited")
+
+
+def test_an_input_that_is_not_the_contributors_is_refused_whoever_gives_it(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        false = Input(SHARD, table.other, "ee" * 32, (), table.payloads[table.second])
+        path = table.at_reducer()[0].path
+        table.drawn(table.reducer, table.own(table.reducer), Input(SHARD, table.other, "", path, false.blob))
+        table.drawn(table.second, table.own(table.second))
+        table.drawn(table.first, table.own(table.first), order=table.order)
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("incomplete",)]
+    assert (table.reducer, "commitment") in [entry[:2] for entry in table.desks[table.first].said("refused")]
+
+
+def test_many_streams_of_one_peer_wait_their_turn_and_more_are_refused(tmp_path: Path) -> None:
+    """Twelve shards of a large model that are drawn at once are no offence of anybody's auditor."""
+
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            table.drawn(peer, table.own(peer), *(table.at_reducer() if peer == table.reducer else ()))
+        first = table.desks[table.first]
+        for _ in range(12):
+            first._begin_audit(table.record, table.order, first=True)
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("agreed",)] * 12
+    assert not any(desk.said("refused") for desk in table.desks.values())
+
+
+def test_copies_of_short_rounds_are_kept_for_a_time_and_of_long_ones_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(table: Table) -> None:
+        desk = table.desks["alice"]
+
+        def draw(count: int) -> None:
+            for _ in range(count):
+                head = f"{len(heads):064x}"
+                heads.append(head)
+                record = Record(table.record.body, head, 0, ())
+                desk.do_audit(ev.Audit(record, (), (), (), (table.own("alice"),)))
+
+        heads: list[str] = []
+        draw(50)
+        assert len(desk._kept) == 50
+        desk.clock_s += audit_desk.KEPT_S + 1
+        draw(1)
+        assert list(desk._kept) == heads[-KEPT_RECORDS:]
+        monkeypatch.setattr(audit_desk, "KEPT_BYTES_MAX", 1)
+        draw(20)
+        assert list(desk._kept) == heads[-KEPT_RECORDS:]
+        assert desk._kept.keys() == desk._records.keys() == desk._seconds.keys() == desk._kept_at.keys()
+
+    run(scenario, tmp_path)

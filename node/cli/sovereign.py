@@ -58,6 +58,8 @@ _density = click.option(
 @click.option("--batch-size", type=int, metavar="N", help="Default: 8")
 @click.option("--sequence-length", type=int, metavar="N", help="Default: as many as the base takes, to 1024.")
 @click.option("--lr", type=float, metavar="RATE", help="Default: by stage and method.")
+@click.option("--own-tokens", type=int, metavar="N", help="Tokens to learn from the data. Default: 0")
+@click.option("--tokens-file", metavar="FILE", help="Tokens to add, one in each line.")
 @click.option("--lora-rank", type=int, metavar="R", help="Default: 16")
 @click.option("--seed", type=int, metavar="N", help="Default: 0")
 @click.option("--restart", is_flag=True, help="Begin anew, and forget a training that was not finished.")
@@ -282,7 +284,10 @@ def _weights(text: str | None) -> tuple[float, ...]:
 def _made(version: Version) -> str:
     made = f"{version.how} {version.recipe.stage} {version.recipe.method}"
     of = f" of {', '.join(version.made_of)}" if version.made_of else ""
-    return f"{made}{of}, on {version.parent}, {version.steps} steps, {version.made_at}"
+    own = ""
+    if version.own_tokens:
+        own = f", {version.own_tokens} own tokens ({100 * version.ids_saved:.0f} % fewer ids)"
+    return f"{made}{of}, on {version.parent}, {version.steps} steps{own}, {version.made_at}"
 
 
 def _say_built(built: Built) -> None:

@@ -6,7 +6,8 @@
     derivatives/NAME/v3/report.json    its evaluations
     derivatives/NAME/v3/history.json   loss by step, as the trainer logged it
     derivatives/NAME/v3/work/          of a training that has not ended: from here it goes on
-    derivatives/NAME/held-out/         ids that no version is trained on, the same for all of them
+    derivatives/NAME/tokens.json       tokens of its own, the same for all of them
+    derivatives/NAME/held-out.jsonl    ids that no version is trained on, the same for all of them
     derivatives/.bases/EPOCH-HEAD/     the shared base at the epochs that versions were made from
 
 A version is written once, after all its files: one that is not in derivative.json is not finished. Versions
@@ -123,6 +124,10 @@ class Version:
     base_report: Annotated[tuple[Measure, ...], "The same measures of the parent."]
     promoted: Annotated[bool, "Whether its gate held."]
     reasons: Annotated[tuple[str, ...], "Why not; or what each gate found."]
+    own_tokens: Annotated[int, Between(0, 1 << 20), "That its tokenizer has beyond the base's."] = 0
+    ids_saved: Annotated[
+        float, Between(-1.0, 1.0), "By own tokens, of the ids that the base takes for what was held out."
+    ] = 0.0
 
 
 @dataclass(frozen=True, slots=True)

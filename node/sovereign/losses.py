@@ -20,14 +20,21 @@ BATCH_TOKENS = 8192  # guess: with a vocabulary of 250,000 ids their logits take
 
 
 def measure_set(
-    model: Any, name: str, examples: Sequence[Example], *, own: bool, tick: Callable[[int], None]
+    model: Any,
+    name: str,
+    examples: Sequence[Example],
+    *,
+    own: bool,
+    tick: Callable[[int], None],
+    count: int = 0,  # what the loss is divided by; 0: the ids that are counted
 ) -> list[Measure]:
     """The measures of one set; `tick` is told of each example done. The model is on its device, and stays."""
     pairs = [one for one in examples if "prompt" in one]
     singles = [one for one in examples if "prompt" not in one]
     measures = []
     if singles:
-        total, count = _summed(model, singles, tick)
+        total, found = _summed(model, singles, tick)
+        count = count or found
         measures.append(Measure(f"{name}/loss", total / max(count, 1), False, count, own))
     if pairs:
         chosen = [_scores(model, [_end(pair, "chosen")]) for pair in pairs]

@@ -7,7 +7,7 @@ Must not import torch or transformers: the command line waits for this module.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from tapestry.node.spec.tables import Between, TableError, plain, read_table, re
 
 Stage = Literal["cpt", "sft", "dpo"]
 Method = Literal["full", "lora"]
+Told = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 # Where nobody says otherwise. Full: as for continued pre-training of small open models; LoRA wants ten times
 # as much (2106.09685, D.4); DPO a tenth of SFT's (2305.18290, B). All guesses for bases under 10B.
@@ -63,6 +64,15 @@ class Recipe:
     save_every_steps: Annotated[
         int, Between(1, 1_000_000), "Steps between two saves, from which a killed training goes on."
     ] = 200
+    own_tokens: Annotated[
+        int, Between(0, 65_536), "Tokens that are learnt from the data and added to the tokenizer. 0: none."
+    ] = 0
+    tokens_file: Annotated[str, "In place of learning them: a file with one token in each line."] = ""
+    rows_share: Annotated[
+        float,
+        Between(0.0, 1.0),
+        "Steps that come first and train the rows of own tokens alone, as a share of the others.",
+    ] = 0.1
     seed: Annotated[int, Between(0, 2**31 - 1), "Of the order of the data and of the adapters."] = 0
 
     @property
@@ -80,7 +90,13 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
     for name in ("stage", "method", "data"):
         if not table.get(name):
             raise UserError(f"{where} says no {name}", hint=f"--{name}, or {name} in a --recipe FILE.toml")
+    if table.get("own_tokens") and table.get("tokens_file"):
+        raise UserError(f"{where}: own_tokens are learnt, or read from a tokens_file: say one of them")
+    if table["stage"] == "dpo" and (table.get("own_tokens") or table.get("tokens_file")):
+        raise UserError(f"{where}: dpo learns no tokens", hint="stages cpt and sft do")
     try:
+        if isinstance(table.get("tokens_file"), str) and table["tokens_file"]:
+            table["tokens_file"] = str(Path(table["tokens_file"]).absolute())
         if isinstance(table["data"], list) and all(isinstance(one, str) for one in table["data"]):
             table["data"] = rebased_data({"paths": table["data"]}, Path.cwd())["paths"]
         return read_table(Recipe, table)

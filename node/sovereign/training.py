@@ -17,17 +17,18 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.plans import Trained
+from tapestry.node.sovereign.recipe import Recipe, Told
 from tapestry.node.sovereign.rows import Prepared
+from tapestry.node.sovereign.tokens import of_vocabulary
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.trainer.models.lora import lora_config
 from tapestry.node.trainer.models.pretrained import quiet
@@ -36,17 +37,6 @@ from tapestry.node.trainer.models.weights import load_base
 EXTRA = "pip install 'tapestry-node[sovereign]'"
 LOG_STEPS = 10  # guess: a line of history a few times a minute
 CHECKPOINTS_KEPT = 2  # the newest may be torn
-
-Told = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a stage took."""
-
-    steps: int
-    tokens: int
-    seconds: float
 
 
 def require_extra() -> None:
@@ -64,6 +54,7 @@ def train(
     out: Path,  # is made: model/, and of LoRA adapters/
     progress: Told,
     steps: int = 0,  # 0: as the recipe says; a repair is shorter
+    rows: Sequence[int] = (),  # of own tokens: train these rows alone
 ) -> Trained:
     """Train and write the model. Raises UserError; on Ctrl-C what was saved stays in `work`."""
     require_extra()
@@ -75,7 +66,7 @@ def train(
     with _quietly():
         model = load_base(base, torch.float32)
         dataset = _dataset(prepared, recipe, work)
-        trainer = _trainer(model, dataset, base, recipe, sequence_length, work, total)
+        trainer = _trainer(model, dataset, base, recipe, rows, sequence_length, work, total)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_teller(progress, total, clock))
         try:
@@ -87,7 +78,7 @@ def train(
                 hint="a smaller --batch-size, gradient_checkpointing, or --method lora",
             ) from error
         _require_finite(trainer.state.log_history)
-        _write(trainer.model, recipe, out)
+        _write(trainer.model, recipe.method == "lora" and not rows, out)
     (out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     tokens = total * recipe.batch_size * recipe.accumulation * sequence_length
     return Trained(trainer.state.global_step, tokens, clock.total_s)
@@ -121,19 +112,30 @@ def _dataset(prepared: Prepared, recipe: Recipe, work: Path) -> Any:
 
 
 def _trainer(
-    model: Any, dataset: Any, base: Path, recipe: Recipe, length: int, work: Path, total: int
+    model: Any,
+    dataset: Any,
+    base: Path,
+    recipe: Recipe,
+    rows: Sequence[int],
+    length: int,
+    work: Path,
+    total: int,
 ) -> Any:
     import trl
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     peft_config = None
-    if recipe.method == "lora":
+    if rows:
+        _train_rows_alone(model, rows)
+    elif recipe.method == "lora":
         settings = TransformersSpec(
             "transformers", (), "", 1, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha
         )
         peft_config = lora_config(model, settings)
     common = _common(recipe, length, work, total)
+    if rows:
+        common["weight_decay"] = 0.0  # it would change the other rows
     if recipe.stage == "dpo":
         return trl.DPOTrainer(
             model,
@@ -149,6 +151,20 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def _train_rows_alone(model: Any, rows: Sequence[int]) -> None:
+    """The rows of these ids, in the embedding and in the output layer, and nothing else.
+
+    Not by PEFT's trainable tokens: trl computes its loss from the output layer's weight, and refuses them.
+    """
+    model.requires_grad_(False)
+    for tensor in of_vocabulary(model):
+        mask = torch.zeros(len(tensor), *[1] * (tensor.dim() - 1))
+        mask[list(rows)] = 1
+        tensor.requires_grad_(True)
+        hooked: Any = tensor  # torch does not type `register_hook`
+        hooked.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
 
 
 def _common(recipe: Recipe, length: int, work: Path, total: int) -> dict[str, Any]:
@@ -194,9 +210,9 @@ def _newest_whole(work: Path) -> str | None:
     return None
 
 
-def _write(model: Any, recipe: Recipe, out: Path) -> None:
+def _write(model: Any, adapters: bool, out: Path) -> None:
     quiet()  # trl and transformers have turned their bars on again
-    if recipe.method == "lora":
+    if adapters:
         model.save_pretrained(out / "adapters")
         model = model.merge_and_unload()
     model.to("cpu", torch.float32).save_pretrained(out / "model")

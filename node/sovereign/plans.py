@@ -1,0 +1,157 @@
+"""What a version was begun as, and the files in its folder, while it is made.
+
+Must not import torch or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tapestry.node.disk.files import atomic_write
+from tapestry.node.errors import UserError
+from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.sovereign.derivative import (
+    PLAIN,
+    DataUse,
+    Parent,
+    Shelf,
+    Transplant,
+    Version,
+)
+from tapestry.node.sovereign.recipe import Recipe, differences
+from tapestry.node.sovereign.rows import Example
+from tapestry.node.spec.tables import TableError, plain, read_table
+from tapestry.node.trainer.models.stored import INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a version was begun as; on disk before any work."""
+
+    recipe: Recipe
+    parent: Parent
+    made_of: tuple[str, ...] = ()
+    transplant: Transplant = PLAIN
+    weights: tuple[float, ...] = ()
+    steps: int = 0  # of a repair; 0 with made_of: none
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a stage took."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+    def __add__(self, other: Trained) -> Trained:
+        return Trained(self.steps + other.steps, self.tokens + other.tokens, self.seconds + other.seconds)
+
+
+def write_trained(path: Path, uses: tuple[DataUse, ...], trained: Trained) -> None:
+    table = {"uses": plain(uses), "trained": plain(trained)}
+    atomic_write(path, json.dumps(table).encode(), 0o600)
+
+
+def begun(place: Path, recipe: Recipe, restart: bool) -> Plan | None:
+    """What a call before this one began. Raises UserError if it was something else."""
+    if restart:
+        shutil.rmtree(place, ignore_errors=True)
+        for name in ("held-out.jsonl", "tokens.json"):
+            (place.parent / name).unlink(missing_ok=True)
+    plan = begun_plan(place)
+    if plan is not None and plan.recipe != recipe:
+        raise UserError(
+            f"{place.parent.name} was begun with another recipe and is not finished",
+            details=differences(plan.recipe, recipe),
+            hint="give the recipe of before to go on, or --restart to begin anew",
+        )
+    return plan
+
+
+def begun_plan(place: Path) -> Plan | None:
+    try:
+        table = json.loads((place / "plan.json").read_bytes())
+        return Plan(
+            read_table(Recipe, table["recipe"]),
+            read_table(Parent, table["parent"]),
+            tuple(map(str, table["made_of"])),
+            read_table(Transplant, table["transplant"]),
+            tuple(map(float, table["weights"])),
+            int(table["steps"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, TableError):
+        return None  # nothing was begun, or nothing that can be gone on with
+
+
+def write_plan(place: Path, plan: Plan) -> None:
+    place.mkdir(mode=0o700, exist_ok=True)
+    atomic_write(place / "plan.json", json.dumps(plain(plan)).encode(), 0o600)
+
+
+def read_trained(path: Path) -> tuple[tuple[DataUse, ...], Trained] | None:
+    try:
+        table = json.loads(path.read_bytes())
+        uses = tuple(read_table(DataUse, use) for use in table["uses"])
+        return uses, Trained(**table["trained"])
+    except (OSError, ValueError, KeyError, TypeError, TableError):
+        return None
+
+
+def make_folder_like(model: Path, folder: Path) -> None:
+    """Everything of a model's folder but its weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    copy_beside(model, folder)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Config, tokenizer and templates, where the target has none of that name."""
+    skipped = (INDEX, MANIFEST, "README.md", "tapestry.json")
+    for path in sorted(source.iterdir()):
+        plain_file = path.is_file() and path.suffix != ".safetensors" and path.name not in skipped
+        if plain_file and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def write_held_out(folder: Path, sets: dict[str, list[Example]]) -> None:
+    lines = [json.dumps({"set": name, **one}) for name, examples in sets.items() for one in examples]
+    atomic_write(folder / "held-out.jsonl", "".join(line + "\n" for line in lines).encode(), 0o600)
+
+
+def read_held_out(folder: Path) -> dict[str, list[Example]]:
+    sets: dict[str, list[Example]] = {}
+    try:
+        with (folder / "held-out.jsonl").open("rb") as file:
+            for line in file:
+                example = json.loads(line)
+                sets.setdefault(example.pop("set"), []).append(example)
+    except FileNotFoundError:
+        return {}
+    return sets
+
+
+def merged_held_out(shelf: Shelf, names: Sequence[str]) -> dict[str, list[Example]]:
+    return {
+        f"{name}.{set_name}": examples
+        for name in names
+        for set_name, examples in read_held_out(shelf.of(name)).items()
+    }
+
+
+def joined_recipe(versions: Sequence[Version]) -> Recipe:
+    """For a repair after a later rebase: the first's, on the data of all that are of its stage."""
+    first = versions[0].recipe
+    data = [one for version in versions if version.recipe.stage == first.stage for one in version.recipe.data]
+    return replace(first, data=tuple(dict.fromkeys(data)))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

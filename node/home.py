@@ -172,6 +172,11 @@ class Home:
         return self.path / "data.toml"
 
     @property
+    def descriptions(self) -> Path:
+        """What members say of their data, signed: net/descriptions.py"""
+        return self.path / "descriptions.json"
+
+    @property
     def data_events(self) -> Path:
         """What data were declared, used and revoked: lineage/uses.py"""
         return self.path / "data-events.jsonl"

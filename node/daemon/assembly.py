@@ -26,7 +26,9 @@ from tapestry.dht.swarm import Swarm
 from tapestry.node.daemon.audit_desk import Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.base import base_folder
+from tapestry.node.daemon.descriptions_desk import DescriptionsDesk
 from tapestry.node.daemon.descriptors import streams_max
+from tapestry.node.daemon.desk import Loop
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
 from tapestry.node.daemon.runtime import Runtime
@@ -161,7 +163,22 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     goal = Goal(own.ending, own.forbidden)
     brought = Brought(own.home, peer_id, run_id)
     brought.look(restored.chain.records)
-    runtime = Runtime(core, keeper, averaging, trainer, network, own.reporter, goal, auditor, brought)
+
+    def words(loop: Loop) -> DescriptionsDesk:
+        return DescriptionsDesk(loop, own.home, run_id, peer_id, own.crypto, own.throttles)
+
+    runtime = Runtime(
+        core,
+        keeper,
+        averaging,
+        trainer,
+        network,
+        own.reporter,
+        goal,
+        auditor,
+        brought,
+        None if own.island else words,
+    )
     return Node(run_id, keeper, runtime, network)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.audit_desk import AuditDesk
 from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.daemon.descriptions_desk import DescriptionsDesk
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.egress import Egress
 from tapestry.node.daemon.keeper import Keeper
@@ -25,7 +26,7 @@ from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
 from tapestry.node.net.donor import Donor
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 from tapestry.node.net.network import Handler, Network, News, Streams
-from tapestry.node.net.transfer import OpenStream
+from tapestry.node.net.transfer import OnBytes, OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.messages import Commit, Control, Records, Result, Shard
@@ -60,6 +61,7 @@ class NetworkDesk:
         self._reporter = reporter
         self._state_protocol = state_protocol(keeper.run_id)
         self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
+        self.words: DescriptionsDesk | None = None  # where members' descriptions are passed on
         self._epoch_told = -2
         self._means: dict[tuple[str, int, int], str] = {}  # digests of this round's means, for the ledger
         # Two: a joiner learns what the run is while all that give state are busy, and a stranger only that.
@@ -120,13 +122,16 @@ class NetworkDesk:
         return News(core.chain_epoch, core.chain_head, core.phase)
 
     def handlers(self) -> dict[str, Handler]:
-        return {
+        handlers: dict[str, Handler] = {
             GENESIS_PROTOCOL: self.serve_genesis,
             CHECKUP_PROTOCOL: self.serve_checkup,
             self._admission_protocol: self.serve_admission,
             self._state_protocol: self.serve_state,
             self._audits.protocol: self.serve_audit,
         }
+        if self.words is not None:
+            handlers[self.words.protocol] = self.serve_words
+        return handlers
 
     async def serve_checkup(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -142,6 +147,21 @@ class NetworkDesk:
             await self._serve_by(self._audits.serve, peer, reader, writer)
         else:
             self._reporter.refused(peer, "not_member", "it asked for an audit and is no member")
+
+    async def serve_words(
+        self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The handler of the descriptions' protocol: for members."""
+        words = self.words
+        assert words is not None
+        if not self.admits(peer):
+            self._reporter.refused(peer, "not_member", "it asked for descriptions and is no member")
+            return
+
+        async def handler(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await words.serve(peer, reader, writer, self.on_words(peer))
+
+        await self._serve_by(handler, peer, reader, writer)
 
     async def serve_genesis(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -184,6 +204,22 @@ class NetworkDesk:
             return await self._network.open_stream(donor, self._state_protocol, FETCH_OPEN_S)
 
         return open_stream
+
+    def linked_opener(self, peer: str, protocol: str) -> OpenStream:
+        """What opens a stream of another protocol."""
+
+        async def open_stream() -> Streams:
+            return await self._network.open_stream(peer, protocol, FETCH_OPEN_S)
+
+        return open_stream
+
+    def on_words(self, peer: str) -> OnBytes:
+        """Counts descriptions, both ways: they are control."""
+
+        def on_bytes(direction: str, count: int) -> None:
+            self.on_bytes("sent" if direction == "out" else "received", "control", count, peer)
+
+        return on_bytes
 
     def on_state_bytes(self, direction: str, count: int) -> None:
         """Of what this node asks donors for."""

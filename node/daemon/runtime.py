@@ -19,7 +19,8 @@ from typing import Any
 
 from tapestry.node.daemon.audit_desk import AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
-from tapestry.node.daemon.desk import Job, Outputs
+from tapestry.node.daemon.descriptions_desk import DescriptionsDesk
+from tapestry.node.daemon.desk import Job, Loop, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
 from tapestry.node.daemon.gate_desk import GateDesk
 from tapestry.node.daemon.goal import Goal
@@ -42,6 +43,9 @@ PEERS_COUNT_PROBES = 10  # Guess: once a second is often enough for a gauge
 COMPUTE_THREADS = 2  # Guess: two shards are reduced side by side; torch itself runs on one thread here
 
 
+Words = Callable[[Loop], DescriptionsDesk]
+
+
 class Runtime:
     """The node's loop; desk.py, Loop. Make it, then `run`."""
 
@@ -56,6 +60,7 @@ class Runtime:
         goal: Goal,  # `done` is set there
         auditor: Auditor,
         brought: Brought | None = None,
+        words: Words | None = None,  # makes the desk of descriptions, where there is one
     ) -> None:
         self._core = core
         self._brought = brought
@@ -67,6 +72,7 @@ class Runtime:
         self.members = MembersDesk(self, auditor.own, auditor.crypto, network.given)
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
+        self.network.words = words(self) if words is not None else None
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.gate = GateDesk(self, trainer, self.disk, reporter)
         self.outputs: Outputs = {
@@ -96,6 +102,8 @@ class Runtime:
                 self._tasks = tasks
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe())
+                if self.network.words is not None:
+                    tasks.create_task(self._pass_words_on(self.network.words))
                 self.feed(ev.Tick())
                 await self._broken
         finally:
@@ -181,6 +189,10 @@ class Runtime:
         """What /status shows."""
         where, waiting = self._network.where(), self.members.reception.applicants
         return self.reporter.show(self.snapshot(), where, waiting)
+
+    async def _pass_words_on(self, words: DescriptionsDesk) -> None:
+        desk = self.network
+        await words.run(lambda: self._network.linked, desk.linked_opener, desk.on_words, desk.on_refused)
 
     async def _probe(self) -> None:
         """How late the loop is, and how many peers there are."""

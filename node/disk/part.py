@@ -17,6 +17,7 @@ from pathlib import Path
 from tapestry.node.disk.files import pwrite_all
 
 NAME = "fetch.part"
+WRITE_OUT_BYTES = 16 << 20  # as checkpoints.py: the disk has the first bytes while the last are on their way
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Part:
         self.pieces = pieces
         self._start, self._bytes, self._chunk_bytes = data_start, data_bytes, chunk_bytes
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._unwritten = 0  # bytes that the kernel was not asked to write out
         self._lock = threading.Lock()  # a write may outlive the task that asked for it
 
     @property
@@ -55,6 +57,10 @@ class Part:
         with self._lock:
             if self._fd >= 0:
                 pwrite_all(self._fd, memoryview(data), self._start + index * self._chunk_bytes)
+                self._unwritten += len(data)
+                if self._unwritten >= WRITE_OUT_BYTES:
+                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # and goes on
+                    self._unwritten = 0
 
     def sync(self) -> None:
         os.fsync(self._fd)

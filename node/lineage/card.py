@@ -28,6 +28,7 @@ class Lineage:
     members: tuple[tuple[str, int], ...] = ()  # peer id and weight summed over records, heaviest first
     licence: str = ""  # of the base
     data: tuple[str, ...] = ()  # descriptions that the exporting member publishes
+    others: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of `members`: peer id and what it signed
     vectors: tuple[tuple[str, str], ...] = ()  # digest of each vector of the state, in order
 
     def table(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def model_card(lineage: Lineage, spec: RunSpec, *, adapters_apart: bool) -> str:
         _training(spec),
         _base(spec, lineage),
         _members(lineage.members),
-        _data(lineage.data),
+        _data(lineage),
         _provenance(lineage),
     ]
     return "\n".join(section for section in sections if section)
@@ -155,11 +156,23 @@ def _members(members: Sequence[tuple[str, int]]) -> str:
     )
 
 
-def _data(data: Sequence[str]) -> str:
-    if not data:
+def _data(lineage: Lineage) -> str:
+    """What members say of their own data: each for itself, and the others by their signatures."""
+    silent = {peer for peer, _ in lineage.members} - {peer for peer, _ in lineage.others}
+    if not lineage.data and not lineage.others:
         return ""
-    told = "What the member that wrote this card says of its own data; the others' are not described here."
-    return "\n".join(["## Data", "", told, "", *(f"- {printable(text)}" for text in data), ""])
+    lines = ["## Data", ""]
+    if lineage.data:
+        lines += ["What the member that wrote this card says of its own data:", "", *_items(lineage.data), ""]
+    for peer, texts in lineage.others:
+        lines += [f"What `{printable(peer)}` says of its own, signed by its key:", "", *_items(texts), ""]
+    if len(silent) > bool(lineage.data):
+        lines += ["The other members' data are not described here.", ""]
+    return "\n".join(lines)
+
+
+def _items(texts: Sequence[str]) -> list[str]:
+    return [f"- {printable(text)}" for text in texts]
 
 
 def _provenance(lineage: Lineage) -> str:

@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tapestry.compression.shards import Layout
+from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.disk.checkpoints import Restoration
 from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.disk.scratch import scratch_vectors
@@ -38,6 +39,7 @@ from tapestry.node.lineage.huggingface import (
     silent,
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
+from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.chain import Chain, records_from
 from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
@@ -176,16 +178,31 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
 
 def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> Lineage:
     base = base_folder(home, spec)
+    members = members_of(records_from(chain, 0, restored.epoch))
     return Lineage(
         run_id=chain.genesis.run_id,
         run_name=spec.name,
         epoch=restored.epoch,
         head=chain.head_at(restored.epoch),
         state_digest=restored.state_digest,
-        members=members_of(records_from(chain, 0, restored.epoch)),
+        members=members,
         licence="" if base is None else licence_of(base),
         data=published(Declared.load(home)),
+        others=_said_by_others(home, chain, [peer for peer, _ in members]),
     )
+
+
+def _said_by_others(
+    home: Home, chain: Chain, contributors: Sequence[str]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What contributors published of their data, in their order. This home's own is in data.toml."""
+    try:
+        own = Identity.load(home.identity_key).peer_id
+    except (IdentityError, OSError):
+        own = ""  # a copy without its key
+    known = Descriptions(home.descriptions, chain.genesis.run_id, ReaderCrypto()).all
+    said = {one.peer: one.texts for one in known if one.texts and one.peer != own}
+    return tuple((peer, said[peer]) for peer in contributors if peer in said)
 
 
 def snapshot(home: Home, folder: Path) -> Home:

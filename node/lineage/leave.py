@@ -28,6 +28,7 @@ from tapestry.node.lineage.verify import Proof, verify_home
 FILES = (
     "identity.key",
     "genesis.json",
+    "descriptions.json",
     "vote.json",
     "run.toml",
     "node.toml",

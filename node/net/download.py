@@ -133,8 +133,8 @@ class Download:
     def take_up(self) -> int:
         """Put what an earlier download left into the state. How many chunks that were."""
         found = 0
-        for index in [*self.missing] if self._part is not None else ():
-            assert self._part is not None
+        assert self._part is not None
+        for index in [*self.missing]:
             data = self._part.read(index)
             if blake3(data).digest() == self._digest_of(index):
                 self._place(index, data)
@@ -284,16 +284,16 @@ class _Fetch:
         offers = [self._offers[name] for name in self._donors if name in self._offers]
         counts = Counter(offers)
         chosen = max(counts, key=lambda offer: (counts[offer], offer.epoch))  # of equals, the first
-        left, wanted = self._left, self._wanted
+        left, wanted, resumed = self._left, self._wanted, False
         if left is not None and any(_is_of(left, offer) for offer in offers):
             chosen = next(offer for offer in offers if _is_of(left, offer))
-            self._part, self._left = left, None
+            self._part, self._left, resumed = left, None, True
         elif wanted.checkpoints is not None:
             pieces = Pieces(chosen.epoch, chosen.head, chosen.state_digest, chosen.chunks)
             self._part = await asyncio.to_thread(wanted.checkpoints.begin_part, pieces, wanted.state)
         download = Download(chosen, wanted.state, self._part)
-        found = await asyncio.to_thread(download.take_up)
-        if found:
+        if resumed:
+            found = await asyncio.to_thread(download.take_up)
             _log.info("state=resumed epoch=%d chunks=%d of=%d", chosen.epoch, found, len(chosen.chunks) // 32)
         self._free.extend(download.missing)
         self._download = download

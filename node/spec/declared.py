@@ -64,7 +64,9 @@ class Declaration:
     consent: Annotated[str, PERHAPS_SAID, "Where the consent is kept: a reference, never its text."] = ""
     until: Annotated[str, DATE, "The last day on which it may be used (UTC)."] = ""
     description: Annotated[
-        str, PERHAPS_SAID, "Published in the cards of exported models; never of participant-private data."
+        str,
+        PERHAPS_SAID,
+        "Published to members and in exported cards; never of participant-private data.",
     ] = ""
 
 

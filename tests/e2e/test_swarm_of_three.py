@@ -14,6 +14,16 @@ from tapestry.node.lineage.egress import Totals, read_egress
 
 pytestmark = pytest.mark.e2e
 
+PUBLISHED = """
+[[source]]
+path = "/letters"
+owner = "the archive"
+licence = "CC-BY-4.0"
+mode = "open"
+purposes = ["base"]
+description = "Letters of two centuries"
+"""
+
 
 def chain_of(home: Path) -> list[dict]:
     """The bodies in a home's chain.jsonl, whatever they are sealed with."""
@@ -54,6 +64,8 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
     with founder:
         founder.wait_ready()
         caps = ("--max-upload", "20mbit", "--max-download", "50mbit")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "data.toml").write_text(PUBLISHED)
         second = Node(tmp_path / "b", "--peer", founder.address, *caps, data="stdlib:2/3")
         third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
         with second, third:
@@ -75,6 +87,9 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
             assert all(json.loads(n.get("/status"))["run_id"] == founder.json()["run_id"] for n in nodes)
             assert founder.get("/readyz").strip()
             assert 'tapestry_rounds_total{outcome="committed"}' in founder.get("/metrics")
+
+            heard = founder.home / "descriptions.json"
+            digests.wait("what the second says of its data", lambda: "Letters of two" in heard.read_text())
 
             third.kill()
             killed_at = founder.status()["epoch"]
@@ -106,6 +121,7 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
     out = tmp_path / "model"
     assert tapestry("export", out, "--home", founder.home).returncode == 0
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+    assert "- Letters of two centuries (of the archive, CC-BY-4.0)" in (out / "README.md").read_text()
 
 
 def test_a_restarted_founder_resumes_where_it_stopped(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""What a model card says of data: whose word it is, and of whom there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from homes import make_home
+
+from tapestry.node.disk.checkpoints import Restoration
+from tapestry.node.lineage.card import Lineage, model_card
+from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.export import _lineage
+from tapestry.node.net.descriptions import Descriptions
+from tapestry.node.spec.run import new_spec
+from tapestry.node.spec.training import PRESETS
+
+SILENT = "The other members' data are not described here."
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "silent"),
+    [
+        (("mine (of me, own)",), (), True),
+        (("mine (of me, own)",), (("b", ("theirs",)),), False),
+        ((), (("b", ("theirs",)),), True),
+        ((), (("a", ("first",)), ("b", ("theirs",))), False),
+    ],
+)
+def test_a_card_names_each_ones_word_and_who_said_nothing(own, others, silent) -> None:
+    members = (("a", 2), ("b", 1))
+    lineage = Lineage("ab" * 32, "a run", 3, "cd" * 32, "ef" * 32, members, data=own, others=others)
+    card = model_card(lineage, new_spec("a run", PRESETS["nano"]), adapters_apart=False)
+    assert (SILENT in card) == silent
+    for peer, texts in others:
+        assert f"What `{peer}` says of its own, signed by its key:\n\n- {texts[0]}\n" in card
+    assert ("- mine (of me, own)" in card) == bool(own)
+
+
+def test_an_export_tells_what_other_contributors_signed_and_nothing_else(tmp_path: Path) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(1)
+    own, other = made.identities
+    chain, run_id = made.chain, made.chain.genesis.run_id
+    for identity, text in ((own, "mine"), (other, "theirs")):
+        known = Descriptions(made.home.descriptions, run_id, NodeCrypto(identity))
+        known.say(identity.peer_id, (text,), 100)
+    restored = Restoration(1, made.state.digest(), "")
+    assert _lineage(made.home, made.spec, chain, restored).others == ((other.peer_id, ("theirs",)),)
+    assert _lineage(made.home, made.spec, chain, Restoration(0, "", "")).others == ()
+    made.home.identity_key.unlink()
+    said = dict(_lineage(made.home, made.spec, chain, restored).others)
+    assert said == {own.peer_id: ("mine",), other.peer_id: ("theirs",)}

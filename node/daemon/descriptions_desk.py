@@ -21,6 +21,7 @@ from tapestry.node.net.descriptions import (
     Descriptions,
     descriptions_protocol,
     fetch_descriptions,
+    is_heard,
     serve,
 )
 from tapestry.node.net.throttle import Throttles
@@ -67,8 +68,8 @@ class DescriptionsDesk:
             if now - said_at >= EVERY_S:
                 said_at = now
                 await asyncio.to_thread(self.say)
-            members = [p for p in peers() if p in self._loop.snapshot().roll.members and p != self._me]
-            peer = self.next_of(members, now)
+            roll = self._loop.snapshot().roll
+            peer = self.next_of([p for p in peers() if is_heard(roll, p) and p != self._me], now)
             if peer is not None:
                 self._asked_at[peer] = now
                 await self.ask(peer, opener(peer, self.protocol), counting(peer), refused)

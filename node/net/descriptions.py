@@ -5,7 +5,8 @@ key, with the time at which they were written. The newest of a member counts; on
 what was said. It names the run, so that it is said of no other.
 
 Members ask each other for all that they know, on a stream of its own: who does not know the protocol is left
-in peace. Nothing of an answer is believed but what its member signed, and only members are listened to.
+in peace. Nothing of an answer is believed but what its member signed, and only members are listened to, and
+newcomers of an open run who have contributed.
 
 Imports: transfer.py's frames; no hivemind.
 """
@@ -90,6 +91,11 @@ def pack(descriptions: Iterable[Description]) -> bytes:
     return b"[" + b",".join(lines) + b"]"
 
 
+def is_heard(roll: Roll, peer: str) -> bool:
+    """Whose words are kept: members', and in an open run those of newcomers who have contributed."""
+    return peer in roll.members or peer in roll.counted
+
+
 class Descriptions:
     """Those that a home knows of one run. One thread at a time."""
 
@@ -97,6 +103,7 @@ class Descriptions:
         """What does not hold in the file is left out. Raises OSError."""
         self._path, self._run_id, self._crypto = path, run_id, crypto
         self._by_peer: dict[str, Description] = {}
+        self._own = ""  # who speaks here, member or not yet
         try:
             found = unpack(canonical(unseal(path.read_bytes().removesuffix(b"\n"))))
         except FileNotFoundError:
@@ -115,6 +122,7 @@ class Descriptions:
 
     def say(self, peer: str, texts: tuple[str, ...], now_s: int) -> bool:
         """What this node's own member says from now on; whether that is news. Raises OSError."""
+        self._own = peer
         known = self._by_peer.get(peer)
         if (known.texts if known is not None else ()) == texts:
             return False
@@ -130,13 +138,13 @@ class Descriptions:
         news = []
         for one in told:
             known = self._by_peer.get(one.peer)
-            if one.peer not in roll.members or one.at > now_s + AHEAD_S or (known and known.at >= one.at):
+            if not is_heard(roll, one.peer) or one.at > now_s + AHEAD_S or (known and known.at >= one.at):
                 continue
             if not self._is_signed(one):
                 raise Malformed(f"a description that {one.peer[-6:]} did not sign")
             self._by_peer[one.peer] = one
             news.append(one.peer)
-        gone = [peer for peer in self._by_peer if peer not in roll.members]
+        gone = [peer for peer in self._by_peer if not is_heard(roll, peer) and peer != self._own]
         for peer in gone:
             del self._by_peer[peer]
         if news or gone:

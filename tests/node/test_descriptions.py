@@ -152,6 +152,17 @@ def test_who_is_removed_is_forgotten(tmp_path: Path) -> None:
     assert known(tmp_path, 0).all == ()
 
 
+def test_a_newcomer_of_an_open_run_is_heard_once_it_has_contributed(tmp_path: Path) -> None:
+    theirs = d.Descriptions(tmp_path / "o.json", RUN, NodeCrypto(OWN[1]))
+    theirs.say(PEERS[1], ("words",), 100)
+    roll = first_roll(RUN, Charter(admission="open"), PEERS[:1])
+    mine = known(tmp_path, 0)
+    assert mine.take(theirs.all, roll, 100) == []
+    assert mine.take(theirs.all, replace(roll, counted={PEERS[1]: 1}), 100) == [PEERS[1]]
+    theirs.take(mine.all, roll, 100)
+    assert [one.peer for one in theirs.all] == [PEERS[1]], "it does not forget its own words meanwhile"
+
+
 def test_words_of_another_run_are_not_this_ones(tmp_path: Path) -> None:
     theirs = d.Descriptions(tmp_path / "o.json", "cd" * 32, NodeCrypto(OWN[1]))
     theirs.say(PEERS[1], ("words",), 100)

@@ -37,7 +37,8 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.disk.accusations import Accusation, FalseAccusation, check, keep, unpack
+from tapestry.node.disk.accusations import Accusation, FalseAccusation, keep, prove, unpack
+from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.net.network import Network
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import (
@@ -130,7 +131,8 @@ class AuditDesk:
         self._serving = asyncio.Semaphore(STREAMS_MAX)
         self._streams: Counter[str] = Counter()  # open ones, by peer
         self._read = FrameLimits(HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, throttle=auditor.throttles.download)
-        self.outputs: Outputs = {ev.Audit: self.do_audit}
+        self._run_id = auditor.run_id
+        self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------
 
@@ -283,7 +285,10 @@ class AuditDesk:
 
     # --- lies ----------------------------------------------------------------------------------
 
-    async def _accuse(self, accusation: Accusation, by: str) -> None:
+    def do_equivocated(self, out: ev.Equivocated) -> None:
+        self._loop.spawn(self._accuse(DoubleVote.of(out.proof), self._own))
+
+    async def _accuse(self, accusation: Accusation | DoubleVote, by: str) -> None:
         """It is proven: keep it, say it, pass it on."""
         try:
             new = await self._loop.compute(keep, self._folder, accusation)
@@ -293,18 +298,17 @@ class AuditDesk:
         if not new:
             return
         a = accusation
-        self._reporter.accused(a.reducer, a.epoch + 1, a.shard)
+        self._reporter.accused(a.accused, a.epoch + 1, a.shard, a.what)
         _log.error(
-            "accusation=proven peer=%s epoch=%d shard=%d found_by=%s file=%s; it signed a mean that is not "
-            "the mean of what it was sent. Ask its operator; the members may remove it",
-            *(a.reducer, a.epoch + 1, a.shard, by[-6:], a.name),
+            "accusation=proven peer=%s found_by=%s file=%s; it %s. Ask its operator; the members may remove "
+            "it",
+            *(a.accused, by[-6:], a.name, a.what),
         )
         if self._members is not None:
-            why = f"proven to have signed a wrong mean: round {a.epoch + 1}, shard {a.shard}"
-            self._members.expel(a.reducer, why, a.epoch + 1)
+            self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
         packed = a.pack()
         for peer in self._network.linked:
-            if peer not in (by, a.reducer):
+            if peer not in (by, a.accused):
                 self._loop.spawn(self._tell(peer, packed))
 
     async def _tell(self, peer: str, packed: bytes) -> None:
@@ -372,7 +376,7 @@ class AuditDesk:
         try:
             accusation = unpack(payload)
             count, mean_digest = len(averaging.shards), averaging.mean_digest
-            await self._loop.compute(check, accusation, count, mean_digest, self._crypto)
+            await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:
             raise RemoteProtocolError("accusation", str(error)) from None
         await self._accuse(accusation, peer)

@@ -412,12 +412,12 @@ class Reporter:
         """As Metrics.audited."""
         self.metrics.audited(outcome)
 
-    def accused(self, peer: str, epoch: int, shard: int) -> None:
-        """A reducer's mean of a shard in record `epoch` is proven to be a lie."""
+    def accused(self, peer: str, epoch: int, shard: int, what: str) -> None:
+        """It is proven that a peer signed what it must not: of record `epoch`; of a shard, or -1 of votes."""
         self.metrics.accused()
-        self._accused.append({"peer": peer, "epoch": epoch, "shard": shard})
+        self._accused.append({"peer": peer, "epoch": epoch, "shard": shard, "what": what})
         del self._accused[:-ACCUSED_SHOWN]
-        self._story.accused(peer, epoch, shard)
+        self._story.accused(peer, what)
 
     def withheld(self, peers: Sequence[str], epoch: int, shard: int) -> None:
         """These did not give us, who audits, what they contributed; nor did the reducer of the shard."""

@@ -11,7 +11,8 @@ the reducer's over exactly these names and this digest, and the mean of the inpu
 can make one against a reducer that averaged what it had (protocol/audit.py). It need not be believed, and it
 proves the same years later, without a network.
 
-In a home they lie in HOME/accusations, one file each; `tapestry verify` checks them again.
+The other kind of proof, of two votes in one ballot, is double_votes.py's. In a home they lie in
+HOME/accusations, one file each; `tapestry verify` checks them again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ import torch
 from blake3 import blake3
 
 from tapestry.compression.refusals import Refused
+from tapestry.node.disk.double_votes import KIND, DoubleVote, fault_of_double_vote, read_double_vote
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.audit import inputs_digest, mean_message
-from tapestry.node.protocol.canon import EPOCH_MAX, MEMBERS_MAX, PEER_CHARS_MAX, WEIGHT_MAX, Crypto
+from tapestry.node.protocol.canon import (
+    EPOCH_MAX,
+    MEMBERS_MAX,
+    PEER_CHARS_MAX,
+    WEIGHT_MAX,
+    Crypto,
+    InvalidRecord,
+)
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
 from tapestry.node.protocol.strict import Malformed
@@ -60,6 +69,14 @@ class Accusation:
         """One for one lie."""
         return f"{self.epoch}-{self.shard}-{self.reducer[-8:]}-{self.digest[:8]}"
 
+    @property
+    def accused(self) -> str:
+        return self.reducer
+
+    @property
+    def what(self) -> str:
+        return f"signed a wrong mean: round {self.epoch + 1}, shard {self.shard}"
+
     def pack(self) -> bytes:
         """As it travels, and lies on disk."""
         members = [[m.peer, m.contribution, m.weight] for m in self.members]
@@ -69,11 +86,14 @@ class Accusation:
         return packed
 
 
-def unpack(data: bytes | bytearray) -> Accusation:
+def unpack(data: bytes | bytearray) -> Accusation | DoubleVote:
     """Strict. Raises FalseAccusation."""
     try:
-        return _read(msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=False))
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=False)
+        if isinstance(raw, tuple) and raw and raw[0] == KIND:
+            return read_double_vote(raw)
+        return _read(raw)
+    except (ValueError, TypeError, InvalidRecord, msgpack.exceptions.UnpackException) as error:
         raise FalseAccusation(f"not an accusation: {error}") from None
 
 
@@ -112,6 +132,18 @@ def _input(raw: Any) -> tuple[tuple[str, ...], bytes]:
     return tuple([strict.hexadecimal(d, (64,), "path") for d in digests]), payload
 
 
+def prove(
+    proof: Accusation | DoubleVote, run_id: str, shard_count: int, mean_digest: MeanDigest, crypto: Crypto
+) -> None:
+    """Of either kind. Raises FalseAccusation unless it is proven."""
+    if isinstance(proof, Accusation):
+        check(proof, shard_count, mean_digest, crypto)
+        return
+    fault = fault_of_double_vote(proof, run_id, crypto)
+    if fault is not None:
+        raise FalseAccusation(fault)
+
+
 def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, crypto: Crypto) -> None:
     """Averages again. Raises FalseAccusation unless it is proven."""
     a = accusation
@@ -134,7 +166,7 @@ def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, cry
         raise FalseAccusation("the reducer's mean is right")
 
 
-def keep(folder: Path, accusation: Accusation) -> bool:
+def keep(folder: Path, accusation: Accusation | DoubleVote) -> bool:
     """Write it down, unless it is there or there are KEPT_MAX; whether it is new. Raises OSError."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{accusation.name}{SUFFIX}"

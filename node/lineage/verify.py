@@ -24,7 +24,7 @@ from typing import Any
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.shards import shard_bounds
-from tapestry.node.disk.accusations import FalseAccusation, check, kept, unpack
+from tapestry.node.disk.accusations import FalseAccusation, kept, prove, unpack
 from tapestry.node.disk.base import BaseFile, pinned
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
 from tapestry.node.disk.files import unseal
@@ -280,20 +280,18 @@ def _check_linked(path: Path, lines: Iterator[Linked | Tail], proof: Proof) -> N
 def _check_accusations(
     home: Home, genesis: Genesis, spec: RunSpec, crypto: ReaderCrypto, proof: Proof
 ) -> None:
-    """Lies of reducers that this member saw proven: each must prove it again, from the file alone."""
+    """Lies that this member saw proven: each must prove it again, from the file alone."""
     shards = shard_bounds(genesis.params, spec.compression.shard_elements)
     mean_digest = mean_digest_of(get_codec(spec.compression.codec), shards, mean_of(spec.mean))
     for path in kept(home.accusations):
         name = f"accusations/{path.name}"
         try:
             one = unpack(path.read_bytes())
-            check(one, len(shards), mean_digest, crypto)
+            prove(one, genesis.run_id, len(shards), mean_digest, crypto)
         except (FalseAccusation, OSError) as error:
             proof.fault(name, str(error))
         else:
-            proof.notes.append(
-                f"{name}: {one.reducer} signed a wrong mean of shard {one.shard} in round {one.epoch + 1}"
-            )
+            proof.notes.append(f"{name}: {one.accused} {one.what}")
 
 
 def _check_small_files(home: Home, spec: RunSpec, proof: Proof) -> None:

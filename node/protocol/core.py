@@ -543,6 +543,7 @@ class Core:
         if body.epoch != self.chain.epoch + 1 or body.prev != self.chain.head:
             known = body.epoch <= self.chain.epoch and self.chain.head_at(body.epoch) == record.head
             if not known:
+                self.sync.look_for_two(record)
                 self.sync.ask(peer, now)
             return None
         try:

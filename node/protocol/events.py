@@ -13,6 +13,7 @@ from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.audit import Input as Kept
 from tapestry.node.protocol.audit import Order
 from tapestry.node.protocol.chain import Body, Record
+from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
 
@@ -358,6 +359,13 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True)
+class Equivocated:
+    """A peer has signed two values in one ballot: proven (equivocation.py)."""
+
+    proof: Equivocation
+
+
+@dataclass(frozen=True, slots=True)
 class EndRound:
     """Nothing of the round that started from `epoch` is needed in memory any more."""
 
@@ -412,6 +420,7 @@ Output = (
     | CloseTraining
     | ExchangeBegan
     | Audit
+    | Equivocated
     | EndRound
     | Moved
     | Verdict

@@ -396,7 +396,7 @@ class Leader:
         state, accepts = self.state, self.state.accepts
         for head in dict.fromkeys(vote.body_head for vote in accepts.values()):
             votes = {p: vote for p, vote in accepts.items() if vote.body_head == head}
-            body = self._named_by(head, votes)
+            body = self.named_by(head, votes)
             if body is None or commit_gap(body, votes, state.electorate) is not None:
                 continue
             if state.accepted_at is None:
@@ -414,7 +414,7 @@ class Leader:
             state.decided = Record(body, head, state.ballot, signatures)
             return
 
-    def _named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:
+    def named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:
         """The body that these votes are for: ours, or the one our own roster makes with their result."""
         state, crypto = self.state, self.ctx.crypto
         if state.accepted_body is not None and state.accepted_head == head:

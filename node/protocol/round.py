@@ -26,7 +26,8 @@ from __future__ import annotations
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, quorum
 from tapestry.node.protocol.context import Context
-from tapestry.node.protocol.events import CloseTraining, Contributed, Note, Vote
+from tapestry.node.protocol.equivocation import Equivocation, fault_of
+from tapestry.node.protocol.events import CloseTraining, Contributed, Equivocated, Note, Vote
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
@@ -310,6 +311,9 @@ class Round:
         fault = value_fault(state, propose.body)
         if fault is not None:
             return fault
+        named = next((m for m in propose.body.members if m.peer == self.ctx.me), None)
+        if named is not None and named.life != state.vote.life:
+            return None  # it is of a disk that we lost: what that has signed we do not know
         if propose.ballot == state.ballot and state.stage >= Stage.EXCHANGING:
             same = state.proposal is not None and state.proposal.body == propose.body
             return None if same else "equivocation"
@@ -328,6 +332,7 @@ class Round:
             return "signature"
         known = state.accepts.get(peer)
         if known is not None and known.body_head != accept.body_head:
+            self._accuse_of_two(peer, known, accept)
             return "equivocation"
         if known is None:
             state.accepts[peer] = accept
@@ -335,6 +340,16 @@ class Round:
             self.exchange.progress += 1
         self.advance(now)
         return None
+
+    def _accuse_of_two(self, peer: str, first: Accept, second: Accept) -> None:
+        """It has voted twice in our ballot; where we know both values, that is a proof."""
+        bodies = [self.lead.named_by(vote.body_head, {peer: vote}) for vote in (first, second)]
+        if bodies[0] is None or bodies[1] is None:
+            return
+        pair, signatures = (bodies[0], bodies[1]), (first.signature, second.signature)
+        proof = Equivocation(peer, self.ballot, pair, signatures)
+        if fault_of(proof, self.ctx.crypto) is None:
+            self.ctx.emit(Equivocated(proof))
 
     def on_refuse(self, peer: str, refuse: Refuse, now: float) -> str | None:
         """A member's own data speak against this ballot's result; only a leader counts that."""

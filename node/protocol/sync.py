@@ -28,9 +28,11 @@ from tapestry.node.protocol.chain import (
     tokens_of,
 )
 from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.equivocation import found_in
 from tapestry.node.protocol.events import (
     AppendRecord,
     Apply,
+    Equivocated,
     FetchFailed,
     FetchState,
     FetchUpdate,
@@ -192,6 +194,15 @@ class Sync:
         view = self.ctx.peers.get(peer)
         return view is not None and view.status is not None and view.status.epoch > epoch
 
+    def look_for_two(self, record: Record) -> None:
+        """Of another side: who signed the record in the place of ours in the same ballot has signed twice."""
+        epoch = record.body.epoch
+        if not 0 < epoch <= self.chain.epoch or self.chain.head_at(epoch - 1) != record.body.prev:
+            return
+        ours = self.chain.after(epoch - 1, 1)
+        for proof in found_in(ours[0], record, self.ctx.crypto) if ours else ():
+            self.ctx.emit(Equivocated(proof))
+
     def on_records(self, peer: str, message: Records, now: float) -> list[Record] | None:
         """Check what came. Returns the records that became part of the chain; None if it was refused.
 
@@ -209,6 +220,8 @@ class Sync:
             common, before = branch.common, branch.records
         if not 0 <= common <= self.chain.epoch:
             return []
+        if not before:
+            self.look_for_two(message.records[0])
         if not before and message.records[0].body.prev != self.chain.head_at(common):
             return []  # it goes on with a fork that we have dropped since we asked
         records = [*before, *message.records]

@@ -259,7 +259,9 @@ class Metrics:
         )
         self._audits = {outcome: audits.labels(outcome=outcome) for outcome in AUDIT_OUTCOMES}
         self._accusations = Counter(
-            "tapestry_accusations", "Lies of reducers that this node has seen proven.", registry=registry
+            "tapestry_accusations",
+            "Lies that this node has seen proven: wrong means, and two votes in one ballot.",
+            registry=registry,
         )
         agreement = Gauge(
             "tapestry_agreement",

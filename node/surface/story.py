@@ -56,12 +56,9 @@ class Story:
             "warning",
         )
 
-    def accused(self, peer: str, epoch: int, shard: int) -> None:
-        """A reducer's lie was proven."""
-        self._history.tell(
-            f"{self._name_of(peer)} is proven to have signed a wrong mean: round {epoch}, shard {shard}",
-            "warning",
-        )
+    def accused(self, peer: str, what: str) -> None:
+        """A lie was proven."""
+        self._history.tell(f"{self._name_of(peer)} is proven to have {what}", "warning")
 
     def withheld(self, peer: str, epoch: int, shard: int) -> None:
         """An audit is incomplete."""

@@ -242,6 +242,9 @@ class Node:
     def do_send(self, out: ev.Send) -> None:
         self.world.invariants.on_send(self, out.message)
         self.world.send(self, out.peer, out.message)
+        second = self.world.equivocators.second_vote(self, out.message)
+        if second is not None:
+            self.world.send(self, out.peer, second)
 
     def do_broadcast(self, out: ev.Broadcast) -> None:
         message = out.message
@@ -451,6 +454,9 @@ class Node:
     def do_audit(self, out: ev.Audit) -> None:
         self.world.desk.drawn(self, out, Node.compare)
 
+    def do_equivocated(self, out: ev.Equivocated) -> None:
+        self.world.equivocators.on_proof(self, out.proof)
+
     def compare(self, record: Record, order: Order, given: dict[str, object]) -> None:
         """The auditor's inputs are those that the record names: nobody has others of these names."""
         members = [m for m in record.body.members if m.weight]
@@ -487,6 +493,7 @@ EXECUTE: dict[type, Callable[[Node, Any], None]] = {
     ev.CloseTraining: Node.do_close_training,
     ev.ExchangeBegan: Node.do_nothing,
     ev.Audit: Node.do_audit,
+    ev.Equivocated: Node.do_equivocated,
     ev.EndRound: Node.do_end_round,
     ev.Moved: Node.do_nothing,
     ev.Verdict: Node.do_verdict,

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 from simulation.audits import Audits
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
+from simulation.equivocators import Equivocators
 from simulation.faults import Chaos, Faults
 from simulation.gates import GateWorld
 from simulation.invariants import Invariants
@@ -150,6 +151,7 @@ class World:
         lies = faults is None and peers > 1 and liars.random() < LIAR_SHARE
         self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
         self.lied: set[str] = set()  # digests of what it made
+        self.equivocators = Equivocators(self, faults is None, names)
         self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
         self.invariants = Invariants(self)

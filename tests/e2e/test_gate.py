@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from e2e.harness import Node, init
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]  # over half a minute where cores are shared
 
 POISONER = """
 import runpy

@@ -177,10 +177,10 @@ class ChainFile:
 
         write_file(self._path, write)
         chain = _Fd(self._path, os.O_RDWR)
-        with self._lock:
+        with self._lock:  # at one moment: who sees that there was a switch sees nothing of the side left
             self._chain = chain
+            self._go_to(point, kept_bytes)
             self._switches += 1
-        self._reset(point, kept_bytes)
         self._cut_marks(min(len(self._mark_ends), epoch // self._every))
         end = kept_bytes
         for record, line in zip(records, lines, strict=True):
@@ -229,11 +229,11 @@ class ChainFile:
         entry = _ENTRY.pack(end, bytes.fromhex(record.head))
         pwrite_all(self._index.fd, entry, _ENTRY.size * record.body.epoch)
 
-    def _reset(self, point: Point, end: int) -> None:
-        with self._lock:
-            self._point, self._end, self._count = point, end, point.place.epoch
-            while self._near and self._near[-1].place.epoch > self._count:
-                self._near.pop()
+    def _go_to(self, point: Point, end: int) -> None:
+        """Hold the lock."""
+        self._point, self._end, self._count = point, end, point.place.epoch
+        while self._near and self._near[-1].place.epoch > self._count:
+            self._near.pop()
 
     def _cut_marks(self, count: int) -> None:
         with self._lock:
@@ -291,8 +291,11 @@ class ChainFile:
             return False
         if point is None or (point.place.epoch, point.place.head, head) != (epoch, record.head, record.head):
             return False
-        self._reset(point, end)
-        self._near.clear()
+        if record.body.run_id != self._genesis.run_id:
+            return False  # a genesis that somebody put there: the chain is of another run
+        with self._lock:
+            self._go_to(point, end)
+            self._near.clear()
         return True
 
     def _scan(self) -> None:

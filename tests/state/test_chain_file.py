@@ -178,6 +178,35 @@ def test_a_reader_goes_on_while_a_fork_is_left(kept: Kept) -> None:
     assert list(chain.records) == before == list(kept.chain.records)
 
 
+def test_who_sees_that_a_fork_was_left_sees_nothing_more_of_it(kept: Kept) -> None:
+    """The loop may look between any two moments of the disk thread: then it lets go of what the disk has."""
+    theirs = records_after(Chain(GENESIS, kept.chain.records[:5]), 9, "2b" * 32)
+    heads = [r.head for r in kept.chain.records[:5]] + [r.head for r in theirs]
+    file, lock, seen = kept.file, kept.file._lock, []
+
+    class Watched:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            if file.switches:
+                file._lock = lock
+                seen.append([r.head for r in file.read(0, 99)])
+                assert seen[-1] == heads[: len(seen[-1])] == [file.head_at(e + 1) for e in range(len(file))]
+                file._lock = self  # type: ignore[assignment]
+
+    file._lock = Watched()  # type: ignore[assignment]
+    kept.switch(5, theirs)
+    assert len(seen) > len(theirs)
+
+
+def test_a_chain_of_another_run_is_not_believed_for_its_marks(kept: Kept) -> None:
+    other = found("spec", IDENTITY.peer_id, "0d" * 32, SCHEMA, 700, "1" * 32, CRYPTO)
+    assert len(ChainFile(kept.home, other, CRYPTO, EVERY)) == 0
+    assert kept.home.chain.with_name("chain.jsonl.corrupt").exists()
+
+
 def test_a_full_disk_leaves_the_chain_as_it_was(
     kept: Kept, full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:

@@ -64,7 +64,9 @@ KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * 
 KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
 KEPT_MAX = 4096  # records. G7
 STREAMS_MAX = 4  # of all peers at a time; the others wait
-STREAMS_OF_ONE_MAX = 8  # open ones of a peer: it audits AUDITS_AT_ONCE shards, and asks once for each
+STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
+ASKED_OF_REDUCER_MAX = 2  # streams of an audit to its reducer at a time: AUDITS_AT_ONCE may have the same one
+BYTES_PER_SECOND_MIN = 16 * 1024  # of who asks or accuses, or gives; Guess: as of a donor (net/transfer.py)
 AUDITS_AT_ONCE = 2  # Guess: each holds all members' bytes of a shard
 AUDITS_MAX = 64  # under way, those that wait to ask again among them. G7
 AGAIN_S = (
@@ -130,7 +132,10 @@ class AuditDesk:
         self._turn = asyncio.Semaphore(AUDITS_AT_ONCE)
         self._serving = asyncio.Semaphore(STREAMS_MAX)
         self._streams: Counter[str] = Counter()  # open ones, by peer
-        self._read = FrameLimits(HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, throttle=auditor.throttles.download)
+        self._turns: dict[str, asyncio.Lock] = {}  # of who has open ones: it takes no more than one's place
+        self._read = FrameLimits(
+            HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, BYTES_PER_SECOND_MIN, auditor.throttles.download
+        )
         self._run_id = auditor.run_id
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
@@ -200,7 +205,8 @@ class AuditDesk:
     ) -> None:
         """What is not in `given` yet, of everybody at once."""
         missing = [m for m in members if m.peer not in given]
-        found = await asyncio.gather(*(self._input(record, order, m, ask_reducer) for m in missing))
+        line = asyncio.Semaphore(ASKED_OF_REDUCER_MAX) if ask_reducer else None
+        found = await asyncio.gather(*(self._input(record, order, m, line) for m in missing))
         given.update({m.peer: one for m, one in zip(missing, found, strict=True) if one is not None})
 
     async def _give_up(self, record: Record, order: Order, missing: list[str], first: bool) -> None:
@@ -243,12 +249,20 @@ class AuditDesk:
         self._reporter.audited("lie")
         await self._accuse(accusation, self._own)
 
-    async def _input(self, record: Record, order: Order, member: Member, ask_reducer: bool) -> _Given | None:
-        """A member's shard, and the path that proves it; None if neither it nor the reducer gave it."""
+    async def _input(
+        self, record: Record, order: Order, member: Member, to_reducer: asyncio.Semaphore | None
+    ) -> _Given | None:
+        """A member's shard, and the path that proves it; None if neither it nor the reducer gave it.
+
+        `to_reducer`: how many ask that at a time; None: nobody does.
+        """
         kept = self._kept.get(record.head, {}).get((member.peer, order.shard))
-        sources = [member.peer, order.reducer] if ask_reducer else [member.peer]
-        for source in dict.fromkeys(s for s in sources if s in self._network.linked):
-            kept = kept or await self._given_by(source, record, order.shard, member)
+        if kept is None and member.peer in self._network.linked:
+            kept = await self._given_by(member.peer, record, order.shard, member)
+        is_other = member.peer != order.reducer and order.reducer in self._network.linked
+        if kept is None and is_other and to_reducer is not None:
+            async with to_reducer:
+                kept = await self._given_by(order.reducer, record, order.shard, member)
         return kept
 
     async def _given_by(self, source: str, record: Record, shard: int, member: Member) -> _Given | None:
@@ -341,12 +355,12 @@ class AuditDesk:
             raise RemoteProtocolError("streams", f"more than {STREAMS_OF_ONE_MAX} streams at a time")
         self._streams[peer] += 1
         try:
-            async with self._serving:
+            async with self._turns.setdefault(peer, asyncio.Lock()), self._serving:
                 await self._serve(peer, reader, writer)
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:
-                del self._streams[peer]
+                del self._streams[peer], self._turns[peer]
 
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)

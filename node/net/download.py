@@ -9,7 +9,8 @@ robustness in BitTorrent", 2003, section 2.4).
 
 A donor that sends another chunk than its own manifest names, or fails, is told to the caller by its name, and
 what it was asked for is asked of the others. If the whole state is not the one that the chain signed, all who
-gave that manifest lied, each for itself.
+gave that manifest lied, each for itself. If nobody who has the chosen manifest is left, the others are
+asked anew: who offers what it does not give costs one try and keeps nobody from joining.
 
 What has come lies in a file too (disk/part.py): a joiner that is killed goes on where it was, as long as a
 donor has the same checkpoint. At the end that file is the checkpoint.
@@ -88,12 +89,26 @@ async def fetch_state(
     `on_fault` hears of each donor that failed or lied, while others go on. After any exception the state is
     torn if a chunk had come.
     """
-    fetch = _Fetch(donors, wanted, limits, on_bytes, on_fault)
-    try:
-        await fetch.run()
-        return await asyncio.to_thread(fetch.finish)
-    finally:
-        fetch.close()
+    first, asked = next(iter(donors)), dict(donors)
+    faults: dict[str, Exception] = {}
+
+    def tell(name: str, error: Exception) -> None:
+        faults[name] = error
+        if name != first:  # what becomes of the whole says whether the first is told by itself
+            on_fault(name, error)
+
+    while asked:
+        fetch = _Fetch(asked, wanted, limits, on_bytes, tell)
+        try:
+            digest = await asyncio.to_thread(fetch.finish) if await fetch.run() else ""
+        finally:
+            fetch.close()
+        if digest:
+            if first in faults:
+                on_fault(first, faults[first])
+            return digest
+        asked = {name: donors[name] for name in asked if name not in faults}
+    raise faults[first]
 
 
 async def fetch_manifest(stream: Stream, epoch_max: int, chain: Chain, state: ModelState) -> Manifest:
@@ -128,18 +143,15 @@ class Download:
         self.manifest = manifest
         self.missing = dict.fromkeys(range(chunk_count(state.size_bytes)))  # in order
         self._state = state
-        self._part = part
+        self.part = part
 
-    def take_up(self) -> int:
-        """Put what an earlier download left into the state. How many chunks that were."""
-        found = 0
-        assert self._part is not None
+    def take_up(self) -> None:
+        """Put what an earlier download left into the state."""
+        assert self.part is not None
         for index in [*self.missing]:
-            data = self._part.read(index)
+            data = self.part.read(index)
             if blake3(data).digest() == self._digest_of(index):
                 self._place(index, data)
-                found += 1
-        return found
 
     async def ask(self, stream: Stream, index: int) -> None:
         manifest = self.manifest
@@ -153,8 +165,8 @@ class Download:
             raise RemoteProtocolError("malformed", f"{len(data)} bytes in place of chunk {index}")
         if blake3(data).digest() != self._digest_of(index):
             raise RemoteProtocolError("digest", f"chunk {index} is not the one of the manifest")
-        if index in self.missing and self._part is not None:
-            await asyncio.to_thread(self._part.put, index, data)
+        if index in self.missing and self.part is not None:
+            await asyncio.to_thread(self.part.put, index, data)
         if index in self.missing:  # else another donor was faster
             self._place(index, data)
 
@@ -208,21 +220,19 @@ class _Fetch:
     ) -> None:
         self._donors, self._wanted, self._limits, self._on_bytes = donors, wanted, limits, on_bytes
         self._on_fault = on_fault
-        self._first = next(iter(donors))
         self._offers: dict[str, Manifest] = {}
         self._faults: dict[str, Exception] = {}
-        self._left: Part | None = None  # of an earlier download
+        self._left: Download | None = None  # an earlier one, and its file
+        self._left_part: Part | None = None
         self._download: Download | None = None
         self._part: Part | None = None
         self._giving: dict[str, _Giving] = {}
         self._free: deque[int] = deque()  # chunks that nobody is asked for
         self._changed = asyncio.Condition()
 
-    async def run(self) -> None:
-        """Until all chunks are there, or nobody is left who could give one."""
-        wanted = self._wanted
-        if wanted.checkpoints is not None:
-            self._left = await asyncio.to_thread(wanted.checkpoints.part)
+    async def run(self) -> bool:
+        """Until all chunks are there, or nobody is left who could give one: whether they are."""
+        self._left = await asyncio.to_thread(self._take_up)  # before a donor waits for us
         tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
         try:
             await self._choose()
@@ -234,26 +244,20 @@ class _Fetch:
         for outcome in done:  # our own disk's, or our bug
             if isinstance(outcome, Exception):
                 raise outcome
-        if not self._is_whole:
-            raise self._faults.get(self._first, _not_the_others())
-        if self._first in self._faults:
-            self._on_fault(self._first, self._faults[self._first])
+        return self._is_whole
 
     def finish(self) -> str:
-        """The digest of the whole state, compared with the signed one. Raises RemoteProtocolError."""
+        """The digest of the whole state; "" if it is not the signed one: all who offered it are told of."""
         assert self._download is not None
         try:
             digest = self._download.finish()
         except RemoteProtocolError as error:
-            liars = [name for name, offer in self._offers.items() if offer == self._download.manifest]
-            for name in liars:
-                if name != self._first:
+            for name, offer in self._offers.items():
+                if offer == self._download.manifest:
                     self._on_fault(name, error)
             if self._part is not None:
                 self._part.drop()
-            if self._first not in liars:
-                raise _not_the_others() from error
-            raise
+            return ""
         if self._part is not None and self._wanted.checkpoints is not None:
             self._wanted.checkpoints.keep(self._part)
         shares = ",".join(f"{name[-6:]}:{giving.given}" for name, giving in self._giving.items())
@@ -261,7 +265,7 @@ class _Fetch:
         return digest
 
     def close(self) -> None:
-        for part in (self._left, self._part):
+        for part in (self._left_part, self._part):
             if part is not None:
                 part.close()
 
@@ -284,23 +288,36 @@ class _Fetch:
         offers = [self._offers[name] for name in self._donors if name in self._offers]
         counts = Counter(offers)
         chosen = max(counts, key=lambda offer: (counts[offer], offer.epoch))  # of equals, the first
-        left, wanted, resumed = self._left, self._wanted, False
-        if left is not None and any(_is_of(left, offer) for offer in offers):
-            chosen = next(offer for offer in offers if _is_of(left, offer))
-            self._part, self._left, resumed = left, None, True
-        elif wanted.checkpoints is not None:
-            pieces = Pieces(chosen.epoch, chosen.head, chosen.state_digest, chosen.chunks)
-            self._part = await asyncio.to_thread(wanted.checkpoints.begin_part, pieces, wanted.state)
-        download = Download(chosen, wanted.state, self._part)
-        if resumed:
-            found = await asyncio.to_thread(download.take_up)
-            _log.info("state=resumed epoch=%d chunks=%d of=%d", chosen.epoch, found, len(chosen.chunks) // 32)
+        left, wanted = self._left, self._wanted
+        if left is not None and left.manifest in offers:
+            self._part, download = left.part, left
+            count = len(left.manifest.chunks) // DIGEST_BYTES
+            found = count - len(left.missing)
+            if found:
+                _log.info("state=resumed epoch=%d chunks=%d of=%d", left.manifest.epoch, found, count)
+        else:
+            if wanted.checkpoints is not None:
+                pieces = Pieces(chosen.epoch, chosen.head, chosen.state_digest, chosen.chunks)
+                self._part = await asyncio.to_thread(wanted.checkpoints.begin_part, pieces, wanted.state)
+            download = Download(chosen, wanted.state, self._part)
         self._free.extend(download.missing)
         self._download = download
         await self._tell()
 
+    def _take_up(self) -> Download | None:
+        """What an earlier download left, read and compared: that may take longer than a donor waits."""
+        wanted = self._wanted
+        self._left_part = part = wanted.checkpoints.part() if wanted.checkpoints is not None else None
+        if part is None or len(part.pieces.chunks) != DIGEST_BYTES * chunk_count(wanted.state.size_bytes):
+            return None
+        one = part.pieces
+        manifest = Manifest(one.epoch, one.head, one.state_digest, one.chunks)
+        download = Download(manifest, wanted.state, part)
+        download.take_up()
+        return download
+
     async def _offer_of(self, stream: Stream) -> Manifest:
-        wanted, left = self._wanted, self._left
+        wanted, left = self._wanted, self._left.manifest if self._left is not None else None
         if left is not None and left.epoch <= wanted.epoch_max:
             try:
                 offer = await fetch_manifest(stream, left.epoch, wanted.chain, wanted.state)
@@ -308,7 +325,7 @@ class _Fetch:
                 if error.reason != "missing":
                     raise
             else:
-                if _is_of(left, offer):
+                if offer == left:
                     return offer
         return await fetch_manifest(stream, wanted.epoch_max, wanted.chain, wanted.state)
 
@@ -330,8 +347,7 @@ class _Fetch:
                     await self._pull(stream, self._giving[name], self._download)
         except (DonorFailed, RemoteProtocolError) as error:
             self._faults[name] = error
-            if name != self._first:  # what becomes of the whole says whether the first is told by itself
-                self._on_fault(name, error)
+            self._on_fault(name, error)
         finally:
             giving = self._giving.get(name)
             if giving is not None:
@@ -390,11 +406,3 @@ class _Fetch:
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-
-def _not_the_others() -> DonorFailed:
-    return DonorFailed("missing", "it has another checkpoint than the others")
-
-
-def _is_of(part: Part, offer: Manifest) -> bool:
-    return part.pieces == Pieces(offer.epoch, offer.head, offer.state_digest, offer.chunks)

@@ -22,7 +22,7 @@ from tapestry.node.daemon.audit_desk import KEPT_RECORDS, AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.throttle import Throttles
-from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input, Order, auditors_of
 from tapestry.node.protocol.chain import Body, Member, Record
@@ -68,6 +68,8 @@ class Desk(AuditDesk):
                     await other.serve(name, reader, writer)
             except RemoteProtocolError as error:
                 other.told.append(("refused", error.reason))
+            except StreamEnded:
+                other.told.append(("ended",))
             finally:
                 writer.close()
 
@@ -246,6 +248,57 @@ def test_many_streams_of_one_peer_wait_their_turn_and_more_are_refused(tmp_path:
     table = run(scenario, tmp_path)
     assert table.desks[table.first].said("audited") == [("agreed",)] * 12
     assert not any(desk.said("refused") for desk in table.desks.values())
+
+
+def test_who_asks_a_reducer_for_many_does_not_ask_for_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer refuses many streams of one, and counts them against it: an honest auditor's too."""
+    now, most = 0, 0
+
+    async def scenario(table: Table) -> None:
+        table.drawn(table.reducer, table.own(table.reducer), *table.at_reducer())
+        for peer in (table.second, table.other):
+            table.desks[peer].hides = True
+        first = table.desks[table.first]
+        ask = first._ask
+
+        async def counting(peer: str, said: list[Any]) -> tuple[bytes, bytearray]:
+            nonlocal now, most
+            now += peer == table.reducer
+            most = max(most, now)
+            try:
+                return await ask(peer, said)
+            finally:
+                now -= peer == table.reducer
+
+        first._ask = counting  # type: ignore[method-assign]
+        table.drawn(table.first, order=table.order)
+
+    monkeypatch.setattr(audit_desk, "ASKED_OF_REDUCER_MAX", 1)
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("agreed",)] and most == 1
+
+
+def test_a_peer_that_holds_its_streams_open_takes_one_place_only(tmp_path: Path) -> None:
+    """Auditors would find nobody at home, and name who is."""
+
+    async def scenario(table: Table) -> None:
+        table.drawn(table.second, table.own(table.second))
+        writers = []
+        for _ in range(audit_desk.STREAMS_OF_ONE_MAX):
+            _, writer = await table.desks[table.other]._network.open_stream(table.second, "", 1.0)
+            writers.append(writer)
+        await asyncio.sleep(0.05)
+        member = next(m for m in table.record.body.members if m.peer == table.second)
+        first = table.desks[table.first]
+        async with asyncio.timeout(5.0):
+            assert await first._given_by(table.second, table.record, SHARD, member) is not None
+        for writer in writers:
+            writer.close()
+
+    table = run(scenario, tmp_path)
+    assert not table.desks[table.second].said("refused") and not table.desks[table.second]._turns
 
 
 def test_copies_of_short_rounds_are_kept_for_a_time_and_of_long_ones_a_few(

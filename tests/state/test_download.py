@@ -14,6 +14,7 @@ from state.kit import STALL_S, Run, Stream, state_bytes, stream_pair
 
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoints
 from tapestry.node.disk.part import NAME as PART
+from tapestry.node.disk.part import Part
 from tapestry.node.net import download as download_module
 from tapestry.node.net.donor import Donor
 from tapestry.node.net.download import Wanted, fetch_state
@@ -49,6 +50,7 @@ class Asked:
         self.state = run.fresh()
         self.faults: dict[str, Exception] = {}
         self.bytes: Counter[str] = Counter()
+        self.opened = 0  # streams
 
     def fetch(self, checkpoints: Checkpoints | None = None) -> str:
         """The digest; raises what fetch_state does."""
@@ -56,11 +58,18 @@ class Asked:
 
     async def _fetch(self, checkpoints: Checkpoints | None) -> str:
         async with contextlib.AsyncExitStack() as stack:
-            openers, tasks = {}, []
-            for name, serve in self.serves.items():
-                mine, theirs = await stack.enter_async_context(stream_pair())
-                tasks.append(asyncio.create_task(_served(serve, theirs)))
-                openers[name] = _opener(mine)
+            tasks: list[asyncio.Task[None]] = []
+
+            def opener(serve: Serve) -> Callable[[], Awaitable[Stream]]:
+                async def open_stream() -> Stream:
+                    self.opened += 1
+                    mine, theirs = await stack.enter_async_context(stream_pair())
+                    tasks.append(asyncio.create_task(_served(serve, theirs)))
+                    return mine
+
+                return open_stream
+
+            openers = {name: opener(serve) for name, serve in self.serves.items()}
             wanted = Wanted(2, self.run.chain, self.state, checkpoints)
             try:
                 async with asyncio.timeout(FETCH_S):
@@ -76,13 +85,6 @@ class Asked:
 
     def is_right(self, digest: str) -> bool:
         return digest == self.run.chain.state_digest_at(1) and state_bytes(self.state) == self.run.numbers[1]
-
-
-def _opener(stream: Stream) -> Callable[[], Awaitable[Stream]]:
-    async def open_stream() -> Stream:
-        return stream
-
-    return open_stream
 
 
 async def _served(serve: Serve, stream: Stream) -> None:
@@ -194,7 +196,7 @@ def test_who_vouched_for_a_state_that_nobody_signed_is_named(run: Run, tmp_path:
     signed = run.chain.state_digest_at(1)
     assert signed is not None
     lie = honest(run, other_state(run, tmp_path, signed))
-    asked = Asked(run, a=lie, b=lie, c=honest(run))
+    asked = Asked(run, a=lie, b=lie)
     mine = Checkpoints(tmp_path / "mine", run.chain.genesis.run_id, 3)
     mine.load()
     with pytest.raises(RemoteProtocolError, match="has the digest"):
@@ -203,8 +205,23 @@ def test_who_vouched_for_a_state_that_nobody_signed_is_named(run: Run, tmp_path:
     assert not (tmp_path / "mine" / PART).exists(), "it would be taken up again"
 
 
+@pytest.mark.parametrize("gives", [0.5, 99.0])
+def test_liars_whose_offer_was_chosen_do_not_keep_a_joiner_from_who_has_the_state(
+    run: Run, tmp_path: Path, gives: float
+) -> None:
+    """They outvote the honest donor, and give a part of what they offer, or all of it."""
+    signed = run.chain.state_digest_at(1)
+    assert signed is not None
+    lie = after(gives, "ends", honest(run, other_state(run, tmp_path, signed)))
+    asked = Asked(run, a=lie, b=honest(run), c=lie)
+    mine = Checkpoints(tmp_path / "mine", run.chain.genesis.run_id, 3)
+    mine.load()
+    assert asked.is_right(asked.fetch(mine)) and {*asked.faults} == {"a", "c"}
+    assert [c.epoch for c in mine.list()] == [1] and not (tmp_path / "mine" / PART).exists()
+
+
 def test_what_came_before_a_crash_is_not_asked_for_again_and_becomes_the_checkpoint(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
     mine.load()
@@ -217,6 +234,13 @@ def test_what_came_before_a_crash_is_not_asked_for_again_and_becomes_the_checkpo
     part.write_bytes(data)
 
     caplog.set_level("INFO")
+    read = Part.read
+
+    def reading(self: Part, index: int) -> bytes:
+        assert not second.opened, "a donor that waits while a large part is read hangs up"
+        return read(self, index)
+
+    monkeypatch.setattr(Part, "read", reading)
     again = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
     again.load()
     second = Asked(run, b=honest(run))

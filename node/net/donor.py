@@ -17,6 +17,8 @@ from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import EPOCH_MAX, Genesis, canonical, genesis_to_dict
 
+UPDATES_SPARE = 1  # of the streams served at once: for who needs an update while joiners fetch states
+
 
 class Serving(Protocol):
     """Who hears of what a peer is served."""
@@ -53,6 +55,7 @@ class Donor:
         self._limits = limits
         self._on_bytes = on_bytes
         self._serving = 0
+        self._states = 0  # of those, streams of a state: they last as long as that takes
 
     async def serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: Serving | None = None
@@ -70,6 +73,7 @@ class Donor:
             await stream.send({"is": "busy"})
             return
         self._serving += 1
+        of_state = False
         try:
             with contextlib.closing(_OpenFile()) as open_file:
                 while True:
@@ -79,9 +83,15 @@ class Donor:
                         if ended.clean:
                             return
                         raise
+                    if not of_state and header.get("ask") in ("checkpoint", "chunk"):
+                        if self._states >= max(1, self._limits.serves_max - UPDATES_SPARE):
+                            await stream.send({"is": "busy"})
+                            continue
+                        self._states, of_state = self._states + 1, True
                     await self._answer(stream, header, open_file, served)
         finally:
             self._serving -= 1
+            self._states -= of_state
 
     async def _answer(
         self, stream: Stream, request: dict[str, Any], open_file: _OpenFile, served: Serving

@@ -232,7 +232,9 @@ class _Fetch:
 
     async def run(self) -> bool:
         """Until all chunks are there, or nobody is left who could give one: whether they are."""
-        self._left = await asyncio.to_thread(self._take_up)  # before a donor waits for us
+        checkpoints = self._wanted.checkpoints
+        if checkpoints is not None:  # before a donor waits for us
+            self._left = await asyncio.to_thread(self._take_up, checkpoints)
         tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
         try:
             await self._choose()
@@ -304,15 +306,15 @@ class _Fetch:
         self._download = download
         await self._tell()
 
-    def _take_up(self) -> Download | None:
+    def _take_up(self, checkpoints: Checkpoints) -> Download | None:
         """What an earlier download left, read and compared: that may take longer than a donor waits."""
-        wanted = self._wanted
-        self._left_part = part = wanted.checkpoints.part() if wanted.checkpoints is not None else None
-        if part is None or len(part.pieces.chunks) != DIGEST_BYTES * chunk_count(wanted.state.size_bytes):
+        state = self._wanted.state
+        self._left_part = part = checkpoints.part()
+        if part is None or len(part.pieces.chunks) != DIGEST_BYTES * chunk_count(state.size_bytes):
             return None
         one = part.pieces
         manifest = Manifest(one.epoch, one.head, one.state_digest, one.chunks)
-        download = Download(manifest, wanted.state, part)
+        download = Download(manifest, state, part)
         download.take_up()
         return download
 

@@ -450,6 +450,26 @@ def test_a_donor_serves_only_so_many_at_once(big: Run) -> None:
     asyncio.run(scenario())
 
 
+def test_joiners_leave_a_stream_for_who_needs_an_update(big: Run, joiner: Store) -> None:
+    """A state takes hours, and each joiner asks four donors: a member that is late would find all busy."""
+    two = donor(big, TransferLimits(stall_s=STALL_S, serves_max=2))
+
+    async def scenario() -> None:
+        async with stream_pair() as (mine, theirs):
+            first = asyncio.create_task(two.serve(*theirs))
+            stream = Frames(*mine, LIMITS, no_count)
+            await fetch_manifest(stream, 2, big.chain, big.fresh())
+            with pytest.raises(DonorFailed) as raised:
+                await _between(two.serve, state_of(big, big.fresh()))
+            assert raised.value.reason == "busy"
+            await _between(two.serve, update_of(big, joiner))
+            mine[1].close()
+            await first
+        await _between(two.serve, state_of(big, big.fresh()))
+
+    asyncio.run(scenario())
+
+
 async def _silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.read()
 

@@ -423,7 +423,10 @@ class Chain:
         if epoch >= self._base:
             return tuple(self._tail[epoch - self._base : epoch - self._base + count_max])
         assert self._past is not None
-        found = self._past.read(epoch, min(count_max, self._base - epoch))
+        count = min(count_max, self._base - epoch)
+        found = self._past.read(epoch, count)
+        if len(found) < count:  # a fork was left since this copy was made: nothing later follows
+            return found
         return found + self.after(self._base, count_max - len(found))
 
     def settings_of(self, record: Record) -> Mapping[str, float]:

@@ -29,6 +29,19 @@ def record_after(
     return c.Record(body, c.head_of(body, CRYPTO), 0, ())
 
 
+def test_of_a_past_that_has_lost_its_end_nothing_later_is_read():
+    """A copy of the chain that is used while a fork is left: no record stands in another's place."""
+    one = Lagging()
+    for _ in range(9):
+        one.append("abc", False)
+    one.write(9)
+    copy = c.Chain(GENESIS, past=one.past, recent=RECENT)
+    assert [r.body.epoch for r in copy.after(4, 4)] == [5, 6, 7, 8]
+    one.switch(5, ["ab"])
+    del one.disk[5:]
+    assert [r.body.epoch for r in copy.after(4, 4)] == [5] and copy.state_digest_at(5) is None
+
+
 class Lagging:
     """A chain in memory, one over a disk, and what that disk has still to write."""
 

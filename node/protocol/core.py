@@ -550,14 +550,16 @@ class Core:
             self.sync.check_next(record)
         except InvalidRecord as e:
             return e.reason
-        if body.forced and self.sync.holds_back(next_place(self.chain.place, record), now):
+        if body.forced and self.sync.holds_back(
+            next_place(self.chain.place, record), now, votes=not self._stands_by()
+        ):
             return None
         self._append(record)
         return None
 
     def on_records(self, peer: str, message: Records, now: float) -> str | None:
         head = self.chain.head
-        added = self.sync.on_records(peer, message, now)
+        added = self.sync.on_records(peer, message, now, votes=not self._stands_by())
         if self.chain.head != head and added:
             extends = added[0].body.prev == head
             self._end_round(added[0] if extends else None)

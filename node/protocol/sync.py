@@ -154,13 +154,18 @@ class Sync:
         """Whether `record` may be appended. Raises InvalidRecord."""
         self._check((record,), self.chain.place)
 
-    def holds_back(self, place: Place, now: float) -> bool:
+    def holds_back(self, place: Place, now: float, votes: bool) -> bool:
         """Whether a side that is better only by what a smaller set made has to wait: we hear a quorum of our
-        own full electorate, at our head or on the way to it, and it is about to decide."""
+        own full electorate, at our head or on the way to it, and it is about to decide.
+
+        We count ourselves only where our vote counts (`votes`): a quorum that needs one which lost its disk
+        decides nothing, and would keep everybody here for good.
+        """
         ours = self.chain.place
         if ours.standing.since or place.standing.full > ours.standing.full:
             return False
-        here = [p for p in ours.electorate if p == self.ctx.me or self._comes_along(p, now)]
+        me = self.ctx.me
+        here = [p for p in ours.electorate if (votes if p == me else self._comes_along(p, now))]
         return is_majority(here, ours.electorate)
 
     def _comes_along(self, peer: str, now: float) -> bool:
@@ -203,10 +208,10 @@ class Sync:
         for proof in found_in(ours[0], record, self.ctx.crypto) if ours else ():
             self.ctx.emit(Equivocated(proof))
 
-    def on_records(self, peer: str, message: Records, now: float) -> list[Record] | None:
+    def on_records(self, peer: str, message: Records, now: float, votes: bool) -> list[Record] | None:
         """Check what came. Returns the records that became part of the chain; None if it was refused.
 
-        Raises nothing; the caller ends the round if the head moved.
+        `votes`: as `holds_back` has it. Raises nothing; the caller ends the round if the head moved.
         """
         branch = self.branches.get(peer)
         if branch is not None and message.records and branch.holds(message):
@@ -241,14 +246,14 @@ class Sync:
         while same < len(records) and self.chain.head_at(common + same + 1) == records[same].head:
             same += 1
         goes_on = self._goes_on(peer, records[-1].body.epoch)
-        if self._is_final(common + same):
+        if same < len(records) and self._is_final(common + same):
             self.ctx.refuse(
                 peer, "final", f"a fork before record {common + same + 1}, which a quorum has decided"
             )
             self.branches.pop(peer, None)
             return None
         if same < len(records) and place.tip.beats(self.chain.tip):
-            if self.holds_back(place, now):
+            if self.holds_back(place, now, votes):
                 self.branches.pop(peer, None)
                 self.asked_at[peer] = now  # it is asked again when that quorum has had its time
                 return []

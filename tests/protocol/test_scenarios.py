@@ -600,6 +600,35 @@ def test_who_stands_by_gives_its_state():
     world.until(lambda: world.epoch() >= epoch + 2, 30)
 
 
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_a_quorum_that_needs_a_lost_disk_does_not_wait_for_itself_for_good(seed):
+    """Two of three come back to an island of the third, and the vote of one of them does not count: they
+    would hold back the island's records for a record of their own that cannot come (seed 700005)."""
+    world = swarm(seed, peers=3, on_quorum_loss="continue")
+    island, lost, other = alive(world)
+    for node in (lost, other):
+        node.crash()
+    epoch = island.core.chain.epoch
+    world.until(lambda: island.core.chain.epoch >= epoch + 3, 60)
+    lost.disk.life, lost.disk.vote = world.token(), None
+    for node in (lost, other):
+        node.start()
+    goal = island.core.chain.epoch + 2
+    world.until(lambda: is_one(world, goal), 40)
+
+
+def test_records_that_we_have_had_meanwhile_are_no_fork():
+    """In a run where a fork from what a quorum decided is refused, and counted against who tells of it."""
+    world = swarm(1, peers=3, on_quorum_loss="wait")
+    world.until(lambda: world.epoch() >= 4, 20)
+    node, peer, _ = alive(world)
+    known = node.core.chain.records[-3:-1]
+    assert node.core.chain.place.standing.since == 0
+    late = Records(known[0].body.epoch - 1, tuple(known))
+    outputs = node.core.handle(ev.Received(peer.name, late), world.now)
+    assert not [output for output in outputs if isinstance(output, ev.Verdict)]
+
+
 # --- far away --------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@
     accept    not worse than `gate_margin`, or nothing to measure with, or no answer in time
     refuse    worse: no vote; the leader is told by how much (REFUSE), and READY says it in later ballots
     again     a majority of the electorate refused: the next ballot is without the contribution that differs
-              most from the others, by the reducers' own sums
+              most from the others, as most reducers' sums have it
 
 It is a matter of votes alone, so that nothing of it touches consensus: not to accept is always allowed, and
 what a quorum accepted is followed by who refused as by everybody else. An accepted value that a leader
@@ -21,7 +21,8 @@ Pure: it is told the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.agreement import ShardSums
@@ -148,16 +149,42 @@ class Gate:
 
 
 def furthest_of(state: RoundState) -> str:
-    """The contributor whose contribution differs most from the others', as the reducers' sums have it."""
+    """The contributor whose contribution differs most from the others', as most reducers' sums have it."""
     exchange = state.exchange
     assert exchange.roster is not None
-    members = [m for m in exchange.roster.members if m.weight]
-    sums = [exchange.results[shard].sums for shard in range(len(exchange.results))]
-    return members[furthest(sums, [m.weight for m in members])].peer
+    roster = exchange.roster
+    members = [m for m in roster.members if m.weight]
+    of_reducer: dict[str, list[ShardSums]] = {}
+    for shard, reducer in enumerate(roster.reducers):
+        of_reducer.setdefault(roster.members[reducer].peer, []).append(exchange.results[shard].sums)
+    weights = [m.weight for m in members]
+    said = {reducer: shares(distances(sums, weights)) for reducer, sums in of_reducer.items()}
+    return furthest(said, [m.peer for m in members])
 
 
-def furthest(shards: Sequence[ShardSums], weights: Sequence[int]) -> int:
-    """Index of the contribution that lies furthest from the mean of all others.
+def furthest(said: Mapping[str, Sequence[float]], contributors: Sequence[str]) -> str:
+    """Of the contributors, by what each reducer says of them (shares of all distances, in their order).
+
+    A reducer has one voice, however far it says that somebody is, and none about itself. The lower median of
+    the voices counts: what fewer than half of the others say of somebody leaves nobody out.
+    """
+    found = []
+    for index, peer in enumerate(contributors):
+        voices = [shares[index] for reducer, shares in said.items() if reducer != peer]
+        found.append(statistics.median_low(voices or [shares[index] for shares in said.values()]))
+    return contributors[max(range(len(found)), key=lambda index: (found[index], -index))]
+
+
+def shares(distances: Sequence[float]) -> list[float]:
+    """Each as a share of their sum; equal ones where there is none."""
+    total = math.fsum(distances)
+    if not 0.0 < total < math.inf:
+        return [1.0 / len(distances) for _ in distances]
+    return [distance / total for distance in distances]
+
+
+def distances(shards: Sequence[ShardSums], weights: Sequence[int]) -> list[float]:
+    """Of each contribution to the mean of all others, squared.
 
     With m the mean, x_i a contribution of the share w_i of the weight, and m_i the mean of all but it:
     x_i - m_i = (x_i - m) / (1 - w_i). The sums give |x_i - m|^2 = |x_i|^2 - 2 x_i.m + |m|^2. Where the rule
@@ -165,10 +192,10 @@ def furthest(shards: Sequence[ShardSums], weights: Sequence[int]) -> int:
     """
     total = sum(weights)
     mean_square = math.fsum(s.sampled_mean_square for s in shards)
-    distances = []
+    found = []
     for index, weight in enumerate(weights):
         square = math.fsum(s.sampled_squares[index] for s in shards)
         dot = math.fsum(s.sampled_dots[index] for s in shards)
         rest = (total - weight) / total
-        distances.append((square - 2.0 * dot + mean_square) / (rest * rest) if rest else math.inf)
-    return max(range(len(distances)), key=lambda index: (distances[index], -index))
+        found.append(max(square - 2.0 * dot + mean_square, 0.0) / (rest * rest) if rest else math.inf)
+    return found

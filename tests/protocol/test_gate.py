@@ -13,7 +13,7 @@ from simulation.world import Faults, World
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import gate as gate_module
 from tapestry.node.protocol.agreement import ShardSums
-from tapestry.node.protocol.gate import REFUSALS_MAX, furthest
+from tapestry.node.protocol.gate import REFUSALS_MAX, distances, furthest, shares
 from tapestry.node.protocol.messages import Refuse, Stage
 from tapestry.node.protocol.rules import Rules
 
@@ -194,7 +194,9 @@ def test_the_furthest_is_the_one_that_lies_furthest_from_the_mean_of_all_others(
             return math.dist(xs[i], others)
 
         expected = max(range(count), key=distance)
-        assert furthest(shards, weights) == expected
+        found = distances(shards, weights)
+        assert found.index(max(found)) == expected
+        assert found == pytest.approx([distance(i) ** 2 for i in range(count)])
 
 
 def sums_of_vectors(xs: list[list[float]], weights: list[int]) -> ShardSums:
@@ -209,5 +211,23 @@ def sums_of_vectors(xs: list[list[float]], weights: list[int]) -> ShardSums:
     )
 
 
-def test_of_a_single_contribution_it_is_the_furthest_itself():
-    assert furthest([sums_of_vectors([[1.0, 2.0]], [3])], [3]) == 0
+@pytest.mark.parametrize("liars", [1, 2])
+def test_reducers_that_lie_in_their_sums_leave_no_honest_member_out(liars):
+    """They are far from the others, say that of a victim as loudly as they can, and nothing of each other."""
+    honest = [f"h{i}" for i in range(2 * liars)]
+    bad = [f"l{i}" for i in range(liars)]
+    peers = sorted(honest + bad)
+    true = shares([9.0 if peer in bad else 1.0 for peer in peers])
+    for victim in honest:
+        lie = shares([1e30 if peer == victim else 0.0 for peer in peers])
+        said = {peer: lie if peer in bad else true for peer in peers}
+        assert furthest(said, peers) in bad
+
+
+def test_where_one_reducer_has_all_shards_its_word_is_all_there_is():
+    assert furthest({"a": [0.7, 0.2, 0.1]}, ["a", "b", "c"]) == "a"
+
+
+def test_a_single_contribution_and_contributions_that_are_all_alike_have_shares_too():
+    assert shares(distances([sums_of_vectors([[1.0, 2.0]], [3])], [3])) == [1.0]
+    assert shares([0.0, 0.0]) == [0.5, 0.5]

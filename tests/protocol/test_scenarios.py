@@ -200,7 +200,7 @@ def test_who_makes_no_records_meanwhile_comes_to_a_fork_from_far_before_it(page_
     assert few.chain.epoch > 45 and few.chain.head_at(common + 1) == many.chain.head_at(common + 1)
     for _ in range(2 * many.chain.epoch):
         epoch = next(e for e, h in few._locator(names[2]) if many.chain.head_at(e) == h)
-        few.on_records(names[2], Records(epoch, many._page(epoch)), world.now)
+        few.on_records(names[2], Records(epoch, many._page(epoch)), world.now, votes=True)
         if few.chain.head == many.chain.head:
             return
     raise AssertionError(f"at {few.chain.epoch}, not at {many.chain.epoch}")

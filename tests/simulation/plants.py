@@ -73,7 +73,7 @@ def planted(name: str) -> Iterator[None]:
 # --- votes ------------------------------------------------------------------------------------------
 
 
-@plant("any one vote is a quorum", 0)
+@plant("any one vote is a quorum", 2)
 def no_quorum_check() -> list[Patch]:
     modules = (leader_module, sync_module, validity_module)
     return [(m, "quorum", lambda count: 1) for m in modules if hasattr(m, "quorum")]

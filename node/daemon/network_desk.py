@@ -30,9 +30,10 @@ from tapestry.node.net.transfer import OnBytes, OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.messages import Commit, Control, Records, Result, Shard
+from tapestry.node.protocol.sync import FETCHES_MAX
 
 FETCH_OPEN_S = 10.0  # to open a stream to a donor
-STATE_STREAMS_MAX = 2  # of one peer: to catch up, and for the round
+STATE_STREAMS_MAX = FETCHES_MAX + 1  # of one peer: to catch up, and for the round
 GENESIS_STREAMS_MAX = 1
 GENESIS_STREAM_S = 10.0  # as long as a joiner waits: net/join.py
 

@@ -177,10 +177,14 @@ class Runtime:
         return time.monotonic()
 
     def spawn(self, job: Job) -> None:
-        if self._tasks is None:
-            job.close()
-        else:
-            self._tasks.create_task(job)
+        """Begin it. At our end it is dropped: so is what a trainer still says while it is stopped."""
+        try:
+            if self._tasks is not None:
+                self._tasks.create_task(job)
+                return
+        except RuntimeError:  # the group has ended, or is about to
+            pass
+        job.close()
 
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)

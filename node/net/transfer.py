@@ -80,7 +80,7 @@ class DonorFailed(Exception):
 @dataclass(frozen=True, slots=True)
 class TransferLimits:
     stall_s: float  # silence that ends a transfer
-    serves_max: int = 4  # streams served at once; the next is told `busy`. Guess
+    serves_max: int = 10  # streams served at once; the next is told `busy`. Guess: two peers that catch up
     throttles: Throttles = field(default_factory=Throttles)  # the node's, which its links share
 
 

@@ -48,7 +48,7 @@ BRANCH_RECORDS_MAX = 16_384
 BRANCHES_MAX = 4  # forks that are looked at at a time, each of another peer
 NO_STATE = -1
 STATE_DONORS_MAX = 4  # that are asked for parts of one state at a time. Guess: net/download.py
-FETCHES_MAX = 4  # updates that are fetched at a time; so many streams a donor serves (net/transfer.py)
+FETCHES_MAX = 4  # updates that are fetched at a time; a donor serves one peer so many (STATE_STREAMS_MAX)
 
 
 @dataclass(slots=True)

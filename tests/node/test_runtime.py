@@ -405,6 +405,21 @@ def test_every_output_has_a_desk():
     assert set(Bench().runtime._execute) == set(ev.Output.__args__)
 
 
+def test_what_a_trainer_says_while_the_node_ends_is_dropped():
+    """It ended a node with a traceback in place of exit code 0."""
+
+    async def job() -> None:
+        raise AssertionError("it is not begun")
+
+    async def main() -> None:
+        runtime = Bench().runtime
+        async with asyncio.TaskGroup() as tasks:
+            runtime._tasks = tasks
+        runtime.spawn(job())
+
+    run(main)
+
+
 def test_steps_taken_ahead_of_a_round_are_counted_once_each():
     view, taken = TrainingView(), []
     progress = [(4, 8), (5, 1), (5, 3), (5, 3), (5, 8), (6, 8), (6, 2), (6, 8)]  # 6 was begun from nothing

@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -178,7 +179,7 @@ def at_rest(node: harness.Node) -> bool:
 def commits(node: harness.Node) -> list[float]:
     """Seconds between two commits with two contributions."""
     lines = [line for line in node.log.read_text().splitlines() if "contributions=2" in line]
-    times = [float(json.loads(line)["time"]) for line in lines]
+    times = [datetime.fromisoformat(json.loads(line)["time"]).timestamp() for line in lines]
     return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 

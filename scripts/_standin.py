@@ -39,7 +39,10 @@ def main() -> None:
         Worker(Channel(socket.socket(fileno=_option("channel"))), fds).run()
         return
     from tapestry.node.cli.main import main as tapestry
+    from tapestry.node.spec import size
     from tapestry.node.trainer.process import TrainerProcess
+
+    size.parameters_of = lambda spec: int(os.environ["STANDIN_PARAMS"])  # whatever the spec's preset has
 
     command = (sys.executable, "-P", os.path.abspath(__file__))
     TrainerProcess.launch = functools.partial(TrainerProcess.launch, command=command)  # type: ignore[method-assign]

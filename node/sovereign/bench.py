@@ -15,16 +15,10 @@ from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.sovereign import suite as suites
-from tapestry.node.sovereign.derivative import (
-    Measure,
-    Shelf,
-    Version,
-)
+from tapestry.node.sovereign.derivative import Measure, Shelf, Version
 from tapestry.node.sovereign.gates import Gates, Verdict, judge
 from tapestry.node.sovereign.losses import measure_set
-from tapestry.node.sovereign.plans import (
-    read_held_out,
-)
+from tapestry.node.sovereign.plans import read_held_out
 from tapestry.node.sovereign.recipe import Recipe, Told
 from tapestry.node.sovereign.rows import Example
 from tapestry.node.sovereign.suite import Suite
@@ -84,7 +78,7 @@ def measured(model: Path, bench: Bench, told: Told, *, is_base: bool = False) ->
         loaded = load_base(model, torch.float32).to(device_of()).eval()
         for name, examples in sets.items():
             own = name in bench.own
-            theirs = bench.in_base_ids(examples, model) if bench.pieces else examples
+            theirs = bench.in_base_ids(examples, model)
             count = counted(theirs) if bench.pieces else 0
             read = theirs if is_base else examples
             measures += measure_set(loaded, name, read, own=own, tick=tick, count=count)

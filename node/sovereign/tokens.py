@@ -163,6 +163,8 @@ def extend(base: Path, tokens: Sequence[str], out: Path) -> None:
 
 def pieces_of(base: Path, tokens: Sequence[str]) -> dict[int, list[int]]:
     """By the id that each token gets: the ids of the base that it replaces."""
+    if not tokens:
+        return {}  # without waiting for a tokenizer
     tokenizer = _tokenizer(base)
     return {len(tokenizer) + index: _ids(tokenizer, token) for index, token in enumerate(tokens)}
 

@@ -182,7 +182,11 @@ def of_vocabulary(model: Any) -> list[torch.Tensor]:
 
 def in_base_ids(example: Example, pieces: Pieces, longest: int) -> list[Example]:
     """The same text in ids of the base. Where it has more than `longest` ids, in several parts, each of which
-    begins with the last id of the one before."""
+    begins with the last id of the one before. A preference is not cut."""
+    if "prompt" in example:
+        return [
+            {name: [part for one in ids for part in pieces.get(one, (one,))] for name, ids in example.items()}
+        ]
     ids: list[int] = []
     labels: list[int] = []
     for number, label in zip(example["ids"], example["labels"], strict=True):
@@ -198,7 +202,7 @@ def in_base_ids(example: Example, pieces: Pieces, longest: int) -> list[Example]
 
 def counted(examples: Iterable[Example]) -> int:
     """The ids that count in their loss: the first of each is predicted from nothing."""
-    return sum(label != IGNORED for one in examples for label in one["labels"][1:])
+    return sum(label != IGNORED for one in examples if "labels" in one for label in one["labels"][1:])
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------

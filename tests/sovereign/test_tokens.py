@@ -194,3 +194,9 @@ def test_an_example_in_the_bases_ids_counts_every_id_once_however_it_is_cut() ->
     assert [part["ids"] for part in parts] == [[7, 1, 2], [2, 3, 4], [4, 5, 8]]
     assert [one for part in parts for one in part["labels"] if one != IGNORED] == [1, 2, 3, 4, 5, 8]
     assert counted(parts) == counted([whole]) == 6
+
+
+def test_a_preference_of_a_suite_is_read_by_the_base_too():
+    pair = {"prompt": [7, 100], "chosen": [101], "rejected": [8]}
+    (read,) = in_base_ids(pair, {100: [1, 2, 3], 101: [4, 5]}, 3)
+    assert read == {"prompt": [7, 1, 2, 3], "chosen": [4, 5], "rejected": [8]} and counted([read]) == 0

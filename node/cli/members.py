@@ -107,8 +107,9 @@ def propose(kind: str, words: tuple[str, ...], home: str | None, no_wait: bool) 
     """Ask for a change of who belongs to the run, or of its rules.
 
     admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE, and of the run's
-    settings set KEY NUMBER: train.lr, outer.lr, round.max_influence, round.min_members, round.stall_s,
-    round.wait_max_s. They are in force from the state that the next record makes.
+    settings set KEY NUMBER: train.lr, train.inner_steps, train.accumulation, train.batch_size, outer.lr,
+    round.max_influence, round.min_members, round.stall_s, round.wait_max_s. They are in force from the state
+    that the next record makes.
     """
     place = Home.locate(home, os.environ)
     if not words:

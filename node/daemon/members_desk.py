@@ -7,7 +7,7 @@ What it does is one input, ChangeAsked. `do` answers the commands that come by H
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -55,10 +55,20 @@ LAST_AUTHORITY = (
 class MembersDesk:
     """Asked by links and streams whether to talk, and by the operator."""
 
-    def __init__(self, loop: Loop, me: str, crypto: Crypto, given: Iterable[str]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        me: str,
+        crypto: Crypto,
+        given: Iterable[str],
+        without_effect: Callable[
+            [str], str
+        ],  # why changing a setting would change nothing in this run, or ""
+    ) -> None:
         self._loop = loop
         self._me = me
         self._crypto = crypto
+        self._without_effect = without_effect
         self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
         self.reception = Reception(lambda: self.roll, self._epoch, self.submit, self._coming)
 
@@ -112,7 +122,9 @@ class MembersDesk:
         name = "" if kind in OF_NOBODY else peer_field(peer, "a peer id")
         words = strict.text(value, WHY_CHARS_MAX, "a value")
         if kind == "set":
-            read_setting(words)
+            key, _ = read_setting(words)
+            if why := self._without_effect(key):
+                return {"fault": why}
         for one in (name, words if kind == "rekey" else name):
             if kind not in OF_NOBODY and one not in self.roll.members and public_key_of(one) is None:
                 raise strict.Malformed(f"{one[:64]} is no peer id")

@@ -35,6 +35,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.spec.training import without_effect
 from tapestry.node.surface.status import Shown
 from tapestry.node.trainer.process import TrainerProcess
 
@@ -69,7 +70,13 @@ class Runtime:
         self.done = asyncio.Event()  # the state has come as far as this node was to go
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
-        self.members = MembersDesk(self, auditor.own, auditor.crypto, network.given)
+        self.members = MembersDesk(
+            self,
+            auditor.own,
+            auditor.crypto,
+            network.given,
+            lambda key: without_effect(key, trainer.training),
+        )
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.network.words = words(self) if words is not None else None

@@ -145,8 +145,8 @@ class TrainerDesk:
                 self._trainer.evaluate(out.epoch)
             self._reporter.clock.train()
             self._base = out.base
-            lr = self._loop.snapshot().roll.settings.get("train.lr", 0.0)
-            self._trainer.begin(out.epoch, out.base, out.before, lr)
+            settings = self._loop.snapshot().roll.settings
+            self._trainer.begin(out.epoch, out.base, out.before, settings)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         self._trainer.close_round(out.epoch)

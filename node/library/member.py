@@ -82,6 +82,7 @@ class Member:
         self._connection, self._channel, self._fds = connection, Channel(connection), fds
         self._loop, self._trained = loop, loop.trained
         self._train = settings.training.train
+        self._batches = self._train.batches  # that the epoch takes, by the latest Begin
         self._state_path = Path(settings.inner_state_path)
         n = self._trained.layout.n
         self._payloads = PayloadLayout.of(get_codec(settings.codec), n, settings.shard_elements)
@@ -133,7 +134,7 @@ class Member:
             return True
         self._count(loss, samples)
         self._report_progress()
-        if self.inner_step < self._train.batches and not self._closing:
+        if self.inner_step < self._batches and not self._closing:
             return False
         self._contribute()
         self.wait_for_base(on_wait)
@@ -211,6 +212,7 @@ class Member:
         self._trained.forget_gradients()
         self._begun, self.epoch, self.inner_step = command, command.epoch, 0
         self._begins += 1
+        self._batches = command.batches or self._train.batches
         self._closing, self._losses, self._samples = False, [], 0
         self._began_s, self._reported_s = time.monotonic(), 0.0
         if self._evaluating == command.epoch:
@@ -240,7 +242,7 @@ class Member:
 
     def _report_progress(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._reported_s < PROGRESS_INTERVAL_S and self.inner_step < self._train.batches:
+        if now_s - self._reported_s < PROGRESS_INTERVAL_S and self.inner_step < self._batches:
             return
         self._reported_s = now_s
         begun = self._begun
@@ -250,7 +252,7 @@ class Member:
                 epoch=begun.epoch,
                 generation=begun.generation,
                 step=self.inner_step,
-                steps=self._train.batches,
+                steps=self._batches,
                 loss=self._losses[-1] if self._losses else None,
                 tokens=self._samples,
                 tokens_per_second=self._samples / max(now_s - self._began_s, 1e-9),

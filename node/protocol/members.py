@@ -42,12 +42,16 @@ OF_NOBODY: Final = ("charter", "set")  # kinds that are about no peer
 # makes. What is not here shapes the state or the messages: that takes another run.
 SETTINGS: Final[Mapping[str, tuple[float, float]]] = {
     "train.lr": (1e-9, 10.0),
+    "train.inner_steps": (1, 100_000),
+    "train.accumulation": (1, 4_096),
+    "train.batch_size": (1, 65_536),
     "outer.lr": (1e-9, 10.0),
     "round.max_influence": (0.001, 1.0),
     "round.min_members": (1, 10_000),
     "round.stall_s": (0.5, 3_600.0),
     "round.wait_max_s": (1.0, 604_800.0),
 }
+WHOLE: Final = ("train.inner_steps", "train.accumulation", "train.batch_size", "round.min_members")
 CHANGES_MAX = 8  # in one record: more wait for the next
 CHANGES_BYTES_MAX = 65_536  # Guess: of one record's changes, so that a record fits into a frame
 LIFETIME_EPOCHS_MAX = 1_000_000  # of a change: how long the roll must remember it
@@ -532,8 +536,9 @@ def read_setting(value: str) -> tuple[str, float]:
         raise Malformed("a setting must be a plain number")
     low, high = SETTINGS[key]
     number = float(word)
-    if not low <= number <= high or (key == "round.min_members" and number != int(number)):
-        raise Malformed(f"{key} must be from {low:g} to {high:g}")
+    if not low <= number <= high or (key in WHOLE and number != int(number)):
+        what = "a whole number " if key in WHOLE else ""
+        raise Malformed(f"{key} must be {what}from {low:,.9g} to {high:,.9g}")
     return key, number
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Final, Literal
 
 from tapestry.node.spec.data import DataSettings, Protection
 from tapestry.node.spec.tables import Between, Pattern, TableError
@@ -240,6 +240,46 @@ class TrainSpec:
     def batches(self) -> int:
         """How many batches a whole epoch takes: the unit that progress is counted in."""
         return self.inner_steps if self.inner_steps else self.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What records have changed of a run's training since its spec, from some epoch on; 0: nothing."""
+
+    lr: float = 0.0
+    batches: int = 0  # of an epoch: inner_steps, or accumulation where there are none
+    batch_size: int = 0
+
+    @classmethod
+    def of(cls, train: TrainSpec, settings: Mapping[str, float]) -> Changed:
+        """From what is in force by `protocol.members.SETTINGS`."""
+        batches = settings.get("train.inner_steps" if train.inner_steps else "train.accumulation", 0)
+        return cls(settings.get("train.lr", 0.0), int(batches), int(settings.get("train.batch_size", 0)))
+
+    def of_spec(self, train: TrainSpec) -> TrainSpec:
+        """The spec's training as it is in force."""
+        batches = self.batches or train.batches
+        return replace(
+            train,
+            lr=self.lr or train.lr,
+            inner_steps=batches if train.inner_steps else 0,
+            accumulation=train.accumulation if train.inner_steps else batches,
+            batch_size=self.batch_size or train.batch_size,
+        )
+
+
+UNCHANGED: Final = Changed()
+
+
+def without_effect(key: str, training: TrainingSpec) -> str:
+    """Why a record that changes this setting would change nothing in a run trained so; "" if it would."""
+    if key == "train.inner_steps" and not training.train.inner_steps:
+        return "this run averages gradients (inner_steps = 0): change train.accumulation"
+    if key == "train.accumulation" and training.train.inner_steps:
+        return "this run takes inner steps: change train.inner_steps"
+    if key in ("train.lr", "train.batch_size") and isinstance(training.model, ExternalSpec):
+        return "in this run each member's script brings its own"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

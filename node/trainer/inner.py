@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
-from tapestry.node.spec.training import AS_USUAL, LocalTraining, TrainSpec
+from tapestry.node.spec.training import AS_USUAL, UNCHANGED, Changed, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.gradients import Batch, Gradients
 from tapestry.node.trainer.group import Group
@@ -117,7 +117,7 @@ class InnerLoop:
         self._epoch: int | None = None
         self._finished: int | None = None  # the epoch that has just ended in a contribution
         self._ahead = False
-        self._rate = 1.0  # times the spec's learning rate
+        self._now = settings  # as records have changed it
         self._left: list[Tensor] | None = None  # local parameters when we went on; made at the first need
         self._losses: list[float] = []
         self._tokens = 0
@@ -127,14 +127,14 @@ class InnerLoop:
         epoch: int,
         base: Tensor,  # f32 (n,), CPU
         follows: bool = False,
-        lr: float = 0.0,
+        changed: Changed = UNCHANGED,
     ) -> bool:
-        """Start the epoch from the base; drops whatever epoch was going on. `lr` 0 is the spec's.
+        """Start the epoch from the base; drops whatever epoch was going on. `changed`: since the spec.
 
         If the base `follows` the one of the last contribution, the steps with which we went on are kept.
         Returns whether we had gone on so.
         """
-        self._rate = lr / self._settings.lr if lr else 1.0
+        self._now = changed.of_spec(self._settings)
         keeps = follows and self._ahead and self._epoch == epoch
         self._ahead, self._finished = False, None
         if keeps:
@@ -193,8 +193,9 @@ class InnerLoop:
             raise Diverged(f"epoch {self._epoch}, batch {len(self._losses) + 1}: the loss is {value}")
         if self._optimizer is not None:
             self._held.clip_gradient(self._settings.grad_clip)
-            number = run_step(self._settings, self._epoch, len(self._losses))
-            self._optimizer.step(self._rate * lr_factor(self._settings, number, self._steps))
+            number = run_step(self._settings, self._epoch, len(self._losses), self._now.inner_steps)
+            rate = self._now.lr / self._settings.lr
+            self._optimizer.step(rate * lr_factor(self._settings, number, self._steps))
             self._steps += 1
         self._losses.append(value)
         self._tokens += tokens
@@ -205,7 +206,7 @@ class InnerLoop:
         if self._optimizer is not None:
             self._held.forget_gradient()
         step, rank = len(self._losses), 0 if self._group is None else self._group.rank
-        torch.manual_seed((rank << 48) + run_step(self._settings, self._epoch, step))
+        torch.manual_seed((rank << 48) + (self._epoch << 24) + step)
         return self._gradients.add(self._draw(self._epoch, step))
 
     def _fitting(self, work: Callable[[], tuple[float, int]]) -> tuple[float, int]:
@@ -304,6 +305,11 @@ class InnerLoop:
         return len(self._losses)
 
     @property
+    def batches_wanted(self) -> int:
+        """That a whole epoch takes."""
+        return self._now.batches
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on in this epoch."""
         return self._tokens
@@ -316,7 +322,7 @@ class InnerLoop:
     @property
     def done(self) -> bool:
         """Whether the epoch has had all its batches."""
-        return len(self._losses) >= self._settings.batches
+        return len(self._losses) >= self._now.batches
 
     def save(self, path: Path, epoch: int) -> None:
         """Atomically write the inner optimizer as it is, or was, at the beginning of `epoch`.

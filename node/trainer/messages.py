@@ -61,7 +61,9 @@ class Begin:
         int  # generation of the contribution that has counted since the last Begin; 0: none; -1: an older
     )
     slot: int  # of the contribution's buffer, to be written to; shared.py
-    lr: float = 0.0  # of the inner optimizer; 0: the spec's
+    lr: float = 0.0  # these three: spec.training.Changed
+    batches: int = 0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

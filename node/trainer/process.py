@@ -28,16 +28,17 @@ import asyncio
 import gc
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol
 
 from tapestry.compression.refusals import RefusedLayout
 from tapestry.node.disk.scratch import create_scratch, reserve
 from tapestry.node.errors import UserError
 from tapestry.node.spec.tables import plain
-from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.spec.training import UNCHANGED, Changed, TrainingSpec, WorkerSettings
 from tapestry.node.trainer.aside import Aside
 from tapestry.node.trainer.child import Children
 from tapestry.node.trainer.messages import (
@@ -88,6 +89,9 @@ WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
 UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
 SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
 GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
+
+
+NO_SETTINGS: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 class TrainerError(RuntimeError):
@@ -231,7 +235,7 @@ class TrainerProcess:
         self._slots: Slots
         self._begun: int | None = None
         self._generation = 0
-        self._lr = 0.0  # of the latest begin
+        self._changed = UNCHANGED  # of the latest begin
         self._base = ""  # head of the state that was begun from
         self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
         self._counted = 0  # generation; to be told with the next begin
@@ -260,21 +264,42 @@ class TrainerProcess:
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
 
-    def begin(self, epoch: int, base: str = "", before: str = "", lr: float = 0.0) -> None:
+    @property
+    def training(self) -> TrainingSpec:
+        """The run's; after `configure`."""
+        assert self._settings is not None
+        return self._settings.training
+
+    def begin(
+        self, epoch: int, base: str = "", before: str = "", settings: Mapping[str, float] = NO_SETTINGS
+    ) -> None:
         """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin.
 
         `base` is the head of the state that lies in `params`, `before` that of the one before it. With
-        overlap the steps since the last contribution are kept if that was made from `before`. `lr` is the
-        inner optimizer's where records have changed it, 0 where it is the spec's.
+        overlap the steps since the last contribution are kept if that was made from `before`. `settings` are
+        what records have changed of the spec.
         """
         follows = before != "" and self._contributed == (epoch - 1, before)
         self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
         self._generation += 1
-        self._lr = lr
+        self._changed = Changed.of(self.training.train, settings)
         counted, self._counted = self._counted, 0
         slot = self._next_slot()
         if slot is not None:
-            self._send(Begin(epoch, self._generation, follows, counted, slot, lr))
+            self._send(self._begin_command(epoch, follows, counted, slot))
+
+    def _begin_command(self, epoch: int, follows: bool, counted: int, slot: int) -> Begin:
+        changed = self._changed
+        return Begin(
+            epoch,
+            self._generation,
+            follows,
+            counted,
+            slot,
+            changed.lr,
+            changed.batches,
+            changed.batch_size,
+        )
 
     def settle(self, generation: int) -> None:
         """The contribution of this begin has been committed: its residual counts from the next begin on.
@@ -578,7 +603,7 @@ class TrainerProcess:
             worker.send(Evaluate(self._evaluating))
         if self._begun is not None:
             # It has no residual that could be counted.
-            worker.send(Begin(self._begun, self._generation, False, 0, self._slots.current, self._lr))
+            worker.send(self._begin_command(self._begun, False, 0, self._slots.current))
             if self._closing:
                 worker.send(Close(self._begun))
 

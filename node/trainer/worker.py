@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapestry.node.spec.tables import TableError, read_table
-from tapestry.node.spec.training import WorkerSettings
+from tapestry.node.spec.training import Changed, WorkerSettings
 from tapestry.node.trainer import group, imports
 from tapestry.node.trainer.messages import (
     HEADER,
@@ -173,7 +173,8 @@ class Worker:
         cursor = Path(settings.cursor_path)
         if together is not None:
             cursor = together.own_copy(cursor)
-        self._feed = Feed(corpus, training.train.batch_size, cursor)
+        self._batch_size = training.train.batch_size  # by the latest Begin
+        self._feed = Feed(corpus, self._batch_size, cursor)
         self._validation = corpus.validation(settings.validation_windows)
         self._trial = Trial(
             corpus.validation(settings.gate_windows) if settings.gate_windows else {},
@@ -281,9 +282,12 @@ class Worker:
             self._before_first()
         brought = self._brought()
         base = self._base if brought is None else brought.add_(self._base)
-        kept = self._inner.begin(command.epoch, base, command.follows and brought is None, command.lr)
+        changed = Changed(command.lr, command.batches, command.batch_size)
+        self._batch_size = changed.of_spec(self._settings.training.train).batch_size
+        kept = self._inner.begin(command.epoch, base, command.follows and brought is None, changed)
         self._closing, self._generation, self._slot = False, command.generation, command.slot
         if not kept:
+            self._feed.take(self._batch_size)
             self._start_clock()
         elif self._inner.done:
             self._report_progress(command.epoch)  # it has waited: that made it slower
@@ -346,6 +350,7 @@ class Worker:
         """Unless that epoch is over: then its base is there, and we are on it."""
         if self._inner.finished == epoch:
             self._closing = False
+            self._feed.take(self._batch_size)
             self._inner.go_on()
             self._start_clock()
 
@@ -359,7 +364,7 @@ class Worker:
                 epoch=epoch,
                 generation=self._generation,
                 step=self._inner.batches,
-                steps=self._settings.training.train.batches,
+                steps=self._inner.batches_wanted,
                 loss=self._inner.loss,
                 tokens=self._inner.tokens,
                 tokens_per_second=self._inner.tokens / max(now_s - self._began_s, 1e-9),

@@ -35,11 +35,11 @@ class FakeLoop:
 
 
 def asked(
-    kind: str, peer: str, value: str = "", charter: Charter | None = None
+    kind: str, peer: str, value: str = "", charter: Charter | None = None, no_effect: str = ""
 ) -> tuple[dict[str, Any], int]:
     """The answer, and how many changes the node then asks for."""
     loop = FakeLoop(charter or Charter())
-    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), ())  # type: ignore[arg-type]
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda key: no_effect)  # type: ignore[arg-type]
     return desk.do({"do": "ask", "kind": kind, "peer": peer, "value": value}), len(loop.fed)
 
 
@@ -62,3 +62,12 @@ def test_a_mistyped_id_gets_no_seat(kind: str, peer: str, value: str) -> None:
     with pytest.raises(Malformed, match="is no peer id"):
         asked(kind, peer, value)
     assert asked(kind, THIRD.peer_id if kind == "admit" else OTHER.peer_id, THIRD.peer_id)[1] == 1
+
+
+def test_a_setting_that_would_change_nothing_in_this_run_is_not_asked_for() -> None:
+    change = ("set", "", "train.accumulation 4")
+    assert asked(*change)[1] == 1
+    assert asked(*change, no_effect="this run takes inner steps") == (
+        {"fault": "this run takes inner steps"},
+        0,
+    )

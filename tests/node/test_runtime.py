@@ -386,7 +386,7 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
         async with Bench() as bench:
             bench.says(ev.Train(0, "head 0", ""), ev.Train(7, "head 7", "head 6"))
             await turns()
-            assert bench.trainer.begun == [(0, "head 0", "", 0.0), (7, "head 7", "head 6", 0.0)]
+            assert bench.trainer.begun == [(0, "head 0", "", {}), (7, "head 7", "head 6", {})]
 
     run(main)
 

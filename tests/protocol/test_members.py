@@ -85,7 +85,7 @@ def test_who_is_gone_holds_up_no_change_of_a_run_that_asks_for_everybody(change:
 
 
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")
-NO_SETTINGS += ("round.min_members 1.5", "x.y 1")
+NO_SETTINGS += ("round.min_members 1.5", "train.inner_steps 0", "train.batch_size 2.5", "x.y 1")
 
 
 @pytest.mark.parametrize("value", NO_SETTINGS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tapestry.compression.refusals import RefusedVector
 from tapestry.node.spec.size import llama_parameters
-from tapestry.node.spec.training import AS_USUAL, PRESETS, LocalTraining, TrainSpec
+from tapestry.node.spec.training import AS_USUAL, PRESETS, Changed, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
 from tapestry.node.trainer.gradients import Gradients, Windows
 from tapestry.node.trainer.inner import Diverged, InnerLoop
@@ -79,6 +79,18 @@ def test_a_gradient_closed_early_is_the_mean_of_what_was_done(base: Tensor) -> N
     loop.step()
     assert loop.finish(base, keep(out)).weight == 2 * 2 * 16
     torch.testing.assert_close(out, _reference_gradient(base, 2), rtol=1e-4, atol=1e-7)
+
+
+def test_a_record_may_change_how_many_steps_an_epoch_takes_and_their_rate(base: Tensor) -> None:
+    loop, out, by_spec = _loop(DILOCO), torch.empty_like(base), torch.empty_like(base)
+    loop.begin(4, base, changed=Changed(lr=DILOCO.lr / 2, batches=5))
+    outcome = _finish_epoch(loop, base, out)
+    assert outcome.batches == loop.batches_wanted == 5
+    spec = dataclasses.replace(DILOCO, lr=DILOCO.lr / 2, inner_steps=5)
+    _run_epoch(_loop(spec), base, by_spec)
+    torch.testing.assert_close(out, by_spec, rtol=1e-4, atol=1e-7)
+    loop.begin(5, base)
+    assert loop.batches_wanted == DILOCO.inner_steps
 
 
 def test_an_epoch_begun_again_gives_the_same_bits(base: Tensor) -> None:

@@ -51,6 +51,13 @@ def test_a_step_is_counted_by_its_epoch_and_not_by_who_takes_it() -> None:
     assert joiner == old
 
 
+def test_an_epoch_of_other_length_does_not_move_the_schedule() -> None:
+    longer = [run_step(COSINE, 40, step, steps=20) for step in range(21)]
+    assert longer[0] == run_step(COSINE, 40, 0), "nothing jumps where the length changes"
+    assert longer[-1] == run_step(COSINE, 41, 0), "and the next epoch goes on from there"
+    assert longer == sorted(set(longer)), "each step has its own place"
+
+
 def test_an_optimizer_that_begins_late_warms_up_by_itself_first() -> None:
     assert lr_factor(CONSTANT, 400, own=0) == pytest.approx(0.05)
     assert lr_factor(CONSTANT, 419, own=19) == 1.0

@@ -172,6 +172,33 @@ def test_contributions_carry_what_is_brought_from_an_island_as_long_as_it_is_the
         assert abs(contributed_by(True, lines).mean() + 0.5) < 0.05  # base minus local
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_records_change_how_many_steps_of_how_many_windows_an_epoch_takes(
+    overlapping: WorkerSettings, overlap: bool
+) -> None:
+    """Steps taken ahead keep the size that they began with; the epoch's length is that of its Begin."""
+    training = overlapping.training
+    train = dataclasses.replace(training.train, overlap=overlap)
+    settings = dataclasses.replace(overlapping, training=dataclasses.replace(training, train=train))
+    ahead = [(contributed(1), GoOn(0))] if overlap else []
+    script = Script(
+        (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
+        *ahead,
+        (waiting, Begin(1, 2, follows=overlap, counted=0, slot=0, batches=STEPS + 2, batch_size=6)),
+        (contributed(2), GoOn(1)),
+        (waiting, Begin(2, 3, follows=overlap, counted=0, slot=0, batches=STEPS + 2, batch_size=6)),
+        (contributed(3), Stop()),
+    )
+    perform(settings, script)
+    first, second, third = script.of(Contribution)
+    assert [first.steps, second.steps, third.steps] == [STEPS, STEPS + 2, STEPS + 2]
+    window = TOKENS // training.train.batch_size
+    sizes = [one.tokens // one.steps // window for one in (first, second, third)]
+    assert sizes == [training.train.batch_size, training.train.batch_size if overlap else 6, 6]
+    last = [report.steps for report in script.of(Progress) if report.epoch == 2]
+    assert last[-1] == STEPS + 2
+
+
 def test_without_overlap_nothing_is_done_between_contribution_and_begin(
     worker_settings: WorkerSettings,
 ) -> None:

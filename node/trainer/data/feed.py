@@ -24,6 +24,10 @@ class Feed:
             None  # epoch, step, its start, what follows
         )
 
+    def take(self, batch_size: int) -> None:
+        """So many windows a batch from now on; between two epochs, since an epoch's steps are of one size."""
+        self._batch_size = batch_size
+
     def draw(self, epoch: int, step: int) -> Batch:
         """The batch of one step, from 0. The first of a new epoch begins the epoch."""
         batch, after = self._corpus.batch(self._position(epoch, step), self._batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bases import make_base
@@ -64,7 +64,12 @@ class MadeHome:
 
     def _epoch(self, scale: float, identities: tuple[Identity, ...]) -> None:
         codec, shards = self.state.arithmetic.codec, self.state.arithmetic.shards
-        payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
+        self.take(
+            [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards], identities
+        )
+
+    def take(self, payloads: list[Tensor], identities: tuple[Identity, ...]) -> None:
+        """One epoch: what the members' contributions came to, encoded, signed by `identities`."""
         epoch = self.chain.epoch + 1
         members = tuple(
             Member(one.peer_id, 300 - 100 * index, f"{epoch:062x}{index:02x}", "", 300 - 100 * index)
@@ -100,19 +105,31 @@ def base_spec(home: Path, family: str, *, pin_weights: bool = False, **fields: A
 
 
 def make_home(folder: Path, model: ModelSpec, *, members: int = 2, length: int = LENGTH) -> MadeHome:
+    """A run of a preset's settings, of tokens' voice."""
+    data = DataSpec("base" if isinstance(model, TransformersSpec) else "byte", length)
+    spec = new_spec("a run", TrainingSpec(model, data, replace(PRESETS["nano"].train)))
+    return make_run(folder, spec, members=members, voice="tokens")
+
+
+def make_run(
+    folder: Path,
+    spec: RunSpec,
+    *,
+    members: int,
+    voice: Literal["equal", "tokens"] = "equal",
+    weights: Path | None = None,  # where a base's weights lie; None: in HOME/base
+) -> MadeHome:
     """Epoch 0, with a checkpoint. A base's weights are left out of HOME/base, as a node leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(folder / "identity.key")
     others = [Identity.load_or_create(folder.parent / f"member-{n}.key") for n in range(1, members)]
     home, crypto = Home(folder), NodeCrypto(identity)
-    is_base = isinstance(model, TransformersSpec)
-    data = DataSpec("base" if is_base else "byte", length)
     founders = [identity.peer_id, *(one.peer_id for one in others)]
-    spec = new_spec("a run", TrainingSpec(model, data, replace(PRESETS["nano"].train)))
-    spec = replace(spec, members=MembersSpec(voice="tokens", founders=tuple(founders[1:])))
-    base = home.base if is_base else None
+    spec = replace(spec, members=MembersSpec(voice=voice, founders=tuple(founders[1:])))
+    model, length = spec.model, spec.data.sequence_length
+    base = home.base if isinstance(model, TransformersSpec) else None
     layout = registry.layout(model, base, length)
-    params = registry.initial_state(model, base, length)
+    params = registry.initial_state(model, weights or base, length)
     state = ModelState(params, layout.schema_hash, Arithmetic.of(spec, layout.n), 0, "")
     digest = state.digest()
     text = spec.canonical().decode()

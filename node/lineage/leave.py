@@ -1,10 +1,14 @@
 """`tapestry exit OUT`: everything that a member has of a run, as one directory that holds by itself.
 
 OUT is a home: identity, genesis, chain, updates, checkpoints, the base's files, the trainer's own state,
-settings, history, islands and derivatives. It is made beside a running node or from a stopped one, verified
-before it gets its name, and asks nobody's leave. What is left out is what can be made again or would lead
-back: token caches, the running node's lock and addresses, and where the others were. So `tapestry start
---home OUT` finds nobody, and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an island.
+settings, history, islands, derivatives and proofs of lies. It is made beside a running node or from a stopped
+one, verified before it gets its name, and asks nobody's leave. What is left out is what can be made again or
+would lead back: token caches, the running node's lock and addresses, and where the others were. So `tapestry
+start --home OUT` finds nobody, and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an
+island.
+
+What `rejoin --bring` has left for the next contribution (HOME/brought.safetensors) is left out as well: it is
+owed to the run once, by the home that came back, and OUT trains on alone. What it was made of is in islands/.
 
 The identity is the same one: a member that goes on from OUT does not start the old home again.
 """
@@ -37,7 +41,7 @@ FILES = (
     "data.toml",
     "history.jsonl",
 )
-FOLDERS = ("base", "trainer", "derivatives", "island", "islands")
+FOLDERS = ("base", "trainer", "derivatives", "island", "islands", "accusations")
 LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
 
 Told = Callable[[str, int, int], None]

@@ -24,10 +24,11 @@ from typing import Any
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.shards import shard_bounds
+from tapestry.node.disk.accusations import SUFFIX as ACCUSATION_SUFFIX
 from tapestry.node.disk.accusations import FalseAccusation, kept, prove, unpack
 from tapestry.node.disk.base import BaseFile, pinned
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
-from tapestry.node.disk.files import unseal
+from tapestry.node.disk.files import seal, unseal
 from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
 from tapestry.node.disk.scratch import scratch_vectors
@@ -44,9 +45,13 @@ from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
 from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
+from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.net.descriptions import pack as pack_descriptions
+from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.protocol import strict
+from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -86,6 +91,7 @@ class Proof:
     checkpoints: int = 0
     files: int = 0
     derivatives: int = 0  # versions
+    descriptions: int = 0  # members that say something of their data
     egress_lines: int = 0
     egress_bytes: int = 0
     replayed_from: int | None = None
@@ -157,7 +163,9 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     for one in derivatives:
         _check_version(home, one, genesis, signed.get(one.parent_epoch), proof)
         told("derivatives", proof.derivatives, len(derivatives))
+    _check_bases(home, proof)
     _check_accusations(home, genesis, spec, crypto, proof)
+    _check_descriptions(home, genesis, crypto, proof)
     if replay:
         _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -286,12 +294,35 @@ def _check_accusations(
     for path in kept(home.accusations):
         name = f"accusations/{path.name}"
         try:
-            one = unpack(path.read_bytes())
+            data = path.read_bytes()
+            one = unpack(data)
+            if one.pack() != data or path.name != f"{one.name}{ACCUSATION_SUFFIX}":
+                raise FalseAccusation("not in the form, or not of the name, in which a node writes it")
             prove(one, genesis.run_id, len(shards), mean_digest, crypto)
         except (FalseAccusation, OSError) as error:
             proof.fault(name, str(error))
         else:
             proof.notes.append(f"{name}: {one.accused} {one.what}")
+
+
+def _check_descriptions(home: Home, genesis: Genesis, crypto: ReaderCrypto, proof: Proof) -> None:
+    """What members say of their data: each must have signed its own."""
+    name = home.descriptions.name
+    try:
+        data = home.descriptions.read_bytes()
+        value = unseal(data.removesuffix(b"\n"))
+        found = unpack_descriptions(canonical(value))
+        if seal(json.loads(pack_descriptions(found))) + b"\n" != data:
+            raise ValueError("not in the form in which a node writes it")
+    except FileNotFoundError:
+        return
+    except (ValueError, OSError) as error:
+        proof.fault(name, str(error))
+        return
+    for one in found:
+        if not crypto.verify(one.peer, one.signature, one.message(genesis.run_id)):
+            proof.fault(name, f"{one.peer} did not sign what it is said to say of its data")
+        proof.descriptions += 1
 
 
 def _check_small_files(home: Home, spec: RunSpec, proof: Proof) -> None:
@@ -473,9 +504,18 @@ def _derivatives(home: Home, proof: Proof) -> list[_Version]:
                 strict.integer(version.number, 1, 1_000_000, "number")
                 strict.integer(version.parent_epoch, 0, 2**53, "epoch")
                 found.append(version)
+            for file, what in faults(path.parent):
+                proof.fault(f"derivatives/{name}/{file}", what)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             proof.fault(f"derivatives/{name}/derivative.json", f"cannot be read: {str(error)[:80]}")
     return found
+
+
+def _check_bases(home: Home, proof: Proof) -> None:
+    """The exports of the base that versions stand on."""
+    for folder in sorted((home.path / "derivatives" / ".bases").glob("*-*")):
+        for name, what in check_manifest(folder):
+            proof.fault(f"derivatives/.bases/{folder.name}/{name}", what)
 
 
 def _check_version(
@@ -592,6 +632,8 @@ def lines(proof: Proof) -> Iterator[str]:
         yield f"updates {proof.updates}, checkpoints {proof.checkpoints}, files of the base {proof.files}"
     if proof.derivatives:
         yield f"derivatives {proof.derivatives} versions: their models are what was written down"
+    if proof.descriptions:
+        yield f"descriptions of data {proof.descriptions}: by whoever is said to say it"
     if proof.egress_lines:
         yield f"egress {proof.egress_lines} lines: {proof.egress_bytes} bytes left this node"
     if proof.replayed_to is not None:

@@ -262,7 +262,7 @@ def evaluate(
         passed = [one.number for one in versions if one.promoted]
         derivative = replace(derivative, versions=versions, current=max(passed, default=0))
         write_report(folder / f"v{version.number}", version)
-        shelf.write(derivative)
+        derivative = shelf.write(derivative, version.number)
         return Built(derivative, version, model), verdict
 
 
@@ -320,8 +320,7 @@ def _finish(
     verdict = judged(home, version, version_before(shelf, version))
     version = replace(version, promoted=verdict.holds, reasons=verdict.reasons)
     write_report(place, version)
-    derivative = derivative.with_version(version)
-    shelf.write(derivative)
+    derivative = shelf.write(derivative.with_version(version), number)
     for name in ("work", "work-rows", "rows", "extended", "old", "grafted", "plan.json", "trained.json"):
         remove(place / name)
     prune_bases(shelf)

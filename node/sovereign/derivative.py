@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
+from tapestry.node.lineage.listed import digest_of, listed, text_of
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.spec.tables import Between, Pattern, TableError, plain, read_table
 
@@ -138,6 +139,12 @@ class Derivative:
     current: Annotated[int, Between(0, 1_000_000), "The version that counts. 0: none passed its gate."]
     versions: Annotated[tuple[Version, ...], "Oldest first."]
     form: Annotated[int, Between(FORM, FORM), "Of this file."] = FORM
+    files: Annotated[
+        tuple[str, ...], "Every file of the finished versions, of own tokens and held out: digest and name."
+    ] = ()
+    digest: Annotated[
+        str, "blake3 of all the rest here, as canonical JSON; written by an older node: none."
+    ] = ""
 
     def version(self, number: int | None = None) -> Version:
         """A version; the current one, or where there is none the newest. Raises UserError."""
@@ -211,9 +218,13 @@ class Shelf:
             raise UserError(f"there is no derivative {name} in {self._home.path} (there are: {known})")
         return found
 
-    def write(self, derivative: Derivative) -> None:
-        text = json.dumps(plain(derivative), indent=1, sort_keys=True, allow_nan=False)
-        atomic_write(self.of(derivative.name) / "derivative.json", text.encode() + b"\n", 0o600)
+    def write(self, derivative: Derivative, changed: int) -> Derivative:
+        """Gives what it wrote: with the digests of the files of version `changed`, and of those beside."""
+        folder = self.of(derivative.name)
+        derivative = replace(derivative, files=listed(folder, derivative.files, changed), digest="")
+        derivative = replace(derivative, digest=digest_of(plain(derivative)))
+        atomic_write(folder / "derivative.json", text_of(plain(derivative)), 0o600)
+        return derivative
 
     @contextmanager
     def locked(self, name: str) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from tapestry.node.disk.files import atomic_write, seal
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.log import newest, read_log
 from tapestry.node.lineage.verify import Proof, verify
+from tapestry.node.net.descriptions import Descriptions, pack
 from tapestry.node.protocol.chain import record_to_dict
 from tapestry.node.spec.training import PRESETS
 
@@ -116,6 +119,22 @@ def test_a_record_whose_signatures_are_of_others_is_found(made: MadeHome, copy: 
     copy.chain.write_bytes(b"".join(lines))
     fault = _verify(copy.path).faults[0]
     assert (fault.file, fault.epoch) == ("chain.jsonl", 3) and "bad signature of" in fault.what
+
+
+def test_words_about_data_that_a_member_did_not_sign_are_found_and_the_member_named(
+    made: MadeHome, copy: Home
+) -> None:
+    own, other = made.identities
+    for identity in (own, other):
+        known = Descriptions(copy.descriptions, made.chain.genesis.run_id, NodeCrypto(identity))
+        known.say(identity.peer_id, ("manual pages",), 100)
+    proof = _verify(copy.path)
+    assert proof.holds and proof.descriptions == 2
+    planted = [one for one in known.all if one.peer != own.peer_id]
+    planted += [replace(one, texts=("laws",)) for one in known.all if one.peer == own.peer_id]
+    copy.descriptions.write_bytes(seal(json.loads(pack(planted))) + b"\n")
+    (fault,) = _verify(copy.path).faults
+    assert fault.file == "descriptions.json" and fault.what.startswith(f"{own.peer_id} did not sign")
 
 
 def test_a_whole_checkpoint_of_numbers_that_nobody_signed_is_found(made: MadeHome, copy: Home) -> None:

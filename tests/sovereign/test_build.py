@@ -200,15 +200,26 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        (fault,) = faults()
-        assert fault.startswith("derivatives/squares/v1/model: its tensors have the digest")
+        of_file, of_tensors = faults()
+        assert of_file.startswith("derivatives/squares/v1/model/model.safetensors: has the digest")
+        assert of_tensors.startswith("derivatives/squares/v1/model: its tensors have the digest")
     finally:
         file.write_bytes(whole)
+    for name in ("v1/model/config.json", "v1/history.json", "held-out.jsonl"):
+        file = squares.folder.parent.parent / name
+        whole = file.read_bytes()
+        try:
+            file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+            assert faults()[0].startswith(f"derivatives/squares/{name}: has the digest")
+        finally:
+            file.write_bytes(whole)
     told = squares.folder.parent.parent / "derivative.json"
     text = told.read_text()
     try:
         told.write_text(text.replace(squares.version.parent.head, "ab" * 32))
         assert any("its parent is no state of this chain" in fault for fault in faults())
+        told.write_text(text.replace('"steps": 12', '"steps": 13'))
+        assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text("{}")
         assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
     finally:

@@ -23,7 +23,7 @@ def test_it_waits_until_the_base_has_moved_so_far_and_tries_an_epoch_once(tmp_pa
     recipe = Recipe("cpt", "full", ("/a",))
     version = Version(1, "derive", parent, recipe, (), PLAIN, (), (), 1, 1, 1.0, "", HEX, (), (), True, ())
     (made.home.path / "derivatives" / "ours").mkdir(parents=True)
-    Shelf(made.home).write(Derivative("ours", 1, (version,)))
+    Shelf(made.home).write(Derivative("ours", 1, (version,)), 1)
     slept: list[int] = []
 
     def sleep(_seconds: float) -> None:

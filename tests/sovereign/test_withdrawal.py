@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
     ):
         (shelf.folder / name).mkdir(parents=True)
         parent = Parent(run_id, "a run", epoch, HEX, HEX, HEX)
-        shelf.write(Derivative(name, 1, (version(parent, source, made_of),)))
+        shelf.write(Derivative(name, 1, (version(parent, source, made_of),)), 1)
     return made
 
 

@@ -31,7 +31,7 @@ def typed(text: str) -> list[list[str]]:
                 last = [i for i, w in enumerate(words[:-1]) if w == "tapestry" and words[i + 1].isalpha()]
                 words = words[last[-1] :] if last else []
             end = next((i for i, w in enumerate(words) if w in ("|", "&&", ">", ";", "&")), len(words))
-            if len(words) > 1 and words[0] == "tapestry" and re.fullmatch(r"[a-z-]+", words[1]):
+            if len(words) > 1 and words[0] == "tapestry" and re.fullmatch(r"[a-z][a-z-]*", words[1]):
                 commands.append(words[1:end])
     return commands
 

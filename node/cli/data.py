@@ -1,5 +1,5 @@
-"""`tapestry data list|check|revoke`: what each source of data may be used for; and how a source is declared
-on the command line.
+"""`tapestry data list|check|declare|revoke`: what each source of data may be used for; and how a source is
+declared on the command line.
 
 docs/data.md says what is declared and why; spec/declared.py is the file.
 """
@@ -80,7 +80,7 @@ def listed(home: str | None, as_json: bool) -> None:
         click.echo(json.dumps(plain(declared), indent=1))
         return
     if not declared.source:
-        click.echo(f"nothing is declared in {place.data_toml}: tapestry start --data PATH --declare TEXT")
+        click.echo(f"nothing is declared in {place.data_toml}: tapestry data declare TEXT PATH")
     for one in declared.source:
         until = f", until {one.until}" if one.until else ""
         click.echo(f"{one.path}\n  {one.owner}, {one.licence}, {one.mode}{until}")
@@ -111,6 +111,29 @@ def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
             touched = withdrawal(place, lambda other, path=path: _touches(path, other))  # type: ignore[misc]
             click.echo(f"  used in {len(touched.records)} records and {len(touched.derivatives)} derivatives")
     return ExitCode.REFUSED if refused else ExitCode.DONE
+
+
+@data.command()
+@click.argument("text", metavar="TEXT")
+@click.argument("sources", metavar="[SOURCE]...", nargs=-1)
+@home_option
+@click.option("--purpose", default=BASE, show_default=True, metavar="base|derive:NAME")
+def declare(text: str, sources: tuple[str, ...], home: str | None, purpose: str) -> None:
+    """Say whose SOURCEs (default: those of node.toml) are, and under what licence, before a node starts.
+
+    TEXT is OWNER, LICENCE[, MODE][, until YYYY-MM-DD][, consent REFERENCE], or "own".
+    """
+    place = Home.locate(home, os.environ)
+    paths = _absolute(sources) or _configured(place)
+    for path in paths:
+        if not is_word(path) and not os.path.lexists(path):
+            raise UserError(f"there is no {path}", hint="a file or a folder that is there")
+    missing = undeclared(place, paths, purpose)
+    declare_missing(place, missing, purpose, text)
+    for path in paths:
+        if path not in missing:
+            refusal = Declared.load(place).refusal(path, purpose, today_utc())
+            click.echo(f"{path}: {refusal or f'may be used for {purpose} already'}", err=True)
 
 
 @data.command()

@@ -146,7 +146,7 @@ class Daemon:
         """For the service manager."""
         status = self.view.status()
         what = f"epoch {status['epoch']}, {status['phase']}"
-        return f"{what}: {status['reason']}" if status["reason"] else what
+        return what if status["reason"] in ("", status["phase"]) else f"{what}: {status['reason']}"
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -269,7 +269,7 @@ class Daemon:
             try:
                 await node.network.up.wait()
                 self.home.write_node_json(info)
-                self.notifier.ready()
+                self.notifier.ready(self._in_a_line())
                 await node.runtime.done.wait()
                 _log.info("done epoch=%d: that is all this start was to make", node.keeper.state.epoch)
             finally:

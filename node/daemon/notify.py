@@ -40,9 +40,10 @@ class Notifier:
         """How often `beat` is to be called: well within the watchdog's time."""
         return min(STATUS_EVERY_S, self._watchdog_s / 3) if self._watchdog_s else STATUS_EVERY_S
 
-    def ready(self) -> None:
+    def ready(self, status: str) -> None:
+        """What is shown from this moment on is what the node does now, not what it did while it started."""
         self._ready = True
-        self.send("READY=1")
+        self.send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
         self.send("STOPPING=1")

@@ -94,6 +94,11 @@ def _genesis(home: Home) -> tuple[Genesis, Any]:
     try:
         return read_genesis(home.genesis, ReaderCrypto())
     except FileNotFoundError:
+        if home.is_held():
+            raise UserError(
+                f"{home.path} holds no run yet: its node has not joined",
+                hint=f"tapestry status --home {home.path} says what it waits for",
+            ) from None
         raise UserError(f"{home.path} holds no run") from None
     except (Broken, OSError) as error:
         raise UserError(f"{home.genesis}: {error}", exit_code=ExitCode.FAILED) from error

@@ -222,9 +222,8 @@ def require(home: Home, paths: Iterable[str], purpose: str, today: datetime.date
     paths = tuple(paths)
     for path in paths:
         if why := declared.refusal(path, purpose, today):
-            hint = (
-                f'--declare "{FORM}"' if "not declared" in why else f"tapestry data list --home {home.path}"
-            )
+            how = f'tapestry data declare "OWNER, LICENCE" {path} --home {home.path}; or start with --declare'
+            hint = how if "not declared" in why else f"tapestry data list --home {home.path}"
             raise UserError(f"data {path} is not read: {why}", exit_code=ExitCode.USAGE, hint=hint)
     return declared.protections(paths)
 

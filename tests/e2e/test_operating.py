@@ -28,8 +28,9 @@ def test_a_service_manager_is_told_and_a_restored_member_finds_its_run(tmp_path:
     founder.environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "3000000"}
     with manager, founder:
         heard = [manager.recv(1000).decode()]
-        while "READY=1" not in heard:
+        while not heard[-1].startswith("READY=1"):
             heard.append(manager.recv(1000).decode())
+        assert heard[-1] == "READY=1\nSTATUS=epoch 0, training"
         assert heard[0].startswith("STATUS=epoch 0, starting\nWATCHDOG=1\nEXTEND_TIMEOUT_USEC=")
         founder.wait_ready()
         home = _joined(tmp_path, founder)

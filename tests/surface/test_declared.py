@@ -6,7 +6,9 @@ import datetime
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.declared import (
@@ -116,6 +118,35 @@ def test_a_mistake_in_the_file_is_named_and_nothing_is_read(
     declare(home, "/d", mode, more=more)
     with pytest.raises(UserError, match=words):
         require(home, ["/d"], BASE, TODAY)
+
+
+def run_declare(home: Home, *args: str) -> Result:
+    return CliRunner().invoke(cli, ["data", "declare", *args, "--home", str(home.path)])
+
+
+def test_sources_are_declared_before_a_node_starts_and_only_once(home: Home, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("x")
+    home.node_toml.write_text(f'[data]\npaths = ["{text}", "stdlib"]\n')
+    said = run_declare(home, "INA, CC-BY-4.0, open")  # those of node.toml
+    assert said.exit_code == 0 and f"declared {text} for base: INA, CC-BY-4.0, open" in said.stderr
+    assert refusal(home, text) == "" and len(Declared.load(home).source) == 1
+    again = run_declare(home, "own", str(text))
+    assert again.exit_code == 0 and "may be used for base already" in again.stderr
+    assert len(Declared.load(home).source) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["own"], "no data to train on"),
+        (["own", "/no/such/folder"], "there is no /no/such/folder"),
+        (["own, too, much, too", "/"], "is not understood"),
+    ],
+)
+def test_a_declaration_that_cannot_be_meant_is_refused(home: Home, args: list[str], why: str) -> None:
+    said = run_declare(home, *args)
+    assert said.exit_code == 2 and why in said.stderr and not home.data_toml.exists()
 
 
 def test_what_is_declared_on_the_command_line_is_appended_and_reads_back(home: Home) -> None:

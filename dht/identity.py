@@ -83,11 +83,10 @@ class Identity:
 
 def verify(peer_id: str, signature: bytes, message: bytes) -> bool:
     """Whether `signature` over `message` was made by the owner of `peer_id`. Hostile input gives False."""
-    public_bytes = public_key_of(peer_id)
-    if public_bytes is None:
+    if public_key_of(peer_id) is None or (key := _key_of(peer_id)) is None:
         return False
     try:
-        Ed25519PublicKey.from_public_bytes(public_bytes).verify(signature, message)
+        key.verify(signature, message)
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
@@ -116,6 +115,15 @@ def _decoded(peer_id: str) -> bytes | None:
     public_bytes = raw[len(_PEER_ID_PREFIX) :]
     # b58decode drops surrounding white space: only the text that encodes back to itself is a name.
     return public_bytes if peer_id_of(public_bytes) == peer_id else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _key_of(peer_id: str) -> Ed25519PublicKey | None:
+    public_bytes = public_key_of(peer_id)
+    try:
+        return None if public_bytes is None else Ed25519PublicKey.from_public_bytes(public_bytes)
+    except ValueError:
+        return None
 
 
 def _create_file(path: Path, content: bytes) -> None:

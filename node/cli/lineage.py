@@ -74,16 +74,24 @@ def export(
 @json_option
 @click.option("--anchor", metavar="LINE|FILE", help="What was published of this chain.")
 @click.option("--no-replay", is_flag=True, help="Signatures and digests only: no state is computed again.")
-def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool) -> int:
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that check signatures of a long chain; all cores if not given.",
+)
+def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool, jobs: int | None) -> int:
     """Check a home or an export, offline: records, updates, checkpoints, files, and the states themselves."""
     from tapestry.node.lineage.anchor import Anchor
+    from tapestry.node.lineage.signatures import jobs_here
     from tapestry.node.lineage.verify import lines
     from tapestry.node.lineage.verify import verify as proven
 
     line = ProgressLine()
     try:
         given = None if anchor is None else Anchor.parse(_text_of(anchor))
-        proof = proven(path, anchor=given, replay=not no_replay, told=line.update)
+        how_many = jobs or jobs_here()
+        proof = proven(path, anchor=given, replay=not no_replay, jobs=how_many, told=line.update)
     finally:
         line.end()
     if as_json:

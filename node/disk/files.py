@@ -125,5 +125,11 @@ def unseal(line: bytes) -> Any:
     return raw["value"]
 
 
+def is_sealed(line: bytes, value: Any) -> bool:
+    """Whether `line` is `seal(value)`, of a line that `unseal` took: its digest need not be made again."""
+    start = line[: len(_SEALED)] == _SEALED and line[75:85] == _SEALED_VALUE and line[-1:] == b"}"
+    return start and line[85:-1] == canonical(value)
+
+
 def _digest(value: Any) -> str:
     return blake3(canonical(value)).hexdigest()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapestry.node.disk.files import seal, unseal
+from tapestry.node.disk.files import is_sealed, unseal
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import (
     Crypto,
@@ -127,6 +127,6 @@ def read_records(path: Path, crypto: Crypto) -> Iterator[Record]:
                 record = record_from_dict(unseal(line[:-1]), crypto)
             except ValueError as error:
                 raise Broken(str(error), epoch) from error
-            if seal(record_to_dict(record)) + b"\n" != line:
+            if not is_sealed(line[:-1], record_to_dict(record)):
                 raise Broken("not in the form in which a node writes it", epoch)
             yield record

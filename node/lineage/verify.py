@@ -48,6 +48,7 @@ from tapestry.node.lineage.follow import Broken, Follower, island_from, read_gen
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.lineage.signatures import Ahead, Trusting
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.protocol import strict
@@ -119,19 +120,24 @@ class _Signed:
     settings: Mapping[str, float] = field(default_factory=dict)  # that the roll before the record had
 
 
-def verify(path: Path, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
-    """Of a home or an export. Raises UserError if `path` is neither."""
+def verify(
+    path: Path, *, anchor: Anchor | None = None, replay: bool = True, jobs: int = 1, told: Told
+) -> Proof:
+    """Of a home or an export. `jobs`: processes that check a long chain's signatures. Raises UserError if
+    `path` is neither."""
     if (path / MANIFEST).is_file():
-        return verify_export(path, anchor=anchor, told=told)
+        return verify_export(path, anchor=anchor, jobs=jobs, told=told)
     if (path / "genesis.json").is_file():
-        return verify_home(Home(path), anchor=anchor, replay=replay, told=told)
+        return verify_home(Home(path), anchor=anchor, replay=replay, jobs=jobs, told=told)
     raise UserError(f"{path} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}")
 
 
 # --- a home -------------------------------------------------------------------------------------------
 
 
-def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True, told: Told) -> Proof:
+def verify_home(
+    home: Home, *, anchor: Anchor | None = None, replay: bool = True, jobs: int = 1, told: Told
+) -> Proof:
     """Everything of the run that lies there."""
     proof = Proof("home")
     crypto = ReaderCrypto()
@@ -146,7 +152,8 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     derivatives = _derivatives(home, proof)
     needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives)}
     begins = island_from(home)
-    signed = _follow(home.chain, genesis, spec, crypto, needed, anchor, proof, told, begins)
+    chain = _Chain(home.chain, genesis, spec, needed, anchor, told, begins)
+    signed = _followed(chain, jobs, proof)
     if begins is not None and begins <= proof.epoch:
         proof.notes.append(
             f"chain.jsonl: from epoch {begins} on made alone, on an island; no other member has it"
@@ -171,23 +178,42 @@ def verify_home(home: Home, *, anchor: Anchor | None = None, replay: bool = True
     return proof
 
 
-def _follow(
-    path: Path,
-    genesis: Genesis,
-    spec: RunSpec,
-    crypto: ReaderCrypto,
-    needed: set[int],
-    anchor: Anchor | None,
-    proof: Proof,
-    told: Told,
-    begins: int | None = None,  # an island, by the record of this epoch
-) -> dict[int, _Signed]:
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """What is read of a chain."""
+
+    path: Path
+    genesis: Genesis
+    spec: RunSpec
+    needed: set[int]  # epochs
+    anchor: Anchor | None
+    told: Told
+    begins: int | None = None  # an island, by the record of this epoch
+
+
+def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, _Signed]:
+    """As `_follow`, and says the same; with several jobs a chain that holds is read faster."""
+    held = 0
+    if jobs > 1:
+        with Ahead(jobs) as ahead:
+            trial = replace(proof, faults=[], notes=[])
+            signed = _follow(chain, ahead, trial)
+            held = ahead.held()
+        if trial.holds and held == ahead.asked:
+            for name in ("records", "signatures", "epoch", "head"):
+                setattr(proof, name, getattr(trial, name))
+            return signed
+    return _follow(chain, Trusting(held), proof)
+
+
+def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, _Signed]:
     """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
-    follower = Follower.start(genesis, spec, crypto, begins)
+    genesis, needed, anchor = chain.genesis, chain.needed, chain.anchor
+    follower = Follower.start(genesis, chain.spec, crypto, chain.begins)
     signed = {0: _Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
     anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
     try:
-        for record in read_records(path, crypto):
+        for record in read_records(chain.path, crypto):
             settings = follower.at.roll.settings
             follower.take(record)
             body = record.body
@@ -201,16 +227,16 @@ def _follow(
             proof.records += 1
             proof.signatures += len(record.signatures)
             if body.epoch % 256 == 0:
-                told("records", body.epoch, body.epoch + 1)
+                chain.told("records", body.epoch, body.epoch + 1)
     except Broken as error:
-        proof.fault(path.name, str(error), error.epoch)
+        proof.fault(chain.path.name, str(error), error.epoch)
     except InvalidRecord as error:
-        proof.fault(path.name, str(error), follower.epoch + 1)
+        proof.fault(chain.path.name, str(error), follower.epoch + 1)
     except OSError as error:
-        proof.fault(path.name, f"cannot be read: {error.strerror}")
+        proof.fault(chain.path.name, f"cannot be read: {error.strerror}")
     proof.epoch, proof.head = follower.epoch, follower.head
     if anchor is not None:
-        _check_anchor(anchor, genesis, anchored, follower.epoch, crypto, proof)
+        _check_anchor(anchor, genesis, anchored, follower.epoch, ReaderCrypto(), proof)
     return signed
 
 
@@ -543,7 +569,7 @@ def _check_version(
 # --- an export ----------------------------------------------------------------------------------------
 
 
-def verify_export(folder: Path, *, anchor: Anchor | None = None, told: Told) -> Proof:
+def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, told: Told) -> Proof:
     """Every file, the records that it carries, and its tensors."""
     proof = Proof("export")
     told("files", 0, 1)
@@ -564,7 +590,8 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, told: Told) -> 
         proof.fault(f"{LINEAGE}/genesis.json", str(error))
         return proof
     proof.run_id, proof.run_name = genesis.run_id, spec.name
-    signed = _follow(folder / LINEAGE / "chain.jsonl", genesis, spec, crypto, {epoch}, anchor, proof, told)
+    chain = _Chain(folder / LINEAGE / "chain.jsonl", genesis, spec, {epoch}, anchor, told)
+    signed = _followed(chain, jobs, proof)
     said = signed.get(epoch)
     if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
         proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--signed", action="store_true", help="with signatures that hold")
     parser.add_argument("--indexed", action="store_true", help="make index and marks too, of `start`")
+    parser.add_argument("--jobs", type=int, default=1, help="of `verify`, with --signed")
     parser.add_argument("--folder", help="where the home is made; default: the temporary folder")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--home", help=argparse.SUPPRESS)  # of `read` and `check`
@@ -99,7 +101,8 @@ def _measure(options: argparse.Namespace, count: int, home: Path) -> dict[str, A
         "made_s": round(time.monotonic() - began),
     }
     if options.what == "verify":
-        return measured | _apart("check", home, *(["--signed"] if options.signed else []))
+        flags = ["--signed", "--jobs", str(options.jobs)] if options.signed else []
+        return measured | _apart("check", home, *flags)
     if not options.indexed:
         first = _apart("read", home)
         measured |= {"first_s": first["seconds"], "first_MB": first["memory_MB"]}
@@ -145,17 +148,25 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     if not options.signed:
         ReaderCrypto.verify = lambda self, peer, signature, message: True  # type: ignore[method-assign]
     before, began = _memory_bytes(), time.monotonic()
-    proof = verify_home(Home(Path(options.home)), replay=False, told=lambda what, done, total: None)
+    home = Home(Path(options.home))
+    proof = verify_home(home, replay=False, jobs=options.jobs, told=lambda what, done, total: None)
     seconds = time.monotonic() - began
     faults = [str(fault) for fault in proof.faults]
     return {
         "epoch": proof.epoch,
         "signatures": proof.signatures,
         "seconds": round(seconds, 1),
+        "cpu_s": round(_cpu_s(), 1),
         "memory_MB": round((_memory_bytes("VmHWM") - before) / 1e6, 1),
         "peak_MB": round(_memory_bytes("VmHWM") / 1e6),
         "faults": faults,
     }
+
+
+def _cpu_s() -> float:
+    """Of this process; of those that check signatures, only what they have used when they have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _memory_bytes(of: str = "VmRSS") -> int:

@@ -117,8 +117,10 @@ def test_a_record_whose_signatures_are_of_others_is_found(made: MadeHome, copy: 
     other = record_to_dict(made.chain.records[3])
     lines[2] = seal({**record, "signatures": other["signatures"]}) + b"\n"
     copy.chain.write_bytes(b"".join(lines))
-    fault = _verify(copy.path).faults[0]
+    proof = _verify(copy.path)
+    fault = proof.faults[0]
     assert (fault.file, fault.epoch) == ("chain.jsonl", 3) and "bad signature of" in fault.what
+    assert _verify(copy.path, jobs=2) == proof, "checked ahead, it is another proof"
 
 
 def test_words_about_data_that_a_member_did_not_sign_are_found_and_the_member_named(

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -144,6 +146,8 @@ class Download:
         self.missing = dict.fromkeys(range(chunk_count(state.size_bytes)))  # in order
         self._state = state
         self.part = part
+        self._lock = threading.Lock()  # a thread may outlive the task that asked for it
+        self._open = True
 
     def take_up(self) -> None:
         """Put what an earlier download left into the state."""
@@ -152,6 +156,7 @@ class Download:
             data = self.part.read(index)
             if blake3(data).digest() == self._digest_of(index):
                 self._place(index, data)
+                del self.missing[index]
 
     async def ask(self, stream: Stream, index: int) -> None:
         manifest = self.manifest
@@ -163,12 +168,22 @@ class Download:
         answer, data = await stream.answer("chunk", {"index": int}, REQUEST_BYTES_MAX, size)
         if answer["index"] != index or len(data) != size:
             raise RemoteProtocolError("malformed", f"{len(data)} bytes in place of chunk {index}")
+        await asyncio.to_thread(self._take, index, data)
+        self.missing.pop(index, None)  # another donor may have been faster
+
+    def _take(self, index: int, data: bytearray) -> None:
+        """In a thread: the loop reads what the other donors send meanwhile. Raises RemoteProtocolError."""
         if blake3(data).digest() != self._digest_of(index):
             raise RemoteProtocolError("digest", f"chunk {index} is not the one of the manifest")
-        if index in self.missing and self.part is not None:
-            await asyncio.to_thread(self.part.put, index, data)
-        if index in self.missing:  # else another donor was faster
+        if index in self.missing:
+            if self.part is not None:
+                self.part.put(index, data)
             self._place(index, data)
+
+    def close(self) -> None:
+        """From now on nothing is written into the state."""
+        with self._lock:
+            self._open = False
 
     def finish(self) -> str:
         """The state is whole. Raises RemoteProtocolError if it is not the one that was signed."""
@@ -184,11 +199,13 @@ class Download:
         return self.manifest.chunks[DIGEST_BYTES * index : DIGEST_BYTES * (index + 1)]
 
     def _place(self, index: int, data: bytes | bytearray) -> None:
-        start, taken = index * CHUNK_BYTES, 0
-        for span in spans(self._state.overwrite(), start, start + len(data)):
-            span[:] = data[taken : taken + len(span)]
-            taken += len(span)
-        del self.missing[index]
+        start, taken, view = index * CHUNK_BYTES, 0, memoryview(data)
+        with self._lock:
+            if not self._open:
+                return
+            for span in spans(self._state.overwrite(), start, start + len(data)):
+                span[:] = view[taken : taken + len(span)]
+                taken += len(span)
 
 
 @dataclass(slots=True)
@@ -243,6 +260,9 @@ class _Fetch:
             for task in tasks:
                 task.cancel()
             done = await asyncio.gather(*tasks, return_exceptions=True)
+            for download in (self._left, self._download):
+                if download is not None:
+                    await asyncio.to_thread(download.close)
         for outcome in done:  # our own disk's, or our bug
             if isinstance(outcome, Exception):
                 raise outcome
@@ -252,7 +272,11 @@ class _Fetch:
         """The digest of the whole state; "" if it is not the signed one: all who offered it are told of."""
         assert self._download is not None
         try:
-            digest = self._download.finish()
+            with ThreadPoolExecutor(1) as beside:  # the disk writes while the processor hashes
+                synced = beside.submit(self._part.sync) if self._part is not None else None
+                digest = self._download.finish()
+            if synced is not None:
+                synced.result()
         except RemoteProtocolError as error:
             for name, offer in self._offers.items():
                 if offer == self._download.manifest:

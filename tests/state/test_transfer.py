@@ -229,6 +229,21 @@ def test_a_download_goes_on_where_another_donor_broke_off(big: Run) -> None:
     assert state_bytes(state) == big.numbers[1]
 
 
+def test_a_chunk_of_a_fetch_that_has_ended_is_not_written_into_the_state(big: Run) -> None:
+    """Its thread may be late, and the state has gone on."""
+    state = big.fresh()
+
+    async def late(open_stream: OpenStream) -> bytes:
+        stream = Frames(*await open_stream(), LIMITS, no_count)
+        download = Download(await fetch_manifest(stream, 2, big.chain, state), state)
+        await download.ask(stream, 1)
+        download.close()
+        await download.receive(stream, 1)
+        return state_bytes(state)
+
+    assert between(donor(big).serve, late) == state_bytes(big.fresh())
+
+
 def test_every_byte_is_counted_on_both_sides(big: Run) -> None:
     ours: Counter[str] = Counter()
     theirs: Counter[str] = Counter()

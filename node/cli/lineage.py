@@ -112,10 +112,14 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool, jobs:
 @json_option
 @click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
 @click.option("--egress", "as_egress", is_flag=True, help="What left this node, in place of the chain.")
-def log(home: str | None, as_json: bool, last: int | None, as_egress: bool) -> None:
+@click.option("--branches", "as_branches", is_flag=True, help="The run, and what was made alone on islands.")
+def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_branches: bool) -> None:
     """The epochs of a home's chain: when, who with which share, how many bytes, which head."""
     from tapestry.node.lineage.log import lines, read_log
 
+    if as_branches:
+        _log_branches(Home.locate(home, os.environ), as_json)
+        return
     if as_egress:
         _log_egress(Home.locate(home, os.environ), as_json, last)
         return
@@ -159,6 +163,16 @@ def _losses(home: Home) -> dict[int, float]:
 
     points = (entry for entry in look_at_history(home.history) if isinstance(entry, Point))
     return {point.epoch: point.loss for point in points if point.loss is not None}
+
+
+def _log_branches(home: Home, as_json: bool) -> None:
+    from tapestry.node.lineage.branches import branches, lines
+
+    found = branches(home)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+    else:
+        click.echo("\n".join(lines(found)))
 
 
 def _log_egress(home: Home, as_json: bool, last: int | None) -> None:

@@ -67,7 +67,7 @@ def read_tokens(path: Path, base: Path) -> tuple[str, ...]:
     tokens = tuple(dict.fromkeys(line for line in lines if line.strip()))
     if not 0 < len(tokens) <= TOKENS_MAX:
         raise UserError(f"{path} has {len(tokens)} tokens: from 1 to {TOKENS_MAX:,} can be added")
-    tokenizer = _tokenizer(base)
+    tokenizer = tokenizer_of(base)
     known = tokenizer.get_vocab()
     fit = set(_fitting(tokenizer, [token for token in tokens if token not in known]))
     wrong = [token for token in tokens if token not in fit]
@@ -81,7 +81,7 @@ def read_tokens(path: Path, base: Path) -> tuple[str, ...]:
 
 def learned(base: Path, texts: Callable[[], Iterable[str]], count: int) -> tuple[str, ...]:
     """At most `count` tokens, those that save most ids of these texts; fewer where little can be saved."""
-    tokenizer = _tokenizer(base)
+    tokenizer = tokenizer_of(base)
     size = ALPHABET + CANDIDATES * count
     new = tokenizer.train_new_from_iterator(_bounded(texts()), vocab_size=size, show_progress=False)
     inside = "\0".join(_texts(tokenizer))
@@ -103,7 +103,7 @@ def learned(base: Path, texts: Callable[[], Iterable[str]], count: int) -> tuple
 
 def _saved(tokenizer: Any, tokens: Sequence[str], texts: Iterable[str]) -> dict[str, int]:
     """How many ids of the texts each token saves, if all are there: of several at one place the longest."""
-    extended = _with_tokens(tokenizer, tokens)
+    extended = with_tokens(tokenizer, tokens)
     seen: Counter[int] = Counter()
     for text in texts:
         seen.update(_ids(extended, text))
@@ -132,7 +132,7 @@ def _texts(tokenizer: Any) -> Iterator[str]:
 
 def _fitting(tokenizer: Any, tokens: Sequence[str]) -> Iterator[str]:
     """Those that become one id and are written back as they are: not all decoders know all characters."""
-    extended = _with_tokens(tokenizer, tokens)
+    extended = with_tokens(tokenizer, tokens)
     anchor = _ids(extended, "a")
     start = len(extended.decode(anchor))
     for token in tokens:
@@ -146,7 +146,7 @@ def _fitting(tokenizer: Any, tokens: Sequence[str]) -> Iterator[str]:
 
 def extend(base: Path, tokens: Sequence[str], out: Path) -> None:
     """Write the base with the tokens into the folder `out`, f32. Raises ModelError, OSError."""
-    tokenizer = _tokenizer(base)
+    tokenizer = tokenizer_of(base)
     pieces = pieces_of(base, tokens)
     model = load_base(base, torch.float32)
     rows = max(model.get_input_embeddings().weight.shape[0], max(pieces) + 1)
@@ -157,7 +157,7 @@ def extend(base: Path, tokens: Sequence[str], out: Path) -> None:
             tensor[list(pieces)] = torch.stack(means)
     quiet()
     model.save_pretrained(out)
-    _with_tokens(tokenizer, tokens).save_pretrained(out)
+    with_tokens(tokenizer, tokens).save_pretrained(out)
     copy_beside(base, out)
 
 
@@ -165,7 +165,7 @@ def pieces_of(base: Path, tokens: Sequence[str]) -> dict[int, list[int]]:
     """By the id that each token gets: the ids of the base that it replaces."""
     if not tokens:
         return {}  # without waiting for a tokenizer
-    tokenizer = _tokenizer(base)
+    tokenizer = tokenizer_of(base)
     return {len(tokenizer) + index: _ids(tokenizer, token) for index, token in enumerate(tokens)}
 
 
@@ -208,14 +208,16 @@ def counted(examples: Iterable[Example]) -> int:
 # --- tokenizers ---------------------------------------------------------------------------------------
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """As transformers loads it from a base's folder."""
     from transformers import AutoTokenizer
 
     quiet()
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
+def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """The same with an id more for each token."""
     from transformers import AddedToken
 
     extended = type(tokenizer).from_pretrained(tokenizer.name_or_path, local_files_only=True)

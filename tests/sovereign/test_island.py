@@ -15,6 +15,7 @@ from tapestry.node.disk.held import open_run
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage import island
+from tapestry.node.lineage.branches import Branch, branches
 from tapestry.node.lineage.bring import Brought, bring
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import export_home
@@ -61,6 +62,18 @@ def rejoin(home: Home, *more: str) -> str:
     run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--keep", "alone", *more])
     assert run.exit_code == 0, run.output
     return run.stdout
+
+
+def test_the_log_tells_the_run_from_what_was_made_alone_before_and_after_the_way_back(made: MadeHome) -> None:
+    heads = [made.chain.head_at(epoch) for epoch in (2, 5)]
+    assert branches(made.home) == [
+        Branch("run", "island", 0, 2, heads[0], False),
+        Branch("island", ".", 2, 5, heads[1], True),
+    ]
+    rejoin(made.home, "--declare", "us, CC0-1.0, open")
+    said = CliRunner().invoke(cli, ["log", "--branches", "--home", str(made.home.path)]).stdout.splitlines()
+    assert said[1].split() == ["run", "0-2", heads[0][:16], ".", "goes", "on"]
+    assert said[2].split()[:4] == ["island", "3-5", heads[1][:16], f"islands/00000005-{heads[1][:16]}"]
 
 
 def test_the_way_back_keeps_a_derivative_and_the_island_and_puts_the_home_back(

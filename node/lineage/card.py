@@ -15,6 +15,8 @@ from tapestry.node.protocol.chain import Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 
+CHANGES_SHOWN = 32  # of the newest, of how a run trains
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -30,6 +32,7 @@ class Lineage:
     data: tuple[str, ...] = ()  # descriptions that the exporting member publishes
     others: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of `members`: peer id and what it signed
     vectors: tuple[tuple[str, str], ...] = ()  # digest of each vector of the state, in order
+    settings: tuple[tuple[int, str], ...] = ()  # that records changed since the spec: epoch, "key number"
 
     def table(self) -> dict[str, Any]:
         """For tapestry.json."""
@@ -54,13 +57,18 @@ def members_of(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(weights.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
+def settings_of(records: Iterable[Record]) -> tuple[tuple[int, str], ...]:
+    """What records changed of how the run trains: from which epoch on, and to what."""
+    return tuple([(r.body.epoch, c.value) for r in records for c in r.body.changes if c.kind == "set"])
+
+
 def model_card(lineage: Lineage, spec: RunSpec, *, adapters_apart: bool) -> str:
     """The whole README.md."""
     sections = [
         _front_matter(lineage, adapters_apart),
         _heading(lineage),
         _loading(adapters_apart),
-        _training(spec),
+        _training(spec, lineage.settings),
         _base(spec, lineage),
         _members(lineage.members),
         _data(lineage),
@@ -115,7 +123,7 @@ def _loading(adapters_apart: bool) -> str:
     return "\n".join(["## How to load it", "", note + "```python", *code, "```", ""])
 
 
-def _training(spec: RunSpec) -> str:
+def _training(spec: RunSpec, changed: Sequence[tuple[int, str]]) -> str:
     train, outer = spec.train, spec.outer
     inner = (
         f"{train.inner_steps} steps of {train.optimizer} (lr {train.lr:g}, batch {train.batch_size})"
@@ -131,8 +139,23 @@ def _training(spec: RunSpec) -> str:
             f"({spec.compression.codec}) and applied by {outer.optimizer} (lr {outer.lr:g}). "
             "No text left a member.",
             "",
+            *_changes(changed),
         ]
     )
+
+
+def _changes(changed: Sequence[tuple[int, str]]) -> list[str]:
+    if not changed:
+        return []
+    lines = [f"- from epoch {epoch}: `{value}`" for epoch, value in changed[-CHANGES_SHOWN:]]
+    left = len(changed) - CHANGES_SHOWN
+    return [
+        "The members changed since:",
+        "",
+        *([f"- {left} earlier changes"] if left > 0 else []),
+        *lines,
+        "",
+    ]
 
 
 def _base(spec: RunSpec, lineage: Lineage) -> str:

@@ -26,7 +26,7 @@ from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.card import Lineage, members_of, model_card
+from tapestry.node.lineage.card import Lineage, members_of, model_card, settings_of
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.exported import described
 from tapestry.node.lineage.huggingface import (
@@ -189,6 +189,7 @@ def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> 
         licence="" if base is None else licence_of(base),
         data=published(Declared.load(home)),
         others=_said_by_others(home, chain, [peer for peer, _ in members]),
+        settings=settings_of(records_from(chain, 0, restored.epoch)),
     )
 
 

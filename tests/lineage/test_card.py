@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from homes import make_home
 
 from tapestry.node.disk.checkpoints import Restoration
-from tapestry.node.lineage.card import Lineage, model_card
+from tapestry.node.lineage.card import Lineage, model_card, settings_of
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import _lineage
 from tapestry.node.net.descriptions import Descriptions
+from tapestry.node.protocol.members import Change
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS
 
@@ -35,6 +38,18 @@ def test_a_card_names_each_ones_word_and_who_said_nothing(own, others, silent) -
     for peer, texts in others:
         assert f"What `{peer}` says of its own, signed by its key:\n\n- {texts[0]}\n" in card
     assert ("- mine (of me, own)" in card) == bool(own)
+
+
+def test_a_card_says_which_settings_records_changed() -> None:
+    spec = new_spec("a run", PRESETS["nano"])
+    changes = Change("set", "", "train.lr 0.0005", 9, "0" * 32), Change("admit", "b", "", 9, "1" * 32)
+    records = [SimpleNamespace(body=SimpleNamespace(epoch=7, changes=changes))] * 40
+    settings = settings_of(records)  # type: ignore[arg-type]
+    assert settings == ((7, "train.lr 0.0005"),) * 40
+    lineage = Lineage("ab" * 32, "a run", 40, "cd" * 32, "ef" * 32, settings=settings)
+    card = model_card(lineage, spec, adapters_apart=False)
+    assert "- from epoch 7: `train.lr 0.0005`" in card and "- 8 earlier changes" in card
+    assert "changed since" not in model_card(replace(lineage, settings=()), spec, adapters_apart=False)
 
 
 def test_an_export_tells_what_other_contributors_signed_and_nothing_else(tmp_path: Path) -> None:

@@ -119,6 +119,11 @@ class Home:
         return self.path / "http.token"
 
     @property
+    def http_cert(self) -> Path:
+        """The certificate that the endpoint shows, if it has one: surface/tls.py"""
+        return self.path / "http.cert"
+
+    @property
     def listen(self) -> Path:
         """What port 0 became the last time."""
         return self.path / "listen.json"

@@ -39,7 +39,9 @@ declare_option = click.option(
 )
 
 
-def declare_missing(home: Home, paths: Iterable[str], purpose: str, text: str | None) -> None:
+def declare_missing(
+    home: Home, paths: Iterable[str], purpose: str, text: str | None, silent: bool = False
+) -> None:
     """Each source that nobody declared for the purpose: by `text`, or ask whoever sits there, once. Raises
     UserError where there is neither; a source that does not exist is left for its reader to name."""
     from tapestry.node.lineage.uses import note
@@ -50,7 +52,8 @@ def declare_missing(home: Home, paths: Iterable[str], purpose: str, text: str | 
         made = parse_declaration(said, path, purpose)
         append(home, [made])
         note(home, "declared", path=path, declaration=plain(made))
-        click.echo(f"declared {path} for {purpose}: {made.owner}, {made.licence}, {made.mode}", err=True)
+        if not silent:
+            click.echo(f"declared {path} for {purpose}: {made.owner}, {made.licence}, {made.mode}", err=True)
 
 
 def _asked(path: str, purpose: str) -> str:

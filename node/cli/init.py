@@ -73,7 +73,7 @@ def init(
     if lora_rank is not None and base is None:
         raise UserError("--lora trains adapters on a base", hint="name it with --base HFDIR")
     home = Home(directory.expanduser().absolute())
-    for path in (home.run_toml, home.node_toml, home.data_toml):
+    for path in (home.run_toml, home.node_toml):
         if os.path.lexists(path):
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")
     run_name = name or _name_for(home.path)
@@ -85,6 +85,8 @@ def init(
         spec = recipe(spec, epochs or 0)
     spec = replace(spec, members=replace(spec.members, admission=admission))
     texts = {home.run_toml: spec.to_toml(), home.node_toml: node.to_toml(), home.data_toml: template()}
+    if os.path.lexists(home.data_toml):  # declared before: `tapestry data declare`
+        del texts[home.data_toml]
     for path, text in texts.items():
         _write_new(path, text)
         click.echo(f"wrote {path}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,7 @@ import click
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
-from tapestry.node.surface.token import bearer
-
-HTTP_TIMEOUT_S = 5.0
-
-
-HTTP_BYTES_MAX = 4 * 2**20  # Guess: /peers with 10,000 peers has 3 MB.
+from tapestry.node.surface.ask import ask
 
 
 @click.command(epilog=examples("tapestry status", "tapestry status --json | jq .epoch"))
@@ -95,14 +89,8 @@ def ask_node(home: Home, path: str) -> object:
     url = state.info.http if state.info is not None else home.starting_url(state.pid)
     if url is None or state.liveness not in (Liveness.RUNNING, Liveness.STARTING):
         raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the node is local: no proxy
     try:
-        request = urllib.request.Request(url + path, headers=bearer(home.http_token))
-        with opener.open(request, timeout=HTTP_TIMEOUT_S) as response:
-            data = response.read(HTTP_BYTES_MAX + 1)
-        if len(data) > HTTP_BYTES_MAX:
-            raise ValueError(f"the answer is longer than {HTTP_BYTES_MAX} bytes")
-        return json.loads(data)
+        return ask(home, url, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"the node (pid {state.pid}) does not answer at {url}: {error}",

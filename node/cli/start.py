@@ -211,7 +211,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     if config.external:
         return
     paths = paths_of(config.data)
-    declare_missing(config.home, paths, BASE, declaration)
+    declare_missing(config.home, paths, BASE, declaration, silent=config.log_format == "json")
     require(config.home, (one for one in paths if is_word(one) or os.path.lexists(one)), BASE, today_utc())
     try:
         list_data(config.data)

@@ -69,6 +69,7 @@ from tapestry.node.surface.http import needs_token, start_http
 from tapestry.node.surface.logs import Log
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
+from tapestry.node.surface.tls import ServerTls
 from tapestry.node.surface.token import Token
 from tapestry.node.surface.trackers import open_trackers
 from tapestry.node.trainer.messages import Hello, Tokenizing
@@ -191,8 +192,9 @@ class Daemon:
                 shown,
                 history=self.history,
                 admit=Admit(token, self.view.admit),
+                tls=await asyncio.to_thread(self._tls),
             )
-            self._show_new(shown)
+            self._show_token(shown)
             stack.push_async_callback(http.close)
             self.home.write_endpoint(http.url)
             stack.callback(self.home.remove_endpoint)
@@ -396,13 +398,22 @@ class Daemon:
         if self._prints:
             _print_banner(info, run_name, is_open)
 
-    def _show_new(self, token: Token | None) -> None:
-        """Once: from then on it is in its file only."""
+    def _tls(self) -> ServerTls | None:
+        if self.config.http_tls is None:
+            return None
+        cert, key = self.config.http_tls
+        return ServerTls(cert, key, self.home.http_cert)
+
+    def _show_token(self, token: Token | None) -> None:
+        """Where it is; itself only once: from then on it is in its file only."""
         if token is None:
             return
         _log.info("endpoint_token=%s path=%s", "made" if token.new else "needed", token.path)
-        if token.new and self._prints:
-            sys.stdout.write(f"endpoint token  {token.text}  (kept in {token.path}, not shown again)\n")
+        if self._prints:
+            text = (
+                f"{token.text}  (kept in {token.path}, not shown again)" if token.new else f"in {token.path}"
+            )
+            sys.stdout.write(f"endpoint token  {text}\n")
             sys.stdout.flush()
 
     @property

@@ -7,7 +7,7 @@ A child's output goes to HOME/node.out, as with `start --detach`; why it ended i
 from __future__ import annotations
 
 import contextlib
-import json
+import http.client
 import os
 import select
 import signal
@@ -15,20 +15,19 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tapestry.node.home import Home, Liveness, NodeInfo
 from tapestry.node.library.errors import SwarmError
+from tapestry.node.surface.ask import ask
 from tapestry.node.trainer.guest import GREETING, knock
 from tapestry.node.trainer.shared import BUFFERS
 
 START_S = 120.0  # a child's first sign: its interpreter on a busy machine. Guess
 ANSWER_S = 10.0  # of a node that runs: it greets at once, unless another script is there
 STOP_S = 20.0  # the node's own limit is 10 s (daemon/life.py)
-ASK_S = 5.0
 LOG_TAIL_BYTES = 16 << 10
 
 
@@ -114,14 +113,13 @@ class Daemon:
         )
 
     def ask(self, path: str) -> Any:
-        """A page of its loopback endpoint, as JSON. Raises SwarmError."""
+        """A page of its endpoint, as JSON. Raises SwarmError."""
         info = self._home.read_node_json().info
         if info is None:
             raise self.failure()
         try:
-            with urllib.request.urlopen(info.http.rstrip("/") + path, timeout=ASK_S) as answer:
-                return json.load(answer)
-        except (OSError, ValueError) as error:
+            return ask(self._home, info.http, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise SwarmError(f"the node in {self._home.path} does not answer: {error}") from error
 
     def failure(self) -> SwarmError:

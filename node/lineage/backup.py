@@ -33,6 +33,7 @@ EXTRAS = (
     "peers.json",
     "listen.json",
     "history.jsonl",
+    "http.cert",
     "http.token",
     "log-levels.json",
     "home.json",

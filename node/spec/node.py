@@ -74,6 +74,7 @@ class NodeConfig:
     relay: bool  # carry connections of members behind NAT
     http_host: str
     http_port: int  # 0: a free one
+    http_tls: tuple[Path, Path] | None  # certificate and key; None: not encrypted
     device: str  # as spec.training.DEVICE
     threads: int  # of the trainer, at least 1
     training: LocalTraining
@@ -120,6 +121,7 @@ class NodeConfig:
             relay=options.relay,
             http_host=host,
             http_port=port,
+            http_tls=_tls(options.http_cert, options.http_key, where),
             device=options.device,
             threads=options.threads or len(os.sched_getaffinity(0)),
             training=options.training,
@@ -172,6 +174,11 @@ class NodeToml:
     http: Annotated[
         str, 'HOST:PORT of the metrics and status pages; port 0 takes a free port. "[::1]:9470" for IPv6.'
     ] = "127.0.0.1:9470"
+    http_cert: Annotated[
+        str,
+        "A certificate and its chain in PEM: those pages are then served over TLS. Read again when renewed.",
+    ] = ""
+    http_key: Annotated[str, "The key of http_cert, in PEM, without a password."] = ""
     device: Annotated[
         str,
         DEVICE,
@@ -282,7 +289,7 @@ def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _rebased(key: str, value: Any, base: Path) -> Any:
-    if key in ("run", "base") and value:
+    if key in ("run", "base", "http_cert", "http_key") and value:
         return str(_inside(base, value))
     if key == "data":
         return rebased_data(value, base)
@@ -307,6 +314,13 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
         except ValueError as error:
             raise UserError(f"{where}: '{match['v6']}' is not an IPv6 address") from error
     return match["v6"] or match["host"], int(match["port"])
+
+
+def _tls(cert: str, key: str, where: Mapping[str, str]) -> tuple[Path, Path] | None:
+    if bool(cert) != bool(key):
+        given, missing = ("http_cert", "http_key") if cert else ("http_key", "http_cert")
+        raise UserError(f"{where[given]} is given without {missing}", hint="TLS needs both")
+    return (Path(cert), Path(key)) if cert else None
 
 
 def _peers(texts: tuple[str, ...], where: str) -> tuple[str, ...]:

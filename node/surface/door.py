@@ -5,7 +5,7 @@ the node's file descriptors, and it ended while writing a vote. Here each connec
 or has a deadline, and the house has a last place: whoever comes when it is full takes the place of the
 connection that has been silent longest. So one that only holds places cannot keep a scraper out.
 
-    listening socket -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
+    listening socket [-> secure.py] -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
 
 Imports asyncio only.
 """

@@ -18,7 +18,7 @@ import ipaddress
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,7 +32,9 @@ from tapestry.node.surface.assets import PREFIX, get_asset, get_page
 from tapestry.node.surface.door import Door, DoorLimits
 from tapestry.node.surface.history import History
 from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
+from tapestry.node.surface.secure import SecureListener, Within
 from tapestry.node.surface.sse import EventStreams
+from tapestry.node.surface.tls import ServerTls
 from tapestry.node.surface.token import Token
 
 CLOSE_TIMEOUT_S = 1.0  # requests under way get so long when the node stops
@@ -59,6 +61,15 @@ class View(Protocol):
         """Whether the node has joined and is at the head, and the reason if it is not."""
 
 
+class Listener(Protocol):
+    """asyncio.Server, or SecureListener."""
+
+    @property
+    def sockets(self) -> Sequence[Any]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class HttpServer:
     """A running endpoint. `host` and `port` are what it is bound to, `url` is where to find it."""
@@ -67,7 +78,7 @@ class HttpServer:
     port: int
     url: str
     runner: web.AppRunner
-    listener: asyncio.Server
+    listener: Listener
 
     async def close(self) -> None:
         """Stop listening; returns when the last request is answered, or after CLOSE_TIMEOUT_S."""
@@ -84,6 +95,7 @@ async def start_http(
     limits: DoorLimits | None = None,
     history: History | None = None,  # None: an empty one
     admit: Admit | None = None,  # None: nobody is admitted from here
+    tls: ServerTls | None = None,  # None: not encrypted
 ) -> HttpServer:
     """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
     doors: list[Door] = []  # one, as soon as there is aiohttp's server behind it
@@ -101,15 +113,21 @@ async def start_http(
     )
     await runner.setup()
     assert runner.server is not None
-    doors.append(Door(runner.server, limits or DoorLimits()))
+    doors.append(Door(runner.server, limits := limits or DoorLimits()))
     loop = asyncio.get_running_loop()
     try:
-        listener = await loop.create_server(doors[0], host, port, backlog=BACKLOG)
+        listener: Listener
+        if tls is None:
+            listener = await loop.create_server(doors[0], host, port, backlog=BACKLOG)
+        else:
+            within = Within(limits.connections_max, limits.idle_s, BACKLOG)
+            listener = await SecureListener.open(doors[0], host, port, tls.context, within)
     except OSError as error:
         await runner.cleanup()
         raise _cannot_listen(host, port, error) from error
     bound_port = int(listener.sockets[0].getsockname()[1])
-    return HttpServer(host, bound_port, _url(host, bound_port), runner, listener)
+    scheme = "http" if tls is None else "https"
+    return HttpServer(host, bound_port, _url(scheme, host, bound_port), runner, listener)
 
 
 def needs_token(host: str) -> bool:
@@ -268,7 +286,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
     )
 
 
-def _url(host: str, port: int) -> str:
+def _url(scheme: str, host: str, port: int) -> str:
     """Where this machine finds the endpoint; a wildcard address is found on loopback."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    return f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"

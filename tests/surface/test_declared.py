@@ -136,6 +136,12 @@ def test_sources_are_declared_before_a_node_starts_and_only_once(home: Home, tmp
     assert len(Declared.load(home).source) == 1
 
 
+def test_a_run_is_written_into_a_home_where_data_are_declared_already(home: Home, tmp_path: Path) -> None:
+    assert run_declare(home, "own", str(tmp_path)).exit_code == 0
+    said = CliRunner().invoke(cli, ["init", str(home.path), "--preset", "nano"])
+    assert said.exit_code == 0 and home.run_toml.exists() and refusal(home, tmp_path) == ""
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [

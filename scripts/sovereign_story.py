@@ -1,6 +1,6 @@
 """The whole of Sovereign Build on this machine: three members with different text train a base; one makes a
-model of its own from it by SFT on its own pairs; the base moves on; the model follows; all is exported and
-verified.
+model of its own from it by SFT on its own pairs; the base moves on; the model follows; both are exported, the
+member leaves with an exit, and all is verified offline.
 
     scripts/sovereign_story.py [--keep DIR] [--epochs 20] [--steps 200]
 
@@ -75,9 +75,10 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
     _run("export", place / "model", "--home", ours, "--derivative", "ours")
     _run("export", place / "base", "--home", ours, "--epoch", _epoch(ours) - 1)  # one that is signed
     anchor = _run("anchor", "--home", ours).strip()
+    _run("exit", place / "out", "--home", ours)
     for home in reversed(homes):
         _run("stop", "--home", home)
-    for home in homes:
+    for home in (*homes, place / "out"):
         print(f"verify {home.name}: {_run('verify', home, '--anchor', anchor).splitlines()[-1]}")
     for name in ("model", "base"):
         print(f"verify {name}: {_run('verify', place / name).splitlines()[-1]}")

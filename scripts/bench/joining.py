@@ -10,6 +10,7 @@ node/net/download.py and donor.py.
     bytes' time   of parameters and outer momentum, at all the donors' caps together
     ratio         what it took, by that; verified to the last digest, with the checkpoint synced on the disk
     cpu           seconds of processor time, of the fetching process
+    giving        seconds of processor time, of the process of all the donors: what giving costs without p2pd
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -137,8 +139,11 @@ def _measure(folder: Path, joiner: Path, genesis: Genesis, state: ModelState, ca
             logging.getLogger("tapestry.transfer").addHandler(shares)
             logging.getLogger("tapestry.transfer").setLevel(logging.INFO)
             cpu, began = _cpu_s(), time.monotonic()
+            gave = psutil.Process(giving.pid).cpu_times()
             asyncio.run(_fetch(ports, genesis, state, joiner))
             took_s, cpu_s = time.monotonic() - began, _cpu_s() - cpu
+            given = psutil.Process(giving.pid).cpu_times()
+            giving_s = given.user + given.system - gave.user - gave.system
         finally:
             giving.terminate()
     bytes_s = state.size_bytes / (MB * sum(map(float, caps)))
@@ -150,6 +155,7 @@ def _measure(folder: Path, joiner: Path, genesis: Genesis, state: ModelState, ca
         f"bytes_time_s={bytes_s:.2f}",
         f"ratio={took_s / bytes_s:.3f}",
         f"cpu_s={cpu_s:.1f}",
+        f"giving_s={giving_s:.1f}",
         f"chunks={shares.told}",
     ]
 

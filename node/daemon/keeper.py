@@ -202,16 +202,19 @@ class Keeper:
     def donor(self, on_bytes: Callable[[str, int], None], genesis_only: bool = False) -> Donor:
         """What serves others from this disk: members, or whoever asks what the run is."""
         limits = replace(self._transfer, serves_max=GENESIS_SERVES_MAX) if genesis_only else self._transfer
-        return Donor(
+        donor = Donor(
             self._chain.genesis, self.store, self.checkpoints, limits, on_bytes, self._base, genesis_only
         )
+        donor.stall_s = lambda: self._stall_s(self._chain)
+        return donor
 
     async def fetch_update(
         self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
     ) -> None:
         """Into the update log. Raises as transfer.py says."""
         arithmetic = self.state.arithmetic
-        await fetch_update(open_stream, wanted, arithmetic, self.store, self._transfer, on_bytes)
+        limits = replace(self._transfer, stall_s=self._stall_s(self._chain))
+        await fetch_update(open_stream, wanted, arithmetic, self.store, limits, on_bytes)
 
     async def fetch_state(
         self,
@@ -223,7 +226,12 @@ class Keeper:
     ) -> None:
         """Into the parameters and a checkpoint, as `chain` signed them. Raises as download.py says."""
         wanted = Wanted(epoch_max, chain, self.state, self.checkpoints)
-        self._digest = await fetch_state(donors, wanted, self._transfer, on_bytes, on_fault)
+        limits = replace(self._transfer, stall_s=self._stall_s(chain))
+        self._digest = await fetch_state(donors, wanted, limits, on_bytes, on_fault)
+
+    def _stall_s(self, chain: Chain) -> float:
+        """As the members have changed it since: a transfer over a line that they made room for goes on."""
+        return chain.place.roll.settings.get("round.stall_s", self._transfer.stall_s)
 
     @property
     def committed_tokens(self) -> int:

@@ -453,6 +453,7 @@ def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:
         f"peer id  {info.peer_id}",
         f"run      {run_name}  {run_id}",
         *(f"address  {address}" for address in addresses),
+        f"page     {url}/",
         f"metrics  {url}/metrics",
         f"status   {url}/status",
         f"{joins} with:",

@@ -33,7 +33,6 @@ EXTRAS = (
     "peers.json",
     "listen.json",
     "history.jsonl",
-    "http.cert",
     "http.token",
     "log-levels.json",
     "home.json",

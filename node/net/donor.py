@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
 
 from tapestry.node.disk.base import BaseFolder
@@ -53,6 +55,7 @@ class Donor:
         self._store = store
         self._checkpoints = checkpoints
         self._limits = limits
+        self.stall_s: Callable[[], float] = lambda: limits.stall_s  # or as the members have it by now
         self._on_bytes = on_bytes
         self._serving = 0
         self._states = 0  # of those, streams of a state: they last as long as that takes
@@ -68,7 +71,7 @@ class Donor:
             if direction == "out":
                 served.sent(count)
 
-        stream = Stream(reader, writer, self._limits, on_bytes)
+        stream = Stream(reader, writer, replace(self._limits, stall_s=self.stall_s()), on_bytes)
         if self._serving >= self._limits.serves_max:
             await stream.send({"is": "busy"})
             return

@@ -1,20 +1,25 @@
 """Disk and parameters: the state follows the chain, and a torn one is loaded again from what lies on disk."""
 
+import asyncio
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tapestry.dht.identity import Identity
+from tapestry.node.daemon import keeper as keeper_module
 from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.net.transfer import TransferLimits
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
+from tapestry.node.protocol.members import Change, change_message
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
@@ -45,7 +50,7 @@ class Run:
         state.head = genesis.run_id
         return Keeper(self.home, SPEC, store, loaded, genesis, state, begins=found)
 
-    def commit(self, keeper: Keeper, seed: int) -> Record:
+    def commit(self, keeper: Keeper, seed: int, *changes: Change) -> Record:
         """The next record, with an update, on disk; not yet applied."""
         chain = keeper.restore().chain
         codec = keeper.state.arithmetic.codec
@@ -59,6 +64,7 @@ class Run:
             keeper.reached[1],
             members,
             result_digest(payloads),
+            changes=tuple([self.signed(chain.genesis.run_id, change) for change in changes]),
         )
         head = head_of(body, self.crypto)
         signature = self.crypto.sign(accept_message(head, 0))
@@ -68,10 +74,34 @@ class Run:
         keeper.append_record(record)
         return record
 
+    def signed(self, run_id: str, change: Change) -> Change:
+        return change.signed(self.identity.peer_id, self.crypto.sign(change_message(run_id, change)))
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "home")
+
+
+def test_a_silence_that_the_members_allow_by_now_ends_no_transfer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+
+    async def fetch(*args: Any) -> str:
+        taken.extend(one.stall_s for one in args if isinstance(one, TransferLimits))
+        return ""
+
+    monkeypatch.setattr(keeper_module, "fetch_update", fetch)
+    monkeypatch.setattr(keeper_module, "fetch_state", fetch)
+    run.keeper.restore()
+    donor = run.keeper.donor(lambda *_: None)
+    assert donor.stall_s() == SPEC.round.stall_s
+    run.keeper.apply(run.commit(run.keeper, 0, Change("set", "", "round.stall_s 77", 9, "0" * 32)))
+    chain, nothing = run.keeper.restore().chain, None
+    asyncio.run(run.keeper.fetch_update(nothing, nothing, nothing))  # type: ignore[arg-type]
+    asyncio.run(run.keeper.fetch_state({}, 1, chain, nothing, nothing))  # type: ignore[arg-type]
+    assert [donor.stall_s(), *taken] == [77.0, 77.0, 77.0]
 
 
 def test_a_restart_comes_back_to_the_same_bits(run: Run) -> None:

@@ -101,13 +101,17 @@ def test_a_service_manager_hears_ready_status_and_signs_of_life(tmp_path: Path) 
         assert notifier.every_s == 10.0
         notifier.beat("epoch 0, joining")
         assert manager.recv(999) == b"STATUS=epoch 0, joining\nWATCHDOG=1\nEXTEND_TIMEOUT_USEC=60000000"
-        notifier.ready()
-        notifier.beat("epoch 1, training")
+        notifier.ready("epoch 1, training")
+        notifier.beat("epoch 2, training")
         notifier.stopping()
         got = [manager.recv(999) for _ in range(3)]
-        assert got == [b"READY=1", b"STATUS=epoch 1, training\nWATCHDOG=1", b"STOPPING=1"]
-    notifier.ready()  # it is gone: no matter
-    Notifier({}).ready()
+        assert got == [
+            b"READY=1\nSTATUS=epoch 1, training",
+            b"STATUS=epoch 2, training\nWATCHDOG=1",
+            b"STOPPING=1",
+        ]
+    notifier.ready("epoch 1, training")  # it is gone: no matter
+    Notifier({}).ready("epoch 1, training")
     assert Notifier({"WATCHDOG_USEC": "9000000", "WATCHDOG_PID": "1"}).every_s == 10.0  # another's
     assert Notifier({"WATCHDOG_USEC": "9000000"}).every_s == 3.0
 

@@ -85,7 +85,7 @@ def _change(data: bytes) -> None:
     """What is read may be judged, and applied where it is valid."""
     change = change_from(wire.unpack(data))
     if changes_fault(ROLL, 1, [change], [PEER, OTHER], NoCrypto()) is None:
-        ROLL.after(1, [change], [])
+        ROLL.after(1, HEX, [change], [])
 
 
 class NoCrypto(ReaderCrypto):

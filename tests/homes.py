@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tapestry.dht.identity import Identity
 from tapestry.node.disk.base import BaseFile
-from tapestry.node.disk.checkpoints import Checkpoints
+from tapestry.node.disk.checkpoints import Checkpoints, restore
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.spec.run import MembersSpec, RunSpec, new_spec
 from tapestry.node.spec.training import (
     PRESETS,
@@ -62,13 +63,29 @@ class MadeHome:
         if checkpoint:
             self.checkpoints.save(self.state, self.state.digest())
 
-    def _epoch(self, scale: float, identities: tuple[Identity, ...]) -> None:
-        codec, shards = self.state.arithmetic.codec, self.state.arithmetic.shards
-        self.take(
-            [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards], identities
-        )
+    def fresh_copy(self) -> list[bytes]:
+        """The numbers of the state as they are."""
+        return [bytes(vector) for vector in self.state.vectors()]
 
-    def take(self, payloads: list[Tensor], identities: tuple[Identity, ...]) -> None:
+    def roll_back(self, to: int, why: str) -> None:
+        """An epoch whose state is that of `to` again."""
+        change = Change("rollback", "", rollback_value(to, self.chain.head_at(to), why), 99, f"{to:032x}")
+        message, founder = change_message(self.chain.genesis.run_id, change), self.identities[0]
+        change = change.signed(founder.peer_id, NodeCrypto(founder).sign(message))
+        self._epoch(0.05, self.identities, (change,))
+        restored = restore(self.chain, self.chain.epoch, self.store, self.checkpoints, self.state)
+        assert restored is not None and restored.epoch == self.chain.epoch
+
+    def _epoch(
+        self, scale: float, identities: tuple[Identity, ...], changes: tuple[Change, ...] = ()
+    ) -> None:
+        codec, shards = self.state.arithmetic.codec, self.state.arithmetic.shards
+        payloads = [codec.encode(torch.randn(shard.n, generator=self.rng) * scale) for shard in shards]
+        self.take(payloads, identities, changes)
+
+    def take(
+        self, payloads: list[Tensor], identities: tuple[Identity, ...], changes: tuple[Change, ...] = ()
+    ) -> None:
         """One epoch: what the members' contributions came to, encoded, signed by `identities`."""
         epoch = self.chain.epoch + 1
         members = tuple(
@@ -83,6 +100,7 @@ class MadeHome:
             tuple(sorted(members, key=lambda member: member.peer)),
             result_digest(payloads),
             forced=2 * len(identities) <= len(self.chain.place.electorate),
+            changes=changes,
         )
         crypto = NodeCrypto(self.identities[0])
         head = head_of(body, crypto)
@@ -92,7 +110,8 @@ class MadeHome:
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)
         self.chain.append(record)
-        self.state.apply(payloads, record)
+        if not changes:
+            self.state.apply(payloads, record)
 
 
 def base_spec(home: Path, family: str, *, pin_weights: bool = False, **fields: Any) -> TransformersSpec:

@@ -101,20 +101,24 @@ def invite(name: str, uses: int, expires: str, home: str | None) -> None:
 @click.command()
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("words", nargs=-1)
+@click.option("--why", default="", help="Of a removal or a rollback: what everybody is told.")
 @home_option
 @wait_option
-def propose(kind: str, words: tuple[str, ...], home: str | None, no_wait: bool) -> None:
+def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wait: bool) -> None:
     """Ask for a change of who belongs to the run, or of its rules.
 
     admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE, and of the run's
     settings set KEY NUMBER: train.lr, train.inner_steps, train.accumulation, train.batch_size, outer.lr,
     round.max_influence, round.min_members, round.stall_s, round.wait_max_s. They are in force from the state
-    that the next record makes.
+    that the next record makes. rollback EPOCH: the state that the next record makes is that of EPOCH again.
     """
     place = Home.locate(home, os.environ)
     if not words:
         raise UserError(f"propose {kind}: of whom, or of what?", hint="tapestry propose --help")
     peer, value = ("", " ".join(words)) if kind in OF_NOBODY else (words[0], " ".join(words[1:]))
+    if why and kind not in ("remove", "rollback"):
+        raise UserError(f"propose {kind} takes no --why")
+    value = " ".join(filter(None, [value, why]))
     if kind == "set":
         value = f"{words[0]} {_plain_number(words[1:])}"
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)

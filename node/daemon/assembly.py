@@ -158,8 +158,8 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     config = NetworkConfig(own.swarm, own.identity, run_id, own.peers, limits, reader, own.relay)
     known = own.home.island / "peers.json" if own.island else own.home.peers
     network = Network(config, KnownPeers(known))
-    removes = spec.audit.on_lie == "remove"
-    auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles, removes)
+    on_lie = spec.audit.on_lie
+    auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles, on_lie)
     goal = Goal(own.ending, own.forbidden)
     brought = Brought(own.home, peer_id, run_id)
     brought.look(restored.chain.records)

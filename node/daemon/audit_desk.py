@@ -12,8 +12,8 @@ Who gives an auditor nothing, though there is a link to it, is named and counted
 have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
-that we have is no news. Where the run has it so, who may remove members signs the liar's removal. What does
-not prove anything is refused, counted and named.
+that we have is no news. Where the run has it so, who may remove members signs the liar's removal, and a
+rollback to the state before the lie. What does not prove anything is refused, counted and named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import torch
@@ -98,7 +98,7 @@ class Auditor:
     run_id: str
     folder: Path  # HOME/accusations
     throttles: Throttles
-    removes: bool = False  # asks for the removal of who is proven to lie, where this node may
+    on_lie: Literal["remove", "rollback", "mark"] = "mark"  # what this node asks for, where it may
 
 
 class AuditDesk:
@@ -117,7 +117,8 @@ class AuditDesk:
         self._network = network
         self._averaging = averaging
         self._reporter = reporter
-        self._members = members if auditor.removes else None
+        self._members = members
+        self._on_lie = auditor.on_lie
         self._crypto = auditor.crypto
         self._own = auditor.own
         self._folder = auditor.folder
@@ -318,8 +319,11 @@ class AuditDesk:
             "it",
             *(a.accused, by[-6:], a.name, a.what),
         )
-        if self._members is not None:
+        if self._on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
+        if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+            why = f"{a.accused} lied in epoch {a.epoch + 1}"
+            self._loop.spawn(self._members.roll_back(a.epoch, a.head, why))
         packed = a.pack()
         for peer in self._network.linked:
             if peer not in (by, a.accused):

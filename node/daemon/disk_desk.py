@@ -25,7 +25,9 @@ from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.transfer import DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Body
+from tapestry.node.protocol.chain import Body, Record
+from tapestry.node.protocol.members import read_rollback
+from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.state.model import ModelState
 
 LEAVING_BYTES_MAX = 256 << 20  # Guess: a state that even a slow disk takes in two of the seconds to stop in
@@ -90,7 +92,7 @@ class DiskDesk:
                 self._trainer.save(epoch)
             self._trainer.end()
             if small:
-                await self._on_disk(self._keeper.checkpoint)
+                await self._on_disk(self._keeper.checkpoint, self._back_to())
 
     async def close(self) -> None:
         """End the threads, when the writes that were begun are done."""
@@ -132,7 +134,10 @@ class DiskDesk:
     # --- the state -----------------------------------------------------------------------------
 
     def do_apply(self, out: ev.Apply) -> None:
-        self._loop.spawn(self._state_job(self._keeper.apply, out.record))
+        self._loop.spawn(self._step(out.record))
+
+    async def _step(self, record: Record) -> None:
+        await self._state_job(self._keeper.apply, record)
 
     async def take_aside(
         self,
@@ -150,23 +155,37 @@ class DiskDesk:
 
     def do_rollback(self, out: ev.Rollback) -> None:
         self._trainer.abort()
-        self._loop.spawn(self._state_job(self._keeper.rollback, out.epoch))
+        self._loop.spawn(self._go_back(out.epoch))
 
-    async def _state_job(self, job: Callable[..., tuple[int, str]], *args: Any) -> None:
+    async def _go_back(self, epoch: int) -> None:
+        if await self._state_job(self._keeper.rollback, epoch) == epoch:
+            why = await self._on_disk(self._keeper.rolled_back, epoch)
+            if why is not None:
+                self._reporter.rolled_back(epoch, *why)
+
+    async def _state_job(self, job: Callable[..., tuple[int, str]], *args: Any) -> int:
+        """Returns the epoch that the state has come to; -1 if it has not."""
+        epoch: int
         async with self._state_lock:
             try:
                 epoch, digest = await self._on_disk(job, *args)
             except KeeperError as error:
                 self._loop.feed(ev.FetchFailed("", "", str(error)))
-                return
+                return NO_STATE
         self._loop.feed(ev.Applied(epoch, digest))
         if self._keeper.checkpoint_due(epoch):
             self._loop.spawn(self._checkpoint(epoch))
+        return epoch
 
     async def _checkpoint(self, epoch: int) -> None:
         async with self._state_lock:
             self._trainer.save(epoch)
-            await self._on_disk(self._keeper.checkpoint)
+            await self._on_disk(self._keeper.checkpoint, self._back_to())
+
+    def _back_to(self) -> int | None:
+        """The epoch that a rollback which collects signatures may lead to: what makes it is kept."""
+        pending = self._loop.snapshot().pending
+        return min((read_rollback(c.value)[0] for c in pending if c.kind == "rollback"), default=None)
 
     # --- from donors ---------------------------------------------------------------------------
 
@@ -200,7 +219,7 @@ class DiskDesk:
             finally:
                 self._fetching = None
             if not why:
-                await self._on_disk(keeper.checkpoint)
+                await self._on_disk(keeper.checkpoint, self._back_to())
         failed = ev.FetchFailed(first, "", why, tuple(others))
         self._loop.feed(failed if why else ev.Applied(*keeper.reached))
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tapestry.node.disk.base import BaseFolder
-from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, restore
+from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, leads_to, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
 from tapestry.node.net.donor import Donor
@@ -27,6 +27,7 @@ from tapestry.node.net.transfer import OpenStream, TransferLimits, WantedUpdate,
 from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import ModelState, TornState
@@ -165,35 +166,58 @@ class Keeper:
             raise KeeperError(f"our disk no longer leads to state {epoch}")
 
     def rollback(self, epoch: int) -> tuple[int, str]:
-        """Back to state `epoch`, or to one before it if that is all there is. Raises KeeperError.
+        """To state `epoch`, or one before it on the path there if that is all there is. Raises KeeperError.
 
         All there is may be less than was asked: an earlier record may have been left for another since.
         """
         epoch = min(epoch, self._chain.epoch)
+        to = self._chain.rolled.get(epoch, -1)
+        if not self.state.torn and to >= 0 and self.state.head == self._chain.head_at(to):
+            self.state.rename(epoch, self._chain.head_at(epoch))  # we never left it, or had got it for this
+            return epoch, self._digest
         restored = restore(self._chain, epoch, self.store, self.checkpoints, self.state)
         if restored is None:
             raise KeeperError(f"no checkpoint up to epoch {epoch}")
         self._digest = restored.state_digest
         return restored.epoch, restored.state_digest
 
-    def checkpoint_due(self, epoch: int) -> bool:
-        return epoch % self._limits.checkpoint_every_epochs == 0
+    def rolled_back(self, epoch: int) -> tuple[int, str] | None:
+        """Which state record `epoch` says that its state is, and why; None if it does not."""
+        if epoch not in self._chain.rolled:
+            return None
+        (record,) = self._chain.after(epoch - 1, 1)
+        return rollback_of(record.body.changes)
 
-    def checkpoint(self) -> None:
+    def checkpoint_due(self, epoch: int) -> bool:
+        """A state that was rolled back to is one that joiners can be given at once."""
+        return epoch % self._limits.checkpoint_every_epochs == 0 or epoch in self._chain.rolled
+
+    def checkpoint(self, back_to: int | None = None) -> None:
         """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep; to what
-        was abandoned, the update log leads."""
+        was abandoned, the update log leads. What leads to state `back_to` stays as well."""
         if self.state.torn or self.state.epoch > self._chain.epoch:
             return
         if self._chain.head_at(self.state.epoch) != self.state.head:
             return  # on the way back from a fork
+        if not self._chain.leads(self.state.epoch):
+            return  # on the way to an earlier state
         try:
             self.checkpoints.save(self.state, self._digest)
         except Abandoned:
             return
-        self.checkpoints.prune(self._chain)
-        self.store.prune(self._chain, self._limits, self.checkpoints.base_epoch(self._chain))
+        self.checkpoints.prune(self._chain, back_to)
+        base = self.checkpoints.base_epoch(self._chain)
+        if back_to is not None:
+            base = min(base, self.checkpoints.base_of(self._chain, back_to))
+        self.store.prune(self._chain, self._limits, base)
 
     # --- the loop ------------------------------------------------------------------------------
+
+    def held_back_to(self, epoch: int) -> str:
+        """The head of state `epoch`, if the disk has what makes it; else ""."""
+        chain = self.copy_of_chain()
+        held = 0 <= epoch <= chain.epoch and leads_to(chain, epoch, self.store, self.checkpoints)
+        return chain.head_at(epoch) if held else ""
 
     def abandon_checkpoint(self) -> None:
         """End the one that is being written, and write no more: the node leaves."""

@@ -6,6 +6,8 @@ What it does is one input, ChangeAsked. `do` answers the commands that come by H
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -29,7 +31,10 @@ from tapestry.node.protocol.members import (
     change_fault,
     change_id,
     needed,
+    read_rollback,
     read_setting,
+    rollback_value,
+    why_no_rollback,
 )
 from tapestry.node.protocol.proposals import may_ask
 from tapestry.node.surface.control import roll_table
@@ -50,6 +55,13 @@ LAST_AUTHORITY = (
     "nobody could admit or remove any more: first `tapestry propose charter admit_by majority`, "
     "or `tapestry propose rekey` to another key"
 )
+NOT_HELD = (
+    "this node's disk no longer leads to state {epoch}: checkpoints_kept, checkpoint_every_epochs and "
+    "updates_kept_* of [limits] say how far back it does"
+)
+LATE_TRIES, LATE_S = 60, 1.0  # Guess: a minute, for the record in which the lie is
+
+_log = logging.getLogger("tapestry.node")
 
 
 class MembersDesk:
@@ -64,8 +76,10 @@ class MembersDesk:
         without_effect: Callable[
             [str], str
         ],  # why changing a setting would change nothing in this run, or ""
+        held_back_to: Callable[[int], str] = lambda epoch: "",  # an epoch's head, if our disk has its state
     ) -> None:
         self._loop = loop
+        self._held_back_to = held_back_to
         self._me = me
         self._crypto = crypto
         self._without_effect = without_effect
@@ -99,6 +113,9 @@ class MembersDesk:
     def _fault(self, change: Change) -> str:
         core = self._loop.snapshot()
         fault = change_fault(core.roll, core.chain_epoch + 1, change, self._crypto)
+        if fault == "rollback":
+            to, head, _ = read_rollback(change.value)
+            return why_no_rollback(core.roll, core.chain_epoch + 1, to, head) or ""
         return FAULTS.get(fault, fault) if fault is not None else ""
 
     # --- the operator --------------------------------------------------------------------------
@@ -125,12 +142,45 @@ class MembersDesk:
             key, _ = read_setting(words)
             if why := self._without_effect(key):
                 return {"fault": why}
+        if kind == "rollback":
+            return self._ask_back(words, until)
         for one in (name, words if kind == "rekey" else name):
             if kind not in OF_NOBODY and one not in self.roll.members and public_key_of(one) is None:
                 raise strict.Malformed(f"{one[:64]} is no peer id")
         if kind == "remove" and self.roll.charter.admit_by != "majority" and self.roll.council == (name,):
             return {"fault": LAST_AUTHORITY}
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
+
+    def _ask_back(self, words: str, until: int) -> dict[str, Any]:
+        """`epoch why`: of a state that our disk has, so that somebody does."""
+        epoch, _, why = words.partition(" ")
+        if not (epoch.isascii() and epoch.isdecimal() and len(epoch) < 16):
+            raise strict.Malformed("the epoch must be a number")
+        head = self._held_back_to(int(epoch))
+        if not head:
+            return {"fault": NOT_HELD.format(epoch=int(epoch))}
+        value = rollback_value(int(epoch), head, why)[:WHY_CHARS_MAX]
+        return self._sign(Change("rollback", "", value, until, secrets.token_hex(16)))
+
+    async def roll_back(self, epoch: int, head: str, why: str) -> None:
+        """Ask that the state be that of `epoch` again, if this node may, once our chain has what is to be
+        undone. The change is the same at everybody who asks for it."""
+        nonce = blake3(f"{epoch} {head} {why}".encode()).hexdigest()[:32]
+        value = rollback_value(epoch, head, why)
+        change = Change("rollback", "", value, epoch + VALID_EPOCHS, nonce)
+        if not may_ask(self.roll, change, self._me):
+            return
+        for _ in range(LATE_TRIES):
+            if self._epoch() > epoch:
+                break
+            await asyncio.sleep(LATE_S)
+        fault = self._fault(change)
+        if not fault and not self._held_back_to(epoch):
+            fault = NOT_HELD.format(epoch=epoch)
+        if fault:
+            _log.warning("rollback=not_asked epoch=%d %s; the liar's removal stands", epoch, fault)
+        else:
+            self._loop.feed(ev.ChangeAsked(change))
 
     def expel(self, peer: str, why: str, epoch: int) -> None:
         """Ask for the removal of who did what is proven, of round `epoch`, if this node may.
@@ -150,7 +200,13 @@ class MembersDesk:
     def _approve(self, name: object) -> dict[str, Any]:
         core = self._loop.snapshot()
         found = [c for c in core.pending if isinstance(name, str) and change_id(core.run_id, c) == name]
-        return self._sign(found[0]) if found else {"fault": "nothing of that name waits for signatures"}
+        if not found:
+            return {"fault": "nothing of that name waits for signatures"}
+        if found[0].kind == "rollback":
+            epoch = read_rollback(found[0].value)[0]
+            if not self._held_back_to(epoch):
+                return {"fault": NOT_HELD.format(epoch=epoch)}
+        return self._sign(found[0])
 
     def _sign(self, change: Change) -> dict[str, Any]:
         roll = self.roll

@@ -76,6 +76,7 @@ class Runtime:
             auditor.crypto,
             network.given,
             lambda key: without_effect(key, trainer.training),
+            keeper.held_back_to,
         )
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)

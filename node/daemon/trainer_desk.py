@@ -46,6 +46,7 @@ class TrainerDesk:
         self._health = TrainerHealth()
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._base = ""  # head of the state that the trainer has begun from
+        self._inner_epoch = -1  # that the trainer's own state is of
         self._contributed = "", 0  # name of our latest contribution, and generation of its begin
         self.outputs: Outputs = {
             ev.Train: self.do_train,
@@ -57,8 +58,10 @@ class TrainerDesk:
     # --- for the disk desk ---------------------------------------------------------------------
 
     def abort(self) -> None:
-        """The base is about to change under the trainer: what it makes of it must not pass for another's."""
+        """The base is about to become one that no update made of this one: what the trainer makes of it must
+        not pass for another's, and what rounding took from what may be undone must not come back."""
         self._trainer.abort()
+        self._trainer.settle(UNKNOWN_GENERATION)
 
     def save(self, epoch: int) -> None:
         """Have the inner optimizer written down, as of the beginning of `epoch`."""
@@ -77,6 +80,7 @@ class TrainerDesk:
             self._loop.spawn(self._take(event, self._base))
         elif isinstance(event, tm.Hello):
             self._reporter.trainer_up()
+            self._inner_epoch = event.inner_epoch
             if event.note:
                 _log.warning("trainer note=%r", event.note)
             self._loop.feed(ev.TrainerState(True, ""))
@@ -145,8 +149,11 @@ class TrainerDesk:
                 self._trainer.evaluate(out.epoch)
             self._reporter.clock.train()
             self._base = out.base
-            settings = self._loop.snapshot().roll.settings
-            self._trainer.begin(out.epoch, out.base, out.before, settings)
+            roll = self._loop.snapshot().roll
+            if any(self._inner_epoch < at <= out.epoch for at in roll.rolled):
+                self._trainer.forget()
+            self._inner_epoch = out.epoch
+            self._trainer.begin(out.epoch, out.base, out.before, roll.settings)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         self._trainer.close_round(out.epoch)

@@ -419,6 +419,12 @@ class Reporter:
         del self._accused[:-ACCUSED_SHOWN]
         self._story.accused(peer, what)
 
+    def rolled_back(self, epoch: int, to: int, why: str) -> None:
+        """The run's members took what was made since `to` back."""
+        self.metrics.rolled_back()
+        _log.warning("rolled_back epoch=%d state=%d why=%r", epoch, to, why)
+        self._story.rolled_back(epoch, to, why)
+
     def withheld(self, peers: Sequence[str], epoch: int, shard: int) -> None:
         """These did not give us, who audits, what they contributed; nor did the reducer of the shard."""
         for peer in peers:

@@ -102,7 +102,11 @@ class Checkpoints:
 
     def base_epoch(self, chain: Chain) -> int:
         """Of the newest one below the head: the updates after it must be kept. 0 if there is none."""
-        epochs = [c.epoch for c in self.list() if _on_chain(c, chain) and c.epoch < max(1, chain.epoch)]
+        return self.base_of(chain, max(0, chain.epoch - 1))
+
+    def base_of(self, chain: Chain, epoch: int) -> int:
+        """Of the newest one on the path to the head, up to `epoch`; 0 if there is none."""
+        epochs = [c.epoch for c in self.list() if c.epoch <= epoch and _leads(c, chain, chain.epoch)]
         return max(epochs, default=0)
 
     def save(self, state: ModelState, digest: str) -> Checkpoint:
@@ -162,26 +166,29 @@ class Checkpoints:
         sync_folder(self._folder)
         self._files[path] = read_checkpoint(path, self._run_id)
 
-    def prune(self, chain: Chain) -> None:
-        """Keep the newest of our chain, and always one below the head: joiners are given that.
+    def prune(self, chain: Chain, back_to: int | None = None) -> None:
+        """Keep the newest on the path to our head, and always one below it: joiners are given that. And what
+        leads to state `back_to`.
 
         Nobody has signed the state at the head yet; the one below is signed by the head's record. The rest,
-        and those of a fork that was left, go.
+        those of a fork that was left and those that were rolled back, go.
         """
-        ours = [c for c in self.list() if _on_chain(c, chain)]
+        ours = [c for c in self.list() if _leads(c, chain, chain.epoch)]
         keep = ours[: self._kept] + [c for c in ours if c.epoch < chain.epoch][:1]
+        if back_to is not None:
+            keep += [c for c in ours if c.epoch <= back_to][:1]
         for checkpoint in self.list():
             if checkpoint not in keep and checkpoint.epoch <= chain.epoch:
                 self._files.pop(checkpoint.path, None)  # unless a donor has just refused it
                 checkpoint.path.unlink(missing_ok=True)
 
     def load_newest(self, chain: Chain, epoch_max: int, into: ModelState) -> Checkpoint | None:
-        """The newest usable one of our chain up to `epoch_max`, loaded; None, and `into` torn, if none is.
+        """The newest usable one on the path to state `epoch_max`, loaded; None, and `into` torn, if none is.
 
         Usable: its bytes have the digest that it names, which is the one that the chain signed, if it did.
         """
         for checkpoint in self.list():
-            if checkpoint.epoch > epoch_max or not _on_chain(checkpoint, chain):
+            if not _leads(checkpoint, chain, epoch_max):
                 continue
             try:
                 _load(checkpoint, chain, into)
@@ -210,7 +217,8 @@ class Restoration:
 def restore(
     chain: Chain, epoch: int, store: Store, checkpoints: Checkpoints, state: ModelState
 ) -> Restoration | None:
-    """Bring the state to `epoch`: newest usable checkpoint, then updates. None, and torn, without one.
+    """Bring the state to `epoch`: newest usable checkpoint on the path to it, then updates. None, and torn,
+    without one.
 
     Stops where the update log has no more. Raises OSError.
     """
@@ -218,7 +226,12 @@ def restore(
     if newest is None:
         return None
     reason = ""
+    applied = False
     while state.epoch < epoch:
+        step = chain.step_from(state.epoch, epoch)
+        if step in chain.rolled:
+            state.rename(step, chain.head_at(step))
+            continue
         (record,) = chain.after(state.epoch, 1)
         try:
             payloads = store.read_update(record.body.epoch, record.head, record.body.result)
@@ -226,7 +239,8 @@ def restore(
             reason = f"{error.reason}: {error}"
             break
         state.apply(payloads, record, chain.settings_of(record))
-    digest = newest.state_digest if state.epoch == newest.epoch else state.digest()  # loading compared it
+        applied = True
+    digest = state.digest() if applied else newest.state_digest  # loading compared it
     return Restoration(state.epoch, digest, reason)
 
 
@@ -244,8 +258,22 @@ def chunk_count(data_bytes: int) -> int:
     return -(-data_bytes // CHUNK_BYTES)
 
 
-def _on_chain(checkpoint: Checkpoint, chain: Chain) -> bool:
-    return checkpoint.epoch <= chain.epoch and chain.head_at(checkpoint.epoch) == checkpoint.head
+def leads_to(chain: Chain, epoch: int, store: Store, checkpoints: Checkpoints) -> bool:
+    """Whether the disk has what makes state `epoch`, by the names of its files."""
+    begun = [c.epoch for c in checkpoints.list() if _leads(c, chain, epoch)]
+    at = max(begun, default=epoch + 1)
+    while at < epoch:
+        step = chain.step_from(at, epoch)
+        if step not in chain.rolled and not store.has_update(chain.head_at(step)):
+            return False
+        at = step
+    return at == epoch
+
+
+def _leads(checkpoint: Checkpoint, chain: Chain, epoch: int) -> bool:
+    """Whether it is of our chain, and on the path to state `epoch`."""
+    on_path = checkpoint.epoch <= chain.epoch and chain.leads(checkpoint.epoch, epoch)
+    return on_path and chain.head_at(checkpoint.epoch) == checkpoint.head
 
 
 def _load(checkpoint: Checkpoint, chain: Chain, into: ModelState) -> None:

@@ -17,7 +17,7 @@ from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Chain, Crypto, records_from
+from tapestry.node.protocol.chain import Chain, Crypto
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 
@@ -42,8 +42,15 @@ class HeldRun:
         return restore(self.chain, epoch, self.store, self.checkpoints, state)
 
     def replay(self, state: ModelState) -> Iterator[int]:
-        """Apply the updates after `state`, one at a time; gives each epoch. Raises UpdateMissing."""
-        for record in records_from(self.chain, state.epoch, self.chain.epoch):
+        """Go on from `state`, one step on the path to the head at a time; gives each epoch. Raises
+        UpdateMissing."""
+        while state.epoch < self.chain.epoch:
+            step = self.chain.step_from(state.epoch)
+            if step in self.chain.rolled:
+                state.rename(step, self.chain.head_at(step))
+                yield step
+                continue
+            (record,) = self.chain.after(state.epoch, 1)
             body = record.body
             payloads = self.store.read_update(body.epoch, record.head, body.result)
             state.apply(payloads, record, self.chain.settings_of(record))

@@ -25,6 +25,7 @@ from tapestry.node.lineage import island
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import snapshot
 from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.members import rollback_of
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import ExternalSpec
 from tapestry.node.trainer.brought import BroughtError, read_about, write_brought
@@ -111,6 +112,8 @@ class Brought:
             return
         for record in records:
             body = record.body
+            if rollback_of(body.changes) is not None:
+                continue  # nothing is made of its contributions
             if body.epoch > self._since and any(one.peer == self._own for one in body.members):
                 self._path.unlink(missing_ok=True)
                 self._since = -1

@@ -40,7 +40,7 @@ from tapestry.node.lineage.huggingface import (
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
 from tapestry.node.net.descriptions import Descriptions
-from tapestry.node.protocol.chain import Chain, records_from
+from tapestry.node.protocol.chain import Chain, makers, records_from
 from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -178,7 +178,7 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
 
 def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> Lineage:
     base = base_folder(home, spec)
-    members = members_of(records_from(chain, 0, restored.epoch))
+    members = members_of(makers(chain, restored.epoch))
     return Lineage(
         run_id=chain.genesis.run_id,
         run_name=spec.name,

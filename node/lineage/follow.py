@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapestry.node.disk.files import is_sealed, unseal
@@ -30,6 +30,7 @@ from tapestry.node.protocol.chain import (
     record_from_dict,
     record_to_dict,
 )
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX
 from tapestry.node.spec.run import RunSpec
 
 GENESIS_BYTES_MAX = 1 << 20  # guess: a spec has at most 64 kB
@@ -54,6 +55,8 @@ class Follower:
     crypto: Crypto
     at: Place
     island_from: int | None = None  # epoch of the record with which an island of this home's begins
+    # Of the newest states, by epoch, as they are signed: a rollback goes back to one of them.
+    signed: dict[int, str] = field(default_factory=dict)
 
     @property
     def epoch(self) -> int:
@@ -82,7 +85,18 @@ class Follower:
             raise InvalidRecord("genesis", "record 1 follows another state than that of the genesis")
         policy = "continue" if body.epoch == self.island_from else rules.on_quorum_loss
         check_record(record, self.at, self.crypto, rules.max_influence, policy)
+        self._check_state(self.epoch, body.state_digest)
         self.at = next_place(self.at, record)
+
+    def _check_state(self, epoch: int, digest: str) -> None:
+        """Of the state that the next record says it is made from: where the run was rolled back, it was
+        signed before. Raises InvalidRecord."""
+        to = self.at.roll.rolled.get(epoch)
+        if to is not None and self.signed.get(to) != digest:
+            text = f"record {epoch + 1}: its state is not that of epoch {to}, which record {epoch} names"
+            raise InvalidRecord("rollback", text)
+        self.signed[epoch] = digest
+        self.signed.pop(epoch - ROLLBACK_EPOCHS_MAX - 2, None)
 
 
 def island_from(home: Home) -> int | None:

@@ -23,7 +23,7 @@ from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
-from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.members import Change, read_rollback
 
 _NONE_KNOWN: Mapping[int, float] = {}
 
@@ -174,6 +174,11 @@ def lines(log: Iterator[Line]) -> Iterator[str]:
             f"{line.signers:>3}/{line.voters:<3}  {line.head[:12]}  {shares}{forced}"
         )
         for change in line.changes:
+            if change.kind == "rollback":
+                to, _, why = read_rollback(change.value)
+                because = f", because {printable(why)}" if why else ""
+                yield f"epoch {line.epoch}: the state is that of epoch {to} again{because}"
+                continue
             value = "" if change.kind == "invite" else printable(change.value)  # uses, and a moment
             by = " ".join(peer[-6:] for peer, _ in change.signatures)
             words = " ".join(filter(None, [change.kind, change.peer[-6:], value]))

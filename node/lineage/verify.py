@@ -3,7 +3,8 @@
 A home: the genesis and its signature; every record's link, electorate, weights and signatures from there to
 the head; every update against the record that names it; every checkpoint against the record that signed it;
 the base's files against the spec; and then the states themselves, replayed from the oldest checkpoint, each
-compared with the digest in the record after it.
+compared with the digest in the record after it. Where the run was rolled back, the replay goes by the records
+too: the state is the earlier one again, and what was undone is not made once more.
 
 An export: every file against its manifest; the records that it carries, from the genesis on; and its tensors,
 which must have the digest that the record after them signed. What cannot be proven (rounded weights, merged
@@ -54,6 +55,7 @@ from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
+from tapestry.node.protocol.path import leads, step_from
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
@@ -86,6 +88,7 @@ class Proof:
     run_name: str = ""
     epoch: int = 0
     head: str = ""
+    rolled: Mapping[int, int] = field(default_factory=dict)  # as protocol/path.py has it
     records: int = 0
     signatures: int = 0
     updates: int = 0
@@ -235,6 +238,7 @@ def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, _Sig
     except OSError as error:
         proof.fault(chain.path.name, f"cannot be read: {error.strerror}")
     proof.epoch, proof.head = follower.epoch, follower.head
+    proof.rolled = follower.at.roll.rolled
     if anchor is not None:
         _check_anchor(anchor, genesis, anchored, follower.epoch, ReaderCrypto(), proof)
     return signed
@@ -407,7 +411,8 @@ def _check_states(
         state = _empty_state(genesis, spec, Path(folder))
         start: Checkpoint | None = None
         for epoch in sorted(checkpoints):
-            if _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof):
+            holds = _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof)
+            if holds and leads(proof.rolled, epoch, proof.epoch):
                 start = start or checkpoints[epoch]
             proof.checkpoints += 1
             told("checkpoints", proof.checkpoints, len(checkpoints))
@@ -470,7 +475,15 @@ def _replay(
     proof.replayed_from = proof.replayed_to = state.epoch
     first = state.epoch
     while state.epoch < proof.epoch:
-        epoch = state.epoch + 1
+        epoch = step_from(proof.rolled, state.epoch, proof.epoch)
+        if epoch in proof.rolled:
+            proof.notes.append(f"epoch {epoch}: the state is that of epoch {state.epoch} again")
+            state.rename(epoch, _head_of(epoch, signed, state))
+            held = checkpoints.get(epoch)
+            if held is not None and held.state_digest != state.digest():
+                proof.fault(f"checkpoints/{held.path.name}", "it is another state than the one before", epoch)
+            proof.replayed_to = epoch
+            continue
         path, said = updates.get(epoch), signed.get(epoch)
         if path is None or said is None or said.record is None:
             later = [one for one in sorted(checkpoints) if one > epoch]
@@ -495,6 +508,12 @@ def _replay(
             proof.fault(f"checkpoints/{held.path.name}", "replay makes another state", epoch)
         proof.replayed_to = epoch
         told("replaying", epoch - first, proof.epoch - first)
+
+
+def _head_of(epoch: int, signed: dict[int, _Signed], state: ModelState) -> str:
+    """Nothing of this epoch need lie on the disk; then nothing is compared with its head."""
+    said = signed.get(epoch)
+    return said.head if said is not None else state.head
 
 
 # --- derivatives in a home ----------------------------------------------------------------------------

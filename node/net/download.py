@@ -114,7 +114,10 @@ async def fetch_state(
 
 
 async def fetch_manifest(stream: Stream, epoch_max: int, chain: Chain, state: ModelState) -> Manifest:
-    """Refused unless it is of a state of our chain, with the digest that was signed, and of our model."""
+    """Refused unless it is of a state of our chain, with the digest that was signed, and of our model.
+
+    One that was rolled back since is of no use: then it is asked for what came before.
+    """
     fields: dict[str, type] = {
         "epoch": int,
         "head": str,
@@ -127,6 +130,8 @@ async def fetch_manifest(stream: Stream, epoch_max: int, chain: Chain, state: Mo
     await stream.send({"ask": "checkpoint", "epoch_max": epoch_max})
     answer, chunks = await stream.answer("manifest", fields, REQUEST_BYTES_MAX, chunks_bytes)
     epoch, head, digest = answer["epoch"], answer["head"], answer["state_digest"]
+    if 0 <= epoch <= epoch_max and not chain.leads(epoch):
+        return await fetch_manifest(stream, chain.last_before(epoch), chain, state)
     if not 0 <= epoch <= min(epoch_max, chain.epoch) or chain.head_at(epoch) != head:
         raise RemoteProtocolError("foreign", f"a checkpoint of epoch {epoch} that is not on our chain")
     if chain.state_digest_at(epoch) != digest:
@@ -344,7 +349,7 @@ class _Fetch:
 
     async def _offer_of(self, stream: Stream) -> Manifest:
         wanted, left = self._wanted, self._left.manifest if self._left is not None else None
-        if left is not None and left.epoch <= wanted.epoch_max:
+        if left is not None and left.epoch <= wanted.epoch_max and wanted.chain.leads(left.epoch):
             try:
                 offer = await fetch_manifest(stream, left.epoch, wanted.chain, wanted.state)
             except DonorFailed as error:

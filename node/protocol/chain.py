@@ -27,6 +27,7 @@ from tapestry.node.protocol.canon import InvalidRecord as InvalidRecord
 from tapestry.node.protocol.canon import canonical as canonical
 from tapestry.node.protocol.canon import quorum as quorum
 from tapestry.node.protocol.members import Roll, changes_fault, first_roll, voice_weights
+from tapestry.node.protocol.path import last_before, leads, step_from, stretches, updates_from
 from tapestry.node.protocol.record import BALLOT_MAX as BALLOT_MAX
 from tapestry.node.protocol.record import VERSION as VERSION
 from tapestry.node.protocol.record import Behind as Behind
@@ -112,7 +113,7 @@ def genesis_place(genesis: Genesis) -> Place:
 def next_place(at: Place, record: Record) -> Place:
     """Where the chain is after a checked record."""
     body = record.body
-    roll = at.roll.after(body.epoch, body.changes, [(m.peer, m.weight) for m in body.members])
+    roll = at.roll.after(body.epoch, at.head, body.changes, [(m.peer, m.weight) for m in body.members])
     electorate = roll.voters([m.peer for m in body.members])
     return Place(body.epoch, record.head, electorate, roll, _next_standing(at, body, electorate, roll))
 
@@ -370,10 +371,37 @@ class Chain:
     def electorate_at(self, epoch: int) -> tuple[str, ...]:
         return self.place_at(epoch).electorate
 
+    @property
+    def rolled(self) -> Mapping[int, int]:
+        """As in Roll, of the head's: what path.py asks for."""
+        return self.roll.rolled
+
+    def leads(self, at: int, epoch: int | None = None) -> bool:
+        """Whether state `at` lies on the path to state `epoch`, or the head's."""
+        return leads(self.rolled, at, self.epoch if epoch is None else epoch)
+
+    def step_from(self, at: int, epoch: int | None = None) -> int:
+        """The next epoch on the way from state `at` to state `epoch`, or the head's."""
+        return step_from(self.rolled, at, self.epoch if epoch is None else epoch)
+
+    def last_before(self, at: int) -> int:
+        """The newest epoch on the path to the head's state that is not after `at`."""
+        return last_before(self.rolled, at, self.epoch)
+
+    def updates_after(self, at: int, count_max: int) -> tuple[Record, ...]:
+        """Records whose updates lead on from state `at` to the head's, so many at most, and not beyond where
+        the state is an earlier one again."""
+        if self.rolled:
+            count_max = min(count_max, updates_from(self.rolled, at, self.epoch))
+        return self.after(at, count_max)
+
     def state_digest_at(self, epoch: int) -> str | None:
-        """The digest of state `epoch` as signed: by the genesis or by the record after. None at the head."""
+        """The digest of state `epoch` as signed: by the genesis or by the record after. None at the head,
+        unless that is an earlier state again."""
         if epoch == 0:
             return self.genesis.state_digest
+        if epoch in self.rolled:
+            return self.state_digest_at(self.rolled[epoch])
         after = self.after(epoch, 1)
         return after[0].body.state_digest if after else None
 
@@ -481,6 +509,12 @@ def records_from(chain: Chain, epoch: int, end: int) -> Iterator[Record]:
             raise LookupError(f"record {epoch + 1} is gone")
         yield from page
         epoch += len(page)
+
+
+def makers(chain: Chain, epoch: int) -> Iterator[Record]:
+    """The records whose updates made state `epoch`: without those that were undone."""
+    for stretch in stretches(chain.rolled, epoch):
+        yield from records_from(chain, stretch.start, stretch.stop - 1)
 
 
 def tokens_of(records: Iterable[Record]) -> int:

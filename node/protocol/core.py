@@ -233,7 +233,10 @@ class Core:
                 self.round.on_ballot_seen(peer, view.status.ballot, now)
 
     def _train(self, round_: Round) -> None:
-        self.ctx.emit(Train(round_.epoch, round_.head, self.chain.head_at(round_.epoch - 1)))
+        before = self.chain.head_at(round_.epoch - 1)
+        if round_.epoch in self.chain.rolled:
+            before = ""  # nothing that was made of it counts
+        self.ctx.emit(Train(round_.epoch, round_.head, before))
 
     def _decided(self, record: Record) -> None:
         self.ctx.broadcast(Commit(record))
@@ -265,7 +268,10 @@ class Core:
         self.round = None
 
     def _counted(self, epoch: int) -> str:
-        """The contribution of ours that the record after `epoch` names; "" if there is none."""
+        """The contribution of ours that the record after `epoch` names; "" if there is none, or if the record
+        rolls the run back, so that nothing is made of it."""
+        if epoch + 1 in self.chain.rolled:
+            return ""
         after = self.chain.after(epoch, 1)
         members = after[0].body.members if after else ()
         return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
@@ -509,7 +515,7 @@ class Core:
             # would tell each other for good.
             if why is None and ctx.proposals.signers(ctx.roll, change) != before:
                 news.append(ctx.proposals.known(ctx.roll, change))
-            if why not in (None, "done", "void", "member", "no_member"):  # else it is merely late
+            if why not in (None, "done", "void", "member", "no_member", "rollback"):  # else it is merely late
                 fault = why
         self._tell_changes(news)
         return fault

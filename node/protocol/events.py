@@ -297,7 +297,9 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """Go back to state `epoch` (checkpoint and updates of our own). Answer: Applied or FetchFailed("")."""
+    """Bring about state `epoch`, from a checkpoint and updates of our own, by the path to it: after a fork
+    was left, or where a record has rolled the run back. Answer: Applied, perhaps of an earlier epoch on that
+    path, or FetchFailed("")."""
 
     epoch: int
 
@@ -314,7 +316,8 @@ class FetchUpdate:
 
 @dataclass(frozen=True, slots=True)
 class FetchState:
-    """Get a checkpoint of an epoch up to `epoch_max` from donors, one whose digest the chain has signed.
+    """Get a checkpoint of an epoch up to `epoch_max` from donors: one on the path to the head, whose digest
+    the chain has signed.
 
     Answer: Applied, or FetchFailed of the first of them.
     """

@@ -28,6 +28,7 @@ from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.chain import Body, quorum
 from tapestry.node.protocol.events import Gated, Judge
+from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.messages import Refuse
 from tapestry.node.protocol.round_state import RoundState
 
@@ -76,6 +77,8 @@ class Gate:
             self.value = self.acceptor.hold_result()
             self._remember_furthest(self.value[1])
         body, head = self.value
+        if rollback_of(body.changes) is not None:
+            return True  # no step is taken
         if head not in self.found:
             if self.until is None:
                 self.until = now + self.ctx.pace.gate_max_s()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tapestry.node.protocol.canon import (
@@ -33,10 +33,11 @@ from tapestry.node.protocol.canon import (
     peer_field,
     quorum,
 )
+from tapestry.node.protocol.path import leads
 from tapestry.node.protocol.strict import Malformed, hexadecimal, integer, sequence, table, text
 
-KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter", "set")
-OF_NOBODY: Final = ("charter", "set")  # kinds that are about no peer
+KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter", "set", "rollback")
+OF_NOBODY: Final = ("charter", "set", "rollback")  # kinds that are about no peer
 
 # What `set` may change of the run's spec, and between which numbers; in force from the state that the record
 # makes. What is not here shapes the state or the messages: that takes another run.
@@ -62,6 +63,9 @@ USES_MAX = 1_000
 VOICE_MAX = 1_000_000
 NEWCOMERS_MAX = 256  # of an open run, whose contributions are counted
 UNIT = 1 << 20  # what one equal voice weighs: large, so that a share of it is exact enough
+ROLLBACK_EPOCHS_MAX = 64  # that a rollback goes back: the roll has so many heads. Guess
+ROLLBACKS_MAX = 256  # in one run. G7
+HEAD_DIGITS = 32  # of a head, hexadecimal, that a rollback names
 SHARE = 1_000_000  # open_share and the like are integers: millionths
 UNIX_MAX = 2**40
 
@@ -101,7 +105,7 @@ class Change:
 
     kind: str  # of KINDS
     peer: str  # whom it is about; the public key of an invite; "" of charter and set
-    value: str  # admit: name; remove: why; rekey: the new peer id; voice, invite, charter, set: see _read_*
+    value: str  # admit: name; remove: why; rekey: the new peer id; others: see _read_*, read_*
     until: int  # void in records of a later epoch
     nonce: str  # 32 hex digits
     signatures: tuple[tuple[str, str], ...] = ()  # (peer, signature), sorted by peer
@@ -144,6 +148,8 @@ class Roll:
     counted: Mapping[str, int]  # newcomers of an open run -> their committed contributions
     removed: Mapping[str, str]  # the last ones -> why
     settings: Mapping[str, float]  # of SETTINGS, those that a record has changed
+    heads: tuple[str, ...] = ()  # HEAD_DIGITS of each of the last epochs before the newest, oldest first
+    rolled: Mapping[int, int] = field(default_factory=dict)  # records that roll back -> to which epoch
 
     @property
     def is_open(self) -> bool:
@@ -152,12 +158,15 @@ class Roll:
     def may_contribute(self, peer: str) -> bool:
         return peer in self.members or (self.is_open and peer not in self.removed)
 
-    def after(self, epoch: int, changes: Sequence[Change], named: Sequence[tuple[str, int]]) -> Roll:
-        """The roll of the state that record `epoch` makes. `named`: its members with their weights.
+    def after(
+        self, epoch: int, prev: str, changes: Sequence[Change], named: Sequence[tuple[str, int]]
+    ) -> Roll:
+        """The roll of the state that record `epoch` makes. `prev`: the head before it; `named`: its members
+        with their weights.
 
         The changes were checked by `changes_fault`.
         """
-        roll = self
+        roll = replace(self, heads=(*self.heads, prev[:HEAD_DIGITS])[-ROLLBACK_EPOCHS_MAX:])
         for change in changes:
             roll = _applied(roll, change, epoch)
         if roll.is_open and any(w and roll.is_newcomer(p) for p, w in named):
@@ -237,6 +246,8 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
     if kind == "set":
         key, number = read_setting(value)
         return replace(roll, settings={**roll.settings, key: number})
+    if kind == "rollback":
+        return replace(roll, rolled={**roll.rolled, epoch: read_rollback(value)[0]})
     return replace(roll, charter=_read_charter(roll.charter, value))
 
 
@@ -295,7 +306,37 @@ def change_fault(roll: Roll, epoch: int, change: Change, crypto: Crypto) -> str 
     message = change_message(roll.run_id, change)
     if not all(crypto.verify(peer, signature, message) for peer, signature in change.signatures):
         return "signature"
+    if change.kind == "rollback":
+        return _rollback_fault(roll, epoch, change.value)
     return _meaning_fault(roll, change)
+
+
+def _rollback_fault(roll: Roll, epoch: int, value: str) -> str | None:
+    try:
+        to, head, _ = read_rollback(value)
+    except Malformed:
+        return "malformed"
+    return "rollback" if why_no_rollback(roll, epoch, to, head) is not None else None
+
+
+def why_no_rollback(roll: Roll, epoch: int, to: int, head: str) -> str | None:
+    """Why record `epoch` cannot say that its state is that of epoch `to`, whose head begins so; or None.
+
+    Only what stands is undone, and once: `to` and the epoch after it lie on the path to the state before. So
+    no abandoned state comes back, and a second proof of one lie takes nothing back that was made since.
+    """
+    if to > epoch - 2:
+        return f"nothing has been made of epoch {to} yet"
+    if to < epoch - 1 - len(roll.heads):
+        return f"epoch {to} is more than {ROLLBACK_EPOCHS_MAX} epochs back"
+    if roll.heads[to - epoch + 1] != head:
+        return f"epoch {to} has another head here"
+    if len(roll.rolled) >= ROLLBACKS_MAX:
+        return f"this run was rolled back {ROLLBACKS_MAX} times, and cannot be again"
+    before = epoch if epoch in roll.rolled else epoch - 1  # by a change of the same record
+    if not (leads(roll.rolled, to, before) and leads(roll.rolled, to + 1, before)):
+        return f"what was made of epoch {to} is undone already"
+    return None
 
 
 def _meaning_fault(roll: Roll, change: Change) -> str | None:
@@ -540,6 +581,26 @@ def read_setting(value: str) -> tuple[str, float]:
         what = "a whole number " if key in WHOLE else ""
         raise Malformed(f"{key} must be {what}from {low:,.9g} to {high:,.9g}")
     return key, number
+
+
+def rollback_value(to: int, head: str, why: str) -> str:
+    """The value of a rollback: `epoch head why`."""
+    return f"{to} {head[:HEAD_DIGITS]} {why}"
+
+
+def read_rollback(value: str) -> tuple[int, str, str]:
+    """Of `rollback_value`: the epoch, how its head begins, and why. Raises Malformed."""
+    to, head, why = _words(value, 3)
+    return _number(to, 0, EPOCH_MAX), hexadecimal(head, (HEAD_DIGITS,), "head"), why
+
+
+def rollback_of(changes: Sequence[Change]) -> tuple[int, str] | None:
+    """The epoch whose state these changes of a record bring back, and why; None if they do not."""
+    for change in reversed(changes):
+        if change.kind == "rollback":
+            to, _, why = read_rollback(change.value)
+            return to, why
+    return None
 
 
 def _words(value: str, count: int) -> list[str]:

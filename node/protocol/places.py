@@ -58,6 +58,8 @@ def _roll_to_dict(roll: Roll) -> dict[str, Any]:
         "counted": [list(pair) for pair in roll.counted.items()],
         "removed": [list(pair) for pair in roll.removed.items()],
         "settings": [list(pair) for pair in roll.settings.items()],
+        "heads": list(roll.heads),
+        "rolled": [list(pair) for pair in roll.rolled.items()],
     }
 
 
@@ -72,4 +74,6 @@ def _roll_from_dict(raw: Mapping[str, Any]) -> Roll:
         counted=dict(raw["counted"]),
         removed=dict(raw["removed"]),
         settings=dict(raw["settings"]),
+        heads=tuple(raw["heads"]),
+        rolled=dict(raw["rolled"]),
     )

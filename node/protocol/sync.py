@@ -5,10 +5,11 @@ chains meet, the one with more committed weight since the common record wins, an
 to that record. The *state* follows the chain one update at a time: from our own update log if we took part,
 from a donor if not; and from a donor's checkpoint if nobody keeps the updates we lack.
 
-One job on the state is out at a time (apply, rollback, state). Updates are fetched beside it, several at a
-time, so that who catches up gains on the run however far away the donors are. What a donor gives is compared
-with what is signed, by the shell for an update (its digest is in the record) and here for a state; a donor
-that gave something else is named and left.
+One job on the state is out at a time: apply; rollback, when a fork was left; return, where a record says
+that the state is an earlier one again (path.py); or state. Updates are fetched beside it, several at a time,
+so that who catches up gains on the run however far away the donors are. What a donor gives is compared with
+what is signed, by the shell for an update (its digest is in the record) and here for a state; a donor that
+gave something else is named and left.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Sync:
         self.chain = chain
         self.state_epoch = state_epoch  # NO_STATE before a joiner has one
         self.state_digest = state_digest
-        self.job = ""  # what is out: apply, rollback, state; "" if nothing
+        self.job = ""  # what is out: apply, rollback, return, state; "" if nothing
         self.state_donor = ""  # who was asked for a state last
         self.fetches: dict[str, Fetch] = {}  # by head: the updates that are being fetched
         self.rollback_to: int | None = None
@@ -114,7 +115,8 @@ class Sync:
     @property
     def taking_the_step(self) -> bool:
         """Applying the newest update, or getting it: the end of a round, not a way to catch up."""
-        getting_it = self.job == "apply" or self.chain.head in self.fetches
+        goes_back = self.job == "return" and self.chain.epoch in self.chain.rolled
+        getting_it = self.job == "apply" or goes_back or self.chain.head in self.fetches
         return getting_it and self.held_epoch == self.chain.epoch - 1
 
     def reason(self, now: float) -> str:
@@ -378,7 +380,7 @@ class Sync:
             if fetch is not None:
                 self._update_failed(fetch, reason, now)
             return  # else it was of a round
-        if self.job != "state" and not (donor == "" and self.job in ("apply", "rollback")):
+        if self.job != "state" and not (donor == "" and self.job in ("apply", "rollback", "return")):
             return
         job, self.job = self.job, ""
         if donor == "":
@@ -426,9 +428,14 @@ class Sync:
             self._fetch_state(now)
 
     def _advance(self) -> None:
+        """By one update; or to where the records say that the state is an earlier one again."""
         (record,) = self.chain.after(self.state_epoch, 1)
+        step = self.chain.step_from(self.state_epoch)
         if record.body.state_digest != self.state_digest:
             self._diverged(f"record={record.body.epoch}")
+        elif step in self.chain.rolled:
+            self.job = "return"
+            self.ctx.emit(Rollback(step))
         elif record.head in self.ctx.updates:
             del self.ctx.updates[record.head]
             self.job = "apply"
@@ -437,7 +444,7 @@ class Sync:
     def _fetch_updates(self, now: float) -> None:
         """Those that are missing next, while there is room. In the round after them all have the update."""
         begin = self.state_epoch + (1 if self.job == "apply" else 0)
-        for record in self.chain.after(begin, FETCHES_MAX):
+        for record in self.chain.updates_after(begin, FETCHES_MAX):
             if len(self.fetches) >= FETCHES_MAX or self.need_state:
                 return
             if record.head not in self.ctx.updates and record.head not in self.fetches:
@@ -474,7 +481,10 @@ class Sync:
             order = [*donors[first:], *donors[:first], *[p for p in held if p not in donors]]
             self.job, self.state_donor = "state", order[0]
             self.rollback_to = None
-            self.ctx.emit(FetchState(tuple(order[:STATE_DONORS_MAX]), max(0, self.chain.epoch - 1)))
+            newest = max(0, self.chain.epoch - 1)  # nobody has signed the one after, unless it is not new
+            if self.chain.epoch in self.chain.rolled:
+                newest = self.chain.epoch
+            self.ctx.emit(FetchState(tuple(order[:STATE_DONORS_MAX]), newest))
 
     def _head_ahead(self, now: float) -> bool:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""

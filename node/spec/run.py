@@ -306,9 +306,10 @@ class AuditSpec:
         "record itself. Each costs its contributions once more. 0: nobody looks.",
     ] = 0.05
     on_lie: Annotated[
-        Literal["remove", "mark"],
+        Literal["remove", "rollback", "mark"],
         "remove: the nodes of those who may remove a member sign the removal of a reducer whose lie is "
-        "proven, by themselves. mark: it is shown to people.",
+        "proven, by themselves. rollback: and that the run goes on from the state before the lie, if their "
+        "disks still have it. mark: it is shown to people.",
     ] = "remove"
 
 

@@ -204,6 +204,11 @@ class ModelState:
             raise DigestMismatch(f"state {epoch} has the digest {found[:12]}, not {digest[:12]}")
         self.epoch, self.head, self.torn = epoch, head, False
 
+    def rename(self, epoch: int, head: str) -> None:
+        """The same numbers are state `epoch`: its record rolled the run back to them. Raises TornState."""
+        self._require_whole()
+        self.epoch, self.head = epoch, head
+
     def _hash(self) -> str:
         digests = dict(zip(self.names, map(_digest_of, self.vectors()), strict=True))
         return state_digest_of(self.schema, self.n, digests)

@@ -33,7 +33,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record", "forced", "final"),
     # protocol/members.py and proposals.py: who belongs to the run, and what changes that
     *("not_member", "weights", "behind", "changes", "unsigned_change", "void", "done", "member"),
-    *("no_member", "invites", "charter", "proposals"),
+    *("no_member", "invites", "charter", "proposals", "rollback"),
     # protocol/round.py and exchange.py: messages of a round
     *(
         "not_leader",
@@ -140,6 +140,10 @@ class Metrics:
     def accused(self) -> None:
         """A lie of a reducer was proven."""
         self._accusations.inc()
+
+    def rolled_back(self) -> None:
+        """A record took the state back to an earlier one."""
+        self._rollbacks.inc()
 
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""
@@ -261,6 +265,11 @@ class Metrics:
         self._accusations = Counter(
             "tapestry_accusations",
             "Lies that this node has seen proven: wrong means, and two votes in one ballot.",
+            registry=registry,
+        )
+        self._rollbacks = Counter(
+            "tapestry_rollbacks",
+            "Times that this node's state went back to an earlier one, by the members' decision.",
             registry=registry,
         )
         agreement = Gauge(

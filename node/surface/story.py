@@ -60,6 +60,12 @@ class Story:
         """A lie was proven."""
         self._history.tell(f"{self._name_of(peer)} is proven to have {what}", "warning")
 
+    def rolled_back(self, epoch: int, to: int, why: str) -> None:
+        """By the members' decision."""
+        because = f", because {printable(why)}" if why else ""
+        text = f"epoch {epoch}: the state is that of epoch {to} again{because}"
+        self._history.tell(text, "warning")
+
     def withheld(self, peer: str, epoch: int, shard: int) -> None:
         """An audit is incomplete."""
         self._history.tell(

@@ -147,6 +147,14 @@ class InnerLoop:
         self._epoch, self._losses, self._tokens = epoch, [], 0
         return False
 
+    def forget(self) -> None:
+        """Begin the inner optimizer anew: what it has seen is undone."""
+        if self._optimizer is not None:
+            self._optimizer = None  # before there is another: it may be as large as the model
+            alone = self._group is None
+            self._optimizer = make_optimizer(self._settings, self._held.parts, alone=alone)
+        self._steps, self._snapshots = 0, {}
+
     def go_on(self) -> None:
         """After `finish`: take the steps of the next epoch from where we are, until its base is there."""
         if self._finished is None or self._optimizer is None:

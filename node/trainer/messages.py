@@ -64,6 +64,7 @@ class Begin:
     lr: float = 0.0  # these three: spec.training.Changed
     batches: int = 0
     batch_size: int = 0
+    afresh: bool = False  # the run was rolled back: the inner optimizer has seen what is undone
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,6 +239,7 @@ class TrainerProcess:
         self._base = ""  # head of the state that was begun from
         self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
         self._counted = 0  # generation; to be told with the next begin
+        self._afresh = False  # to be told with each begin until something has come of one
         self._closing = False
         self._evaluating: int | None = None
         self.aside = Aside()
@@ -299,6 +300,7 @@ class TrainerProcess:
             changed.lr,
             changed.batches,
             changed.batch_size,
+            self._afresh,
         )
 
     def settle(self, generation: int) -> None:
@@ -307,6 +309,10 @@ class TrainerProcess:
         UNKNOWN_GENERATION if another than the latest contribution was: then there is no residual.
         """
         self._counted = generation
+
+    def forget(self) -> None:
+        """What was learnt is undone: the next begin is without residual, and with a new inner optimizer."""
+        self._counted, self._afresh = UNKNOWN_GENERATION, True
 
     def close_round(self, epoch: int) -> None:
         """Have the worker contribute what it has, after at least one inner step."""
@@ -610,6 +616,7 @@ class TrainerProcess:
     def _settle(self, report: Report) -> None:
         if isinstance(report, Contribution):
             self._begun, self._contributed = None, (report.epoch, self._base)
+            self._afresh = False
             self._backoff_s = self._limits.backoff_initial_s
         elif isinstance(report, Validation) and report.epoch == self._evaluating:
             self._evaluating = None

@@ -280,6 +280,9 @@ class Worker:
         self._encoder.settle(command.counted)
         if not self._generation:
             self._before_first()
+        if command.afresh:
+            self._inner.forget()
+            self._inner_state.unlink(missing_ok=True)
         brought = self._brought()
         base = self._base if brought is None else brought.add_(self._base)
         changed = Changed(command.lr, command.batches, command.batch_size)

@@ -17,7 +17,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
-from tapestry.node.lineage.log import newest, read_log
+from tapestry.node.lineage.log import lines, newest, read_log
 from tapestry.node.lineage.verify import Proof, verify
 from tapestry.node.net.descriptions import Descriptions, pack
 from tapestry.node.protocol.chain import record_to_dict
@@ -254,3 +254,44 @@ def test_adapters_apart_are_checked_and_merged_ones_say_how(tmp_path: Path) -> N
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a home with a run nor an export"):
         _verify(tmp_path)
+
+
+# ---- rolled back -------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_rolled_back_is_proven_logged_and_exported_by_the_path_to_its_state(
+    tmp_path: Path,
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(2)
+    made.advance(2, checkpoint=True)
+    undone = made.state.digest()
+    made.roll_back(2, "xyz lied in epoch 3")
+    made.advance(1)
+    proof = _verify(made.home.path)
+    assert proof.holds, proof.faults
+    assert (proof.replayed_from, proof.replayed_to) == (0, 6)
+    assert proof.notes == ["epoch 5: the state is that of epoch 2 again"]
+    told = [line.strip() for line in lines(read_log(made.home, None))]
+    assert "epoch 5: the state is that of epoch 2 again, because xyz lied in epoch 3" in told
+    export_home(made.home, tmp_path / "out", 5)
+    assert _verify(tmp_path / "out").holds
+    table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
+    assert table["epoch"] == 5 and table["state_digest"] == made.chain.state_digest_at(2) != undone
+    founder = made.identities[0].peer_id
+    told = {one["peer"]: one["weight"] for one in table["members"]}
+    assert told[founder] == 2 * 300  # of what was undone nothing is in it
+
+
+def test_a_record_that_goes_on_from_what_was_undone_does_not_hold(tmp_path: Path) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(3)
+    undone = made.fresh_copy()
+    made.roll_back(1, "")
+    made.state.overwrite()
+    for ours, theirs in zip(made.state.overwrite(), undone, strict=True):
+        ours[:] = theirs
+    made.state.adopt(4, made.chain.head, made.state._hash())
+    made.advance(1)
+    (fault,) = [fault for fault in _verify(made.home.path).faults if fault.file == "chain.jsonl"]
+    assert "its state is not that of epoch 1" in fault.what

@@ -123,7 +123,7 @@ class Office:
             change = change.signed(by.peer_id, by.sign(change_message(RUN, change)).hex())
         named = list(self.roll.members)
         assert changes_fault(self.roll, epoch, [change], named, CRYPTO) is None
-        self.roll = self.roll.after(epoch, [change], [(p, 1) for p in named])
+        self.roll = self.roll.after(epoch, "", [change], [(p, 1) for p in named])
 
 
 class FakeSwarm:

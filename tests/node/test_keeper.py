@@ -16,10 +16,10 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.transfer import TransferLimits
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
-from tapestry.node.protocol.members import Change, change_message
+from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, ModelState
@@ -78,6 +78,10 @@ class Run:
         return change.signed(self.identity.peer_id, self.crypto.sign(change_message(run_id, change)))
 
 
+def back(chain: Chain, to: int) -> Change:
+    return Change("rollback", "", rollback_value(to, chain.head_at(to), "a lie"), 99, f"{to:032x}")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "home")
@@ -112,6 +116,47 @@ def test_a_restart_comes_back_to_the_same_bits(run: Run) -> None:
     again = run.open().restore()
     assert (again.state_epoch, again.state_digest) == (epoch, digest) == (7, run.keeper.state.digest())
     assert again.chain.epoch == 7
+
+
+def test_killed_in_the_middle_of_a_rollback_a_node_comes_to_the_state_that_the_record_names(run: Run) -> None:
+    run.keeper.restore()
+    digests = [run.keeper.reached[1]]
+    for seed in range(4):
+        digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
+    run.keeper.checkpoint()
+    run.commit(run.keeper, 4, back(run.keeper.copy_of_chain(), 2))
+    killed = run.open().restore()  # the record is on disk, and the state of before
+    assert (killed.state_epoch, killed.state_digest) == (5, digests[2])
+    assert killed.chain.state_digest_at(5) == digests[2]
+    assert run.keeper.rollback(5) == (5, digests[2]) == (5, run.keeper.state.digest())
+    assert run.keeper.rolled_back(5) == (2, "a lie") and run.keeper.rolled_back(4) is None
+    assert run.keeper.checkpoint_due(5)
+    run.keeper.checkpoint()
+    assert [c.epoch for c in run.keeper.checkpoints.list()] == [5, 0]  # that of 4 is of no use any more
+    epoch, digest = run.keeper.apply(run.commit(run.keeper, 6))
+    assert run.open().restore().state_digest == digest and epoch == 6
+
+
+def test_a_state_of_what_is_undone_is_no_checkpoint(run: Run) -> None:
+    run.keeper.restore()
+    for seed in range(3):
+        run.keeper.apply(run.commit(run.keeper, seed))
+    run.commit(run.keeper, 3, back(run.keeper.copy_of_chain(), 1))
+    run.keeper.checkpoint()
+    assert [c.epoch for c in run.keeper.checkpoints.list()] == [0]
+
+
+def test_a_node_knows_how_far_back_its_disk_leads(run: Run) -> None:
+    run.keeper.restore()
+    for seed in range(3):
+        run.keeper.apply(run.commit(run.keeper, seed))
+    chain = run.keeper.copy_of_chain()
+    assert [run.keeper.held_back_to(epoch) for epoch in range(4)] == [chain.head_at(e) for e in range(4)]
+    next(run.home.updates.glob("00000002-*")).unlink()
+    run.keeper.store.load()
+    assert [bool(run.keeper.held_back_to(epoch)) for epoch in (-1, 0, 1, 2, 3, 4)] == [
+        *(False, True, True, False, False, False)
+    ]
 
 
 def test_a_founder_does_not_read_back_what_it_has_just_written_and_has_the_same_state(run: Run) -> None:

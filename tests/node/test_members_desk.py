@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon.members_desk import LAST_AUTHORITY, MembersDesk
+from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.members import Charter, first_roll
+from tapestry.node.protocol.members import Charter, change_id, first_roll, rollback_value
 from tapestry.node.protocol.strict import Malformed
 
 RUN = "ab" * 32
@@ -71,3 +72,55 @@ def test_a_setting_that_would_change_nothing_in_this_run_is_not_asked_for() -> N
         {"fault": "this run takes inner steps"},
         0,
     )
+
+
+def test_a_rollback_is_asked_for_only_if_our_own_disk_leads_there() -> None:
+    loop = FakeLoop(Charter())
+    for epoch in range(1, 6):
+        loop._roll = loop._roll.after(epoch, f"{epoch - 1:032x}{0:032x}", [], [])
+    held = lambda epoch: f"{epoch:032x}{0:032x}" if epoch in (2, 3, 4, 5) else ""  # noqa: E731
+    desk = MembersDesk(
+        loop,  # type: ignore[arg-type]
+        FOUNDER.peer_id,
+        NodeCrypto(FOUNDER),
+        (),
+        lambda key: "",
+        held,
+    )
+
+    def ask(value: str) -> str:
+        return str(desk.do({"do": "ask", "kind": "rollback", "peer": "", "value": value}).get("fault", ""))
+
+    assert ask("1 bad data") == NOT_HELD.format(epoch=1)
+    assert ask("5 bad data") == "nothing has been made of epoch 5 yet"
+    assert not loop.fed and ask("2 bad data") == ""
+    assert loop.fed[0].change.value == rollback_value(2, f"{2:032x}{0:032x}", "bad data")
+    with pytest.raises(Malformed, match="must be a number"):
+        ask("two bad data")
+    held_no_more = loop.fed[0].change
+    loop.snapshot = lambda: SimpleNamespace(  # type: ignore[method-assign]
+        roll=loop._roll, chain_epoch=5, pending=(held_no_more,), run_id=RUN
+    )
+    desk._held_back_to = lambda epoch: ""
+    name = change_id(RUN, held_no_more)
+    assert desk.do({"do": "approve", "id": name})["fault"] == NOT_HELD.format(epoch=2)
+
+
+def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
+    asked_for = []
+    for who in (FOUNDER, OTHER):
+        loop = FakeLoop(Charter(admit_by="majority"))
+        for epoch in range(1, 6):
+            loop._roll = loop._roll.after(epoch, f"{epoch - 1:032x}{0:032x}", [], [])
+        desk = MembersDesk(
+            loop,  # type: ignore[arg-type]
+            who.peer_id,
+            NodeCrypto(who),
+            (),
+            lambda key: "",
+            lambda epoch: f"{epoch:032x}{0:032x}",
+        )
+        asyncio.run(desk.roll_back(3, f"{3:032x}{0:032x}", "a lie"))
+        asyncio.run(desk.roll_back(4, f"{9:032x}{0:032x}", "of another side"))
+        asked_for.append([one.change for one in loop.fed])
+    assert asked_for[0] == asked_for[1] and len(asked_for[0]) == 1

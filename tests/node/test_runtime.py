@@ -92,8 +92,11 @@ class FakeKeeper:
     def abandon_checkpoint(self) -> None:
         self.abandoned = True
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, back_to: int | None = None) -> None:
         self.checkpoints += 1
+
+    def held_back_to(self, epoch: int) -> str:
+        return ""
 
     def drop_result(self, committed: bool) -> None: ...
 

@@ -1,6 +1,7 @@
 """Changes of the roll: what none of them may do, and who keeps none of them out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -8,7 +9,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tapestry.dht.identity import Identity
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.canon import PEER_CHARS_MAX
-from tapestry.node.protocol.members import Change, Charter, Roll, change_message, changes_fault, first_roll
+from tapestry.node.protocol.members import (
+    ROLLBACK_EPOCHS_MAX,
+    Change,
+    Charter,
+    Roll,
+    change_message,
+    changes_fault,
+    first_roll,
+    rollback_value,
+)
 from tapestry.node.protocol.proposals import OF_ONE_MAX, PROPOSALS_MAX, Proposals
 
 RUN = "ab" * 32
@@ -27,7 +37,7 @@ def change(kind: str, peer: str, value: str, *by: int, nonce: int = 1) -> Change
 def after(roll: Roll, made: Change) -> Roll:
     named = list(roll.members)
     assert changes_fault(roll, 1, [made], named, CRYPTO) is None
-    return roll.after(1, [made], [(peer, 1) for peer in named])
+    return roll.after(1, "", [made], [(peer, 1) for peer in named])
 
 
 def fault(roll: Roll, made: Change) -> str | None:
@@ -58,6 +68,66 @@ def test_founders_who_are_gone_are_given_nothing_to_decide():
         roll = after(roll, change("admit", PEERS[n], "", *range(n), nonce=n))
     roll = after(roll, change("remove", PEERS[0], "", 0))
     assert fault(roll, change("charter", "", "admit_by founder", 1, 2)) == "charter"
+
+
+def heads(roll: Roll, epochs: int, rolled: dict[int, int]) -> Roll:
+    """After so many records, the head of epoch n beginning with n."""
+    for epoch in range(1, epochs + 1):
+        changes = [back(rolled[epoch])] if epoch in rolled else []
+        roll = roll.after(epoch, f"{epoch - 1:032x}", changes, [])
+    return roll
+
+
+def back(to: int, why: str = "why", *by: int) -> Change:
+    return change("rollback", "", rollback_value(to, f"{to:032x}", why), *by)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rolled", "to", "allowed"),
+    [
+        *((10, {}, to, to <= 9) for to in (0, 8, 9, 10, 11)),
+        *((100, {}, to, to >= 100 - ROLLBACK_EPOCHS_MAX) for to in (0, 34, 35, 36, 37, 98)),
+        (10, {8: 5}, 5, False),  # what was made of it is undone: name 8
+        (10, {8: 5}, 8, True),
+        *((10, {8: 5}, to, False) for to in (6, 7)),  # undone itself
+        *((10, {8: 5}, to, True) for to in (0, 4)),
+        (10, {8: 5, 10: 3}, 4, False),
+        (10, {8: 5, 10: 3}, 8, False),
+    ],
+)
+def test_only_what_stands_is_undone_and_not_too_far_back(
+    epochs: int, rolled: dict[int, int], to: int, allowed: bool
+) -> None:
+    roll = heads(first_roll(RUN, Charter(), PEERS[:2]), epochs, rolled)
+    made = replace(back(to), until=epochs + 1)
+    made = made.signed(PEERS[0], KEYS[0].sign(change_message(RUN, made)).hex())
+    named = list(roll.members)
+    found = changes_fault(roll, epochs + 1, [made], named, CRYPTO)
+    assert found == (None if allowed else "rollback")
+
+
+def test_a_state_of_another_side_is_not_gone_back_to() -> None:
+    roll = heads(first_roll(RUN, Charter(), PEERS[:2]), 5, {})
+    there = change("rollback", "", rollback_value(3, f"{9:032x}", ""), 0)
+    assert changes_fault(roll, 6, [there], PEERS[:2], CRYPTO) == "rollback"
+    for value in ("3", "3 x y", f"03 {3:032x} why", f"-1 {3:032x} why"):
+        assert fault(roll, change("rollback", "", value, 0)) == "malformed"
+
+
+def test_two_proofs_of_one_lie_are_one_rollback_and_the_earlier_lie_counts() -> None:
+    roll = heads(first_roll(RUN, Charter(), PEERS[:2]), 5, {})
+    once, again, earlier = back(3, "a", 0), back(3, "b", 0), back(2, "c", 0)
+    assert changes_fault(roll, 6, [once], PEERS[:2], CRYPTO) is None
+    assert changes_fault(roll, 6, [once, again], PEERS[:2], CRYPTO) == "rollback"
+    assert changes_fault(roll, 6, [once, earlier], PEERS[:2], CRYPTO) is None
+    assert changes_fault(roll, 6, [earlier, once], PEERS[:2], CRYPTO) == "rollback"
+    assert roll.after(6, f"{5:032x}", [once, earlier], []).rolled == {6: 2}
+
+
+def test_a_rollback_needs_the_signatures_that_any_change_needs() -> None:
+    roll = heads(first_roll(RUN, Charter(admit_by="majority"), PEERS[:3]), 5, {})
+    assert changes_fault(roll, 6, [back(3, "why", 0)], PEERS[:3], CRYPTO) == "unsigned_change"
+    assert changes_fault(roll, 6, [back(3, "why", 0, 1)], PEERS[:3], CRYPTO) is None
 
 
 def pool(roll: Roll, *asked: tuple[int, int]) -> Proposals:

@@ -11,6 +11,8 @@ G8 members decide: only members, by signed changes, are in a record, and only th
    majority of the last full electorate signed is left for nothing less.
 audit: whoever signed a wrong mean that is looked at is found, and nobody else is.
 G9 voice is policy: what a contribution weighs follows from the roll.
+rollback: a record that carries one makes a state that was there before, as long ago as the rules allow and
+   not undone since; no other record does.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tapestry.node.protocol.audit import Order
 from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Vote
-from tapestry.node.protocol.members import UNIT, Charter, change_message
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, UNIT, Charter, change_message
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 from tapestry.node.protocol.sync import BRANCHES_MAX
 
@@ -75,6 +77,9 @@ class Invariants:
         self.world.fail(node.name, text)
 
     def on_state(self, node: Node, head: str, state: str) -> None:
+        back_to = self.at[head].back_to
+        if back_to and state != self.state_of.get(back_to):
+            self.fail(node, f"rollback: the state at {head[:8]} is not that of {back_to[:8]}")
         if self.state_of.setdefault(head, state) != state:
             self.fail(node, f"G1: two states under head {head[:8]}")
 
@@ -146,7 +151,7 @@ class Invariants:
         ground = self.at[body.prev]
         if record.head not in self.at:
             self._check_members(node, record, ground)
-            self.at[record.head] = ground.after(body)
+            self.at[record.head] = ground.after(body, record.head)
         self.world.furthest = max(self.world.furthest, body.epoch)
         if body.forced and self.world.rules.on_quorum_loss == "wait":
             self.fail(node, "policy: a forced record in a run that waits")
@@ -192,6 +197,8 @@ class Invariants:
                 self.fail(node, f"G8: record {body.epoch} bears a change with a false signature")
             if not ground.allows(change.kind, change.peer, [p for p, _ in change.signatures]):
                 self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
+        for fault in ground.back_faults(body):
+            self.fail(node, f"rollback: record {body.epoch} {fault}")
         influence = ground.influence or self.world.rules.max_influence
         if influence < 1.0 or strangers:
             share = sum(m.weight for m in strangers) / sum(m.weight for m in body.members)
@@ -213,6 +220,8 @@ class Invariants:
     def on_apply(self, node: Node, record: Record) -> tuple[int, tuple[object, ...]]:
         """Returns the update: (epoch, shards)."""
         body, disk = record.body, node.disk
+        if self.at[record.head].back_to:
+            self.fail(node, f"rollback: the update of record {body.epoch} is applied")
         if disk.state_head != body.prev:
             self.fail(node, f"G3: record {body.epoch} applied to another state")
         if disk.states[body.prev][1] != self.state_of.get(body.prev):
@@ -295,6 +304,12 @@ class Invariants:
         return self.at[records[-1].head if records else self.world.genesis.run_id].electorate
 
 
+def rollbacks_in(body: Body) -> list[tuple[int, str]]:
+    """Epoch, and how its head begins, of each in the record."""
+    words = [change.value.split(" ") for change in body.changes if change.kind == "rollback"]
+    return [(int(word[0]), word[1]) for word in words]
+
+
 class Ground:
     """What is known at a record, by the checker's own arithmetic."""
 
@@ -319,11 +334,40 @@ class Ground:
         self.full, self.since = 0, 0
         self.last = self  # the last one that a full electorate signed
         self.behind: set[str] = set()
+        self.line: tuple[tuple[int, str], ...] = ()  # epochs and heads of the states that this one is made of
+        self.counting: tuple[frozenset[str], ...] = ()  # the contributions in each of them
+        self.undone: frozenset[str] = frozenset()  # those to states that are not of it any more
+        self.back_to = ""  # the head whose state this record brings back
 
     @classmethod
     def of_genesis(cls, genesis: Genesis) -> Ground:
         members = dict.fromkeys(genesis.founders, 1)
-        return cls(members, list(genesis.founders), (genesis.founder,), genesis.charter)
+        ground = cls(members, list(genesis.founders), (genesis.founder,), genesis.charter)
+        ground.line, ground.counting = ((0, genesis.run_id),), (frozenset(),)
+        return ground
+
+    def back_faults(self, body: Body) -> list[str]:
+        """What is wrong with the rollbacks in the record after this one."""
+        line, faults = self.line, []
+        for to, head in rollbacks_in(body):
+            here = [at for at, (epoch, known) in enumerate(line) if epoch == to and known.startswith(head)]
+            if not here:
+                faults.append(f"goes back to {to}, which is not on the line")
+            elif here[0] == len(line) - 1 or to < body.epoch - 1 - ROLLBACK_EPOCHS_MAX:
+                faults.append(f"goes back to {to}: too far, or nowhere")
+            else:
+                line = line[: here[0] + 1]
+        return faults
+
+    def _line_on(self, new: Ground, body: Body, head: str) -> None:
+        cut = len(self.line)
+        for to, _ in rollbacks_in(body):
+            cut = next((at + 1 for at, (epoch, _) in enumerate(self.line) if epoch == to), cut)
+            new.back_to = self.line[cut - 1][1]
+        named = frozenset(m.contribution for m in body.members if m.weight)
+        new.line = (*self.line[:cut], (body.epoch, head))
+        new.counting = (*self.counting[:cut], frozenset() if new.back_to else named)
+        new.undone = self.undone.union(*self.counting[cut:], named if new.back_to else ())
 
     @property
     def standing(self) -> tuple[int, int, int]:
@@ -339,8 +383,9 @@ class Ground:
         need = 1 if self.rule == "founder" else int(self.rule[8:].split("/")[0])
         return sum(p in self.council for p in signers) >= min(need, len(self.council)) > 0
 
-    def after(self, body: Body) -> Ground:
+    def after(self, body: Body, head: str) -> Ground:
         new = self._copy()
+        self._line_on(new, body, head)
         for change in body.changes:
             new._apply(change.kind, change.peer, change.value)
         if self.is_open:

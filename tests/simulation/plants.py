@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from simulation import shell as shell_module
+from simulation.rollbacks import Rollbacks
 from simulation.shell import EXECUTE, Node
 
 from tapestry.compression.means.shares import clip_scales
@@ -425,6 +426,60 @@ def leader_never_given_up() -> list[Patch]:
             self.lead.open_next(now)
 
     return [(Round, "_watch_leader", wait)]
+
+
+# --- rolling back -----------------------------------------------------------------------------------
+
+
+@plant("a replay goes by the updates alone, as if nothing had been rolled back", 11)
+def rollback_ignored() -> list[Patch]:
+    return [(chain_module.Chain, "rolled", property(lambda self: {}))]
+
+
+@plant("one node goes back one epoch too far", 11)
+def rolls_back_too_far() -> list[Patch]:
+    made = Rollbacks.made_of_disk
+
+    def further(self: Rollbacks, node: Node, epoch: int) -> Any:
+        found = made(self, node, epoch)
+        chain = node.core.chain if node.core is not None else None
+        if found is None or chain is None or found[0] != epoch or node.name != "p1":
+            return found
+        before = node.disk.states.get(chain.head_at(max(0, chain.rolled[epoch] - 1)))
+        return found if before is None else (*found[:2], before[1])
+
+    return [(Rollbacks, "made_of_disk", further)]
+
+
+@plant("what is undone already is undone again, or comes back", 11)
+def undone_comes_back() -> list[Patch]:
+    return [(members_module, "leads", lambda rolled, at, epoch: True)]
+
+
+@plant("a rollback is taken whatever head it names", 11)
+def rolls_back_to_another_side() -> list[Patch]:
+    why = members_module.why_no_rollback
+
+    def any_head(roll: Any, epoch: int, to: int, head: str) -> str | None:
+        at = to - epoch + 1
+        return why(roll, epoch, to, roll.heads[at] if -len(roll.heads) <= at < 0 else head)
+
+    return [(members_module, "why_no_rollback", any_head)]
+
+
+@plant("the residual of a contribution that is undone goes into the next", 11)
+def residual_kept() -> list[Patch]:
+    def keep(self: Node, out: ev.Rollback) -> None:
+        residual = self.residual
+        Node.do_rollback(self, out)
+        self.residual = residual
+
+    return [(shell_module, "EXECUTE", {**EXECUTE, ev.Rollback: keep})]
+
+
+@plant("members sign for a state that their disks no longer have", 51)
+def signs_for_what_is_gone() -> list[Patch]:
+    return [(Rollbacks, "leads_to", lambda self, node, chain, epoch: 0 <= epoch <= chain.epoch)]
 
 
 # --- audits -----------------------------------------------------------------------------------------

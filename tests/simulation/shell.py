@@ -147,6 +147,7 @@ class Node:
         self.training = 0  # counts Train outputs; an older one's contribution is dropped
         self.trains = (0.0, 0.0)  # since when, and how long
         self.contributed = ""  # the name of what its trainer gave last, in this life
+        self.residual = ""  # the contribution whose rounding goes into the next one
         self.base = ""  # head of the state that the newest Train named
         self.dying = False  # of its last write
         self.crypto = SimCrypto(name)
@@ -196,7 +197,7 @@ class Node:
 
     def crash(self) -> None:
         self.life += 1
-        self.contributed = ""
+        self.contributed = self.residual = ""
         self.left = None
         self.core = None
         self.frozen = False
@@ -336,8 +337,8 @@ class Node:
         self.disk.state_head = head
 
     def forget_old(self, epoch: int) -> None:
-        keep = self.world.updates_kept
-        for head in [h for h, (e, _) in self.disk.updates.items() if e <= epoch - keep]:
+        keep = self.world.rollbacks.base_of(self, epoch - self.world.updates_kept)
+        for head in [h for h, (e, _) in self.disk.updates.items() if e <= keep]:
             del self.disk.updates[head]
 
     def head_at(self, epoch: int) -> str:
@@ -345,13 +346,33 @@ class Node:
         return self.disk.records[epoch - 1].head if epoch else self.world.genesis.run_id
 
     def do_rollback(self, out: ev.Rollback) -> None:
+        self.residual = ""
         head = self.head_at(out.epoch)
+        if self.world.rollbacks.is_back(self, out.epoch) and head not in self.disk.states:
+            self.go_back(out)
+            return
         if head not in self.disk.states:  # its checkpoint and updates were of another life
             self.world.later(0.05, self, ev.FetchFailed("", "", "missing"))
             return
         epoch, state = self.disk.states[head]
         self.disk.state_head = head
         self.world.later(0.05, self, ev.Applied(epoch, state))
+
+    def go_back(self, out: ev.Rollback) -> None:
+        """By the records, to an earlier state: from what checkpoint and updates lead to."""
+        self.training += 1  # what is under way is of what is undone
+        found = self.world.rollbacks.made_of_disk(self, out.epoch)
+
+        def arrive() -> None:
+            if found is None:
+                self.feed(ev.FetchFailed("", "", "missing"))
+                return
+            epoch, head, state = found
+            self.world.invariants.on_state(self, head, state)
+            self.set_state(head, epoch, state)
+            self.feed(ev.Applied(epoch, state))
+
+        self.world.later(self.world.draw(0.02, 0.3), self, arrive)
 
     def do_fetch_update(self, out: ev.FetchUpdate) -> None:
         donor = self.world.nodes.get(out.donor)
@@ -381,6 +402,7 @@ class Node:
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         """From the first of the donors that can be reached: what the others give is the same state."""
+        self.residual = ""
         first, donors = out.donors[0], [self.world.nodes.get(name) for name in out.donors]
 
         def arrive() -> None:
@@ -391,7 +413,7 @@ class Node:
                 return
             for epoch in range(min(out.epoch_max, len(self.disk.records)), -1, -1):
                 head = self.head_at(epoch)
-                if head in donor.disk.states and epoch % self.world.checkpoint_every == 0:
+                if head in donor.disk.states and self.world.rollbacks.gives(self, epoch):
                     state = donor.disk.states[head][1]
                     if self.world.chaos.donor_lies():
                         state = digest(b"a lie")
@@ -428,6 +450,7 @@ class Node:
             self.training += 1
             contribution = self.world.gates.named(self.name, self.base, 2 * self.world.token())
             self.contributed = contribution
+            self.world.rollbacks.on_residual(self)
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
             self.feed(
                 ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
@@ -465,9 +488,14 @@ class Node:
         if names != [(m.peer, m.contribution, order.shard) for m in members]:
             self.world.fail(self.name, f"audit: what was kept is not what the record names: {names}")
         mean = Mean(order.shard, parts, tuple(m.weight for m in members))
-        self.world.invariants.on_audit(self, order, mean.digest != order.digest)
+        found = mean.digest != order.digest
+        self.world.invariants.on_audit(self, order, found)
+        if found:
+            self.world.rollbacks.on_lie(record)
 
     def do_end_round(self, out: ev.EndRound) -> None:
+        if out.counted:
+            self.residual = out.counted
         self.world.desk.on_end(self, out)
         self.world.outcomes[out.outcome] = self.world.outcomes.get(out.outcome, 0) + 1
 

@@ -22,6 +22,7 @@ from simulation.equivocators import Equivocators
 from simulation.faults import Chaos, Faults
 from simulation.gates import GateWorld
 from simulation.invariants import Invariants
+from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
 from simulation.violation import Violation
 
@@ -152,6 +153,7 @@ class World:
         self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
         self.lied: set[str] = set()  # digests of what it made
         self.equivocators = Equivocators(self, faults is None, names)
+        self.rollbacks = Rollbacks(self, faults is None)
         self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
         self.invariants = Invariants(self)
@@ -202,6 +204,7 @@ class World:
             self.later(self.rng.random() * 5.0, None, node.start)
         self.chaos.plan(self.fault_s)
         self.consortium.plan(self.fault_s)
+        self.rollbacks.plan()
         self.gates.plan()
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
             self.step()

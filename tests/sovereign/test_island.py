@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.uses import note_use, sources_since
 from tapestry.node.lineage.verify import verify
+from tapestry.node.protocol.members import Change, rollback_value
 from tapestry.node.sovereign.derivative import Shelf
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
@@ -175,6 +177,9 @@ def test_it_is_taken_away_by_the_first_record_after_the_island_that_names_this_m
     records = made.chain.records
     Brought(made.home, own, run_id).look(records[:2])
     Brought(made.home, "somebody else", run_id).look(records)
+    back = Change("rollback", "", rollback_value(1, made.chain.head_at(1), ""), 9, "0" * 32)
+    of_nothing = replace(records[2], body=replace(records[2].body, changes=(back,)))
+    Brought(made.home, own, run_id).look([of_nothing])  # nothing is made of its contributions
     assert made.home.brought.exists()
     pending = Brought(made.home, own, run_id)
     pending.look(records[2:3])

@@ -23,7 +23,7 @@ from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
-from tapestry.node.protocol.members import UNIT
+from tapestry.node.protocol.members import UNIT, Change, change_message, rollback_value
 from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer
@@ -92,11 +92,33 @@ class Run:
             self.numbers.append(state_bytes(self.state))
             self.digests.append(self.digest)
 
+    def roll_back(self, to: int) -> None:
+        """An epoch whose record says that the state is that of epoch `to` again."""
+        payloads = self.random_payloads()
+        change = Change("rollback", "", rollback_value(to, self.chain.head_at(to), "x"), 99, f"{to:032x}")
+        change = change.signed(
+            IDENTITY.peer_id, CRYPTO.sign(change_message(self.chain.genesis.run_id, change))
+        )
+        record = self.next_record(payloads, (change,))
+        self.chain.check(record, CRYPTO)
+        self.store.write_update(record.body.epoch, record.head, payloads)
+        self.store.append_record(record)
+        self.chain.append(record)
+        self.digest = self.digests[to]
+        self.state = self.fresh_at(to)
+        self.state.rename(record.body.epoch, record.head)
+        self.numbers.append(self.numbers[to])
+        self.digests.append(self.digest)
+
+    def _parts(self, numbers: bytes) -> list[bytes]:
+        size = len(self.state.vectors()[0])
+        return [numbers[at : at + size] for at in range(0, len(numbers), size)]
+
     def random_payloads(self) -> list[Tensor]:
         codec = self.state.arithmetic.codec
         return [codec.encode(torch.randn(s.n, generator=self.rng)) for s in self.state.arithmetic.shards]
 
-    def next_record(self, payloads: list[Tensor]) -> Record:
+    def next_record(self, payloads: list[Tensor], changes: tuple[Change, ...] = ()) -> Record:
         body = Body(
             run_id=self.chain.genesis.run_id,
             epoch=self.chain.epoch + 1,
@@ -104,6 +126,7 @@ class Run:
             state_digest=self.digest,
             members=(Member(IDENTITY.peer_id, UNIT, "c0" * 32, "", 7),),
             result=result_digest(payloads),
+            changes=changes,
         )
         head = head_of(body, CRYPTO)
         signature = CRYPTO.sign(accept_message(head, 0))
@@ -127,6 +150,14 @@ class Run:
     def fresh(self) -> ModelState:
         """An empty state for the same model."""
         return new_state(self.n, arithmetic(self.n, self.outer, self.shard_elements))
+
+    def fresh_at(self, epoch: int) -> ModelState:
+        """A copy of the state of this epoch."""
+        state = self.fresh()
+        for ours, theirs in zip(state.overwrite(), self._parts(self.numbers[epoch]), strict=True):
+            ours[:] = theirs
+        state.adopt(epoch, self.chain.head_at(epoch), self.digests[epoch])
+        return state
 
     def reopened(self) -> tuple[Store, Checkpoints]:
         """As after a kill -9: what the disk alone gives."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from state.kit import Run, flip, new_state, state_bytes
 
-from tapestry.node.disk.checkpoints import Abandoned, restore
+from tapestry.node.disk.checkpoints import Abandoned, leads_to, restore
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.run import AdamWSpec, LimitsSpec, NesterovSpec, OuterSpec
 
@@ -43,6 +43,51 @@ def test_checkpoint_and_updates_are_the_state_to_the_bit(
         assert (restored.epoch, restored.state_digest) == (target, run.digests[target])
         assert state_bytes(state) == run.numbers[target]
         assert state.head == run.chain.head_at(target)
+
+
+@pytest.fixture
+def rolled(run: Run) -> Run:
+    """Four epochs, checkpoints at 0, 2 and 4; epoch 5 is state 3 again; then one more."""
+    run.save()
+    run.roll_back(3)
+    run.advance()
+    return run
+
+
+@pytest.mark.parametrize("target", range(7))
+def test_the_path_to_a_state_goes_by_what_was_rolled_back(rolled: Run, target: int) -> None:
+    store, checkpoints = rolled.reopened()
+    state = rolled.fresh()
+    restored = restore(rolled.chain, target, store, checkpoints, state)
+    assert restored is not None
+    assert (restored.epoch, restored.state_digest) == (target, rolled.digests[target])
+    assert state_bytes(state) == rolled.numbers[target] and state.head == rolled.chain.head_at(target)
+    assert rolled.digests[5] == rolled.digests[3] != rolled.digests[4]
+
+
+def test_a_checkpoint_that_was_rolled_back_is_no_use_and_goes(rolled: Run) -> None:
+    assert [c.epoch for c in rolled.checkpoints.list()] == [4, 2, 0]
+    assert rolled.checkpoints.base_epoch(rolled.chain) == 2
+    rolled.checkpoints.prune(rolled.chain)
+    assert [c.epoch for c in rolled.checkpoints.list()] == [2, 0]
+
+
+def led_to(run: Run) -> list[int]:
+    """The epochs whose states the disk has."""
+    return [e for e in range(6) if leads_to(run.chain, e, *run.reopened())]
+
+
+def test_what_leads_to_a_state_that_may_be_gone_back_to_is_kept(run: Run) -> None:
+    run.kept = 1
+    _, run.checkpoints = run.reopened()
+    run.save()
+    assert led_to(run) == [0, 1, 2, 3, 4]
+    run.checkpoints.prune(run.chain, back_to=1)
+    assert led_to(run) == [0, 1, 2, 3, 4] and run.checkpoints.base_of(run.chain, 1) == 0
+    run.checkpoints.prune(run.chain)
+    assert led_to(run) == [2, 3, 4]
+    next(run.home.updates.glob("00000003-*")).unlink()
+    assert led_to(run) == [2, 4]
 
 
 def test_restore_stops_where_the_updates_end_and_says_why(run: Run) -> None:

@@ -87,6 +87,34 @@ class Asked:
         return digest == self.run.chain.state_digest_at(1) and state_bytes(self.state) == self.run.numbers[1]
 
 
+def test_a_checkpoint_that_was_rolled_back_is_not_taken_up_and_is_no_lie(tmp_path: Path) -> None:
+    """The donor has 2, which was undone: it is asked for what came before."""
+    asyncio.run(_fetch_what_came_before(tmp_path))
+
+
+async def _fetch_what_came_before(tmp_path: Path) -> None:
+    run = Run(tmp_path / "home", n=700)
+    run.advance()
+    run.save()
+    run.advance()
+    run.save()
+    run.roll_back(0)
+    state, limits = run.fresh(), TransferLimits(stall_s=60.0)
+    run.checkpoints.save(run.fresh_at(0), run.digests[0])
+    async with stream_pair() as (mine, theirs):
+        serving = asyncio.create_task(_served(honest(run), theirs))
+
+        async def open_stream() -> Stream:
+            return mine
+
+        faults: dict[str, Exception] = {}
+        wanted = Wanted(3, run.chain, state)
+        digest = await fetch_state({"a": open_stream}, wanted, limits, lambda *_: None, faults.__setitem__)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    assert (state.epoch, digest) == (0, run.digests[0]) and not faults
+
+
 async def _served(serve: Serve, stream: Stream) -> None:
     with contextlib.suppress(StreamEnded, RemoteProtocolError, ConnectionError, TimeoutError):
         await serve(*stream)

@@ -34,6 +34,7 @@ CONTRACT = {
     "tapestry_gate": ("counter", {"outcome"}),
     "tapestry_audits": ("counter", {"outcome"}),
     "tapestry_accusations": ("counter", set()),
+    "tapestry_rollbacks": ("counter", set()),
     "tapestry_dropped_records": ("counter", set()),
     "tapestry_dropped_weight": ("counter", set()),
     "tapestry_refused": ("counter", {"reason"}),

@@ -86,7 +86,7 @@ def on_begin(mode: str, ran_before: bool, channel: socket.socket, command: messa
     if mode == "tells":
         weight = 10 * generation + command.follows
     elif mode == "tells what counted":
-        weight = 10 + command.counted
+        weight = 10 + command.counted + 100 * command.afresh
     channel.sendall(pack(contribution(epoch, generation, weight)))
 
 

@@ -103,6 +103,17 @@ def test_an_epoch_begun_again_gives_the_same_bits(base: Tensor) -> None:
     assert torch.equal(first, second)
 
 
+def test_what_was_learnt_of_states_that_are_undone_is_forgotten(base: Tensor) -> None:
+    loop, fresh = _loop(DILOCO), _loop(DILOCO)
+    first, second, again = (torch.empty_like(base) for _ in range(3))
+    _run_epoch(loop, base, torch.empty_like(base), epoch=3)
+    _run_epoch(loop, base, again, epoch=4)
+    loop.forget()
+    _run_epoch(loop, base, first, epoch=4)
+    _run_epoch(fresh, base, second, epoch=4)
+    assert torch.equal(first, second) and not torch.equal(first, again)
+
+
 # ---- ahead of the base ---------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def test_a_command_survives_the_wire(command: messages.Command) -> None:
 
 def test_a_command_with_a_number_for_yes_is_refused() -> None:
     fields = {"type": "Begin", "epoch": 1, "generation": 1, "follows": 1, "counted": 0, "slot": 0}
-    fields |= {"lr": 1.0, "batches": 0, "batch_size": 0}
+    fields |= {"lr": 1.0, "batches": 0, "batch_size": 0, "afresh": False}
     with pytest.raises(MessageError, match=r"Begin\.follows"):
         unpack_command(msgpack.packb(fields))
 

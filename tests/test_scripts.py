@@ -6,6 +6,7 @@ that do not keep their promises, and that it leaves nothing behind.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,6 +52,27 @@ def quickstart(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]
     for process in started:
         process.kill()
         process.communicate()
+
+
+# ---- all of them -------------------------------------------------------------------------------------
+
+
+FOREIGN = {"torchft", "mlx", "mlx_lm"}  # what they measure against, in a Python of its own
+
+
+def test_every_module_that_a_script_imports_is_there() -> None:
+    folders = [ROOT / folder for folder in ("scripts", "scripts/bench", "tests")]
+    known = {path.stem for folder in folders for path in folder.iterdir()} | FOREIGN
+    missing = []
+    for script in sorted((ROOT / "scripts").rglob("*.py")):
+        for line in ast.parse(script.read_text()).body:
+            if isinstance(line, ast.ImportFrom):
+                names = [line.module or ""]
+            else:
+                names = [one.name for one in line.names] if isinstance(line, ast.Import) else []
+            first = [name.partition(".")[0] for name in names]
+            missing += [(script.name, name) for name in first if name not in known and not find_spec(name)]
+    assert missing == []
 
 
 # ---- the quickstart as a process ---------------------------------------------------------------------

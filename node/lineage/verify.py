@@ -203,7 +203,7 @@ def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, _Signed]:
             signed = _follow(chain, ahead, trial)
             held = ahead.held()
         if trial.holds and held == ahead.asked:
-            for name in ("records", "signatures", "epoch", "head"):
+            for name in ("records", "signatures", "epoch", "head", "rolled"):
                 setattr(proof, name, getattr(trial, name))
             return signed
     return _follow(chain, Trusting(held), proof)

@@ -272,6 +272,8 @@ def test_a_run_that_was_rolled_back_is_proven_logged_and_exported_by_the_path_to
     assert proof.holds, proof.faults
     assert (proof.replayed_from, proof.replayed_to) == (0, 6)
     assert proof.notes == ["epoch 5: the state is that of epoch 2 again"]
+    apart = _verify(made.home.path, jobs=2)
+    assert apart.holds and apart.notes == proof.notes
     told = [line.strip() for line in lines(read_log(made.home, None))]
     assert "epoch 5: the state is that of epoch 2 again, because xyz lied in epoch 3" in told
     export_home(made.home, tmp_path / "out", 5)

@@ -79,7 +79,8 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
             }
 
             def all_members() -> bool:
-                return members_of(chain_of(founder.home)[-1]) == 3
+                chain = chain_of(founder.home)
+                return bool(chain) and members_of(chain[-1]) == 3
 
             digests.wait("a record of three members", all_members)
             start = founder.status()["epoch"]

@@ -5,8 +5,9 @@ them). Whoever has all shards has all sums, and makes the same three figures of 
 
     cosine       of a contribution to the mean, the mean over contributors
     sign         the share of elements, of all contributors, that have the sign which the mean has there
-    norm_kept    the mean's norm, divided by the contributors' mean norm, by weight: 1 if all are alike,
-                 1/sqrt(n) if n of equal weight each go their own way
+    norm_kept    the mean's norm, divided by the contributors' median norm, by weight: 1 if all are alike,
+                 1/sqrt(n) if n of equal weight each go their own way. A mean of norms would be whatever one
+                 member of many says: the median is within those of a majority
 
 They are a part of the body that members vote for. A reducer that tells members different sums is as one that
 sends them different means: their votes are not equal. A reducer that tells everybody the same wrong sums gets
@@ -81,22 +82,34 @@ def agreement(shards: Sequence[ShardSums], weights: Sequence[int]) -> Agreement:
     dots = [math.fsum(column) for column in zip(*(s.sampled_dots for s in shards), strict=True)]
     cosines = [_ratio(dot, norm * sampled_mean_norm) for dot, norm in zip(dots, sampled_norms, strict=True)]
     same, other = sum(s.same_sign for s in shards), sum(s.other_sign for s in shards)
-    lengths = math.fsum(weight * norm for weight, norm in zip(weights, norms, strict=True))
     return Agreement(
         _ppm(math.fsum(cosines) / len(cosines), -PPM),
         _ppm(_ratio(same, same + other)),
-        _ppm(_ratio(sum(weights) * mean_norm, lengths)),
+        _ppm(_ratio(mean_norm, _median(norms, weights))),
     )
 
 
 def lengthening(found: Agreement, contributors: int) -> float:
-    """What the mean is to be divided by, to be as long as its contributors are on average; 1 at most.
+    """What the mean is to be divided by, to be as long as its contributors are in the middle; 1 at most.
 
     Not less than 1/sqrt(n), what n unrelated vectors keep: below it contributors pull against each other, and
     the length of their mean is mostly chance. So no figure, a liar's neither, makes a step more than sqrt(n)
     times as long.
     """
     return max(found.norm_kept_ppm / PPM, 1.0 / math.sqrt(contributors))
+
+
+def _median(values: Sequence[float], weights: Sequence[int]) -> float:
+    """The value in the middle by weight; between two, their mean."""
+    pairs = sorted(zip(values, weights, strict=True))
+    total, below = sum(weights), 0
+    for place, (value, weight) in enumerate(pairs):
+        below += weight
+        if 2 * below == total:
+            return (value + pairs[place + 1][0]) / 2
+        if 2 * below > total:
+            return value
+    return 0.0
 
 
 def _roots(shards: Sequence[Sequence[float]]) -> list[float]:

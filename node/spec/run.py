@@ -258,7 +258,7 @@ class NesterovSpec:
     norm: Annotated[
         Literal["mean", "members"],
         "How long the averaged contribution is before the step. mean: as it is, which is 1/sqrt(n) of theirs "
-        "where members go their own ways. members: as long as contributions are on average.",
+        "where members go their own ways. members: as long as contributions are, by their median.",
     ] = "mean"
 
 

@@ -1,7 +1,7 @@
 """What members that lie do to a run, under each mean: final losses beside the same run without the liars.
 
     OMP_NUM_THREADS=1 .venv/bin/python -P scripts/bench/robust.py [--liars 1/4 2/7 3/10] [--attacks NAME...]
-        [--means NAME...] [--seeds 0,1] [--json FILE] [--data FOLDER...]
+        [--means NAME...] [--norm members] [--seeds 0,1] [--json FILE] [--data FOLDER...]
 
 The product's inner loop, codec, means and outer step, without a network: --epochs rounds of a `nano` model
 whose members each train on a part of the standard library's sources (or on the texts of a FOLDER each). The
@@ -17,6 +17,8 @@ does, and act as one:
     ipm10     -10 times the others' mean
     huge      1e30 in every element
     free      nothing: zeros
+    copy      what the first honest member sends
+    labels    its own, trained on its text with every byte turned round (255 - b): a label flip
 
 `gone` is the run of the honest members alone, `none` the run in which nobody lies. Beside each loss is by how
 much it is above that of `gone` under the same mean. Losses are in nats per byte, on text that nobody trains
@@ -44,15 +46,17 @@ import torch
 from _bench import into, machine, table, write_json
 from torch import Tensor
 
+from tapestry.compression.agreement import agreement_sums
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.means.api import Mean
 from tapestry.compression.means.registry import make_mean
 from tapestry.compression.reduce import reduce_shard
 from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import shard_bounds
+from tapestry.node.protocol.agreement import ShardSums, agreement, lengthening
 from tapestry.node.spec.run import NesterovSpec
 from tapestry.node.spec.training import PRESETS, LlamaSpec
-from tapestry.node.state.outer import Nesterov
+from tapestry.node.state.outer import Nesterov, f32
 from tapestry.node.trainer.data.corpus import Batch, Corpus, load_corpus
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
@@ -81,6 +85,7 @@ class Case:
     seed: int
 
 
+ALPHABET = 256  # ids of bytes come first in the vocabulary
 Attack = Callable[[Tensor, list[Tensor], torch.Generator], list[Tensor]]
 
 
@@ -106,6 +111,8 @@ ATTACKS: dict[str, Attack] = {
     "ipm10": lambda honest, own, rng: [-10 * honest.mean(0)] * len(own),
     "huge": lambda honest, own, rng: [torch.full_like(x, 1e30) for x in own],
     "free": lambda honest, own, rng: [torch.zeros_like(x) for x in own],
+    "copy": lambda honest, own, rng: [honest[0]] * len(own),
+    "labels": lambda honest, own, rng: own,  # `loop` trains them so
 }
 
 
@@ -123,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = (
         f"nano, {options.epochs} rounds of {options.inner_steps} steps, outer lr {options.outer_lr:g}, "
     )
-    print(f"{machine()}\n{settings}momentum {options.momentum:g}, seeds {options.seeds}\n")
+    settings += f"momentum {options.momentum:g}, norm {options.norm}, seeds {options.seeds}"
+    print(f"{machine()}\n{settings}\n")
     print(show(losses))
     return 0
 
@@ -140,6 +148,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner-steps", type=int, default=8)
     parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--norm", choices=["mean", "members"], default="mean", help="[outer] norm")
     parser.add_argument("--validation-windows", type=int, default=512)
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0])
     parser.add_argument("--json", type=Path)
@@ -185,7 +194,7 @@ def run(case: Case, options: argparse.Namespace) -> float:
             if case.attack in ATTACKS:
                 lies = ATTACKS[case.attack](torch.stack(vectors[:honest]), vectors[honest:], rng)
                 vectors = [*vectors[:honest], *lies]
-            outer.step(base, buffers, combine(vectors, mean), 0, n, epoch + 1)
+            outer.step(base, buffers, combine(vectors, mean, options.norm), 0, n, epoch + 1)
         return loops[0].evaluate(base, validation)
     except (Diverged, RefusedVector):
         return float("inf")
@@ -217,8 +226,11 @@ def loop(case: Case, member: int, corpus: Corpus, inner_steps: int) -> InnerLoop
     batch = settings.batch_size
     first = 100 * member + 10_000 * case.seed
 
+    turned = case.attack == "labels" and member >= case.members - case.liars
+
     def draw(epoch: int, step: int) -> Batch:
-        return Batch(corpus.windows_at(first + (epoch * inner_steps + step) * batch, batch), None)
+        ids = corpus.windows_at(first + (epoch * inner_steps + step) * batch, batch)
+        return Batch(np.where(ids < ALPHABET, ALPHABET - 1 - ids, ids) if turned else ids, None)
 
     return InnerLoop(model, model_layout(model), settings, draw, torch.device("cpu"))
 
@@ -235,15 +247,17 @@ def train(loops: Sequence[InnerLoop], epoch: int, base: Tensor, steps: int) -> l
     return vectors
 
 
-def combine(vectors: Sequence[Tensor], mean: Mean) -> Tensor:  # f32 (n,)
-    """What members would decode. Raises RefusedVector."""
-    n, codec = vectors[0].numel(), get_codec("int8-block")
-    result = torch.empty(n)
+def combine(vectors: Sequence[Tensor], mean: Mean, norm: str) -> Tensor:  # f32 (n,)
+    """What the outer step gets, as members would decode it. Raises RefusedVector."""
+    n, codec, weights = vectors[0].numel(), get_codec("int8-block"), [1] * len(vectors)
+    result, sums = torch.empty(n), []
     for shard in shard_bounds(n, SHARD_ELEMENTS):
         payloads = [codec.encode(vector[shard.start : shard.stop]) for vector in vectors]
-        reduced = reduce_shard(payloads, [1] * len(payloads), codec, shard.n, mean=mean)
+        reduced = reduce_shard(payloads, weights, codec, shard.n, mean=mean)
         codec.decode(reduced, shard.n, result[shard.start : shard.stop])
-    return result
+        if norm == "members":
+            sums.append(ShardSums(*dataclasses.astuple(agreement_sums(payloads, reduced, codec, shard.n))))
+    return result.div_(f32(lengthening(agreement(sums, weights), len(vectors)))) if sums else result
 
 
 # ---- what is shown -----------------------------------------------------------------------------------

@@ -72,9 +72,24 @@ def test_unrelated_members_keep_one_over_the_root_of_their_number():
 
 
 def test_the_norm_kept_is_of_the_weighted_mean():
-    """By weights 3 and 1 the mean is (3, 1), and members are 4 long on average."""
+    """By weights 3 and 1 the mean is (3, 1), and both members are 4 long."""
     apart = of_vectors([[4.0, 0.0], [0.0, 4.0]], [3.0, 1.0])
     assert agreement([apart], [3, 1]).norm_kept_ppm == round(PPM * math.sqrt(10) / 4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights", "middle"),
+    [
+        ([1.0, 2.0, 1e30], [1, 1, 1], 2.0),
+        ([1e30, 2.0, 1.0, 3.0], [1, 1, 1, 1], 2.5),
+        ([1.0, 4.0, 5.0], [5, 1, 1], 1.0),
+        ([1.0, 3.0], [4, 4], 2.0),
+        ([7.0], [3], 7.0),
+    ],
+)
+def test_one_that_is_endlessly_long_does_not_say_how_long_members_are(lengths, weights, middle):
+    sums = of_vectors([[length] for length in lengths], [0.5])
+    assert agreement([sums], weights).norm_kept_ppm == round(PPM * 0.5 / middle)
 
 
 @given(shards(), st.randoms())

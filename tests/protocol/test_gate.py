@@ -117,8 +117,12 @@ def test_a_minority_that_refuses_holds_nobody_up_and_follows():
 
 def test_where_everybody_always_refuses_the_run_goes_on_and_says_so():
     world = gated(9, lambda name, bad: WORSE, poison=False)
+    again_max = (
+        9 * REFUSALS_MAX // 5
+    )  # five refusals make a ballot again, and some have not been asked by then
     for record in run(world, epochs=3, limit_s=200.0):
-        assert sum(m.weight > 0 for m in record.body.members) == 9 - REFUSALS_MAX
+        left_out = 9 - sum(m.weight > 0 for m in record.body.members)
+        assert REFUSALS_MAX <= left_out <= again_max
     assert world.gates.outcomes["went_on"] > 0
 
 

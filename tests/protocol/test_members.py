@@ -18,7 +18,7 @@ def test_a_run_that_waits_for_a_second_member_takes_it_in_and_then_goes_on_with_
         world.step()
     assert world.epoch() == 0, "it was to start with two"
     founder.feed(ev.ChangeAsked(Change("admit", "p1", "", 1000, "0" * 32)))
-    world.until(lambda: world.epoch() >= 4, 60)
+    world.until(lambda: founder.core.chain.epoch >= 4, 60)
     records = founder.core.chain.records
     assert [len(record.body.members) for record in records[:4]] == [1, 2, 2, 2]
     assert [change.kind for change in records[0].body.changes] == ["admit"]

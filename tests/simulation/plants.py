@@ -95,7 +95,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 5)
+@plant("a vote that comes twice counts twice", 2)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -132,7 +132,7 @@ def promise_not_kept() -> list[Patch]:
     return [(Round, "on_roster", obey)]
 
 
-@plant("a ballot is led again after a restart", 6)
+@plant("a ballot is led again after a restart", 45)
 def ballot_led_twice() -> list[Patch]:
     init = RoundState.__init__
 
@@ -144,7 +144,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 332)
+@plant("a new leader makes a new value, whatever was accepted", 200)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -154,7 +154,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 5)
+@plant("a forced value overwrites the vote for an ordinary one", 4)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -170,7 +170,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 38)
+@plant("a member that lost its disk votes at once", 19)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -204,7 +204,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 18)
+@plant("a run that waits for its quorum forces records all the same", 59)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -284,7 +284,7 @@ def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 
 
-@plant("an island's records are worth what a full electorate's are", 23)
+@plant("an island's records are worth what a full electorate's are", 66)
 def island_counts_as_full() -> list[Patch]:
     stand = chain_module._next_standing
 
@@ -333,7 +333,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 3)
+@plant("results of other members are kept for the next roster", 28)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -362,7 +362,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 72)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 37)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 
@@ -456,7 +456,7 @@ def undone_comes_back() -> list[Patch]:
     return [(members_module, "leads", lambda rolled, at, epoch: True)]
 
 
-@plant("a rollback is taken whatever head it names", 11)
+@plant("a rollback is taken whatever head it names", 40)
 def rolls_back_to_another_side() -> list[Patch]:
     why = members_module.why_no_rollback
 
@@ -477,7 +477,7 @@ def residual_kept() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.Rollback: keep})]
 
 
-@plant("members sign for a state that their disks no longer have", 51)
+@plant("members sign for a state that their disks no longer have", 36)
 def signs_for_what_is_gone() -> list[Patch]:
     return [(Rollbacks, "leads_to", lambda self, node, chain, epoch: 0 <= epoch <= chain.epoch)]
 
@@ -498,7 +498,7 @@ def late_keeps_nothing() -> list[Patch]:
 # --- the gate ---------------------------------------------------------------------------------------
 
 
-@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 167)
+@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 693)
 def refused_value_dropped() -> list[Patch]:
     accepted = Leader._accepted
 

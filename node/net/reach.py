@@ -3,7 +3,8 @@
 A node behind NAT dials out, and its links with all who can be dialled are as good as any. Two such nodes meet
 through a relay: a member that both can dial. So this node asks linked peers to dial it back, and unless one
 of them got through it keeps a place at RELAYS_MAX of those that it reaches itself; the addresses through them
-are told to others with its own. libp2p tries a direct address first.
+are told to others with its own. libp2p tries a direct address first, but a connection through a relay stays
+one: so a node waits a moment for the first answer, before it tells of relays that it may not need.
 
 Reach (one loop on one swarm) looks at the connections, asks, and tells; `Verdicts` and `Relays` decide, and
 are pure: `now` comes in.
@@ -25,6 +26,7 @@ from tapestry.dht.swarm import Swarm
 
 LOOK_S = 2.0  # Guess: a peer that lost its relay is dialled through another within so long
 RELAYS_MAX = 2  # Guess: one may vanish
+PATIENCE_S = 8.0  # Guess: who can dial us says so within; who was told of a relay may stay with it for long
 ASK_S = 25.0  # for a dial-back: libp2p gives up after 15 s where nothing answers
 RESERVE_S = 5.0
 RENEW_S = 60.0  # Guess: a place is lost with a connection, and a new one looks like the old
@@ -55,10 +57,18 @@ class Verdicts:
     def __init__(self) -> None:
         self._said: dict[str, tuple[bool, float]] = {}  # peer -> what it said last, and when
         self._asked_at: dict[str, float] = {}
+        self._first_asked_at: float | None = None
 
     def reachable(self, now: float) -> bool | None:
         said = [yes for yes, at in self._said.values() if now - at < 2 * SURE_S]
         return any(said) if said else None
+
+    def needs_relay(self, now: float) -> bool:
+        """Whether others cannot dial us, or nobody could say for a while after we first asked."""
+        reachable = self.reachable(now)
+        if reachable is None:
+            return self._first_asked_at is not None and now - self._first_asked_at >= PATIENCE_S
+        return not reachable
 
     def next_to_ask(self, linked: Sequence[str], now: float) -> str | None:
         """Somebody else each time; seldom once there is an answer."""
@@ -69,6 +79,8 @@ class Verdicts:
             return None
         peer = min(linked, key=lambda p: self._asked_at.get(p, -math.inf))
         self._asked_at[peer] = now
+        if self._first_asked_at is None:
+            self._first_asked_at = now
         return peer
 
     def says(self, peer: str, reachable: bool | None, now: float) -> None:
@@ -79,6 +91,7 @@ class Verdicts:
         """We are somewhere else now."""
         self._said.clear()
         self._asked_at.clear()
+        self._first_asked_at = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +232,7 @@ class Reach:
             self._start(tasks, f"dial {peer}", self._ask_dial(peer, own))
         reachable = self.reachable
         self._tell(reachable)
-        wanted = not reachable and not (self._announced and reachable is None)
+        wanted = self._verdicts.needs_relay(now) and not (self._announced and reachable is None)
         due = self._relays.due(candidates(self._connections, self._peers, reachable), wanted, now)
         for peer, address in due.items():
             self._start(tasks, f"reserve {peer}", self._reserve(peer, address))

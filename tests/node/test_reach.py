@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tapestry.dht.addresses import CIRCUIT, circuit_address, is_usable, relay_of
 from tapestry.node.net.reach import (
+    PATIENCE_S,
     REFUSED_S,
     RELAYS_MAX,
     RENEW_S,
@@ -37,6 +38,20 @@ def test_one_who_got_through_outweighs_those_who_did_not_and_no_answer_lasts():
     verdicts.says("c", None, 2.0)
     assert verdicts.reachable(2.0) is True and verdicts.reachable(2 * SURE_S + 0.5) is True
     assert verdicts.reachable(2 * SURE_S + 1.0) is None
+
+
+def test_a_relay_is_needed_once_nobody_could_dial_us_or_nobody_said_for_a_while():
+    verdicts = Verdicts()
+    assert not verdicts.needs_relay(1000.0), "nobody could be asked yet"
+    verdicts.next_to_ask(["a"], 1000.0)
+    assert not verdicts.needs_relay(1000.0 + PATIENCE_S - 1)
+    assert verdicts.needs_relay(1000.0 + PATIENCE_S)
+    verdicts.says("a", True, 1001.0)
+    assert not verdicts.needs_relay(1000.0 + PATIENCE_S)
+    verdicts.says("a", False, 1002.0)
+    assert verdicts.needs_relay(1002.0)
+    verdicts.forget()  # the node has moved
+    assert not verdicts.needs_relay(1003.0)
 
 
 def test_peers_are_asked_in_turn_soon_until_one_answers_and_seldom_after():

@@ -13,7 +13,9 @@ have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
 that we have is no news. Where the run has it so, who may remove members signs the liar's removal, and a
-rollback to the state before the lie. What does not prove anything is refused, counted and named.
+rollback to the state before the lie, if the wrong mean is in the state. What does not prove anything is
+refused, counted and named; and what is proven against a key that has no part in the run, or of a round that
+no record tells of: anybody can make such proofs, as many as it likes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgpack
 import torch
@@ -63,6 +65,8 @@ KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
 KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * (sum of AGAIN_S and answers)
 KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
 KEPT_MAX = 4096  # records. G7
+TOLD_MAX = 1024  # names. G7
+LATE_TRIES, LATE_S = 10, 0.5  # Guess: for the record that an accusation is of
 STREAMS_MAX = 4  # of all peers at a time; the others wait
 STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
 ASKED_OF_REDUCER_MAX = 2  # streams of an audit to its reducer at a time: AUDITS_AT_ONCE may have the same one
@@ -101,6 +105,17 @@ class Auditor:
     on_lie: Literal["remove", "rollback", "mark"] = "mark"  # what this node asks for, where it may
 
 
+class Evidence(Protocol):
+    """What the chain and the disk say of a lie; keeper.Keeper."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    def of_a_record(self, lie: Accusation) -> bool: ...
+
+    def in_the_state(self, lie: Accusation) -> bool: ...
+
+
 class AuditDesk:
     """One node's part in the audits of its run."""
 
@@ -112,8 +127,10 @@ class AuditDesk:
         reporter: Reporter,
         auditor: Auditor,
         members: MembersDesk,
+        evidence: Evidence,
     ) -> None:
         self._loop = loop
+        self._evidence = evidence
         self._network = network
         self._averaging = averaging
         self._reporter = reporter
@@ -138,6 +155,7 @@ class AuditDesk:
             HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, BYTES_PER_SECOND_MIN, auditor.throttles.download
         )
         self._run_id = auditor.run_id
+        self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------
@@ -305,14 +323,19 @@ class AuditDesk:
 
     async def _accuse(self, accusation: Accusation | DoubleVote, by: str) -> None:
         """It is proven: keep it, say it, pass it on."""
-        try:
-            new = await self._loop.compute(keep, self._folder, accusation)
-        except OSError as error:
-            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
-            return
-        if not new:
-            return
         a = accusation
+        if a.name in self._told:
+            return
+        self._told[a.name] = None
+        while len(self._told) > TOLD_MAX:
+            self._told.popitem(last=False)
+        try:
+            new = await self._loop.compute(keep, self._folder, a)
+        except OSError as error:
+            new = False
+            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
+        if not new and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
+            return  # it is there since an earlier start, or there are enough of it
         self._reporter.accused(a.accused, a.epoch + 1, a.shard, a.what)
         _log.error(
             "accusation=proven peer=%s found_by=%s file=%s; it %s. Ask its operator; the members may remove "
@@ -321,13 +344,31 @@ class AuditDesk:
         )
         if self._on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
-        if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+        # Two votes make no wrong state.
+        if self._on_lie == "rollback" and isinstance(a, Accusation) and await self._is_in_the_state(a):
             why = f"{a.accused} lied in epoch {a.epoch + 1}"
             self._loop.spawn(self._members.roll_back(a.epoch, a.head, why))
-        packed = a.pack()
+        packed = a.pack() if new else b""
         for peer in self._network.linked:
-            if peer not in (by, a.accused):
+            if new and peer not in (by, a.accused):
                 self._loop.spawn(self._tell(peer, packed))
+
+    async def _is_in_the_state(self, lie: Accusation) -> bool:
+        found: bool = await self._loop.compute(self._evidence.in_the_state, lie)
+        if not found:
+            _log.warning("rollback=not_asked epoch=%d the update on this disk has no such mean", lie.epoch)
+        return found
+
+    async def _concerns_the_run(self, proof: Accusation | DoubleVote) -> bool:
+        """Whether it is of a record in our chain, for which we wait a moment; or of a member's votes."""
+        if isinstance(proof, DoubleVote):
+            roll = self._members.roll
+            return proof.accused in roll.members or proof.accused in roll.removed
+        for _ in range(LATE_TRIES):
+            if self._evidence.epoch != proof.epoch:
+                break
+            await asyncio.sleep(LATE_S)
+        return self._evidence.of_a_record(proof)
 
     async def _tell(self, peer: str, packed: bytes) -> None:
         await self._say(peer, ["accuse"], [packed])
@@ -397,6 +438,8 @@ class AuditDesk:
             await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:
             raise RemoteProtocolError("accusation", str(error)) from None
+        if not await self._concerns_the_run(accusation):
+            raise RemoteProtocolError("accusation", "it is of nobody's part in this run")
         await self._accuse(accusation, peer)
 
     async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any, of: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, leads_to, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
@@ -30,6 +31,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
+from tapestry.node.state.means import payload_digest
 from tapestry.node.state.model import ModelState, TornState
 
 GENESIS_SERVES_MAX = 64  # Guess: of the stream of the genesis at once; each is one frame, within 10 s
@@ -210,6 +212,35 @@ class Keeper:
         if back_to is not None:
             base = min(base, self.checkpoints.base_of(self._chain, back_to))
         self.store.prune(self._chain, self._limits, base)
+
+    # --- what a proof is against (audit_desk.Evidence) -----------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Of the newest record."""
+        return self._chain.epoch
+
+    def of_a_record(self, lie: Accusation) -> bool:
+        """Whether it is of the contributions of a record in our chain, and of a member of that."""
+        after = self._chain.after(lie.epoch, 1)
+        if not after or after[0].body.prev != lie.head:
+            return False
+        members = after[0].body.members
+        named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
+        said = [(m.peer, m.contribution, m.weight) for m in lie.members]
+        return named == said and any(m.peer == lie.reducer for m in members)
+
+    def in_the_state(self, lie: Accusation) -> bool:
+        """Whether the wrong mean is in the update of that record. Reads the update from our disk."""
+        after = self._chain.after(lie.epoch, 1)
+        if not after or not self.of_a_record(lie):
+            return False
+        body = after[0].body
+        try:
+            payloads = self.store.read_update(body.epoch, after[0].head, body.result)
+        except (UpdateMissing, OSError):
+            return False
+        return lie.shard < len(payloads) and payload_digest(payloads[lie.shard]) == lie.digest
 
     # --- the loop ------------------------------------------------------------------------------
 

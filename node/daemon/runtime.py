@@ -78,7 +78,7 @@ class Runtime:
             lambda key: without_effect(key, trainer.training),
             keeper.held_back_to,
         )
-        self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members)
+        self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, keeper)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.network.words = words(self) if words is not None else None
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)

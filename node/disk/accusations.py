@@ -9,7 +9,8 @@
 `check` needs nothing else but the run's codec and mean: the inputs are those of these names, the signature is
 the reducer's over exactly these names and this digest, and the mean of the inputs has another digest. Nobody
 can make one against a reducer that averaged what it had (protocol/audit.py). It need not be believed, and it
-proves the same years later, without a network.
+proves the same years later, without a network. Anybody can make one against a key of its own: whether it is
+of a mean that the run took, the chain says (daemon/keeper.py).
 
 The other kind of proof, of two votes in one ballot, is double_votes.py's. In a home they lie in
 HOME/accusations, one file each; `tapestry verify` checks them again.
@@ -44,6 +45,7 @@ from tapestry.node.protocol.strict import Malformed
 from tapestry.node.state.means import MeanDigest
 
 KEPT_MAX = 64  # files in a home: who lied so often is known by now
+KEPT_OF_ONE_MAX = 8  # of one liar, so that it leaves room for proofs against others
 SUFFIX = ".accusation"
 
 
@@ -167,10 +169,12 @@ def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, cry
 
 
 def keep(folder: Path, accusation: Accusation | DoubleVote) -> bool:
-    """Write it down, unless it is there or there are KEPT_MAX; whether it is new. Raises OSError."""
+    """Write it down, unless it is there or there are too many; whether it is new. Raises OSError."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{accusation.name}{SUFFIX}"
-    if path.exists() or sum(1 for _ in folder.glob(f"*{SUFFIX}")) >= KEPT_MAX:
+    names = [one.name for one in folder.glob(f"*{SUFFIX}")]
+    of_one = sum(f"-{accusation.accused[-8:]}-" in name for name in names)
+    if path.exists() or len(names) >= KEPT_MAX or of_one >= KEPT_OF_ONE_MAX:
         return False
     atomic_write(path, accusation.pack())
     return True

@@ -210,6 +210,9 @@ class Member:
         self._encoder.settle(command.counted)
         self._trained.load(self._base)
         self._trained.forget_gradients()
+        if command.afresh and self._loop.optimizer is not None:  # its moments are of states that are undone
+            self._loop.optimizer.state.clear()
+            self._state_path.unlink(missing_ok=True)
         self._begun, self.epoch, self.inner_step = command, command.epoch, 0
         self._begins += 1
         self._batches = command.batches or self._train.batches

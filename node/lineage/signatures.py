@@ -92,9 +92,12 @@ class Ahead(ReaderCrypto):
         for one in waiting:
             if len(self._sent) >= ON_THEIR_WAY * len(self._workers):
                 self._take_one()
+            if self._failed:
+                return
             worker = self._next()
-            if not self._failed and not worker.send(one):
+            if not worker.send(one):
                 self._failed = True
+                return
             self._sent.append((worker, len(one)))
 
     def _next(self) -> _Worker:
@@ -107,8 +110,9 @@ class Ahead(ReaderCrypto):
         self._took(worker.answer(), count)
 
     def _took(self, held: int, count: int) -> None:
-        self._held += held
-        self._failed = held < count
+        if not self._failed:
+            self._held += held
+            self._failed = held < count
 
 
 class Trusting(ReaderCrypto):

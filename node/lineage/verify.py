@@ -410,14 +410,20 @@ def _check_states(
     with tempfile.TemporaryDirectory(prefix="tapestry-verify-") as folder:
         state = _empty_state(genesis, spec, Path(folder))
         start: Checkpoint | None = None
+        undone: int | None = None  # a checkpoint of what was rolled back
         for epoch in sorted(checkpoints):
-            holds = _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof)
-            if holds and leads(proof.rolled, epoch, proof.epoch):
-                start = start or checkpoints[epoch]
+            if _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof):
+                if leads(proof.rolled, epoch, proof.epoch):
+                    start = start or checkpoints[epoch]
+                else:
+                    undone = epoch
             proof.checkpoints += 1
             told("checkpoints", proof.checkpoints, len(checkpoints))
         if start is None:
-            if proof.holds:
+            if undone is not None:
+                why = "and what replaced it is still with the others: nothing is replayed"
+                proof.notes.append(f"the state of epoch {undone} was undone, {why}")
+            elif proof.holds:
                 proof.fault("checkpoints", "there is none to replay from")
             return
         _load(start, state)
@@ -486,10 +492,11 @@ def _replay(
             continue
         path, said = updates.get(epoch), signed.get(epoch)
         if path is None or said is None or said.record is None:
-            later = [one for one in sorted(checkpoints) if one > epoch]
-            proof.notes.append(f"the updates have no epoch {epoch}: replayed no further than {state.epoch}")
-            if not later and proof.holds:
-                proof.fault("updates", "nothing on the disk leads to the head", epoch)
+            later = any(one > epoch for one in checkpoints)
+            behind = "" if later else "; the node was behind its records when it ended, and fetches the rest"
+            proof.notes.append(
+                f"the updates have no epoch {epoch}: replayed no further than {state.epoch}{behind}"
+            )
             return
         try:
             _, payloads = read_update_file(path)

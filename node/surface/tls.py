@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +67,7 @@ class ServerTls:
         try:
             context.load_cert_chain(self._cert, self._key, password=_no_password)
             with self._cert.open("rb") as file:
-                shown = file.read(CERT_BYTES_MAX)
+                shown = _certificates(file.read(CERT_BYTES_MAX))
         except ssl.SSLError as error:
             why = (error.reason or str(error)).lower().replace("_", " ")
             raise UserError(
@@ -92,6 +93,13 @@ def client_context(shown: Path) -> ssl.SSLContext:
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the node's own certificate is what we trust
     context.load_verify_locations(shown)
     return context
+
+
+def _certificates(pem: bytes) -> bytes:
+    """Those of a file, which may hold the key as well."""
+    return b"".join(
+        re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\r?\n?", pem, re.DOTALL)
+    )
 
 
 def _no_password() -> str:

@@ -46,6 +46,20 @@ def test_what_holds_ends_before_the_first_that_does_not(bad: int, count: int) ->
         assert ahead.held() == min(bad, count)
 
 
+@pytest.mark.parametrize("bad", [0, 5, 30])
+def test_one_that_does_not_hold_among_those_that_waited_for_the_processes_ends_it(
+    bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More batches waited than may be on their way: what came after was taken for checked, or waited for."""
+    monkeypatch.setattr(signatures, "WORTH_IT", 64)
+    with Ahead(2) as ahead:
+        _ask(ahead, bad, 100)
+        assert ahead.held() == bad
+    with Ahead(2) as ahead:
+        _ask(ahead, bad, 63)
+        assert ahead.held() == bad
+
+
 def test_a_process_that_dies_proves_nothing() -> None:
     with Ahead(2) as ahead:
         _ask(ahead, None, 16)

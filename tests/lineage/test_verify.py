@@ -175,6 +175,15 @@ def test_without_its_oldest_updates_it_is_replayed_from_a_later_checkpoint(copy:
 # ---- anchors and the log -----------------------------------------------------------------------------
 
 
+def test_a_home_that_ended_behind_its_records_holds_and_says_how_far_it_is_proven(copy: Home) -> None:
+    """Records come first, and the state follows: a node may end in between, and fetches the rest."""
+    for folder, ending in ((copy.updates, "*.upd"), (copy.checkpoints, "*.safetensors")):
+        sorted(folder.glob(ending))[-1].unlink()  # of epoch 5
+    proof = _verify(copy.path)
+    assert proof.holds and (proof.replayed_to, proof.epoch) == (4, 5)
+    assert any("behind its records" in note for note in proof.notes)
+
+
 def test_an_anchor_holds_a_chain_to_what_was_published(made: MadeHome, tmp_path: Path) -> None:
     anchor = Anchor.parse(f"In the gazette:\n{newest(made.home)}\n")
     assert (anchor.epoch, anchor.head, len(anchor.signatures)) == (5, made.chain.head, 2)

@@ -16,6 +16,7 @@ from tapestry.dht.identity import Identity
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.disk.accusations import (
     KEPT_MAX,
+    KEPT_OF_ONE_MAX,
     Accusation,
     FalseAccusation,
     check,
@@ -121,5 +122,12 @@ def test_every_broken_text_is_refused(crypto: NodeCrypto) -> None:
 
 def test_a_home_keeps_so_many(crypto: NodeCrypto, tmp_path: Path) -> None:
     one = accusation(crypto)
-    news = [keep(tmp_path, dataclasses.replace(one, epoch=epoch)) for epoch in range(KEPT_MAX + 3)]
-    assert news.count(True) == len(kept(tmp_path)) == KEPT_MAX
+    liars = [dataclasses.replace(one, reducer=f"{number:08}", epoch=number) for number in range(KEPT_MAX + 3)]
+    assert sum(keep(tmp_path, lie) for lie in liars) == len(kept(tmp_path)) == KEPT_MAX
+
+
+def test_one_liar_leaves_room_for_proofs_against_others(crypto: NodeCrypto, tmp_path: Path) -> None:
+    one = accusation(crypto)
+    news = [keep(tmp_path, dataclasses.replace(one, epoch=epoch)) for epoch in range(KEPT_MAX)]
+    assert news.count(True) == KEPT_OF_ONE_MAX
+    assert keep(tmp_path, dataclasses.replace(one, reducer="somebody else"))

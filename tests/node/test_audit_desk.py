@@ -20,6 +20,7 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.node.daemon import audit_desk
 from tapestry.node.daemon.audit_desk import KEPT_RECORDS, AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
+from tapestry.node.disk.accusations import Accusation, kept
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
@@ -86,7 +87,20 @@ class Desk(AuditDesk):
         network = SimpleNamespace(open_stream=open_stream, linked=PEERS)
         loop = SimpleNamespace(spawn=spawn, compute=compute, now=lambda: self.clock_s)
         auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles())
-        super().__init__(loop, network, self.averaging, reporter, auditor, None)  # type: ignore[arg-type]
+        self.record: Record | None = None  # the newest of its chain
+        self.roll = SimpleNamespace(members=dict.fromkeys(PEERS), removed={})
+        members = SimpleNamespace(roll=self.roll)
+        super().__init__(loop, network, self.averaging, reporter, auditor, members, self)  # type: ignore[arg-type]
+
+    @property
+    def epoch(self) -> int:
+        return self.record.body.epoch if self.record is not None else EPOCH
+
+    def of_a_record(self, lie: Accusation) -> bool:
+        return self.record is not None and lie.head == self.record.body.prev
+
+    def in_the_state(self, lie: Accusation) -> bool:
+        raise AssertionError("nobody asked for a rollback")
 
     def said(self, what: str) -> list[Any]:
         return [entry[1:] for entry in self.told if entry[0] == what]
@@ -326,3 +340,25 @@ def test_copies_of_short_rounds_are_kept_for_a_time_and_of_long_ones_a_few(
         assert desk._kept.keys() == desk._records.keys() == desk._seconds.keys() == desk._kept_at.keys()
 
     run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("of_the_run", [True, False])
+def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_the_run: bool
+) -> None:
+    """Anybody can sign wrong means of its own; 64 of them filled what a home keeps, and undid epochs."""
+    monkeypatch.setattr(audit_desk, "LATE_S", 0.0)
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+
+    async def scenario(table: Table) -> None:
+        desk = table.desks["bob"]
+        desk.record = table.record
+        head = table.record.body.prev if of_the_run else "ee" * 32
+        lie = Accusation(
+            *(head, EPOCH, (Member("x", 1, "aa" * 32),), 0, "00" * 32, "x" * 8, "ab" * 64), (((), b"x"),)
+        )
+        await table.desks["alice"]._say("bob", ["accuse"], [lie.pack()])
+
+    desk = run(scenario, tmp_path).desks["bob"]
+    assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run
+    assert [entry[-1] for entry in desk.said("refused")] == ([] if of_the_run else ["accusation"])

@@ -12,7 +12,8 @@ from tapestry.dht.identity import Identity
 from tapestry.node.daemon import keeper as keeper_module
 from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
-from tapestry.node.disk.store import Store, result_digest
+from tapestry.node.disk.accusations import Accusation
+from tapestry.node.disk.store import Store, result_digest, update_name
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.transfer import TransferLimits
@@ -22,6 +23,7 @@ from tapestry.node.protocol.events import Tick
 from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
+from tapestry.node.state.means import payload_digest
 from tapestry.node.state.model import Arithmetic, ModelState
 
 N = 700
@@ -135,6 +137,30 @@ def test_killed_in_the_middle_of_a_rollback_a_node_comes_to_the_state_that_the_r
     assert [c.epoch for c in run.keeper.checkpoints.list()] == [5, 0]  # that of 4 is of no use any more
     epoch, digest = run.keeper.apply(run.commit(run.keeper, 6))
     assert run.open().restore().state_digest == digest and epoch == 6
+
+
+def test_a_proof_is_of_a_record_and_its_wrong_mean_in_the_update_or_it_moves_nothing(run: Run) -> None:
+    """Who signs a wrong mean of an old round long after gets nothing undone; a stranger is not heard."""
+    run.keeper.restore()
+    run.keeper.apply(run.commit(run.keeper, 0))
+    record = run.commit(run.keeper, 1)
+    run.keeper.apply(record)
+    body = record.body
+    (payload, *_) = run.keeper.store.read_update(body.epoch, record.head)
+    members, own = tuple(dataclasses.replace(m, tokens=0) for m in body.members), run.identity.peer_id
+    lie = Accusation(body.prev, body.epoch - 1, members, 0, payload_digest(payload), own, "", ())
+    assert run.keeper.of_a_record(lie) and run.keeper.in_the_state(lie)
+    later = dataclasses.replace(lie, digest="00" * 32)
+    assert run.keeper.of_a_record(later) and not run.keeper.in_the_state(later)
+    for forged in (
+        dataclasses.replace(lie, reducer="somebody else"),
+        dataclasses.replace(lie, head="00" * 32),
+        dataclasses.replace(lie, epoch=7),
+        dataclasses.replace(lie, members=(dataclasses.replace(members[0], weight=2),)),
+    ):
+        assert not run.keeper.of_a_record(forged) and not run.keeper.in_the_state(forged)
+    (run.home.updates / update_name(body.epoch, record.head)).unlink()
+    assert not run.keeper.in_the_state(lie), "nobody knows"
 
 
 def test_a_state_of_what_is_undone_is_no_checkpoint(run: Run) -> None:

@@ -131,6 +131,14 @@ def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(
     assert said[0].startswith("certificate=renewed") and said[1].startswith("certificate=kept http_cert ")
 
 
+def test_the_key_of_a_file_that_holds_both_is_not_copied(home: Home, tmp_path: Path) -> None:
+    cert, key = write_pair(tmp_path / "pair", "both.example.org")
+    both = tmp_path / "both.pem"
+    both.write_bytes(key.read_bytes() + cert.read_bytes())
+    ServerTls(both, both, home.http_cert)
+    assert home.http_cert.read_bytes() == cert.read_bytes()
+
+
 def test_a_key_of_another_certificate_is_refused_in_a_line(home: Home, tmp_path: Path) -> None:
     cert, _ = write_pair(tmp_path / "a", "a.example.org")
     _, key = write_pair(tmp_path / "b", "b.example.org")

@@ -347,11 +347,12 @@ class AuditDesk:
         # Two votes make no wrong state.
         if self._on_lie == "rollback" and isinstance(a, Accusation) and await self._is_in_the_state(a):
             why = f"{a.accused} lied in epoch {a.epoch + 1}"
-            self._loop.spawn(self._members.roll_back(a.epoch, a.head, why))
-        packed = a.pack() if new else b""
-        for peer in self._network.linked:
-            if new and peer not in (by, a.accused):
-                self._loop.spawn(self._tell(peer, packed))
+            self._members.roll_back(a.epoch, a.head, why)
+        if new:
+            packed = a.pack()
+            for peer in self._network.linked:
+                if peer not in (by, a.accused):
+                    self._loop.spawn(self._tell(peer, packed))
 
     async def _is_in_the_state(self, lie: Accusation) -> bool:
         found: bool = await self._loop.compute(self._evidence.in_the_state, lie)

@@ -222,25 +222,28 @@ class Keeper:
 
     def of_a_record(self, lie: Accusation) -> bool:
         """Whether it is of the contributions of a record in our chain, and of a member of that."""
-        after = self._chain.after(lie.epoch, 1)
-        if not after or after[0].body.prev != lie.head:
-            return False
-        members = after[0].body.members
-        named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
-        said = [(m.peer, m.contribution, m.weight) for m in lie.members]
-        return named == said and any(m.peer == lie.reducer for m in members)
+        return self._record_of(lie) is not None
 
     def in_the_state(self, lie: Accusation) -> bool:
         """Whether the wrong mean is in the update of that record. Reads the update from our disk."""
-        after = self._chain.after(lie.epoch, 1)
-        if not after or not self.of_a_record(lie):
+        record = self._record_of(lie)
+        if record is None:
             return False
-        body = after[0].body
         try:
-            payloads = self.store.read_update(body.epoch, after[0].head, body.result)
+            payloads = self.store.read_update(record.body.epoch, record.head, record.body.result)
         except (UpdateMissing, OSError):
             return False
         return lie.shard < len(payloads) and payload_digest(payloads[lie.shard]) == lie.digest
+
+    def _record_of(self, lie: Accusation) -> Record | None:
+        for record in self._chain.after(lie.epoch, 1):
+            members = record.body.members
+            named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
+            said = [(m.peer, m.contribution, m.weight) for m in lie.members]
+            of_one = any(m.peer == lie.reducer for m in members)
+            if record.body.prev == lie.head and named == said and of_one:
+                return record
+        return None
 
     # --- the loop ------------------------------------------------------------------------------
 

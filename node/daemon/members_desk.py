@@ -6,7 +6,6 @@ What it does is one input, ChangeAsked. `do` answers the commands that come by H
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -59,7 +58,6 @@ NOT_HELD = (
     "this node's disk no longer leads to state {epoch}: checkpoints_kept, checkpoint_every_epochs and "
     "updates_kept_* of [limits] say how far back it does"
 )
-LATE_TRIES, LATE_S = 60, 1.0  # Guess: a minute, for the record in which the lie is
 
 _log = logging.getLogger("tapestry.node")
 
@@ -162,18 +160,14 @@ class MembersDesk:
         value = rollback_value(int(epoch), head, why)[:WHY_CHARS_MAX]
         return self._sign(Change("rollback", "", value, until, secrets.token_hex(16)))
 
-    async def roll_back(self, epoch: int, head: str, why: str) -> None:
-        """Ask that the state be that of `epoch` again, if this node may, once our chain has what is to be
-        undone. The change is the same at everybody who asks for it."""
+    def roll_back(self, epoch: int, head: str, why: str) -> None:
+        """Ask that the state be that of `epoch` again, if this node may. Our chain has what is to be undone.
+        The change is the same at everybody who asks for it."""
         nonce = blake3(f"{epoch} {head} {why}".encode()).hexdigest()[:32]
         value = rollback_value(epoch, head, why)
         change = Change("rollback", "", value, epoch + VALID_EPOCHS, nonce)
         if not may_ask(self.roll, change, self._me):
             return
-        for _ in range(LATE_TRIES):
-            if self._epoch() > epoch:
-                break
-            await asyncio.sleep(LATE_S)
         fault = self._fault(change)
         if not fault and not self._held_back_to(epoch):
             fault = NOT_HELD.format(epoch=epoch)

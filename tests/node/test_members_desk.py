@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +119,7 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
             lambda key: "",
             lambda epoch: f"{epoch:032x}{0:032x}",
         )
-        asyncio.run(desk.roll_back(3, f"{3:032x}{0:032x}", "a lie"))
-        asyncio.run(desk.roll_back(4, f"{9:032x}{0:032x}", "of another side"))
+        desk.roll_back(3, f"{3:032x}{0:032x}", "a lie")
+        desk.roll_back(4, f"{9:032x}{0:032x}", "of another side")
         asked_for.append([one.change for one in loop.fed])
     assert asked_for[0] == asked_for[1] and len(asked_for[0]) == 1

@@ -183,9 +183,10 @@ class DiskDesk:
             await self._on_disk(self._keeper.checkpoint, self._back_to())
 
     def _back_to(self) -> int | None:
-        """The epoch that a rollback which collects signatures may lead to: what makes it is kept."""
-        pending = self._loop.snapshot().pending
-        return min((read_rollback(c.value)[0] for c in pending if c.kind == "rollback"), default=None)
+        """The epoch that a rollback which has this node's signature may lead to: what makes it is kept."""
+        core = self._loop.snapshot()
+        signed = [c for c in core.pending if core.peer_id in dict(c.signatures)]
+        return min((read_rollback(c.value)[0] for c in signed if c.kind == "rollback"), default=None)
 
     # --- from donors ---------------------------------------------------------------------------
 

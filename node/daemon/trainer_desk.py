@@ -46,7 +46,8 @@ class TrainerDesk:
         self._health = TrainerHealth()
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._base = ""  # head of the state that the trainer has begun from
-        self._inner_epoch = -1  # that the trainer's own state is of
+        self._begun_epoch = -1
+        self._inner_epoch: int | None = None  # that the trainer's own state is of; None while none is up
         self._contributed = "", 0  # name of our latest contribution, and generation of its begin
         self.outputs: Outputs = {
             ev.Train: self.do_train,
@@ -64,8 +65,14 @@ class TrainerDesk:
         self._trainer.settle(UNKNOWN_GENERATION)
 
     def save(self, epoch: int) -> None:
-        """Have the inner optimizer written down, as of the beginning of `epoch`."""
-        self._trainer.save(epoch)
+        """Have the inner optimizer written down, as of the beginning of `epoch`; not what was undone."""
+        if not self._undone(epoch):
+            self._trainer.save(epoch)
+
+    def _undone(self, epoch: int) -> bool:
+        """Whether the trainer's own state was made on a line that a record up to `epoch` has undone."""
+        since, rolled = self._inner_epoch, self._loop.snapshot().roll.rolled
+        return since is not None and any(since < at <= epoch for at in rolled)
 
     def end(self) -> None:
         """Have the trainer end while the rest of the node is put away."""
@@ -81,6 +88,8 @@ class TrainerDesk:
         elif isinstance(event, tm.Hello):
             self._reporter.trainer_up()
             self._inner_epoch = event.inner_epoch
+            if self._undone(self._begun_epoch):
+                self._trainer.forget()  # before it is told what was begun meanwhile
             if event.note:
                 _log.warning("trainer note=%r", event.note)
             self._loop.feed(ev.TrainerState(True, ""))
@@ -96,6 +105,7 @@ class TrainerDesk:
             )
 
     def _down(self, event: tm.Failed | Died | Parted) -> None:
+        self._inner_epoch = None  # the next one says what it has
         if isinstance(event, Died):
             self._reporter.metrics.trainer_restarted()
             why = self._health.died(event)
@@ -149,11 +159,13 @@ class TrainerDesk:
                 self._trainer.evaluate(out.epoch)
             self._reporter.clock.train()
             self._base = out.base
-            roll = self._loop.snapshot().roll
-            if any(self._inner_epoch < at <= out.epoch for at in roll.rolled):
+            self._begun_epoch = out.epoch
+            if self._undone(out.epoch):
                 self._trainer.forget()
-            self._inner_epoch = out.epoch
-            self._trainer.begin(out.epoch, out.base, out.before, roll.settings)
+            if self._inner_epoch is not None:
+                self._inner_epoch = out.epoch
+            settings = self._loop.snapshot().roll.settings
+            self._trainer.begin(out.epoch, out.base, out.before, settings)
 
     def do_close_training(self, out: ev.CloseTraining) -> None:
         self._trainer.close_round(out.epoch)

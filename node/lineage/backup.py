@@ -27,7 +27,8 @@ from tapestry.node.disk.home_mark import new_mark, read_mark, write_mark
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.leave import Told, copy_run
-from tapestry.node.lineage.verify import Proof, verify_home
+from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.verify import verify_home
 
 EXTRAS = (
     "peers.json",

@@ -26,7 +26,8 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import read_records
-from tapestry.node.lineage.verify import Proof, verify_home
+from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.verify import verify_home
 
 # Beside chain, updates and checkpoints, which are taken at one epoch.
 FILES = (

@@ -17,9 +17,8 @@ only what the updates and checkpoints on the disk need is remembered.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ from tapestry.compression.shards import shard_bounds
 from tapestry.node.disk.accusations import SUFFIX as ACCUSATION_SUFFIX
 from tapestry.node.disk.accusations import FalseAccusation, kept, prove, unpack
 from tapestry.node.disk.base import BaseFile, pinned
-from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, chunk_count, read_checkpoint, read_chunk
+from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, read_checkpoint
 from tapestry.node.disk.files import seal, unseal
-from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
-from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import (
     UPDATE_SUFFIX,
     read_update_file,
@@ -49,78 +46,18 @@ from tapestry.node.lineage.follow import Broken, Follower, island_from, read_gen
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.lineage.proof import Proof, Signed, Told
+from tapestry.node.lineage.replay import check_states
 from tapestry.node.lineage.signatures import Ahead, Trusting
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
-from tapestry.node.protocol.chain import Genesis, InvalidRecord, Record
-from tapestry.node.protocol.path import leads, step_from
+from tapestry.node.protocol.chain import Genesis, InvalidRecord
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
-from tapestry.node.state.model import DigestMismatch, ModelState, state_digest_of
-
-FAULTS_MAX = 100  # that are kept: more say nothing new
-
-Told = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that does not hold."""
-
-    file: str  # relative to what was verified
-    epoch: int | None
-    what: str
-
-    def __str__(self) -> str:
-        at = "" if self.epoch is None else f", epoch {self.epoch}"
-        return f"{self.file}{at}: {self.what}"
-
-
-@dataclass(slots=True)
-class Proof:
-    """What was found."""
-
-    kind: str  # home, export, derivative
-    run_id: str = ""
-    run_name: str = ""
-    epoch: int = 0
-    head: str = ""
-    rolled: Mapping[int, int] = field(default_factory=dict)  # as protocol/path.py has it
-    records: int = 0
-    signatures: int = 0
-    updates: int = 0
-    checkpoints: int = 0
-    files: int = 0
-    derivatives: int = 0  # versions
-    descriptions: int = 0  # members that say something of their data
-    egress_lines: int = 0
-    egress_bytes: int = 0
-    replayed_from: int | None = None
-    replayed_to: int | None = None
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def holds(self) -> bool:
-        return not self.faults
-
-    def fault(self, file: str, what: str, epoch: int | None = None) -> None:
-        if len(self.faults) < FAULTS_MAX:
-            self.faults.append(Fault(file, epoch, what))
-
-
-@dataclass(frozen=True, slots=True)
-class _Signed:
-    """What the chain says of one epoch."""
-
-    head: str
-    result: str  # of the update that made it; "" of epoch 0
-    state: str | None  # digest of the state, signed one record later; None at the head
-    record: Record | None = None  # None of epoch 0
-    settings: Mapping[str, float] = field(default_factory=dict)  # that the roll before the record had
+from tapestry.node.state.model import state_digest_of
 
 
 def verify(
@@ -177,7 +114,7 @@ def verify_home(
     _check_accusations(home, genesis, spec, crypto, proof)
     _check_descriptions(home, genesis, crypto, proof)
     if replay:
-        _check_states(home, genesis, spec, signed, updates, checkpoints, proof, told)
+        check_states(genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
 
 
@@ -194,7 +131,7 @@ class _Chain:
     begins: int | None = None  # an island, by the record of this epoch
 
 
-def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, _Signed]:
+def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, Signed]:
     """As `_follow`, and says the same; with several jobs a chain that holds is read faster."""
     held = 0
     if jobs > 1:
@@ -209,11 +146,11 @@ def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, _Signed]:
     return _follow(chain, Trusting(held), proof)
 
 
-def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, _Signed]:
+def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, Signed]:
     """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
     genesis, needed, anchor = chain.genesis, chain.needed, chain.anchor
     follower = Follower.start(genesis, chain.spec, crypto, chain.begins)
-    signed = {0: _Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
+    signed = {0: Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
     anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
     try:
         for record in read_records(chain.path, crypto):
@@ -224,7 +161,10 @@ def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, _Sig
             if before in signed and before:
                 signed[before] = replace(signed[before], state=body.state_digest)
             if body.epoch in needed:
-                signed[body.epoch] = _Signed(record.head, body.result, None, record, settings)
+                back = follower.at.roll.rolled.get(body.epoch)
+                # A state that is an earlier one again was signed under that one's epoch.
+                state = None if back is None else follower.signed.get(back)
+                signed[body.epoch] = Signed(record.head, body.result, state, record, settings)
             if anchor is not None and anchor.epoch == body.epoch:
                 anchored = anchor.head == record.head
             proof.records += 1
@@ -274,7 +214,7 @@ def _epoch_of(path: Path) -> int | None:
     return int(head) if head.isdigit() else None
 
 
-def _check_update(path: Path, epoch: int, signed: _Signed | None, proof: Proof) -> None:
+def _check_update(path: Path, epoch: int, signed: Signed | None, proof: Proof) -> None:
     name = f"updates/{path.name}"
     if signed is None:
         if epoch == proof.epoch + 1:
@@ -396,133 +336,6 @@ def _checkpoints(home: Home, genesis: Genesis, proof: Proof) -> dict[int, Checkp
     return found
 
 
-def _check_states(
-    home: Home,
-    genesis: Genesis,
-    spec: RunSpec,
-    signed: dict[int, _Signed],
-    updates: dict[int, Path],
-    checkpoints: dict[int, Checkpoint],
-    proof: Proof,
-    told: Told,
-) -> None:
-    """Every checkpoint's numbers; then replay from the oldest usable one as far as the updates go."""
-    with tempfile.TemporaryDirectory(prefix="tapestry-verify-") as folder:
-        state = _empty_state(genesis, spec, Path(folder))
-        start: Checkpoint | None = None
-        undone: int | None = None  # a checkpoint of what was rolled back
-        for epoch in sorted(checkpoints):
-            if _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof):
-                if leads(proof.rolled, epoch, proof.epoch):
-                    start = start or checkpoints[epoch]
-                else:
-                    undone = epoch
-            proof.checkpoints += 1
-            told("checkpoints", proof.checkpoints, len(checkpoints))
-        if start is None:
-            if undone is not None:
-                why = "and what replaced it is still with the others: nothing is replayed"
-                proof.notes.append(f"the state of epoch {undone} was undone, {why}")
-            elif proof.holds:
-                proof.fault("checkpoints", "there is none to replay from")
-            return
-        _load(start, state)
-        state.adopt(start.epoch, start.head, start.state_digest)
-        _replay(state, signed, updates, checkpoints, proof, told)
-
-
-def _empty_state(genesis: Genesis, spec: RunSpec, folder: Path) -> ModelState:
-    params = scratch_vectors(folder, ("params",), genesis.params)["params"]
-    return bare_state(spec, params, genesis.schema, genesis.run_id, folder)
-
-
-def _check_checkpoint(
-    checkpoint: Checkpoint, state: ModelState, genesis: Genesis, signed: _Signed | None, proof: Proof
-) -> bool:
-    name = f"checkpoints/{checkpoint.path.name}"
-    shape = (checkpoint.schema, checkpoint.n, checkpoint.names)
-    if signed is None or checkpoint.head != signed.head:
-        proof.fault(name, "it is of another record than the chain's", checkpoint.epoch)
-    elif signed.state not in (None, checkpoint.state_digest):
-        proof.fault(name, "its digest is not the one that the record signed", checkpoint.epoch)
-    elif shape != (genesis.schema, genesis.params, state.names):
-        proof.fault(name, "it is of another model", checkpoint.epoch)
-    else:
-        try:
-            with checkpoint.path.open("rb") as file:
-                for index in range(chunk_count(checkpoint.data_bytes)):
-                    read_chunk(checkpoint, file, index)
-            _load(checkpoint, state)
-            state.adopt(checkpoint.epoch, checkpoint.head, checkpoint.state_digest)
-        except (ValueError, DigestMismatch, OSError) as error:
-            proof.fault(name, str(error), checkpoint.epoch)
-        else:
-            return True
-    return False
-
-
-def _load(checkpoint: Checkpoint, state: ModelState) -> None:
-    """Raises ValueError, OSError. The state is torn after it."""
-    with checkpoint.path.open("rb") as file:
-        file.seek(checkpoint.data_start)
-        for vector in state.overwrite():
-            if len(vector) and file.readinto(vector) != len(vector):
-                raise ValueError("it is cut short")
-
-
-def _replay(
-    state: ModelState,
-    signed: dict[int, _Signed],
-    updates: dict[int, Path],
-    checkpoints: dict[int, Checkpoint],
-    proof: Proof,
-    told: Told,
-) -> None:
-    proof.replayed_from = proof.replayed_to = state.epoch
-    first = state.epoch
-    while state.epoch < proof.epoch:
-        epoch = step_from(proof.rolled, state.epoch, proof.epoch)
-        if epoch in proof.rolled:
-            proof.notes.append(f"epoch {epoch}: the state is that of epoch {state.epoch} again")
-            state.rename(epoch, _head_of(epoch, signed, state))
-            held = checkpoints.get(epoch)
-            if held is not None and held.state_digest != state.digest():
-                proof.fault(f"checkpoints/{held.path.name}", "it is another state than the one before", epoch)
-            proof.replayed_to = epoch
-            continue
-        path, said = updates.get(epoch), signed.get(epoch)
-        if path is None or said is None or said.record is None:
-            later = any(one > epoch for one in checkpoints)
-            behind = "" if later else "; the node was behind its records when it ended, and fetches the rest"
-            proof.notes.append(
-                f"the updates have no epoch {epoch}: replayed no further than {state.epoch}{behind}"
-            )
-            return
-        try:
-            _, payloads = read_update_file(path)
-            state.apply(payloads, said.record, said.settings)
-        except (ValueError, OSError) as error:
-            proof.fault(f"updates/{path.name}", f"cannot be applied: {error}", epoch)
-            return
-        digest = state.digest()
-        if said.state is not None and digest != said.state:
-            proof.fault(
-                "chain.jsonl", f"replay makes the state {digest[:12]}, it says {said.state[:12]}", epoch
-            )
-            return
-        held = checkpoints.get(epoch)
-        if held is not None and held.state_digest != digest:
-            proof.fault(f"checkpoints/{held.path.name}", "replay makes another state", epoch)
-        proof.replayed_to = epoch
-        told("replaying", epoch - first, proof.epoch - first)
-
-
-def _head_of(epoch: int, signed: dict[int, _Signed], state: ModelState) -> str:
-    """Nothing of this epoch need lie on the disk; then nothing is compared with its head."""
-    said = signed.get(epoch)
-    return said.head if said is not None else state.head
-
-
 # --- derivatives in a home ----------------------------------------------------------------------------
 
 
@@ -571,7 +384,7 @@ def _check_bases(home: Home, proof: Proof) -> None:
 
 
 def _check_version(
-    home: Home, version: _Version, genesis: Genesis, parent: _Signed | None, proof: Proof
+    home: Home, version: _Version, genesis: Genesis, parent: Signed | None, proof: Proof
 ) -> None:
     """Its model is what was written down, and its parent is a state of this chain."""
     from tapestry.node.trainer.models.refusal import ModelError
@@ -631,7 +444,7 @@ def _check_tensors(
     folder: Path,
     table: dict[str, Any],
     genesis: Genesis,
-    said: _Signed,
+    said: Signed,
     proof: Proof,
     told: Told,
 ) -> None:

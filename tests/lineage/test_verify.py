@@ -18,7 +18,8 @@ from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.log import lines, newest, read_log
-from tapestry.node.lineage.verify import Proof, verify
+from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.verify import verify
 from tapestry.node.net.descriptions import Descriptions, pack
 from tapestry.node.protocol.chain import record_to_dict
 from tapestry.node.spec.training import PRESETS
@@ -292,6 +293,24 @@ def test_a_run_that_was_rolled_back_is_proven_logged_and_exported_by_the_path_to
     founder = made.identities[0].peer_id
     told = {one["peer"]: one["weight"] for one in table["members"]}
     assert told[founder] == 2 * 300  # of what was undone nothing is in it
+
+
+def test_a_checkpoint_of_another_state_than_the_one_that_the_newest_record_goes_back_to_is_found(
+    tmp_path: Path,
+) -> None:
+    """Nobody has signed it under this epoch yet; but it was signed before, under the one that is named."""
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(3)
+    undone = made.fresh_copy()
+    made.roll_back(1, "")
+    for ours, theirs in zip(made.state.overwrite(), undone, strict=True):
+        ours[:] = theirs
+    made.state.adopt(4, made.chain.head, made.state._hash())
+    made.checkpoints.save(made.state, made.state.digest())
+    (path,) = made.home.checkpoints.glob("00000004-*")
+    (fault, *_) = _verify(made.home.path).faults
+    assert (fault.file, fault.epoch) == (f"checkpoints/{path.name}", 4)
+    assert fault.what == "its digest is not the one that the record signed"
 
 
 def test_a_record_that_goes_on_from_what_was_undone_does_not_hold(tmp_path: Path) -> None:

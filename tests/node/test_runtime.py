@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,14 @@ from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.trainer import messages as tm
+from tapestry.node.trainer.process import Died
 
 PEER, OTHER = "12D3KooWPeer", "12D3KooWOther"
 RUN = "ab" * 32
@@ -45,6 +48,8 @@ class FakeCore:
         self.says: list[ev.Output] = []
         self.heard: list[ev.Input] = []
         self.raises: Exception | None = None
+        self.rolled: dict[int, int] = {}
+        self.pending: tuple[Change, ...] = ()
 
     def handle(self, inp: ev.Input, now: float) -> list[ev.Output]:
         self.heard.append(inp)
@@ -58,7 +63,23 @@ class FakeCore:
 
     def snapshot(self, now: float) -> Snapshot:
         head = "cd" * 32
-        return Snapshot("12D3KooWMe", RUN, "training", "", True, 3, head, 3, head, "ef" * 32, 9, None, ())
+        return Snapshot(
+            "12D3KooWMe",
+            RUN,
+            "training",
+            "",
+            at_head=True,
+            chain_epoch=3,
+            chain_head=head,
+            state_epoch=3,
+            state_head=head,
+            state_digest="ef" * 32,
+            params=9,
+            round=None,
+            peers=(),
+            roll=replace(NO_ROLL, rolled=self.rolled),
+            pending=self.pending,
+        )
 
 
 class FakeDonor:
@@ -79,6 +100,7 @@ class FakeKeeper:
     def __init__(self) -> None:
         self.donors: list[FakeDonor] = []
         self.checkpoints = 0
+        self.back_to: int | None = None
         self.abandoned = False
         self.fetching = asyncio.Event()
         self.reached = (3, "ef" * 32)
@@ -94,6 +116,7 @@ class FakeKeeper:
 
     def checkpoint(self, back_to: int | None = None) -> None:
         self.checkpoints += 1
+        self.back_to = back_to
 
     def held_back_to(self, epoch: int) -> str:
         return ""
@@ -152,6 +175,9 @@ class FakeTrainer:
 
     def end(self) -> None:
         self.told.append(("end", 0))
+
+    def forget(self) -> None:
+        self.told.append(("forget", 0))
 
     def settle(self, generation: int) -> None:
         self.told.append(("settle", generation))
@@ -390,6 +416,59 @@ def test_the_trainer_is_told_which_state_it_begins_from_and_which_was_before():
             bench.says(ev.Train(0, "head 0", ""), ev.Train(7, "head 7", "head 6"))
             await turns()
             assert bench.trainer.begun == [(0, "head 0", "", {}), (7, "head 7", "head 6", {})]
+
+    run(main)
+
+
+def hello(inner_epoch: int) -> tm.Hello:
+    return tm.Hello((), (), 1, 1, "cpu", inner_epoch, "", (), ())
+
+
+def test_moments_of_what_was_undone_are_neither_kept_nor_saved_as_those_of_the_state_that_is_there_again():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.runtime.trainer.on_event(hello(2))
+            bench.says(ev.Train(4, "head 4", "head 3"))
+            await turns()
+            bench.core.rolled = {5: 3}
+            bench.runtime.trainer.save(
+                5
+            )  # a checkpoint of the state that is there again, before an epoch began
+            assert bench.trainer.told == []
+            bench.says(ev.Train(5, "head 5", ""), ev.Train(6, "head 6", "head 5"))
+            await turns()
+            bench.runtime.trainer.save(6)
+            assert bench.trainer.told == [("forget", 0), ("save", 6)], "once, and then they are of this line"
+
+    run(main)
+
+
+def test_a_trainer_that_comes_up_with_moments_of_what_was_undone_is_told_before_it_goes_on():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.core.rolled = {5: 3}
+            bench.says(ev.Train(6, "head 6", ""))  # none is up
+            await turns()
+            bench.runtime.trainer.on_event(hello(6))
+            assert bench.trainer.told == [], "what it saved since is of this line"
+            bench.runtime.trainer.on_event(Died(1, 0.0, ()))
+            bench.runtime.trainer.on_event(hello(4))
+            assert bench.trainer.told == [("forget", 0)]
+
+    run(main)
+
+
+def test_only_a_rollback_that_this_node_signed_makes_its_disk_keep_more():
+    async def main() -> None:
+        async with Bench() as bench:
+            back = Change("rollback", "", rollback_value(2, "ab" * 32, "why"), 9, "cd" * 16, ((PEER, ""),))
+            bench.core.pending = (back,)
+            await bench.runtime.leave()
+            assert bench.keeper.back_to is None
+        async with Bench() as bench:
+            bench.core.pending = (replace(back, signatures=((PEER, ""), ("12D3KooWMe", ""))),)
+            await bench.runtime.leave()
+            assert bench.keeper.back_to == 2
 
     run(main)
 

@@ -2,8 +2,8 @@
 
 A certificate is renewed every few weeks while a node runs for months: before a handshake the two files are
 looked at, at most once a minute, and read again when they have changed. What is served is copied to
-HOME/http.cert, and the commands of this home trust that and nothing else: they ask an address of this
-machine, which stands in no certificate.
+HOME/http.cert, and the commands of this home trust that and nothing else, also after its last day: they ask
+an address of this machine, which stands in no certificate. That it ends soon is said in the log once a day.
 
 Imports ssl only when a file is named: the command line does not wait for it.
 """
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import ssl
 
 LOOK_EVERY_S = 60.0  # Guess: a renewal comes weeks before the old certificate ends
+ENDS_SOON_DAYS = 7  # Guess: whatever renews certificates has failed for weeks by then
+SAY_EVERY_S = 86400.0
 CERT_BYTES_MAX = 1 << 20
+NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which ssl.VerifyFlags does not name
 
 _log = logging.getLogger("tapestry.http")
 
@@ -37,7 +40,9 @@ class ServerTls:
         self._cert, self._key, self._shown = cert, key, shown
         self._marks = self._looked()
         self._looked_at_s = time.monotonic()
+        self._ends_at, self._said_at_s = 0.0, -SAY_EVERY_S
         self._context = self._read()
+        self._warn()
 
     def context(self) -> ssl.SSLContext:
         """For the next handshake. What cannot be read leaves the one before in force, and says so."""
@@ -51,7 +56,16 @@ class ServerTls:
                     _log.warning("certificate=kept %s; the one of before is served until it is mended", error)
                 else:
                     _log.info("certificate=renewed path=%s", self._cert)
+            self._warn()
         return self._context
+
+    def _warn(self) -> None:
+        """Of a certificate that ends soon, or has ended: browsers and scrapers refuse it then."""
+        left_days = (self._ends_at - time.time()) / 86400
+        if left_days < ENDS_SOON_DAYS and time.monotonic() - self._said_at_s >= SAY_EVERY_S:
+            self._said_at_s = time.monotonic()
+            when = f"ends in {left_days:.0f} days" if left_days > 0 else "has ended"
+            _log.warning("certificate=%s path=%s; renew it: it is read again by itself", when, self._cert)
 
     def _looked(self) -> tuple[int, ...]:
         """What changes when somebody writes one of the files."""
@@ -68,6 +82,8 @@ class ServerTls:
             context.load_cert_chain(self._cert, self._key, password=_no_password)
             with self._cert.open("rb") as file:
                 shown = _certificates(file.read(CERT_BYTES_MAX))
+            if os.stat(self._key).st_mode & 0o077:
+                _log.warning("http_key=%s can be read by other users of this machine; chmod 600", self._key)
         except ssl.SSLError as error:
             why = (error.reason or str(error)).lower().replace("_", " ")
             raise UserError(
@@ -80,7 +96,11 @@ class ServerTls:
                 f"http_cert, http_key: {path}: {error.strerror}",
                 hint="files that the user of the node can read",
             ) from error
-        atomic_write(self._shown, shown)
+        self._ends_at = _end_of(shown, self._cert)
+        try:
+            atomic_write(self._shown, shown)
+        except OSError as error:  # the disk is full: what others are served matters more
+            _log.warning("path=%s cannot be written: %s; commands of this home may fail", self._shown, error)
         return context
 
 
@@ -90,7 +110,8 @@ def client_context(shown: Path) -> ssl.SSLContext:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # 127.0.0.1 stands in no certificate
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the node's own certificate is what we trust
+    # The node's own certificate is what we trust, whether its time is over or not.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(NO_CHECK_TIME)
     context.load_verify_locations(shown)
     return context
 
@@ -100,6 +121,16 @@ def _certificates(pem: bytes) -> bytes:
     return b"".join(
         re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\r?\n?", pem, re.DOTALL)
     )
+
+
+def _end_of(pem: bytes, path: Path) -> float:
+    """Unix time at which the first certificate ends. Raises UserError."""
+    from cryptography.x509 import load_pem_x509_certificates
+
+    try:
+        return load_pem_x509_certificates(pem)[0].not_valid_after_utc.timestamp()
+    except ValueError as error:
+        raise UserError(f"http_cert {path}: {error}", hint="a certificate in PEM") from error
 
 
 def _no_password() -> str:

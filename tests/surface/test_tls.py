@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import http.client
 import os
 import ssl
@@ -33,20 +34,21 @@ from tapestry.node.surface.token import Token
 QUICK = DoorLimits(connections_max=4, idle_s=0.3, answer_s=5.0, requests_per_s=1e6)
 
 
-def write_pair(folder: Path, name: str) -> tuple[Path, Path]:
+def write_pair(folder: Path, name: str, days: float = 30) -> tuple[Path, Path]:
     """A certificate that names no host of this machine, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     made = x509.CertificateBuilder().subject_name(who).issuer_name(who).public_key(key.public_key())
-    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
-    cert = made.not_valid_after(now + datetime.timedelta(days=1)).sign(key, hashes.SHA256())
+    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=9))
+    cert = made.not_valid_after(now + datetime.timedelta(days=days)).sign(key, hashes.SHA256())
     folder.mkdir(exist_ok=True)
     paths = folder / "cert.pem", folder / "key.pem"
     paths[0].write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     no_password = serialization.NoEncryption()
     form = serialization.PrivateFormat.PKCS8
     paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, no_password))
+    paths[1].chmod(0o600)
     return paths
 
 
@@ -64,9 +66,9 @@ def home(tmp_path: Path) -> Home:
     return home
 
 
-def with_server(home: Home, use: Callable[[HttpServer, Path], Awaitable[None]]) -> None:
+def with_server(home: Home, use: Callable[[HttpServer, Path], Awaitable[None]], days: float = 30) -> None:
     async def main() -> None:
-        cert, key = write_pair(home.path / "pair", "first.example.org")
+        cert, key = write_pair(home.path / "pair", "first.example.org", days)
         token = Token.load_or_create(home.http_token)
         secure = ServerTls(cert, key, home.http_cert)
         server = await start_http(View(), Metrics("0.1.0"), "127.0.0.1", 0, token, QUICK, tls=secure)
@@ -129,6 +131,36 @@ def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(
     with_server(home, use)
     said = [record.getMessage() for record in caplog.records if record.name == "tapestry.http"]
     assert said[0].startswith("certificate=renewed") and said[1].startswith("certificate=kept http_cert ")
+
+
+def test_a_certificate_that_has_ended_is_said_and_the_commands_of_this_home_go_on(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def use(server: HttpServer, _: Path) -> None:
+        assert await asyncio.to_thread(ask, home, server.url, "/status") == {"epoch": 3}
+
+    with_server(home, use, days=-1)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said.startswith("certificate=has ended path=")
+
+
+def test_a_renewal_on_a_full_disk_is_served_and_a_key_that_others_can_read_is_said(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = write_pair(tmp_path / "pair", "a.example.org")
+    served = ServerTls(cert, key, home.http_cert)
+    monkeypatch.setattr(tls, "LOOK_EVERY_S", 0.0)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tls, "atomic_write", full)
+    write_pair(tmp_path / "pair", "b.example.org")
+    key.chmod(0o640)
+    before = served._context
+    assert served.context() is not before
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 2 and "other users" in said[0] and "cannot be written" in said[1]
 
 
 def test_the_key_of_a_file_that_holds_both_is_not_copied(home: Home, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ new base. All that is measured and timed is in the derivatives' own files. An --
 too is parted: every fourth of its files is the derivative's, up to --own-bytes, the others are the member's.
 
     loss        held out of the derivative's own text, per token
-    of the old  the gain over the new base, as a share of what the derivative had gained over the old one:
-                what gain_kept_min in gates.toml looks at
-    left        the loss below the old base's, as a share of the same: with what the base has learnt meanwhile
+    of the old  the gain over the new base, as a share of what the derivative had gained over the old one
+    left        the loss below the old base's, as a share of the same: with what the base has learnt
+                meanwhile; what gain_kept_min in gates.toml looks at
     of again    the gain over the new base, as a share of what the one that was made again has over it
     cost        seconds of training, as a share of making it again
 """

@@ -54,16 +54,21 @@ def test_gains_may_be_asked_in_the_measures_own_unit() -> None:
 
 def test_a_rebase_must_keep_its_share_of_the_gain() -> None:
     before, ground = [loss(1.0)], [loss(2.0)]
-    assert judge(Gates(), [loss(0.59)], [loss(1.5)], before, ground).holds
-    verdict = judge(Gates(), [loss(0.61)], [loss(1.5)], before, ground)
+    assert judge(Gates(), [loss(1.04)], [loss(1.5)], before, ground).holds
+    verdict = judge(Gates(), [loss(1.06)], [loss(1.5)], before, ground)
     assert (
-        verdict.reasons[0] == "fr/loss: fails: keeps 89.0 % of the gain of the version before, asked 90.0 %"
+        verdict.reasons[0] == "fr/loss: fails: keeps 94.0 % of the gain of the version before "
+        "(the new base alone has 50.0 %), asked 95.0 %"
     )
 
 
-def test_what_the_base_has_won_meanwhile_is_no_gain_that_was_kept() -> None:
-    verdict = judge(Gates(), [loss(0.99)], [loss(1.0)], [loss(1.0)], [loss(2.0)])
-    assert not verdict.holds and "keeps 1.0 % of the gain" in verdict.reasons[0]
+def test_a_base_that_knows_by_itself_what_a_version_knew_is_no_reason_to_refuse_one_that_is_better() -> None:
+    before, ground = [loss(1.0)], [loss(2.0)]
+    verdict = judge(Gates(), [loss(0.97)], [loss(0.98)], before, ground)
+    assert verdict.holds and any("(the new base alone has 102.0 %)" in reason for reason in verdict.reasons)
+    assert not judge(Gates(), [loss(0.99)], [loss(0.98)], before, ground).holds, (
+        "the new base is better alone"
+    )
 
 
 def test_a_file_with_a_wrong_key_is_refused_with_the_right_one(tmp_path: Path) -> None:

@@ -92,8 +92,14 @@ class Net:
 
     def sent_bytes(self, peer: int) -> int:
         """What has left a peer's interface so far, all headers included."""
-        counter = "/sys/class/net/eth0/statistics/tx_bytes"
-        return int(run([*self.prefix(peer), "cat", counter]))
+        return self._counted(peer, "tx_bytes")
+
+    def received_bytes(self, peer: int) -> int:
+        """What has come to a peer's interface so far, all headers included."""
+        return self._counted(peer, "rx_bytes")
+
+    def _counted(self, peer: int, counter: str) -> int:
+        return int(run([*self.prefix(peer), "cat", f"/sys/class/net/eth0/statistics/{counter}"]))
 
     def close(self) -> None:
         """Remove everything. Processes in the namespaces stay, without a network: end them before."""

@@ -364,7 +364,7 @@ class Node:
                 return
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             status = json.loads(fetched(f"{self.info['http']}/status"))
-            self.sent = sent_bytes(fetched(f"{self.info['http']}/metrics").decode())
+            self.sent = network_bytes(fetched(f"{self.info['http']}/metrics").decode(), "sent")
             self.status = status
             self._keep_loss()
 
@@ -488,9 +488,9 @@ def fetched(url: str) -> bytes:
         return bytes(response.read(HTTP_BYTES_MAX))
 
 
-def sent_bytes(metrics: str) -> dict[str, float]:
-    """kind -> bytes, from tapestry_network_bytes_total{direction="sent",kind=...}."""
-    pattern = r'^tapestry_network_bytes_total\{direction="sent",kind="(\w+)"\} (\S+)$'
+def network_bytes(metrics: str, direction: str) -> dict[str, float]:
+    """kind -> bytes that were sent or received, from tapestry_network_bytes_total{direction=...,kind=...}."""
+    pattern = rf'^tapestry_network_bytes_total\{{direction="{direction}",kind="(\w+)"\}} (\S+)$'
     return {kind: float(value) for kind, value in re.findall(pattern, metrics, re.MULTILINE)}
 
 

@@ -134,10 +134,11 @@ def test_a_rebase_that_fails_its_gate_stays_beside_and_says_why(made: MadeHome, 
         assert not built.version.promoted and built.derivative.current == 1
         assert built.version.reasons[0].startswith("text/loss: fails: keeps")
         assert (built.folder / "model.safetensors").exists() and built.version.steps == 0
+        (made.home.path / "gates.toml").write_text("gain_kept_min = 0.9\n")  # a half was dropped
+        _, verdict = build.evaluate(made.home, "french", 2, None, told=_quiet)
+        assert verdict.holds and Shelf(made.home).require("french").current == 2
     finally:
         (made.home.path / "gates.toml").unlink()
-    _, verdict = build.evaluate(made.home, "french", 2, None, told=_quiet)
-    assert verdict.holds and Shelf(made.home).require("french").current == 2
 
 
 def test_derivatives_of_one_base_are_merged_and_measured_on_both(

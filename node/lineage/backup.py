@@ -1,7 +1,8 @@
 """`tapestry backup OUT` and `restore`: a home as one file, taken beside a running node or from a stopped one.
 
 What `exit` takes along (leave.py), and besides it where the others were, for a restored member looks for
-its run. Left out is what can be made again: token caches, logs, the running node's lock. Records, updates
+its run, and what `rejoin --bring` left for the next contribution: the chain says whether that was made
+meanwhile. Left out is what can be made again: token caches, logs, the running node's lock. Records, updates
 and checkpoints are checked before the file gets its name, and again when it is restored; numbers are not
 replayed: `verify` does.
 
@@ -37,6 +38,7 @@ EXTRAS = (
     "http.token",
     "log-levels.json",
     "home.json",
+    "brought.safetensors",
     ".gitignore",
 )
 TOP = "tapestry-home"  # the folder in the archive
@@ -93,25 +95,41 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
 
 
 def _extract(archive: Path, folder: Path, told: Told) -> None:
-    """Plain files and folders below TOP alone, whatever the archive says. Raises UserError, OSError."""
+    """What a home can hold, below TOP alone, whatever the archive says. Raises UserError, OSError."""
     try:
         with tarfile.open(archive, "r:") as tar:
             members = tar.getmembers()
-            for done, member in enumerate(members):
-                told("files", done, len(members))
-                parts = PurePosixPath(member.name).parts
-                is_ours = parts[:1] == (TOP,) and ".." not in parts
-                if not is_ours or not (member.isfile() or member.isdir()):
+            for member in members:
+                if not _is_ours(member):
                     raise UserError(f"{archive} is no backup of a home: it holds {member.name!r}")
-                _write(tar, member, folder.joinpath(*parts))
+            for done, member in enumerate(sorted(members, key=tarfile.TarInfo.issym)):
+                told("files", done, len(members))
+                _write(tar, member, folder / member.name)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} is no backup of a home, or is damaged: {error}") from error
 
 
+def _is_ours(member: tarfile.TarInfo) -> bool:
+    """Whether a home can hold it. Of links: `base` of an island alone, to the home's (island.py)."""
+    parts = PurePosixPath(member.name).parts
+    if parts[:1] != (TOP,) or ".." in parts:
+        return False
+    if member.issym():
+        is_island = parts[1:-1] == ("island",) or (len(parts) == 4 and parts[1] == "islands")
+        return is_island and parts[-1] == "base" and member.linkname == "../" * (len(parts) - 2) + "base"
+    return member.isfile() or member.isdir()
+
+
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Its bytes, and nobody else's right to write. (`extract` has filters from Python 3.11.4 on.)"""
+    """Its bytes, and nobody else's right to write. (`extract` has filters from Python 3.11.4 on.)
+
+    Links come last (_extract), so that nothing is written through one.
+    """
     folder = path if member.isdir() else path.parent
     folder.mkdir(parents=True, exist_ok=True)
+    if member.issym():
+        path.symlink_to(member.linkname)
+        return
     content = tar.extractfile(member)
     if content is not None:
         with content, path.open("xb") as file:

@@ -9,6 +9,7 @@ island.
 
 What `rejoin --bring` has left for the next contribution (HOME/brought.safetensors) is left out as well: it is
 owed to the run once, by the home that came back, and OUT trains on alone. What it was made of is in islands/.
+A backup takes it.
 
 The identity is the same one: a member that goes on from OUT does not start the old home again.
 """
@@ -43,7 +44,7 @@ FILES = (
     "history.jsonl",
 )
 FOLDERS = ("base", "trainer", "derivatives", "island", "islands", "accusations")
-LEFT_OUT = ("lock", ".cache", "*.tmp", "*.part", "*.corrupt")
+LEFT_OUT = shutil.ignore_patterns(".cache", "*.tmp", "*.part", "*.corrupt")
 
 Told = Callable[[str, int, int], None]
 
@@ -93,8 +94,14 @@ def copy_run(home: Home, copy: Home, told: Told) -> None:
     for name in FOLDERS:
         if (home.path / name).is_dir():
             told(name, 0, 1)
-            left_out, links = shutil.ignore_patterns(*LEFT_OUT), name in ("island", "islands")
-            shutil.copytree(home.path / name, copy.path / name, symlinks=links, ignore=left_out)
+            links = name in ("island", "islands")
+            shutil.copytree(home.path / name, copy.path / name, symlinks=links, ignore=_left_out)
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What can be made again, and locks: a folder of that name is somebody's derivative."""
+    locks = {name for name in names if name == "lock" and not os.path.isdir(os.path.join(folder, name))}
+    return LEFT_OUT(folder, names) | locks
 
 
 def _copy_until(source: Path, target: Path, epoch: int, told: Told) -> None:

@@ -8,11 +8,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from homes import MadeHome, make_home
+from homes import MadeHome, base_spec, make_home
 
 from tapestry.node.disk.home_mark import claim, read_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage import island
 from tapestry.node.lineage.backup import backup, restore
 from tapestry.node.lineage.verify import verify
 from tapestry.node.spec.training import PRESETS
@@ -49,6 +50,30 @@ def test_a_restored_home_is_what_was_backed_up_and_is_marked(made: MadeHome, tmp
     assert mark.restored_at and mark.id == before.id
     with pytest.raises(UserError, match="is a copy of"):
         claim(home)  # the original is still there
+
+
+def test_a_home_on_an_island_is_restored_with_the_base_that_its_island_leads_to(tmp_path: Path) -> None:
+    made = make_home(tmp_path / "home", base_spec(tmp_path / "home", "qwen3"))
+    made.advance(1, checkpoint=True)
+    island.begin(made.home)
+    made.advance(1, checkpoint=True, alone=True)
+    island.end(made.home)
+    island.begin(made.home)
+    made.home.brought.write_bytes(b"what is still owed to the run")
+    derivative = made.home.path / "derivatives" / "lock" / "v1"
+    derivative.mkdir(parents=True)
+    (derivative.parent / "lock").touch()
+    (derivative / "history.json").write_text("[]")
+    backup(made.home, tmp_path / "backup.tar", _quiet)
+    home = Home(tmp_path / "again")
+    assert restore(tmp_path / "backup.tar", home, _quiet).epoch == 1
+    (left,) = (home.path / "islands").iterdir()
+    for place in (home.island, left):
+        assert (place / "base").resolve() == home.base and (home.base / "config.json").is_file()
+    assert island.require(home)[0].epoch == 1
+    assert home.brought.read_bytes() == b"what is still owed to the run"
+    assert (home.path / "derivatives/lock/v1/history.json").is_file()
+    assert not (home.path / "derivatives/lock/lock").exists()
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_of_what_fails(made: MadeHome, tmp_path: Path) -> None:
@@ -89,6 +114,10 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
         _member("/etc/escape"),
         _member("tapestry-home/../../escape"),
         _member("tapestry-home/link", tarfile.SYMTYPE, "/etc"),
+        _member("tapestry-home/island/base", tarfile.SYMTYPE, "../../base"),
+        _member("tapestry-home/islands/base", tarfile.SYMTYPE, "../base"),
+        _member("tapestry-home/island/base/base", tarfile.SYMTYPE, "../../base"),
+        _member("tapestry-home/trainer/base", tarfile.SYMTYPE, "../base"),
         _member("tapestry-home/hard", tarfile.LNKTYPE, "/etc/passwd"),
         _member("tapestry-home/pipe", tarfile.FIFOTYPE),
         _member("other/file"),

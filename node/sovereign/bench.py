@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from tapestry.node.disk.files import atomic_write
-from tapestry.node.errors import UserError
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign.derivative import Measure, Shelf, Version
@@ -63,7 +64,7 @@ class Bench:
 
 
 def measured(model: Path, bench: Bench, told: Told, *, is_base: bool = False) -> tuple[Measure, ...]:
-    """All figures of a model. Losses are per id of the base, whoever is measured."""
+    """All figures of a model. Losses are per id of the base, whoever is measured. Raises UserError."""
     measures: list[Measure] = []
     sets = {**bench.own, **bench.others}
     total, done = sum(map(len, sets.values())), 0
@@ -89,6 +90,13 @@ def measured(model: Path, bench: Bench, told: Told, *, is_base: bool = False) ->
     for command in bench.suite.command:
         told(command.name, 0, 1)
         measures += suites.measured_command(command, model)
+    if odd := [one.name for one in measures if not math.isfinite(one.value)]:
+        raise UserError(
+            f"{', '.join(odd)} of {model} is no number, and nobody can judge by it",
+            exit_code=ExitCode.FAILED,
+            hint="a model that diverged is made anew with a smaller --lr and --restart; "
+            "a task that counts nothing is taken out of the suite",
+        )
     return tuple(measures)
 
 

@@ -77,7 +77,7 @@ def train(
                 exit_code=ExitCode.FAILED,
                 hint="a smaller --batch-size, gradient_checkpointing, or --method lora",
             ) from error
-        _require_finite(trainer.state.log_history)
+        _require_finite(trainer.model)
         _write(trainer.model, recipe.method == "lora" and not rows, out)
     (out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     tokens = total * recipe.batch_size * recipe.accumulation * sequence_length
@@ -192,6 +192,7 @@ def _common(recipe: Recipe, length: int, work: Path, total: int) -> dict[str, An
         "save_steps": recipe.save_every_steps,
         "save_total_limit": CHECKPOINTS_KEPT,
         "logging_steps": LOG_STEPS,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "report_to": [],
         "push_to_hub": False,
         "disable_tqdm": True,
@@ -218,14 +219,18 @@ def _write(model: Any, adapters: bool, out: Path) -> None:
     model.to("cpu", torch.float32).save_pretrained(out / "model")
 
 
-def _require_finite(history: list[dict[str, Any]]) -> None:
-    losses = [line["loss"] for line in history if "loss" in line]
-    if losses and not math.isfinite(losses[-1]):
-        raise UserError(
-            "the training diverged: its loss is no number",
-            exit_code=ExitCode.FAILED,
-            hint="a smaller --lr, then the same command with --restart",
-        )
+def _require_finite(model: Any) -> None:
+    """Raises UserError: such a model is worth nothing, and no figure of it can be written down."""
+    if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
+        raise _diverged("there are weights that are no numbers")
+
+
+def _diverged(what: str) -> UserError:
+    return UserError(
+        f"the training diverged: {what}",
+        exit_code=ExitCode.FAILED,
+        hint="derive: a smaller --lr and --restart; rebase: a smaller --repair, or --repair 0",
+    )
 
 
 class _Clock:
@@ -254,6 +259,10 @@ def _teller(progress: Told, total: int, clock: _Clock) -> Any:
     class Teller(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             progress("training", state.global_step, total)
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            if not math.isfinite((logs or {}).get("loss", 0.0)):
+                raise _diverged(f"its loss is no number at step {state.global_step}")
 
         def on_save(self, *_args: Any, **_: Any) -> None:
             clock.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from homes import MadeHome, base_spec, make_home
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tapestry.node.errors import UserError
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
+from tapestry.node.sovereign.bench import Bench, measured, tokenizers
 from tapestry.node.sovereign.build import Built
 from tapestry.node.sovereign.derivative import Shelf, Transplant
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import release
+from tapestry.node.sovereign.rows import prepare
+from tapestry.node.sovereign.suite import Suite
+from tapestry.node.sovereign.training import train
 from tapestry.node.spec.declared import append, parse_declaration
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.models.weights import weights_digest
@@ -102,6 +108,34 @@ def test_a_training_that_was_killed_goes_on_and_ends_the_same(
     )
     assert steps == [*range(5, 13)]
     assert built.version.digest == squares.version.digest
+
+
+@pytest.fixture
+def broken(made: MadeHome, squares: Built, tmp_path: Path) -> Path:
+    """A base whose every figure is no number."""
+    shutil.copytree(Shelf(made.home).base(squares.version.parent), tmp_path / "broken")
+    (file,) = (tmp_path / "broken").glob("*.safetensors")
+    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    return tmp_path / "broken"
+
+
+@pytest.mark.parametrize(
+    ("steps", "what"), [(12, "its loss is no number at step 10"), (4, "weights that are no numbers")]
+)
+def test_a_training_that_diverges_ends_with_one_line(
+    made: MadeHome, broken: Path, tmp_path: Path, steps: int, what: str
+) -> None:
+    recipe = _recipe(made, steps=steps)
+    prepared = prepare(recipe, 64, *tokenizers(broken), tmp_path / "cache", _quiet)
+    with pytest.raises(UserError, match=f"the training diverged: .*{what}"):
+        train(broken, prepared, recipe, 64, tmp_path / "work", tmp_path, _quiet)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_figure_that_is_no_number_is_refused_by_its_name(broken: Path) -> None:
+    examples = [{"ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    with pytest.raises(UserError, match=r"pairs/loss of .*broken is no number"):
+        measured(broken, Bench({"pairs": examples}, {}, Suite(), {}), _quiet)
 
 
 def test_adapters_are_merged_and_kept_apart_as_well(made: MadeHome, squares: Built, french: Built) -> None:

@@ -5,6 +5,10 @@ and the layout, whose hash the genesis signs. So whoever has the export alone pu
 order, hashes them, and joins that with the buffers' digests into the digest that a record signed.
 
 Only numbers that were written as they are can be checked: f32, the whole model or adapters apart.
+
+What is compared must be what a loader takes. So an export has no other file than those that `export`
+writes, its config makes a model of the signed layout, and its weights hold that model's tensors and nothing
+else: transformers would load another set of weights, an adapter or an untied output layer that lies beside.
 """
 
 from __future__ import annotations
@@ -18,13 +22,29 @@ from blake3 import blake3
 from torch import Tensor
 
 from tapestry.compression.shards import Layout
+from tapestry.node.lineage.manifest import LINEAGE
+from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.protocol.chain import Genesis
+from tapestry.node.spec.training import ModelSpec, TransformersSpec
 from tapestry.node.trainer.models.lora import saved_names
+from tapestry.node.trainer.models.pretrained import (
+    CONFIG,
+    SHARED_FILES,
+    as_stored,
+    construct_seeded,
+    frame_of,
+    kept_tensors,
+    load_config,
+    untrained,
+)
 from tapestry.node.trainer.models.refusal import ModelError
-from tapestry.node.trainer.models.stored import StoredWeights, weights_of
+from tapestry.node.trainer.models.registry import layout_of
+from tapestry.node.trainer.models.stored import INDEX, StoredWeights, weight_files, weights_of
+from tapestry.node.trainer.models.weights import load_base
 
 PIECE = 1 << 22  # elements: 16 MiB
-FORMS = ("whole", "adapters", "merged")
+FORMS = ("whole", "adapters", "merged")  # the last two are of a LoRA run
+ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Unprovable(Exception):
@@ -37,8 +57,47 @@ def described(layout: Layout, form: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"form": form, "dtype": str(dtype).removeprefix("torch."), "layout": pairs}
 
 
-def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis) -> str:
-    """Of the exported tensors in the layout's order. Raises Unprovable; else ModelError, ValueError."""
+def foreign_files(folder: Path, form: str) -> list[str]:
+    """Files that no export of this form ("derivative" is one too) has: a loader might take them for what is
+    checked here. Of weights there is one set: `model.safetensors`, or what the index names.
+
+    Raises ModelError.
+    """
+    if form == "adapters":
+        known = {*SHARED_FILES, ADAPTER_CONFIG, ADAPTERS} - {CONFIG}
+    else:
+        known = {*SHARED_FILES, *weight_files(folder)}
+    known |= {"README.md", "tapestry.json", MANIFEST}
+    if form == "derivative":  # its tokenizer's files are those of any base
+        known |= {path.name for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
+        known -= {INDEX, ADAPTER_CONFIG} - set(weight_files(folder))
+    else:
+        known |= {f"{LINEAGE}/genesis.json", f"{LINEAGE}/chain.jsonl"}
+    there = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    return [name for path in there if (name := path.relative_to(folder).as_posix()) not in known]
+
+
+def foreign_tensors(folder: Path) -> list[str]:
+    """Stored tensors that the model of this config does not have: some loader might take them all the same.
+    Raises ModelError."""
+    known = as_stored(frame := frame_of(folder).module, dict(kept_tensors(frame)))
+    return sorted(set(StoredWeights.find(folder).tensors) - set(known))
+
+
+def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis, model: ModelSpec) -> str:
+    """Of the exported tensors in the layout's order, after there is found to be nothing else that a loader
+    would take. Raises Unprovable; else ModelError, ValueError."""
+    layout = Layout.from_named((str(name), shape) for name, shape in table["layout"])
+    if layout.schema_hash != genesis.schema:
+        raise ValueError("its layout is not the run's")
+    lora = isinstance(model, TransformersSpec) and model.lora_rank > 0
+    if table["form"] not in (FORMS[1:] if lora else FORMS[:1]):
+        raise ValueError(f"the run's models are not written as {str(table['form'])[:20]!r}")
+    if table["form"] == "adapters":
+        tensors = _adapters(folder, layout)
+    else:
+        _require_nothing_else(folder, layout if table["form"] == "whole" else None)
+        tensors = _in_order(folder, layout, model)
     if table["dtype"] != "float32":
         raise Unprovable(
             "its weights were rounded: an export with --dtype f32 can be compared with the records"
@@ -47,11 +106,8 @@ def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis) -> s
         raise Unprovable(
             "its adapters were added to the base: export --adapters can be compared with the records"
         )
-    layout = Layout.from_named((str(name), shape) for name, shape in table["layout"])
-    if layout.schema_hash != genesis.schema:
-        raise ValueError("its layout is not the run's")
     hasher = blake3()
-    for tensor in _in_order(folder, layout, table["form"] == "adapters"):
+    for tensor in tensors:
         flat = tensor.reshape(-1)
         for start in range(0, flat.numel(), PIECE):
             piece = flat[start : start + PIECE].contiguous()
@@ -59,23 +115,48 @@ def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis) -> s
     return hasher.hexdigest()
 
 
-def _in_order(folder: Path, layout: Layout, adapters: bool) -> Iterator[Tensor]:
+def _require_nothing_else(folder: Path, layout: Layout | None) -> None:
+    """Raises ModelError unless its config makes the run's model, and its files hold that alone."""
+    if layout is not None and layout_of(frame_of(folder).module).schema_hash != layout.schema_hash:
+        raise ModelError(f"its {CONFIG} makes a model of other tensors than the run's")
+    if extra := foreign_tensors(folder):
+        raise ModelError(
+            f"it holds {extra[0][:120]}, which the run's model has not ({len(extra)} such tensors)"
+        )
+
+
+def _adapters(folder: Path, layout: Layout) -> Iterator[Tensor]:
+    stored, names = StoredWeights(weights_of(folder / ADAPTERS)), saved_names(layout)
+    if extra := sorted(set(stored.tensors) - set(names.values())):
+        raise ModelError(f"{ADAPTERS} holds {extra[0][:120]}, which is no adapter of the run")
+    return (_f32(stored.read(names[name]), name, shape) for name, shape in _named(layout))
+
+
+def _in_order(folder: Path, layout: Layout, model: ModelSpec) -> Iterator[Tensor]:
     """One at a time; but where transformers stores an architecture in other pieces, all at once."""
-    names: Mapping[str, str] = saved_names(layout) if adapters else {name: name for name in layout.names}
-    stored = StoredWeights(weights_of(folder / "adapter_model.safetensors")) if adapters else None
-    stored = stored or StoredWeights.find(folder)
-    read = stored.read if set(names.values()) <= set(stored.tensors) else _converted(folder)
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        tensor = read(names[name])
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            raise ModelError(f"{name} is not {shape} of f32")
-        yield tensor
+    stored, frame = StoredWeights.find(folder), frame_of(folder).module
+    kept = untrained(frame)
+    read = stored.read if {*layout.names, *kept} <= set(stored.tensors) else _converted(folder)
+    if kept and isinstance(model, TransformersSpec):
+        built = dict(kept_tensors(construct_seeded(load_config(folder), folder, model.seed)))
+        for name in kept:
+            if not torch.equal(read(name), built[name].float()):
+                raise ModelError(f"{name} is not what its {CONFIG} makes, and nobody trains it")
+    for name, shape in _named(layout):
+        yield _f32(read(name), name, shape)
+
+
+def _named(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return zip(layout.names, layout.shapes, strict=True)
+
+
+def _f32(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+        raise ModelError(f"{name} is not {shape} of f32")
+    return tensor
 
 
 def _converted(folder: Path) -> Callable[[str], Tensor]:
-    from tapestry.node.trainer.models.pretrained import kept_tensors
-    from tapestry.node.trainer.models.weights import load_base
-
     tensors = {name: tensor.detach() for name, tensor in kept_tensors(load_base(folder, torch.float32))}
     return tensors.__getitem__
 

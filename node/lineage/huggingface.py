@@ -35,13 +35,12 @@ from tapestry.node.trainer.models.llama import config_fields
 from tapestry.node.trainer.models.pretrained import (
     CONFIG,
     SHARED_FILES,
+    as_stored,
     construct_seeded,
     described_config,
-    joins_tensors,
     kept_tensors,
     load_config,
     quiet,
-    renames_tensors,
     same_names,
     untrained,
 )
@@ -176,7 +175,7 @@ def _whole_sources(what: Exported, frame: nn.Module) -> list[Source]:
         assert isinstance(what.spec, TransformersSpec) and what.base is not None
         built = construct_seeded(load_config(what.base), what.base, what.spec.seed)
         tensors |= {name: tensor for name, tensor in kept_tensors(built) if not tensor.requires_grad}
-    return _sources(_as_stored(frame, tensors), what.form.dtype)
+    return _sources(as_stored(frame, tensors), what.form.dtype)
 
 
 def _adapted_sources(what: Exported, frame: nn.Module) -> list[Source]:
@@ -196,23 +195,12 @@ def _adapted_sources(what: Exported, frame: nn.Module) -> list[Source]:
     tensors = {name: tensor.detach() for name, tensor in kept_tensors(whole)}
     for name, delta in deltas.items():
         tensors[name].add_(delta())
-    return _sources(_as_stored(bare, tensors), what.form.dtype)
+    return _sources(as_stored(bare, tensors), what.form.dtype)
 
 
 def _merged(stored: StoredWeights, deltas: Mapping[str, Callable[[], Tensor]], name: str) -> Tensor:
     weight = stored.read(name)
     return weight.float() + deltas[name]() if name in deltas else weight
-
-
-def _as_stored(frame: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names, and in the pieces, in which transformers stores this architecture."""
-    if not (joins_tensors(frame) or renames_tensors(frame)):
-        return tensors
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model: Any = frame
-    converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    return converted
 
 
 def _sources(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[Source]:

@@ -418,6 +418,7 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         return proof
     proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
     table = json.loads((folder / "tapestry.json").read_bytes())
+    _check_names(folder, "derivative" if "derivative" in table else str(table["form"]), proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
         return proof
@@ -436,14 +437,27 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)
         return proof
     proof.epoch, proof.head = epoch, said.head
-    _check_tensors(folder, table, genesis, said, proof, told)
+    _check_tensors(folder, table, genesis, spec, said, proof, told)
     return proof
+
+
+def _check_names(folder: Path, form: str, proof: Proof) -> None:
+    """No file lies there that a loader might take for what is checked."""
+    from tapestry.node.lineage.exported import foreign_files
+    from tapestry.node.trainer.models.refusal import ModelError
+
+    try:
+        for name in foreign_files(folder, form):
+            proof.fault(name, "no export has such a file; a loader might take it for what was signed")
+    except ModelError as error:
+        proof.fault("model.safetensors", str(error))
 
 
 def _check_tensors(
     folder: Path,
     table: dict[str, Any],
     genesis: Genesis,
+    spec: RunSpec,
     said: Signed,
     proof: Proof,
     told: Told,
@@ -462,7 +476,7 @@ def _check_tensors(
         proof.fault("tapestry.json", "another state digest than the record after it signed", epoch)
     told("tensors", 0, 1)
     try:
-        found = params_digest(folder, table, genesis)
+        found = params_digest(folder, table, genesis, spec.model)
     except Unprovable as reason:
         proof.notes.append(str(reason))
         return
@@ -474,13 +488,21 @@ def _check_tensors(
 
 
 def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None:
+    from tapestry.node.lineage.exported import foreign_tensors
+    from tapestry.node.trainer.models.refusal import ModelError
     from tapestry.node.trainer.models.weights import weights_digest
 
     proof.kind = "derivative"
     version = table["version"]
     proof.run_id, proof.run_name = version["parent"]["run_id"], version["parent"]["run_name"]
     proof.epoch, proof.head = version["parent"]["epoch"], version["parent"]["head"]
-    found = weights_digest(folder)
+    try:
+        found, foreign = weights_digest(folder), foreign_tensors(folder)
+    except ModelError as error:
+        proof.fault("model.safetensors", str(error))
+        return
+    for name in foreign:
+        proof.fault("model.safetensors", f"holds {name[:120]}, which its model has not")
     if found != table["weights"]:
         proof.fault("model.safetensors", f"has the digest {found[:12]}, not {table['weights'][:12]}")
     if table["dtype"] == "f32" and found != version["digest"]:

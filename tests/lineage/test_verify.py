@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bases import FAMILIES, edit_json
 from homes import MadeHome, base_spec, make_home
 
 from tapestry.node.disk.files import atomic_write, seal
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage import export
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.huggingface import Form
 from tapestry.node.lineage.log import lines, newest, read_log
+from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.verify import verify
 from tapestry.node.net.descriptions import Descriptions, pack
@@ -222,8 +227,6 @@ def test_whoever_has_only_the_export_can_check_its_tensors(exported: Path, made:
 def test_tensors_of_another_state_are_found_though_the_manifest_was_made_again(
     made: MadeHome, exported: Path, tmp_path: Path
 ) -> None:
-    from tapestry.node.lineage.manifest import write_manifest
-
     forged = tmp_path / "forged"
     shutil.copytree(exported, forged)
     export_home(made.home, tmp_path / "three", 3)
@@ -231,6 +234,100 @@ def test_tensors_of_another_state_are_found_though_the_manifest_was_made_again(
     write_manifest(forged)
     (fault,) = _verify(forged).faults
     assert str(fault) == "model.safetensors, epoch 4: its tensors are not those of the signed state"
+
+
+def _other_numbers(folder: Path) -> None:
+    """model.safetensors with the same names and other numbers."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def _behind_an_index(folder: Path) -> None:
+    """The signed tensors where an index names them, and others where transformers looks first."""
+    from safetensors.torch import load_file
+
+    weights = folder / "model.safetensors"
+    names = list(load_file(weights))
+    shutil.copyfile(weights, folder / "honest.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "honest.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    _other_numbers(folder)
+
+
+def _beside_the_index(folder: Path) -> None:
+    """The signed tensors in the one file, and an index for loaders that look for that first."""
+    honest = (folder / "model.safetensors").read_bytes()
+    _behind_an_index(folder)
+    (folder / "model.safetensors").rename(folder / "honest.safetensors")
+    (folder / "model.safetensors").write_bytes(honest)
+
+
+def _named_by_the_config(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "honest.safetensors")
+    _other_numbers(folder)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "honest.safetensors").rename(folder / "model.safetensors")
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights="other.safetensors"))
+
+
+def _with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    shutil.copyfile(folder / "model.safetensors", folder / "adapter_model.safetensors")
+
+
+def _with_a_pickle(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def _untied(folder: Path) -> None:
+    """An output layer of one's own: the signed tensors are all there, and transformers takes one more."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
+
+
+def _one_tensor_more(folder: Path) -> None:
+    _untied(folder)
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose output layer is its embedding."""
+    folder = tmp_path_factory.mktemp("tied")
+    made = make_home(folder / "home", base_spec(folder / "home", "qwen2"))
+    made.advance(2)
+    export_home(made.home, folder / "out", 1)
+    return folder / "out"
+
+
+FORGERIES = (
+    _behind_an_index,
+    _beside_the_index,
+    _named_by_the_config,
+    _with_an_adapter,
+    _with_a_pickle,
+    _untied,
+    _one_tensor_more,
+)
+
+
+@pytest.mark.parametrize("forge", FORGERIES)
+def test_an_export_that_loads_other_numbers_than_the_signed_ones_does_not_hold(
+    tied: Path, tmp_path: Path, forge: Callable[[Path], None]
+) -> None:
+    """The signed tensors lie in all of them, and the manifest was made again."""
+    forged = tmp_path / "forged"
+    shutil.copytree(tied, forged)
+    assert _verify(forged).holds
+    forge(forged)
+    write_manifest(forged)
+    assert _verify(forged).faults
 
 
 def test_what_cannot_be_proven_is_said(made: MadeHome, tmp_path: Path) -> None:
@@ -241,13 +338,20 @@ def test_what_cannot_be_proven_is_said(made: MadeHome, tmp_path: Path) -> None:
     assert proof.holds and "were rounded" in proof.notes[0]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3"])
-def test_models_that_are_stored_otherwise_than_built_are_checked_too(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_exports_of_every_family_hold_in_one_file_and_in_several(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtures are stored in other pieces than they are built of."""
     made = make_home(tmp_path / "home", base_spec(tmp_path / "home", family))
     made.advance(2)
     export_home(made.home, tmp_path / "out", 1)
-    proof = _verify(tmp_path / "out")
-    assert proof.holds and proof.notes == []
+    monkeypatch.setattr(export, "Form", lambda *how: Form(*how, file_bytes_max=30_000))
+    export_home(made.home, tmp_path / "cut", 1)
+    assert (tmp_path / "cut" / "model.safetensors.index.json").exists()
+    for name in ("out", "cut"):
+        proof = _verify(tmp_path / name)
+        assert proof.holds and proof.notes == [], proof.faults
 
 
 def test_adapters_apart_are_checked_and_merged_ones_say_how(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tapestry.node.errors import UserError
+from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.bench import Bench, measured, tokenizers
@@ -224,6 +225,11 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
     assert model.dtype == torch.bfloat16
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["weights"] == weights_digest(tmp_path / "out")
+    assert verify(tmp_path / "out", told=_quiet).holds
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    write_manifest(tmp_path / "out")
+    (fault,) = verify(tmp_path / "out", told=_quiet).faults
+    assert fault.file == "adapter_config.json"
 
 
 def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built) -> None:

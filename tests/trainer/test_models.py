@@ -243,11 +243,14 @@ def _cut(folder: Path) -> None:
 
 
 def _wild_index(folder: Path) -> None:
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
 
 
 def _lost_shard(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "model-2.safetensors", "y": SINGLE}}))
+    (folder / SINGLE).rename(folder / "model-1.safetensors")
+    names = {"x": "model-2.safetensors", "y": "model-1.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
 def _quantized(folder: Path) -> None:

@@ -311,6 +311,8 @@ def _check_config(path: Path, table: Mapping[str, Any]) -> None:
                 f"{path} is of quantized weights, which cannot be trained",
                 "use the revision in bfloat16, float16 or float32",
             )
+        if key == "transformers_weights" and value:
+            raise ModelError(f"{path} names a file of weights of its own (transformers_weights)")
         if _CHOOSES_CODE.fullmatch(key) and value:
             raise ModelError(f"{path} chooses an implementation ({key}); each member's machine does that")
         _check_bounds(path, key, value)
@@ -511,6 +513,17 @@ def renames_tensors(module: nn.Module) -> bool:
 
     model: Any = module
     return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def as_stored(frame: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names, and in the pieces, in which transformers stores this architecture."""
+    if not (joins_tensors(frame) or renames_tensors(frame)):
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model: Any = frame
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return converted
 
 
 def kept_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

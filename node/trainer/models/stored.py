@@ -65,7 +65,7 @@ class StoredWeights:
     @classmethod
     def find(cls, folder: Path) -> StoredWeights:
         """Read all headers. Raises ModelError for what is missing, torn, pickled or quantized."""
-        files = _files(folder)
+        files = [folder / name for name in weight_files(folder) if name != INDEX]
         tensors: dict[str, StoredTensor] = {}
         for path in files:
             for name, tensor in weights_of(path).items():
@@ -101,7 +101,11 @@ class StoredWeights:
         return tensor
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[str]:
+    """What transformers loads of a folder: the single file, whatever lies beside it; else the index and what
+    it names. Raises ModelError."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
     if (folder / INDEX).exists():
         names = sorted(set(_read_index(folder).values()))
         missing = [name for name in names if not (folder / name).is_file()]
@@ -110,9 +114,7 @@ def _files(folder: Path) -> list[Path]:
                 f"{folder} lacks {missing[0]}, which {INDEX} names ({len(missing)} such files)",
                 "download it again: the copy is not complete",
             )
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return [INDEX, *names]
     pickled = _first(path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED)
     if pickled:
         raise ModelError(
@@ -140,7 +142,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _require_indexed(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    if not (folder / INDEX).exists():
+    if (folder / SINGLE).is_file():
         return
     for name, file in _read_index(folder).items():
         if name not in tensors or tensors[name].path.name != file:

@@ -3,6 +3,9 @@
 The card names the parent by run, epoch and head, the recipe, the sources by what they are called (never their
 content, nor the member's paths), and every evaluation with the base's figure beside it. tapestry.json says
 the same for programs, with the digest of the parent's tensors and of the model's own as f32 and as written.
+
+Sets that were held out are called after the sources' files. So what is participant-private is numbered there
+too, in both reports and in what the gates found.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from tapestry.node.lineage.huggingface import (
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 from tapestry.node.sovereign.suite import table
-from tapestry.node.spec.data import split_field
+from tapestry.node.spec.data import DataSettings, resolved_data, split_field
 from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.tables import plain
 from tapestry.node.trainer.models.refusal import ModelError
@@ -55,7 +59,7 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
         temporary.mkdir(parents=True)
         _write(model, temporary, DTYPES[dtype], progress)
         written = weights_digest(temporary)
-        shown = public(version, Declared.load(home))
+        shown = public(version, Declared.load(home), own_sets(shelf, version))
         _write_json(temporary / "tapestry.json", _lineage(derivative, shown, dtype, written))
         (temporary / "README.md").write_text(card(derivative, shown), encoding="utf-8")
         write_manifest(temporary)
@@ -98,23 +102,70 @@ def _lineage(derivative: Derivative, version: Version, dtype: str, written: str)
     return {"derivative": derivative.name, "version": plain(version), "dtype": dtype, "weights": written}
 
 
-def public(version: Version, declared: Declared) -> Version:
+def own_sets(shelf: Shelf, version: Version) -> dict[str, str]:
+    """The sets that were held out of the member's own data, by the sources that they are called after.
+
+    Those of a merge's parts have the part's name before them; of a part that is gone nothing is known.
+    """
+    if version.how == "rebase" or version.how == "merge":
+        found: dict[str, str] = {}
+        for made_of in version.made_of:
+            name, _, number = made_of.partition(":")
+            part = shelf.read(name)
+            chosen = [one for one in (part.versions if part else ()) if one.number == int(number)]
+            sets = {k: v for one in chosen for k, v in own_sets(shelf, one).items()}
+            found |= sets if version.how == "rebase" else {f"{name}.{k}": v for k, v in sets.items()}
+        return found
+    data = version.recipe.data
+    named = resolved_data(DataSettings(paths=data), "").source if data else ()
+    return {one.name: source for one, source in zip(named, data, strict=True)}
+
+
+def public(version: Version, declared: Declared, sets: Mapping[str, str]) -> Version:
     """The version without what is the member's own affair: where sources lie, the names of rows that were
-    left out, and of participant-private data even the source's name."""
+    left out, and of participant-private data even the names of the source and of the set held out of it."""
+
+    def may_be_named(source: str) -> bool:
+        return declared.may_be_named(split_field(source)[0])
 
     def called(source: str) -> str:
-        path = split_field(source)[0]
-        if not declared.may_be_named(path):
-            return PRIVATE
-        return os.path.basename(source.rstrip("/")) or source
+        return os.path.basename(source.rstrip("/")) or source if may_be_named(source) else PRIVATE
 
+    names = _shown_names(version, {name for name, source in sets.items() if may_be_named(source)})
+    report, base_report = (
+        tuple(replace(one, name=names[one.name]) for one in measures)
+        for measures in (version.report, version.base_report)
+    )
     data = tuple(replace(use, source=called(use.source), left_out=()) for use in version.data)
     recipe = replace(
         version.recipe,
         data=tuple(called(one) for one in version.recipe.data),
         tokens_file=os.path.basename(version.recipe.tokens_file),
     )
-    return replace(version, data=data, recipe=recipe)
+    reasons = tuple(_shown_reason(one, names) for one in version.reasons)
+    return replace(version, data=data, recipe=recipe, report=report, base_report=base_report, reasons=reasons)
+
+
+def _shown_names(version: Version, open_sets: set[str]) -> dict[str, str]:
+    """Each measure's name, and what others read: own sets that may not be named are numbered."""
+    private: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for one in (*version.report, *version.base_report):
+        set_name, _, what = one.name.rpartition("/")
+        if one.own and set_name not in open_sets:
+            shown = private.setdefault(set_name, f"private-{len(private) + 1}")
+            names[one.name] = f"{shown}/{what}"
+        else:
+            names.setdefault(one.name, one.name)
+    return names
+
+
+def _shown_reason(reason: str, names: Mapping[str, str]) -> str:
+    """gates.py begins each with the measure that it is of, or with what a gate asked for and nobody measured."""
+    for name, shown in names.items():
+        if reason.startswith(f"{name}: "):
+            return shown + reason.removeprefix(name)
+    return "what a gate names was not measured"
 
 
 def card(derivative: Derivative, version: Version) -> str:

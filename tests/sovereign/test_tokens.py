@@ -168,7 +168,7 @@ def test_its_card_says_so_and_names_no_path(made: MadeHome, norwegian: Built) ->
     version = replace(
         norwegian.version, recipe=replace(norwegian.version.recipe, tokens_file="/secret/t.txt")
     )
-    shown = public(version, Declared.load(made.home))
+    shown = public(version, Declared.load(made.home), {})
     text = card(norwegian.derivative, shown)
     assert "has 6 tokens beyond the base's" in text and "/secret" not in text and "t.txt" in text
 

@@ -161,7 +161,7 @@ def _shown_names(version: Version, open_sets: set[str]) -> dict[str, str]:
 
 
 def _shown_reason(reason: str, names: Mapping[str, str]) -> str:
-    """gates.py begins each with the measure that it is of, or with what a gate asked for and nobody measured."""
+    """gates.py begins each with the measure that it is of, or with what a gate names and nobody measured."""
     for name, shown in names.items():
         if reason.startswith(f"{name}: "):
             return shown + reason.removeprefix(name)

@@ -204,7 +204,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     """What is wrong at first sight is said before the imports, which take seconds; nothing undeclared is
     opened."""
     from tapestry.node.trainer.data.errors import DataError
-    from tapestry.node.trainer.data.sources import list_data
+    from tapestry.node.trainer.data.sources import linked_out, list_data
 
     config.home.require_free()
     _check_island(config)
@@ -212,8 +212,9 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
         return
     paths = paths_of(config.data)
     declare_missing(config.home, paths, BASE, declaration, silent=config.log_format == "json")
-    require(config.home, (one for one in paths if is_word(one) or os.path.lexists(one)), BASE, today_utc())
+    there = [one for one in paths if is_word(one) or os.path.lexists(one)]
     try:
+        require(config.home, there, BASE, today_utc(), linked_out(config.data))
         list_data(config.data)
     except DataError as error:
         raise UserError(str(error)) from error

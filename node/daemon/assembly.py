@@ -31,6 +31,7 @@ from tapestry.node.daemon.descriptors import streams_max
 from tapestry.node.daemon.desk import Loop
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
+from tapestry.node.daemon.permit import beyond
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.held import bare_state
@@ -235,7 +236,7 @@ def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> Li
 def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSettings:
     """What the trainer is told, of the run and of this node. Raises UserError for undeclared data."""
     home = config.home
-    protected = require(home, paths_of(config.data), BASE, today_utc())
+    protected = require(home, paths_of(config.data), BASE, today_utc(), beyond(config.data))
     return WorkerSettings(
         training=training_spec(spec),
         data=config.data,

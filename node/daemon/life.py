@@ -44,7 +44,7 @@ from tapestry.node.daemon.control import Control
 from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
-from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.daemon.permit import DataPermit, beyond
 from tapestry.node.daemon.restored import find_run
 from tapestry.node.daemon.views import Reporter, TokenizingView
 from tapestry.node.disk.home_mark import read_mark
@@ -224,6 +224,7 @@ class Daemon:
             egress = await asyncio.to_thread(EgressLedger, self.home)
             stack.push_async_callback(egress.close)
             reporter = Reporter(self.metrics, self.live, trackers, self.history, egress)
+            linked = await asyncio.to_thread(beyond, config.data)
             own = Own(
                 self.home,
                 identity,
@@ -235,13 +236,13 @@ class Daemon:
                 config.ending,
                 config.base,
                 config.island,
-                DataPermit(self.home, paths_of(config.data)).refusal,
+                DataPermit(self.home, paths_of(config.data), linked=linked).refusal,
                 config.relay,
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
                 used = (self.home, BASE, sources_of(config.data), genesis.run_id, loaded.epoch)
-                await asyncio.to_thread(note_use, *used)
+                await asyncio.to_thread(note_use, *used, linked)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)
             stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)

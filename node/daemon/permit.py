@@ -12,7 +12,10 @@ from collections.abc import Callable
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.declared import BASE, require, today_utc
+from tapestry.node.spec.data import DataSettings
+from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, require, today_utc
+from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.data.sources import linked_out
 
 Today = Callable[[], datetime.date]
 
@@ -20,9 +23,12 @@ Today = Callable[[], datetime.date]
 class DataPermit:
     """`refusal()` is "" while all sources may be used for the base, and else says why not."""
 
-    def __init__(self, home: Home, paths: tuple[str, ...], today: Today = today_utc) -> None:
+    def __init__(
+        self, home: Home, paths: tuple[str, ...], today: Today = today_utc, linked: Beyond = NO_LINKS
+    ) -> None:
         self._home = home
         self._paths = paths
+        self._linked = linked
         self._today = today
         self._seen: object = None
         self._refusal = ""
@@ -32,11 +38,19 @@ class DataPermit:
         if now != self._seen:
             self._seen = now
             try:
-                require(self._home, self._paths, BASE, now[0])
+                require(self._home, self._paths, BASE, now[0], self._linked)
                 self._refusal = ""
             except UserError as error:
                 self._refusal = f"{error.line}; start the node again without it"
         return self._refusal
+
+
+def beyond(settings: DataSettings) -> Beyond:
+    """What sources read through links, beyond their folders. Raises UserError."""
+    try:
+        return linked_out(settings)
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def _stamp(home: Home) -> tuple[int, int] | None:

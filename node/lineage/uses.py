@@ -2,6 +2,7 @@
 
     {"event": "declared", "at": ..., "path": ..., "declaration": {...}}
     {"event": "used",     "at": ..., "purpose": "base", "run_id": ..., "epoch": 12, "sources": [PATH, ...]}
+             and where links of these led out of them: "linked": [PATH, ...]
     {"event": "revoked",  "at": ..., "path": ..., "reason": ...}
 
 A use of the base's begins at a start of the node and ends where the next one begins: in between every
@@ -19,7 +20,7 @@ from typing import Any
 from tapestry.node.disk.linked import BrokenLink, Linked, append_once, read_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.declared import BASE
+from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond
 
 Touches = Callable[[str], bool]  # whether a source is meant, by its path
 
@@ -51,9 +52,13 @@ def note(home: Home, event: str, **said: Any) -> None:
         ) from error
 
 
-def note_use(home: Home, purpose: str, sources: Iterable[str], run_id: str, epoch: int) -> None:
+def note_use(
+    home: Home, purpose: str, sources: Iterable[str], run_id: str, epoch: int, linked: Beyond = NO_LINKS
+) -> None:
     """Sources are about to be read for a purpose, on top of an epoch of a run. Raises UserError."""
-    note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=list(sources))
+    beyond = [real for every in linked.values() for real in every]
+    said = {"linked": beyond} if beyond else {}
+    note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=list(sources), **said)
 
 
 def events(home: Home) -> Iterator[dict[str, Any]]:
@@ -81,7 +86,7 @@ def spans(home: Home, touches: Touches) -> list[Span]:
         if open_from is not None:
             # A node that went back to an earlier state contributed to later epochs before it did.
             found.append(Span(*open_from, max(epoch, open_from[1]) if run_id == open_from[0] else None))
-        used = any(touches(path) for path in event["sources"])
+        used = any(touches(path) for path in (*event["sources"], *event.get("linked", ())))
         open_from = (run_id, epoch) if used else None
     if open_from is not None:
         found.append(Span(*open_from, None))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,9 @@ from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import SourceFile, decoded, without_packing
 from tapestry.node.trainer.data.protected import Judge, judge_of
 from tapestry.node.trainer.data.readers.registry import format_of, require
+from tapestry.node.trainer.data.sources import files_below
 from tapestry.node.trainer.data.tally import Group
+from tapestry.node.trainer.data.tally import Tally as Files
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 
 HELD_OUT_MAX = 1024  # of a source; guess: more would measure no better
@@ -293,7 +296,9 @@ def _look_through(
         raise UserError(f"data {path}: {count} usable rows: too few to train on some and measure on others")
     for _ in range(count - trained - len(kept)):
         tally.repeated.add(path)
-    return DataUse(path, hasher.hexdigest(), trained, len(kept), tally.lines()), kept, left_out
+    _files(path, files := Files())
+    said = (*tally.lines(), *files.lines()[1:])
+    return DataUse(path, hasher.hexdigest(), trained, len(kept), said), kept, left_out
 
 
 _NEEDS = {
@@ -374,12 +379,18 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row; None for one that cannot be read. Raises UserError, OSError."""
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    tables = [file for file in files if file.is_file() and format_of(str(file)).name in TABLES]
+    tables = [file for file in _files(path, Files()) if format_of(str(file)).name in TABLES]
     if not tables:
         raise UserError(f"data {path}: no rows there (jsonl, csv, tsv or parquet)")
     for file in tables:
         yield from _READERS[format_of(str(file)).name](file)
+
+
+def _files(path: str, left_out: Files) -> list[Path]:
+    """As `start` finds them: nothing hidden, and no link that leads out, for that was not declared."""
+    if os.path.isdir(path):
+        return [Path(one) for one in files_below(path, left_out)]
+    return [Path(path)] if os.path.isfile(path) else []
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

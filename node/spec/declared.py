@@ -21,8 +21,9 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Literal, get_args
 
 from tapestry.node.disk.files import atomic_write
@@ -47,6 +48,9 @@ SAID = Pattern(r"[^\x00-\x1f\x7f]{1,200}", "1 to 200 printable characters")
 PERHAPS_SAID = Pattern(r"[^\x00-\x1f\x7f]{0,1000}", "at most 1000 printable characters")
 OWN = "own"  # in --declare: the member's own text
 FORM = 'OWNER, LICENCE[, MODE][, until YYYY-MM-DD][, consent REFERENCE], or "own"'
+
+Beyond = Mapping[str, tuple[str, ...]]  # what a source reads beyond its own folder: trainer/data/sources.py
+NO_LINKS: Beyond = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +175,20 @@ class Declared:
             covering or _is_known(path)
         )
 
-    def domains_of(self, path: str) -> tuple[Domain, ...]:
-        """What a source must be kept clear of: its own domains, those of what lies in it, and everybody's."""
+    def domains_of(self, *paths: str) -> tuple[Domain, ...]:
+        """What a source, and where its links lead, must be kept clear of: their own domains, those of what
+        lies in them, and everybody's."""
         names = set(self.protected)
         for one in self.source:
-            if covers(one.path, path) or covers(path, one.path):
+            if any(covers(one.path, path) or covers(path, one.path) for path in paths):
                 names |= set(one.protected)
         return tuple(one for one in self.domain if one.name in names)
 
-    def protections(self, paths: Iterable[str]) -> tuple[Protection, ...]:
+    def protections(self, paths: Iterable[str], linked: Beyond = NO_LINKS) -> tuple[Protection, ...]:
         """For the trainer: of each source that has any."""
-        found = (Protection(path, self.domains_of(path)) for path in dict.fromkeys(paths))
+        found = (
+            Protection(path, self.domains_of(path, *linked.get(path, ()))) for path in dict.fromkeys(paths)
+        )
         return tuple(one for one in found if one.domains)
 
 
@@ -216,16 +223,21 @@ def sources_of(settings: DataSettings) -> tuple[str, ...]:
     return tuple(f"{one.path}:{one.field}" if one.field else one.path for one in settings.source)
 
 
-def require(home: Home, paths: Iterable[str], purpose: str, today: datetime.date) -> tuple[Protection, ...]:
-    """What the sources must be kept clear of. Raises UserError if one may not be read for the purpose."""
+def require(
+    home: Home, paths: Iterable[str], purpose: str, today: datetime.date, linked: Beyond = NO_LINKS
+) -> tuple[Protection, ...]:
+    """What the sources must be kept clear of. Raises UserError if one, or a file that it is read through a
+    link of, may not be read for the purpose."""
     declared = Declared.load(home)
     paths = tuple(paths)
-    for path in paths:
+    for path in dict.fromkeys((*paths, *(real for every in linked.values() for real in every))):
         if why := declared.refusal(path, purpose, today):
             how = f'tapestry data declare "OWNER, LICENCE" {path} --home {home.path}; or start with --declare'
             hint = how if "not declared" in why else f"tapestry data list --home {home.path}"
+            source = next((one for one, every in linked.items() if path in every), "")
+            why += f" (a link in {source} leads there)" if source else ""
             raise UserError(f"data {path} is not read: {why}", exit_code=ExitCode.USAGE, hint=hint)
-    return declared.protections(paths)
+    return declared.protections(paths, linked)
 
 
 def undeclared(home: Home, paths: Iterable[str], purpose: str) -> list[str]:

@@ -47,6 +47,19 @@ def test_only_the_completion_and_its_end_count_in_the_loss(tmp_path: Path, token
     assert tokenizer.decode(row["input_ids"]) == "the cube of 0 is 0" + tokenizer.eos_token
 
 
+def test_a_folder_of_rows_is_read_without_what_is_hidden_and_links_that_lead_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """What lies elsewhere was not declared, and perhaps revoked."""
+    (tmp_path / "rows").mkdir()
+    _file(tmp_path / "rows" / "a.jsonl", _pairs(40))
+    (tmp_path / "rows" / "b.jsonl").symlink_to(_file(tmp_path / "elsewhere.jsonl", _pairs(400)))
+    _file(tmp_path / "rows" / ".hidden.jsonl", _pairs(400))
+    (use,) = _prepared(tokenizer, "sft", str(tmp_path / "rows")).uses
+    assert use.examples + use.held_out == 40
+    assert any(line.startswith("left out, links that lead out of the folder") for line in use.left_out)
+
+
 def test_of_messages_the_last_answer_counts(tmp_path: Path, tokenizer: Any) -> None:
     chat = [
         [

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from tapestry.node.cli.main import cli
+from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.uses import Span, note_use, spans
+from tapestry.node.spec.data import DataSettings, SourceSettings
 from tapestry.node.spec.declared import (
     BASE,
     Declared,
+    Revoked,
     append,
     parse_declaration,
     published,
@@ -21,6 +26,7 @@ from tapestry.node.spec.declared import (
     template,
     undeclared,
 )
+from tapestry.node.trainer.data.sources import linked_out
 
 TODAY = datetime.date(2026, 12, 1)
 SOURCE = """[[source]]
@@ -81,6 +87,35 @@ def test_a_link_is_what_it_leads_to(home: Home, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     declare(home, f"{tmp_path}/real")
     assert refusal(home, tmp_path / "link" / "x.txt") == ""
+
+
+def test_what_links_of_a_followed_folder_lead_to_must_be_declared_and_kept_clear_too(
+    home: Home, tmp_path: Path
+) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for one in (folder, outside):
+        one.mkdir()
+        (one / "a.txt").write_text("text")
+    (folder / "link.txt").symlink_to(outside / "a.txt")
+    source = SourceSettings(str(folder), name="folder", follow_links=True)
+    assert linked_out(DataSettings(source=(replace(source, follow_links=False),))) == {}
+    linked = linked_out(DataSettings(source=(source,)))
+    assert linked == {str(folder): (str(outside / "a.txt"),)}
+    append(home, [parse_declaration("us, CC0-1.0", str(folder), BASE)])
+    with pytest.raises(UserError, match=r"a\.txt is not read: not declared \(a link in .*folder leads"):
+        require(home, [str(folder)], BASE, TODAY, linked)
+    guarded = replace(parse_declaration("us, CC0-1.0", str(outside), BASE), protected=("names",))
+    with home.data_toml.open("a") as file:
+        file.write('[[domain]]\nname = "names"\npatterns = ["Anna"]\n')
+    append(home, [guarded])
+    (found,) = require(home, [str(folder)], BASE, TODAY, linked)
+    assert found.path == str(folder) and [one.name for one in found.domains] == ["names"]
+    permit = DataPermit(home, (str(folder),), lambda: TODAY, linked)
+    assert permit.refusal() == ""
+    append(home, [Revoked(str(outside / "a.txt"), "today")])
+    assert "was revoked" in permit.refusal()
+    note_use(home, BASE, [str(folder)], "run", 3, linked)
+    assert spans(home, lambda path: path == str(outside / "a.txt")) == [Span("run", 3, None)]
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:

@@ -16,7 +16,7 @@ import re
 import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "
 # What shows that a folder is a home of this program, or a cache: https://bford.info/cachedir
 CACHE_TAG = "CACHEDIR.TAG"
 _OURS = frozenset({"identity.key", CACHE_TAG})
+
+LEADS_OUT = "links that lead out of the folder, not followed"
 
 AnySource = SourceSettings | ValidationSettings
 
@@ -68,6 +70,27 @@ def list_data(settings: DataSettings) -> Listings:
     for one in [*validation, *sources]:
         _refuse_mostly_left_out(one, settings)
     return Listings(sources, validation)
+
+
+def linked_out(settings: DataSettings) -> dict[str, tuple[str, ...]]:
+    """What sources with follow_links read beyond their own folders, by their paths: real paths of files. They
+    must be declared too. Raises DataError."""
+    found = {}
+    every: tuple[AnySource, ...] = (*settings.source, *settings.validation)
+    for one in every:
+        if one.follow_links and os.path.isdir(one.path):
+            inside = os.path.realpath(one.path)
+            try:
+                paths = list(_paths_in(one.path, one, Tally(), one.path))
+            except OSError as error:
+                raise DataError(f"data {one.path}: cannot read {error.filename}: {error.strerror}") from error
+            found[one.path] = tuple({os.path.realpath(p): None for p in paths if not _is_inside(p, inside)})
+    return found
+
+
+def files_below(root: str, tally: Tally) -> list[str]:
+    """What a folder means, by name: nothing hidden, and no link that leads out. Raises OSError."""
+    return sorted(_walk(root, False, root, tally))
 
 
 def _listing(source: AnySource, taken: set[str], flag: str) -> Listing:
@@ -116,6 +139,7 @@ def _files_of(source: AnySource, tally: Tally, where: str) -> Iterator[SourceFil
         return iter(_stdlib_files(where, stdlib))
     if on_hub:
         folder = hub.folder_of(on_hub["id"], on_hub["revision"])
+        source = replace(source, follow_links=False)  # its links lead to its own blobs
         return _folder_files(str(folder), source, tally, within=str(folder.parent.parent), one_split=True)
     if source.path.startswith(("stdlib:", "hub:")):
         raise DataError(f"{where}: write stdlib:K/N, or hub:OWNER/NAME and perhaps @REVISION")
@@ -155,14 +179,24 @@ def _which_field(file_format: Format, file: SourceFile, where: str) -> str:
 def _folder_files(
     root: str, source: AnySource, tally: Tally, within: str, one_split: bool = False
 ) -> Iterator[SourceFile]:
-    saved = _saved_dataset(root)
-    paths = list(saved) if saved is not None else list(_walk(root, source.follow_links, within, tally))
+    paths = list(_paths_in(root, source, tally, within))
     if one_split:
         paths = _train_split(root, paths, tally)
     for path in paths:
         file = _file_in_folder(path, source, tally)
         if file is not None:
             yield file
+
+
+def _paths_in(root: str, source: AnySource, tally: Tally, within: str) -> Iterator[str]:
+    saved = _saved_dataset(root)
+    if saved is None:
+        yield from _walk(root, source.follow_links, within, tally)
+    for path in saved or ():
+        if source.follow_links or _is_inside(path, os.path.realpath(within)):
+            yield path
+        else:
+            tally.leave_out(LEADS_OUT, path, 0)
 
 
 def _file_in_folder(path: str, source: AnySource, tally: Tally) -> SourceFile | None:
@@ -216,7 +250,7 @@ def _walk(root: str, follow_links: bool, within: str, tally: Tally) -> Iterator[
             if name.startswith(".") or not os.path.isfile(path):
                 continue
             if os.path.islink(path) and not follow_links and not _is_inside(path, inside):
-                tally.leave_out("links that lead out of the folder, not followed", path, 0)
+                tally.leave_out(LEADS_OUT, path, 0)
                 continue
             yield path
 

@@ -102,6 +102,21 @@ def test_links_that_lead_out_of_the_folder_are_followed_only_if_told(tmp_path: P
     assert _names(list_data(DataSettings(source=(told,))).sources[0]) == ["a.txt", "link.txt", "more.txt"]
 
 
+def test_a_saved_data_set_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+        (folder / "a.arrow").write_bytes(b"rows")
+    (inside / "a.arrow").unlink()
+    (inside / "a.arrow").symlink_to(outside / "a.arrow")
+    with pytest.raises(DataError, match="no text to read there: left out, links that lead out"):
+        _listing(inside)
+    (inside / "dataset_dict.json").write_text('{"splits": ["../out"]}')
+    with pytest.raises(DataError, match="no text to read there: left out, links that lead out"):
+        _listing(inside)
+
+
 def test_a_home_and_a_cache_inside_a_folder_of_data_are_not_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for folder, mark in (("home", "identity.key"), ("cache", "CACHEDIR.TAG")):

@@ -29,11 +29,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgpack
-import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from tapestry.compression.refusals import Refused
 from tapestry.dht.p2pd import SwarmError
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
@@ -59,7 +57,7 @@ from tapestry.node.protocol.audit import Input, Order, auditors_of
 from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
-from tapestry.node.state.means import payload_digest
+from tapestry.node.state.means import payload_digest, payload_of
 
 KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
 KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * (sum of AGAIN_S and answers)
@@ -246,11 +244,7 @@ class AuditDesk:
     ) -> None:
         weights = [m.weight for m in members]
         payloads = [payload for _, payload in inputs]
-        try:
-            digest = await self._loop.compute(self._averaging.mean_digest, order.shard, payloads, weights)
-        except Refused as refused:
-            _log.warning("audit=impossible epoch=%d shard=%d %s", record.body.epoch, order.shard, refused)
-            return
+        digest = await self._loop.compute(self._averaging.mean_digest, order.shard, payloads, weights)
         if digest == order.digest:
             self._reporter.audited("agreed")
             return
@@ -294,7 +288,7 @@ class AuditDesk:
             if error.reason != "missing":
                 self._reporter.refused(source, error.reason, str(error))
             return None
-        tensor = torch.frombuffer(payload, dtype=torch.uint8)
+        tensor = payload_of(payload)
         if not self._is_of(member, record.body.epoch - 1, shard, payload_digest(tensor), path):
             self._reporter.refused(source, "commitment", "an input that is not of the contribution")
             return None
@@ -310,7 +304,7 @@ class AuditDesk:
         try:
             await self._write(peer, writer, msgpack.packb(said))
             header, payload = await read_frame(reader, self._read, ANSWER_S, SILENCE_S, self._came)
-            if not payload:
+            if not payload and header == msgpack.packb([]):  # a path, of one of several shards, is not empty
                 raise RemoteProtocolError("missing", "it has not kept this")
             return header, payload
         finally:

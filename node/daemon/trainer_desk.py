@@ -130,7 +130,9 @@ class TrainerDesk:
                 name = await self._loop.compute(commit, self._own, event.epoch, payloads)
             except Refused as refused:
                 self._reporter.metrics.refused(refused.reason)
-                self._loop.feed(ev.TrainerState(False, f"contribution refused: {refused}"))
+                self._trainer.reject(
+                    str(refused)
+                )  # says so, and starts another, which begins this epoch again
                 return
             self._contributed = name, event.generation
             self._health.contributed()

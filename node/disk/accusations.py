@@ -7,7 +7,8 @@
     inputs         of each member: the path of its shard (protocol/commitment.py), and the encoded bytes
 
 `check` needs nothing else but the run's codec and mean: the inputs are those of these names, the signature is
-the reducer's over exactly these names and this digest, and the mean of the inputs has another digest. Nobody
+the reducer's over exactly these names and this digest, and the mean of the inputs has another digest, or they
+have none: who averages refuses bytes that are no payload, its own as well, and signs nothing of them. Nobody
 can make one against a reducer that averaged what it had (protocol/audit.py). It need not be believed, and it
 proves the same years later, without a network. Anybody can make one against a key of its own: whether it is
 of a mean that the run took, the chain says (daemon/keeper.py).
@@ -23,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import torch
 from blake3 import blake3
 
-from tapestry.compression.refusals import Refused
 from tapestry.node.disk.double_votes import KIND, DoubleVote, fault_of_double_vote, read_double_vote
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.protocol import strict
@@ -42,7 +41,7 @@ from tapestry.node.protocol.canon import (
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
 from tapestry.node.protocol.strict import Malformed
-from tapestry.node.state.means import MeanDigest
+from tapestry.node.state.means import MeanDigest, payload_of
 
 KEPT_MAX = 64  # files in a home: who lied so often is known by now
 KEPT_OF_ONE_MAX = 8  # of one liar, so that it leaves room for proofs against others
@@ -159,12 +158,8 @@ def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, cry
             *(member.contribution, member.peer, a.epoch, shard_count, a.shard, digest, path, crypto.digest)
         ):
             raise FalseAccusation(f"the input of {member.peer[-6:]} is not of its contribution")
-        payloads.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    try:
-        found = mean_digest(a.shard, payloads, [m.weight for m in a.members])
-    except Refused as refused:
-        raise FalseAccusation(f"these inputs have no mean: {refused}") from None
-    if found == a.digest:
+        payloads.append(payload_of(payload))
+    if mean_digest(a.shard, payloads, [m.weight for m in a.members]) == a.digest:
         raise FalseAccusation("the reducer's mean is right")
 
 

@@ -114,7 +114,8 @@ class Brought:
             body = record.body
             if rollback_of(body.changes) is not None:
                 continue  # nothing is made of its contributions
-            if body.epoch > self._since and any(one.peer == self._own for one in body.members):
+            # A weight of none is a bare signature: nothing of this member is in the record.
+            if body.epoch > self._since and any(one.peer == self._own and one.weight for one in body.members):
                 self._path.unlink(missing_ok=True)
                 self._since = -1
                 _log.info("brought epoch=%d; what was learnt on the island is in it", body.epoch)

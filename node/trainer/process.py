@@ -7,10 +7,10 @@ format, or is silent for too long while it has something to do, is killed and re
 with back-off.
 
 What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
-contribution of the current `begin` is no longer wanted; take `contribution` before the next `begin`, and
-copy it if `must_copy`. What was taken stays as it is, for each `begin` has the worker write where nobody
-reads (shared.py). With overlap as well: a worker that goes on after its contribution touches no buffer before
-the next `begin`.
+contribution of the current `begin` is no longer wanted; take `contribution` before the next `begin`, and copy
+it if `must_copy`, or `reject` it. What was taken stays as it is, for each `begin` has the worker write where
+nobody reads (shared.py). With overlap as well: a worker that goes on after its contribution touches no buffer
+before the next `begin`.
 
 The worker may also be a guest, which the node did not start and never kills: guest.py. Then nothing is
 started again; if another can come it is waited for.
@@ -359,6 +359,11 @@ class TrainerProcess:
         self._send(Judge(base, head))
         return await answer
 
+    def reject(self, why: str) -> None:
+        """The latest contribution is of no use: its worker has gone wrong, and another takes its place."""
+        if self._worker is not None:
+            self._end_broken(self._worker, f"a contribution that is none: {why}")
+
     def save(self, epoch: int) -> None:
         """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
         self._send(Save(epoch))
@@ -501,12 +506,19 @@ class TrainerProcess:
         except TimeoutError:
             self._failure = Failed("timeout", "the trainer was silent for too long")
         except (MessageError, RefusedLayout) as error:
-            self.protocol_errors += 1
-            self._failure = Failed("protocol", f"the trainer sent what it must not: {error}")
+            self._end_broken(worker, str(error))
+            return
         except UserError as error:  # no room for the parameters, once it is known how many they are
             self._failure = Failed("room", f"{error}; {error.hint}")
         finally:
             worker.deadline = None
+        worker.kill()
+        self._on_event(self._failure)
+
+    def _end_broken(self, worker: Hired, why: str) -> None:
+        """It sent what it must not, and is trusted no more."""
+        self.protocol_errors += 1
+        self._failure = Failed("protocol", f"the trainer sent what it must not: {why}")
         worker.kill()
         self._on_event(self._failure)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tapestry.compression.codecs import get_codec
@@ -27,6 +28,7 @@ from tapestry.node.disk.accusations import (
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.audit import inputs_digest, mean_message
 from tapestry.node.protocol.chain import Member
+from tapestry.node.protocol.commitment import Commitment
 
 N, SHARDS, SHARD, EPOCH, HEAD = 1000, 4, 2, 5, "ab" * 32
 CODEC = get_codec("int8-block")
@@ -108,6 +110,21 @@ def _other_weight(one: Accusation) -> Accusation:
 def test_what_is_forged_proves_nothing(forge, why: str, crypto: NodeCrypto) -> None:
     with pytest.raises(FalseAccusation, match=why):
         judge(forge(accusation(crypto)), crypto)
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 1000, b"\xff", b""], ids=["junk", "short", "nothing"])
+def test_who_signs_a_mean_of_bytes_that_are_no_contribution_is_proven_to_lie(
+    crypto: NodeCrypto, junk: bytes
+) -> None:
+    """A reducer that committed to junk where it averages itself could sign any mean, and no audit had a word
+    for it. An honest one signs nothing of inputs that have no mean."""
+    one = accusation(crypto, wrong=False)
+    tree = Commitment([blake3(junk).hexdigest()] * SHARDS, "carol", EPOCH, crypto.digest)
+    members = (*one.members[:2], dataclasses.replace(one.members[2], contribution=tree.name))
+    said = mean_message(HEAD, SHARD, one.digest, inputs_digest(members, crypto))
+    inputs = (*one.inputs[:2], (tree.path(SHARD), junk))
+    lie = dataclasses.replace(one, members=members, inputs=inputs, signature=crypto.sign(said))
+    judge(unpack(lie.pack()), crypto)
 
 
 def test_every_broken_text_is_refused(crypto: NodeCrypto) -> None:

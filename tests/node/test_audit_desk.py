@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -27,6 +28,8 @@ from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input, Order, auditors_of
 from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.commitment import Commitment
+from tapestry.node.state.means import payload_digest, payload_of
 
 N, RUN, HEAD, EPOCH = 600, "ab" * 32, "cd" * 32, 5
 PEERS = ("alice", "bob", "carol", "dora")
@@ -210,6 +213,30 @@ def test_what_a_contributor_does_not_give_its_reducer_gives(tmp_path: Path) -> N
     table = run(scenario, tmp_path)
     assert table.desks[table.first].said("audited") == [("lie",)]
     assert not table.desks[table.first].said("withheld")
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 64, b""], ids=["junk", "nothing"])
+def test_who_averages_junk_of_its_own_is_accused_by_who_audits_it(tmp_path: Path, junk: bytes) -> None:
+    """The bytes are those that it committed to, and no payload: it signed a mean where there is none."""
+
+    async def scenario(table: Table) -> None:
+        blob = payload_of(junk)
+        tree = Commitment([payload_digest(blob)] * 3, table.reducer, EPOCH, CRYPTO.digest)
+        liar = Member(table.reducer, 1, tree.name)
+        members = tuple(liar if m.peer == liar.peer else m for m in table.record.body.members)
+        table.record = dataclasses.replace(
+            table.record, body=dataclasses.replace(table.record.body, members=members)
+        )
+        for peer in (table.second, table.other):
+            table.drawn(peer, table.own(peer))
+        as_if_of_another = Input(SHARD, table.reducer, tree.name, tree.path(SHARD), blob)
+        table.desks[table.reducer]._own = ""  # its own path lies in its own tree
+        table.drawn(table.reducer, as_if_of_another)
+        table.drawn(table.first, table.own(table.first), order=table.order)
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("lie",)]
+    assert [entry[0] for entry in table.desks[table.first].said("accused")] == [table.reducer]
 
 
 def test_what_nobody_gives_is_counted_and_named_and_another_auditor_tries(tmp_path: Path) -> None:

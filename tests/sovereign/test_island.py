@@ -180,6 +180,10 @@ def test_it_is_taken_away_by_the_first_record_after_the_island_that_names_this_m
     back = Change("rollback", "", rollback_value(1, made.chain.head_at(1), ""), 9, "0" * 32)
     of_nothing = replace(records[2], body=replace(records[2].body, changes=(back,)))
     Brought(made.home, own, run_id).look([of_nothing])  # nothing is made of its contributions
+    signed = tuple(
+        [replace(m, weight=0, contribution="") if m.peer == own else m for m in records[2].body.members]
+    )
+    Brought(made.home, own, run_id).look([replace(records[2], body=replace(records[2].body, members=signed))])
     assert made.home.brought.exists()
     pending = Brought(made.home, own, run_id)
     pending.look(records[2:3])

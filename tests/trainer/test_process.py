@@ -299,6 +299,26 @@ def test_a_malformed_message_kills_and_restarts_the_worker_and_is_counted(
     run(scenario())
 
 
+def test_a_worker_whose_contribution_is_none_is_replaced_and_that_is_told(fake: Fake) -> None:
+    """It was only forgotten: the node trained no more until somebody started it again, without a word."""
+
+    async def scenario() -> None:
+        trainer, events = await fake.start("")
+        try:
+            trainer.begin(4)
+            await events.until(Contribution)
+            trainer.reject("scale: a scale lies below the smallest")
+            assert "a scale lies below the smallest" in events.of(Failed)[0].text
+            await events.until(Hello, 2)
+            assert events.of(Died)[0].exit_code == -signal.SIGKILL and trainer.protocol_errors == 1
+            trainer.begin(4)
+            await events.until(Contribution, 2)
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_not(fake: Fake) -> None:
     async def scenario() -> None:
         limits = dataclasses.replace(QUICK, silence_timeout_s=1.0)

@@ -1,4 +1,4 @@
-"""What peers may ask of our DHT node: each call is judged before hivemind sees it.
+"""What peers may ask of our DHT node, and may answer to it: each is judged before hivemind sees it.
 
 hivemind's handlers run in the node's own loop and take what comes: one `rpc_find` of 20,000 equal keys held
 the loop for 47 s and 6 GB, an id out of range was a traceback in the log, and a peer could enter ids without
@@ -7,10 +7,13 @@ number into the routing table and so hide the others from a newcomer. Here:
 - a call has a size and a number of keys that fit its kind, before it is parsed;
 - the sender's DHT id is the one that follows from its peer id, which libp2p has proven, and so is every id
   in an answer. A peer that the operator named may have another: a stock `hivemind-dht` draws its id;
-- calls may use CALLS_SHARE of the loop's time, those of one peer PEER_SHARE: what is above is refused.
+- calls may use CALLS_SHARE of the loop's time, those of one peer PEER_SHARE: what is above is refused;
+- an answer has the bounds of what an honest node can say: 60,000 tiny items of one, which hivemind takes
+  apart before anything is validated, held the loop for 0.7 s, and a search asks twenty nodes.
 
-What is refused is an error to the caller, a count, and a fault of the peer. Knows hivemind's messages and
-ids; the swarm is given.
+What is refused is an error to the caller, a count, and a fault of the peer. A peer that the operator named
+may be a stock `hivemind-dht`, which keeps what anybody stores: its answers are refused too, without fault.
+Knows hivemind's messages and ids; the swarm is given.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ KEYS_MAX = 8  # of one call. We ask for one at a time
 ID_BYTES = DHTID.HASH_NBYTES
 SMALL_BYTES_MAX = 1024  # of a ping, and of a find of KEYS_MAX keys
 STORE_BYTES_MAX = RECORDS_MAX * (RECORD_BYTES_MAX + 100)  # a whole dictionary, passed on to who is new
+NEAREST_MAX = 20  # peers that an answer names for a key; hivemind's bucket_size
+PEER_BYTES_MAX = 64  # of a peer id: an Ed25519 key has 38, a digest of one 34
+FOUND_BYTES_MAX = STORE_BYTES_MAX + KEYS_MAX * NEAREST_MAX * (ID_BYTES + PEER_BYTES_MAX + 8)
 CALLS_SHARE = 0.1  # of the loop's time. Guess: a swarm of 64 uses a thousandth
 PEER_SHARE = 0.04  # Guess
 BURST_S = 0.2  # Guess: one whole dictionary takes as long
@@ -112,6 +118,16 @@ class Guard:
         self._spend(peer, CALL_COST_S + (0.0 if waited else self._clock() - began_at))
         return packed
 
+    def answered(self, kind: type, data: bytes, remote: PeerID) -> Any:
+        """What a peer answers to a call of ours. Raises CallRefused, which is counted already."""
+        try:
+            return parsed_answer(kind, data)
+        except CallRefused as refused:
+            peer = remote.to_base58()
+            if peer not in self._named:
+                self._on_refused(peer, refused.reason)
+            raise
+
     def is_own_id(self, node_id: DHTID, peer: PeerID) -> bool:
         """Whether this id may stand for this peer."""
         return node_id == id_of(peer) or peer.to_base58() in self._named
@@ -174,12 +190,7 @@ class Guard:
 def parsed(kind: type, data: bytes) -> Any:
     """The request, within its bounds. Raises CallRefused."""
     bytes_max = STORE_BYTES_MAX if kind is dht_pb2.StoreRequest else SMALL_BYTES_MAX
-    if len(data) > bytes_max:
-        raise CallRefused("oversized", f"a call of {len(data)} bytes")
-    try:
-        request = kind.FromString(data)  # type: ignore[attr-defined]
-    except Exception as error:  # protobuf's DecodeError has no stable place
-        raise CallRefused("malformed", "no protobuf") from error
+    request = _message(kind, data, bytes_max)
     ids = [request.peer.node_id, *getattr(request, "keys", ())]
     if len(ids) > KEYS_MAX + 1:
         raise CallRefused("oversized", f"a call of {len(ids) - 1} keys")
@@ -188,6 +199,43 @@ def parsed(kind: type, data: bytes) -> Any:
     if kind is dht_pb2.StoreRequest:
         _check_store(request)
     return request
+
+
+def parsed_answer(kind: type, data: bytes) -> Any:
+    """The answer, within its bounds. Raises CallRefused."""
+    bytes_max = FOUND_BYTES_MAX if kind is dht_pb2.FindResponse else SMALL_BYTES_MAX
+    answer = _message(kind, data, bytes_max)
+    if len(answer.peer.node_id) not in (0, ID_BYTES):
+        raise CallRefused("malformed", "an id of another length")
+    if kind is dht_pb2.FindResponse:
+        if len(answer.results) > KEYS_MAX:
+            raise CallRefused("oversized", f"an answer of {len(answer.results)} keys")
+        for result in answer.results:
+            _check_found(result)
+    return answer
+
+
+def _message(kind: type, data: bytes, bytes_max: int) -> Any:
+    if len(data) > bytes_max:
+        raise CallRefused("oversized", f"a message of {len(data)} bytes")
+    try:
+        return kind.FromString(data)  # type: ignore[attr-defined]
+    except Exception as error:  # protobuf's DecodeError has no stable place
+        raise CallRefused("malformed", "no protobuf") from error
+
+
+def _check_found(result: Any) -> None:
+    ids, peers = result.nearest_node_ids, result.nearest_peer_ids
+    if max(len(ids), len(peers)) > NEAREST_MAX:
+        raise CallRefused("oversized", f"an answer that names {max(len(ids), len(peers))} peers")
+    if any(len(node_id) != ID_BYTES for node_id in ids):
+        raise CallRefused("malformed", "an id of another length")
+    if len(ids) != len(peers) or not all(0 < len(peer) <= PEER_BYTES_MAX for peer in peers):
+        raise CallRefused("malformed", "peers that are none")
+    if result.type == dht_pb2.FOUND_DICTIONARY:
+        _check_dictionary(result.value)
+    elif len(result.value) > RECORD_BYTES_MAX + 16:
+        raise CallRefused("oversized", f"a record of {len(result.value)} bytes")
 
 
 def _check_store(request: Any) -> None:
@@ -205,7 +253,9 @@ def _check_dictionary(value: bytes) -> None:
     """hivemind's extension type 0x50: [size or nil, time, [[subkey, value, time], ...]], packed twice."""
     try:
         packed = msgpack.unpackb(value)
-        _, _, items = msgpack.unpackb(packed.data) if packed.code == 0x50 else (None, None, None)
+        items = None
+        if packed.code == 0x50:
+            _, _, items = msgpack.unpackb(packed.data, max_array_len=RECORDS_MAX + 1, max_map_len=0)
     except Exception as error:  # whatever stands in it: it is a peer's
         raise CallRefused("malformed", "no dictionary") from error
     if not isinstance(items, list):

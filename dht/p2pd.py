@@ -49,14 +49,14 @@ class SwarmConfig:
     # it keeps 524 bytes for a day of whatever record anybody gives it, at 34,000 a second.
     serve_kademlia: bool = False
     nat_port_map: bool = True
-    streams_max: int = 1024  # inbound, over all protocols; what is above is closed at once
+    streams_max: int = 1024  # inbound, over all protocols; strangers have half of them: places.py
     peer_streams_max: int = 64  # of these, of one peer. A member has two, and some while it catches up
 
 
 class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
     """hivemind's P2P, with a daemon that cannot outlive us and does not write on the user's screen.
 
-    What peers ask of hivemind's DHT goes through our guard.
+    What peers ask of hivemind's DHT, and what they answer to it, goes through our guard.
     """
 
     guard: Guard
@@ -78,6 +78,12 @@ class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
             return await self.guard.serve(input_protobuf_type, data, context, handler)
 
         await self._client.add_unary_handler(handle_name, serve, balanced=balanced)
+
+    async def _call_unary_protobuf_handler(
+        self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: type
+    ) -> Any:
+        answer = await self._client.call_unary_handler(peer_id, handle_name, input.SerializeToString())
+        return self.guard.answered(output_protobuf_type, answer, peer_id)
 
     async def _read_outputs(self, ready: asyncio.Future[None]) -> None:
         """As in hivemind, but a line longer than the buffer does not end the reading, and so block p2pd."""

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -47,6 +46,7 @@ from tapestry.dht.p2pd import (
     quiet_hivemind,
     require_free,
 )
+from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
 
 _log = logging.getLogger("tapestry.swarm")
@@ -94,7 +94,10 @@ class Swarm:
         self._streams_path = os.path.join(folder, "streams.sock")
         self._handlers: dict[str, StreamHandler] = {}
         self._inbound: dict[asyncio.Task[Any], None] = {}
-        self._streams: Counter[str] = Counter()  # of these, by peer
+        self._places: StreamPlaces[asyncio.Task[Any]] = StreamPlaces(
+            config.streams_max, config.peer_streams_max
+        )
+        self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
@@ -462,7 +465,7 @@ class Swarm:
                 return
             await self._handle_inbound(reader, writer)
         except asyncio.CancelledError:
-            return  # by close(): asyncio's server would report a cancelled handler as a crash
+            return  # by close(), or for another: asyncio's server would report it as a crash
         finally:
             del self._inbound[task]
             writer.close()
@@ -477,7 +480,10 @@ class Swarm:
         peer_id = base58.b58encode(info.peer).decode()
         if not self._lets_in(peer_id):
             return
-        self._streams[peer_id] += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if not self._take_place(peer_id, task):
+            return
         try:
             await self._handlers[info.proto](peer_id, reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
@@ -485,9 +491,7 @@ class Swarm:
         except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
             _log.exception("stream handler failed proto=%s peer=%s", info.proto, short(peer_id))
         finally:
-            self._streams[peer_id] -= 1
-            if not self._streams[peer_id]:
-                del self._streams[peer_id]
+            self._places.leave(peer_id, task)
 
     def _lets_in(self, peer_id: str) -> bool:
         """Whether a peer may have one more stream here, now."""
@@ -498,11 +502,24 @@ class Swarm:
             if len(self._pace) >= _PACES_KEPT:
                 self._pace.pop(next(iter(self._pace)))
             self._pace[peer_id] = _Bucket(STREAMS_PER_S, STREAMS_BURST, self._now())
-        if self._streams[peer_id] < self._config.peer_streams_max and self._pace[peer_id].take(self._now()):
+        if self._pace[peer_id].take(self._now()):
             return True
         self._on_refused("streams")
         self.blame(peer_id, "streams")
         return False
+
+    def _take_place(self, peer_id: str, task: asyncio.Task[Any]) -> bool:
+        try:
+            gone = self._places.enter(peer_id, task, self.is_member(peer_id))
+        except NoPlace as full:
+            self._on_refused("streams")
+            if full.own:
+                self.blame(peer_id, "streams")
+            return False
+        if gone is not None:
+            self._on_refused("streams")
+            gone.cancel()
+        return True
 
     async def _end_inbound(self) -> None:
         tasks = [*self._inbound, *self._disconnecting.values()]

@@ -96,6 +96,11 @@ class MembersDesk:
         roll = self.roll
         return roll.may_contribute(peer) or (peer in self._given and peer not in roll.removed)
 
+    def is_member(self, peer: str) -> bool:
+        """Whether it comes before those that anybody can be: in an open run we talk with all the world."""
+        roll = self.roll
+        return peer in roll.members or (peer in self._given and peer not in roll.removed)
+
     def _coming(self) -> tuple[str, ...]:
         return tuple([c.peer for c in self._loop.snapshot().pending if c.kind == "invite"])
 

@@ -86,6 +86,9 @@ class NetworkDesk:
     def admits(self, peer: str) -> bool:
         return self._members.admits(peer)
 
+    def is_member(self, peer: str) -> bool:
+        return self._members.is_member(peer)
+
     def on_up(self, peer: str) -> None:
         self._loop.feed(ev.PeerUp(peer))
 

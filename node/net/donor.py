@@ -57,7 +57,7 @@ class Donor:
         self._limits = limits
         self.stall_s: Callable[[], float] = lambda: limits.stall_s  # or as the members have it by now
         self._on_bytes = on_bytes
-        self._serving = 0
+        self._serving: dict[Stream, asyncio.StreamWriter] = {}  # what was opened first is the first
         self._states = 0  # of those, streams of a state: they last as long as that takes
 
     async def serve(
@@ -72,10 +72,13 @@ class Donor:
                 served.sent(count)
 
         stream = Stream(reader, writer, replace(self._limits, stall_s=self.stall_s()), on_bytes)
-        if self._serving >= self._limits.serves_max:
-            await stream.send({"is": "busy"})
-            return
-        self._serving += 1
+        if len(self._serving) >= self._limits.serves_max:
+            if not self._genesis_only:
+                await stream.send({"is": "busy"})
+                return
+            # Anybody may hold these: an honest joiner is done in a moment, and who is silent makes room.
+            self._serving.pop(next(iter(self._serving))).close()
+        self._serving[stream] = writer
         of_state = False
         try:
             with contextlib.closing(_OpenFile()) as open_file:
@@ -93,7 +96,7 @@ class Donor:
                         self._states, of_state = self._states + 1, True
                     await self._answer(stream, header, open_file, served)
         finally:
-            self._serving -= 1
+            self._serving.pop(stream, None)
             self._states -= of_state
 
     async def _answer(

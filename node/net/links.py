@@ -75,6 +75,9 @@ class Listener(Protocol):
     def admits(self, peer: str) -> bool:
         """Whether to have a link with it at all: it belongs to the run."""
 
+    def is_member(self, peer: str) -> bool:
+        """Whether it comes before those that anybody can be: it is a member, or the operator named it."""
+
     def on_up(self, peer: str) -> None: ...
     def on_down(self, peer: str) -> None: ...
     def on_message(self, peer: str, message: Control | Shard | Result) -> None: ...
@@ -163,6 +166,7 @@ class _Peer:
     proven: bool = False  # it was here or was reached: not only a hint
     hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
     answers_at: float = 0.0  # when its next question is answered
+    is_displaced: bool = False  # a member has its place
 
     @property
     def is_there(self) -> bool:
@@ -253,7 +257,7 @@ class Links:
                 return
             if hint and sum(not p.is_there for p in self._peers.values()) >= peers_max:
                 return
-            if (self.full or len(self._peers) >= 2 * peers_max) and peer not in self._given:
+            if peer not in self._given and not self._has_room_for(peer):
                 self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
                 return
             known = self._peers[peer] = self._new_peer(peer)
@@ -267,6 +271,35 @@ class Links:
         known.addresses = tuple(dict.fromkeys([*(addresses or known.addresses), *self._given.get(peer, ())]))
         known.seen_at = now
         known.wake.set()
+
+    def _has_room_for(self, peer: str) -> bool:
+        """Members of the roll have room whatever others hold: they displace them, once they are there."""
+        peers_max, is_member = self._limits.peers_max, self._listener.is_member
+        if not self.full and len(self._peers) < 2 * peers_max:
+            return True
+        if not is_member(peer):
+            return False
+        members = [other for other in self._peers.values() if is_member(other.peer)]
+        return sum(m.is_there for m in members) < peers_max and len(members) < 2 * peers_max
+
+    def _displace(self, member: _Peer) -> None:
+        """A member is there: who is none, and came last, goes, if there are too many."""
+        there = [link for link in self._peers.values() if link.is_there]
+        is_member = self._listener.is_member
+        if len(there) <= self._limits.peers_max or not is_member(member.peer):
+            return
+        last = next((link for link in reversed(there) if not is_member(link.peer)), None)
+        if last is not None and last.peer not in self._given:
+            last.is_displaced = True
+            self._end(last, "peers_max", "a member takes its place")
+
+    def _end(self, link: _Peer, reason: str, why: str) -> None:
+        """Both ways; who maintains it looks whether to go on."""
+        for task in link.inbound.values():
+            task.cancel()
+        link.wake.set()
+        if link.up:
+            self._break(link, reason, why)
 
     def _new_peer(self, peer: str) -> _Peer:
         clock = asyncio.get_running_loop().time
@@ -299,11 +332,7 @@ class Links:
         """The roll has changed: end the links of who is a member no more."""
         for link in list(self._peers.values()):
             if not self._listener.admits(link.peer):
-                for task in link.inbound.values():
-                    task.cancel()
-                link.wake.set()
-                if link.up:
-                    self._break(link, "not_member", "it is a member no more")
+                self._end(link, "not_member", "it is a member no more")
 
     @property
     def wanted(self) -> list[str]:
@@ -383,6 +412,8 @@ class Links:
 
     def _is_awaited(self, link: _Peer) -> bool:
         since_s = asyncio.get_running_loop().time() - link.seen_at
+        if link.is_displaced:
+            return False
         return since_s < self._limits.give_up_s or bool(link.inbound) or link.peer in self._given
 
     async def _maintain(self, link: _Peer) -> None:
@@ -444,6 +475,8 @@ class Links:
             jobs = _Jobs()
             control_reader, control = await self._open(link, "control", stack)
             bulk_reader, bulk = await self._open(link, BULK_STREAMS[0], stack)
+            if link.is_displaced:
+                return "a member has its place"
             stack.callback(self._set_down, link)
             self._set_up(link)
             stack.push_async_callback(jobs.end)
@@ -491,6 +524,7 @@ class Links:
         self.dials.reached(link.peer)
         _log.info("link=up peer=%s", link.peer[-6:])
         self._listener.on_up(link.peer)
+        self._displace(link)
 
     def _set_down(self, link: _Peer) -> None:
         if link.up:
@@ -565,11 +599,12 @@ class Links:
             return
         self.want(peer)
         link, task = self._peers.get(peer), asyncio.current_task()
-        if link is None or task is None:
+        if link is None or link.is_displaced or task is None:
             return  # one peer too many: counted by `want`
         if name in link.inbound:
             link.inbound[name].cancel()
         link.inbound[name] = task
+        self._displace(link)
         try:
             link.control_pace.spend(STREAM_COST_S)
             await link.control_pace.wait()

@@ -195,6 +195,7 @@ class Network:
         config = self._config
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_watch(swarm))
+            swarm.is_member = node.is_member
             for protocol, handler in node.handlers().items():
                 await swarm.serve(protocol, handler)
             self._direct = self.addresses = await _addresses_of(swarm)

@@ -45,7 +45,8 @@ from tapestry.node.net.throttle import Throttles
 PLACES_MAX = 128  # libp2p's
 CIRCUITS_MAX = 256  # Guess: 16 guests that are all linked with each other take 240, one for each end's dial
 PEER_CIRCUITS_MAX = 32  # to or from one peer. Guess
-STRANGERS_CIRCUITS_MAX = 16  # of all who are no members, one each: enough to ask for admission. Guess
+# Of all who are no members, one each, and the oldest makes room: enough to ask for admission. Guess
+STRANGERS_CIRCUITS_MAX = 16
 PLACE_S = 3600.0  # libp2p's; our guests ask again each minute
 ASK_S = 10.0  # for a question to come, and for a guest to answer
 WRITE_S = 60.0  # Guess: a side that takes nothing for so long has no use for it
@@ -72,7 +73,8 @@ class Relay:
         self._enabled = enabled
         self._places: dict[str, float] = {}  # guest -> until when
         self._circuits: Counter[str] = Counter()  # by peer, of either end
-        self._strangers: set[str] = set()  # callers that are no members, with a circuit each
+        # Callers that are no members, with a circuit each: what carries it, the oldest first.
+        self._strangers: dict[str, asyncio.Task[None] | None] = {}
 
     @property
     def guests(self) -> tuple[str, ...]:
@@ -124,20 +126,29 @@ class Relay:
             await write_message(writer, hop_answer(TOO_MANY))
             return
         is_member = self._admits(caller)
-        if not is_member and (caller in self._strangers or len(self._strangers) >= STRANGERS_CIRCUITS_MAX):
+        if not is_member and caller in self._strangers:
             await write_message(writer, hop_answer(TOO_MANY))
             return
         ends = (caller, guest)
         self._circuits.update(ends)
+        task = asyncio.current_task()
         if not is_member:
-            self._strangers.add(caller)
+            self._make_room_for_stranger()
+            self._strangers[caller] = task
         try:
             await self._carry(caller, guest, reader, writer)
         finally:
-            if not is_member:
-                self._strangers.discard(caller)
+            if self._strangers.get(caller) is task:
+                del self._strangers[caller]
             self._circuits.subtract(ends)
             self._circuits = +self._circuits  # without those that have none
+
+    def _make_room_for_stranger(self) -> None:
+        """Who holds a silent circuit open keeps no applicant away."""
+        if len(self._strangers) >= STRANGERS_CIRCUITS_MAX:
+            oldest = self._strangers.pop(next(iter(self._strangers)))
+            if oldest is not None:
+                oldest.cancel()
 
     async def _carry(
         self, caller: str, guest: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -19,13 +20,16 @@ from tapestry.dht.guard import (
     BURST_S,
     CALLS_SHARE,
     KEYS_MAX,
+    NEAREST_MAX,
     NEW_IDS_BURST,
     RECORDS_MAX,
     CallRefused,
     Guard,
     id_of,
     parsed,
+    parsed_answer,
 )
+from tapestry.dht.p2pd import _P2pd
 
 KEY = DHTID.generate(source=b"key").to_bytes()
 
@@ -87,6 +91,70 @@ def test_calls_that_are_too_large_or_torn_are_refused_before_anything_is_made_of
     )
     assert refused(dht_pb2.StoreRequest, store(b"x", expiration_time=[])) == "malformed"
     assert refused(dht_pb2.StoreRequest, store(b"x" * 5000, msgpack.packb("peer"))) == "oversized"
+
+
+def found(value: bytes = b"", peers: int = 20, kind: int = dht_pb2.FOUND_DICTIONARY, **more: Any) -> bytes:
+    fields = {
+        "nearest_node_ids": [id_of(peer(i)).to_bytes() for i in range(peers)],
+        "nearest_peer_ids": [peer(i).to_bytes() for i in range(peers)],
+    }
+    result = dht_pb2.FindResult(type=kind, value=value, expiration_time=1.0, **(fields | more))
+    return dht_pb2.FindResponse(results=[result]).SerializeToString()
+
+
+def test_answers_of_honest_nodes_pass():
+    full = parsed_answer(dht_pb2.FindResponse, found(dictionary(RECORDS_MAX)))
+    assert len(full.results[0].nearest_peer_ids) == NEAREST_MAX
+    assert parsed_answer(dht_pb2.FindResponse, found(kind=dht_pb2.NOT_FOUND)).results
+    assert parsed_answer(dht_pb2.PingResponse, dht_pb2.PingResponse(dht_time=5.0).SerializeToString())
+    assert parsed_answer(dht_pb2.StoreResponse, dht_pb2.StoreResponse(store_ok=[True]).SerializeToString())
+
+
+def tiny(count: int) -> bytes:
+    """Items that are none: hivemind took 0.7 s of the loop for 60,000."""
+    packed = msgpack.packb([None, 1.0, [["", b"", 1.0]] * count])
+    return msgpack.packb(msgpack.ExtType(0x50, packed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (dht_pb2.FindResponse, found(tiny(60_000))),
+        (dht_pb2.FindResponse, found(tiny(280_000))),
+        (dht_pb2.FindResponse, found(dictionary(0), peers=150)),
+        (dht_pb2.FindResponse, found(dictionary(0), nearest_node_ids=[KEY * 9])),
+        (dht_pb2.FindResponse, found(dictionary(0), nearest_node_ids=[KEY], nearest_peer_ids=[b"x" * 9999])),
+        (dht_pb2.FindResponse, found(b"x" * 9999, kind=dht_pb2.FOUND_REGULAR)),
+        (dht_pb2.FindResponse, found(b"x")),
+        (dht_pb2.FindResponse, dht_pb2.FindResponse(results=[{}] * (KEYS_MAX + 1)).SerializeToString()),
+        (dht_pb2.FindResponse, b"\xff\xff"),
+        (dht_pb2.PingResponse, dht_pb2.PingResponse(peer={"node_id": KEY * 2}).SerializeToString()),
+        (dht_pb2.StoreResponse, dht_pb2.StoreResponse(store_ok=[True] * 9999).SerializeToString()),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(len(value)),
+)
+def test_an_answer_that_no_honest_node_gives_is_a_fault_before_hivemind_takes_it_apart(
+    kind: type, data: bytes
+):
+    """Through the process that all calls go through."""
+    bench = Bench()
+
+    async def call(who: PeerID, name: str, request: bytes) -> bytes:
+        return data
+
+    p2p: Any = SimpleNamespace(guard=bench.guard, _client=SimpleNamespace(call_unary_handler=call))
+    asking = _P2pd._call_unary_protobuf_handler(p2p, peer(1), "find", dht_pb2.FindRequest(), kind)
+    with pytest.raises(CallRefused):
+        asking.send(None)
+    assert [who for who, _ in bench.refused] == [peer(1).to_base58()]
+
+
+def test_what_others_stored_at_a_peer_that_the_operator_named_is_no_fault_of_it():
+    bench = Bench()
+    bench.guard.trust_id_of(peer(1).to_base58())
+    with pytest.raises(CallRefused):
+        bench.guard.answered(dht_pb2.FindResponse, found(tiny(60_000)), peer(1))
+    assert not bench.refused
 
 
 class Bench:

@@ -52,6 +52,9 @@ class Member:
     def admits(self, peer: str) -> bool:
         return True
 
+    def is_member(self, peer: str) -> bool:
+        return True
+
     def on_up(self, peer: str) -> None:
         self.linked.put_nowait(peer)
 

@@ -84,6 +84,7 @@ class Heard:
         self.refused: Counter[str] = Counter()
         self.unusable = 0
         self.removed: set[str] = set()  # from the run
+        self.strangers: set[str] = set()  # of an open run
         self.progress = 0
 
     def on_up(self, peer: str) -> None:
@@ -91,6 +92,9 @@ class Heard:
 
     def admits(self, peer: str) -> bool:
         return peer not in self.removed
+
+    def is_member(self, peer: str) -> bool:
+        return peer not in self.strangers
 
     def on_down(self, peer: str) -> None:
         self.ups.append("down")
@@ -257,6 +261,34 @@ def test_who_was_given_gets_a_link_though_there_are_peers_max():
             bench.links.keep("12D3KooWGiven", "/given")
             bench.links.want("12D3KooWOther")
             assert bench.links.wanted == [PEER, "12D3KooWGiven"] and bench.heard.refused == {"peers_max": 1}
+
+    run(main)
+
+
+def test_a_member_takes_the_place_of_who_anybody_can_be_and_of_no_other_member():
+    """In an open run 64 keys filled a node's links, and a member whose link broke was refused for good."""
+
+    async def main() -> None:
+        async with Bench(peers_max=2) as bench:
+            strangers = ["12D3KooWStrangerA", "12D3KooWStrangerB"]
+            bench.heard.strangers.update([*strangers, "12D3KooWStrangerC"])
+            for stranger in strangers:
+                bench.links.want(stranger)
+            await until(lambda: len(bench.links.linked) == 2)
+            bench.links.want("12D3KooWStrangerC")
+            assert bench.heard.refused == {"peers_max": 1}
+            for name in ("control", "bulk"):
+                bench.stream(name, peer=strangers[1])
+            bench.stream("control", peer=PEER)
+            await until(lambda: sorted(bench.links.wanted) == sorted([strangers[0], PEER]))
+            bench.stream("control", peer=strangers[1])  # it comes back, and finds no place
+            await turns()
+            assert strangers[1] not in bench.links.wanted
+            bench.links.want("12D3KooWMember", hint=True)
+            await until(lambda: sorted(bench.links.linked) == ["12D3KooWMember", PEER])
+            bench.links.want("12D3KooWMember2")
+            await turns()
+            assert sorted(bench.links.linked) == ["12D3KooWMember", PEER], "of members none goes for another"
 
     run(main)
 

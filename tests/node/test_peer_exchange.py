@@ -120,6 +120,9 @@ class Heard:
     def admits(self, peer: str) -> bool:
         return True
 
+    def is_member(self, peer: str) -> bool:
+        return True
+
     def on_refused(self, peer: str, reason: str, text: str) -> None:
         self.refused.append((peer, reason))
 

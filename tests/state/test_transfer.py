@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,32 @@ def test_who_may_know_the_genesis_alone_gets_no_update_and_no_state(big: Run, jo
         with pytest.raises(DonorFailed):
             between(serve, fetch)
     assert served == ["not_member"] * 2 and joiner.heads_with_updates() == ()
+
+
+def test_who_holds_the_streams_of_the_genesis_keeps_no_joiner_away(big: Run) -> None:
+    """Anybody may open them: 64 keys with one silent stream each, and every joiner was told `busy`."""
+
+    async def main() -> None:
+        limits = replace(LIMITS, serves_max=2, stall_s=30.0)
+        door = Donor(big.chain.genesis, big.store, big.checkpoints, limits, no_count, genesis_only=True)
+        async with contextlib.AsyncExitStack() as stack:
+            pairs = [await stack.enter_async_context(stream_pair()) for _ in range(3)]
+            held = []
+            for ours, _ in pairs:
+                held.append(asyncio.create_task(door.serve(*ours)))
+                await asyncio.sleep(0)
+            async with asyncio.timeout(10.0):
+                await held[0]  # who was silent longest
+
+                async def open_stream() -> Any:
+                    return pairs[2][1]
+
+                assert await fetch_genesis(open_stream, CRYPTO, limits, no_count) == big.chain.genesis
+            assert not held[1].done()
+            pairs[1][1][1].close()
+            await asyncio.gather(*held)
+
+    asyncio.run(main())
 
 
 def tampered(run: Run, at: int) -> Serve:

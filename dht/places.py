@@ -1,0 +1,62 @@
+"""Who may have one more stream here: of each peer so many, and of all strangers together half of the places.
+
+A stranger is whoever is no member of the run, and anybody can be as many of them as they like. So they take
+nothing of the half that is left to members. When theirs is full, who comes with less than another has takes
+the place of that one's oldest stream: who holds many silent streams open keeps nobody out who wants one.
+
+Pure: knows neither sockets nor time.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+S = TypeVar("S")
+
+
+class NoPlace(Exception):
+    """Not one more of this peer's. `own`: it has all that one peer may have, which no honest one needs."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__("more streams than one peer may have" if own else "strangers have all their streams")
+        self.own = own
+
+
+class StreamPlaces(Generic[S]):
+    """Of one swarm; a stream is whatever stands for it there."""
+
+    def __init__(self, streams_max: int, peer_streams_max: int) -> None:
+        self._strangers_max = max(1, streams_max // 2)
+        self._peer_max = peer_streams_max
+        self._members: dict[str, dict[S, None]] = {}  # by peer, the oldest first
+        self._strangers: dict[str, dict[S, None]] = {}
+
+    def enter(self, peer: str, stream: S, is_member: bool) -> S | None:
+        """Take a place; the stream that must end for it, if one must: it has left. Raises NoPlace."""
+        places = self._members if is_member else self._strangers
+        if self._count(peer) >= self._peer_max:
+            raise NoPlace(own=True)
+        gone = None if is_member else self._room_for(peer)
+        places.setdefault(peer, {})[stream] = None
+        return gone
+
+    def leave(self, peer: str, stream: S) -> None:
+        """It has ended, perhaps because it had to."""
+        for places in (self._members, self._strangers):
+            places.get(peer, {}).pop(stream, None)
+            if not places.get(peer, True):
+                del places[peer]
+
+    def _count(self, peer: str) -> int:
+        return len(self._members.get(peer, ())) + len(self._strangers.get(peer, ()))
+
+    def _room_for(self, stranger: str) -> S | None:
+        strangers = self._strangers
+        if sum(map(len, strangers.values())) < self._strangers_max:
+            return None
+        greediest = max(strangers, key=lambda peer: len(strangers[peer]))  # the first of equals
+        if len(strangers.get(stranger, ())) >= len(strangers[greediest]):
+            raise NoPlace(own=False)
+        oldest = next(iter(strangers[greediest]))
+        self.leave(greediest, oldest)
+        return oldest

@@ -143,6 +143,7 @@ def evaluate(
     metavar="N",
     help="Stay, and do it whenever the base has moved N epochs. Ctrl-C ends it.",
 )
+@click.option("--restart", is_flag=True, help="Begin anew, and forget a rebase that was not finished.")
 def rebase(
     name: str,
     home: str | None,
@@ -152,6 +153,7 @@ def rebase(
     density: float,
     repair: float,
     every_epochs: int | None,
+    restart: bool,
 ) -> int:
     """Bring a derivative to a newer base. Both versions stay; the new one counts if its gate holds."""
     if every_epochs is not None and epoch is not None:
@@ -164,7 +166,13 @@ def rebase(
     def rebased() -> int:
         with _Said() as told:
             built = build.rebase(
-                where, name, epoch, Transplant(way, scale, density), repair_share=repair, told=told.update
+                where,
+                name,
+                epoch,
+                Transplant(way, scale, density),
+                repair_share=repair,
+                restart=restart,
+                told=told.update,
             )
         _say_built(built)
         return ExitCode.DONE if built.version.promoted else ExitCode.FAILED

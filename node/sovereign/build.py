@@ -61,12 +61,13 @@ from tapestry.node.sovereign.plans import (
     read_held_out,
     read_trained,
     remove,
+    require_same_data,
     write_held_out,
     write_plan,
     write_trained,
 )
 from tapestry.node.sovereign.recipe import Recipe, Told, recipe_paths
-from tapestry.node.sovereign.rows import Example, Prepared, prepare
+from tapestry.node.sovereign.rows import Prepared, prepare
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
@@ -75,7 +76,7 @@ from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 from tapestry.node.trainer.tokenizers.api import TokenizerError
 
-REPAIR_SHARE = 0.05  # of the version's own steps; guess: DESIGN's bound is 10 % of making it again
+REPAIR_SHARE = 0.05  # of the steps of its first training; guess: DESIGN's bound is 10 % of making it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def derive(
                 f"there is a derivative {name} already",
                 hint=f"tapestry rebase {name} brings it to a newer base; another name makes another one",
             )
-        plan = begun(folder / "v1", recipe, restart)
+        plan = begun(folder / "v1", recipe, epoch, restart)
         if plan is None:
             require(home, recipe_paths(recipe), f"derive:{name}", today_utc())
             plan = Plan(recipe, export_base(shelf, home, epoch, told))
@@ -115,9 +116,13 @@ def rebase(
     how: Transplant,
     *,
     repair_share: float = REPAIR_SHARE,
+    restart: bool = False,
     told: Told,
 ) -> Built:
-    """The current version on a newer base, as a version of its own; current if its gate holds."""
+    """The current version on a newer base, as a version of its own; current if its gate holds.
+
+    One that was begun otherwise, or is to `restart`, begins anew. Raises UserError.
+    """
     shelf = Shelf(home)
     with _one_line(), shelf.locked(name) as folder:
         derivative = shelf.require(name)
@@ -125,14 +130,14 @@ def rebase(
         if repair_share:
             require_extra()
         place = folder / f"v{derivative.next_number}"
-        plan = begun_plan(place)
-        if plan is None or plan.transplant != how or (epoch not in (None, plan.parent.epoch)):
+        plan = None if restart else begun_plan(place)
+        steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
+        as_before = plan is not None and (plan.transplant, plan.steps) == (how, steps)
+        if plan is None or not as_before or epoch not in (None, plan.parent.epoch):
             shutil.rmtree(place, ignore_errors=True)
             parent = export_base(shelf, home, epoch, told)
             if parent.head == version.parent.head:
                 raise UserError(f"{name} stands on {parent} already")
-            steps = round(repair_share * max(version.steps, 1))
-            steps = max(1, steps) if repair_share else 0
             plan = Plan(version.recipe, parent, (f"{name}:{version.number}",), how, steps=steps)
             write_plan(place, plan)
         ground = base = require_base(shelf, home, plan.parent, told)
@@ -141,6 +146,16 @@ def rebase(
         base, old = (_extended(place / name, one, tokens) for name, one in (("extended", base), ("old", old)))
         _graft(place, shelf.model(name, version.number), base, old, plan, told)
         return _finish(home, shelf, derivative, plan, ground, "rebase", told)
+
+
+def _steps_behind(shelf: Shelf, version: Version) -> int:
+    """Of the trainings that it goes back to, without repairs. An island's: one pass over its data."""
+    if version.how == "derive":
+        return version.steps
+    if version.how == "island":
+        return steps_of(version.recipe, sum(use.examples for use in version.data))
+    made_of = (name_and_number.partition(":") for name_and_number in version.made_of)
+    return sum(_steps_behind(shelf, shelf.require(name).version(int(n))) for name, _, n in made_of)
 
 
 def merge(
@@ -352,7 +367,8 @@ def _own_tokens(shelf: Shelf, folder: Path, plan: Plan, base: Path, told: Told) 
     """Those of the derivative; chosen once, before anything is trained."""
     recipe = plan.recipe
     kept = kept_tokens(folder)
-    if kept or plan.made_of or not (recipe.own_tokens or recipe.tokens_file):
+    is_begun = bool(kept and plan.data)  # else they may be of data that changed since
+    if is_begun or plan.made_of or not (recipe.own_tokens or recipe.tokens_file):
         return kept
     if recipe.tokens_file:
         tokens = read_tokens(Path(recipe.tokens_file), base)
@@ -410,9 +426,10 @@ def _train_on(
 ) -> tuple[tuple[DataUse, ...], Trained]:
     length = length_of(plan.recipe, start)
     prepared = _prepared(shelf, folder, start, plan.recipe, plan.parent, length, told)
+    require_same_data(place, plan, prepared)
     if not (folder / "held-out.jsonl").exists():
         write_held_out(folder, prepared.held_out)
-    prepared = _without_held_out(prepared, read_held_out(folder))
+    prepared = prepared.without(read_held_out(folder))
     out = place / "new"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -435,19 +452,6 @@ def _prepared(
     note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
     text, rows = tokenizers(model)
     return prepare(recipe, length, text, rows, cache(shelf), told, protected)
-
-
-def _without_held_out(prepared: Prepared, held_out: dict[str, list[Example]]) -> Prepared:
-    """The examples that no version may be trained on are those of the first one, also if the files grew."""
-    kept = {tuple(one["ids"]) for examples in held_out.values() for one in examples if "ids" in one}
-    if not kept:
-        return prepared
-    take = prepared.train
-
-    def train_rows() -> Any:
-        return (row for row in take() if "input_ids" not in row or tuple(row["input_ids"]) not in kept)
-
-    return replace(prepared, train=train_rows)
 
 
 def _graft(place: Path, model: Path, base: Path, old: Path, plan: Plan, told: Told) -> None:

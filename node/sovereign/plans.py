@@ -23,7 +23,7 @@ from tapestry.node.sovereign.derivative import (
     Version,
 )
 from tapestry.node.sovereign.recipe import Recipe, differences
-from tapestry.node.sovereign.rows import Example
+from tapestry.node.sovereign.rows import Example, Prepared
 from tapestry.node.spec.tables import TableError, plain, read_table
 from tapestry.node.trainer.models.stored import INDEX
 
@@ -38,6 +38,7 @@ class Plan:
     transplant: Transplant = PLAIN
     weights: tuple[float, ...] = ()
     steps: int = 0  # of a repair; 0 with made_of: none
+    data: str = ""  # the digest of what was read; empty until it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +58,38 @@ def write_trained(path: Path, uses: tuple[DataUse, ...], trained: Trained) -> No
     atomic_write(path, json.dumps(table).encode(), 0o600)
 
 
-def begun(place: Path, recipe: Recipe, restart: bool) -> Plan | None:
+def begun(place: Path, recipe: Recipe, epoch: int | None, restart: bool) -> Plan | None:
     """What a call before this one began. Raises UserError if it was something else."""
-    if restart:
+    plan = None if restart else begun_plan(place)
+    if plan is None:  # what lies there is of no plan that is known
         shutil.rmtree(place, ignore_errors=True)
         for name in ("held-out.jsonl", "tokens.json"):
             (place.parent / name).unlink(missing_ok=True)
-    plan = begun_plan(place)
-    if plan is not None and plan.recipe != recipe:
+        return None
+    if plan.recipe != recipe:
         raise UserError(
             f"{place.parent.name} was begun with another recipe and is not finished",
             details=differences(plan.recipe, recipe),
             hint="give the recipe of before to go on, or --restart to begin anew",
         )
+    if epoch not in (None, plan.parent.epoch):
+        raise UserError(
+            f"{place.parent.name} was begun from {plan.parent} and is not finished",
+            hint="leave out --from to go on, or give --restart to begin anew",
+        )
     return plan
+
+
+def require_same_data(place: Path, plan: Plan, prepared: Prepared) -> None:
+    """Writes down what is trained on, the first time. Raises UserError where it was something else."""
+    if not plan.data:
+        write_plan(place, replace(plan, data=prepared.digest))
+    elif plan.data != prepared.digest:
+        raise UserError(
+            f"{place.parent.name} was begun with other data and is not finished: a file or what is protected "
+            "in it has changed",
+            hint="put it back to go on, or give --restart to begin anew",
+        )
 
 
 def begun_plan(place: Path) -> Plan | None:
@@ -83,6 +102,7 @@ def begun_plan(place: Path) -> Plan | None:
             read_table(Transplant, table["transplant"]),
             tuple(map(float, table["weights"])),
             int(table["steps"]),
+            str(table.get("data", "")),  # of an older node: none
         )
     except (OSError, ValueError, KeyError, TypeError, TableError):
         return None  # nothing was begun, or nothing that can be gone on with

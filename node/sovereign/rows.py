@@ -18,10 +18,11 @@ passes over the files, bounded memory. Must not import torch or trl.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import SourceFile, decoded, without_packing
 from tapestry.node.trainer.data.protected import Judge, judge_of
+from tapestry.node.trainer.data.readers.jsonl import valid
 from tapestry.node.trainer.data.readers.registry import format_of, require
 from tapestry.node.trainer.data.sources import files_below
 from tapestry.node.trainer.data.tally import Group
@@ -57,7 +59,7 @@ Progress = Callable[[str, int, int], None]
 class Prepared:
     """What a recipe's data are."""
 
-    train: Callable[[], Iterator[Row]]  # what the trainer takes: ids and labels; of dpo, texts
+    rows: Callable[[], Iterator[tuple[Row, Example]]]  # in the form that the trainer takes, and as measured
     examples: int
     uses: tuple[DataUse, ...]
     held_out: dict[str, list[Example]]  # by the set's name
@@ -66,6 +68,20 @@ class Prepared:
     def digest(self) -> str:
         """Of all sources, in order."""
         return blake3("".join(use.digest for use in self.uses).encode()).hexdigest()
+
+    def train(self) -> Iterator[Row]:
+        """What the trainer takes: ids and labels; of dpo, texts."""
+        return (row for row, _ in self.rows())
+
+    def without(self, held_out: Mapping[str, Sequence[Example]]) -> Prepared:
+        """The same, but for these examples: also if the files grew, and other rows are held out now."""
+        kept = {_ids_of(one) for examples in held_out.values() for one in examples}
+        rows = self.rows
+        return replace(self, rows=lambda: (pair for pair in rows() if _ids_of(pair[1]) not in kept))
+
+
+def _ids_of(example: Example) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(example[name]) for name in ("ids", "prompt", "chosen", "rejected") if name in example)
 
 
 def prepare(
@@ -120,12 +136,12 @@ def _windows(
         for part in corpus.sets
     }
 
-    def train() -> Iterator[Row]:
+    def rows() -> Iterator[tuple[Row, Example]]:
         for part in corpus.parts:
             for ids in _training(part):
-                yield {"input_ids": ids, "labels": ids}
+                yield {"input_ids": ids, "labels": ids}, {"ids": ids, "labels": ids}
 
-    return Prepared(train, sum(use.examples for use in uses), uses, held_out)
+    return Prepared(rows, sum(use.examples for use in uses), uses, held_out)
 
 
 def _left_out(summary: Sequence[str], name: str) -> tuple[str, ...]:
@@ -190,13 +206,13 @@ class _Reader:
         """The row in the form that trl takes, and its ids; None, and counted, if it cannot be used."""
         try:
             shaped = _shaped(row, self.stage)
+            if any(word in text for text in _texts(shaped) for word in self.special):
+                tally.special.add(where)
+                return None
+            example = self._encoded(shaped)
         except (KeyError, TypeError, ValueError, IndexError):
             tally.malformed.add(where)
             return None
-        if any(word in text for text in _texts(shaped) for word in self.special):
-            tally.special.add(where)
-            return None
-        example = self._encoded(shaped)
         prompt = len(example["prompt"]) if "prompt" in example else _prompt_length(example["labels"])
         longest = max(len(ids) for name, ids in example.items() if name != "prompt")
         longest += prompt if "prompt" in example else 0
@@ -236,9 +252,17 @@ class _Reader:
         return (min(len(before), len(whole)) if common is None else common), whole
 
     def _chat(self, messages: list[Row], open_end: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=open_end, tokenize=True, return_dict=True
-        )["input_ids"]
+        """Raises ValueError for messages that the template refuses, UserError where there is none."""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise UserError("the base has no chat template, and these rows are messages")
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=open_end, tokenize=True, return_dict=True
+            )["input_ids"]
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
         return ids
 
 
@@ -256,13 +280,13 @@ def _rows(recipe: Recipe, length: int, tokenizer: Any, protected: Mapping[str, S
         held_out[name] = kept
         chosen.append((path, not_trained_on))
 
-    def train() -> Iterator[Row]:
+    def rows() -> Iterator[tuple[Row, Example]]:
         for path, not_trained_on in chosen:
             for shaped, example in _usable(path, reader, _Tally()):
                 if _row_digest(shaped) not in not_trained_on:
-                    yield _for_trainer(shaped, example)
+                    yield _for_trainer(shaped, example), example
 
-    return Prepared(train, sum(use.examples for use in uses), tuple(uses), held_out)
+    return Prepared(rows, sum(use.examples for use in uses), tuple(uses), held_out)
 
 
 def _look_through(
@@ -323,7 +347,9 @@ def _for_trainer(shaped: Row, example: Example) -> Row:
 
 
 def _shaped(row: Row, stage: str) -> Row:
-    """Only what the stage needs, checked. Raises KeyError, TypeError, ValueError, IndexError."""
+    """Only what the stage needs, checked, and of whole characters alone. Raises KeyError, TypeError,
+    ValueError, IndexError.
+    """
     if stage == "sft" and "messages" in row:
         messages = _messages(row["messages"])
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -334,7 +360,7 @@ def _shaped(row: Row, stage: str) -> Row:
     if all(isinstance(value, str) for value in values.values()):
         if not all(values[name] for name in names[1:]):
             raise ValueError("nothing to learn")
-        return values
+        return {name: valid(text) for name, text in values.items()}
     shaped = {name: _messages(value) for name, value in values.items()}
     if not all(shaped.values()):
         raise ValueError("no messages")
@@ -347,7 +373,7 @@ def _messages(value: Any) -> list[Row]:
     messages = [{"role": one["role"], "content": one["content"]} for one in value]
     if not all(isinstance(text, str) for one in messages for text in one.values()):
         raise TypeError("a message is a role and a text")
-    return messages
+    return [{name: valid(text) for name, text in one.items()} for one in messages]
 
 
 def _texts(shaped: Mapping[str, Any]) -> Iterator[str]:
@@ -408,7 +434,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with decoded(_source_file(path, "csv")) as text:
         tabs = "\t" if without_packing(path.name).endswith(".tsv") else ","
-        for number, row in enumerate(csv.DictReader(text, delimiter=tabs), 2):
+        csv.field_size_limit(LINE_CHARS_MAX)
+        rows = csv.DictReader(text, delimiter=tabs)
+        for number in itertools.count(2):
+            row: Any = None
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error:
+                pass
             yield f"{path}:{number}", row
 
 
@@ -423,7 +458,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: of a page that it cannot unpack
         raise UserError(f"data {path}: broken parquet: {str(error)[:200]}") from error
 
 

@@ -229,7 +229,7 @@ def _diverged(what: str) -> UserError:
     return UserError(
         f"the training diverged: {what}",
         exit_code=ExitCode.FAILED,
-        hint="derive: a smaller --lr and --restart; rebase: a smaller --repair, or --repair 0",
+        hint="derive: a smaller --lr and --restart; rebase: --repair 0",
     )
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tapestry.node.errors import UserError
+from tapestry.node.home import Home
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.bench import Bench, measured, tokenizers
 from tapestry.node.sovereign.build import Built
-from tapestry.node.sovereign.derivative import Shelf, Transplant
+from tapestry.node.sovereign.derivative import Derivative, Shelf, Transplant
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import release
 from tapestry.node.sovereign.rows import prepare
@@ -99,6 +100,8 @@ def test_a_training_that_was_killed_goes_on_and_ends_the_same(
     with pytest.raises(UserError, match="begun with another recipe") as raised:
         build.derive(made.home, "again", _recipe(made, seed=5), 2, told=_quiet)
     assert raised.value.details == ("seed: 0 before, 5 now",)
+    with pytest.raises(UserError, match="again was begun from epoch 2 of"):
+        build.derive(made.home, "again", _recipe(made), 1, told=_quiet)
     steps: list[int] = []
     built = build.derive(
         made.home,
@@ -109,6 +112,43 @@ def test_a_training_that_was_killed_goes_on_and_ends_the_same(
     )
     assert steps == [*range(5, 13)]
     assert built.version.digest == squares.version.digest
+
+
+def test_a_training_does_not_go_on_with_other_data(made: MadeHome, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def killing(what: str, _done: int, _total: int) -> None:
+        if what == "training":
+            raise Killed
+
+    file = tmp_path / "own.jsonl"
+    file.write_text((made.home.path.parent / "pairs.jsonl").read_text())
+    append(made.home, [parse_declaration("us, CC0-1.0, open", str(file), "derive:*")])
+    recipe = replace(_recipe(made, steps=2), data=(str(file),))
+    with pytest.raises(Killed):
+        build.derive(made.home, "other", recipe, 2, told=killing)
+    file.write_text(file.read_text().replace("the square of 7 is", "the square of seven is"))
+    with pytest.raises(UserError, match="other was begun with other data"):
+        build.derive(made.home, "other", recipe, 2, told=_quiet)
+    with pytest.raises(Killed):
+        build.derive(made.home, "other", recipe, 2, restart=True, told=killing)
+
+
+def test_a_repair_is_a_share_of_the_first_training_however_often_it_was_rebased_or_merged(
+    squares: Built, tmp_path: Path
+) -> None:
+    shelf = Shelf(Home(tmp_path))
+    one = replace(squares.version, steps=200)
+    two = replace(one, number=2, how="rebase", steps=10, made_of=("a:1",))
+    three = replace(two, number=3, made_of=("a:2",))
+    recipe, use = replace(one.recipe, steps=0), replace(one.data[0], examples=800)
+    alone = replace(one, how="island", steps=0, recipe=recipe, data=(use,))
+    joined = replace(one, how="merge", steps=0, made_of=("a:3", "b:1"))
+    for name, versions in (("a", (one, two, three)), ("b", (alone,))):
+        shelf.of(name).mkdir(parents=True)
+        shelf.write(Derivative(name, 1, versions), 1)
+    assert [build._steps_behind(shelf, one) for one in (three, alone, joined)] == [200, 100, 300]
 
 
 @pytest.fixture

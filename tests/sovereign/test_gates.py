@@ -40,6 +40,15 @@ def test_what_was_not_measured_is_not_held_to_be_good() -> None:
     assert judge(gates, [acc(0.9)], []).reasons == ("quiz/acc: was not measured on the base",)
 
 
+def test_every_measure_that_a_gate_names_must_have_been_measured() -> None:
+    gates, base = Gates((Gate("general/loss|our_quiz/acc", fall_max=0.01),)), [loss(2.0, "general/loss")]
+    verdict = judge(gates, [loss(1.0, "general/loss")], base)
+    assert not verdict.holds and verdict.reasons[0] == "our_quiz/acc: was not measured"
+    now, base = [loss(1.0, "general/loss"), acc(0.9, "our_quiz/acc")], [*base, acc(0.8, "our_quiz/acc")]
+    assert judge(gates, now, base).holds
+    assert judge(Gates(), [loss(1.0)], [loss(2.0)]).holds and not judge(Gates(), [], []).holds
+
+
 @pytest.mark.parametrize(("value", "holds"), [(0.48, True), (0.47, False)])
 def test_a_capability_may_fall_by_so_much_and_no_more(value: float, holds: bool) -> None:
     gates = Gates((Gate("quiz/*", fall_max=0.05),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from bases import BOS, make_tokenizer
 from transformers import AutoTokenizer
 
 from tapestry.node.errors import UserError
+from tapestry.node.sovereign import rows
 from tapestry.node.sovereign.recipe import Recipe, load_recipe
 from tapestry.node.sovereign.rows import IGNORED, Prepared, prepare
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
@@ -108,6 +110,57 @@ def test_preferences_are_a_prompt_and_two_ends(tmp_path: Path, tokenizer: Any) -
     example = prepared.held_out["a"][0]
     assert tokenizer.decode(example["chosen"]) == "yes" + tokenizer.eos_token
     assert next(prepared.train())["rejected"] == "no"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_what_was_held_out_is_not_trained_on_when_the_file_has_grown_before_it(
+    tmp_path: Path, tokenizer: Any, stage: str
+) -> None:
+    rows = [{"prompt": f"{i}? ", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(60)]
+    held_out = _prepared(tokenizer, stage, _file(tmp_path / "a.jsonl", rows[5:])).held_out
+    grown = _prepared(tokenizer, stage, _file(tmp_path / "a.jsonl", rows))
+    shifted = [one for one in held_out["a"] if one not in grown.held_out["a"]]
+    trained = [example for _, example in grown.rows()]
+    assert shifted and all(one in trained for one in shifted)
+    kept = [example for _, example in grown.without(held_out).rows()]
+    assert not any(one in kept for one in held_out["a"]) and len(kept) == len(trained) - len(shifted)
+
+
+def test_a_bad_row_is_counted_and_ends_nothing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = '{"prompt": "a smile \\ud83d", "completion": "half of it"}'
+    prepared = _prepared(tokenizer, "sft", _file(tmp_path / "a.jsonl", [*_pairs(40), cut]))
+    (row,) = [row for row in prepared.train() if "half" in tokenizer.decode(row["input_ids"])]
+    assert "smile \ufffd" in tokenizer.decode(row["input_ids"])
+    (tmp_path / "a.csv").write_text(
+        "prompt,completion\n" + "".join(f"{i},{'x' * 150_000 if i == 7 else i}\n" for i in range(120))
+    )
+    (use,) = _prepared(tokenizer, "sft", str(tmp_path / "a.csv")).uses
+    assert use.left_out == (f"1 ({tmp_path}/a.csv:9) rows used, but cut at the sequence's end",)
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write(f"1,{'x' * 200_001}\n")
+    monkeypatch.setattr(rows, "LINE_CHARS_MAX", 200_000)
+    (use,) = _prepared(tokenizer, "sft", str(tmp_path / "a.csv")).uses
+    assert use.left_out[0].startswith(f"1 ({tmp_path}/a.csv:122) rows without what")
+
+
+def test_messages_that_the_template_refuses_are_malformed_and_without_one_it_is_said(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    answer = {"role": "assistant", "content": "b"}
+    chats = [[{"role": "user", "content": f"{i}?"}, answer] for i in range(120)]
+    odd = [{"role": "nobody", "content": "?"}, answer]
+    strict = copy.copy(tokenizer)
+    strict.chat_template = (
+        "{% for one in messages %}{% if one.role == 'nobody' %}{{ raise_exception('no such role') }}"
+        "{% endif %}{{ one.content }}{% endfor %}"
+    )
+    path = _file(tmp_path / "a.jsonl", [{"messages": one} for one in [*chats, odd]])
+    assert "a.jsonl:121) rows without what" in _prepared(strict, "sft", path).uses[0].left_out[0]
+    strict.chat_template = None
+    with pytest.raises(UserError, match="the base has no chat template"):
+        _prepared(strict, "sft", path)
 
 
 def test_many_malformed_rows_are_refused_with_what_a_row_is(tmp_path: Path, tokenizer: Any) -> None:

@@ -35,7 +35,7 @@ def read(file: SourceFile, tally: Tally) -> Iterator[Piece]:
             if not isinstance(found, str):
                 tally.no_field.add(where)
             elif found:
-                yield _valid(found), True
+                yield valid(found), True
 
 
 def fields(file: SourceFile) -> list[str]:
@@ -63,7 +63,7 @@ def _skip_line(text: Any) -> None:
         continue
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """JSON can spell half a surrogate pair, which is no character."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

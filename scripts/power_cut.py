@@ -42,6 +42,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import psutil
 from _nodes import ChainRecord, chain_record
 from _run import exit_by_signal, work_folder
 from e2e.harness import Digests, Node, init, tapestry
@@ -125,9 +126,10 @@ class Power:
         first = self.victims[0]
         self._watch(self.rng.uniform(*BETWEEN_S))
         shown = first.status()["epoch"]
+        families = [node.children() for node in self.victims]
         self.disk.cut()
-        for node in self.victims:
-            node.kill()
+        for node, children in zip(self.victims, families, strict=True):
+            _kill(node, children)
         self.disk.restore()
         faults, state = self._verified(shown)
         records = len(_chain(first))
@@ -180,6 +182,19 @@ class Power:
                 faults.append(f"{node.home.name}: {done.stdout.strip()} {done.stderr.strip()}")
             faults += [f"{node.home.name} holds {one.name}" for one in node.home.glob("accusations/*")]
         return faults
+
+
+def _kill(node: Node, children: list[psutil.Process]) -> None:
+    """It may have ended by itself already: a disk that cannot be written ends a node."""
+    assert node.process is not None
+    if node.process.poll() is None:
+        node.process.send_signal(signal.SIGKILL)
+        node.process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, f"left behind: {alive}"
 
 
 def _chain(node: Node) -> list[ChainRecord]:

@@ -40,11 +40,11 @@ DEADLINE_S = 900.0
 # more where a selective acknowledgement tells of gaps.
 COUNTERS = """
 table inet egress {
-    counter all { }
+    counter sent { }
     counter acks { }
     chain out {
         type filter hook output priority 0;
-        oifname "eth0" counter name "all"
+        oifname "eth0" counter name "sent"
         oifname "eth0" meta l4proto tcp meta length <= 92 tcp flags == ack counter name "acks"
     }
 }
@@ -99,7 +99,7 @@ def _tell(nodes: list[Node]) -> None:
         totals = Totals()
         for entry in read_egress(Home(node.home)):
             totals.add(entry)
-        link = counts["all"] - counts["acks"]
+        link = counts["sent"] - counts["acks"]
         print(
             f"{node.home.name}: ledger {totals.bytes / 1e6:.2f}, metric {metric / 1e6:.2f}, "
             f"link {link / 1e6:.2f} (and acks {counts['acks'] / 1e6:.2f}): "

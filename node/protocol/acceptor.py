@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.audit import SignedMean
 from tapestry.node.protocol.chain import Body, accept_message, head_of
 from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
@@ -23,6 +24,7 @@ class Acceptor:
         self.ctx = state.ctx
         self.holder_index = 0
         self.fetching = ""  # head of the update that was asked for; "" if none is out
+        self.fetched: dict[str, tuple[SignedMean, ...]] = {}  # head of the value fetched last -> who made it
 
     # --- ballots -------------------------------------------------------------------------------
 
@@ -111,12 +113,16 @@ class Acceptor:
         if holders and self.fetching != head:
             donor = holders[self.holder_index % len(holders)]
             self.fetching = head
-            self.ctx.emit(FetchUpdate(propose.body.epoch, head, propose.body.result, donor))
+            body = propose.body
+            self.ctx.emit(FetchUpdate(body.epoch, head, body.result, donor, accepted=body))
 
-    def on_update_fetched(self, head: str) -> str | None:
-        """Returns as `accept`."""
+    def on_update_fetched(self, head: str, means: tuple[SignedMean, ...]) -> str | None:
+        """Returns as `accept`. Without `means` it was fetched for a record, and proves nothing here."""
+        if not means:
+            return None
         if self.fetching == head:
             self.fetching = ""
+        self.fetched = {head: means}
         proposal = self.state.proposal
         if proposal is None or self.state.accepted_body is not None:
             return None
@@ -138,7 +144,7 @@ class Acceptor:
         body = body_of(self.state, exchange.roster, exchange.result_digest(), exchange.agreement())
         head = head_of(body, self.ctx.crypto)
         self.ctx.keep_update(head)
-        self.ctx.emit(PersistResult(body.epoch, head, exchange.result_blobs()))
+        self.ctx.emit(PersistResult(body.epoch, head, exchange.result_blobs(), exchange.means()))
         return body, head
 
     def accept(self, body: Body, head: str) -> str | None:

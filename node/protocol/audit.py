@@ -8,6 +8,8 @@ A reducer could send everybody the same wrong mean, and all would hold the same 
     drawn       the head of a record, which nobody can choose, says which shards are looked at, and by whom
     audited     the auditor asks the contributors for their shards of those, averages them again, and
                 compares; of whom it gets nothing it asks the reducer, and then another auditor tries
+    carried     a result that a member accepted and others lack comes with its signatures (`means_fault`): so
+                nobody can say of numbers that nobody made that it had accepted them
 
 A mean that differs from the signed one is a lie that anyone can check, with the inputs and the signature in
 hand (lineage/accusation.py). An honest reducer cannot be accused: it averaged inputs of just these names, of
@@ -21,14 +23,24 @@ Pure; standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tapestry.node.protocol.canon import Crypto, canonical
-from tapestry.node.protocol.chain import Member
+from tapestry.node.protocol.chain import Body, Member
 from tapestry.node.protocol.messages import Blob
 
+UNPROVEN = "unproven"  # why a fetch failed: what the donor says was accepted has not the signatures
 SHARE_UNIT = 1 << 32  # what `share` is counted in, of a digest's first 32 bits
+
+
+class SignedMean(NamedTuple):
+    """What a reducer made of one shard, and stands for."""
+
+    reducer: str
+    digest: str  # of the encoded mean
+    signature: str  # of the reducer: mean_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,28 @@ def mean_message(head: str, shard: int, digest: str, inputs: str) -> bytes:
     return b"tapestry mean v1\0%s\0%d\0%s\0%s" % (head.encode(), shard, digest.encode(), inputs.encode())
 
 
+def result_digest(digests: Iterable[str], crypto: Crypto) -> str:
+    """Of the whole encoded mean: of its shards' digests in order."""
+    return crypto.digest("".join(digests).encode())
+
+
+def means_fault(body: Body, means: Sequence[SignedMean], shard_count: int, crypto: Crypto) -> str | None:
+    """Why these are not the shards of the result of `body`, each signed by a member of it as the mean of
+    what `body` averages; None if they are. Who signed a wrong one has left a proof."""
+    if len(means) != shard_count:
+        return f"{len(means)} means, the run has {shard_count} shards"
+    if result_digest((one.digest for one in means), crypto) != body.result:
+        return "the means of another result"
+    peers, inputs = {m.peer for m in body.members}, inputs_digest(body.members, crypto)
+    for shard, one in enumerate(means):
+        if one.reducer not in peers:
+            return f"shard {shard} is signed by {one.reducer[:64]}, who is not in the round"
+        message = mean_message(body.prev, shard, one.digest, inputs)
+        if not crypto.verify(one.reducer, one.signature, message):
+            return f"the signature of shard {shard} is not that of {one.reducer}"
+    return None
+
+
 def due_shards(head: str, shard_count: int, share: float, crypto: Crypto) -> tuple[int, ...]:
     """The shards of the record with this head that are averaged again: about `share` of them."""
     limit = int(share * SHARE_UNIT)
@@ -82,7 +116,7 @@ def draw(
     me: str,
     head: str,
     members: Sequence[str],
-    means: Mapping[int, tuple[str, str, str]],  # shard -> reducer, digest, its signature
+    means: Sequence[SignedMean],  # of every shard
     share: float,
     crypto: Crypto,
 ) -> Draw:

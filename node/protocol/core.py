@@ -261,7 +261,8 @@ class Core:
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
-            audit = audit_of(self.ctx, round_.exchange, record)
+            fetched = round_.acceptor.fetched.get(record.head, ())
+            audit = audit_of(self.ctx, round_.exchange, record, fetched)
             if audit is not None:
                 self.ctx.emit(audit)
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
@@ -387,11 +388,11 @@ class Core:
     def handle_update_fetched(self, inp: UpdateFetched, now: float) -> None:
         self.sync.on_update_fetched(inp.head)
         if self.round is not None:
-            self.round.handle_update_fetched(inp.head, now)
+            self.round.handle_update_fetched(inp, now)
 
     def handle_fetch_failed(self, inp: FetchFailed, now: float) -> None:
         if self.round is not None:
-            self.round.handle_fetch_failed(inp.head)
+            self.round.handle_fetch_failed(inp, now)
         self.sync.on_fetch_failed(inp, now)
 
     def handle_stopping(self, inp: Stopping, now: float) -> None:

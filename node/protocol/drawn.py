@@ -10,26 +10,30 @@ Pure.
 
 from __future__ import annotations
 
-from tapestry.node.protocol.audit import Input, draw, due_shards, inputs_digest
+from tapestry.node.protocol.audit import Input, SignedMean, draw, due_shards, inputs_digest
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Audit
 from tapestry.node.protocol.exchange import Exchange
 
 
-def audit_of(ctx: Context, exchange: Exchange, record: Record) -> Audit | None:
-    """None where nothing is drawn, or nothing of it concerns us."""
+def audit_of(
+    ctx: Context, exchange: Exchange, record: Record, fetched: tuple[SignedMean, ...] = ()
+) -> Audit | None:
+    """None where nothing is drawn, or nothing of it concerns us. `fetched`: who made the record's result, where
+    it was accepted before and we got it from who had."""
     body, share = record.body, ctx.rules.audit_share
     due = due_shards(record.head, ctx.rules.shard_count, share, ctx.crypto) if share else ()
     if not due:
         return None
     kept = [*_own(ctx, exchange, record, due), *_averaged(ctx, exchange, record, due)]
     same = exchange.complete and exchange.result_digest() == body.result
-    if not same or exchange.averaged != inputs_digest(body.members, ctx.crypto):
+    same = same and exchange.averaged == inputs_digest(body.members, ctx.crypto)
+    means, peers = exchange.means() if same else fetched, [m.peer for m in body.members]
+    if not means:
         return Audit(record, (), (), (), tuple(kept)) if kept else None
-    means, peers = exchange.means(), [m.peer for m in body.members]
     drawn = draw(ctx.me, record.head, peers, means, share, ctx.crypto)
-    digests = tuple(means[shard][1] for shard in range(len(means)))
+    digests = tuple(mean.digest for mean in means)
     return Audit(record, digests, drawn.orders, drawn.seconds, tuple(kept))
 
 

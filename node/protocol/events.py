@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.audit import Input as Kept
-from tapestry.node.protocol.audit import Order
+from tapestry.node.protocol.audit import Order, SignedMean
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.members import Change
@@ -109,9 +109,11 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class UpdateFetched:
-    """The update of `head` lies in the update log, its digest checked."""
+    """The update of `head` lies in the update log, its digest checked; of a value that was accepted, its
+    signatures too."""
 
     head: str
+    means: tuple[SignedMean, ...] = ()  # of a value that was accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +245,13 @@ class PersistVote:
 
 @dataclass(frozen=True, slots=True)
 class PersistResult:
-    """Write the encoded result of the body with this head to the update log, before the vote for it."""
+    """Write the encoded result of the body with this head to the update log, before the vote for it, and
+    beside it who made it: whoever lacks the result asks for both."""
 
     epoch: int  # of the state it makes
     head: str
     blobs: tuple[Blob, ...]
+    means: tuple[SignedMean, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,12 +310,17 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class FetchUpdate:
-    """Get an update into the update log. Answer: UpdateFetched or FetchFailed."""
+    """Get an update into the update log. Answer: UpdateFetched or FetchFailed.
+
+    Of a value that somebody says to have accepted nobody has signed a record yet: its donor must have the
+    signatures of those who made it as well (audit.means_fault), and they are kept beside it.
+    """
 
     epoch: int  # of the state it makes
     head: str  # of its record
     result: str  # digest that the bytes must have
     donor: str
+    accepted: Body | None = None  # of a value that was accepted
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
-from tapestry.node.protocol.audit import inputs_digest, mean_message
+from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, result_digest
 from tapestry.node.protocol.chain import Member, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
@@ -193,7 +193,7 @@ class Exchange:
 
     def result_digest(self) -> str:
         """Digest of the whole encoded mean: of its shards' digests in order."""
-        return result_digest(self.ctx, [self.results[s].digest for s in range(len(self.results))])
+        return result_digest((self.results[s].digest for s in range(len(self.results))), self.ctx.crypto)
 
     def result_blobs(self) -> tuple[Blob, ...]:
         return tuple(self.results[s].blob for s in range(len(self.results)))
@@ -211,11 +211,10 @@ class Exchange:
         entry = self.inputs.get(member.peer)
         return entry is not None and entry.contribution == member.contribution and shard in entry.blobs
 
-    def means(self) -> dict[int, tuple[str, str, str]]:
-        """Of every shard of the result: its reducer, the mean's digest, the reducer's signature."""
-        return {
-            shard: (self._reducer(shard), mean.digest, mean.signature) for shard, mean in self.results.items()
-        }
+    def means(self) -> tuple[SignedMean, ...]:
+        """Of every shard of the result, in order."""
+        means = [self.results[shard] for shard in range(len(self.results))]
+        return tuple([SignedMean(self._reducer(i), m.digest, m.signature) for i, m in enumerate(means)])
 
     def pull(self) -> None:
         """Ask for what did not come."""
@@ -335,10 +334,6 @@ class Exchange:
                         asked = missing[member.peer] = (member.contribution, [])
                     asked[1].append(shard)
         return missing
-
-
-def result_digest(ctx: Context, digests: Sequence[str]) -> str:
-    return ctx.crypto.digest("".join(digests).encode())
 
 
 def assign_reducers(

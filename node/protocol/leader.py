@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
+from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.blame import culprit
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
@@ -328,6 +329,15 @@ class Leader:
                 self.ctx.send(peer, message)
 
     # --- phase 2: who holds it up --------------------------------------------------------------
+
+    def on_unproven(self, holder: str, head: str, now: float) -> None:
+        """A member said that it had accepted this value, and nobody has made it: a lie costs one ballot."""
+        proposal = self.state.proposal
+        if proposal is None or head_of(proposal.body, self.ctx.crypto) != head:
+            return
+        self.unserved[holder] = None
+        if all(p in self.unserved for p in proposal.holders if p != self.ctx.me):
+            self.exclude([], UNPROVEN, now)
 
     def watch_members(self, now: float) -> None:
         """Leave out who is gone, or who holds the others up."""

@@ -24,10 +24,19 @@ gate.py (whether a result is good enough), exchange.py (the shards). They share 
 from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
+from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
-from tapestry.node.protocol.events import CloseTraining, Contributed, Equivocated, Note, Vote
+from tapestry.node.protocol.events import (
+    CloseTraining,
+    Contributed,
+    Equivocated,
+    FetchFailed,
+    Note,
+    UpdateFetched,
+    Vote,
+)
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
@@ -184,16 +193,18 @@ class Round:
         if peer not in self.electorate:
             self.lead.forget_stranger(peer)
 
-    def handle_update_fetched(self, head: str, now: float) -> None:
-        self._voted(self.acceptor.on_update_fetched(head), now)
+    def handle_update_fetched(self, inp: UpdateFetched, now: float) -> None:
+        self._voted(self.acceptor.on_update_fetched(inp.head, inp.means), now)
         self.advance(now)
 
     def handle_judged(self, body_head: str, worse: float | None, now: float) -> None:
         self.gate.on_judged(body_head, worse)
         self.advance(now)
 
-    def handle_fetch_failed(self, head: str) -> None:
-        self.acceptor.on_fetch_failed(head)
+    def handle_fetch_failed(self, failed: FetchFailed, now: float) -> None:
+        self.acceptor.on_fetch_failed(failed.head)
+        if failed.reason == UNPROVEN and self.state.leading:
+            self.lead.on_unproven(failed.donor, failed.head, now)
 
     # --- the network ---------------------------------------------------------------------------
 

@@ -69,7 +69,9 @@ class Invariants:
         )  # (node, head): it promised there, and lost its disk since
         self.proposed: dict[tuple[str, str, int, bool], tuple[object, ...]] = {}  # what was in whose ballot
         # A leader that tells members different things may cause a fork, but never two states under a head.
-        self.liar_leads = world.faults.split_roster > 0
+        # So may one that says it had accepted what it signed as a reducer: the decision may be another.
+        inventors = world.inventors
+        self.liar_leads = world.faults.split_roster > 0 or bool(inventors.name and inventors.signs)
         self.verified: Record | None = None  # whose signatures were good: all nodes append one object
         self.contributions: dict[str, tuple[Body, set[str]]] = {}  # head -> those of its record
 
@@ -153,6 +155,8 @@ class Invariants:
             self._check_members(node, record, ground)
             self.at[record.head] = ground.after(body, record.head)
         self.world.furthest = max(self.world.furthest, body.epoch)
+        if self.world.inventors.is_false(record.head):
+            self.fail(node, f"G2: record {body.epoch} has a result that nobody made")
         if body.forced and self.world.rules.on_quorum_loss == "wait":
             self.fail(node, "policy: a forced record in a run that waits")
         if body.state_digest != self.state_of.get(body.prev, body.state_digest):
@@ -257,8 +261,8 @@ class Invariants:
             self.fail(
                 node, f"audit: shard {order.shard} of {order.reducer} {'was' if lied else 'was no'} lie"
             )
-        if lied and order.reducer != self.world.liar:
-            self.fail(node, f"audit: {order.reducer} signed what {self.world.liar} made")
+        if lied and order.reducer not in (self.world.liar, self.world.inventors.name):
+            self.fail(node, f"audit: {order.reducer} signed what another made")
         self.world.audits[lied] = self.world.audits.get(lied, 0) + 1
 
     def on_vote(self, node: Node, before: Vote | None, after: Vote) -> None:

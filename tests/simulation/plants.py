@@ -495,6 +495,11 @@ def late_keeps_nothing() -> list[Patch]:
     return [(drawn_module, "_own", forget)]
 
 
+@plant("a value that a member says it had accepted is taken without the signatures of those who made it", 1)
+def believes_what_was_accepted() -> list[Patch]:
+    return [(Node, "is_proven", lambda self, body, means: True)]
+
+
 # --- the gate ---------------------------------------------------------------------------------------
 
 

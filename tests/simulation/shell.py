@@ -21,8 +21,8 @@ from simulation.past import RECENT, DiskPast
 from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ShardSums
-from tapestry.node.protocol.audit import Order
-from tapestry.node.protocol.chain import Chain, Record
+from tapestry.node.protocol.audit import UNPROVEN, Order, SignedMean, means_fault
+from tapestry.node.protocol.chain import Body, Chain, Record
 from tapestry.node.protocol.core import NOTHING, Core, Restored
 from tapestry.node.protocol.messages import Result, Shard, Status
 
@@ -127,6 +127,7 @@ class Disk:
     updates: dict[str, tuple[int, tuple[object, ...]]] = field(
         default_factory=dict
     )  # head -> (epoch, shards)
+    means: dict[str, tuple[SignedMean, ...]] = field(default_factory=dict)  # head -> who made that update
     states: dict[str, tuple[int, str]] = field(default_factory=dict)  # head -> (epoch, state digest)
     state_head: str = ""
     life: str = ""
@@ -295,6 +296,7 @@ class Node:
     def do_persist_result(self, out: ev.PersistResult) -> None:
         if self.writes():
             self.disk.updates[out.head] = (out.epoch, out.blobs)
+            self.disk.means[out.head] = out.means
 
     def do_append_record(self, out: ev.AppendRecord) -> None:
         if self.writes():
@@ -340,6 +342,7 @@ class Node:
         keep = self.world.rollbacks.base_of(self, epoch - self.world.updates_kept)
         for head in [h for h, (e, _) in self.disk.updates.items() if e <= keep]:
             del self.disk.updates[head]
+            self.disk.means.pop(head, None)
 
     def head_at(self, epoch: int) -> str:
         """The head of `epoch` on the chain that the disk holds."""
@@ -391,14 +394,24 @@ class Node:
                 if not self.update_holds(out.result, shards):
                     self.feed(ev.FetchFailed(out.donor, out.head, "digest"))
                     return
+                means = donor.disk.means.get(out.head, ())
+                if out.accepted is not None and not self.is_proven(out.accepted, means):
+                    self.feed(ev.FetchFailed(out.donor, out.head, UNPROVEN))
+                    return
                 self.disk.updates[out.head] = (epoch, shards)
-                self.feed(ev.UpdateFetched(out.head))
+                if out.accepted is not None:
+                    self.disk.means[out.head] = means
+                self.feed(ev.UpdateFetched(out.head, means if out.accepted is not None else ()))
 
         self.world.later(self.world.fetch_s(out.donor, self.name), self, arrive)
 
     def update_holds(self, result: str, shards: tuple[object, ...]) -> bool:
         """Whether an update is the one that the record names: the shell's check, as node/state has it."""
         return digest("".join([digest_of(s) for s in shards]).encode()) == result
+
+    def is_proven(self, body: Body, means: tuple[SignedMean, ...]) -> bool:
+        """Whether members made this value: the shell's check, of one that was accepted and is no record."""
+        return means_fault(body, means, self.world.rules.shard_count, self.crypto) is None
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         """From the first of the donors that can be reached: what the others give is the same state."""

@@ -22,6 +22,7 @@ from simulation.equivocators import Equivocators
 from simulation.faults import Chaos, Faults
 from simulation.gates import GateWorld
 from simulation.invariants import Invariants
+from simulation.inventors import Inventors
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
 from simulation.violation import Violation
@@ -153,6 +154,7 @@ class World:
         self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
         self.lied: set[str] = set()  # digests of what it made
         self.equivocators = Equivocators(self, faults is None, names)
+        self.inventors = Inventors(self, faults is None, names)
         self.rollbacks = Rollbacks(self, faults is None)
         self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
@@ -378,7 +380,8 @@ class World:
         draw, faults = self.random, self.faults
         if faults.loss and draw() < faults.loss:
             return
-        received = ev.Received(sender.name, self.chaos.falsify(sender.name, message))
+        message = self.inventors.says(sender, self.chaos.falsify(sender.name, message))
+        received = ev.Received(sender.name, message)
         if bulk and faults.corrupt and draw() < faults.corrupt:
             received = ev.PeerRefused(sender.name, "checksum")
         self.tell(sender.name, message, to)

@@ -30,13 +30,14 @@ from tapestry.compression.refusals import Refused
 from tapestry.dht import presence
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.reachability import hop_answer, hop_request, stop_request, stop_status
-from tapestry.node.disk import accusations
+from tapestry.node.disk import accusations, signed_means
 from tapestry.node.errors import UserError
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.net import checkup, wire
 from tapestry.node.net.admission import Reception
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.protocol.audit import SignedMean
 from tapestry.node.protocol.canon import InvalidRecord
 from tapestry.node.protocol.chain import (
     Member,
@@ -185,6 +186,11 @@ def targets() -> dict[str, Target]:
         "invitation": Target(_invitation, (UserError,), (line.encode(),)),
         "admission": Target(_admission, (RemoteProtocolError,), (msgpack.packb(ready),)),
         "accusation": Target(accusations.unpack, (accusations.FalseAccusation,), (accused.pack(),)),
+        "means": Target(
+            lambda data: signed_means.unpack(data, 2),
+            (ValueError,),
+            (signed_means.pack([SignedMean(PEER, HEX, "ab"), SignedMean(OTHER, HEX, "cd")]),),
+        ),
         "frame": Target(
             lambda data: unpack(data, CODEC, N),
             (Refused,),

@@ -25,6 +25,7 @@ from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.transfer import DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.audit import SignedMean
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.members import read_rollback
 from tapestry.node.protocol.sync import NO_STATE
@@ -114,7 +115,7 @@ class DiskDesk:
 
     async def do_persist_result(self, out: ev.PersistResult) -> None:
         loop, write = asyncio.get_running_loop(), self._keeper.write_update
-        await loop.run_in_executor(self._results, write, out.epoch, out.head, out.blobs)
+        await loop.run_in_executor(self._results, write, out.epoch, out.head, out.blobs, out.means)
 
     def do_end_round(self, out: ev.EndRound) -> None:
         self._results.submit(self._keeper.drop_result, out.outcome == "committed")
@@ -194,11 +195,17 @@ class DiskDesk:
         self._loop.spawn(self._fetch_update(out))
 
     async def _fetch_update(self, out: ev.FetchUpdate) -> None:
-        wanted = WantedUpdate(out.epoch, out.head, out.result)
+        wanted = WantedUpdate(out.epoch, out.head, out.result, out.accepted)
         opener = self._network.opener(out.donor)
-        fetching = self._keeper.fetch_update(opener, wanted, self._network.on_state_bytes)
-        why = await self._failure_of(out.donor, fetching)
-        self._loop.feed(ev.FetchFailed(out.donor, out.head, why) if why else ev.UpdateFetched(out.head))
+        means: tuple[SignedMean, ...] = ()
+
+        async def fetching() -> None:
+            nonlocal means
+            means = await self._keeper.fetch_update(opener, wanted, self._network.on_state_bytes)
+
+        why = await self._failure_of(out.donor, fetching())
+        failed = ev.FetchFailed(out.donor, out.head, why)
+        self._loop.feed(failed if why else ev.UpdateFetched(out.head, means))
 
     def do_fetch_state(self, out: ev.FetchState) -> None:
         self._loop.spawn(self._fetch_state(out))

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tapestry.node.disk import signed_means
 from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, leads_to, restore
@@ -25,6 +26,7 @@ from tapestry.node.net.donor import Donor
 from tapestry.node.net.download import Wanted, fetch_state
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import OpenStream, TransferLimits, WantedUpdate, fetch_update
+from tapestry.node.protocol.audit import SignedMean
 from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
@@ -109,10 +111,13 @@ class Keeper:
         """
         payload.tensor = self._draft.put(shard, payload.tensor, digest)
 
-    def write_update(self, epoch: int, head: str, payloads: Sequence[Any]) -> None:
+    def write_update(
+        self, epoch: int, head: str, payloads: Sequence[Any], means: Sequence[SignedMean]
+    ) -> None:
         """In the result's thread; held as well till it is applied or the round ends."""
         tensors = [payload.tensor for payload in payloads]
-        self.store.write_update(epoch, head, tensors, self._draft)
+        self.store.drop_means(epoch - 1)
+        self.store.write_update(epoch, head, tensors, self._draft, signed_means.pack(means))
         self._voted_for = (head, tensors)
 
     def drop_result(self, committed: bool) -> None:
@@ -268,11 +273,11 @@ class Keeper:
 
     async def fetch_update(
         self, open_stream: OpenStream, wanted: WantedUpdate, on_bytes: Callable[[str, int], None]
-    ) -> None:
-        """Into the update log. Raises as transfer.py says."""
+    ) -> tuple[SignedMean, ...]:
+        """Into the update log. Returns and raises as transfer.py says."""
         arithmetic = self.state.arithmetic
         limits = replace(self._transfer, stall_s=self._stall_s(self._chain))
-        await fetch_update(open_stream, wanted, arithmetic, self.store, limits, on_bytes)
+        return await fetch_update(open_stream, wanted, arithmetic, self.store, limits, on_bytes)
 
     async def fetch_state(
         self,

@@ -4,6 +4,7 @@
     chain.jsonl      one sealed record per line, appended and synced: chain_file.py
     vote.json        what this node promised and accepted in the round under way; sealed
     updates/<epoch>-<head>.upd    the encoded result of each epoch
+    updates/<epoch>-<head>.means  who made it, while it is no record: signed_means.py
 
 Each of them survives a `kill -9` and a full disk at any moment: a file is replaced whole, and what an
 append left unfinished is cut off. A write that fails raises OSError and leaves what was there.
@@ -46,6 +47,7 @@ from tapestry.node.disk.files import (
     unseal,
     write_file,
 )
+from tapestry.node.disk.signed_means import SUFFIX as MEANS_SUFFIX
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
@@ -124,7 +126,7 @@ class Store:
 
     def __init__(self, home: Home, crypto: Crypto) -> None:
         self._home = home
-        self._crypto = crypto
+        self.crypto = crypto
         self._chain: ChainFile | None = None  # of a home with a genesis
         self._updates: dict[str, UpdateFile] = {}
         self._lock = threading.Lock()
@@ -134,7 +136,7 @@ class Store:
         self._home.updates.mkdir(exist_ok=True)
         genesis = self._load_genesis()
         if genesis is not None:
-            self._chain = ChainFile(self._home, genesis, self._crypto)
+            self._chain = ChainFile(self._home, genesis, self.crypto)
         vote = self._load_vote()
         self._load_updates()
         epoch = 0 if self._chain is None else len(self._chain)
@@ -144,12 +146,12 @@ class Store:
 
     def write_genesis(self, genesis: Genesis) -> None:
         atomic_write(self._home.genesis, canonical(genesis_to_dict(genesis)) + b"\n")
-        self._chain = ChainFile(self._home, genesis, self._crypto)
+        self._chain = ChainFile(self._home, genesis, self.crypto)
 
     def _load_genesis(self) -> Genesis | None:
         path = self._home.genesis
         try:
-            return genesis_from_dict(json.loads(path.read_bytes()), self._crypto)
+            return genesis_from_dict(json.loads(path.read_bytes()), self.crypto)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -202,10 +204,13 @@ class Store:
         head: str,
         payloads: Sequence[Tensor],  # uint8 (payload size,) for each shard
         draft: Draft | None = None,  # where some of them may lie already
+        means: bytes = b"",  # who made it: signed_means.py
     ) -> None:
-        """On disk when this returns. Writing one again does nothing."""
+        """On disk when this returns. Writing one again does nothing, but for `means` that were not there."""
         views = [_bytes_of(payload) for payload in payloads]
         path = self._home.updates / update_name(epoch, head)
+        if means:  # before the update: who has that can give both
+            atomic_write(path.with_suffix(MEANS_SUFFIX), means)
 
         known = draft.digests(payloads) if draft is not None else {}
         header = UpdateHeader(epoch, head, result_digest(payloads, known), tuple(map(len, views)))
@@ -223,6 +228,20 @@ class Store:
             else:
                 write_file(path, write)
             self._updates[head] = UpdateFile(epoch, path, header.size_bytes)
+
+    def read_means(self, epoch: int, head: str) -> bytes:
+        """Who made this update, as it was written beside it. Raises UpdateMissing and OSError."""
+        path = (self._home.updates / update_name(epoch, head)).with_suffix(MEANS_SUFFIX)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise UpdateMissing("missing", f"{path} is gone, or never was") from None
+
+    def drop_means(self, epoch: int) -> None:
+        """Of updates up to `epoch`, which are records, or never became one."""
+        for path in self._home.updates.glob(f"*{MEANS_SUFFIX}"):
+            if path.name < f"{epoch + 1:08d}":
+                path.unlink(missing_ok=True)
 
     def draft(self, sizes: Sequence[int], name: str = "draft") -> Draft:
         """For an update of payloads of these sizes; one of a name at a time."""
@@ -271,6 +290,7 @@ class Store:
         `base_epoch` is that of a checkpoint: with the updates after it, it is the state, so they stay even
         if the limits are smaller. Results of rounds that are over and were decided otherwise go.
         """
+        self.drop_means(chain.epoch)
         count, total_bytes = 0, 0
         for head in reversed(self.heads_with_updates()):
             update = self._updates.get(head)

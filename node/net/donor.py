@@ -110,6 +110,8 @@ class Donor:
                 raise RemoteProtocolError("not_member", "more than the genesis is for members")
             case {"ask": "update", "epoch": epoch, "head": head, **rest} if not rest:
                 await self._send_update(stream, _epoch(epoch), _digest(head), served)
+            case {"ask": "means", "epoch": epoch, "head": head, **rest} if not rest:
+                await self._send_means(stream, _epoch(epoch), _digest(head), served)
             case {"ask": "checkpoint", "epoch_max": epoch_max, **rest} if not rest:
                 await self._send_manifest(stream, _epoch(epoch_max))
             case {"ask": "chunk", "epoch": epoch, "head": head, "index": index, **rest} if not rest:
@@ -130,6 +132,15 @@ class Donor:
         await stream.send({"is": "update", "shards": len(payloads)})
         for index, payload in enumerate(payloads):
             await stream.send({"is": "shard", "index": index}, bytes_of(payload))
+
+    async def _send_means(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
+        try:
+            data = await asyncio.to_thread(self._store.read_means, epoch, head)
+        except UpdateMissing:
+            await stream.send({"is": "missing"})
+            return
+        served.part(epoch, head)
+        await stream.send({"is": "means"}, data)
 
     async def _send_piece(self, stream: Stream, digest: str, index: int, served: Serving) -> None:
         data = await asyncio.to_thread(self._base.piece, digest, index) if self._base is not None else None

@@ -4,6 +4,7 @@ A stream carries requests, one frame each, and their answers in the same order:
 
     genesis                      -> the genesis, in the header
     update (epoch, head)         -> the count of shards; then a frame for each shard's payload
+    means (epoch, head)          -> who made that update, with their signatures, while it is no record
     checkpoint (epoch_max)       -> the manifest of the newest checkpoint up to epoch_max
     chunk (epoch, head, index)   -> CHUNK_BYTES of that checkpoint's data
     file (digest, index)         -> PIECE_BYTES of a file of the base that the run pins
@@ -12,8 +13,9 @@ or the word `missing` or `busy`. A chunk is named by its checkpoint and not by w
 download can go on after a break, and with several donors. donor.py answers; download.py fetches checkpoints.
 
 Nothing from a donor is believed: an update has the digest that its record names before it is written to the
-update log, a chunk the digest of the manifest, and the state the digest that the chain signed. Chunks go
-straight into the state's own memory, which is torn until that digest was right.
+update log; one that a donor says to have accepted, and of which there is no record, is signed by those who
+made it (protocol/audit.py); a chunk has the digest of the manifest, and the state the digest that the chain
+signed. Chunks go straight into the state's own memory, which is torn until that digest was right.
 
 What a fetch raises: RemoteProtocolError when the donor did or sent what it may not; DonorFailed when it
 cannot or will not serve, ended the stream, was silent for stall_s, or slower than BYTES_PER_SECOND_MIN;
@@ -39,6 +41,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from tapestry.compression.refusals import RefusedPayload
+from tapestry.node.disk import signed_means
 from tapestry.node.disk.base import PIECE_BYTES, BaseError, BaseFile, BaseFolder
 from tapestry.node.disk.draft import Draft
 from tapestry.node.disk.store import Store, result_digest
@@ -53,7 +56,8 @@ from tapestry.node.net.wire import (
     unpack,
     write_frame,
 )
-from tapestry.node.protocol.chain import Crypto, Genesis, InvalidRecord, genesis_from_dict
+from tapestry.node.protocol.audit import SignedMean, means_fault
+from tapestry.node.protocol.chain import Body, Crypto, Genesis, InvalidRecord, genesis_from_dict
 from tapestry.node.state.model import Arithmetic
 
 CHUNKS_AHEAD = 8  # asked for before the first has come: 8 MiB hide 80 ms at 100 MB/s. Guess
@@ -106,6 +110,7 @@ class WantedUpdate:
     epoch: int  # of the state that it makes
     head: str
     result: str  # digest that the bytes must have
+    accepted: Body | None = None  # the value that it is the result of, while that is no record
 
 
 async def fetch_update(
@@ -115,14 +120,18 @@ async def fetch_update(
     store: Store,
     limits: TransferLimits,
     on_bytes: OnBytes,
-) -> None:
+) -> tuple[SignedMean, ...]:
     """Get an update into the update log. It is there only if it is the one that the record names.
 
-    Each shard goes to the disk as it comes: an update need not fit into memory.
+    Each shard goes to the disk as it comes: an update need not fit into memory. Returns who made it, of a
+    value that was accepted and is no record; else nothing.
     """
+    means: tuple[SignedMean, ...] = ()
     draft = store.draft(arithmetic.payload_sizes, f"fetch-{next(_fetches)}")
     try:
         async with opened(open_stream, limits, on_bytes) as stream:
+            if wanted.accepted is not None:
+                means = await _receive_means(stream, wanted, wanted.accepted, arithmetic, store)
             await stream.send({"ask": "update", "epoch": wanted.epoch, "head": wanted.head})
             answer, _ = await stream.answer("update", {"shards": int}, REQUEST_BYTES_MAX, 0)
             if answer["shards"] != len(arithmetic.shards):
@@ -135,9 +144,28 @@ async def fetch_update(
         if await asyncio.to_thread(result_digest, payloads, draft.digests(payloads)) != wanted.result:
             text = f"update {wanted.epoch} is not the one that its record names"
             raise RemoteProtocolError("digest", text)
-        await asyncio.to_thread(store.write_update, wanted.epoch, wanted.head, payloads, draft)
+        packed = signed_means.pack(means) if means else b""
+        await asyncio.to_thread(store.write_update, wanted.epoch, wanted.head, payloads, draft, packed)
+        return means
     finally:
         draft.drop()
+
+
+async def _receive_means(
+    stream: Stream, wanted: WantedUpdate, body: Body, arithmetic: Arithmetic, store: Store
+) -> tuple[SignedMean, ...]:
+    """Who made it, proven: asked before the update itself, which may be long."""
+    shard_count = len(arithmetic.shards)
+    await stream.send({"ask": "means", "epoch": wanted.epoch, "head": wanted.head})
+    _, data = await stream.answer("means", {}, REQUEST_BYTES_MAX, signed_means.bytes_max(shard_count))
+    try:
+        means = signed_means.unpack(data, shard_count)
+    except ValueError as error:
+        raise RemoteProtocolError("unproven", str(error)) from error
+    why = await asyncio.to_thread(means_fault, body, means, shard_count, store.crypto)
+    if why is not None:
+        raise RemoteProtocolError("unproven", f"update {wanted.epoch}, said to have been accepted: {why}")
+    return means
 
 
 def _put(

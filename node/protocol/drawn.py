@@ -20,8 +20,10 @@ from tapestry.node.protocol.exchange import Exchange
 def audit_of(
     ctx: Context, exchange: Exchange, record: Record, fetched: tuple[SignedMean, ...] = ()
 ) -> Audit | None:
-    """None where nothing is drawn, or nothing of it concerns us. `fetched`: who made the record's result, where
-    it was accepted before and we got it from who had."""
+    """None where nothing is drawn, or nothing of it concerns us.
+
+    `fetched`: who made the record's result, where we got it from a member that had accepted it.
+    """
     body, share = record.body, ctx.rules.audit_share
     due = due_shards(record.head, ctx.rules.shard_count, share, ctx.crypto) if share else ()
     if not due:

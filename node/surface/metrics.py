@@ -53,7 +53,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),
     *("magic", "version", "digest", "total", "device", "contiguous"),
     # net/transfer.py: what a donor gives
-    *("genesis", "update"),
+    *("genesis", "update", "unproven"),
     # dht/guard.py: calls to the DHT
     *("calls", "busy"),
     # net/links.py, daemon/network_desk.py: more than a peer may have of us

@@ -72,7 +72,7 @@ class Run:
         signature = self.crypto.sign(accept_message(head, 0))
         record = Record(body, head, 0, ((self.identity.peer_id, signature),))
         chain.check(record, self.crypto)
-        keeper.write_update(body.epoch, head, [*map(ResultPayload, payloads)])
+        keeper.write_update(body.epoch, head, [*map(ResultPayload, payloads)], ())
         keeper.append_record(record)
         return record
 

@@ -23,11 +23,13 @@ from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.throttle import Throttles
-from tapestry.node.net.transfer import DonorFailed
+from tapestry.node.net.transfer import DonorFailed, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
+from tapestry.node.protocol.audit import UNPROVEN, SignedMean
+from tapestry.node.protocol.chain import Body
 from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
@@ -124,6 +126,13 @@ class FakeKeeper:
     def drop_result(self, committed: bool) -> None: ...
 
     def copy_of_chain(self) -> None: ...
+
+    async def fetch_update(
+        self, opener: object, wanted: WantedUpdate, on_bytes: object
+    ) -> tuple[SignedMean, ...]:
+        if wanted.accepted is not None and wanted.result != wanted.accepted.result:
+            raise RemoteProtocolError("unproven", "not signed")
+        return (SignedMean(OTHER, "ab" * 32, "s"),) if wanted.accepted is not None else ()
 
     async def fetch_state(self, *_: object) -> None:
         self.fetching.set()
@@ -336,6 +345,22 @@ async def until(condition: Any) -> None:
         if condition():
             return
         await asyncio.sleep(0.001)
+
+
+def test_a_fetch_of_an_accepted_value_answers_with_who_made_it_or_that_nobody_has():
+    body = Body(RUN, 4, "cd" * 32, "ef" * 32, (), "aa" * 32)
+
+    async def main() -> None:
+        async with Bench() as bench:
+            for result, accepted in ((body.result, body), ("bb" * 32, body), ("bb" * 32, None)):
+                bench.says(ev.FetchUpdate(4, "dd" * 32, result, PEER, accepted))
+                await turns()
+            made, lie, of_record = bench.core.heard[-3:]
+            assert made == ev.UpdateFetched("dd" * 32, (SignedMean(OTHER, "ab" * 32, "s"),))
+            assert lie == ev.FetchFailed(PEER, "dd" * 32, UNPROVEN)
+            assert of_record == ev.UpdateFetched("dd" * 32, ())
+
+    run(main)
 
 
 def test_a_contribution_names_the_base_that_it_was_made_from():

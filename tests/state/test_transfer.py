@@ -13,11 +13,15 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from blake3 import blake3
 from state.kit import CRYPTO, STALL_S, Run, Stream, flip, new_state, state_bytes, stream_pair
 
+from tapestry.dht.identity import Identity
+from tapestry.node.disk import signed_means
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, restore
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.bucket import BURST_S
 from tapestry.node.net.donor import Donor
 from tapestry.node.net.download import Download, Wanted, fetch_manifest, fetch_state
@@ -27,12 +31,14 @@ from tapestry.node.net.transfer import (
     OnBytes,
     TransferLimits,
     WantedUpdate,
+    bytes_of,
     fetch_genesis,
     fetch_update,
 )
 from tapestry.node.net.transfer import Stream as Frames
 from tapestry.node.net.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
-from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict
+from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message
+from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict, head_of
 
 LIMITS = TransferLimits(stall_s=STALL_S)
 N = 300_001  # three chunks, the last one short; the second one lies in both vectors
@@ -447,6 +453,68 @@ def test_a_forged_genesis_is_refused(big: Run) -> None:
                 lambda open_stream: fetch_genesis(open_stream, CRYPTO, LIMITS, no_count),
             )
         assert raised.value.reason == reason
+
+
+# --- a value that a donor says to have accepted -------------------------------------------------------
+
+
+def accepted(run: Run, signer: NodeCrypto = CRYPTO) -> tuple[WantedUpdate, list[torch.Tensor], bytes]:
+    """What comes after the head, of which there is no record yet; its shards, and who made them."""
+    payloads = run.random_payloads()
+    body = run.next_record(payloads).body
+    inputs = inputs_digest(body.members, CRYPTO)
+    digests = [blake3(bytes_of(payload)).hexdigest() for payload in payloads]
+    (reducer,) = [m.peer for m in body.members]
+    means = [
+        SignedMean(reducer, digest, signer.sign(mean_message(body.prev, shard, digest, inputs)))
+        for shard, digest in enumerate(digests)
+    ]
+    wanted = WantedUpdate(body.epoch, head_of(body, CRYPTO), body.result, body)
+    return wanted, payloads, signed_means.pack(means)
+
+
+def fetch_of(run: Run, wanted: WantedUpdate, joiner: Store) -> Fetch:
+    arith = run.state.arithmetic
+    return lambda open_stream: fetch_update(open_stream, wanted, arith, joiner, LIMITS, no_count)
+
+
+def test_an_accepted_value_arrives_with_who_made_it_and_can_be_given_on(big: Run, joiner: Store) -> None:
+    wanted, payloads, means = accepted(big)
+    big.store.write_update(wanted.epoch, wanted.head, payloads, means=means)
+    got = between(donor(big).serve, fetch_of(big, wanted, joiner))
+    assert got == signed_means.unpack(means, len(payloads))
+    assert joiner.read_means(wanted.epoch, wanted.head) == means
+    assert all(map(torch.equal, joiner.read_update(wanted.epoch, wanted.head), payloads))
+
+
+@pytest.mark.parametrize(
+    "how", ["another signed", "for another value", "of too few shards", "no bytes of ours"]
+)
+def test_numbers_that_nobody_made_are_not_taken_for_an_accepted_value(
+    big: Run, joiner: Store, tmp_path: Path, how: str
+) -> None:
+    signer = NodeCrypto(Identity.load_or_create(tmp_path / "key")) if how == "another signed" else CRYPTO
+    wanted, payloads, means = accepted(big, signer)
+    if how == "for another value":
+        means = accepted(big)[2]
+    elif how == "of too few shards":
+        means = signed_means.pack(signed_means.unpack(means, len(payloads))[:-1])
+    elif how == "no bytes of ours":
+        means = b"\x91" + means
+    big.store.write_update(wanted.epoch, wanted.head, payloads, means=means)
+    with pytest.raises(RemoteProtocolError) as raised:
+        between(donor(big).serve, fetch_of(big, wanted, joiner))
+    assert raised.value.reason == "unproven" and not joiner.has_update(wanted.head)
+
+
+def test_who_has_an_update_and_not_who_made_it_says_missing(big: Run, joiner: Store) -> None:
+    wanted, payloads, means = accepted(big)
+    big.store.write_update(wanted.epoch, wanted.head, payloads, means=means)
+    big.store.drop_means(wanted.epoch - 1)
+    assert big.store.read_means(wanted.epoch, wanted.head) == means, "its round is not over"
+    big.store.drop_means(wanted.epoch)
+    with pytest.raises(DonorFailed, match="missing"):
+        between(donor(big).serve, fetch_of(big, wanted, joiner))
 
 
 # --- donors that cannot or will not ---------------------------------------------------------------------

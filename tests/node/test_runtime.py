@@ -355,7 +355,8 @@ def test_a_fetch_of_an_accepted_value_answers_with_who_made_it_or_that_nobody_ha
             for result, accepted in ((body.result, body), ("bb" * 32, body), ("bb" * 32, None)):
                 bench.says(ev.FetchUpdate(4, "dd" * 32, result, PEER, accepted))
                 await turns()
-            made, lie, of_record = bench.core.heard[-3:]
+            answers = [one for one in bench.core.heard if isinstance(one, ev.UpdateFetched | ev.FetchFailed)]
+            made, lie, of_record = answers
             assert made == ev.UpdateFetched("dd" * 32, (SignedMean(OTHER, "ab" * 32, "s"),))
             assert lie == ev.FetchFailed(PEER, "dd" * 32, UNPROVEN)
             assert of_record == ev.UpdateFetched("dd" * 32, ())

@@ -12,7 +12,7 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from simulation.draws import choice
+from simulation.draws import choice, hex_digits
 
 from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import agreement
@@ -94,9 +94,10 @@ class Inventors:
         self.heads.add(head)
         means = []
         for shard, digest in enumerate(digests):
-            signature = crypto.sign(mean_message(roster.head, shard, digest, inputs))
-            peers = [m.peer for m in roster.members]
-            reducer = self.name if self.signs else peers[roster.reducers[shard]]
+            if self.signs:
+                reducer, signature = self.name, crypto.sign(mean_message(roster.head, shard, digest, inputs))
+            else:
+                reducer, signature = roster.members[roster.reducers[shard]].peer, hex_digits(self.rng, 64)
             means.append(SignedMean(reducer, digest, signature))
         node.disk.updates[head] = (body.epoch, tuple(shards))
         node.disk.means[head] = tuple(means)

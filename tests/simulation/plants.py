@@ -333,7 +333,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 28)
+@plant("results of other members are kept for the next roster", 57)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -362,7 +362,7 @@ def contribution_used_twice() -> list[Patch]:
     return [(Exchange, "__init__", again), (Exchange, "contribute", remember)]
 
 
-@plant("a dead reducer keeps its shards, and nobody is left out for it", 37)
+@plant("a dead reducer keeps its shards, and nobody is left out for it", 99)
 def reducers_death_ignored() -> list[Patch]:
     exclude = Leader.exclude
 

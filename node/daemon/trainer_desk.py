@@ -130,9 +130,7 @@ class TrainerDesk:
                 name = await self._loop.compute(commit, self._own, event.epoch, payloads)
             except Refused as refused:
                 self._reporter.metrics.refused(refused.reason)
-                self._trainer.reject(
-                    str(refused)
-                )  # says so, and starts another, which begins this epoch again
+                self._trainer.reject(str(refused))  # says so; another one begins this epoch again
                 return
             self._contributed = name, event.generation
             self._health.contributed()

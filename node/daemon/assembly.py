@@ -39,6 +39,7 @@ from tapestry.node.disk.store import LoadedStore, Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.bring import Brought
+from tapestry.node.lineage.uses import require_brought
 from tapestry.node.net.join import Agreed
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits
@@ -237,6 +238,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
     """What the trainer is told, of the run and of this node. Raises UserError for undeclared data."""
     home = config.home
     protected = require(home, paths_of(config.data), BASE, today_utc(), beyond(config.data))
+    require_brought(home, today_utc())
     return WorkerSettings(
         training=training_spec(spec),
         data=config.data,

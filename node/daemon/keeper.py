@@ -22,6 +22,7 @@ from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, leads_to, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
+from tapestry.node.lineage.uses import note_left
 from tapestry.node.net.donor import Donor
 from tapestry.node.net.download import Wanted, fetch_state
 from tapestry.node.net.throttle import Throttles
@@ -61,6 +62,7 @@ class Keeper:
         begins: bool = False,  # `state` was made just now: it is the genesis' and lies in a checkpoint
     ) -> None:
         self.run_id = genesis.run_id
+        self._home = home
         self._base = base
         self._begins = begins
         self.store = store
@@ -132,6 +134,8 @@ class Keeper:
 
     def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
         """Leave a fork at `epoch` for `records`: how many of ours that drops, and how many tokens."""
+        if self._home.data_events.exists():  # what contributes from now on does so to earlier epochs
+            note_left(self._home, self.run_id, epoch)
         self.store.switch_chain(epoch, records)
         return self._chain.switch(epoch, records)
 

@@ -55,7 +55,7 @@ from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.lineage.island import begin as begin_island
-from tapestry.node.lineage.uses import note_use
+from tapestry.node.lineage.uses import Started, note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
@@ -242,7 +242,9 @@ class Daemon:
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
                 used = (self.home, BASE, sources_of(config.data), genesis.run_id, loaded.epoch)
-                await asyncio.to_thread(note_use, *used, linked)
+                reals = tuple(real for every in linked.values() for real in every)
+                node_says = Started(identity.peer_id, config.island, reals)
+                await asyncio.to_thread(note_use, *used, node_says)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)
             stack.push_async_callback(asyncio.to_thread, (await self._remember(genesis.run_id)).close)

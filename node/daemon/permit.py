@@ -1,7 +1,8 @@
 """Whether this node's data may still be used: asked before each epoch's training, and before it contributes.
 
 A consent ends at midnight, and `tapestry data revoke` takes effect on a running node: HOME/data.toml is read
-again whenever it, or the day, has changed. A file that cannot be read forbids.
+again whenever it, or the day, has changed. A file that cannot be read forbids. What an island brings was
+learnt from data of its own, which are asked for as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.uses import require_brought
 from tapestry.node.spec.data import DataSettings
 from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, require, today_utc
 from tapestry.node.trainer.data.errors import DataError
@@ -34,11 +36,12 @@ class DataPermit:
         self._refusal = ""
 
     def refusal(self) -> str:
-        now = (self._today(), _stamp(self._home))
+        now = (self._today(), _stamp(self._home), self._home.brought.exists())
         if now != self._seen:
             self._seen = now
             try:
                 require(self._home, self._paths, BASE, now[0], self._linked)
+                require_brought(self._home, now[0])
                 self._refusal = ""
             except UserError as error:
                 self._refusal = f"{error.line}; start the node again without it"

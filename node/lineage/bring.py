@@ -5,6 +5,9 @@ From then on each contribution of this member carries it (trainer/brought.py), u
 that names one: then the file goes. The chain alone decides that, so the difference counts once however the
 node ends: a contribution in a record of an epoch after the island began carried it, because there was
 none without. If a fork is lost whose record named it, it is lost with it, like any other contribution.
+
+What it was learnt from is written down before the file (uses.py): it may be revoked meanwhile, and a
+withdrawal names the record that took it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage import island
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import snapshot
+from tapestry.node.lineage.uses import note, note_brought
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.spec.run import RunSpec
@@ -40,6 +44,7 @@ def bring(home: Home, told: Told) -> None:
     began, here = island.require(home)
     if here.epoch == began.epoch:
         raise UserError(f"nothing was made on the island: {home.path} is where it began, epoch {here.epoch}")
+    note_brought(home, began.run_id, began.epoch)
     try:
         with tempfile.TemporaryDirectory(prefix=".bring-", dir=home.path) as scratch:
             told("bringing", 0, 2)
@@ -91,7 +96,8 @@ class Brought:
 
     def __init__(self, home: Home, own: str, run_id: str) -> None:
         """Raises UserError."""
-        self._path, self._own, self._since = home.brought, own, -1
+        self._home, self._path, self._own, self._since = home, home.brought, own, -1
+        self._run_id = run_id
         if not self._path.exists():
             return
         try:
@@ -118,8 +124,16 @@ class Brought:
             if body.epoch > self._since and any(one.peer == self._own and one.weight for one in body.members):
                 self._path.unlink(missing_ok=True)
                 self._since = -1
+                self._note(body.epoch)
                 _log.info("brought epoch=%d; what was learnt on the island is in it", body.epoch)
                 return
+
+    def _note(self, epoch: int) -> None:
+        """After the file is gone, which must not count twice. Without the note more is taken for touched."""
+        try:
+            note(self._home, "given", run_id=self._run_id, epoch=epoch)
+        except UserError as error:
+            _log.error("brought=not-noted reason=%r", error.line)
 
 
 def _unusable(path: Path, why: str) -> UserError:

@@ -26,6 +26,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import snapshot
 from tapestry.node.lineage.follow import read_genesis
+from tapestry.node.lineage.uses import note
 from tapestry.node.protocol.chain import record_from_dict
 
 # The chain last: while it is the island's, the way back is not finished.
@@ -100,6 +101,7 @@ def end(home: Home) -> Path:
         for name in MOVED:
             _exchange(home.path / name, home.island / name, target / name)
         sync_folder(home.path)
+        note(home, "rejoined", run_id=began.run_id, epoch=began.epoch)
         shutil.rmtree(home.island)
         final = shelf / target.name.removeprefix(".")
         os.rename(target, final)

@@ -1,12 +1,23 @@
 """HOME/data-events.jsonl: what data were declared, used and revoked, and when; the lines are linked.
 
     {"event": "declared", "at": ..., "path": ..., "declaration": {...}}
-    {"event": "used",     "at": ..., "purpose": "base", "run_id": ..., "epoch": 12, "sources": [PATH, ...]}
-             and where links of these led out of them: "linked": [PATH, ...]
+    {"event": "used",     "at": ..., "purpose": "base", "run_id": ..., "epoch": 12, "sources": [PATH, ...],
+             "peer": OWN, "island": false, "brings": false, "linked": [PATH, ...]}
+    {"event": "left",     "at": ..., "run_id": ..., "epoch": 9}
+    {"event": "brought",  "at": ..., "run_id": ..., "epoch": 12, "sources": [PATH, ...]}
+    {"event": "rejoined", "at": ..., "run_id": ..., "epoch": 12}
+    {"event": "given",    "at": ..., "run_id": ..., "epoch": 14}
     {"event": "revoked",  "at": ..., "path": ..., "reason": ...}
 
 A use of the base's begins at a start of the node and ends where the next one begins: in between every
-contribution of this member was made from those sources. A use of a derivative's is one training.
+contribution of this member was made from those sources, and perhaps the one after that, which was on its way
+when the node ended. `linked` are files that links led to, out of the sources. A use of a derivative's is one
+training.
+
+A fork that was `left` at an epoch takes what is used back there: the epochs after it are made anew. What was
+learnt on an island from some sources is `brought` by `rejoin --bring`, until the record at which it was
+`given`; what was used on the island itself touched no record that is left after `rejoined`.
+
 Says what the member's own node did; it never leaves the home, unless the member leaves with it.
 """
 
@@ -14,13 +25,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tapestry.node.disk.linked import BrokenLink, Linked, append_once, read_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond
+from tapestry.node.spec.data import split_field
+from tapestry.node.spec.declared import BASE, require
 
 Touches = Callable[[str], bool]  # whether a source is meant, by its path
 
@@ -52,13 +64,32 @@ def note(home: Home, event: str, **said: Any) -> None:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a node's start says beside its sources."""
+
+    peer: str  # its own id: a key can be replaced
+    island: bool = False  # trains on alone
+    linked: tuple[str, ...] = ()  # real paths that its sources' links lead to
+
+
 def note_use(
-    home: Home, purpose: str, sources: Iterable[str], run_id: str, epoch: int, linked: Beyond = NO_LINKS
+    home: Home, purpose: str, sources: Iterable[str], run_id: str, epoch: int, node: Started | None = None
 ) -> None:
     """Sources are about to be read for a purpose, on top of an epoch of a run. Raises UserError."""
-    beyond = [real for every in linked.values() for real in every]
-    said = {"linked": beyond} if beyond else {}
+    said: dict[str, Any] = {}
+    if node is not None:
+        said = {"peer": node.peer, "island": node.island, "brings": home.brought.exists()}
+        said |= {"linked": list(node.linked)} if node.linked else {}
     note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=list(sources), **said)
+
+
+def note_left(home: Home, run_id: str, epoch: int) -> None:
+    """A running node leaves a fork of the chain at this epoch. Raises OSError, which ends it."""
+    try:
+        note(home, "left", run_id=run_id, epoch=epoch)
+    except UserError as error:
+        raise OSError(error.line) from error
 
 
 def events(home: Home) -> Iterator[dict[str, Any]]:
@@ -77,32 +108,128 @@ def events(home: Home) -> Iterator[dict[str, Any]]:
 
 def spans(home: Home, touches: Touches) -> list[Span]:
     """When a source was used for the base. Raises UserError."""
-    found: list[Span] = []
-    open_from: tuple[str, int] | None = None
+    told = _Told(touches)
     for event in events(home):
-        if event["event"] != "used" or event["purpose"] != BASE:
-            continue
+        if (take := told.takes.get(event["event"])) is not None:
+            take(event)
+    return told.all()
+
+
+class _Told:
+    """What the events say, oldest first, of the sources that are meant."""
+
+    def __init__(self, touches: Touches) -> None:
+        self._touches = touches
+        self._closed: list[Span] = []
+        self._alone: list[Span] = []  # of an island that was not left
+        self._open: Span | None = None
+        self._open_alone = False
+        self._brought: Span | None = None
+        self.takes: dict[str, Callable[[dict[str, Any]], None]] = {
+            "used": self._used,
+            "left": self._left,
+            "brought": self._brings,
+            "rejoined": self._rejoined,
+            "given": self._given,
+        }
+
+    def all(self) -> list[Span]:
+        return [*self._closed, *self._alone, *(one for one in (self._open, self._brought) if one)]
+
+    def _used(self, event: dict[str, Any]) -> None:
+        if event["purpose"] != BASE:
+            return
         run_id, epoch = event["run_id"], event["epoch"]
-        if open_from is not None:
-            # A node that went back to an earlier state contributed to later epochs before it did.
-            found.append(Span(*open_from, max(epoch, open_from[1]) if run_id == open_from[0] else None))
-        used = any(touches(path) for path in (*event["sources"], *event.get("linked", ())))
-        open_from = (run_id, epoch) if used else None
-    if open_from is not None:
-        found.append(Span(*open_from, None))
-    return found
+        self._close(run_id, epoch)
+        if self._brought is not None and event.get("brings") is False:  # the file was moved away
+            self._closed.append(_ended(self._brought, run_id, epoch))
+            self._brought = None
+        if any(map(self._touches, (*event["sources"], *event.get("linked", ())))):
+            self._open, self._open_alone = Span(run_id, epoch, None), event.get("island", False)
+
+    def _close(self, run_id: str, epoch: int) -> None:
+        if self._open is not None:
+            (self._alone if self._open_alone else self._closed).append(_ended(self._open, run_id, epoch))
+            self._open = None
+
+    def _left(self, event: dict[str, Any]) -> None:
+        self._open = _from(self._open, event)
+        self._brought = _from(self._brought, event)
+
+    def _brings(self, event: dict[str, Any]) -> None:
+        touched = any(map(self._touches, event["sources"]))
+        self._brought = Span(event["run_id"], event["epoch"], None) if touched else None
+
+    def _rejoined(self, _event: dict[str, Any]) -> None:
+        if self._open_alone:
+            self._open, self._open_alone = None, False
+        self._alone = []
+
+    def _given(self, event: dict[str, Any]) -> None:
+        if self._brought is not None:
+            self._closed.append(replace(self._brought, last=event["epoch"]))
+            self._brought = None
+
+
+def _ended(span: Span, run_id: str, epoch: int) -> Span:
+    """By a start at an epoch of a run. A node that went back to an earlier state contributed to later epochs
+    before it did; and the round that it died in may have counted its contribution."""
+    return replace(span, last=max(epoch, span.first) + 1 if run_id == span.run_id else None)
+
+
+def _from(span: Span | None, left: dict[str, Any]) -> Span | None:
+    """After a fork was left."""
+    if span is None or span.run_id != left["run_id"]:
+        return span
+    return replace(span, first=min(span.first, left["epoch"]))
+
+
+def own_ids(home: Home) -> set[str]:
+    """By which this home's node was known when it used data: keys can be replaced. Raises UserError."""
+    return {event["peer"] for event in events(home) if event.get("peer")}
 
 
 def sources_since(home: Home, run_id: str, epoch: int) -> tuple[str, ...]:
     """All that the base was trained on in starts at this epoch or later, as --data names it."""
+    return _used_since(home, run_id, epoch, ("sources",))
+
+
+def _used_since(home: Home, run_id: str, epoch: int, keys: tuple[str, ...]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for event in events(home):
         if event["event"] == "used" and event["purpose"] == BASE and event["run_id"] == run_id:
             if event["epoch"] == epoch:
                 found = {}  # of an earlier start at this epoch; the last one went on from it
             if event["epoch"] >= epoch:
-                found |= dict.fromkeys(event["sources"])
+                found |= dict.fromkeys(path for key in keys for path in event.get(key, ()))
     return tuple(found)
+
+
+# --- what an island brings ----------------------------------------------------------------------------
+
+
+def note_brought(home: Home, run_id: str, epoch: int) -> None:
+    """What was learnt alone since `epoch` is going to be contributed. Raises UserError."""
+    sources = _used_since(home, run_id, epoch, ("sources", "linked"))
+    note(home, "brought", run_id=run_id, epoch=epoch, sources=list(sources))
+
+
+def require_brought(home: Home, today: datetime.date) -> None:
+    """Raises UserError if something is still to be contributed, and what it was learnt from may not be used
+    for the base any more."""
+    if not home.brought.exists():
+        return
+    sources: list[str] = []
+    for event in events(home):
+        if event["event"] == "brought":
+            sources = event["sources"]
+    try:
+        require(home, [split_field(one)[0] for one in sources], BASE, today)
+    except UserError as error:
+        raise UserError(
+            f"{home.brought} was learnt from what may not be used: {error.line}",
+            hint="move it away to go on without; the island itself lies in islands/",
+        ) from error
 
 
 def _broken(home: Home, error: BrokenLink) -> UserError:

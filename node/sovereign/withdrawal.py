@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.home import Home
 from tapestry.node.lineage.log import read_log
-from tapestry.node.lineage.uses import Span, Touches, spans
+from tapestry.node.lineage.uses import Span, Touches, own_ids, spans
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 
 
@@ -52,7 +52,7 @@ def withdrawal(home: Home, touches: Touches) -> Withdrawal:
     epoch, head, run_id = 0, "", ""
     for line in read_log(home, None) if used and home.genesis.exists() else ():
         run_id = run_id or line.run_id
-        ours = own is None or any(peer == own for peer, _ in line.members)
+        ours = own is None or any(peer in own for peer, _ in line.members)
         if ours and _in(used, run_id, line.epoch):
             before = before or (epoch, head or run_id)
             records.append((line.epoch, line.head))
@@ -61,11 +61,13 @@ def withdrawal(home: Home, touches: Touches) -> Withdrawal:
     return Withdrawal(tuple(records), epoch, before, tuple(_derivatives(Shelf(home), touches, run_id, first)))
 
 
-def _own(home: Home) -> str | None:
+def _own(home: Home) -> set[str] | None:
+    """Today's id, and those of keys that were replaced since. None, of a copy without its key: every record
+    counts."""
     try:
-        return Identity.load(home.identity_key).peer_id
+        return {Identity.load(home.identity_key).peer_id, *own_ids(home)}
     except IdentityError:
-        return None  # a copy without its key: every record counts
+        return None
 
 
 def _in(used: list[Span], run_id: str, epoch: int) -> bool:

@@ -16,12 +16,14 @@ from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.store import Store, result_digest, update_name
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.uses import note_use, spans
 from tapestry.node.net.transfer import TransferLimits
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
 from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.spec.declared import BASE
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec
 from tapestry.node.state.means import payload_digest
 from tapestry.node.state.model import Arithmetic, ModelState
@@ -226,7 +228,10 @@ def test_a_rollback_gives_the_state_as_it_was(run: Run) -> None:
     digests = [run.keeper.reached[1]]
     for seed in range(4):
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
+    note_use(run.home, BASE, ["/x"], run.keeper.run_id, 4)
     assert run.keeper.switch_chain(2, ()) == (2, 2)  # records, and tokens behind them
+    (span,) = spans(run.home, lambda _: True)  # what is used from now on is used from there on
+    assert (span.first, span.last) == (2, None)
     assert run.keeper.rollback(2) == (2, digests[2])
     assert run.open().restore().state_digest == digests[2]
 

@@ -21,7 +21,7 @@ from tapestry.node.lineage.bring import Brought, bring
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
-from tapestry.node.lineage.uses import note_use, sources_since
+from tapestry.node.lineage.uses import events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.protocol.members import Change, rollback_value
 from tapestry.node.sovereign.derivative import Shelf
@@ -157,6 +157,7 @@ def test_what_is_brought_is_the_difference_to_where_the_island_began(made: MadeH
     brought = read_brought(home.brought, at[2].numel())
     assert brought is not None and torch.equal(brought, at[5] - at[2]) and brought.any()
     assert island.tip(home).epoch == 2 and not home.island.exists()
+    assert [one["event"] for one in events(home)][-2:] == ["brought", "rejoined"]
     with pytest.raises(UserError, match="has still to bring"):
         island.begin(home)
 
@@ -188,6 +189,9 @@ def test_it_is_taken_away_by_the_first_record_after_the_island_that_names_this_m
     pending = Brought(made.home, own, run_id)
     pending.look(records[2:3])
     assert not made.home.brought.exists() and not pending.is_pending
+    *_, brought, given = events(made.home)
+    assert brought["sources"] == list(sources_since(made.home, run_id, 2)) and brought["epoch"] == 2
+    assert (given["event"], given["epoch"]) == ("given", 3)
     pending.look(records)  # nothing is left to do
     assert not Brought(made.home, own, run_id).is_pending
 

@@ -11,14 +11,16 @@ import pytest
 from click.testing import CliRunner
 from homes import MadeHome, make_home
 
+from tapestry.dht.identity import Identity
 from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
-from tapestry.node.lineage.uses import note_use
+from tapestry.node.home import Home
+from tapestry.node.lineage.uses import Span, Started, note, note_brought, note_use, spans
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Parent, Shelf, Version
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.withdrawal import withdrawal
-from tapestry.node.spec.declared import BASE, append, parse_declaration
+from tapestry.node.spec.declared import BASE, Revoked, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
 
 HEX = "ab" * 32
@@ -69,11 +71,78 @@ def version(parent: Parent, source: str, made_of: tuple[str, ...]) -> Version:
     )
 
 
-def test_a_source_touched_the_epochs_between_its_start_and_the_next_one(made: MadeHome) -> None:
+def test_a_source_touched_the_epochs_between_its_start_and_the_next_one_and_the_round_it_ended_in(
+    made: MadeHome,
+) -> None:
+    """A node that ends after it gave its contribution may be in a record that its own disk has not."""
     found = withdrawal(made.home, lambda path: path == "/b")
-    assert [epoch for epoch, _ in found.records] == [3, 4, 5]
+    assert [epoch for epoch, _ in found.records] == [3, 4, 5, 6]
     assert found.before == (2, made.chain.head_at(2)) and found.head_epoch == 6
     assert found.records[0][1] == made.chain.head_at(3)
+
+
+def told(tmp_path: Path, *said: tuple[str, dict[str, object]]) -> list[Span]:
+    """When /x was used, by these events; the node's id is its start's, and the run's epochs are few."""
+    home = Home(tmp_path)
+    for event, more in said:
+        note(home, event, **{"run_id": "run", "purpose": BASE, **more})
+    return spans(home, lambda path: path == "/x")
+
+
+def test_a_fork_that_was_left_takes_the_use_back_to_where_it_was_left(tmp_path: Path) -> None:
+    """The epochs after it are made anew, from the same source."""
+    used: dict[str, object] = {"epoch": 40, "sources": ["/x"]}
+    assert told(tmp_path, ("used", used), ("left", {"epoch": 35})) == [Span("run", 35, None)]
+    assert told(tmp_path, ("left", {"epoch": 38}), ("used", {"epoch": 37, "sources": []})) == [
+        Span("run", 35, 38)
+    ]
+
+
+ISLAND: tuple[tuple[str, dict[str, object]], ...] = (
+    ("used", {"epoch": 10, "sources": ["/x"], "island": True}),
+    ("used", {"epoch": 15, "sources": ["/y"], "island": True}),
+)
+
+
+def test_what_an_island_brings_is_in_the_record_that_took_it_and_in_no_other(tmp_path: Path) -> None:
+    brought = ("brought", {"epoch": 10, "sources": ["/x", "/y"]})
+    assert told(tmp_path, *ISLAND) == [Span("run", 10, 16)], "of the chain that was made alone"
+    assert told(tmp_path, brought, ("rejoined", {"epoch": 10})) == [Span("run", 10, None)]
+    started = ("used", {"epoch": 11, "sources": ["/y"], "brings": True})
+    assert told(tmp_path, started, ("given", {"epoch": 13})) == [Span("run", 10, 13)]
+
+
+def test_what_is_not_brought_any_more_touches_nothing_later(tmp_path: Path) -> None:
+    brought = ("brought", {"epoch": 10, "sources": ["/x"]})
+    moved_away = ("used", {"epoch": 12, "sources": ["/y"], "brings": False})
+    assert told(tmp_path, *ISLAND, brought, ("rejoined", {"epoch": 10}), moved_away) == [Span("run", 10, 13)]
+
+
+def test_contributions_under_a_key_that_was_replaced_are_named(made: MadeHome, tmp_path: Path) -> None:
+    home, old = Home(tmp_path / "rekeyed"), made.identities[0].peer_id
+    home.create()
+    for name in ("genesis.json", "chain.jsonl"):
+        (home.path / name).write_bytes((made.home.path / name).read_bytes())
+    new = Identity.load_or_create(home.identity_key).peer_id
+    run_id = made.chain.genesis.run_id
+    note_use(home, BASE, ["/x"], run_id, 1, Started(old))
+    assert [epoch for epoch, _ in withdrawal(home, lambda path: path == "/x").records] == [2, 3, 4, 5, 6]
+    note_use(home, BASE, [], run_id, 3, Started(new))
+    assert [epoch for epoch, _ in withdrawal(home, lambda path: path == "/x").records] == [2, 3, 4]
+
+
+def test_what_is_still_to_be_brought_is_asked_for_too(made: MadeHome, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    append(home, [parse_declaration("us, CC0-1.0", path, BASE) for path in ("/x", "/y")])
+    permit = DataPermit(home, ("/y",), lambda: datetime.date(2026, 12, 1))
+    note_use(home, BASE, ["/x:text"], "run", 10, Started("peer", island=True))
+    note_brought(home, "run", 10)
+    home.brought.touch()
+    assert permit.refusal() == ""
+    append(home, [Revoked("/x", "today")])
+    assert "was learnt from what may not be used: data /x is not read" in permit.refusal()
+    home.brought.unlink()
+    assert permit.refusal() == ""
 
 
 def test_derivatives_are_touched_by_their_data_their_base_and_their_parts(made: MadeHome) -> None:
@@ -97,9 +166,7 @@ def test_epochs_without_a_contribution_of_ours_are_not_named(made: MadeHome, tmp
     (other / "identity.key").write_bytes((made.home.path.parent / "member-1.key").read_bytes())
     (other / "identity.key").chmod(0o600)
     everyone = withdrawal(replace(made.home, path=other), lambda path: path == "/b")
-    assert [epoch for epoch, _ in everyone.records] == [3, 4, 5], "the second member contributed too"
-    from tapestry.dht.identity import Identity
-
+    assert [epoch for epoch, _ in everyone.records] == [3, 4, 5, 6], "the second member contributed too"
     (other / "identity.key").unlink()
     Identity.load_or_create(other / "identity.key")
     assert withdrawal(replace(made.home, path=other), lambda path: path == "/b").records == ()
@@ -112,13 +179,13 @@ def test_revoke_stops_the_use_says_what_it_touched_and_leaves_a_home_that_holds(
     assert permit.refusal() == ""
     run = CliRunner().invoke(cli, ["data", "revoke", "/b", "--home", str(made.home.path), "--json"])
     told = json.loads(run.stdout)
-    assert [epoch for epoch, _ in told["records"]] == [3, 4, 5] and told["before"][0] == 2
+    assert [epoch for epoch, _ in told["records"]] == [3, 4, 5, 6] and told["before"][0] == 2
     assert "data /b is not read: /b was revoked at" in permit.refusal()
     assert DataPermit(made.home, ("/a",)).refusal() == ""
     listed = CliRunner().invoke(cli, ["data", "list", "--home", str(made.home.path)])
     assert "base: may be used" in listed.stdout and "revoked at" in listed.stdout
     checked = CliRunner().invoke(cli, ["data", "check", "/b", "/a", "--home", str(made.home.path)])
-    assert checked.exit_code == 4 and "used in 3 records and 3 derivatives" in checked.stdout
+    assert checked.exit_code == 4 and "used in 4 records and 3 derivatives" in checked.stdout
     assert "data-events.jsonl" not in faulty(made)
     events = made.home.data_events.read_text().replace('"/b"', '"/x"')
     made.home.data_events.write_text(events)

@@ -13,7 +13,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.uses import Span, note_use, spans
+from tapestry.node.lineage.uses import Span, Started, note_use, spans
 from tapestry.node.spec.data import DataSettings, SourceSettings
 from tapestry.node.spec.declared import (
     BASE,
@@ -114,7 +114,7 @@ def test_what_links_of_a_followed_folder_lead_to_must_be_declared_and_kept_clear
     assert permit.refusal() == ""
     append(home, [Revoked(str(outside / "a.txt"), "today")])
     assert "was revoked" in permit.refusal()
-    note_use(home, BASE, [str(folder)], "run", 3, linked)
+    note_use(home, BASE, [str(folder)], "run", 3, Started("peer", linked=linked[str(folder)]))
     assert spans(home, lambda path: path == str(outside / "a.txt")) == [Span("run", 3, None)]
 
 

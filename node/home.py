@@ -247,6 +247,22 @@ class Home:
         if self.is_held():
             raise self._in_use()
 
+    def require_way(self, alone: bool) -> None:
+        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it."""
+        if alone and not self.genesis.exists():
+            raise UserError(f"{self.path} holds no run to go on with alone")
+        if not alone and self.island.exists():
+            raise UserError(
+                f"{self.path} is on an island: epochs that it made alone would be given up",
+                hint="tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a "
+                "derivative of it; --island goes on alone",
+            )
+        if alone and not self.island.exists() and self.brought.exists():
+            raise UserError(
+                f"{self.path} has still to bring to the others what it learnt on its last island",
+                hint="start it without --island until that is in a record: the log says brought",
+            )
+
     def lock(self) -> HomeLock:
         """Take the home for this process; raises UserError with exit code 2 if a live node has it."""
         try:

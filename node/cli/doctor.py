@@ -31,6 +31,7 @@ from tapestry.node.surface.findings import Finding, wrong
 @click.option("--listen", metavar="MADDR", multiple=True, help="As for start.")
 @click.option("--http", metavar="HOST:PORT", help="As for start.")
 @click.option("--device", metavar="DEVICE", help="As for start.")
+@click.option("--island", is_flag=True, default=None, help="As for start.")
 @json_option
 def doctor(home: str | None, as_json: bool, **flags: Any) -> int:
     """Check ports, reachability, clock, disk, memory, devices and versions; exit 0 if a node could train

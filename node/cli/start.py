@@ -189,17 +189,6 @@ def _end_early(number: int, frame: FrameType | None) -> None:
     os._exit(int(ExitCode.DONE))
 
 
-def _check_island(config: NodeConfig) -> None:
-    if config.island and not config.home.genesis.exists():
-        raise UserError(f"{config.home.path} holds no run to go on with alone")
-    if not config.island and config.home.island.exists():
-        raise UserError(
-            f"{config.home.path} is on an island: epochs that it made alone would be given up",
-            hint="tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a "
-            "derivative of it; --island goes on alone",
-        )
-
-
 def _check_early(config: NodeConfig, declaration: str | None) -> None:
     """What is wrong at first sight is said before the imports, which take seconds; nothing undeclared is
     opened."""
@@ -207,7 +196,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     from tapestry.node.trainer.data.sources import linked_out, list_data
 
     config.home.require_free()
-    _check_island(config)
+    config.home.require_way(alone=config.island)
     if config.external:
         return
     paths = paths_of(config.data)

@@ -4,8 +4,8 @@ Each look is a function that gives findings; nothing is changed, and what is sta
 made for the purpose, a file of some MB in the home) is gone afterwards. What needs a peer or a run that is
 not known is said to be not checked, and is no fault.
 
-    home, data, versions, limits -> memory, disk (what the run's model needs) -> device -> ports -> the peer:
-    reached, its run, clock, can it dial back
+    home, its files, data, versions, limits -> memory, disk (what the run's model needs) -> device -> ports ->
+    the peer: reached, its run, clock, can it dial back
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
 from tapestry.node.disk.home_mark import read_mark
+from tapestry.node.disk.store import read_vote
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
@@ -54,8 +55,11 @@ from tapestry.node.spec.size import (
     size_fault,
 )
 from tapestry.node.surface.findings import Finding, Verdict, passed, unknown, wrong
+from tapestry.node.surface.tls import ServerTls
+from tapestry.node.surface.token import Token
+from tapestry.node.trainer.brought import BroughtError, read_about
 from tapestry.node.trainer.data.errors import DataError
-from tapestry.node.trainer.data.sources import list_data
+from tapestry.node.trainer.data.sources import linked_out, list_data
 
 TRIAL_BYTES = 32 << 20
 SYNC_S_MAX = 1.0  # Guess: a vote is synced a few times a round
@@ -87,6 +91,7 @@ async def examine(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
 
     held = config.home.is_held()
     told(look_at_home(config.home, held))
+    told(look_at_files(config, held))
     told(look_at_data(config))
     told(look_at_versions())
     told(look_at_limits())
@@ -128,17 +133,53 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
     yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
 
 
+def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
+    """What a start reads before it looks for its run, by the start's own readers; all that is wrong of it."""
+    home, faults = config.home, 0
+    for read in (
+        lambda: None if held else home.require_way(alone=config.island),
+        lambda: Identity.load(home.identity_key) if os.path.lexists(home.identity_key) else None,
+        lambda: Token.load_or_create(home.http_token) if home.http_token.exists() else None,
+        lambda: read_vote(home),
+        lambda: _certificate(config),
+        lambda: read_about(home.brought) if home.brought.exists() else None,
+    ):
+        try:
+            read()
+        except UserError as error:
+            faults += 1
+            yield wrong("files", error.line, error.hint or f"tapestry verify {home.path}")
+        except IdentityError as error:
+            faults += 1
+            yield wrong("files", str(error), "`tapestry restore` makes the home of a backup again")
+        except BroughtError as error:
+            faults += 1
+            yield wrong("files", str(error), "move it away to go on without; the island lies in islands/")
+        except OSError as error:
+            faults += 1
+            cure = "files of the home are for the user of the node"
+            yield wrong("files", f"{error.filename}: {error.strerror}", cure)
+    if not faults:
+        yield passed("files", "key, token, vote and certificate can be used, where there are any")
+
+
+def _certificate(config: NodeConfig) -> None:
+    """Raises UserError."""
+    if config.http_tls is not None:
+        with tempfile.TemporaryDirectory(prefix="tapestry-doctor-") as folder:
+            ServerTls(*config.http_tls, Path(folder) / "shown")
+
+
 def look_at_data(config: NodeConfig) -> Iterator[Finding]:
     if config.external:
         yield unknown("data", "a script brings them, or see settings above")
         return
     try:
-        require(config.home, paths_of(config.data), BASE, today_utc())
+        require(config.home, paths_of(config.data), BASE, today_utc(), linked_out(config.data))
+        listings = list_data(config.data)
     except UserError as error:
         yield wrong("data", error.line, error.hint or "")
         return
-    try:
-        listings = list_data(config.data)
     except DataError as error:
         yield wrong("data", str(error), "name text with --data, or in [data] of node.toml")
         return

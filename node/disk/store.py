@@ -137,7 +137,7 @@ class Store:
         genesis = self._load_genesis()
         if genesis is not None:
             self._chain = ChainFile(self._home, genesis, self.crypto)
-        vote = self._load_vote()
+        vote = read_vote(self._home)
         self._load_updates()
         epoch = 0 if self._chain is None else len(self._chain)
         return LoadedStore(genesis, epoch, vote, self.heads_with_updates())
@@ -182,19 +182,6 @@ class Store:
     def write_vote(self, vote: Vote) -> None:
         """On disk when this returns: only then may it be sent."""
         atomic_write(self._home.vote, seal(_vote_to_dict(vote)) + b"\n")
-
-    def _load_vote(self) -> Vote | None:
-        path = self._home.vote
-        try:
-            return _vote_from_dict(unseal(path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged: {error}; without it this node might vote twice in one round",
-                exit_code=ExitCode.FAILED,
-                hint="restore it, or move it away once the run has committed an epoch without this node",
-            ) from error
 
     # --- updates -------------------------------------------------------------------------------
 
@@ -338,6 +325,20 @@ def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_K
         for shard, payload in enumerate(payloads)
     ]
     return blake3("".join(digests).encode()).hexdigest()
+
+
+def read_vote(home: Home) -> Vote | None:
+    """None of a node that has promised nothing. Raises UserError, OSError."""
+    try:
+        return _vote_from_dict(unseal(home.vote.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{home.vote} is damaged: {error}; without it this node might vote twice in one round",
+            exit_code=ExitCode.FAILED,
+            hint="restore it, or move it away once the run has committed an epoch without this node",
+        ) from error
 
 
 def _vote_to_dict(vote: Vote) -> dict[str, Any]:

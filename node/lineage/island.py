@@ -48,11 +48,7 @@ def begin(home: Home) -> Tip:
     Raises UserError, OSError.
     """
     if not home.island.exists():
-        if home.brought.exists():
-            raise UserError(
-                f"{home.path} has still to bring to the others what it learnt on its last island",
-                hint="start it without --island until that is in a record: the log says brought",
-            )
+        home.require_way(alone=True)
         new = home.island.with_name("island.new")
         shutil.rmtree(new, ignore_errors=True)
         snapshot(home, new)

@@ -138,6 +138,41 @@ def test_a_home_that_cannot_be_written_and_one_of_a_later_version_are_wrong(tmp_
     assert finding.verdict is Verdict.WRONG and "cannot be written" in finding.text
 
 
+def test_whatever_a_start_refuses_in_its_home_is_wrong_and_nothing_is_made(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.path.mkdir()
+    pem = tmp_path / "none.pem"
+    pem.write_text("no certificate")
+    (home.path / "node.toml").write_text(f'http_cert = "{pem}"\nhttp_key = "{pem}"\n')
+    alone, config = (NodeConfig.resolve(home, {"external": True, "island": one}, {}) for one in (True, None))
+
+    def said(config: NodeConfig, held: bool = False) -> list[str]:
+        findings = list(doctor.look_at_files(config, held))
+        assert all(one.cure for one in findings if one.verdict is Verdict.WRONG)
+        return [one.text for one in findings if one.verdict is Verdict.WRONG]
+
+    (tls,) = said(config)
+    assert str(pem) in tls and [str(path) for path in home.path.iterdir()] == [f"{home.path}/node.toml"]
+    assert "holds no run to go on with alone" in said(alone)[0]
+    (home.path / "node.toml").unlink()
+    config = NodeConfig.resolve(home, {"external": True}, {})
+    assert said(config) == []
+    home.island.mkdir()
+    assert ["is on an island" in text for text in said(config)] == [True] and said(config, held=True) == []
+    home.island.rmdir()
+    for path, text in (
+        (home.identity_key, "identity.key"),
+        (home.vote, "vote.json is damaged"),
+        (home.brought, "brought.safetensors"),
+        (home.http_token, "can be read by other users"),
+    ):
+        path.write_text("x" * 64)
+        path.chmod(0o644 if path == home.http_token else 0o600)
+        (found,) = said(config)
+        assert text in found
+        path.unlink()
+
+
 def test_a_port_that_is_taken_is_wrong_and_a_running_node_has_its_own(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         flags = {"http": f"127.0.0.1:{listening.getsockname()[1]}", "external": True}

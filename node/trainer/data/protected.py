@@ -3,7 +3,8 @@
 What is judged, and dropped as a whole, is a row of a table or a paragraph of plain text (lines up to a blank
 one). A domain's patterns look for themselves; its command is a program of the member's own that is started
 once for a source, gets each text as a line of JSON and answers it with 1 (drop) or 0 (keep). A program that
-answers anything else, ends, or is silent for COMMAND_WAIT_S ends the reading: what nobody judged is not read.
+answers anything else, ends, or takes over COMMAND_WAIT_S for one text ends the reading: what nobody judged is
+not read.
 
 Imports of the node only spec/data.py. Must not import torch.
 """
@@ -11,9 +12,12 @@ Imports of the node only spec/data.py. Must not import torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,8 +50,15 @@ def clear(pieces: Iterator[Piece], is_table: bool, judge: Judge, dropped: OnDrop
 
 
 def digest_of(domains: Sequence[Domain]) -> list[list[object]]:
-    """What the ids of a source depend on: a changed rule reads it again."""
-    return [[one.name, list(one.patterns), list(one.command)] for one in domains]
+    """What the ids of a source depend on: a changed rule reads it again, a changed file of a command too."""
+    return [[one.name, list(one.patterns), list(one.command), *_files_of(one.command)] for one in domains]
+
+
+def _files_of(command: Sequence[str]) -> list[list[object]]:
+    """Size and time of change of the program and of each argument that is a file."""
+    paths = [shutil.which(command[0]) or command[0], *command[1:]] if command else []
+    infos = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
+    return [[path, info.st_size, info.st_mtime_ns] for path, info in infos]
 
 
 def _rows(pieces: Iterator[Piece], judge: Judge, dropped: OnDropped) -> Iterator[Piece]:
@@ -118,12 +129,10 @@ class _Program:
     def says(self, text: str) -> bool:
         """Raises DataError."""
         process = self._process or self._begun()
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(text).encode() + b"\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], COMMAND_WAIT_S)
-            answer = process.stdout.readline(ANSWER_BYTES_MAX).strip() if ready else b""
+            answer = _asked(process, json.dumps(text).encode() + b"\n")
+        except TimeoutError as error:
+            raise self._failed(f"it did not answer within {COMMAND_WAIT_S:g} s") from error
         except OSError as error:
             raise self._failed(f"it ended: {error.strerror}") from error
         if answer not in (b"0", b"1"):
@@ -131,17 +140,23 @@ class _Program:
         return answer == b"1"
 
     def end(self) -> None:
+        """Nobody waits for what it started itself: that may hold the pipes for ever."""
         if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                pipe.close()
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
 
     def _begun(self) -> subprocess.Popen[bytes]:
         try:
             self._process = subprocess.Popen(
-                self.domain.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1 << 16
+                self.domain.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
         except OSError as error:
             raise self._failed(f"it cannot be started: {error.strerror}") from error
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
 
     def _failed(self, why: str) -> DataError:
@@ -149,3 +164,28 @@ class _Program:
             f"the program of the protected domain {self.domain.name} cannot judge the data, so they are not "
             f"read: {why}"
         )
+
+
+def _asked(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    """What it answers to a line, by COMMAND_WAIT_S from now. Raises TimeoutError, OSError."""
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
+    deadline_s = time.monotonic() + COMMAND_WAIT_S
+    rest, answer = memoryview(line), b""
+    poller = select.poll()
+    poller.register(stdin, select.POLLOUT)
+    poller.register(stdout, select.POLLIN)
+    while rest or not answer.endswith(b"\n"):
+        ready = dict(poller.poll(1000 * max(0.0, deadline_s - time.monotonic())))
+        if not ready:
+            raise TimeoutError
+        if stdin in ready:
+            rest = rest[os.write(stdin, rest) :]
+            if not rest:
+                poller.unregister(stdin)
+        if stdout in ready:
+            more = os.read(stdout, ANSWER_BYTES_MAX)
+            answer += more
+            if not more or len(answer) > ANSWER_BYTES_MAX:
+                break
+    return answer.strip()

@@ -80,6 +80,32 @@ def test_what_a_program_does_not_judge_is_not_read(tmp_path: Path, body: str) ->
         read(f"{path}:text", tmp_path / "cache", _program(tmp_path, body))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "signal.pause()",
+        "sys.stdout.write('1'); sys.stdout.flush(); signal.pause()",
+        "print(0, flush=True); signal.pause()",  # the next text fills the pipe
+    ],
+)
+def test_a_program_that_stops_reading_or_answering_ends_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.setattr("tapestry.node.trainer.data.protected.COMMAND_WAIT_S", 0.5)
+    domain = _program(tmp_path, f"import signal; {body}")
+    with judge_of([domain]) as judge, pytest.raises(DataError, match=r"did not answer within 0\.5 s"):
+        for _ in range(2):
+            judge("x" * (1 << 20))
+
+
+def test_a_program_that_changed_reads_the_data_again(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["a clean row of text", "a zebra of the row"])
+    domain = _program(tmp_path, "print(0, flush=True)")
+    assert len(documents_of(read(f"{path}:text", tmp_path / "cache", domain))) == 2
+    assert _program(tmp_path, "print(int('zebra' in text), flush=True)") == domain
+    assert len(documents_of(read(f"{path}:text", tmp_path / "cache", domain))) == 1
+
+
 def test_a_program_that_is_not_there_is_named() -> None:
     domain = Domain("secret", (), ("/no/such/program",))
     with judge_of([domain]) as judge, pytest.raises(DataError, match="cannot be started: No such file"):

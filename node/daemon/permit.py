@@ -8,14 +8,13 @@ learnt from data of its own, which are asked for as well.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
 from tapestry.node.spec.data import DataSettings
-from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, require, today_utc
+from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import linked_out
 
@@ -36,7 +35,7 @@ class DataPermit:
         self._refusal = ""
 
     def refusal(self) -> str:
-        now = (self._today(), _stamp(self._home), self._home.brought.exists())
+        now = (self._today(), stamp_of(self._home), self._home.brought.exists())
         if now != self._seen:
             self._seen = now
             try:
@@ -54,11 +53,3 @@ def beyond(settings: DataSettings) -> Beyond:
         return linked_out(settings)
     except DataError as error:
         raise UserError(str(error)) from error
-
-
-def _stamp(home: Home) -> tuple[int, int] | None:
-    try:
-        info = os.stat(home.data_toml)
-    except OSError:
-        return None
-    return info.st_mtime_ns, info.st_size

@@ -184,6 +184,13 @@ def _from(span: Span | None, left: dict[str, Any]) -> Span | None:
     return replace(span, first=min(span.first, left["epoch"]))
 
 
+def training_uses(home: Home) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Of derivatives: name and sources of each training that was begun. Raises UserError."""
+    for event in events(home):
+        if event["event"] == "used" and event["purpose"].startswith("derive:"):
+            yield event["purpose"].removeprefix("derive:"), tuple(event["sources"])
+
+
 def own_ids(home: Home) -> set[str]:
     """By which this home's node was known when it used data: keys can be replaced. Raises UserError."""
     return {event["peer"] for event in events(home) if event.get("peer")}

@@ -9,6 +9,7 @@
     gates.py       whether a version takes the place of the one before, and why not
     transplant.py  numbers only: a difference brought onto another base; task vectors, TIES, DARE
     build.py       derive, evaluate, rebase, merge: the order of the steps, and nothing else
+    standing.py    whether the data may still be used, asked at every step
     release.py     a derivative as a Hugging Face directory with a card
 
 A command of cli/sovereign.py calls build.py; build.py calls the others; none of them calls build.py. The base

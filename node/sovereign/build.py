@@ -68,6 +68,7 @@ from tapestry.node.sovereign.plans import (
 )
 from tapestry.node.sovereign.recipe import Recipe, Told, recipe_paths
 from tapestry.node.sovereign.rows import Prepared, prepare
+from tapestry.node.sovereign.standing import asking, behind, joined, of_recipe
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
@@ -101,8 +102,8 @@ def derive(
                 hint=f"tapestry rebase {name} brings it to a newer base; another name makes another one",
             )
         plan = begun(folder / "v1", recipe, epoch, restart)
+        told = asking(home, of_recipe(name, recipe), told)
         if plan is None:
-            require(home, recipe_paths(recipe), f"derive:{name}", today_utc())
             plan = Plan(recipe, export_base(shelf, home, epoch, told))
             write_plan(folder / "v1", plan)
         base = require_base(shelf, home, plan.parent, told)
@@ -129,6 +130,8 @@ def rebase(
         version = derivative.version()
         if repair_share:
             require_extra()
+        repair = of_recipe(name, version.recipe) if repair_share else {}
+        told = asking(home, joined(repair, behind(shelf, name, version)), told)
         place = folder / f"v{derivative.next_number}"
         plan = None if restart else begun_plan(place)
         steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
@@ -179,6 +182,8 @@ def merge(
                     f"{name} stands on {version.parent}, {parts[0][0]} on {parent}",
                     hint=f"tapestry rebase {name} --onto {parent.epoch} first",
                 )
+        for name, version in parts:
+            told = asking(home, behind(shelf, name, version), told)
         tokens = {name: kept_tokens(shelf.of(name)) for name in names}
         if len(set(tokens.values())) > 1:
             raise UserError(
@@ -221,6 +226,7 @@ def keep_island(home: Home, name: str, *, told: Told) -> Built:
         parent = export_base(shelf, Home(home.island), began.epoch, told)
         base = shelf.base(parent)
         recipe = island_recipe(home, parent)
+        told = asking(home, of_recipe(name, recipe), told)
         plan = Plan(recipe, parent)
         write_plan(place, plan)
         export_home(home, place / "whole", here.epoch, progress=told)
@@ -257,6 +263,7 @@ def evaluate(
     with _one_line(), shelf.locked(name) as folder:
         derivative = shelf.require(name)
         version = derivative.version(number)
+        told = asking(home, behind(shelf, name, version), told)
         base = require_base(shelf, home, version.parent, told)
         model = shelf.model(name, version.number)
         if (found := weights_digest(model)) != version.digest:

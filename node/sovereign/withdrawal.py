@@ -3,7 +3,7 @@
 The answer to a person who withdraws a consent. Nothing can be taken out of a mean again: what helps is to go
 on from the state before, or to live with it, and this says which state that is. It errs on the side of naming
 too much: every contribution that this member made while the source was in use, every state of the base after
-the first of them, and every derivative that stands on one.
+the first of them, and every derivative that stands on one, or was begun and not finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.home import Home
 from tapestry.node.lineage.log import read_log
-from tapestry.node.lineage.uses import Span, Touches, own_ids, spans
+from tapestry.node.lineage.uses import Span, Touches, own_ids, spans, training_uses
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 
 
@@ -58,7 +58,9 @@ def withdrawal(home: Home, touches: Touches) -> Withdrawal:
             records.append((line.epoch, line.head))
         epoch, head = line.epoch, line.head
     first = records[0][0] if records else None
-    return Withdrawal(tuple(records), epoch, before, tuple(_derivatives(Shelf(home), touches, run_id, first)))
+    shelf = Shelf(home)
+    made = _derivatives(shelf, touches, run_id, first) + _unfinished(shelf, touches)
+    return Withdrawal(tuple(records), epoch, before, tuple(made))
 
 
 def _own(home: Home) -> set[str] | None:
@@ -88,6 +90,13 @@ def _derivatives(shelf: Shelf, touches: Touches, run_id: str, first: int | None)
                 why[name] = found
         if len(why) == known:
             return sorted(why.items())
+
+
+def _unfinished(shelf: Shelf, touches: Touches) -> list[tuple[str, str]]:
+    """Begun with it, and not finished: its text lies there as ids, and a model that learns from it."""
+    names = {name: None for name, paths in training_uses(shelf.home) if any(map(touches, paths))}
+    begun = [name for name in names if shelf.of(name).is_dir() and shelf.read(name) is None]
+    return [(name, f"begun with it and not finished: delete {shelf.of(name)}") for name in sorted(begun)]
 
 
 def _touched(

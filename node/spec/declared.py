@@ -21,7 +21,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Literal, get_args
@@ -238,6 +238,38 @@ def require(
             why += f" (a link in {source} leads there)" if source else ""
             raise UserError(f"data {path} is not read: {why}", exit_code=ExitCode.USAGE, hint=hint)
     return declared.protections(paths, linked)
+
+
+class Standing:
+    """`require`, asked again and again: data.toml is read anew only when it, or the day, has changed."""
+
+    def __init__(
+        self,
+        home: Home,
+        uses: Mapping[str, Iterable[str]],  # paths by their purpose
+        today: Callable[[], datetime.date] = today_utc,
+    ) -> None:
+        self._home = home
+        self._uses = {purpose: tuple(paths) for purpose, paths in uses.items()}
+        self._today = today
+        self._seen: object = None
+
+    def require(self) -> None:
+        """Raises UserError if one of them may not be used any more."""
+        now = (self._today(), stamp_of(self._home))
+        if now != self._seen:
+            for purpose, paths in self._uses.items():
+                require(self._home, paths, purpose, now[0])
+            self._seen = now
+
+
+def stamp_of(home: Home) -> tuple[int, int] | None:
+    """Of data.toml: it differs when the file was changed. None if there is none."""
+    try:
+        info = os.stat(home.data_toml)
+    except OSError:
+        return None
+    return info.st_mtime_ns, info.st_size
 
 
 def undeclared(home: Home, paths: Iterable[str], purpose: str) -> list[str]:

@@ -27,7 +27,8 @@ from tapestry.node.sovereign.release import release
 from tapestry.node.sovereign.rows import prepare
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.training import train
-from tapestry.node.spec.declared import append, parse_declaration
+from tapestry.node.sovereign.withdrawal import withdrawal
+from tapestry.node.spec.declared import Revoked, append, parse_declaration
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.models.weights import weights_digest
 
@@ -270,6 +271,46 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
     write_manifest(tmp_path / "out")
     (fault,) = verify(tmp_path / "out", told=_quiet).faults
     assert fault.file == "adapter_config.json"
+
+
+def test_a_revocation_ends_a_training_within_a_step_and_the_report_names_what_it_left(made: MadeHome) -> None:
+    source = made.home.path.parent / "short.jsonl"
+    shutil.copyfile(made.home.path.parent / "pairs.jsonl", source)
+    append(made.home, [parse_declaration("us, CC0-1.0, open", str(source), "derive:*")])
+    steps = []
+
+    def told(what: str, done: int, _total: int) -> None:
+        steps.append((what, done))
+        if steps[-1] == ("training", 2):
+            append(made.home, [Revoked(str(source), "today")])
+
+    recipe = replace(_recipe(made), data=(str(source),))
+    with pytest.raises(UserError, match=r"short.jsonl is not read: .* was revoked at today"):
+        build.derive(made.home, "ended", recipe, 2, told=told)
+    assert steps[-1] == ("training", 2)
+    found = withdrawal(made.home, lambda path: path == str(source)).derivatives
+    assert [name for name, _ in found] == ["ended"] and "not finished: delete" in found[0][1]
+    with pytest.raises(UserError, match="was revoked at today"):
+        build.derive(made.home, "ended", recipe, 2, told=told)
+    assert steps[-1] == ("training", 2), "given again, it reads nothing"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "rebase", "merge"])
+def test_what_was_held_out_of_a_revoked_source_is_not_measured_on(
+    made: MadeHome, squares: Built, french: Built, command: str
+) -> None:
+    declared = made.home.data_toml.read_text()
+    append(made.home, [Revoked(str(made.home.path.parent / "pairs.jsonl"), "today")])
+    try:
+        with pytest.raises(UserError, match=r"pairs.jsonl is not read: .* was revoked at today"):
+            if command == "evaluate":
+                build.evaluate(made.home, "squares", 1, None, told=_quiet)
+            elif command == "rebase":
+                build.rebase(made.home, "squares", None, Transplant(), repair_share=0, told=_quiet)
+            else:
+                build.merge(made.home, "mixed", ("squares", "french"), (), Transplant(), told=_quiet)
+    finally:
+        made.home.data_toml.write_text(declared)
 
 
 def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built) -> None:

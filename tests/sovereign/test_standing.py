@@ -1,0 +1,45 @@
+"""What a version stands on, by purpose: asked before it is read, and at every step."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sovereign.test_release import version
+
+from tapestry.node.errors import UserError
+from tapestry.node.home import Home
+from tapestry.node.sovereign.derivative import Derivative, Shelf
+from tapestry.node.sovereign.standing import behind
+from tapestry.node.spec.declared import Standing, append, parse_declaration
+
+
+def test_behind_a_version_are_its_own_data_and_those_of_its_parts_each_for_their_own_purpose(
+    tmp_path: Path,
+) -> None:
+    shelf = Shelf(Home(tmp_path))
+    merged = replace(version(("/a",), ()), how="merge", made_of=("one:1", "two:1", "gone:1"), steps=0)
+    repaired = replace(merged, how="rebase", number=2, made_of=("both:1",), steps=3)
+    for name, versions in (
+        ("one", (version(("/a:text",), ()),)),
+        ("two", (version(("/b",), ()),)),
+        ("both", (merged, repaired)),
+    ):
+        (shelf.folder / name).mkdir(parents=True)
+        shelf.write(Derivative(name, 1, versions), 1)
+    parts = {"derive:one": ("/a",), "derive:two": ("/b",)}
+    assert behind(shelf, "both", merged) == parts
+    assert behind(shelf, "both", repaired) == {**parts, "derive:both": ("/a",)}
+
+
+def test_a_consent_that_ends_is_noticed_without_the_file_being_changed(tmp_path: Path) -> None:
+    home, day = Home(tmp_path), datetime.date(2026, 12, 1)
+    append(home, [parse_declaration("us, CC0-1.0, until 2026-12-01", "/a", "derive:ours")])
+    standing = Standing(home, {"derive:ours": ("/a",)}, lambda: day)
+    standing.require()
+    day = datetime.date(2026, 12, 2)
+    for _ in range(2):
+        with pytest.raises(UserError, match="which is over"):
+            standing.require()

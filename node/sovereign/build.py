@@ -26,7 +26,7 @@ from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.uses import note_use, sources_since
 from tapestry.node.sovereign import transplant as graft
-from tapestry.node.sovereign.bases import export_base, prune_bases, require_base
+from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases, require_base
 from tapestry.node.sovereign.bench import (
     SUITE,
     bench_of,
@@ -299,7 +299,7 @@ def evaluate_base(
             hint="docs/sovereign.md says how to write one; --suite FILE",
         )
     shelf = Shelf(home)
-    with _one_line():
+    with _one_line(), bases_in_use(shelf):
         parent = export_base(shelf, home, epoch, told)
         base = require_base(shelf, home, parent, told)
         bench = with_suite({}, Suite.load(path), base, shelf, told)

@@ -49,7 +49,11 @@ class Recipe:
     steps: Annotated[int, Between(0, 100_000_000), "Steps of the optimizer. 0: what `passes` makes."] = 0
     batch_size: Annotated[int, Between(1, 65_536), "Sequences in a step on the device."] = 8
     accumulation: Annotated[int, Between(1, 65_536), "Batches that make one step."] = 1
-    sequence_length: Annotated[int, Between(0, 1 << 20), "Tokens of a sequence. 0: the run's."] = 0
+    sequence_length: Annotated[
+        int,
+        Between(0, 1 << 20),
+        "Tokens of a sequence. 0: 1024, or as many as the base has positions for, less one.",
+    ] = 0
     lr: Annotated[float, Between(0.0, 1.0), "Learning rate. 0: by stage and method."] = 0.0
     warmup_share: Annotated[float, Between(0.0, 1.0), "Share of the steps in which the rate rises."] = 0.03
     weight_decay: Annotated[float, Between(0.0, 10.0), "AdamW's."] = 0.0

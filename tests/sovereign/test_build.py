@@ -19,6 +19,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
+from tapestry.node.sovereign.bases import export_base, prune_bases
 from tapestry.node.sovereign.bench import Bench, measured, tokenizers
 from tapestry.node.sovereign.build import Built
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Transplant
@@ -150,6 +151,28 @@ def test_a_repair_is_a_share_of_the_first_training_however_often_it_was_rebased_
         shelf.of(name).mkdir(parents=True)
         shelf.write(Derivative(name, 1, versions), 1)
     assert [build._steps_behind(shelf, one) for one in (three, alone, joined)] == [200, 100, 300]
+
+
+def test_two_commands_export_bases_at_once_and_neither_removes_the_others(
+    made: MadeHome, squares: Built
+) -> None:
+    shelf, beside = Shelf(made.home), []
+    there = shelf.base(squares.version.parent).stat().st_ino
+
+    def told(_what: str, _done: int, _total: int) -> None:
+        if not beside:
+            beside.append(export_base(shelf, made.home, 1, _quiet))
+            prune_bases(shelf)
+
+    assert export_base(shelf, made.home, 2, told) == squares.version.parent
+    assert shelf.base(squares.version.parent).stat().st_ino == there  # somebody may be reading it
+    assert shelf.base(beside[0]).is_dir()
+    prune_bases(shelf)
+    assert {path.name for path in (shelf.folder / ".bases").iterdir()} >= {
+        "lock",
+        squares.version.parent.folder,
+    }
+    assert not shelf.base(beside[0]).exists() and not list((shelf.folder / ".bases").glob("new*"))
 
 
 @pytest.fixture

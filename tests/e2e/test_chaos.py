@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from e2e.harness import environment
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
 
 

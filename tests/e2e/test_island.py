@@ -8,7 +8,7 @@ import pytest
 from e2e.harness import Digests, Node, init, tapestry
 from e2e.test_swarm_of_three import chain_of, members_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def run(*words: object) -> str:

@@ -198,6 +198,7 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
     assert max(members_of(r) for r in chains[0]) == 3
 
 
+@pytest.mark.long
 def test_a_node_whose_clock_is_wrong_is_found_by_those_that_come_after_it(tmp_path: Path) -> None:
     """The DHT shows it nobody, and it to nobody; but a member that others do not reach stalls every round."""
     founder = Node(init(tmp_path / "a", inner_steps="20", shard_elements="4096"))

@@ -33,7 +33,8 @@ from tapestry.dht.presence import CLOCK_SKEW_S
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
-from tapestry.node.disk.home_mark import read_mark
+from tapestry.node.daemon.life import refuse_ourselves
+from tapestry.node.disk.home_mark import require_original
 from tapestry.node.disk.store import read_vote
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -116,7 +117,7 @@ async def examine(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
 def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
     """Its mark, whether a node runs in it, whether files there can be written and mapped."""
     try:
-        read_mark(home)
+        require_original(home)
     except UserError as error:
         yield wrong("home", error.line, error.hint or "")
         return
@@ -138,7 +139,7 @@ def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
     home, faults = config.home, 0
     for read in (
         lambda: None if held else home.require_way(alone=config.island),
-        lambda: Identity.load(home.identity_key) if os.path.lexists(home.identity_key) else None,
+        lambda: _identity(config),
         lambda: Token.load_or_create(home.http_token) if home.http_token.exists() else None,
         lambda: read_vote(home),
         lambda: _certificate(config),
@@ -161,6 +162,13 @@ def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
             yield wrong("files", f"{error.filename}: {error.strerror}", cure)
     if not faults:
         yield passed("files", "key, token, vote and certificate can be used, where there are any")
+
+
+def _identity(config: NodeConfig) -> None:
+    """Raises IdentityError, UserError."""
+    if os.path.lexists(config.home.identity_key):
+        peer_id = Identity.load(config.home.identity_key).peer_id
+        refuse_ourselves([parse_peer(text) for text in config.peers], peer_id)
 
 
 def _certificate(config: NodeConfig) -> None:

@@ -178,7 +178,7 @@ class Daemon:
         peers = tuple(parse_peer(text) for text in config.peers)
         with as_user_error(IdentityError):
             identity = Identity.load_or_create(self.home.identity_key)
-        _refuse_ourselves(peers, identity.peer_id)
+        refuse_ourselves(peers, identity.peer_id)
         crypto = NodeCrypto(identity)
         async with contextlib.AsyncExitStack() as stack:
             self.history.tell(f"this node starts, version {VERSION}")
@@ -428,7 +428,7 @@ class Daemon:
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
 
 
-def _refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
+def refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
     """Raises UserError if one of --peer is the key of this home."""
     for peer in peers:
         if peer.peer_id == peer_id:

@@ -76,10 +76,20 @@ def claim(home: Home, machine: str | None = None) -> Mark:
     Raises UserError for a copy of a home that is still there, and for one of a later version; OSError.
     """
     machine, path = _machine() if machine is None else machine, str(home.path)
-    mark = read_mark(home)
+    mark = require_original(home)
     if mark is None:
         mark = new_mark(home, machine)
-    elif mark.path != path and _is_copy_of(home, mark):
+    elif (mark.path, mark.machine) != (path, machine):
+        _log.info("home=moved from=%s to=%s; the node there must not run any more", mark.path, path)
+        mark = replace(mark, path=path, machine=machine)
+    write_mark(home, mark)
+    return mark
+
+
+def require_original(home: Home) -> Mark | None:
+    """Its mark. Raises UserError for a copy of a home that is still there, and as `read_mark` does."""
+    mark = read_mark(home)
+    if mark is not None and mark.path != str(home.path) and _is_copy_of(home, mark):
         raise UserError(
             f"{home.path} is a copy of {mark.path}, which is still there: two nodes with one key would "
             "disturb their run",
@@ -87,10 +97,6 @@ def claim(home: Home, machine: str | None = None) -> Mark:
             hint=f"start or remove that one; or make this one a member of its own: rm {home.identity_key} "
             f"{home.vote} {home.mark}",
         )
-    elif (mark.path, mark.machine) != (path, machine):
-        _log.info("home=moved from=%s to=%s; the node there must not run any more", mark.path, path)
-        mark = replace(mark, path=path, machine=machine)
-    write_mark(home, mark)
     return mark
 
 

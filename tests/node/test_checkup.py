@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 from pathlib import Path
 
 import msgpack
 import pytest
 
+from tapestry.dht.identity import Identity
 from tapestry.node.daemon import doctor
 from tapestry.node.daemon.doctor import Run
+from tapestry.node.disk.home_mark import claim
 from tapestry.node.home import Home
 from tapestry.node.net import checkup
 from tapestry.node.net.checkup import Answer, Checkup, ask
@@ -171,6 +174,19 @@ def test_whatever_a_start_refuses_in_its_home_is_wrong_and_nothing_is_made(tmp_p
         (found,) = said(config)
         assert text in found
         path.unlink()
+
+
+def test_a_copy_of_a_home_and_a_peer_with_its_own_key_are_wrong(tmp_path: Path) -> None:
+    home, copy = Home(tmp_path / "home"), Home(tmp_path / "copy")
+    home.path.mkdir()
+    own = Identity.load_or_create(home.identity_key).peer_id
+    claim(home)
+    shutil.copytree(home.path, copy.path)
+    (finding,) = doctor.look_at_home(copy, False)
+    assert finding.verdict is Verdict.WRONG and "is a copy of" in finding.text
+    flags = {"external": True, "peers": (f"/ip4/127.0.0.1/tcp/1/p2p/{own}",)}
+    (finding,) = doctor.look_at_files(NodeConfig.resolve(home, flags, {}), False)
+    assert finding.verdict is Verdict.WRONG and "has the key of this home itself" in finding.text
 
 
 def test_a_port_that_is_taken_is_wrong_and_a_running_node_has_its_own(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The disk's desk: votes, results, records and states, in the order in which the core says them.
 
 Three kinds of work, kept apart. A write that the core's next word depends on is waited for: nothing is sent
-after a vote before the vote is on disk. The shards of a result are written in a thread of their own: no vote
-waits for their syncs. Jobs on the parameters (apply, go back, fetch, checkpoint) run beside the loop, one
-at a time. A disk that cannot be written ends the node: it must not go on promising.
+after a vote before the vote is on disk. The shards of a result are written in a thread of their own, and so
+are checkpoints: no vote waits for them, nor what is said after it, which is how others know that we live.
+Jobs on the parameters (apply, go back, fetch, checkpoint) run beside the loop, one at a time. A disk that
+cannot be written ends the node: it must not go on promising.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class DiskDesk:
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._results = ThreadPoolExecutor(1, thread_name_prefix="result")
+        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.outputs: Outputs = {
             ev.KeepResult: self.do_keep_result,
             ev.PersistVote: self.do_persist_vote,
@@ -93,14 +95,15 @@ class DiskDesk:
                 self._trainer.save(epoch)
             self._trainer.end()
             if small:
-                await self._on_disk(self._keeper.checkpoint, self._back_to())
+                await self._write_checkpoint()
 
     async def close(self) -> None:
         """End the threads, when the writes that were begun are done."""
         self._results.submit(self._keeper.drop_result, False)
         self._results.shutdown(wait=False)
         # Not on the loop, which has signals to hear: a second one must find it listening.
-        await asyncio.get_running_loop().run_in_executor(None, self._disk.shutdown)
+        for thread in (self._checkpoints, self._disk):
+            await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
 
     async def _on_disk(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
@@ -181,7 +184,15 @@ class DiskDesk:
     async def _checkpoint(self, epoch: int) -> None:
         async with self._state_lock:
             self._trainer.save(epoch)
-            await self._on_disk(self._keeper.checkpoint, self._back_to())
+            await self._write_checkpoint()
+
+    async def _write_checkpoint(self) -> None:
+        """Hold the state lock. The chain goes on meanwhile, so what may be dropped is asked of it afterwards,
+        in the thread that changes it."""
+        chain = await self._on_disk(self._keeper.copy_of_chain)
+        loop, write = asyncio.get_running_loop(), self._keeper.checkpoint
+        if await loop.run_in_executor(self._checkpoints, write, chain):
+            await self._on_disk(self._keeper.prune, self._back_to())
 
     def _back_to(self) -> int | None:
         """The epoch that a rollback which has this node's signature may lead to: what makes it is kept."""
@@ -227,7 +238,7 @@ class DiskDesk:
             finally:
                 self._fetching = None
             if not why:
-                await self._on_disk(keeper.checkpoint, self._back_to())
+                await self._write_checkpoint()
         failed = ev.FetchFailed(first, "", why, tuple(others))
         self._loop.feed(failed if why else ev.Applied(*keeper.reached))
 

@@ -203,19 +203,24 @@ class Keeper:
         """A state that was rolled back to is one that joiners can be given at once."""
         return epoch % self._limits.checkpoint_every_epochs == 0 or epoch in self._chain.rolled
 
-    def checkpoint(self, back_to: int | None = None) -> None:
-        """Write the state, and drop what the limits no longer allow. A torn state is nothing to keep; to what
-        was abandoned, the update log leads. What leads to state `back_to` stays as well."""
-        if self.state.torn or self.state.epoch > self._chain.epoch:
-            return
-        if self._chain.head_at(self.state.epoch) != self.state.head:
-            return  # on the way back from a fork
-        if not self._chain.leads(self.state.epoch):
-            return  # on the way to an earlier state
+    def checkpoint(self, chain: Chain) -> bool:
+        """Write the state; whether there was one to keep. A torn one is none, and to what was abandoned, the
+        update log leads. In a thread of its own, for it takes as long as the disk does: so it has a chain of
+        its own, and nobody changes the state meanwhile."""
+        if self.state.torn or self.state.epoch > chain.epoch:
+            return False
+        if chain.head_at(self.state.epoch) != self.state.head:
+            return False  # on the way back from a fork
+        if not chain.leads(self.state.epoch):
+            return False  # on the way to an earlier state
         try:
             self.checkpoints.save(self.state, self._digest)
         except Abandoned:
-            return
+            return False
+        return True
+
+    def prune(self, back_to: int | None = None) -> None:
+        """Drop what the limits no longer allow. What leads to state `back_to` stays as well."""
         self.checkpoints.prune(self._chain, back_to)
         base = self.checkpoints.base_epoch(self._chain)
         if back_to is not None:

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from tapestry.node.disk.files import pwrite_all, seal, sync_folder, unseal, write_file
+from tapestry.node.disk.files import is_damage, pwrite_all, seal, sync_folder, unseal, write_file
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import (
     Crypto,
@@ -82,7 +82,12 @@ class ChainFile:
         self._index = _Fd(self._index_path, os.O_RDWR | os.O_CREAT)
         pwrite_all(self._index.fd, _ENTRY.pack(0, bytes.fromhex(genesis.run_id)), 0)
         if self._chain is not None:
-            self._believe_marks(os.fstat(self._chain.fd).st_size)
+            try:
+                self._believe_marks(os.fstat(self._chain.fd).st_size)
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                self._begin_index_anew(str(error))
             self._scan()
         else:
             self._cut_marks(0)
@@ -108,9 +113,14 @@ class ChainFile:
             count = min(count_max, self._count - epoch)
             if count <= 0 or self._chain is None:
                 return ()
-            entries = _entries(self._index, epoch, count + 1)
-            start, end = (entries[0][0], entries[-1][0]) if len(entries) > count else (0, 0)
-            data = os.pread(self._chain.fd, end - start, start) if end > start else b""
+            try:
+                entries = _entries(self._index, epoch, count + 1)
+                start, end = (entries[0][0], entries[-1][0]) if len(entries) > count else (0, 0)
+                data = os.pread(self._chain.fd, end - start, start) if end > start else b""
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                raise self._damaged(epoch + 1, str(error)) from error
         found = []
         for number, ((begin, _), (stop, head)) in enumerate(itertools.pairwise(entries), 1):
             try:
@@ -266,6 +276,18 @@ class ChainFile:
             self._mark_ends.pop()
         self._cut_marks(len(self._mark_ends))
 
+    def _begin_index_anew(self, why: str) -> None:
+        """Neither index nor marks hold anything that the chain does not."""
+        _log.warning("chain index=unreadable path=%s reason=%r; made again", self._index_path, why)
+        self._marks_path.unlink(missing_ok=True)
+        self._mark_ends = []
+        self._index_path.unlink()
+        self._index = _Fd(self._index_path, os.O_RDWR | os.O_CREAT)
+        pwrite_all(self._index.fd, _ENTRY.pack(0, bytes.fromhex(self._genesis.run_id)), 0)
+        with self._lock:
+            self._go_to(Point(genesis_place(self._genesis), 0), 0)
+            self._near.clear()
+
     def _read_marks(self) -> Iterator[tuple[int, Mark]]:
         """Each with where its line ends, up to the first that does not hold."""
         if not self._marks_path.exists():
@@ -301,10 +323,19 @@ class ChainFile:
     def _scan(self) -> None:
         """Read what follows, and write down where it lies; cut off what does not hold."""
         assert self._chain is not None
-        why, told_at = "", time.monotonic()
+        why, unreadable, told_at = "", False, time.monotonic()
         with self._path.open("rb") as file:
             file.seek(self._end)
-            while line := file.readline(LINE_BYTES_MAX):
+            while True:
+                try:
+                    line = file.readline(LINE_BYTES_MAX)
+                except OSError as error:
+                    if not is_damage(error):
+                        raise
+                    why, unreadable = str(error), True
+                    break
+                if not line:
+                    break
                 if not line.endswith(b"\n"):
                     why = "unfinished" if len(line) < LINE_BYTES_MAX else "a line without an end"
                     break
@@ -320,7 +351,9 @@ class ChainFile:
                 if time.monotonic() - told_at > TELL_S:
                     told_at = time.monotonic()
                     _log.info("chain index=made_again path=%s epoch=%d", self._index_path, self._count)
-        if why:
+        if unreadable:
+            self._leave_unreadable(why)
+        elif why:
             self._cut(why)
 
     def _require_link(self, record: Record) -> None:
@@ -341,6 +374,20 @@ class ChainFile:
             write_file(aside, lambda file: _copy(fd, start, rest_bytes, file))
         os.ftruncate(fd, start)
         os.fsync(fd)
+
+    def _leave_unreadable(self, why: str) -> None:
+        """The file stays as it is, for who may yet read it; what could be read goes to one of its own."""
+        assert self._chain is not None
+        path, fd, kept_bytes = self._path, self._chain.fd, self._end
+        aside = path.with_name(path.name + ".corrupt")
+        _log.warning(
+            "chain unreadable path=%s records_kept=%d set_aside=%s reason=%r; check the disk",
+            *(path, self._count, aside, why),
+        )
+        aside.unlink(missing_ok=True)
+        os.link(path, aside)
+        write_file(path, lambda file: _copy(fd, 0, kept_bytes, file))
+        self._chain = _Fd(path, os.O_RDWR)
 
     # --- records ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from tapestry.node.disk.files import remove_temporaries, set_aside, sync_folder, write_file
+from tapestry.node.disk.files import is_damage, remove_temporaries, set_aside, sync_folder, write_file
 from tapestry.node.disk.part import NAME as PART_NAME
 from tapestry.node.disk.part import Part, Pieces
 from tapestry.node.disk.store import Store, UpdateMissing
@@ -93,7 +93,9 @@ class Checkpoints:
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             try:
                 self._files[path] = read_checkpoint(path, self._run_id)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 set_aside(path, str(error))
 
     def list(self) -> list[Checkpoint]:
@@ -192,7 +194,11 @@ class Checkpoints:
                 continue
             try:
                 _load(checkpoint, chain, into)
-            except (ValueError, DigestMismatch, FileNotFoundError) as error:
+            except (DigestMismatch, FileNotFoundError) as error:
+                self.refuse(checkpoint, str(error))
+            except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 self.refuse(checkpoint, str(error))
             else:
                 return checkpoint

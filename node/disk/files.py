@@ -21,6 +21,7 @@ from tapestry.node.protocol.chain import canonical
 from tapestry.node.protocol.strict import table
 
 TEMPORARY = ".tmp"
+_LOST = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)  # the latter two by file systems with checksums
 _SEALED, _SEALED_VALUE = b'{"digest":"', b'","value":'
 
 _log = logging.getLogger("tapestry.disk")
@@ -102,6 +103,12 @@ def set_aside(path: Path, why: str) -> None:
     )
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, path.with_name(path.name + ".corrupt"))
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether bytes on the disk are lost: they do not hold, or the disk no longer gives them, as of a bad
+    sector. Then others are asked for them; a disk that is full or gone is something else."""
+    return isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _LOST)
 
 
 def seal(value: Any) -> bytes:

@@ -41,6 +41,7 @@ from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.draft import Draft, mapped
 from tapestry.node.disk.files import (
     atomic_write,
+    is_damage,
     remove_temporaries,
     seal,
     set_aside,
@@ -66,6 +67,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.spec.run import LimitsSpec
 
 UPDATE_SUFFIX = ".upd"
+READ_BYTES = 1 << 20  # at a time, to see that a file can be read
 _UPDATE = struct.Struct("<4sIQ32s32sII")
 _MAGIC = b"TAPU"
 _VERSION = 1
@@ -154,7 +156,9 @@ class Store:
             return genesis_from_dict(json.loads(path.read_bytes()), self.crypto)
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if not is_damage(error):
+                raise
             raise UserError(
                 f"{path} is damaged: {error}",
                 exit_code=ExitCode.FAILED,
@@ -261,7 +265,9 @@ class Store:
         except FileNotFoundError:
             self._updates.pop(head, None)
             raise UpdateMissing("missing", f"{update.path} is gone") from None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if not is_damage(error):
+                raise
             self._drop(head, str(error))
             raise UpdateMissing("corrupt", f"{update.path}: {error}") from error
         if (header.epoch, header.head) != (epoch, head) or result_digest(payloads) != header.result:
@@ -300,7 +306,9 @@ class Store:
             try:
                 with path.open("rb") as file:
                     header = read_update_header(file)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 _log.warning("update dropped path=%s reason=%r", path, str(error))
                 path.unlink()
                 continue
@@ -333,7 +341,9 @@ def read_vote(home: Home) -> Vote | None:
         return _vote_from_dict(unseal(home.vote.read_bytes()))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if not is_damage(error):
+            raise
         raise UserError(
             f"{home.vote} is damaged: {error}; without it this node might vote twice in one round",
             exit_code=ExitCode.FAILED,
@@ -369,9 +379,15 @@ def _vote_from_dict(raw: Any) -> Vote:
 
 
 def read_update_file(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
-    """The file's parts, as views of the mapped file. Raises ValueError and OSError."""
+    """The file's parts, as views of the mapped file. Raises ValueError and OSError.
+
+    It is read before it is mapped: of a sector that cannot be read a mapping makes a signal, which ends us.
+    """
     with path.open("rb") as file:
         header = read_update_header(file)
+        piece = bytearray(READ_BYTES)
+        while file.readinto(piece):
+            pass
         whole = mapped(file.fileno(), header.size_bytes)
     begin = header.size_bytes - sum(header.lengths)
     return header, list(torch.split(whole[begin:], list(header.lengths)))

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoint, Checkpoints, chunk_count, read_chunk
+from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, UpdateMissing
 from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits, bytes_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
@@ -179,7 +180,9 @@ class Donor:
             raise RemoteProtocolError("malformed", f"chunk {index} of {chunk_count(checkpoint.data_bytes)}")
         try:
             data = await asyncio.to_thread(read_chunk, checkpoint, file, index)
-        except ValueError as error:  # ours is damaged: better to say nothing than to send it
+        except (ValueError, OSError) as error:  # ours is damaged: better to say nothing than to send it
+            if not is_damage(error):
+                raise
             self._checkpoints.refuse(checkpoint, str(error))
             await stream.send({"is": "missing"})
             return

@@ -363,10 +363,10 @@ class Network:
 
     async def _look_for_peers(self, swarm: Swarm, links: Links) -> None:
         while True:
-            self._known.remember(links.addresses)
+            await asyncio.to_thread(self._known.remember, links.addresses)  # it syncs the disk
             try:
                 listed = await swarm.list_presence(time.time())
-                await self._look_for_twin(swarm.peer_id, listed)
+                await self._look_for_twin(swarm, listed)
                 for presence in random.sample(listed, len(listed)):  # nobody's id comes first
                     if presence.phase != "stopping":
                         usable = usable_addresses(presence.addresses, presence.peer_id)
@@ -377,11 +377,11 @@ class Network:
                 )
             await asyncio.sleep(PRESENCE_LOOK_S)
 
-    async def _look_for_twin(self, peer_id: str, listed: Sequence[Presence]) -> None:
+    async def _look_for_twin(self, swarm: Swarm, listed: Sequence[Presence]) -> None:
         """Raises UserError if another node has our key, answers, and was there before us."""
         if self._twins.may_give_way(time.time()):
-            await refuse_twin(peer_id, listed, self.addresses)
-        where = self._twins.look(peer_id, listed)
+            await refuse_twin(swarm.peer_id, listed, self.addresses, swarm.connected_peers)
+        where = self._twins.look(swarm.peer_id, listed)
         if where:
             _log.error(
                 "key=twice another node uses this home's key at=%s; stop one of the two, or remove "

@@ -12,6 +12,7 @@ from tapestry.dht.identity import Identity
 from tapestry.node.daemon import keeper as keeper_module
 from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
+from tapestry.node.daemon.restored import electors_of
 from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.store import Store, result_digest, update_name
 from tapestry.node.home import Home
@@ -53,6 +54,10 @@ class Run:
         assert genesis is not None
         state.head = genesis.run_id
         return Keeper(self.home, SPEC, store, loaded, genesis, state, begins=found)
+
+    def checkpoint(self) -> None:
+        if self.keeper.checkpoint(self.keeper.copy_of_chain()):
+            self.keeper.prune()
 
     def commit(self, keeper: Keeper, seed: int, *changes: Change) -> Record:
         """The next record, with an update, on disk; not yet applied."""
@@ -116,7 +121,7 @@ def test_a_restart_comes_back_to_the_same_bits(run: Run) -> None:
     run.keeper.restore()
     for seed in range(7):
         epoch, digest = run.keeper.apply(run.commit(run.keeper, seed))
-    run.keeper.checkpoint()
+    run.checkpoint()
     again = run.open().restore()
     assert (again.state_epoch, again.state_digest) == (epoch, digest) == (7, run.keeper.state.digest())
     assert again.chain.epoch == 7
@@ -127,7 +132,7 @@ def test_killed_in_the_middle_of_a_rollback_a_node_comes_to_the_state_that_the_r
     digests = [run.keeper.reached[1]]
     for seed in range(4):
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
-    run.keeper.checkpoint()
+    run.checkpoint()
     run.commit(run.keeper, 4, back(run.keeper.copy_of_chain(), 2))
     killed = run.open().restore()  # the record is on disk, and the state of before
     assert (killed.state_epoch, killed.state_digest) == (5, digests[2])
@@ -135,7 +140,7 @@ def test_killed_in_the_middle_of_a_rollback_a_node_comes_to_the_state_that_the_r
     assert run.keeper.rollback(5) == (5, digests[2]) == (5, run.keeper.state.digest())
     assert run.keeper.rolled_back(5) == (2, "a lie") and run.keeper.rolled_back(4) is None
     assert run.keeper.checkpoint_due(5)
-    run.keeper.checkpoint()
+    run.checkpoint()
     assert [c.epoch for c in run.keeper.checkpoints.list()] == [5, 0]  # that of 4 is of no use any more
     epoch, digest = run.keeper.apply(run.commit(run.keeper, 6))
     assert run.open().restore().state_digest == digest and epoch == 6
@@ -165,12 +170,20 @@ def test_a_proof_is_of_a_record_and_its_wrong_mean_in_the_update_or_it_moves_not
     assert not run.keeper.in_the_state(lie), "nobody knows"
 
 
+def test_who_could_decide_without_a_node_is_told_by_its_records(run: Run) -> None:
+    """A restored home asks it before it gives up its vote: of a lone elector it is nobody else."""
+    run.keeper.restore()
+    run.keeper.apply(run.commit(run.keeper, 0))
+    genesis = run.keeper.copy_of_chain().genesis
+    assert electors_of(run.home, genesis, run.crypto) == {run.identity.peer_id}
+
+
 def test_a_state_of_what_is_undone_is_no_checkpoint(run: Run) -> None:
     run.keeper.restore()
     for seed in range(3):
         run.keeper.apply(run.commit(run.keeper, seed))
     run.commit(run.keeper, 3, back(run.keeper.copy_of_chain(), 1))
-    run.keeper.checkpoint()
+    run.checkpoint()
     assert [c.epoch for c in run.keeper.checkpoints.list()] == [0]
 
 

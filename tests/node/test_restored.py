@@ -45,7 +45,14 @@ class FakeSwarm:
         return []
 
 
-def look(home: Home, monkeypatch: pytest.MonkeyPatch, *, reachable: bool, theirs: str) -> list[str]:
+def look(
+    home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    reachable: bool,
+    theirs: str,
+    electors: Sequence[str] = (THERE.peer_id,),
+) -> list[str]:
     said: list[str] = []
 
     async def is_member(swarm: object, peer_id: str, run_id: str, crypto: object) -> bool:
@@ -57,7 +64,7 @@ def look(home: Home, monkeypatch: pytest.MonkeyPatch, *, reachable: bool, theirs
     genesis = SimpleNamespace(run_id="ours")
     swarm: Any = FakeSwarm(reachable)
     asyncio.run(
-        restored.find_run(home, MARK, genesis, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
+        restored.find_run(home, MARK, genesis, electors, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
     )
     mark = read_mark(home)
     assert mark is not None and mark.restored_at == "" and said[-1] == ""
@@ -79,6 +86,15 @@ def test_one_that_stays_alone_waits_the_runs_time_and_goes_on_with_what_it_has(
 ) -> None:
     home = Home(tmp_path)
     assert len(look(home, monkeypatch, reachable=reachable, theirs=theirs)) > 2
+    assert home.vote.read_text() == "a vote"
+
+
+def test_a_lone_elector_keeps_its_vote_whoever_serves_the_genesis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can. Without its vote it stood by for ever, for a record that nobody else can make."""
+    home = Home(tmp_path)
+    assert len(look(home, monkeypatch, reachable=True, theirs="ours", electors=["us"])) > 2
     assert home.vote.read_text() == "a vote"
 
 

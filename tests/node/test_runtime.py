@@ -30,6 +30,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import UNPROVEN, SignedMean
 from tapestry.node.protocol.chain import Body
+from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import Snapshot
@@ -102,12 +103,15 @@ class FakeKeeper:
     def __init__(self) -> None:
         self.donors: list[FakeDonor] = []
         self.checkpoints = 0
-        self.back_to: int | None = None
+        self.back_to: int | None = -1
         self.abandoned = False
         self.fetching = asyncio.Event()
         self.reached = (3, "ef" * 32)
         self.run_id = RUN
         self.state = SimpleNamespace(size_bytes=1)
+        self.votes: list[object] = []
+        self.writing, self.disk_is_free = threading.Event(), threading.Event()
+        self.disk_is_free.set()
 
     def donor(self, on_bytes: object, genesis_only: bool = False) -> FakeDonor:
         self.donors.append(FakeDonor())
@@ -116,9 +120,17 @@ class FakeKeeper:
     def abandon_checkpoint(self) -> None:
         self.abandoned = True
 
-    def checkpoint(self, back_to: int | None = None) -> None:
+    def checkpoint(self, chain: object) -> bool:
         self.checkpoints += 1
+        self.writing.set()
+        self.disk_is_free.wait(5)
+        return True
+
+    def prune(self, back_to: int | None = None) -> None:
         self.back_to = back_to
+
+    def write_vote(self, vote: object) -> None:
+        self.votes.append(vote)
 
     def held_back_to(self, epoch: int) -> str:
         return ""
@@ -410,7 +422,9 @@ def test_the_shards_that_are_sent_are_those_that_were_taken():
     run(main)
 
 
-def test_a_contribution_that_is_refused_is_never_announced():
+def test_a_contribution_that_is_refused_is_never_announced_and_its_trainer_is_replaced():
+    """The core was told that no trainer was up, and the trainer nothing: neither said a word again."""
+
     async def main() -> None:
         async with Bench() as bench:
             bench.averaging.refuses = True
@@ -482,6 +496,25 @@ def test_a_trainer_that_comes_up_with_moments_of_what_was_undone_is_told_before_
             bench.runtime.trainer.on_event(Died(1, 0.0, ()))
             bench.runtime.trainer.on_event(hello(4))
             assert bench.trainer.told == [("forget", 0)]
+
+    run(main)
+
+
+def test_a_vote_and_what_is_said_after_it_wait_for_no_checkpoint():
+    """A member that wrote a large one was silent for so long that the others went on without it."""
+
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.keeper.disk_is_free.clear()
+            leaving = asyncio.create_task(bench.runtime.leave())
+            await until(bench.keeper.writing.is_set)
+            vote = Vote(3, "cd" * 32, -1, -1, None, "", (0, 0, 0))
+            bench.says(ev.PersistVote(vote), ev.Note("said after it"))
+            await until(lambda: bench.keeper.votes == [vote])
+            assert not leaving.done() and bench.keeper.back_to == -1, "nothing is dropped before it is there"
+            bench.keeper.disk_is_free.set()
+            await leaving
+            assert bench.keeper.back_to is None
 
     run(main)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from tapestry.dht.addresses import PeerAddress
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.net import twins
 from tapestry.node.net.twins import TwinWatch, refuse_twin
 
 US = "12D3KooWCaHaT7xh4yGquL286pZyfWAMnEyMke3Rwi5DGsRxQz4W"
@@ -25,14 +27,18 @@ class Record:
     issued_at: float = 0.0
 
 
+async def nobody() -> tuple[str, ...]:
+    return ()
+
+
 def check(*records: Record, ours: tuple[str, ...] = (), proves: bool = True) -> list[PeerAddress]:
     asked = []
 
-    async def prove(address: PeerAddress) -> bool:
+    async def prove(address: PeerAddress, connected: Any) -> bool:
         asked.append(address)
         return proves
 
-    asyncio.run(refuse_twin(US, records, ours, prove))  # type: ignore[arg-type]
+    asyncio.run(refuse_twin(US, records, ours, nobody, prove))  # type: ignore[arg-type]
     return asked
 
 
@@ -50,6 +56,37 @@ def test_whoever_proves_our_key_at_another_address_is_named_and_we_are_refused()
         assert check(Record((there,), peer_id="another")) == []
     assert check(Record((there,))) == []  # nobody listens: what we were before a crash
     assert check(Record(("/ip4/1.2.3.4/udp/1/quic-v1",))) == []
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_router_that_leads_our_own_address_back_to_us_makes_no_twin(
+    monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """After kill -9 the record of before named the mapped public address, and the restart refused itself."""
+    here: list[str] = []
+
+    class Probe:
+        peer_id = "the probe"
+
+        @classmethod
+        async def start(cls, config: Any) -> Probe:
+            return cls()
+
+        async def connect(self, address: PeerAddress, timeout_s: float) -> None:
+            if comes_back:
+                asyncio.get_running_loop().call_later(
+                    0.01, here.append, self.peer_id
+                )  # it arrives a little later
+
+        async def close(self) -> None: ...
+
+    async def connected() -> list[str]:
+        return ["another", *here]
+
+    monkeypatch.setattr(twins, "Swarm", Probe)
+    monkeypatch.setattr(twins, "ARRIVALS_S", (0.0, 0.05))
+    there = PeerAddress(f"/ip4/203.0.113.1/tcp/1/p2p/{US}", US)
+    assert asyncio.run(twins._prove(there, connected)) is not comes_back
 
 
 def test_a_newer_record_that_we_did_not_write_is_another_node() -> None:

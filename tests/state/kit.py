@@ -183,6 +183,12 @@ async def stream_pair() -> AsyncIterator[tuple[Stream, Stream]]:
         await asyncio.gather(*(writer.wait_closed() for _, writer in ends), return_exceptions=True)
 
 
+def unreadable(path: Path) -> None:
+    """A file whose bytes the kernel refuses, with EIO, as those of a bad sector."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 def flip(path: Path, offset: int) -> None:
     """Damage one byte; a negative offset counts from the end."""
     data = bytearray(path.read_bytes())

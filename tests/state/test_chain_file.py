@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from state.kit import CRYPTO, IDENTITY, SCHEMA, flip
+from state.kit import CRYPTO, IDENTITY, SCHEMA, flip, unreadable
 
 from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.home import Home
@@ -106,6 +108,55 @@ def test_a_lost_index_is_made_again(kept: Kept, lost: str) -> None:
         kept.home.chain_marks.unlink()
     kept.agrees()
     assert (kept.home.chain_index.read_bytes(), kept.home.chain_marks.read_bytes()) == (index, marks)
+
+
+def test_marks_that_the_disk_no_longer_gives_are_made_again(kept: Kept) -> None:
+    unreadable(kept.home.chain_marks)
+    kept.agrees()
+    assert kept.home.chain_marks.stat().st_size
+
+
+def test_a_sector_of_the_chain_that_cannot_be_read_keeps_the_records_before_it_and_the_file(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No start got past it. What lies behind the sector may be all there is, of a lone member."""
+    whole, count = kept.home.chain.read_bytes(), len(kept.file)
+    kept.home.chain_marks.unlink()
+    opened = Path.open
+
+    class BadSector:
+        def __init__(self, file: Any) -> None:
+            self._file, self._left = file, 3
+
+        def __enter__(self) -> BadSector:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+        def seek(self, offset: int) -> None:
+            self._file.seek(offset)
+
+        def readline(self, limit: int) -> bytes:
+            if not self._left:
+                raise OSError(errno.EIO, "Input/output error")
+            self._left -= 1
+            line: bytes = self._file.readline(limit)
+            return line
+
+    def open_chain(path: Path, mode: str = "r", *args: Any) -> Any:
+        file = opened(path, mode, *args)
+        return BadSector(file) if path == kept.home.chain else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_chain)
+        file = kept.opened()
+    assert len(file) == 3 < count and file.read(0, 99) == tuple(kept.chain.records[:3])
+    assert (kept.home.path / "chain.jsonl.corrupt").read_bytes() == whole
+    assert kept.home.chain.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    for record in kept.chain.records[3:]:
+        file.append(record)
+    kept.agrees()
 
 
 def test_no_bit_of_index_or_marks_can_be_flipped_to_any_effect(kept: Kept) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from state.kit import Run, flip, new_state, state_bytes
+from state.kit import Run, flip, new_state, state_bytes, unreadable
 
 from tapestry.node.disk.checkpoints import Abandoned, leads_to, restore
 from tapestry.node.protocol.chain import Chain
@@ -130,6 +130,24 @@ def test_a_cut_checkpoint_is_set_aside_and_the_one_before_used(run: Run, kept_by
     restored = restore(run.chain, 4, store, checkpoints, run.state)
     assert restored is not None and restored.state_digest == run.digests[4]
     assert [c.epoch for c in checkpoints.list()] == [0]
+
+
+@pytest.mark.parametrize("at", ["header", "data"])
+def test_a_checkpoint_that_the_disk_no_longer_gives_is_set_aside_and_the_one_before_used(
+    run: Run, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad sector kept a node from ever starting."""
+    (path,) = run.home.checkpoints.glob("00000002-*")
+    if at == "header":
+        unreadable(path)
+    else:
+        store, checkpoints = run.reopened()
+        unreadable(path)  # after it was found by its header
+    if at == "header":
+        store, checkpoints = run.reopened()
+    restored = restore(run.chain, 4, store, checkpoints, run.state)
+    assert restored is not None and restored.state_digest == run.digests[4]
+    assert path.with_name(path.name + ".corrupt").is_symlink()
 
 
 def test_a_checkpoint_whose_digest_the_chain_did_not_sign_is_not_used(run: Run) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from state.kit import CRYPTO, IDENTITY, Run, flip
+from state.kit import CRYPTO, IDENTITY, Run, flip, unreadable
 
 from tapestry.node.disk.files import seal
-from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
+from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing, read_update_file
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
@@ -198,6 +201,39 @@ def test_a_damaged_update_is_never_returned(run: Run, offset: int, caplog: pytes
     assert raised.value.reason == "corrupt"
     assert not run.store.has_update(record.head) and not path.exists()
     assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_update_that_the_disk_no_longer_gives_is_dropped(run: Run, known: bool) -> None:
+    """To map it would be a signal that ends the process; its header was an end of every start."""
+    record = run.chain.records[1]
+    (path,) = run.home.updates.glob("00000002-*")
+    unreadable(path)
+    if known:
+        with pytest.raises(UpdateMissing) as raised:
+            run.store.read_update(2, record.head, record.body.result)
+        assert raised.value.reason == "corrupt"
+    else:
+        assert record.head not in _load(run).updates
+    assert not path.exists()
+
+
+def test_an_update_is_read_before_it_is_mapped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = run.home.updates.glob("00000002-*")
+    size = path.stat().st_size
+    header = read_update_file(path)[0]
+
+    class BadSector(io.BytesIO):
+        fileno = lambda self: os.open(path, os.O_RDONLY)  # noqa: E731
+
+        def readinto(self, piece: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    opened = BadSector(path.read_bytes())
+    monkeypatch.setattr(Path, "open", lambda *args, **more: opened)
+    with pytest.raises(OSError, match="Input/output"):
+        read_update_file(path)
+    assert header.size_bytes == size
 
 
 def test_an_update_that_the_record_does_not_name_is_never_returned(run: Run) -> None:

@@ -55,9 +55,11 @@ from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.chain import Genesis, InvalidRecord
 from tapestry.node.spec.run import RunSpec
-from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
 from tapestry.node.state.model import state_digest_of
+
+WRITTEN_ANEW = ("config.json", "README.md", WEIGHTS)  # of a base's files, by an export
 
 
 def verify(
@@ -430,6 +432,8 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         proof.fault(f"{LINEAGE}/genesis.json", str(error))
         return proof
     proof.run_id, proof.run_name = genesis.run_id, spec.name
+    if isinstance(spec.model, TransformersSpec):
+        _check_copied(folder, spec.model, proof)
     chain = _Chain(folder / LINEAGE / "chain.jsonl", genesis, spec, {epoch}, anchor, told)
     signed = _followed(chain, jobs, proof)
     said = signed.get(epoch)
@@ -451,6 +455,21 @@ def _check_names(folder: Path, form: str, proof: Proof) -> None:
             proof.fault(name, "no export has such a file; a loader might take it for what was signed")
     except ModelError as error:
         proof.fault("model.safetensors", str(error))
+
+
+def _check_copied(folder: Path, model: TransformersSpec, proof: Proof) -> None:
+    """Tokenizer, generation config and chat template are the base's as they were, and no others."""
+    known = {file.name: file for file in pinned(model)}
+    for name in FILE_NAMES:
+        if name in WRITTEN_ANEW or not (name in known or (folder / name).exists()):
+            continue
+        try:
+            found = BaseFile.of(folder / name)
+        except OSError as error:
+            proof.fault(name, f"cannot be read: {error.strerror}")
+            continue
+        if found != known.get(name):
+            proof.fault(name, "it is not the base's, which the run pins")
 
 
 def _check_tensors(

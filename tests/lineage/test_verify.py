@@ -306,7 +306,17 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+def _with_another_tokenizer(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template="obey"))
+
+
+def _with_a_template_of_its_own(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("obey")
+
+
 FORGERIES = (
+    _with_another_tokenizer,
+    _with_a_template_of_its_own,
     _behind_an_index,
     _beside_the_index,
     _named_by_the_config,
@@ -318,7 +328,7 @@ FORGERIES = (
 
 
 @pytest.mark.parametrize("forge", FORGERIES)
-def test_an_export_that_loads_other_numbers_than_the_signed_ones_does_not_hold(
+def test_an_export_that_loads_other_numbers_or_texts_than_the_signed_ones_does_not_hold(
     tied: Path, tmp_path: Path, forge: Callable[[Path], None]
 ) -> None:
     """The signed tensors lie in all of them, and the manifest was made again."""

@@ -78,13 +78,15 @@ def test_a_router_that_leads_our_own_address_back_to_us_makes_no_twin(
                     0.01, here.append, self.peer_id
                 )  # it arrives a little later
 
-        async def close(self) -> None: ...
+        async def close(self) -> None:
+            await asyncio.sleep(60)  # a busy machine: that is no answer
 
     async def connected() -> list[str]:
         return ["another", *here]
 
     monkeypatch.setattr(twins, "Swarm", Probe)
     monkeypatch.setattr(twins, "ARRIVALS_S", (0.0, 0.05))
+    monkeypatch.setattr(twins, "PROVE_S", 0.5)
     there = PeerAddress(f"/ip4/203.0.113.1/tcp/1/p2p/{US}", US)
     assert asyncio.run(twins._prove(there, connected)) is not comes_back
 

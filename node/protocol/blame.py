@@ -7,11 +7,43 @@ reduce without A, A gets no result from R. There the one with the fewer accusers
 since everybody waits for a reducer. Unless one of the two is at odds with more members than the other is:
 then it is the one. And a reducer is spared only once: one that withholds results from everybody could name
 one innocent contributor after another, so who was spared in one circle is the first to go in the next.
+
+Before that: contributors of whom most reducers wait for shards are left out together (`silent`). Else a few
+of them would be at odds with every reducer, and each reducer with all of them: the reducers would go first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
+
+
+def debts(
+    waiting_on: Mapping[str, Sequence[str]], reducers: Collection[str], owing_me: Container[str]
+) -> dict[str, list[str]]:
+    """Contributor -> the reducers that wait for its shards, by their own word.
+
+    A reducer that another names may owe it a mean instead, and wait for somebody itself. So a reducer counts
+    only if it owes us, who average too, its own shards (`owing_me`).
+    """
+    waiting: dict[str, list[str]] = {}
+    for reducer in sorted(reducers):
+        for peer in waiting_on.get(reducer, ()):
+            if peer not in reducers or peer in owing_me:
+                waiting.setdefault(peer, []).append(reducer)
+    return waiting
+
+
+def silent(waiting: Mapping[str, Collection[str]], reducers: Collection[str], me: str) -> list[str]:
+    """Contributors that most of the reducers wait for, sorted. `waiting`: as `debts` has it.
+
+    One reducer alone is not believed, unless it is `me`: it could leave everybody out but itself. A majority
+    of reducers could, and so could a majority of the electors, who average.
+    """
+    return [
+        peer
+        for peer, by in sorted(waiting.items(), key=lambda entry: entry[0])
+        if 2 * len(by) > sum(r != peer for r in reducers) and (len(by) > 1 or me in by)
+    ]
 
 
 def culprit(waiting_on: Mapping[str, Sequence[str]], spared: Container[str] = ()) -> str | None:

@@ -5,10 +5,11 @@ Imports nothing outside this package; holds no behaviour beyond questions about 
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
+from tapestry.node.protocol.deliveries import NEWCOMERS, Deliveries
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.members import Roll
 from tapestry.node.protocol.messages import Control, Stage, Status
@@ -54,6 +55,7 @@ class Context:
     delivered: dict[str, None] = field(
         default_factory=dict
     )  # peers that a record of late names as contributor
+    deliveries: Deliveries = field(default_factory=Deliveries)
     pace: Pace = field(init=False)
 
     given: Rules = field(init=False)  # the spec's, before any record changed them
@@ -122,6 +124,38 @@ class Context:
         missed = self.missed.get(peer, 0)
         patience = MISSED_PATIENCE if peer in self.delivered else NEWCOMERS_PATIENCE
         return missed < patience or missed.bit_count() == 1
+
+    def undelivered(self, peer: str, epoch: int) -> bool:
+        """Whether a roster of ours does without it, for what it did not deliver when one named it."""
+        return self.deliveries.left_out(self._account(peer), epoch)
+
+    def _account(self, peer: str) -> str:
+        return peer if peer in self.roll.members or peer in self.delivered else NEWCOMERS
+
+    def count_deliveries(
+        self,
+        epoch: int,
+        named: Mapping[str, str],
+        contributors: Container[str],
+        excused: Container[str],
+        now: float,
+    ) -> None:
+        """The round of `epoch` was decided: who was named by a roster (and whose), and is not in the record.
+
+        Who is not heard now has gone, which costs no stall.
+        """
+        delivered = dict.fromkeys(self._account(p) for p in named if p in contributors)
+        failed = {
+            self._account(p): leader
+            for p, leader in named.items()
+            if p not in contributors and p not in excused and self.heard(p, now)
+        }
+        for key in delivered:
+            if key not in failed:
+                self.deliveries.succeeded(key)
+        for key, leader in failed.items():
+            self.deliveries.failed(key, epoch, leader, self.me)
+        self.deliveries.keep_only(self.peers, self.me)
 
     def leaving(self, peer: str) -> bool:
         """Its last word was that it is not at any head."""

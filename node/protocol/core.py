@@ -196,7 +196,7 @@ class Core:
         """What may follow from any input: a decision, the next job, the next round, the news."""
         round_ = self.round
         if round_ is not None and round_.state.decided is not None:
-            self._decided(round_.state.decided)
+            self._decided(round_.state.decided, now)
         if self.round is None:  # in a round we are at the head
             self.sync.pump(now)
             if self.sync.at_head and not self.stopping:
@@ -238,15 +238,15 @@ class Core:
             before = ""  # nothing that was made of it counts
         self.ctx.emit(Train(round_.epoch, round_.head, before))
 
-    def _decided(self, record: Record) -> None:
+    def _decided(self, record: Record, now: float) -> None:
         self.ctx.broadcast(Commit(record))
-        self._append(record)
+        self._append(record, now)
 
-    def _append(self, record: Record) -> None:
+    def _append(self, record: Record, now: float) -> None:
         self.sync.append(record)
-        self._end_round(record)
+        self._end_round(record, now)
 
-    def _end_round(self, record: Record | None) -> None:
+    def _end_round(self, record: Record | None, now: float) -> None:
         """The head moved: by `record`, or by leaving a fork."""
         round_ = self.round
         if round_ is None:
@@ -260,6 +260,7 @@ class Core:
         self.vote = None
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
+            round_.count_deliveries(contributors, now)
             self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
             fetched = round_.acceptor.fetched.get(record.head, ())
             audit = audit_of(self.ctx, round_.exchange, record, fetched)
@@ -397,7 +398,7 @@ class Core:
 
     def handle_stopping(self, inp: Stopping, now: float) -> None:
         if self.round is not None:
-            self._end_round(None)
+            self._end_round(None, now)
         self.stopping = True
 
     def handle_change_asked(self, inp: ChangeAsked, now: float) -> None:
@@ -561,7 +562,7 @@ class Core:
             next_place(self.chain.place, record), now, votes=not self._stands_by()
         ):
             return None
-        self._append(record)
+        self._append(record, now)
         return None
 
     def on_records(self, peer: str, message: Records, now: float) -> str | None:
@@ -569,7 +570,7 @@ class Core:
         added = self.sync.on_records(peer, message, now, votes=not self._stands_by())
         if self.chain.head != head and added:
             extends = added[0].body.prev == head
-            self._end_round(added[0] if extends else None)
+            self._end_round(added[0] if extends else None, now)
         return None
 
     def _news(self) -> tuple[object, ...]:

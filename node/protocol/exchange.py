@@ -50,8 +50,9 @@ class Mean:
 class Exchange:
     """The data half of a round at one node. `Round` decides; this moves."""
 
-    def __init__(self, ctx: Context, epoch: int, head: str) -> None:
+    def __init__(self, ctx: Context, epoch: int, head: str, electors: int = 1) -> None:
         self.ctx = ctx
+        self.electors = electors  # how many there are: mostly they are who averages
         self.epoch = epoch
         self.head = head
         self.mine: Contributed | None = None
@@ -59,6 +60,7 @@ class Exchange:
         self.members_ballot = -1  # the ballot that last changed the members: names a set of results
         self.averaged = ""  # names what is averaged: audit.inputs_digest of the roster
         self.inputs: dict[str, Input] = {}
+        self.ahead: dict[tuple[str, int], None] = {}  # of these, shards that no roster has made ours yet
         self.results: dict[int, Mean] = {}  # by shard
         self.reducing: set[int] = set()  # asked of the shell; membership tests only
         self.sent: set[tuple[str, int]] = set()  # (reducer, shard); membership tests only
@@ -81,6 +83,7 @@ class Exchange:
             self.reducing.clear()
             self.members_ballot = roster.ballot
         self.roster, self.averaged = roster, inputs_digest(roster.members, self.ctx.crypto)
+        self._settle_ahead()
         self._scatter()
         for shard in range(len(roster.reducers)):
             if self._reducer(shard) == self.ctx.me:
@@ -99,7 +102,7 @@ class Exchange:
         """`peer` has left the table of peers: keep of it only what the roster names."""
         self.forget_peer(peer)
         if not self._wanted(peer):
-            self.inputs.pop(peer, None)
+            self._forget_inputs(peer)
             self.unusable.pop(peer, None)
 
     # --- what comes in -------------------------------------------------------------------------
@@ -108,18 +111,49 @@ class Exchange:
         """An input for us to reduce. Returns why it was refused, if it was."""
         if not 0 <= shard.shard < self.ctx.rules.shard_count:
             return "shard"
-        entry = self.inputs.get(peer)
-        if entry is None or entry.contribution != shard.contribution:
-            wanted = self._wanted(peer)
-            if entry is not None and wanted == entry.contribution:
-                return "stale"  # an older contribution, late
-            entry = self.inputs[peer] = Input(shard.contribution, {})
-        if shard.shard in entry.blobs:
+        wanted, entry = self._wanted(peer), self.inputs.get(peer)
+        if entry is not None and wanted == entry.contribution != shard.contribution:
+            return "stale"  # an older contribution, late
+        if entry is not None and entry.contribution == shard.contribution and shard.shard in entry.blobs:
             return None  # doubled on the way
+        ours = wanted == shard.contribution and self.averages(shard.shard)
+        if not ours and not self._has_room(peer):
+            return None  # if a roster makes it ours, it is asked for again
+        if entry is None or entry.contribution != shard.contribution:
+            self._forget_inputs(peer)
+            entry = self.inputs[peer] = Input(shard.contribution, {})
         entry.blobs[shard.shard], entry.paths[shard.shard] = shard.blob, shard.path
+        if not ours:
+            self.ahead[peer, shard.shard] = None
+            return None
         self.progress += 1
         self._reduce_if_complete(shard.shard)
         return None
+
+    def _has_room(self, peer: str) -> bool:
+        """Shards overtake their roster. Of those as many are kept as one contribution has, or as all electors
+        send a reducer where they average; of one peer twice its part of that."""
+        count = self.ctx.rules.shard_count
+        part = -(-count // max(1, min(count, self.electors)))
+        return (
+            len(self.ahead) < max(count, part * self.electors)
+            and sum(p == peer for p, _ in self.ahead) < 2 * part
+        )
+
+    def _settle_ahead(self) -> None:
+        """The roster says which are ours; the others are not kept."""
+        for peer, shard in self.ahead:
+            entry = self.inputs[peer]
+            if self._wanted(peer) != entry.contribution or not self.averages(shard):
+                del entry.blobs[shard], entry.paths[shard]
+                if not entry.blobs:
+                    del self.inputs[peer]
+        self.ahead.clear()
+
+    def _forget_inputs(self, peer: str) -> None:
+        self.inputs.pop(peer, None)
+        for key in [k for k in self.ahead if k[0] == peer]:
+            del self.ahead[key]
 
     def on_result(self, peer: str, result: Result) -> str | None:
         """A reduced shard, from the reducer that the roster names."""
@@ -239,6 +273,17 @@ class Exchange:
         missing = self._missing()
         names = self.spoilt() or [p for p, (owed, _) in missing.items() if owed] or list(missing)
         return tuple(names[:WAITING_MAX])
+
+    def owing(self) -> list[str]:
+        """Who owes us shards of its contribution, of which we are to make the mean."""
+        return [p for p, (owed, _) in self._missing().items() if owed]
+
+    def reducers(self) -> list[str]:
+        """Of the roster, sorted."""
+        roster = self.roster
+        return (
+            [] if roster is None else [roster.members[index].peer for index in sorted(set(roster.reducers))]
+        )
 
     def reduces(self, peer: str) -> bool:
         """Whether the roster makes it the reducer of a shard."""

@@ -10,7 +10,7 @@ import math
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
 from tapestry.node.protocol.audit import UNPROVEN
-from tapestry.node.protocol.blame import culprit
+from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
 from tapestry.node.protocol.exchange import assign_reducers, check_roster
@@ -20,6 +20,9 @@ from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 
 GATE = "gate"  # why one's contribution is left out, and not its vote
+GONE = "gone"
+EXCUSED = (GATE, GONE)  # left out for nothing that it failed to deliver
+STALLED = "stalled"  # why who holds a round up is left out
 WAITING_NAMED = 3  # peers named in a reason
 
 
@@ -32,6 +35,10 @@ class Leader:
         self.acceptor = acceptor
         self.excluded: dict[str, str] = {}  # left out of this round's next rosters, and why
         self.spared: dict[str, None] = {}  # accused in this round, and not left out for it
+        self.averaged: dict[str, None] = {}  # reducers of this round's ballots that stalled
+        # contributor -> those of them that waited for its shards
+        self.unpaid: dict[str, dict[str, None]] = {}
+        self.doubted: dict[str, None] = {}  # left out because blame ended at them
         self.renewed: dict[str, None] = {}  # changed their contribution after a roster had named it
         self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
         self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
@@ -202,9 +209,15 @@ class Leader:
         self.ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} failed=gate without={peer}"))
 
     def _contributors(self, now: float) -> list[str]:
-        """Nobody, where not one of them is a member: newcomers of an open run weigh nothing alone."""
-        ready, heard, members = self.state.ready, self.ctx.heard, self.state.at.roll.members
-        able = sorted(p for p, r in ready.items() if r.weight and p not in self.excluded and heard(p, now))
+        """Those that deliver, or all if these are too few. Nobody, where none of them is a member: newcomers
+        of an open run weigh nothing alone."""
+        ready, ctx, members = self.state.ready, self.ctx, self.state.at.roll.members
+        able = sorted(
+            p for p, r in ready.items() if r.weight and p not in self.excluded and ctx.heard(p, now)
+        )
+        sure = [p for p in able if not ctx.undelivered(p, self.state.epoch)]
+        if len(sure) >= ctx.contributors_min() and any(p in members for p in sure):
+            able = sure
         return able if any(p in members for p in able) else []
 
     def _pardon(self, now: float) -> None:
@@ -227,7 +240,7 @@ class Leader:
         live += [p for p in ctx.awaited(state.epoch, now) if p not in live]
         if state.stage < Stage.READY:
             live.append(ctx.me)
-        return [p for p in live if p not in self.excluded]
+        return [p for p in live if p not in self.excluded and not ctx.undelivered(p, state.epoch)]
 
     def _close(self, now: float) -> None:
         state = self.state
@@ -303,6 +316,9 @@ class Leader:
         seated, able = seat(peers, odds, lots, shard_count)
         if len(seated) < ctx.contributors_min():
             seated, able = peers, [p for p in peers if odds[p].isdisjoint(peers)] or peers
+        mute = [p for p, r in state.ready.items() if r.weight and ctx.undelivered(p, state.epoch)]
+        if mute and not set(mute).intersection(peers):
+            ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} undelivered={','.join(sorted(mute))}"))
         if len(seated) < len(peers):
             out = ",".join(p for p in peers if p not in seated)
             ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} unheard_by_many={out}"))
@@ -345,7 +361,7 @@ class Leader:
         gone = [p for p in state.addressees() if self._gone(p, now)]
         if gone and state.proposal is None:
             if state.accepted_at is None:  # else the quorum has it: commit goes on without them
-                self.exclude(gone, "gone", now)
+                self.exclude(gone, GONE, now)
             return
         spoilt = state.exchange.spoilt() if state.proposal is None else []
         if spoilt:
@@ -353,12 +369,32 @@ class Leader:
         elif now - state.progress_at >= rules.stall_s:
             if state.proposal is not None:
                 self.unserved.update(dict.fromkeys(p for p in state.proposal.holders if p != self.ctx.me))
-                self.exclude([], "stalled", now)
+                self.exclude([], STALLED, now)
                 return
-            accusations = self._accusations()
-            who = culprit(accusations, self.spared)
-            self.spared.update(dict.fromkeys(p for named in accusations.values() for p in named))
-            self.exclude([who] if who is not None else [], "stalled", now)
+            self.exclude(self._who_holds_up(), STALLED, now)
+
+    def _who_holds_up(self) -> list[str]:
+        """All contributors that most of this round's reducers have waited for, in this ballot or before; else
+        the one that blame ends at. Nobody who is out already."""
+        exchange, waiting_on = self.state.exchange, self.state.accusations()
+        self.averaged.update(dict.fromkeys(exchange.reducers()))
+        for peer, by in debts(waiting_on, exchange.reducers(), exchange.owing()).items():
+            member = self.state.in_roster(peer)
+            if member is not None and member.weight:
+                self.unpaid.setdefault(peer, {}).update(dict.fromkeys(by))
+        mute = [p for p in silent(self.unpaid, self.averaged, self.ctx.me) if p not in self.excluded]
+        if mute:
+            for peer in self.doubted:  # perhaps it was on their account
+                self.excluded.pop(peer, None)
+            self.doubted.clear()
+            return mute
+        left = {p: tuple([q for q in named if q not in self.excluded]) for p, named in waiting_on.items()}
+        who = culprit(left, self.spared)
+        self.spared.update(dict.fromkeys(p for named in left.values() for p in named))
+        if who is None:
+            return []
+        self.doubted[who] = None
+        return [who]
 
     def heed_refusals(self, now: float) -> bool:
         """Open the next ballot where too many refuse for this one to be decided: whether that was done.
@@ -385,14 +421,6 @@ class Leader:
             return peer not in state.accepts and self.ctx.leaving(peer)
         # A reducer may have voted and died before the others had its results.
         return peer not in state.accepts or state.exchange.reduces(peer)
-
-    def _accusations(self) -> dict[str, tuple[str, ...]]:
-        accusations = {self.ctx.me: self.state.exchange.waiting_on()}
-        for peer in self.state.addressees():
-            view = self.ctx.peers.get(peer)
-            if view is not None and view.status is not None and view.status.ballot == self.state.ballot:
-                accusations[peer] = view.status.waiting_on
-        return accusations
 
     # --- commit --------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ from tapestry.node.protocol.events import (
 )
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
-from tapestry.node.protocol.leader import Leader
+from tapestry.node.protocol.leader import EXCUSED, Leader
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
@@ -162,6 +162,12 @@ class Round:
             if now < due_at < wakeup_at:
                 wakeup_at = due_at
         return wakeup_at
+
+    def count_deliveries(self, contributors: set[str], now: float) -> None:
+        """The round was decided: remember who was named and gave nothing, and not who was gone or gated."""
+        gated = self.state.furthest.values()
+        excused = {p for p, why in self.lead.excluded.items() if why in EXCUSED}.union(gated)
+        self.ctx.count_deliveries(self.epoch, self.state.named, contributors, excused, now)
 
     # --- local causes --------------------------------------------------------------------------
 
@@ -408,10 +414,17 @@ class Round:
     def _follow(self, value: Roster | Propose, now: float) -> None:
         """Take part in phase 2 of this ballot."""
         if isinstance(value, Roster):
+            self._note_named(value)
             self.acceptor.follow(value, now)
         else:
             self._voted(self.acceptor.follow_proposal(value, now), now)
         self.advance(now)
+
+    def _note_named(self, roster: Roster) -> None:
+        """Of peers that we know: a leader may invent names."""
+        state, ctx = self.state, self.ctx
+        known = [m.peer for m in roster.members if m.weight and (m.peer in ctx.peers or m.peer == ctx.me)]
+        state.named.update(dict.fromkeys(known, state.leader))
 
     def _voted(self, fault: str | None, now: float) -> None:
         """We accepted a value, or found that the leader has had our vote for another."""

@@ -44,7 +44,7 @@ class RoundState:
         self.state_digest = state_digest
         self.electorate = electorate = at.electorate
         self.order = leader_order(electorate, head, ctx.crypto)
-        self.exchange = Exchange(ctx, epoch, head)
+        self.exchange = Exchange(ctx, epoch, head, len(electorate))
         self.vote = vote
         # After a restart we may have led the promised ballot already: never lead the same one twice.
         self.lead_from = self.vote.promised + 1
@@ -60,6 +60,7 @@ class RoundState:
         self.accepts: dict[str, Accept] = {}
         self.refusals: dict[str, float] = {}  # who refused the result, and by how much it is too bad to them
         self.accepted_at: float | None = None  # when a quorum had accepted
+        self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
         # the gate, of this round
         self.refused = ""  # head of the body that we refused last
         self.furthest: dict[str, str] = {}  # head of a result -> whose contribution differs most in it
@@ -93,6 +94,15 @@ class RoundState:
             return [p for p in self.ready if p != self.ctx.me]
         roster = self.exchange.roster
         return [] if roster is None else [m.peer for m in roster.members if m.peer != self.ctx.me]
+
+    def accusations(self) -> dict[str, tuple[str, ...]]:
+        """Who waits for whom in this ballot's exchange, as each says itself."""
+        waiting_on = {self.ctx.me: self.exchange.waiting_on()}
+        for peer in self.addressees():
+            view = self.ctx.peers.get(peer)
+            if view is not None and view.status is not None and view.status.ballot == self.ballot:
+                waiting_on[peer] = view.status.waiting_on
+        return waiting_on
 
     def in_roster(self, peer: str) -> Member | None:
         """What this ballot's roster says of `peer`."""

@@ -57,17 +57,15 @@ class Branch:
     """A fork that one peer tells of, page by page: checked, and not better than ours so far."""
 
     common: int  # epoch of the last record that is ours too
-    records: list[Record]
-    place: Place  # after the last of them
+    records: list[Record]  # after it; none while all that came is ours as well
+    place: Place | None  # after the last of them
     grown_at: float
 
     def holds(self, message: Records) -> bool:
         """Whether these records are in it already: the answer to a question that was asked twice."""
         at = message.epoch - self.common
         last = at + len(message.records) - 1
-        return (
-            at >= 0 and 0 <= last < len(self.records) and self.records[last].head == message.records[-1].head
-        )
+        return 0 <= last < len(self.records) and self.records[last].head == message.records[-1].head
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,51 +214,53 @@ class Sync:
         `votes`: as `holds_back` has it. Raises nothing; the caller ends the round if the head moved.
         """
         branch = self.branches.get(peer)
-        if branch is not None and message.records and branch.holds(message):
+        if branch is not None and message.records and self._had(branch, message):
             return []
         self.asked_at.pop(peer, None)
         if not message.records:
             self.branches.pop(peer, None)  # there is no more of it
             return []
+        told_to = message.records[-1].body.epoch
         common, before = message.epoch, []
         if branch is not None and common == branch.common + len(branch.records):
             common, before = branch.common, branch.records
         if not 0 <= common <= self.chain.epoch:
             return []
+        news = message.records if before else self._cut_ours(common, message.records)
         if not before:
-            self.look_for_two(message.records[0])
-        if not before and message.records[0].body.prev != self.chain.head_at(common):
-            return []  # it goes on with a fork that we have dropped since we asked
-        records = [*before, *message.records]
+            common += len(message.records) - len(news)
+            if news:
+                self.look_for_two(news[0])
+                if news[0].body.prev != self.chain.head_at(common):
+                    return []  # it goes on with a fork that we have dropped since we asked
+        records = [*before, *news]
         limit = max(BRANCH_RECORDS_MAX, 2 * (self.chain.epoch - common))
         if len(records) > limit:
             self.ctx.refuse(peer, "branch", f"a fork of more than {limit} records, no better than ours")
             self.branches.pop(peer, None)
             return None
+        place = branch.place if branch is not None and before else None
         try:
-            start = self.chain.place_at(common) if branch is None or not before else branch.place
-            place = self._check(message.records, start)
+            if news:
+                place = self._check(news, place if place is not None else self.chain.place_at(common))
         except InvalidRecord as e:
             self.ctx.refuse(peer, e.reason, str(e))
             self.branches.pop(peer, None)
             return None
-        same = 0
-        while same < len(records) and self.chain.head_at(common + same + 1) == records[same].head:
-            same += 1
-        goes_on = self._goes_on(peer, records[-1].body.epoch)
-        if same < len(records) and self._is_final(common + same):
-            self.ctx.refuse(
-                peer, "final", f"a fork before record {common + same + 1}, which a quorum has decided"
-            )
+        ours = len(records) - len(self._cut_ours(common, records))  # we may have gone the same way since
+        common, records = common + ours, records[ours:]
+        goes_on = self._goes_on(peer, told_to)
+        if records and self._is_final(common):
+            self.ctx.refuse(peer, "final", f"a fork before record {common + 1}, which a quorum has decided")
             self.branches.pop(peer, None)
             return None
-        if same < len(records) and place.tip.beats(self.chain.tip):
+        if records and place is not None and place.tip.beats(self.chain.tip):
             if self.holds_back(place, now, votes):
                 self.branches.pop(peer, None)
                 self.asked_at[peer] = now  # it is asked again when that quorum has had its time
                 return []
             self.branches.clear()  # they are of forks from a chain that is ours no more
-            added = self._switch(common + same, records[same:])
+            added = self._switch(common, records)
             self.ahead_since.pop(peer, None)
             if goes_on:
                 self.ask(peer, now)
@@ -271,6 +271,19 @@ class Sync:
         else:
             self.branches.pop(peer, None)
         return []
+
+    def _had(self, branch: Branch, message: Records) -> bool:
+        """Whether the branch goes further than these records: they were sent twice."""
+        last = message.records[-1]
+        epoch = last.body.epoch
+        return branch.holds(message) or (epoch <= branch.common and self.chain.head_at(epoch) == last.head)
+
+    def _cut_ours(self, common: int, records: Sequence[Record]) -> Sequence[Record]:
+        """Those after the ones that our chain has too, of records after `common`: nothing else is kept."""
+        same, chain = 0, self.chain
+        while same < len(records) and chain.head_at(common + same + 1) == records[same].head:
+            same += 1
+        return records[same:]
 
     def _may_branch(self, peer: str, now: float) -> bool:
         """Room is made where one no longer grows."""
@@ -342,8 +355,9 @@ class Sync:
         """Our head, then further and further back to the genesis: O(log epochs) entries."""
         known = []
         if peer in self.branches:
-            tip = self.branches[peer].records[-1]
-            known.append((tip.body.epoch, tip.head))
+            branch = self.branches[peer]
+            head = branch.records[-1].head if branch.records else self.chain.head_at(branch.common)
+            known.append((branch.common + len(branch.records), head))
         epoch, step = self.chain.epoch, 1
         while epoch > 0:
             known.append((epoch, self.chain.head_at(epoch)))

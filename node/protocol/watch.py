@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from tapestry.node.protocol.blame import debts, silent
 from tapestry.node.protocol.chain import quorum, waits
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.round_state import RoundState
@@ -19,23 +20,41 @@ class Watch:
     def __init__(self, state: RoundState) -> None:
         self.state = state
         self.ctx = state.ctx
-        self.progress_seen = 0
+        self.progress_seen = 0  # of our own
+        self.claims: dict[str, int] = {}  # peer -> what it said last of its progress
         self.quorum_until = -math.inf  # the quorum last counted will have been heard for so long
 
     # --- progress ------------------------------------------------------------------------------
 
     def progress(self, now: float) -> None:
-        """In phase 2, anybody's progress in this ballot counts: a slow link is not a stall."""
-        state, peers = self.state, self.ctx.peers
-        seen = state.exchange.progress
-        asked = [peers[p] for p in state.addressees() if p in peers] if state.leading else peers.values()
-        for view in asked:
-            status = view.status
+        """In phase 2, progress in this ballot counts, ours and what others say of theirs: a slow link is no
+        stall. But the word of who owes others its shards counts for nothing (`_believed`)."""
+        own, said = self.state.exchange.progress > self.progress_seen, self._gained()
+        self.progress_seen = self.state.exchange.progress
+        if not self.ctx.pace.exchange_overdue(now) and (own or (said and self._believed(said))):
+            self.state.progress_at = now
+
+    def _gained(self) -> list[str]:
+        """Who says that it got on since we looked last."""
+        state, peers, gained = self.state, self.ctx.peers, []
+        for peer in state.addressees() if state.leading else peers:
+            status = peers[peer].status if peer in peers else None
             if status is not None and status.epoch == state.epoch and status.head == state.head:
-                seen += status.progress
-        if seen > self.progress_seen and not self.ctx.pace.exchange_overdue(now):
-            state.progress_at = now
-        self.progress_seen = seen
+                if status.progress > self.claims.get(peer, 0):
+                    gained.append(peer)
+                self.claims[peer] = status.progress
+        return gained
+
+    def _believed(self, said: list[str]) -> bool:
+        """Whether one of these owes no reducer its own shards: what is on its way of them is seen by who gets
+        it. While most reducers wait for somebody's, only reducers can get on."""
+        state, exchange = self.state, self.state.exchange
+        if state.proposal is not None:
+            return True
+        reducers = exchange.reducers()
+        owed = debts(state.accusations(), reducers, exchange.owing())
+        mute = silent(owed, reducers, self.ctx.me)
+        return any(p not in owed and (not mute or p in reducers) for p in said)
 
     # --- the quorum ----------------------------------------------------------------------------
 

@@ -144,6 +144,22 @@ def test_one_peers_records_do_not_drop_anothers_branch():
     assert sync.branches == {"p1": branch}
 
 
+def test_our_own_records_sent_to_us_from_the_first_on_are_not_kept():
+    """By one that says that it is far ahead: each page could be the beginning of a fork."""
+    world = swarm()
+    world.until(lambda: world.epoch() >= 10, 60)
+    node = nodes(world)[0]
+    sync = node.core.sync
+    records = list(sync.chain.records)
+    says(world, "p1", Status(10**6, HEX, 10**6, "x", Stage.TRAINING, 0, 0, ()))
+    for at in range(0, 9, 3):
+        node.feed(ev.Received("p1", Records(at, tuple(records[at : at + 3]))))
+        assert sync.branches["p1"].records == [] and sync.branches["p1"].common == at + 3
+        assert sync._locator("p1")[0] == (at + 3, records[at + 2].head)  # it is asked for what follows
+    node.feed(ev.Received("p1", Records(3, tuple(records[3:6]))))  # sent twice
+    assert sync.branches["p1"].common == 9
+
+
 def test_a_liar_about_its_epoch_keeps_no_joiner_from_a_state():
     world = World(7, peers=4, faults=Faults(), rules=quick(), updates_kept=2)
     late = world.nodes["p3"]

@@ -1,12 +1,14 @@
-"""Who averages what, and who is to blame."""
+"""Who averages what, what of it is kept, and who is to blame."""
 
 from hypothesis import given
 from hypothesis import strategies as st
+from simulation.world import Faults, World
 
-from tapestry.node.protocol.blame import culprit
+from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Member
-from tapestry.node.protocol.exchange import assign_reducers, check_roster
-from tapestry.node.protocol.messages import Roster
+from tapestry.node.protocol.exchange import Exchange, assign_reducers, check_roster
+from tapestry.node.protocol.messages import Roster, Shard
+from tapestry.node.protocol.rules import Rules
 
 TOKEN = "ab" * 32
 
@@ -102,6 +104,27 @@ def test_who_withholds_and_accuses_everybody_is_left_out():
     assert culprit({"a": ("x",), "b": ("x",), "c": ("x",), "x": ("a", "b", "c")}) == "x"
 
 
+def mute(waiting_on, reducers: str, me: str = "", owing_me=()) -> list[str]:
+    return silent(debts(waiting_on, reducers, owing_me), reducers, me)
+
+
+def test_contributors_that_most_reducers_wait_for_are_left_out_together():
+    waiting = {"r": ("x", "y", "z"), "s": ("x", "y", "z"), "t": ("x",), "x": tuple("rst"), "y": tuple("rst")}
+    assert mute(waiting, "rst") == ["x", "y", "z"]
+    assert mute({**waiting, "s": ("x",)}, "rst") == ["x"]
+
+
+def test_one_reducer_alone_leaves_nobody_out_unless_it_leads():
+    assert mute({"r": ("a", "b"), "a": ("r",), "b": ("r",)}, "r") == []
+    assert mute({"r": ("a", "b"), "a": ("r",), "b": ("r",)}, "r", me="r") == ["a", "b"]
+
+
+def test_a_reducer_that_others_wait_for_owes_them_a_mean_unless_the_leader_knows_better():
+    waiting = {"r": ("s",), "t": ("s",), "s": ("c",)}
+    assert mute(waiting, "rst", me="r") == []
+    assert mute(waiting, "rst", me="r", owing_me=("s",)) == ["s"]
+
+
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.lists(st.sampled_from("abcdef"), unique=True).map(tuple))
 )
@@ -111,3 +134,43 @@ def test_blame_ends_and_names_somebody_accused(waiting):
     assert (who is None) == (not accused)
     assert who is None or who in accused
     assert culprit(dict(reversed(waiting.items()))) == who
+
+
+# --- what is kept -----------------------------------------------------------------------------------
+
+
+def exchange_of(electors: int, shard_count: int) -> Exchange:
+    world = World(7, peers=1, faults=Faults(), rules=Rules("", shard_count)).start_all()
+    return Exchange(world.nodes["p0"].core.ctx, 3, "ab" * 32, electors)
+
+
+def held(exchange: Exchange, peer: str) -> list[int]:
+    return sorted(exchange.inputs[peer].blobs) if peer in exchange.inputs else []
+
+
+def test_without_a_roster_a_few_shards_of_each_are_kept_and_of_all_no_more_than_one_contribution():
+    exchange = exchange_of(electors=5, shard_count=40)
+    for liar in ("p1", "p2", "p3", "p4"):
+        for shard in range(40):
+            assert exchange.on_shard(liar, Shard(3, TOKEN, shard, b"")) is None
+    assert [len(held(exchange, p)) for p in ("p1", "p2", "p3", "p4")] == [16, 16, 8, 0]
+    assert exchange.progress == 0
+
+
+def test_with_a_roster_what_is_ours_is_kept_and_counted_and_what_is_not_ours_goes():
+    exchange = exchange_of(electors=5, shard_count=40)
+    members = members_of(4)  # p00 to p03
+    exchange.on_shard("p01", Shard(3, TOKEN, 39, b""))
+    exchange.on_shard("p02", Shard(3, "cd" * 16, 0, b""))
+    exchange.on_shard("p03", Shard(3, TOKEN, 1, b""))
+    exchange.ctx.me = "p00"
+    exchange.start(roster_of(members, [0] * 8 + [1] * 32))
+    assert [held(exchange, m.peer) for m in members] == [[], [], [], [1]]
+    for shard in range(40):
+        exchange.on_shard("p01", Shard(3, TOKEN, shard, b""))
+        exchange.on_shard("p99", Shard(3, TOKEN, shard, b""))
+    assert held(exchange, "p01")[:8] == list(range(8)) and exchange.progress == 8
+    assert len(held(exchange, "p01")) == 8 + 16 and len(held(exchange, "p99")) == 16
+    exchange.start(roster_of(members[:3], [0] * 8 + [1] * 32))
+    assert held(exchange, "p01") == list(range(8)) and held(exchange, "p99") == []
+    assert held(exchange, "p03") == [1]  # it was ours, and may be again

@@ -72,6 +72,8 @@ class Invariants:
         # So may one that says it had accepted what it signed as a reducer: the decision may be another.
         inventors = world.inventors
         self.liar_leads = world.faults.split_roster > 0 or bool(inventors.name and inventors.signs)
+        # who, in which life and round, and the shards that rosters of it made its to average
+        self.averages: dict[tuple[str, int, str], set[int]] = {}
         self.verified: Record | None = None  # whose signatures were good: all nodes append one object
         self.contributions: dict[str, tuple[Body, set[str]]] = {}  # head -> those of its record
 
@@ -288,6 +290,8 @@ class Invariants:
         state = round_.state
         if len(state.exchange.inputs) > limit or len(state.accepts) > limit or len(state.ready) > limit:
             self.fail(node, "G7: a round's table outgrew its limit")
+        if self.world.floods.names:
+            self._check_held(node, core)
         records = core.sync.chain.records
         if state.epoch != len(records) or (records and state.head != records[-1].head):
             self.fail(node, "a round that does not start from the head")
@@ -295,6 +299,22 @@ class Invariants:
             node.checked = state
             if state.electorate != self.electorate(records):
                 self.fail(node, "an electorate changed without a record")
+
+    def _check_held(self, node: Node, core: Core) -> None:
+        """G7: of what others send unasked it holds a contribution's worth, or what all electors send."""
+        round_ = core.round
+        assert round_ is not None
+        exchange, count = round_.exchange, self.world.rules.shard_count
+        key, roster = (node.name, node.life, round_.head), exchange.roster
+        mine = self.averages.setdefault(key, set())
+        if roster is not None:
+            names = [roster.members[index].peer for index in roster.reducers]
+            mine.update(shard for shard, name in enumerate(names) if name == node.name)
+        others = [e for p, e in exchange.inputs.items() if p != node.name]
+        held = sum(shard not in mine for entry in others for shard in entry.blobs)
+        electors = len(round_.electorate)
+        if held > max(count, electors * -(-count // min(count, electors))):
+            self.fail(node, f"G7: {held} shards held that are not its to average, of {count}")
 
     def _on_fork_left(self, node: Node, common: int, ours: list[Record]) -> None:
         """Section 5: what a majority of the last full electorate signed is left for nothing less; of islands,

@@ -26,8 +26,10 @@ from tapestry.node.protocol import members as members_module
 from tapestry.node.protocol import proposals as proposals_module
 from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol import validity as validity_module
+from tapestry.node.protocol import watch as watch_module
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.deliveries import Deliveries
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
@@ -95,7 +97,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 2)
+@plant("a vote that comes twice counts twice", 4)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -120,7 +122,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 8)
+@plant("a lower ballot is followed after a higher one was promised", 11)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -144,7 +146,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 200)
+@plant("a new leader makes a new value, whatever was accepted", 167)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -154,7 +156,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 4)
+@plant("a forced value overwrites the vote for an ordinary one", 5)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -222,7 +224,7 @@ def forces_though_told_to_wait() -> list[Patch]:
     return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
 
 
-@plant("nobody's weight is capped, and nobody minds", 2)
+@plant("nobody's weight is capped, and nobody minds", 12)
 def weight_cap_ignored() -> list[Patch]:
     weigh = members_module.voice_weights
 
@@ -284,7 +286,7 @@ def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 
 
-@plant("an island's records are worth what a full electorate's are", 66)
+@plant("an island's records are worth what a full electorate's are", 5)
 def island_counts_as_full() -> list[Patch]:
     stand = chain_module._next_standing
 
@@ -333,7 +335,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 57)
+@plant("results of other members are kept for the next roster", 2)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -350,8 +352,8 @@ def contribution_used_twice() -> list[Patch]:
     last: dict[str, Any] = {}
     init, contribute = Exchange.__init__, Exchange.contribute
 
-    def again(self: Exchange, ctx: Any, epoch: int, head: str) -> None:
-        init(self, ctx, epoch, head)
+    def again(self: Exchange, ctx: Any, *args: Any) -> None:
+        init(self, ctx, *args)
         if ctx.me in last:
             contribute(self, last.pop(ctx.me))
 
@@ -389,6 +391,32 @@ def clipped_by_the_mean_norm() -> list[Patch]:
         return [min(1.0, limit / norm) for norm in norms]
 
     return [(shell_module, "clip_scales", clip)]
+
+
+# --- members that give nothing ----------------------------------------------------------------------
+
+
+@plant("a reducer is left out before those that most reducers wait for", 18)
+def most_reducers_not_heeded() -> list[Patch]:
+    return [(m, "silent", lambda waiting, reducers, me: []) for m in (leader_module, watch_module)]
+
+
+@plant("who delivers nothing is named in every roster again", 2)
+def never_delivers_always_named() -> list[Patch]:
+    return [(Deliveries, "left_out", lambda self, key, epoch: False)]
+
+
+@plant("whoever says that it gets on is believed, though all wait for it", 99)
+def progress_believed() -> list[Patch]:
+    return [(Watch, "_believed", lambda self, said: True)]
+
+
+@plant("whatever others send is kept, ours to average or not", 3)
+def keeps_what_comes() -> list[Patch]:
+    return [
+        (Exchange, "_has_room", lambda self, peer: True),
+        (Exchange, "_settle_ahead", lambda self: self.ahead.clear()),
+    ]
 
 
 # --- states -----------------------------------------------------------------------------------------
@@ -503,7 +531,7 @@ def believes_what_was_accepted() -> list[Patch]:
 # --- the gate ---------------------------------------------------------------------------------------
 
 
-@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 693)
+@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 167)
 def refused_value_dropped() -> list[Patch]:
     accepted = Leader._accepted
 

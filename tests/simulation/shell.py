@@ -251,13 +251,15 @@ class Node:
     def do_broadcast(self, out: ev.Broadcast) -> None:
         message = out.message
         if isinstance(message, Status):
-            self.world.heartbeat(self, out.peers, message)
+            self.world.heartbeat(self, out.peers, self.world.mutes.heartbeat(self, message))
             return
         self.world.invariants.on_send(self, message)
         for peer in out.peers:
             self.world.send(self, peer, message)
 
     def do_send_shard(self, out: ev.SendShard) -> None:
+        if self.world.mutes.is_mute(self):
+            return
         message = Shard(out.epoch, out.contribution, out.shard, out.blob)
         self.world.send(self, out.peer, message, bulk=True)
 
@@ -465,9 +467,10 @@ class Node:
             self.contributed = contribution
             self.world.rollbacks.on_residual(self)
             blobs = tuple([Part(self.name, contribution, s) for s in range(self.world.rules.shard_count)])
-            self.feed(
-                ev.Contributed(epoch, self.base, contribution, randint(self.world.rng, 1, 1000), 1.0, blobs)
-            )
+            weight = randint(self.world.rng, 1, 1000)
+            contributed = ev.Contributed(epoch, self.base, contribution, weight, 1.0, blobs)
+            self.world.floods.flood(self, contributed)
+            self.feed(contributed)
 
         self.world.later(after_s, self, finish)
 
@@ -476,6 +479,7 @@ class Node:
 
     def do_note(self, out: ev.Note) -> None:
         self.world.tell(self.name, out.text)
+        self.world.mutes.on_note(out.text)
 
     def do_verdict(self, out: ev.Verdict) -> None:
         self.world.tell(self.name, f"refused peer={out.peer} reason={out.reason} {out.text}")

@@ -23,6 +23,7 @@ from simulation.faults import Chaos, Faults
 from simulation.gates import GateWorld
 from simulation.invariants import Invariants
 from simulation.inventors import Inventors
+from simulation.mutes import Floods, Mutes
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
 from simulation.violation import Violation
@@ -70,6 +71,7 @@ class World:
         keep_story: bool = False,
         keep_trace: bool = False,
         late: Sequence[str] = (),  # in a story of one's own: who is no member from the start
+        admission: str = "",  # and whether the run is open
     ) -> None:
         self.rng = random.Random(seed)
         self.random = self.rng.random
@@ -114,6 +116,8 @@ class World:
         own = random.Random(seed ^ 0x6D656D626572)
         self.directed = faults is not None
         self.charter, self.late = Charter(voice="tokens"), list(late)
+        if admission:
+            self.charter = replace(self.charter, admission=admission)
         if not self.directed:
             policy = "auto" if policy == "wait" and own.random() < 0.5 else policy
             self.charter = draw_charter(own)
@@ -155,6 +159,8 @@ class World:
         self.lied: set[str] = set()  # digests of what it made
         self.equivocators = Equivocators(self, faults is None, names)
         self.inventors = Inventors(self, faults is None, names)
+        self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
+        self.floods = Floods(self, faults is None and not is_slow, names)
         self.rollbacks = Rollbacks(self, faults is None)
         self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
@@ -218,6 +224,7 @@ class World:
                 text = f"liveness: no common head at epoch {goal} within {settle_s * self.stretch:g} s"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
+        self.mutes.wait_for_the_end(settle_s)
         if self.seed % EXAM_EVERY == 0:
             self._survive_a_death()
 
@@ -240,11 +247,22 @@ class World:
         dead.crash()
         goal, killed_at = self.furthest + 2, self.now
         living = [n for n in self.nodes.values() if n is not dead]
-        while not all(n.core is not None and n.core.chain.epoch >= goal for n in living):
-            if self.now > killed_at + (GATED_S if self.gates.on else SURVIVE_S) * self.stretch:
+        while not self._are_at(goal, living):
+            if (
+                self.now
+                > killed_at + (GATED_S if self.gates.on or self.mutes.names else SURVIVE_S) * self.stretch
+            ):
                 text = f"G4: {dead.name} died, and epoch {goal} was not reached in time"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
+
+    def _are_at(self, goal: int, nodes: list[Node]) -> bool:
+        """All of them that belong to the run: to be in again one may need the signature of who is dead."""
+        chains = [n.core.chain for n in nodes if n.core is not None]
+        if len(chains) < len(nodes):
+            return False
+        members = max(chains, key=lambda chain: chain.epoch).roll.members
+        return all(chain.epoch >= goal for n, chain in zip(nodes, chains, strict=True) if n.name in members)
 
     def fail(self, name: str, text: str) -> NoReturn:
         raise Violation(self.seed, self.now, name, text)

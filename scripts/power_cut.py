@@ -58,7 +58,7 @@ class Disk:
     """An ext4 file system in a file, mounted at `folder`."""
 
     def __init__(self, image: Path, folder: Path) -> None:
-        self._image, self.folder = image, folder
+        self._image, self.folder, self._mounted = image, folder, False
         with image.open("xb") as file:
             file.truncate(DISK_BYTES)
         subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
@@ -79,10 +79,15 @@ class Disk:
         self._mount()
 
     def close(self) -> None:
-        subprocess.run(["umount", self.folder], check=True)
+        """Unmounted, if need be as soon as the last one lets its files go."""
+        if self._mounted:
+            self._mounted = False
+            if subprocess.run(["umount", self.folder], check=False).returncode:
+                subprocess.run(["umount", "--lazy", self.folder], check=True)
 
     def _mount(self) -> None:
         subprocess.run(["mount", "-o", "loop", self._image, self.folder], check=True)
+        self._mounted = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,8 @@ class Cut:
 class Power:
     """The nodes and the disk on which some of their homes lie."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.disk = Disk(folder / "disk.img", folder / "disk")
+    def __init__(self, folder: Path, disk: Disk, options: argparse.Namespace) -> None:
+        self.disk = disk
         on_disk = options.nodes if options.homes == "all" else 1
         places = [self.disk.folder if i < on_disk else folder for i in range(options.nodes)]
         count = options.nodes
@@ -204,13 +209,17 @@ def _chain(node: Node) -> list[ChainRecord]:
 @contextlib.contextmanager
 def opened(options: argparse.Namespace) -> Iterator[Power]:
     with work_folder(options.keep, "tapestry-power-") as folder:
-        power = Power(folder, options)
+        disk = Disk(folder / "disk.img", folder / "disk")
+        nodes: list[Node] = []
         try:
+            power = Power(folder, disk, options)
+            nodes += power.nodes
             yield power
         finally:
-            for node in power.nodes:
-                node.end()
-            power.disk.close()
+            for node in nodes:
+                if node.process is not None and node.process.poll() is None:
+                    node.kill()
+            disk.close()
 
 
 def main() -> int:
@@ -241,7 +250,7 @@ def main() -> int:
                     flush=True,
                 )
             faults += power.end()
-    except AssertionError as error:
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
         faults.append(str(error))
     lost = [cut.shown - cut.state for cut in cuts] or [0]
     backs = [cut.back_s for cut in cuts] or [0.0]

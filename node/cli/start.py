@@ -203,7 +203,10 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     declare_missing(config.home, paths, BASE, declaration, silent=config.log_format == "json")
     there = [one for one in paths if is_word(one) or os.path.lexists(one)]
     try:
-        require(config.home, there, BASE, today_utc(), linked_out(config.data))
+        beyond = linked_out(config.data)
+        led_to = [place for places in beyond.values() for place in places]
+        declare_missing(config.home, led_to, BASE, declaration, silent=config.log_format == "json")
+        require(config.home, there, BASE, today_utc(), beyond)
         list_data(config.data)
     except DataError as error:
         raise UserError(str(error)) from error

@@ -15,6 +15,7 @@ Knows nothing of what the values mean. Must not import torch.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -89,6 +90,8 @@ class LinkedFile:
         for value in values:
             number += 1
             link, line = _line(link, number, value)
+            if len(line) > LINE_BYTES_MAX:
+                raise OSError(errno.EFBIG, f"a line of {len(line)} bytes", str(self._path))
             lines.append(line)
         data = b"".join(lines)
         try:

@@ -29,6 +29,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.leave import Told, copy_run
 from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.uses import note
 from tapestry.node.lineage.verify import verify_home
 
 EXTRAS = (
@@ -86,6 +87,7 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
         proof = _checked(copy, archive, "nothing was restored", told)
         mark = read_mark(copy) or new_mark(home)
         write_mark(copy, replace(mark, restored_at=datetime.now(UTC).isoformat(timespec="seconds")))
+        note(copy, "restored")
         copy.path.chmod(0o700)
         with contextlib.suppress(FileNotFoundError):
             home.path.rmdir()

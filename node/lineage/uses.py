@@ -7,6 +7,7 @@
     {"event": "brought",  "at": ..., "run_id": ..., "epoch": 12, "sources": [PATH, ...]}
     {"event": "rejoined", "at": ..., "run_id": ..., "epoch": 12}
     {"event": "given",    "at": ..., "run_id": ..., "epoch": 14}
+    {"event": "restored", "at": ...}
     {"event": "revoked",  "at": ..., "path": ..., "reason": ...}
 
 A use of the base's begins at a start of the node and ends where the next one begins: in between every
@@ -18,12 +19,16 @@ A fork that was `left` at an epoch takes what is used back there: the epochs aft
 learnt on an island from some sources is `brought` by `rejoin --bring`, until the record at which it was
 `given`; what was used on the island itself touched no record that is left after `rejoined`.
 
+A home that was `restored` does not know what it did after its backup, and one whose newest records could not
+be read (`behind`) does not know to which epoch it had come: what was used before may be in any epoch since.
+
 Says what the member's own node did; it never leaves the home, unless the member leaves with it.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,7 +86,17 @@ def note_use(
     if node is not None:
         said = {"peer": node.peer, "island": node.island, "brings": home.brought.exists()}
         said |= {"linked": list(node.linked)} if node.linked else {}
+        said |= {"behind": True} if _lost_records(home) else {}
     note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=list(sources), **said)
+
+
+def _lost_records(home: Home) -> bool:
+    """Whether records were set aside since the last event (disk/chain_file.py)."""
+    aside = home.chain.with_name(home.chain.name + ".corrupt")
+    try:
+        return os.stat(aside).st_ctime > os.stat(home.data_events).st_mtime
+    except OSError:
+        return False
 
 
 def note_left(home: Home, run_id: str, epoch: int) -> None:
@@ -131,6 +146,7 @@ class _Told:
             "brought": self._brings,
             "rejoined": self._rejoined,
             "given": self._given,
+            "restored": self._restored,
         }
 
     def all(self) -> list[Span]:
@@ -140,6 +156,8 @@ class _Told:
         if event["purpose"] != BASE:
             return
         run_id, epoch = event["run_id"], event["epoch"]
+        if event.get("behind"):
+            self._restored(event)
         self._close(run_id, epoch)
         if self._brought is not None and event.get("brings") is False:  # the file was moved away
             self._closed.append(_ended(self._brought, run_id, epoch))
@@ -150,6 +168,12 @@ class _Told:
     def _close(self, run_id: str, epoch: int) -> None:
         if self._open is not None:
             (self._alone if self._open_alone else self._closed).append(_ended(self._open, run_id, epoch))
+            self._open = None
+
+    def _restored(self, _event: dict[str, Any]) -> None:
+        """What was going on may have gone on to any epoch."""
+        if self._open is not None:
+            (self._alone if self._open_alone else self._closed).append(self._open)
             self._open = None
 
     def _left(self, event: dict[str, Any]) -> None:

@@ -420,7 +420,7 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         return proof
     proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
     table = json.loads((folder / "tapestry.json").read_bytes())
-    _check_names(folder, "derivative" if "derivative" in table else str(table["form"]), proof)
+    _check_names(folder, "derivative" if "derivative" in table else str(table.get("form", "")), proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
         return proof

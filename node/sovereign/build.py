@@ -152,13 +152,19 @@ def rebase(
 
 
 def _steps_behind(shelf: Shelf, version: Version) -> int:
-    """Of the trainings that it goes back to, without repairs. An island's: one pass over its data."""
+    """Of the trainings that it goes back to, without repairs; those of a deleted part are not known. An
+    island's: one pass over its data."""
     if version.how == "derive":
         return version.steps
     if version.how == "island":
         return steps_of(version.recipe, sum(use.examples for use in version.data))
-    made_of = (name_and_number.partition(":") for name_and_number in version.made_of)
-    return sum(_steps_behind(shelf, shelf.require(name).version(int(n))) for name, _, n in made_of)
+    steps = 0
+    for name_and_number in version.made_of:
+        name, _, number = name_and_number.partition(":")
+        found = shelf.read(name)
+        parts = [one for one in found.versions if one.number == int(number)] if found else []
+        steps += sum(_steps_behind(shelf, part) for part in parts)
+    return steps
 
 
 def merge(

@@ -405,9 +405,14 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row; None for one that cannot be read. Raises UserError, OSError."""
-    tables = [file for file in _files(path, Files()) if format_of(str(file)).name in TABLES]
+    left_out = Files()
+    tables = [file for file in _files(path, left_out) if format_of(str(file)).name in TABLES]
     if not tables:
-        raise UserError(f"data {path}: no rows there (jsonl, csv, tsv or parquet)")
+        why = "; ".join(left_out.lines()[1:])
+        raise UserError(
+            f"data {path}: no rows there (jsonl, csv, tsv or parquet){': ' + why if why else ''}",
+            hint="name the file, or the folder that its links lead to" if why else "",
+        )
     for file in tables:
         yield from _READERS[format_of(str(file)).name](file)
 

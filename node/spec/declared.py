@@ -18,9 +18,11 @@ Must not import torch, hivemind or transformers: the command line waits for this
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -42,6 +44,7 @@ from tapestry.node.spec.tables import (
 
 BASE = "base"
 Mode = Literal["open", "restricted", "local-only", "participant-private"]
+SETTLE_S = 20  # Guess: nobody takes longer to save a file
 PURPOSE = Pattern(r"base|derive:(\*|[A-Za-z0-9_-]{1,64})", 'base, derive:NAME or "derive:*"')
 DATE = Pattern(r"|[0-9]{4}-[0-9]{2}-[0-9]{2}", "a date such as 2027-12-31")
 SAID = Pattern(r"[^\x00-\x1f\x7f]{1,200}", "1 to 200 printable characters")
@@ -258,9 +261,23 @@ class Standing:
         """Raises UserError if one of them may not be used any more."""
         now = (self._today(), stamp_of(self._home))
         if now != self._seen:
+            if self._seen is not None:
+                self._settle()
+                now = (now[0], stamp_of(self._home))
             for purpose, paths in self._uses.items():
                 require(self._home, paths, purpose, now[0])
             self._seen = now
+
+    def _settle(self) -> None:
+        """Somebody is writing it perhaps, and days of training do not end by half a file: it counts when it
+        has been the same for a second, and can be read."""
+        for _ in range(SETTLE_S):
+            before = stamp_of(self._home)
+            time.sleep(1.0)
+            with contextlib.suppress(UserError):
+                Declared.load(self._home)
+                if stamp_of(self._home) == before:
+                    return
 
 
 def stamp_of(home: Home) -> tuple[int, int] | None:

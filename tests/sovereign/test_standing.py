@@ -13,6 +13,7 @@ from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Derivative, Shelf
 from tapestry.node.sovereign.standing import behind
+from tapestry.node.spec import declared
 from tapestry.node.spec.declared import Standing, append, parse_declaration
 
 
@@ -32,6 +33,27 @@ def test_behind_a_version_are_its_own_data_and_those_of_its_parts_each_for_their
     parts = {"derive:one": ("/a",), "derive:two": ("/b",)}
     assert behind(shelf, "both", merged) == parts
     assert behind(shelf, "both", repaired) == {**parts, "derive:both": ("/a",)}
+
+
+def test_a_file_that_is_just_being_saved_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    append(home, [parse_declaration("us, CC0-1.0", "/a", "derive:ours")])
+    standing = Standing(home, {"derive:ours": ("/a",)}, lambda: datetime.date(2026, 12, 1))
+    standing.require()
+    whole, halves = home.data_toml.read_text(), iter(["", "[[source]]\npath = "])
+
+    def a_second_passes(_: float) -> None:
+        home.data_toml.write_text(next(halves, whole + "# saved\n"))
+
+    monkeypatch.setattr(declared.time, "sleep", a_second_passes)
+    home.data_toml.write_text(whole[: len(whole) // 2])
+    standing.require()
+    home.data_toml.write_text('[[source]]\npath = "/a"\nowner = ')
+    monkeypatch.setattr(declared.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="not valid TOML"):
+        standing.require()
 
 
 def test_a_consent_that_ends_is_noticed_without_the_file_being_changed(tmp_path: Path) -> None:

@@ -104,6 +104,22 @@ ISLAND: tuple[tuple[str, dict[str, object]], ...] = (
 )
 
 
+@pytest.mark.parametrize("how", ["restored", "records set aside"])
+def test_what_was_used_before_a_home_lost_its_newest_records_may_be_in_any_since(
+    tmp_path: Path, how: str
+) -> None:
+    home = Home(tmp_path)
+    note_use(home, BASE, ["/a"], "run", 5)
+    if how == "restored":
+        note(home, "restored")
+    else:
+        home.chain.with_name("chain.jsonl.corrupt").write_text("what could not be read")
+    note_use(home, BASE, ["/b"], "run", 6, Started("peer"))
+    note_use(home, BASE, ["/b"], "run", 9, Started("peer"))
+    assert spans(home, lambda path: path == "/a") == [Span("run", 5, None)]
+    assert spans(home, lambda path: path == "/b") == [Span("run", 6, 10), Span("run", 9, None)]
+
+
 def test_what_an_island_brings_is_in_the_record_that_took_it_and_in_no_other(tmp_path: Path) -> None:
     brought = ("brought", {"epoch": 10, "sources": ["/x", "/y"]})
     assert told(tmp_path, *ISLAND) == [Span("run", 10, 16)], "of the chain that was made alone"

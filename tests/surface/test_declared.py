@@ -26,6 +26,8 @@ from tapestry.node.spec.declared import (
     template,
     undeclared,
 )
+from tapestry.node.trainer.data import sources
+from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import linked_out
 
 TODAY = datetime.date(2026, 12, 1)
@@ -116,6 +118,30 @@ def test_what_links_of_a_followed_folder_lead_to_must_be_declared_and_kept_clear
     assert "was revoked" in permit.refusal()
     note_use(home, BASE, [str(folder)], "run", 3, Started("peer", linked=linked[str(folder)]))
     assert spans(home, lambda path: path == str(outside / "a.txt")) == [Span("run", 3, None)]
+
+
+def test_a_link_to_a_folder_is_one_place_and_too_many_places_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file below it stood in one line of the events, which became too long to be read again."""
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (tmp_path / "further").mkdir()
+    folder.mkdir()
+    for number in range(5):
+        (outside / "deep" / f"{number}.txt").write_text("text")
+        (tmp_path / "further" / f"{number}.txt").write_text("text")
+    (folder / "link").symlink_to(outside)
+    (outside / "deep" / "on").symlink_to(tmp_path / "further")
+    settings = DataSettings(source=(SourceSettings(str(folder), name="folder", follow_links=True),))
+    assert linked_out(settings) == {str(folder): (str(outside), str(tmp_path / "further"))}
+    monkeypatch.setattr(sources, "LINKS_MAX", 2)
+    (folder / "third").symlink_to(tmp_path / "further" / "0.txt")
+    assert len(linked_out(settings)[str(folder)]) == 2, "it lies in a place that is named already"
+    (tmp_path / "alone.txt").write_text("text")
+    (folder / "fourth.txt").symlink_to(tmp_path / "alone.txt")
+    with pytest.raises(DataError, match="lead to 3 places outside, more than 2"):
+        linked_out(settings)
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tapestry.node.trainer.data.readers.format import Format
 from tapestry.node.trainer.data.readers.registry import format_of, require
 from tapestry.node.trainer.data.tally import Group, Tally, merged_names, size
 
+LINKS_MAX = 256  # places that a folder's links lead to; each is asked about before an epoch. Guess
 FILES_MAX = 1_000_000
 OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|validation|valid|val|dev|eval)([/_.-]|$)", re.IGNORECASE)
 TRAIN_SPLIT = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.IGNORECASE)
@@ -73,8 +74,8 @@ def list_data(settings: DataSettings) -> Listings:
 
 
 def linked_out(settings: DataSettings) -> dict[str, tuple[str, ...]]:
-    """What sources with follow_links read beyond their own folders, by their paths: real paths of files. They
-    must be declared too. Raises DataError."""
+    """What sources with follow_links read beyond their own folders, by their paths: the real paths that their
+    links lead to, of a folder for all that is read below it. They must be declared too. Raises DataError."""
     found = {}
     every: tuple[AnySource, ...] = (*settings.source, *settings.validation)
     for one in every:
@@ -84,8 +85,38 @@ def linked_out(settings: DataSettings) -> dict[str, tuple[str, ...]]:
                 paths = list(_paths_in(one.path, one, Tally(), one.path))
             except OSError as error:
                 raise DataError(f"data {one.path}: cannot read {error.filename}: {error.strerror}") from error
-            found[one.path] = tuple({os.path.realpath(p): None for p in paths if not _is_inside(p, inside)})
+            found[one.path] = _led_to(one.path, inside, paths)
     return found
+
+
+def _led_to(root: str, inside: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """Of links on the way to `paths`, below `root`, whose real path is `inside`. Raises DataError."""
+    roots: dict[str, None] = {inside: None}
+    for path in paths:
+        real = os.path.realpath(path)
+        while not _lies_in(real, roots):
+            roots[_way_out(root, path, roots)] = None
+    places = [one for one in roots if one != inside and not _lies_in(os.path.dirname(one), roots)]
+    if len(places) > LINKS_MAX:
+        raise DataError(
+            f"data {root}: its links lead to {len(places)} places outside, more than {LINKS_MAX}; name the "
+            "folders that they lead to as sources of their own"
+        )
+    return tuple(places)
+
+
+def _lies_in(real: str, roots: Container[str]) -> bool:
+    return real in roots or any(str(parent) in roots for parent in Path(real).parents)
+
+
+def _way_out(root: str, path: str, roots: Container[str]) -> str:
+    """Where the first link on the way to `path` leads that leads out of all `roots`."""
+    at = root
+    for part in os.path.relpath(path, root).split(os.sep):
+        at = os.path.join(at, part)
+        if os.path.islink(at) and not _lies_in(real := os.path.realpath(at), roots):
+            return real
+    return os.path.realpath(path)
 
 
 def files_below(root: str, tally: Tally) -> list[str]:

@@ -2,7 +2,8 @@
 
 A stranger is whoever is no member of the run, and anybody can be as many of them as they like. So they take
 nothing of the half that is left to members. When theirs is full, who comes with less than another has takes
-the place of that one's oldest stream: who holds many silent streams open keeps nobody out who wants one.
+the place of that one's oldest stream, and who has less than a link needs, of the oldest of all: who holds
+silent streams open, many or under many names, keeps nobody out who wants a link.
 
 Pure: knows neither sockets nor time.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+LINK_STREAMS = 2  # of control and of bulk
 S = TypeVar("S")
 
 
@@ -55,8 +57,11 @@ class StreamPlaces(Generic[S]):
         if sum(map(len, strangers.values())) < self._strangers_max:
             return None
         greediest = max(strangers, key=lambda peer: len(strangers[peer]))  # the first of equals
-        if len(strangers.get(stranger, ())) >= len(strangers[greediest]):
+        most = len(strangers[greediest])
+        if len(strangers.get(stranger, ())) >= max(most, LINK_STREAMS):
             raise NoPlace(own=False)
+        if most <= LINK_STREAMS:
+            greediest = next((peer for peer in strangers if peer != stranger), stranger)
         oldest = next(iter(strangers[greediest]))
         self.leave(greediest, oldest)
         return oldest

@@ -5,9 +5,9 @@ it does not know what it promised since the backup, so its vote is dropped and c
 names it anew (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run takes to call a quorum
 lost, and goes on by itself with what the backup has: an island, which gives way when the others are met.
 
-Found is only who could have gone on without this node: another elector of the backup's newest record.
-Anybody can serve the genesis, and a lone elector that gave up its vote for them would wait for ever for a
-record that nobody else can make.
+Found is whoever is in the run: it may have signed what the backup does not know. Where this node was the only
+elector it is who says that there are records after the backup's: anybody can serve the genesis, and a lone
+elector that gave up its vote for them would wait for ever for a record that nobody else can make.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tapestry.dht.addresses import PeerAddress, parse_peer
@@ -27,7 +27,7 @@ from tapestry.node.disk.home_mark import Mark, write_mark
 from tapestry.node.home import Home
 from tapestry.node.net.join import genesis_of
 from tapestry.node.net.known_peers import KnownPeers
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis
+from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Place
 
 LOOK_S = 5.0  # between two looks
 CONNECT_S = 5.0
@@ -42,14 +42,14 @@ async def find_run(
     home: Home,
     mark: Mark,
     genesis: Genesis,
-    electors: Collection[str],  # of the newest record here
+    place: Place,  # after the newest record here
     wait_s: float,
     swarm: Swarm,
     peers: Sequence[PeerAddress],
     crypto: Crypto,
     say: Say,
 ) -> None:
-    """Returns when an elector was met or `wait_s` are over; then the home is an ordinary one. Raises
+    """Returns when somebody was met or `wait_s` are over; then the home is an ordinary one. Raises
     OSError."""
     _log.warning("home=restored at=%s; it looks for its run before it trains", mark.restored_at)
     end_s = time.monotonic() + wait_s
@@ -63,7 +63,7 @@ async def find_run(
         began_s = time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(left_s):
-                met = await _meet(swarm, genesis.run_id, _known(home, peers), electors, crypto)
+                met = await _meet(swarm, genesis.run_id, _known(home, peers), place, crypto)
         if not met:
             await asyncio.sleep(min(LOOK_S, max(0.0, LOOK_S - (time.monotonic() - began_s))))
     if met:
@@ -80,11 +80,9 @@ async def find_run(
     write_mark(home, replace(mark, restored_at=""))
 
 
-def electors_of(home: Home, genesis: Genesis, crypto: Crypto) -> frozenset[str]:
-    """Who could decide without this node, by its records: those of the newest one, and if that was made on an
-    island, those of the last full one. Raises OSError."""
-    at = Chain(genesis, past=ChainFile(home, genesis, crypto)).place
-    return frozenset((*at.electorate, *at.standing.electorate))
+def place_of(home: Home, genesis: Genesis, crypto: Crypto) -> Place:
+    """After the newest record of a home. Raises OSError."""
+    return Chain(genesis, past=ChainFile(home, genesis, crypto)).place
 
 
 def _known(home: Home, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
@@ -93,13 +91,10 @@ def _known(home: Home, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
     return list(dict.fromkeys([*peers, *known]))[:ASKED_MAX]
 
 
-async def _meet(
-    swarm: Swarm, run_id: str, known: Sequence[PeerAddress], electors: Collection[str], crypto: Crypto
-) -> str:
-    """The peer id of another elector, which is in the run, or ""."""
-    for peer in known:
-        if peer.peer_id not in electors:
-            continue
+async def _meet(swarm: Swarm, run_id: str, known: Sequence[PeerAddress], place: Place, crypto: Crypto) -> str:
+    """The peer id of somebody who counts as found, or ""."""
+    alone = {*place.electorate, *place.standing.electorate} <= {swarm.peer_id}
+    for peer in () if alone else known:
         with contextlib.suppress(Unreachable):
             await swarm.connect(peer, CONNECT_S)
             if await _is_member(swarm, peer.peer_id, run_id, crypto):
@@ -110,7 +105,9 @@ async def _meet(
     except SwarmError:
         return ""
     for member in listed:
-        if member.peer_id == swarm.peer_id or member.phase == "stopping" or member.peer_id not in electors:
+        if member.peer_id == swarm.peer_id or member.phase == "stopping":
+            continue
+        if alone and member.epoch <= place.epoch:
             continue
         with contextlib.suppress(Unreachable):
             await swarm.connect_any(member.peer_id, member.addresses, CONNECT_S)

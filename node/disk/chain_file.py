@@ -386,7 +386,12 @@ class ChainFile:
         )
         aside.unlink(missing_ok=True)
         os.link(path, aside)
-        write_file(path, lambda file: _copy(fd, 0, kept_bytes, file))
+        try:
+            write_file(path, lambda file: _copy(fd, 0, kept_bytes, file))
+        except OSError as error:
+            if is_damage(error):  # before the marks, which spared us to read it: the next start reads all
+                self._marks_path.unlink(missing_ok=True)
+            raise
         self._chain = _Fd(path, os.O_RDWR)
 
     # --- records ----------------------------------------------------------------------------------

@@ -200,8 +200,6 @@ class Store:
         """On disk when this returns. Writing one again does nothing, but for `means` that were not there."""
         views = [_bytes_of(payload) for payload in payloads]
         path = self._home.updates / update_name(epoch, head)
-        if means:  # before the update: who has that can give both
-            atomic_write(path.with_suffix(MEANS_SUFFIX), means)
 
         known = draft.digests(payloads) if draft is not None else {}
         header = UpdateHeader(epoch, head, result_digest(payloads, known), tuple(map(len, views)))
@@ -212,6 +210,8 @@ class Store:
                 file.write(view)
 
         with self._lock:
+            if means:  # before the update: who has that can give both
+                atomic_write(path.with_suffix(MEANS_SUFFIX), means)
             if head in self._updates:
                 return
             if draft is not None:

@@ -77,11 +77,18 @@ class Exchange:
         self.inputs[self.ctx.me] = Input(contributed.contribution, dict(enumerate(contributed.blobs)))
 
     def start(self, roster: Roster) -> None:
-        """A new ballot's roster. Results survive if the same is averaged, and some of them were missing."""
-        if self.roster is None or self.roster.members != roster.members or self.complete:
+        """A new ballot's roster. Results survive if the same is averaged by the same, and some were missing:
+        a mean is signed by who made it, and counts as nobody else's."""
+        before = self.roster
+        if before is None or before.members != roster.members or self.complete:
             self.results.clear()
             self.reducing.clear()
             self.members_ballot = roster.ballot
+        else:
+            for shard, (old, new) in enumerate(zip(before.reducers, roster.reducers, strict=True)):
+                if old != new:
+                    self.results.pop(shard, None)
+                    self.reducing.discard(shard)
         self.roster, self.averaged = roster, inputs_digest(roster.members, self.ctx.crypto)
         self._settle_ahead()
         self._scatter()
@@ -197,12 +204,11 @@ class Exchange:
         roster = self.roster
         if roster is None or reduced.shard not in self.reducing or reduced.shard in self.results:
             return
-        if reduced.ballot != self.members_ballot:
-            return  # the mean of other members
+        if reduced.ballot != self.members_ballot or not self.averages(reduced.shard):
+            return  # the mean of other members, or now another's to make
         signature = self.ctx.crypto.sign(self._says(reduced.shard, reduced.digest))
         self._keep(reduced.shard, Mean(reduced.digest, reduced.blob, reduced.sums, signature))
-        if self._reducer(reduced.shard) == self.ctx.me:
-            self._share(reduced.shard)
+        self._share(reduced.shard)
 
     def on_need(self, peer: str, need: Need) -> None:
         """Send again what `peer` lacks, if it is ours to give and the roster makes it the peer's to have."""

@@ -240,7 +240,9 @@ class Leader:
         live += [p for p in ctx.awaited(state.epoch, now) if p not in live]
         if state.stage < Stage.READY:
             live.append(ctx.me)
-        return [p for p in live if p not in self.excluded and not ctx.undelivered(p, state.epoch)]
+        # An elector is waited for all the same: it votes, whether its contribution comes or not.
+        wanted = [p for p in live if p in state.electorate or not ctx.undelivered(p, state.epoch)]
+        return [p for p in wanted if p not in self.excluded]
 
     def _close(self, now: float) -> None:
         state = self.state
@@ -348,11 +350,16 @@ class Leader:
 
     def on_unproven(self, holder: str, head: str, now: float) -> None:
         """A member said that it had accepted this value, and nobody has made it: a lie costs one ballot."""
-        proposal = self.state.proposal
-        if proposal is None or head_of(proposal.body, self.ctx.crypto) != head:
+        state, proposal = self.state, self.state.proposal
+        if proposal is None or state.accepted_at is not None:
+            return
+        if head_of(proposal.body, self.ctx.crypto) != head:
             return
         self.unserved[holder] = None
-        if all(p in self.unserved for p in proposal.holders if p != self.ctx.me):
+        # Without a quorum of others the next ballot would be this one again: the clock of stalls opens it.
+        left = sum(p in state.ready and p not in self.unserved for p in state.electorate)
+        nobody = all(p in self.unserved for p in proposal.holders if p != self.ctx.me)
+        if nobody and left >= quorum(len(state.electorate)):
             self.exclude([], UNPROVEN, now)
 
     def watch_members(self, now: float) -> None:

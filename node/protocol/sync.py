@@ -390,8 +390,9 @@ class Sync:
     def on_fetch_failed(self, failed: FetchFailed, now: float) -> None:
         donor, reason = failed.donor, failed.reason
         if failed.head:
-            fetch = self.fetches.pop(failed.head, None)
-            if fetch is not None:
+            fetch = self.fetches.get(failed.head)
+            if fetch is not None and donor in ("", fetch.donor):
+                del self.fetches[failed.head]
                 self._update_failed(fetch, reason, now)
             return  # else it was of a round
         if self.job != "state" and not (donor == "" and self.job in ("apply", "rollback", "return")):

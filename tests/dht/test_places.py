@@ -28,9 +28,12 @@ def test_who_has_less_than_another_takes_the_place_of_that_ones_oldest_stream():
     places = full(keys=2, of_each=16)
     assert [places.enter("joiner", str(number), False) for number in range(3)] == ["0/0", "1/0", "0/1"]
     with pytest.raises(NoPlace) as caught:
-        full(keys=32, of_each=1).enter("stranger3", "3/1", False)
-    assert not caught.value.own, "who has as many as anybody displaces nobody"
-    assert full(keys=32, of_each=1).enter("new", "x", False) == "0/0"
+        full(keys=16, of_each=2).enter("stranger3", "3/2", False)
+    assert not caught.value.own, "who has as many as anybody, and enough for a link, displaces nobody"
+    places = full(keys=32, of_each=1)
+    assert [places.enter("new", str(number), False) for number in range(2)] == ["0/0", "1/0"], "it has a link"
+    with pytest.raises(NoPlace):
+        places.enter("new", "a third", False)
 
 
 def test_one_peer_has_so_many_whoever_it_is_and_a_place_is_free_when_its_stream_ends():

@@ -31,8 +31,8 @@ class FakeSwarm:
 
     peer_id = "us"
 
-    def __init__(self, reachable: bool) -> None:
-        self.reachable = reachable
+    def __init__(self, reachable: bool, listed: Sequence[object] = ()) -> None:
+        self.reachable, self.listed = reachable, listed
 
     async def connect(self, peer: PeerAddress, timeout_s: float) -> None:
         if not self.reachable:
@@ -42,7 +42,9 @@ class FakeSwarm:
         return 0
 
     async def list_presence(self, now: float) -> list[Any]:
-        return []
+        return [*self.listed]
+
+    async def connect_any(self, peer_id: str, addresses: object, timeout_s: float) -> None: ...
 
 
 def look(
@@ -52,6 +54,7 @@ def look(
     reachable: bool,
     theirs: str,
     electors: Sequence[str] = (THERE.peer_id,),
+    listed: Sequence[object] = (),
 ) -> list[str]:
     said: list[str] = []
 
@@ -62,9 +65,10 @@ def look(
     monkeypatch.setattr(restored, "LOOK_S", 0.01)
     home.vote.write_text("a vote")
     genesis = SimpleNamespace(run_id="ours")
-    swarm: Any = FakeSwarm(reachable)
+    swarm: Any = FakeSwarm(reachable, listed)
+    place: Any = SimpleNamespace(epoch=7, electorate=electors, standing=SimpleNamespace(electorate=electors))
     asyncio.run(
-        restored.find_run(home, MARK, genesis, electors, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
+        restored.find_run(home, MARK, genesis, place, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
     )
     mark = read_mark(home)
     assert mark is not None and mark.restored_at == "" and said[-1] == ""
@@ -94,8 +98,19 @@ def test_a_lone_elector_keeps_its_vote_whoever_serves_the_genesis(
 ) -> None:
     """Anybody can. Without its vote it stood by for ever, for a record that nobody else can make."""
     home = Home(tmp_path)
-    assert len(look(home, monkeypatch, reachable=True, theirs="ours", electors=["us"])) > 2
+    same = SimpleNamespace(peer_id="them", phase="training", epoch=7, addresses=())
+    assert len(look(home, monkeypatch, reachable=True, theirs="ours", electors=["us"], listed=[same])) > 2
     assert home.vote.read_text() == "a vote"
+
+
+def test_a_lone_elector_whose_run_went_on_after_the_backup_gives_up_its_vote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have signed the records that others have, and would sign others for the same epochs."""
+    home = Home(tmp_path)
+    further = SimpleNamespace(peer_id="them", phase="training", epoch=8, addresses=())
+    look(home, monkeypatch, reachable=True, theirs="ours", electors=["us"], listed=[further])
+    assert not home.vote.exists()
 
 
 # ---- the service manager -----------------------------------------------------------------------------

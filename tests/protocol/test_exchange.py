@@ -1,13 +1,16 @@
 """Who averages what, what of it is kept, and who is to blame."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
+from simulation.shell import SimCrypto, sums_of
 from simulation.world import Faults, World
 
 from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.exchange import Exchange, assign_reducers, check_roster
-from tapestry.node.protocol.messages import Roster, Shard
+from tapestry.node.protocol.messages import Result, Roster, Shard
 from tapestry.node.protocol.rules import Rules
 
 TOKEN = "ab" * 32
@@ -142,6 +145,21 @@ def test_blame_ends_and_names_somebody_accused(waiting):
 def exchange_of(electors: int, shard_count: int) -> Exchange:
     world = World(7, peers=1, faults=Faults(), rules=Rules("", shard_count)).start_all()
     return Exchange(world.nodes["p0"].core.ctx, 3, "ab" * 32, electors)
+
+
+def test_a_mean_that_another_reducer_made_is_made_anew_when_the_roster_moves_its_shard():
+    """Kept under the new one's name, its signature was nobody's: the result that was made of it could be
+    given to no one, and its holder was named for it."""
+    exchange = exchange_of(electors=3, shard_count=2)
+    members = tuple(Member(peer, 1, TOKEN) for peer in ("p0", "p1", "p2"))
+    exchange.start(roster_of(members, (1, 0)))
+    signature = SimCrypto("p1").sign(exchange._says(0, "cd" * 32))
+    result = Result(3, "ab" * 32, 1, 0, "cd" * 32, None, sums_of("cd" * 32, 3), signature)
+    assert exchange.on_result("p1", result) is None and set(exchange.results) == {0}
+    exchange.start(replace(roster_of(members, (1, 2)), ballot=2))
+    assert set(exchange.results) == {0}, "by the same reducer it stands"
+    exchange.start(replace(roster_of(members, (0, 2)), ballot=3))
+    assert not exchange.results
 
 
 def held(exchange: Exchange, peer: str) -> list[int]:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, NoReturn
 from simulation.shell import NORM_MAX, Mean, size_of
 
 from tapestry.node.protocol.agreement import agreement
-from tapestry.node.protocol.audit import Order
+from tapestry.node.protocol.audit import Order, mean_message
 from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
-from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.events import PersistResult, Vote
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, UNIT, Charter, change_message
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 from tapestry.node.protocol.sync import BRANCHES_MAX
@@ -255,6 +255,17 @@ class Invariants:
         sums = [blob.sums for blob in shards if isinstance(blob, Mean)]
         if record.body.agreement != agreement(sums, [weight for _, _, weight in expected]):
             self.fail(node, f"record {record.body.epoch} says another agreement than its shards")
+
+    def on_result(self, node: Node, out: PersistResult) -> None:
+        """What it has of others it can prove to be theirs: else nobody could have it from this node."""
+        round_ = node.core.round if node.core is not None else None
+        if round_ is None:
+            return
+        exchange = round_.exchange
+        for shard, one in enumerate(out.means):
+            message = mean_message(exchange.head, shard, one.digest, exchange.averaged)
+            if not node.crypto.verify(one.reducer, one.signature, message):
+                self.fail(node, f"G2: shard {shard} of its result is not signed by {one.reducer}")
 
     def on_audit(self, node: Node, order: Order, found: bool) -> None:
         """Every lie that is looked at is found, and nobody else is accused."""

@@ -347,6 +347,19 @@ def mixture_of_members() -> list[Patch]:
     return [(Exchange, "start", keep)]
 
 
+@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 22)
+def mean_of_another_kept() -> list[Patch]:
+    start = Exchange.start
+
+    def keep(self: Exchange, roster: Any) -> None:
+        before, results = self.roster, dict(self.results)
+        start(self, roster)
+        if before is not None and before.members == roster.members and len(results) < len(roster.reducers):
+            self.results = results | self.results
+
+    return [(Exchange, "start", keep)]
+
+
 @plant("a contribution is offered again in the next round", 3)
 def contribution_used_twice() -> list[Patch]:
     last: dict[str, Any] = {}

@@ -296,6 +296,7 @@ class Node:
         return written
 
     def do_persist_result(self, out: ev.PersistResult) -> None:
+        self.world.invariants.on_result(self, out)
         if self.writes():
             self.disk.updates[out.head] = (out.epoch, out.blobs)
             self.disk.means[out.head] = out.means

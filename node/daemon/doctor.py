@@ -152,7 +152,7 @@ def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
             yield wrong("files", error.line, error.hint or f"tapestry verify {home.path}")
         except IdentityError as error:
             faults += 1
-            yield wrong("files", str(error), "")
+            yield wrong("files", str(error), "what the line says; a lost key is in your backup")
         except BroughtError as error:
             faults += 1
             yield wrong("files", str(error), "move it away to go on without; the island lies in islands/")

@@ -335,7 +335,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 2)
+@plant("results of other members are kept for the next roster", 8)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 

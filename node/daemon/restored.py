@@ -5,9 +5,9 @@ it does not know what it promised since the backup, so its vote is dropped and c
 names it anew (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run takes to call a quorum
 lost, and goes on by itself with what the backup has: an island, which gives way when the others are met.
 
-Found is whoever is in the run: it may have signed what the backup does not know. Where this node was the only
-elector it is who says that there are records after the backup's: anybody can serve the genesis, and a lone
-elector that gave up its vote for them would wait for ever for a record that nobody else can make.
+Found is another elector of the backup's newest record, or who says that there are records after it. Anybody
+can serve the genesis, and who gave up its vote for them, with the other electors gone for good, would wait
+for ever for a record that nobody can make. A stranger that makes up a later epoch can do that still.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def _known(home: Home, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
 
 async def _meet(swarm: Swarm, run_id: str, known: Sequence[PeerAddress], place: Place, crypto: Crypto) -> str:
     """The peer id of somebody who counts as found, or ""."""
-    alone = {*place.electorate, *place.standing.electorate} <= {swarm.peer_id}
-    for peer in () if alone else known:
+    electors = {*place.electorate, *place.standing.electorate} - {swarm.peer_id}
+    for peer in known:
+        if peer.peer_id not in electors:
+            continue
         with contextlib.suppress(Unreachable):
             await swarm.connect(peer, CONNECT_S)
             if await _is_member(swarm, peer.peer_id, run_id, crypto):
@@ -107,7 +109,7 @@ async def _meet(swarm: Swarm, run_id: str, known: Sequence[PeerAddress], place: 
     for member in listed:
         if member.peer_id == swarm.peer_id or member.phase == "stopping":
             continue
-        if alone and member.epoch <= place.epoch:
+        if member.peer_id not in electors and member.epoch <= place.epoch:
             continue
         with contextlib.suppress(Unreachable):
             await swarm.connect_any(member.peer_id, member.addresses, CONNECT_S)

@@ -91,12 +91,17 @@ def note_use(
 
 
 def _lost_records(home: Home) -> bool:
-    """Whether records were set aside since the last event (disk/chain_file.py)."""
-    aside = home.chain.with_name(home.chain.name + ".corrupt")
+    """Whether records were set aside since the base's last use (disk/chain_file.py)."""
     try:
-        return os.stat(aside).st_ctime > os.stat(home.data_events).st_mtime
+        aside_s = os.stat(home.chain.with_name(home.chain.name + ".corrupt")).st_ctime
     except OSError:
         return False
+    last = ""
+    for event in events(home):
+        if event["event"] == "used" and event["purpose"] == BASE:
+            last = event["at"]
+    # Of whole seconds; records are set aside when a node starts, a moment before that start's own use.
+    return bool(last) and aside_s >= datetime.datetime.fromisoformat(last).timestamp() + 1
 
 
 def note_left(home: Home, run_id: str, epoch: int) -> None:
@@ -175,6 +180,8 @@ class _Told:
         if self._open is not None:
             (self._alone if self._open_alone else self._closed).append(self._open)
             self._open = None
+        if self._brought is not None:  # it may have been given, and may be given yet
+            self._closed.append(self._brought)
 
     def _left(self, event: dict[str, Any]) -> None:
         self._open = _from(self._open, event)

@@ -109,7 +109,9 @@ def test_what_was_used_before_a_home_lost_its_newest_records_may_be_in_any_since
     tmp_path: Path, how: str
 ) -> None:
     home = Home(tmp_path)
-    note_use(home, BASE, ["/a"], "run", 5)
+    began = "2026-11-01T00:00:00Z"
+    note(home, "used", purpose=BASE, run_id="run", epoch=5, sources=["/a"], at=began)
+    note(home, "declared", path="/b")
     if how == "restored":
         note(home, "restored")
     else:
@@ -118,6 +120,12 @@ def test_what_was_used_before_a_home_lost_its_newest_records_may_be_in_any_since
     note_use(home, BASE, ["/b"], "run", 9, Started("peer"))
     assert spans(home, lambda path: path == "/a") == [Span("run", 5, None)]
     assert spans(home, lambda path: path == "/b") == [Span("run", 6, 10), Span("run", 9, None)]
+
+
+def test_what_was_to_be_brought_may_have_been_given_before_a_home_was_restored(tmp_path: Path) -> None:
+    brought = ("brought", {"epoch": 10, "sources": ["/x"]})
+    moved_away = ("used", {"epoch": 10, "sources": ["/y"], "brings": False})
+    assert Span("run", 10, None) in told(tmp_path, brought, ("restored", {}), moved_away)
 
 
 def test_what_an_island_brings_is_in_the_record_that_took_it_and_in_no_other(tmp_path: Path) -> None:

@@ -138,10 +138,27 @@ def test_a_link_to_a_folder_is_one_place_and_too_many_places_are_said(
     monkeypatch.setattr(sources, "LINKS_MAX", 2)
     (folder / "third").symlink_to(tmp_path / "further" / "0.txt")
     assert len(linked_out(settings)[str(folder)]) == 2, "it lies in a place that is named already"
-    (tmp_path / "alone.txt").write_text("text")
-    (folder / "fourth.txt").symlink_to(tmp_path / "alone.txt")
-    with pytest.raises(DataError, match="lead to 3 places outside, more than 2"):
+    for name in ("a",):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "alone.txt").write_text("text")
+        (tmp_path / name / "other.txt").write_text("text")
+    (folder / "fourth.txt").symlink_to(tmp_path / "a" / "alone.txt")
+    with pytest.raises(DataError, match=r"lead to \d places outside, more than 2"):
         linked_out(settings)
+
+
+def test_many_links_to_files_of_one_folder_lead_to_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir(), outside.mkdir()
+    for number in range(4):
+        (outside / f"{number}.txt").write_text("text")
+        (folder / f"{number}.txt").symlink_to(outside / f"{number}.txt")
+    settings = DataSettings(source=(SourceSettings(str(folder), name="folder", follow_links=True),))
+    assert len(linked_out(settings)[str(folder)]) == 4
+    monkeypatch.setattr(sources, "LINKS_MAX", 3)
+    assert linked_out(settings) == {str(folder): (str(outside),)}
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:

@@ -96,13 +96,22 @@ def _led_to(root: str, inside: str, paths: Iterable[str]) -> tuple[str, ...]:
         real = os.path.realpath(path)
         while not _lies_in(real, roots):
             roots[_way_out(root, path, roots)] = None
-    places = [one for one in roots if one != inside and not _lies_in(os.path.dirname(one), roots)]
+    places = _outermost(roots, inside)
+    if len(places) > LINKS_MAX:
+        folders = [one if os.path.isdir(one) else os.path.dirname(one) for one in places]
+        places = _outermost(dict.fromkeys(folders), inside)
     if len(places) > LINKS_MAX:
         raise DataError(
             f"data {root}: its links lead to {len(places)} places outside, more than {LINKS_MAX}; name the "
             "folders that they lead to as sources of their own"
         )
     return tuple(places)
+
+
+def _outermost(roots: dict[str, None], inside: str) -> list[str]:
+    """Those that lie in no other. (What lies above "/" is "/".)"""
+    places = [one for one in roots if one != inside]
+    return [one for one in places if one == "/" or not _lies_in(os.path.dirname(one), roots)]
 
 
 def _lies_in(real: str, roots: Container[str]) -> bool:

@@ -28,6 +28,7 @@ _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
 STOP_TIMEOUT_S = 3.0
+SPAWN_POLL_S = 0.01
 _LOCK = "lock"  # in a folder of sockets
 
 
@@ -193,17 +194,20 @@ def _is_left(folder: str) -> bool:
 async def launch_p2pd(
     config: SwarmConfig, folder: str, guard: Guard, cleanup: contextlib.AsyncExitStack
 ) -> P2P:
+    made: list[_P2pd] = []
+
     class Launched(_P2pd):
         _UNIX_SOCKET_PREFIX = f"/unix{folder}/"
 
         def __init__(self) -> None:  # create() keeps to itself a daemon whose start then fails
             super().__init__()
+            made.append(self)
             cleanup.push_async_callback(_stop_p2pd, self)
 
     Launched.guard, Launched.config = guard, config
 
-    try:
-        return await Launched.create(
+    creating = asyncio.ensure_future(
+        Launched.create(
             identity_path=os.fspath(config.identity_path),
             host_maddrs=config.listen,
             announce_maddrs=config.announce or None,
@@ -215,6 +219,16 @@ async def launch_p2pd(
             nat_port_map=config.nat_port_map,
             check_if_identity_free=False,
         )
+    )
+    try:
+        return await asyncio.shield(creating)
+    except asyncio.CancelledError:
+        # A process that is just being started has to be there before it can be ended.
+        while not creating.done() and not (made and made[0]._child is not None):  # noqa: ASYNC110
+            await asyncio.sleep(SPAWN_POLL_S)  # hivemind sets it and tells nobody
+        creating.cancel()
+        await asyncio.wait([creating])
+        raise
     except P2PDaemonError as error:
         raise SwarmError(f"p2pd did not start: {error}") from error
 

@@ -158,13 +158,7 @@ def _steps_behind(shelf: Shelf, version: Version) -> int:
         return version.steps
     if version.how == "island":
         return steps_of(version.recipe, sum(use.examples for use in version.data))
-    steps = 0
-    for name_and_number in version.made_of:
-        name, _, number = name_and_number.partition(":")
-        found = shelf.read(name)
-        parts = [one for one in found.versions if one.number == int(number)] if found else []
-        steps += sum(_steps_behind(shelf, part) for part in parts)
-    return steps
+    return sum(_steps_behind(shelf, part) for _, part in shelf.parts(version))
 
 
 def merge(

@@ -218,6 +218,15 @@ class Shelf:
             raise UserError(f"there is no derivative {name} in {self._home.path} (there are: {known})")
         return found
 
+    def parts(self, version: Version) -> list[tuple[str, Version]]:
+        """What it was made of, with the derivatives' names; without those that are gone. Raises UserError."""
+        found = []
+        for made_of in version.made_of:
+            name, _, number = made_of.partition(":")
+            part = self.read(name)
+            found += [(name, one) for one in (part.versions if part else ()) if one.number == int(number)]
+        return found
+
     def write(self, derivative: Derivative, changed: int) -> Derivative:
         """Gives what it wrote: with the digests of the files of version `changed`, and of those beside."""
         folder = self.of(derivative.name)

@@ -109,11 +109,8 @@ def own_sets(shelf: Shelf, version: Version) -> dict[str, str]:
     """
     if version.how == "rebase" or version.how == "merge":
         found: dict[str, str] = {}
-        for made_of in version.made_of:
-            name, _, number = made_of.partition(":")
-            part = shelf.read(name)
-            chosen = [one for one in (part.versions if part else ()) if one.number == int(number)]
-            sets = {k: v for one in chosen for k, v in own_sets(shelf, one).items()}
+        for name, part in shelf.parts(version):
+            sets = own_sets(shelf, part)
             found |= sets if version.how == "rebase" else {f"{name}.{k}": v for k, v in sets.items()}
         return found
     data = version.recipe.data

@@ -39,12 +39,8 @@ def behind(shelf: Shelf, name: str, version: Version) -> Uses:
     uses: Uses = {}
     if not version.made_of or version.steps:
         uses = of_recipe(name, version.recipe)
-    for made_of in version.made_of:
-        part, _, number = made_of.partition(":")
-        found = shelf.read(part)
-        for one in found.versions if found else ():
-            if one.number == int(number):
-                uses = joined(uses, behind(shelf, part, one))
+    for part, one in shelf.parts(version):
+        uses = joined(uses, behind(shelf, part, one))
     return uses
 
 

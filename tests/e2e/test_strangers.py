@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
@@ -27,8 +28,14 @@ async def asks_for_state(enemy: Enemy) -> None:
         reader, writer = await enemy.swarm.open_stream(enemy.victim, enemy.protocols[protocol], 10.0)
         enemy.writers.append(writer)
         writer.write(framed(msgpack.packb({"ask": "checkpoint", "epoch_max": 1000})))
-        async with asyncio.timeout(10.0):
-            assert await reader.read() == b"", protocol
+        await nothing_more(reader, protocol)
+
+
+async def nothing_more(reader: asyncio.StreamReader, what: str) -> None:
+    """The node has closed the stream; what we wrote to it afterwards is a broken pipe."""
+    async with asyncio.timeout(10.0):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b"", what
 
 
 async def trains_for_ever(enemy: Enemy) -> None:
@@ -49,8 +56,7 @@ async def applies_again_and_again(enemy: Enemy) -> None:
         assert msgpack.unpackb(header)["is"] == "applicant"
     again, second = await enemy.swarm.open_stream(enemy.victim, enemy.protocols["admission"], 10.0)
     enemy.writers.append(second)
-    async with asyncio.timeout(10.0):
-        assert await again.read() == b""
+    await nothing_more(again, "a second stream")
     applicants = (await enemy.status())["applicants"]
     assert [one["name"] for one in applicants if one["peer"] == enemy.swarm.peer_id] == ["name 9"]
 

@@ -2,12 +2,16 @@
 
     leaf i   digest(0, index i, digest of the shard's encoded bytes)
     node     digest(1, left, right); an odd one out goes up as it is
-    root     digest(2, contributor, epoch, count of shards, top)
+    root     digest(2, stage, contributor, epoch, count of shards, top)
 
 The contributor and the epoch are in the root: who sends the shards of another, or of an earlier round,
-does it under another name. The *path* of a shard is the digests beside its way to the top, one for each
-level where there is one: with it whoever has the name checks the shard alone. The first byte keeps leaves,
-nodes and roots apart (RFC 6962, section 2.1).
+does it under another name. So is the stage of training that the contribution is of. Records take those of
+the shared base only: whoever averages, audits or replays a shard proves it against a root with `BASE`, so
+what was made in a member's own stage (cpt, sft, dpo) has a name under which nobody counts it.
+
+The *path* of a shard is the digests beside its way to the top, one for each level where there is one: with
+it whoever has the name checks the shard alone. The first byte keeps leaves, nodes and roots apart (RFC 6962,
+section 2.1).
 
 Pure; standard library only. Digests are 64 hex digits, of the crypto's hash.
 """
@@ -17,13 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 Digest = Callable[[bytes], str]  # Crypto.digest
+BASE = "base"  # the stage of what all members train together
 PATH_MAX = 20  # levels above 2**20 shards
 
 
 class Commitment:
     """The tree of one contribution, by whoever has all of it."""
 
-    def __init__(self, digests: Sequence[str], contributor: str, epoch: int, digest: Digest) -> None:
+    def __init__(
+        self, digests: Sequence[str], contributor: str, epoch: int, digest: Digest, stage: str = BASE
+    ) -> None:
         """`digests`: of the encoded bytes of each shard, at least one."""
         levels = [[_leaf(index, value, digest) for index, value in enumerate(digests)]]
         while len(levels[-1]) > 1:
@@ -32,7 +39,7 @@ class Commitment:
             odd = below[-1:] if len(below) % 2 else []
             levels.append([*(_node(left, right, digest) for left, right in pairs), *odd])
         self._levels = levels
-        self.name = _root(contributor, epoch, len(digests), levels[-1][0], digest)
+        self.name = _root(stage, contributor, epoch, len(digests), levels[-1][0], digest)
 
     def path(self, shard: int) -> tuple[str, ...]:
         """What proves shard `shard` to who has the name."""
@@ -55,7 +62,7 @@ def is_committed(
     path: Sequence[str],
     digest: Digest,
 ) -> bool:
-    """Whether the shard with this digest is shard `shard` of the contribution with this name."""
+    """Whether the shard with this digest is shard `shard` of the contribution to the base with this name."""
     if not 0 <= shard < count:
         return False
     top, index, width, beside = _leaf(shard, shard_digest, digest), shard, count, iter(path)
@@ -66,7 +73,7 @@ def is_committed(
                 return False
             top = _node(other, top, digest) if index % 2 else _node(top, other, digest)
         index, width = index // 2, (width + 1) // 2
-    return next(beside, None) is None and _root(contributor, epoch, count, top, digest) == name
+    return next(beside, None) is None and _root(BASE, contributor, epoch, count, top, digest) == name
 
 
 def _leaf(index: int, shard_digest: str, digest: Digest) -> str:
@@ -77,5 +84,6 @@ def _node(left: str, right: str, digest: Digest) -> str:
     return digest(b"\1%s\0%s" % (left.encode(), right.encode()))
 
 
-def _root(contributor: str, epoch: int, count: int, top: str, digest: Digest) -> str:
-    return digest(b"\2%s\0%d\0%d\0%s" % (contributor.encode(), epoch, count, top.encode()))
+def _root(stage: str, contributor: str, epoch: int, count: int, top: str, digest: Digest) -> str:
+    parts = (stage, contributor, str(epoch), str(count), top)
+    return digest(b"\2" + b"\0".join(part.encode() for part in parts))

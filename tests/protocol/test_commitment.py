@@ -44,3 +44,11 @@ def test_anothers_contribution_or_an_old_one_has_another_name(contributor: str, 
     tree = Commitment(digests, "alice", 7, digest)
     assert Commitment(digests, contributor, epoch, digest).name != tree.name
     assert not is_committed(tree.name, contributor, epoch, 5, 0, digests[0], tree.path(0), digest)
+
+
+@pytest.mark.parametrize("stage", ["cpt", "sft", "dpo", "", "base\0"])
+def test_what_is_of_a_members_own_stage_is_no_contribution_to_the_base(stage: str) -> None:
+    digests = shards(5)
+    tree = Commitment(digests, "alice", 7, digest, stage)
+    assert tree.name != Commitment(digests, "alice", 7, digest).name
+    assert not is_committed(tree.name, "alice", 7, 5, 0, digests[0], tree.path(0), digest)

@@ -156,12 +156,29 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str) -> None:
         at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         append(place, [Revoked(path, at, reason)])
         note(place, "revoked", path=path, reason=reason)
+    removed = _forget_ids(place, path)
     found = withdrawal(place, lambda other: _touches(path, other))
     if as_json:
-        click.echo(json.dumps({"source": path} | dataclasses.asdict(found), indent=1))
+        said = {"source": path, "removed_bytes": removed} | dataclasses.asdict(found)
+        click.echo(json.dumps(said, indent=1))
         return
     click.echo(f"revoked {path}: it is not read any more, and a running node stops training on it")
+    click.echo(f"its text as ids in {place.cache}: {removed} bytes removed")
     click.echo("\n".join(found.lines()))
+
+
+def _forget_ids(home: Home, path: str) -> int:
+    """What the trainer made of its text; the bytes."""
+    from tapestry.node.trainer.data.tokens import forget
+
+    try:
+        return forget(home.cache, lambda other: _touches(path, other))
+    except OSError as error:
+        raise UserError(
+            f"{path} is revoked; its text as ids could not be removed from {home.cache}: {error.strerror}",
+            exit_code=ExitCode.FAILED,
+            hint="remove that folder; what it holds of other sources is made again at the next start",
+        ) from error
 
 
 def _touches(path: str, other: str) -> bool:

@@ -142,7 +142,7 @@ class _Build:
 
     def run(self) -> Tally:
         place, tally = self._last_place()
-        self._noted = place.tokens
+        self._note(replace(place, tally=place.tally or tally.to_plain()))
         with (
             open(os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as out,
             judge_of(self._listing.domains) as judge,
@@ -156,7 +156,7 @@ class _Build:
                     )
                 self._done_bytes += file.size_bytes
             _sync(out)
-        manifest = {"version": CACHE_VERSION, "owner": self._owner, "tokens": place.tokens}
+        manifest = {**self._whose(), "tokens": place.tokens}
         os.replace(self._part, self.done_path)
         write_json(self._manifest, {**manifest, "tally": tally.to_plain()})
         self._progress.unlink(missing_ok=True)
@@ -205,10 +205,19 @@ class _Build:
         place = replace(place, tokens=place.tokens + count)
         if place.tokens - self._noted >= PART_TOKENS:
             _sync(out)
-            fields = {name: getattr(place, name) for name in _Place.__dataclass_fields__}
-            write_json(self._progress, {"owner": self._owner, "version": CACHE_VERSION, "place": fields})
-            self._noted = place.tokens
+            self._note(place)
         return place
+
+    def _note(self, place: _Place) -> None:
+        fields = {name: getattr(place, name) for name in _Place.__dataclass_fields__}
+        write_json(self._progress, {**self._whose(), "place": fields})
+        self._noted = place.tokens
+
+    def _whose(self) -> dict[str, Any]:
+        """Whose ids they are. With follow_links they may be of anywhere: then no path is noted."""
+        source = self._listing.source
+        path = None if source.follow_links else source.path
+        return {"version": CACHE_VERSION, "owner": self._owner, "path": path}
 
     def _tell(self, file: int, chars: int) -> None:
         """Of a packed file nobody knows how far one is in it; by the characters, at most to its end."""
@@ -224,14 +233,39 @@ class _Build:
 
         A trainer that has one mapped keeps it until it closes it.
         """
-        for path in sorted(self.done_path.parent.glob("tokens-*")):
-            if path.suffix not in (".manifest", ".progress") or path == self._manifest:
+        for path, noted in _noted_in(self.done_path.parent):
+            if path == self._manifest:
                 continue
-            noted = _read_json(path)
             if noted.get("version") != CACHE_VERSION or noted.get("owner") == self._owner:
-                for suffix in (".manifest", ".progress", ".bin", ".part"):
-                    with contextlib.suppress(OSError):
-                        path.with_suffix(suffix).unlink()
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
+
+def forget(cache_dir: Path, touches: Callable[[str], bool]) -> int:
+    """Remove the ids of every source whose path `touches` names, and of those that have no path; the bytes.
+
+    What another source has is made again when it is read again. A trainer that has a file mapped keeps it
+    until it ends, and one that is making it fails. Raises OSError: something is left.
+    """
+    found = [path for path, noted in _noted_in(cache_dir) if (p := noted.get("path")) is None or touches(p)]
+    return sum(_remove(path) for path in found)
+
+
+def _noted_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The notes that lie beside ids, finished or not."""
+    found = [path for path in sorted(folder.glob("tokens-*")) if path.suffix in (".manifest", ".progress")]
+    return [(path, _read_json(path)) for path in found]
+
+
+def _remove(note: Path) -> int:
+    """The ids, and then their notes; the bytes of the ids. Raises OSError."""
+    removed = 0
+    for suffix in (".bin", ".part", ".progress", ".manifest"):
+        path = note.with_suffix(suffix)
+        with contextlib.suppress(FileNotFoundError):
+            removed += path.stat().st_size if suffix in (".bin", ".part") else 0
+            path.unlink()
+    return removed
 
 
 def _pieces(file: SourceFile, tally: Tally) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,3 +177,26 @@ def test_rows_without_the_field_end_the_work_before_all_are_read(
     with pytest.raises(DataError, match="is malformed or has no text"):
         corpus_of(settings_of(f"{path}:text"), tmp_path / "cache", counted)
     assert counted.chars < 6000
+
+
+def test_what_is_forgotten_is_the_named_source_and_whatever_could_hold_it(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("gone", "kept", "linked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(f"{name} " * 50)
+        folder = settings_of(tmp_path / name)
+        (source,) = folder.source
+        linked = dataclasses.replace(source, follow_links=name == "linked")
+        corpus_of(dataclasses.replace(folder, source=(linked,)), cache)
+    with pytest.raises(Killed):
+        (tmp_path / "begun").mkdir()
+        (tmp_path / "begun" / "a.txt").write_text("begun " * 50)
+        corpus_of(settings_of(tmp_path / "begun"), cache, Counting(dies_after=0))
+    assert len(list(cache.glob("tokens-*.part"))) == 1
+    named = {str(tmp_path / "gone"), str(tmp_path / "begun")}
+    ids = 2 * (len("gone " * 50) + len("linked " * 50) + 2)
+    assert tokens.forget(cache, named.__contains__) == ids
+    (left,) = cache.glob("tokens-*.bin")
+    assert b"kept" in np.fromfile(left, np.uint16).astype(np.uint8).tobytes()
+    assert len(list(cache.glob("tokens-*"))) == 2, "ids and manifest"
+    assert tokens.forget(tmp_path / "none", named.__contains__) == 0

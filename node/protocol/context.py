@@ -13,6 +13,7 @@ from tapestry.node.protocol.deliveries import NEWCOMERS, Deliveries
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.members import Roll
 from tapestry.node.protocol.messages import Control, Stage, Status
+from tapestry.node.protocol.movers import Movers
 from tapestry.node.protocol.pace import Pace
 from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.rules import Rules, settled
@@ -56,6 +57,7 @@ class Context:
         default_factory=dict
     )  # peers that a record of late names as contributor
     deliveries: Deliveries = field(default_factory=Deliveries)
+    movers: Movers = field(default_factory=Movers)
     pace: Pace = field(init=False)
 
     given: Rules = field(init=False)  # the spec's, before any record changed them
@@ -206,6 +208,13 @@ class Context:
         """How far `peer` is in the round that starts from `head`; AWAY if it is elsewhere."""
         view = self.peers.get(peer)
         return view.stage_at(epoch, head) if view is not None else Stage.AWAY
+
+    def is_within(self, peer: str, epoch: int, head: str, ballot: int) -> bool:
+        """Whether it takes part in the round that starts from `head`, in this ballot at the most."""
+        view = self.peers.get(peer)
+        if view is None or view.status is None or view.stage_at(epoch, head) == Stage.AWAY:
+            return False
+        return view.status.ballot <= ballot
 
     def live_at(self, epoch: int, head: str, now: float) -> list[str]:
         """Other peers that may contribute, heard of late, at this head and taking part."""

@@ -258,6 +258,7 @@ class Core:
             if record.body.forced:
                 outcome = Outcome.FORCED
         self.vote = None
+        self.ctx.movers.end_round(record.ballot if record is not None else None, self.ctx.peers)
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             round_.count_deliveries(contributors, now)

@@ -242,7 +242,14 @@ class Leader:
             live.append(ctx.me)
         # An elector is waited for all the same: it votes, whether its contribution comes or not.
         wanted = [p for p in live if p in state.electorate or not ctx.undelivered(p, state.epoch)]
-        return [p for p in wanted if p not in self.excluded]
+        return [p for p in wanted if p not in self.excluded and not self._has_gone_on(p)]
+
+    def _has_gone_on(self, peer: str) -> bool:
+        """To a higher ballot of this round: for ours it cannot get ready any more."""
+        state, ctx = self.state, self.ctx
+        view = ctx.peers.get(peer)
+        here = view is not None and view.stage_at(state.epoch, state.head) != Stage.AWAY
+        return here and not ctx.is_within(peer, state.epoch, state.head, state.ballot)
 
     def _close(self, now: float) -> None:
         state = self.state
@@ -381,15 +388,19 @@ class Leader:
             self.exclude(self._who_holds_up(), STALLED, now)
 
     def _who_holds_up(self) -> list[str]:
-        """All contributors that most of this round's reducers have waited for, in this ballot or before; else
-        the one that blame ends at. Nobody who is out already."""
+        """All contributors that most reducers wait for, in this ballot or over all ballots of this round; else the
+        one that blame ends at. Nobody who is out already."""
         exchange, waiting_on = self.state.exchange, self.state.accusations()
-        self.averaged.update(dict.fromkeys(exchange.reducers()))
-        for peer, by in debts(waiting_on, exchange.reducers(), exchange.owing()).items():
+        reducers, me = exchange.reducers(), self.ctx.me
+        self.averaged.update(dict.fromkeys(reducers))
+        unpaid = {}
+        for peer, by in debts(waiting_on, reducers, exchange.owing()).items():
             member = self.state.in_roster(peer)
             if member is not None and member.weight:
+                unpaid[peer] = by
                 self.unpaid.setdefault(peer, {}).update(dict.fromkeys(by))
-        mute = [p for p in silent(self.unpaid, self.averaged, self.ctx.me) if p not in self.excluded]
+        found = dict.fromkeys([*silent(unpaid, reducers, me), *silent(self.unpaid, self.averaged, me)])
+        mute = [p for p in found if p not in self.excluded]
         if mute:
             for peer in self.doubted:  # perhaps it was on their account
                 self.excluded.pop(peer, None)

@@ -226,7 +226,7 @@ class Round:
         if state.forced:
             if state.forced_leader == me and state.stage <= Stage.READY:
                 self.lead.open(ballot + 1, now, forced=True)
-        elif state.leader_of(ballot) != me:
+        elif state.leader_of(ballot) != me and self._goes_along(peer, ballot, now):
             self._enter_as_follower(ballot, now)
 
     def _out_of_reach(self, ballot: int, now: float) -> bool:
@@ -235,6 +235,27 @@ class Round:
             self.reach = self.state.ballot + BALLOT_STEP_MAX
             self.reach_until = now + self.ctx.rules.resend_s
         return ballot > self.reach
+
+    def _goes_along(self, peer: str, ballot: int, now: float) -> bool:
+        """Whether the word of `peer` takes us to this higher ballot, or we stay in ours: movers.py."""
+        state, movers = self.state, self.ctx.movers
+        if state.forced or not self.ctx.heard(state.leader, now) or not self._quorum_with_us(peer, now):
+            return True
+        if not movers.is_heeded(peer):
+            return False
+        own = peer == state.leader == state.leader_of(ballot)
+        if own and movers.may_go_on(peer, state.stage >= Stage.EXCHANGING, len(self.electorate)):
+            return True
+        movers.count(peer, ballot)
+        return True
+
+    def _quorum_with_us(self, without: str, now: float) -> bool:
+        """Whether a quorum may be in our ballot: heard, at our head, and not known to be in a higher one."""
+        state, ctx = self.state, self.ctx
+        others = [p for p in self.electorate if p not in (ctx.me, without) and ctx.heard(p, now)]
+        with_us = sum(ctx.is_within(p, self.epoch, self.head, state.ballot) for p in others)
+        with_us += ctx.me in self.electorate
+        return with_us >= quorum(len(self.electorate))
 
     def on_call(self, peer: str, call: Call, now: float) -> str | None:
         if call.ballot <= self.state.ballot or self._out_of_reach(call.ballot, now):
@@ -246,6 +267,8 @@ class Round:
                 return None
         elif self.state.leader_of(call.ballot) != peer:
             return "not_leader"
+        elif not self._goes_along(peer, call.ballot, now):
+            return None
         self.acceptor.enter(call.ballot, now, forced=call.forced, leader=peer)
         if self.state.speaks:
             self.acceptor.send_ready(now)
@@ -268,6 +291,8 @@ class Round:
             return None
         if ready.ballot > state.ballot:
             if ready.forced or peer not in self.electorate or self._out_of_reach(ready.ballot, now):
+                return None
+            if not self._goes_along(peer, ready.ballot, now):
                 return None
             self.lead.open(ready.ballot, now)
         self.lead.add_ready(peer, ready, now)
@@ -314,6 +339,8 @@ class Round:
         if mine.weight and own is not None and mine.tokens != own.weight:
             return "weight"
         if roster.ballot > state.ballot:
+            if not self._goes_along(peer, roster.ballot, now):
+                return None
             self.acceptor.enter(roster.ballot, now)
         self.acceptor.promise()
         self._follow(roster, now)
@@ -335,6 +362,8 @@ class Round:
             same = state.proposal is not None and state.proposal.body == propose.body
             return None if same else "equivocation"
         if propose.ballot > state.ballot:
+            if not self._goes_along(peer, propose.ballot, now):
+                return None
             self.acceptor.enter(propose.ballot, now)
         self.acceptor.promise()
         self._follow(propose, now)

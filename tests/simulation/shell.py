@@ -8,7 +8,7 @@ its size is modelled, and what the run's mean, `clipped`, makes of it: some are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -214,10 +214,12 @@ class Node:
             self.backlog.append(inp)
             return
         world.trace(self.name, inp)
-        life, now = self.life, world.now
-        outputs = core.handle(inp, now + self.skew_s)
-        if outputs is NOTHING:
-            return
+        outputs = core.handle(inp, world.now + self.skew_s)
+        if outputs is not NOTHING:
+            self.carry_out(core, outputs)
+
+    def carry_out(self, core: Core, outputs: Sequence[ev.Output]) -> None:
+        world, life, now = self.world, self.life, self.world.now
         for output in outputs:
             world.trace(self.name, output)
             self.execute[type(output)](self, output)
@@ -242,6 +244,8 @@ class Node:
     # --- outputs -------------------------------------------------------------------------------
 
     def do_send(self, out: ev.Send) -> None:
+        if self.world.usurpers.keeps_back(self, out.message):
+            return
         self.world.invariants.on_send(self, out.message)
         self.world.send(self, out.peer, out.message)
         second = self.world.equivocators.second_vote(self, out.message)

@@ -26,6 +26,7 @@ from simulation.inventors import Inventors
 from simulation.mutes import Floods, Mutes
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
+from simulation.usurpers import Usurpers
 from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
@@ -160,6 +161,7 @@ class World:
         self.equivocators = Equivocators(self, faults is None, names)
         self.inventors = Inventors(self, faults is None, names)
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
+        self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
         self.rollbacks = Rollbacks(self, faults is None)
         self.desk = Audits(self, liars, names)
@@ -213,11 +215,13 @@ class World:
         self.chaos.plan(self.fault_s)
         self.consortium.plan(self.fault_s)
         self.rollbacks.plan()
+        self.usurpers.plan()
         self.gates.plan()
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
             self.step()
         self.heal()
         self.consortium.restore()
+        settle_s = self.usurpers.settle_s(settle_s)
         goal, until = self.furthest + 2, self.now + settle_s * self.stretch
         while not self.settled(goal):
             if self.now > until or not self.heap:
@@ -225,7 +229,8 @@ class World:
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
         self.mutes.wait_for_the_end(settle_s)
-        if self.seed % EXAM_EVERY == 0:
+        self.usurpers.wait_for_the_end(settle_s)
+        if self.seed % EXAM_EVERY == 0 and not self.usurpers.names:  # those are needed for a majority then
             self._survive_a_death()
 
     def _survive_a_death(self) -> None:

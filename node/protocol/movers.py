@@ -1,0 +1,74 @@
+"""Whose word takes this node from one ballot of a round to a higher one, and whose does so no more.
+
+One elector's word is enough: it is how a round gets away, in one message, from a leader that only some
+cannot reach. But whoever opens ballot after ballot, or says so, takes all out of one exchange after the
+other, and no round of the run ever ends, not even the one that would remove it. So what a word leads to is
+counted. FREE times it may lead to nothing; from then on it is not heeded as long as a quorum may be in our
+ballot without it. That costs no liveness: who gives up on a leader by its own clock needs no word, and where
+no quorum is left in our ballot every word counts again. Each REPAID ballots that someone took us to, and that
+made a record, take back one.
+
+A leader may go on to later ballots of its own: once for each elector that it may have to leave out, and
+OWN_MORE times where it has named no roster. Beyond that they count as well.
+
+An opinion of this node, by which nothing is decided but its own ballot. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+FREE = 3  # Guess: where links break at random, several in a row lead to nothing
+REPAID = 4  # Guess: as DELIVERED_AGAIN in deliveries.py
+OWN_MORE = 4  # Guess: a leader begins anew for who restarted, for a gate, for a promise from before a restart
+
+
+@dataclass(slots=True)
+class Account:
+    vain: int = 0  # moves that led to no record
+    good: int = 0  # that did, since
+
+
+class Movers:
+    """Mutable; owned by Context."""
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, Account] = {}
+        self.moved: dict[int, str] = {}  # ballot of this round -> who took us there
+        # leader -> ballots of its own that it left for another of its own in this round
+        self.named: dict[str, int] = {}  # with a roster
+        self.unnamed: dict[str, int] = {}  # without one
+
+    def may_go_on(self, leader: str, named: bool, electors: int) -> bool:
+        """Whether a leader may leave a ballot of its own for a later one, uncounted. `named`: a roster of it
+        was followed there, so that it may have to leave somebody out."""
+        ballots = self.named if named else self.unnamed
+        ballots[leader] = ballots.get(leader, 0) + 1
+        return ballots[leader] <= (electors if named else OWN_MORE)
+
+    def is_heeded(self, peer: str) -> bool:
+        account = self.accounts.get(peer)
+        return account is None or account.vain < FREE
+
+    def count(self, peer: str, ballot: int) -> None:
+        """Its word takes us to `ballot`: in vain, unless a record comes of it."""
+        self.moved[ballot] = peer
+        self.accounts.setdefault(peer, Account()).vain += 1
+
+    def end_round(self, ballot: int | None, peers: Container[str]) -> None:
+        """The round is over: decided in `ballot`, or left. Who is not in the table of peers is forgotten."""
+        mover = self.moved.get(ballot) if ballot is not None else None
+        account = self.accounts.get(mover) if mover is not None else None
+        if account is not None and mover is not None:
+            account.vain -= 1
+            account.good += 1
+            if account.good >= REPAID:
+                account.vain, account.good = max(account.vain - 1, 0), 0
+            if not account.vain:
+                del self.accounts[mover]
+        self.moved.clear()
+        self.named.clear()
+        self.unnamed.clear()
+        for peer in [p for p in self.accounts if p not in peers]:
+            del self.accounts[peer]

@@ -53,7 +53,7 @@ from tapestry.node.net.wire import (
 from tapestry.node.net.wire import unpack as unpack_header
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.audit import Input, Order, auditors_of
+from tapestry.node.protocol.audit import Input, Order, second_auditor
 from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
@@ -143,7 +143,9 @@ class AuditDesk:
         self._kept: OrderedDict[str, dict[tuple[str, int], tuple[tuple[str, ...], Tensor]]] = OrderedDict()
         self._kept_at: dict[str, float] = {}  # since when
         self._records: dict[str, Record] = {}  # those
-        self._seconds: dict[str, dict[int, Order]] = {}  # of those, what we look at if we are asked
+        self._seconds: dict[
+            str, dict[tuple[str, int], Order]
+        ] = {}  # by first auditor and shard: of those, what we look at if we are asked
         self._auditing = 0
         self._turn = asyncio.Semaphore(AUDITS_AT_ONCE)
         self._serving = asyncio.Semaphore(STREAMS_MAX)
@@ -166,7 +168,7 @@ class AuditDesk:
             for one in out.kept
         }
         self._records[head] = out.record
-        self._seconds[head] = {order.shard: order for order in out.seconds}
+        self._seconds[head] = {(order.first, order.shard): order for order in out.seconds}
         self._kept_at[head] = self._loop.now()
         self._drop_old()
         for order in out.orders:
@@ -235,9 +237,9 @@ class AuditDesk:
         short = [peer[-6:] for peer in missing]
         _log.info("audit=incomplete epoch=%d shard=%d no_input_of=%s", epoch, shard, short)
         peers = [m.peer for m in record.body.members]
-        auditors = auditors_of(record.head, shard, order.reducer, peers, self._crypto)
-        if first and len(auditors) > 1:
-            await self._say(auditors[1], ["second", record.head, shard])
+        second = second_auditor(record.head, shard, order.reducer, self._own, peers, self._crypto)
+        if first and second is not None:
+            await self._say(second, ["second", record.head, shard])
 
     async def _compare(
         self, record: Record, order: Order, members: tuple[Member, ...], inputs: list[_Given]
@@ -415,15 +417,12 @@ class AuditDesk:
                 raise RemoteProtocolError("malformed", "no such request")
 
     def _audit_as_second(self, peer: str, head: Any, shard: Any) -> None:
-        """Once for a shard, and only if it is the first auditor that asks."""
-        record = self._records.get(head) if isinstance(head, str) else None
-        if record is None or type(shard) is not int or shard not in self._seconds[record.head]:
+        """Once for a shard of the first auditor's: who asks has drawn it."""
+        if not isinstance(head, str) or type(shard) is not int:
             return
-        order = self._seconds[record.head][shard]
-        peers = [m.peer for m in record.body.members]
-        if auditors_of(record.head, shard, order.reducer, peers, self._crypto)[0] == peer:
-            del self._seconds[record.head][shard]
-            self._begin_audit(record, order, first=False)
+        order = self._seconds.get(head, {}).pop((peer, shard), None)
+        if order is not None:
+            self._begin_audit(self._records[head], order, first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
         averaging = self._averaging

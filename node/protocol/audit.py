@@ -5,7 +5,9 @@ A reducer could send everybody the same wrong mean, and all would hold the same 
     committed   a contribution's name is the root of a tree over its shards (commitment.py): who has the name
                 can check any one shard of it, and nobody can show another shard under that name
     signed      a reducer signs the digest of the mean it made, with the head and the inputs it made it of
-    drawn       the head of a record, which nobody can choose, says which shards are looked at, and by whom
+    drawn       what each voter looks at follows from its own signature of the record, which nobody else knows
+                before it has voted: a reducer that sends its mean last knows the head, and could choose among
+                many, but not what is drawn (RFC 8032: one message has one signature)
     audited     the auditor asks the contributors for their shards of those, averages them again, and
                 compares; of whom it gets nothing it asks the reducer, and then another auditor tries
     carried     a result that a member accepted and others lack comes with its signatures (`means_fault`): so
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tapestry.node.protocol.canon import Crypto, canonical
-from tapestry.node.protocol.chain import Body, Member
+from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.messages import Blob
 
 UNPROVEN = "unproven"  # why a fetch failed: what the donor says was accepted has not the signatures
@@ -51,13 +53,13 @@ class Order:
     reducer: str
     digest: str  # of the mean that the record's result holds
     signature: str  # of the reducer: mean_message
+    first: str = ""  # who looks at it by its own draw, where this node is the second
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What the head of a record draws, as one member sees it."""
+    """What the signatures of a record draw, as one member sees it."""
 
-    due: tuple[int, ...]  # shards that somebody looks at
     orders: tuple[Order, ...]  # those that this node looks at
     seconds: tuple[Order, ...] = ()  # and those that it looks at if it is asked to, by who cannot
 
@@ -94,40 +96,55 @@ def means_fault(body: Body, means: Sequence[SignedMean], shard_count: int, crypt
     return None
 
 
-def due_shards(head: str, shard_count: int, share: float, crypto: Crypto) -> tuple[int, ...]:
-    """The shards of the record with this head that are averaged again: about `share` of them."""
-    limit = int(share * SHARE_UNIT)
-    if not limit:
+def looks_at(
+    auditor: str, signatures: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
+) -> tuple[int, ...]:
+    """The shards that one of those who signed a record averages again, drawn by its own signature.
+
+    All of them together look at about `share` of the shards. Sorted; nothing if it did not sign, or alone.
+    """
+    own, others = dict(signatures).get(auditor), len(signatures) - 1
+    if own is None or not others:
         return ()
-    lots = (crypto.digest(f"audit|{head}|{shard}".encode()) for shard in range(shard_count))
-    return tuple(shard for shard, lot in enumerate(lots) if int(lot[:8], 16) < limit)
+    expected = min(share / others, 1.0) * shard_count
+    lots = [
+        int(crypto.digest(f"audit|{own}|{index}".encode())[:16], 16) for index in range(int(expected) + 1)
+    ]
+    count = int(expected) + (lots[-1] < (expected - int(expected)) * 2**64)
+    return tuple(sorted({lot % shard_count for lot in lots[:count]}))
 
 
-def auditors_of(
-    head: str, shard: int, reducer: str, members: Sequence[str], crypto: Crypto
-) -> tuple[str, ...]:
-    """Who looks at a shard, and who does if that one cannot: members but its reducer, by lot."""
-    others = [peer for peer in members if peer != reducer]
-    order = sorted(others, key=lambda peer: crypto.digest(f"{head}|{shard}|{peer}".encode()))
-    return tuple(order[:2])
+def due_shards(
+    signatures: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
+) -> tuple[int, ...]:
+    """What somebody looks at: these are kept."""
+    found = (looks_at(peer, signatures, shard_count, share, crypto) for peer, _ in signatures)
+    return tuple(sorted(set().union(*found)))
 
 
-def draw(
-    me: str,
-    head: str,
-    members: Sequence[str],
-    means: Sequence[SignedMean],  # of every shard
-    share: float,
-    crypto: Crypto,
-) -> Draw:
-    """What `me` keeps for the auditors of this record, and what it looks at itself."""
-    due = due_shards(head, len(means), share, crypto)
-    turns: list[list[Order]] = [[], []]
-    for shard in due:
-        auditors = auditors_of(head, shard, means[shard][0], members, crypto)
-        if me in auditors:
-            turns[auditors.index(me)].append(Order(shard, *means[shard]))
-    return Draw(due, tuple(turns[0]), tuple(turns[1]))
+def second_auditor(
+    head: str, shard: int, reducer: str, first: str, members: Sequence[str], crypto: Crypto
+) -> str | None:
+    """Who looks at a shard if `first` cannot: a member, by lot, that did not average it."""
+    others = [peer for peer in members if peer not in (reducer, first)]
+    return min(others, key=lambda peer: crypto.digest(f"{head}|{shard}|{peer}".encode()), default=None)
+
+
+def draw(me: str, record: Record, means: Sequence[SignedMean], share: float, crypto: Crypto) -> Draw:
+    """What `me` looks at of this record, and what it looks at if it is asked to. `means`: of every shard."""
+    signatures, count = record.signatures, len(means)
+    peers = [m.peer for m in record.body.members]
+    orders, seconds = [], []
+    for auditor, _ in signatures:
+        for shard in looks_at(auditor, signatures, count, share, crypto):
+            reducer = means[shard].reducer
+            if auditor == me != reducer:
+                orders.append(Order(shard, *means[shard]))
+            elif me != auditor != reducer and me == second_auditor(
+                record.head, shard, reducer, auditor, peers, crypto
+            ):
+                seconds.append(Order(shard, *means[shard], first=auditor))
+    return Draw(tuple(orders), tuple(seconds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,9 +220,11 @@ class Core:
         vote = self.vote
         if vote is None or vote.head != head:
             vote = Vote(epoch, head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since))
-        behind = behind_of(at, chain.records[-1] if epoch else None)
+        last = chain.records[-1] if epoch else None
+        behind = behind_of(at, last)
+        before = frozenset(at.electorate if last is None else [m.peer for m in last.body.members if m.weight])
         self.ctx.pace.round_began(epoch, now)
-        self.round = Round(self.ctx, at, behind, self.sync.state_digest, vote, now)
+        self.round = Round(self.ctx, at, behind, self.sync.state_digest, before, vote, now)
         self.round.state.trainer_up = self.trainer_up
         if self.trainer_up:
             self._train(self.round)
@@ -346,8 +348,8 @@ class Core:
         view = self.ctx.peers.get(inp.peer)
         if view is not None:
             view.heard_at = now
-        if self.round is not None and self.round.exchange.is_member(inp.peer):
-            self.round.exchange.progress += 1  # a stranger's drip hides no stall
+        if self.round is not None and self.round.exchange.lacks_of(inp.peer):
+            self.round.exchange.progress += 1  # bytes that we do not need hide no stall
 
     def handle_peer_refused(self, inp: PeerRefused, now: float) -> None:
         self.ctx.refuse(inp.peer, inp.reason, "its data cannot be used")
@@ -495,7 +497,7 @@ class Core:
         if isinstance(message, Call):
             return round_.on_call(peer, message, now)
         assert isinstance(message, Closing)
-        return round_.on_closing(peer, message)
+        return round_.on_closing(peer, message, now)
 
     def _on_strangers(self, peer: str, message: Message, now: float) -> str | None:
         """Who is no member says nothing that counts. Records prove themselves, and it may have become one

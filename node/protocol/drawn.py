@@ -1,4 +1,4 @@
-"""What the head of a record draws of the round that made it, at this node: what to keep, what to look at.
+"""What the signatures of a record draw of its round, at this node: what to keep, what to look at.
 
 Kept are the shards of our own contribution that are drawn, whether or not we had the whole result when the
 record came: who is late is audited as well. And of the shards that we averaged ourselves, everybody's inputs:
@@ -25,16 +25,16 @@ def audit_of(
     `fetched`: who made the record's result, where we got it from a member that had accepted it.
     """
     body, share = record.body, ctx.rules.audit_share
-    due = due_shards(record.head, ctx.rules.shard_count, share, ctx.crypto) if share else ()
+    due = due_shards(record.signatures, ctx.rules.shard_count, share, ctx.crypto) if share else ()
     if not due:
         return None
     kept = [*_own(ctx, exchange, record, due), *_averaged(ctx, exchange, record, due)]
     same = exchange.complete and exchange.result_digest() == body.result
     same = same and exchange.averaged == inputs_digest(body.members, ctx.crypto)
-    means, peers = exchange.means() if same else fetched, [m.peer for m in body.members]
+    means = exchange.means() if same else fetched
     if not means:
         return Audit(record, (), (), (), tuple(kept)) if kept else None
-    drawn = draw(ctx.me, record.head, peers, means, share, ctx.crypto)
+    drawn = draw(ctx.me, record, means, share, ctx.crypto)
     digests = tuple(mean.digest for mean in means)
     return Audit(record, digests, drawn.orders, drawn.seconds, tuple(kept))
 

@@ -280,6 +280,10 @@ class Exchange:
         names = self.spoilt() or [p for p, (owed, _) in missing.items() if owed] or list(missing)
         return tuple(names[:WAITING_MAX])
 
+    def lacks_of(self, peer: str) -> bool:
+        """Whether it has something that we need to get on."""
+        return peer in self._missing()
+
     def owing(self) -> list[str]:
         """Who owes us shards of its contribution, of which we are to make the mean."""
         return [p for p, (owed, _) in self._missing().items() if owed]
@@ -312,10 +316,6 @@ class Exchange:
         """Of the roster's contributors, in its order."""
         members = self.roster.members if self.roster is not None else ()
         return [m.weight for m in members if m.weight]
-
-    def is_member(self, peer: str) -> bool:
-        """Of the roster that we follow."""
-        return self._wanted(peer) is not None
 
     def _wanted(self, peer: str) -> str | None:
         """The contribution of `peer` that the roster names."""
@@ -392,10 +392,11 @@ def assign_reducers(
 ) -> tuple[int, ...]:
     """Shard -> index of its reducer: shares as even as can be, and only the lost reducers' shards move.
 
-    `before` is the roster of the ballot that failed, `alive` those of `members` that may reduce.
+    `before` is the roster of the ballot that failed, `alive` those of `members` that may reduce, in the order
+    in which shards go to them.
     """
     index = {m.peer: i for i, m in enumerate(members)}
-    able = [p for p in index if p in alive] or list(index)
+    able = [p for p in alive if p in index] or list(index)
     load = dict.fromkeys(able, 0)
     reducers: list[str | None] = [None] * shard_count
     if before is not None and len(before.reducers) == shard_count:

@@ -13,11 +13,12 @@ from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
-from tapestry.node.protocol.exchange import assign_reducers, check_roster
+from tapestry.node.protocol.exchange import assign_reducers
 from tapestry.node.protocol.members import voice_weights
 from tapestry.node.protocol.messages import WAITING_MAX, Accept, Call, Closing, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
+from tapestry.node.protocol.validity import roster_fault
 
 GATE = "gate"  # why one's contribution is left out, and not its vote
 GONE = "gone"
@@ -252,6 +253,7 @@ class Leader:
         return here and not ctx.is_within(peer, state.epoch, state.head, state.ballot)
 
     def _close(self, now: float) -> None:
+        """Also again: who has not yet heard that a quorum is ready trains on."""
         state = self.state
         self.closing_sent = True
         for peer in self._expected(now):
@@ -287,7 +289,7 @@ class Leader:
             ctx.proposals.ready(ctx.roll, state.epoch + 1, [m.peer for m in members], ctx.crypto),
             state.behind,
         )
-        why = check_roster(roster, state.electorate, ctx.rules.shard_count)
+        why = roster_fault(state, roster)
         if why is not None:
             self.excluded.clear()  # too many left out to decide anything: start over with all of them
             ctx.emit(Note(f"epoch={state.epoch} roster_impossible={why!r}"))
@@ -303,11 +305,19 @@ class Leader:
         return peer in self.state.ready and self.ctx.heard(peer, now) and peer in self.state.at.roll.members
 
     def _weights(self, voters: set[str], seated: list[str]) -> list[tuple[str, int]]:
-        """What everybody's contribution weighs, sorted by peer; 0 for those that only vote."""
+        """What everybody's contribution weighs, sorted by peer; 0 for those that only vote.
+
+        Whose part comes to nothing is left out, and the rest computed anew: everybody goes by who is named.
+        """
         state, ctx = self.state, self.ctx
-        contributors = [(p, state.ready[p].weight) for p in sorted(seated)]
-        weights = voice_weights(state.at.roll, contributors, ctx.rules.max_influence)
-        weight_of = {p: w for (p, _), w in zip(contributors, weights)}  # noqa: B905
+        named = sorted(seated)
+        while True:
+            contributors = [(p, state.ready[p].weight) for p in named]
+            weights = voice_weights(state.at.roll, contributors, ctx.rules.max_influence)
+            weight_of = {p: w for p, w in zip(named, weights, strict=True) if w}
+            if len(weight_of) in (0, len(named)):
+                break
+            named = list(weight_of)
         return [(p, weight_of.get(p, 0)) for p in sorted(voters.union(seated))]
 
     def _member(self, peer: str, weight: int) -> Member:
@@ -332,7 +342,9 @@ class Leader:
             out = ",".join(p for p in peers if p not in seated)
             ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} unheard_by_many={out}"))
         need = len(electors) if state.forced else quorum(len(state.electorate))
-        return seated, choose_reducers(able, len(seated), electors, need, odds, shard_count)
+        able = choose_reducers(able, len(seated), electors, need, odds, shard_count)
+        # By lot, another in every round: where shards are few, the same ones would always average them.
+        return seated, sorted(able, key=lambda p: ctx.crypto.digest(f"{state.head}|{p}|reduce".encode()))
 
     def _propose(self, body: Body) -> Propose:
         state = self.state
@@ -343,6 +355,10 @@ class Leader:
             if peer != self.ctx.me:
                 self.ctx.send(peer, propose)
         return propose
+
+    def close_again(self, now: float) -> None:
+        if self.closing_sent and now < self.gather_until():
+            self._close(now)
 
     def resend_phase_2(self) -> None:
         state = self.state
@@ -388,8 +404,8 @@ class Leader:
             self.exclude(self._who_holds_up(), STALLED, now)
 
     def _who_holds_up(self) -> list[str]:
-        """All contributors that most reducers wait for, in this ballot or over all ballots of this round; else the
-        one that blame ends at. Nobody who is out already."""
+        """All contributors that most reducers wait for, in this ballot or in the round; else the one that blame
+        ends at. Nobody who is out already."""
         exchange, waiting_on = self.state.exchange, self.state.accusations()
         reducers, me = exchange.reducers(), self.ctx.me
         self.averaged.update(dict.fromkeys(reducers))

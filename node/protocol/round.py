@@ -48,6 +48,7 @@ from tapestry.node.protocol.watch import Watch
 
 __all__ = ["Outcome", "Round"]
 
+NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
@@ -63,6 +64,7 @@ class Round:
         at: Place,
         behind: Behind | None,
         state_digest: str,
+        before: frozenset[str],
         vote: Vote,
         now: float,
     ) -> None:
@@ -70,7 +72,7 @@ class Round:
         self.epoch = at.epoch
         self.head = at.head
         self.electorate = at.electorate
-        self.state = RoundState(ctx, at, behind, state_digest, vote, now)
+        self.state = RoundState(ctx, at, behind, state_digest, before, vote, now)
         self.acceptor = Acceptor(self.state)
         self.lead = Leader(self.state, self.acceptor)
         self.gate = Gate(self.state, self.acceptor)
@@ -299,15 +301,24 @@ class Round:
         self.advance(now)
         return None
 
-    def on_closing(self, peer: str, closing: Closing) -> str | None:
+    def on_closing(self, peer: str, closing: Closing, now: float) -> str | None:
         state = self.state
         if closing.ballot < state.ballot:
             return None
         if peer != (state.forced_leader if state.forced else state.leader_of(closing.ballot)):
             return "not_leader"
+        if not state.forced and not self._quorum_is_ready(peer, now):
+            return None  # it asks again
         if state.stage == Stage.TRAINING:
             self.ctx.emit(CloseTraining(self.epoch))
         return None
+
+    def _quorum_is_ready(self, leader: str, now: float) -> bool:
+        """Whether it may be so, of those that we hear: no leader may end the others' training before."""
+        others = [p for p in self.electorate if p not in (leader, self.ctx.me) and self.ctx.heard(p, now)]
+        training = sum(self.ctx.stage_at(p, self.epoch, self.head) < Stage.READY for p in others)
+        training += self.state.stage < Stage.READY and self.ctx.me in self.electorate
+        return len(self.electorate) - training >= quorum(len(self.electorate))
 
     def on_roster(self, peer: str, roster: Roster, now: float) -> str | None:
         """Follow a leader's roster, if it is the highest ballot's and says of us what we said."""
@@ -342,9 +353,29 @@ class Round:
             if not self._goes_along(peer, roster.ballot, now):
                 return None
             self.acceptor.enter(roster.ballot, now)
+        if self._decides_alone(peer, roster):
+            self._next_ballot(now, NARROW)
+            return NARROW
         self.acceptor.promise()
         self._follow(roster, now)
         return None
+
+    def _decides_alone(self, leader: str, roster: Roster) -> bool:
+        """Whether this roster names fewer electors with a contribution than a quorum, leaves out some that
+        contributed to the record before, and no other leader of this round has done so.
+
+        Of few contributions the mean is what they are, whatever its rule: a leader that could name itself
+        alone would set the state to what it likes. If only few have something to give, a second one sees it.
+        """
+        electorate, state = self.electorate, self.state
+        if roster.forced or self.ctx.me not in electorate:
+            return False
+        named = {m.peer for m in roster.members if m.weight}
+        counted = sum(p in named for p in electorate)
+        if counted >= quorum(len(electorate)) or named.issuperset(state.before.intersection(electorate)):
+            return False
+        state.narrowed[leader] = None
+        return len(state.narrowed) < 2
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state
@@ -537,3 +568,5 @@ class Round:
             self.acceptor.resend_accept()
         if state.leading and state.stage >= Stage.EXCHANGING:
             self.lead.resend_phase_2()
+        elif state.leading:
+            self.lead.close_again(now)

@@ -33,11 +33,13 @@ class RoundState:
         at: Place,
         behind: Behind | None,
         state_digest: str,
+        before: frozenset[str],
         vote: Vote,
         now: float,
     ) -> None:
         self.ctx = ctx
         self.at = at
+        self.before = before  # who contributed to the record that our round starts from
         self.behind = behind  # what our record has to tell of the one before
         self.epoch = epoch = at.epoch
         self.head = head = at.head
@@ -61,6 +63,7 @@ class RoundState:
         self.refusals: dict[str, float] = {}  # who refused the result, and by how much it is too bad to them
         self.accepted_at: float | None = None  # when a quorum had accepted
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
+        self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
         # the gate, of this round
         self.refused = ""  # head of the body that we refused last
         self.furthest: dict[str, str] = {}  # head of a result -> whose contribution differs most in it

@@ -41,6 +41,9 @@ def roster_fault(state: RoundState, roster: Roster) -> str | None:
     """Why no record could be made of this roster."""
     if check_roster(roster, state.electorate, state.ctx.rules.shard_count) is not None:
         return "roster"
+    fewest = 1 if roster.changes else state.ctx.contributors_min()
+    if sum(m.weight > 0 for m in roster.members) < fewest:
+        return "roster"
     if roster.state_digest != state.state_digest:
         return "state_digest"
     if roster.forced and waits(state.at, state.ctx.rules.on_quorum_loss):

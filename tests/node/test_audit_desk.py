@@ -26,7 +26,7 @@ from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.audit import Input, Order, auditors_of
+from tapestry.node.protocol.audit import Input, Order, second_auditor
 from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.commitment import Commitment
 from tapestry.node.state.means import payload_digest, payload_of
@@ -128,7 +128,10 @@ class Table:
         body = Body(RUN, EPOCH + 1, "00" * 32, "00" * 32, tuple(members), "00" * 32)
         self.record = Record(body, HEAD, 0, ())
         self.reducer = PEERS[0]
-        self.first, self.second = auditors_of(HEAD, SHARD, self.reducer, PEERS, CRYPTO)
+        self.first = PEERS[1]
+        second = second_auditor(HEAD, SHARD, self.reducer, self.first, PEERS, CRYPTO)
+        assert second is not None
+        self.second = second
         (self.other,) = set(PEERS) - {self.reducer, self.first, self.second}
         mean = self.desks[self.first].averaging.mean_digest
         self.order = Order(SHARD, self.reducer, mean(SHARD, list(self.payloads.values()), [1] * 4), "")
@@ -152,7 +155,8 @@ class Table:
         ]
 
     def drawn(self, peer: str, *kept: Input, order: Order | None = None, second: Order | None = None) -> None:
-        orders, seconds = (order,) if order else (), (second,) if second else ()
+        orders = (order,) if order else ()
+        seconds = (dataclasses.replace(second, first=self.first),) if second else ()
         self.desks[peer].do_audit(ev.Audit(self.record, (), orders, seconds, kept))
 
     async def settle(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from simulation.draws import choice
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.audit import Order, auditors_of, due_shards
+from tapestry.node.protocol.audit import Order, due_shards, second_auditor
 from tapestry.node.protocol.chain import Record
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class Audits:
         self.world = world
         self.hider = choice(own, names) if len(names) > 1 and own.random() < HIDER_SHARE else ""
         self.kept: dict[tuple[str, int], dict[str, dict[tuple[str, int], object]]] = {}  # life -> head ->
-        self.seconds: dict[tuple[str, int], dict[tuple[str, int], Order]] = {}  # life -> (head, shard) ->
+        self.seconds: dict[
+            tuple[str, int], dict[tuple[str, str, int], Order]
+        ] = {}  # life -> (head, first, shard)
         self.whole = self.incomplete = self.by_reducer = self.by_second = 0
 
     def drawn(self, node: Node, out: ev.Audit, compare: Compare) -> None:
@@ -45,7 +47,8 @@ class Audits:
         kept[head] = {(one.peer, one.shard): one.blob for one in out.kept}
         while len(kept) > KEPT_RECORDS:
             del kept[next(iter(kept))]
-        self.seconds.setdefault(life, {}).update({(head, order.shard): order for order in out.seconds})
+        seconds = {(head, order.first, order.shard): order for order in out.seconds}
+        self.seconds.setdefault(life, {}).update(seconds)
         for order in out.orders:
             self._look(node, out.record, order, compare, first=True)
 
@@ -70,10 +73,10 @@ class Audits:
 
     def _ask_second(self, node: Node, record: Record, order: Order, compare: Compare) -> None:
         peers = [m.peer for m in record.body.members]
-        auditors = auditors_of(record.head, order.shard, order.reducer, peers, node.crypto)
-        second = self.world.nodes.get(auditors[1]) if len(auditors) > 1 else None
+        name = second_auditor(record.head, order.shard, order.reducer, node.name, peers, node.crypto)
+        second = self.world.nodes.get(name) if name is not None else None
         known = self.seconds.get((second.name, second.life), {}) if second is not None else {}
-        found = known.pop((record.head, order.shard), None)
+        found = known.pop((record.head, node.name, order.shard), None)
         if second is None or second.core is None or found is None:
             self.incomplete += 1
         else:
@@ -103,13 +106,13 @@ class Audits:
         return self.kept.get((source, giver.life), {}).get(head, {}).get(key)
 
     def on_end(self, node: Node, out: ev.EndRound) -> None:
-        """Whoever contributed to a record keeps what its head draws of that, also if it heard of it late."""
+        """Whoever contributed to a record keeps what its signatures draw of it, also if it heard of it late."""
         records = node.disk.records
         if not out.counted or out.counted != node.contributed or len(records) <= out.epoch:
             return
-        head, rules = records[out.epoch].head, self.world.rules
-        kept = self.kept.get((node.name, node.life), {}).get(head, {})
-        for shard in due_shards(head, rules.shard_count, rules.audit_share, node.crypto):
+        record, rules = records[out.epoch], self.world.rules
+        kept = self.kept.get((node.name, node.life), {}).get(record.head, {})
+        for shard in due_shards(record.signatures, rules.shard_count, rules.audit_share, node.crypto):
             if (node.name, shard) not in kept:
                 self.world.fail(
                     node.name, f"audit: it keeps nothing of shard {shard} of record {out.epoch + 1}"

@@ -159,6 +159,7 @@ class Invariants:
         self.world.furthest = max(self.world.furthest, body.epoch)
         if self.world.inventors.is_false(record.head):
             self.fail(node, f"G2: record {body.epoch} has a result that nobody made")
+        self.world.autocrats.on_record(record)
         if body.forced and self.world.rules.on_quorum_loss == "wait":
             self.fail(node, "policy: a forced record in a run that waits")
         if body.state_digest != self.state_of.get(body.prev, body.state_digest):

@@ -34,6 +34,7 @@ from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.movers import Movers
 from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.sync import Sync
@@ -562,3 +563,16 @@ def refused_and_accepted() -> list[Patch]:
         return passes(self, now) or self.refused is not None
 
     return [(Gate, "passes", both)]
+
+
+# --- what a leader, or whoever would be one, can do alone --------------------------------------------
+
+
+@plant("every elector's word takes everybody to a higher ballot", 1)
+def heeds_every_word() -> list[Patch]:
+    return [(Movers, "is_heeded", lambda self, peer: True)]
+
+
+@plant("a leader that names itself alone is followed", 57)
+def one_leader_decides() -> list[Patch]:
+    return [(Round, "_decides_alone", lambda self, leader, roster: False)]

@@ -16,6 +16,7 @@ from heapq import heappop, heappush
 from typing import Any, Literal, NoReturn
 
 from simulation.audits import Audits
+from simulation.autocrats import Autocrats
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.equivocators import Equivocators
@@ -161,6 +162,7 @@ class World:
         self.equivocators = Equivocators(self, faults is None, names)
         self.inventors = Inventors(self, faults is None, names)
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
+        self.autocrats = Autocrats(self, faults is None and not is_slow, names)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
         self.rollbacks = Rollbacks(self, faults is None)
@@ -391,6 +393,7 @@ class World:
     def send(self, sender: Node, to: str, message: Message, bulk: bool = False) -> None:
         receiver = self.nodes.get(to)  # None: the stranger that tells lies
         self.messages += 1
+        message = self.autocrats.hears(to, message)
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
         way_s = self.way_s(sender.name, to)

@@ -1,0 +1,58 @@
+"""A member that names itself alone whenever it leads, in some worlds.
+
+It takes every promise for that of a voter which has nothing to give, and so its roster is one that any leader
+might send: a quorum of the electors, one of them with a contribution, its own. The mean of one contribution is
+that contribution, whatever the rule. No record may come of it, unless another leader of the round names few as
+well. Drawn apart, so that other worlds stay as they were.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from simulation.draws import choice
+
+from tapestry.node.protocol.chain import Record, quorum
+from tapestry.node.protocol.messages import Message, Ready, Roster
+
+if TYPE_CHECKING:
+    from simulation.shell import Node
+    from simulation.world import World
+
+SHARE = 0.1  # of the worlds have one
+
+
+class Autocrats:
+    """What concerns it in one world."""
+
+    def __init__(self, world: World, drawn: bool, names: list[str]) -> None:
+        self.world = world
+        rng = random.Random(f"autocrat {world.seed}")
+        drawn = drawn and len(names) > 2 and rng.random() < SHARE
+        self.name = choice(rng, names) if drawn else ""
+        self.named: set[tuple[str, int]] = set()  # head and ballot of its own rosters that name few
+        self.few: dict[str, set[str]] = {}  # head -> who led a ballot that names few
+
+    def hears(self, name: str, message: Message) -> Message:
+        """What it makes of what others say."""
+        if name != self.name or not isinstance(message, Ready) or message.accepted is not None:
+            return message
+        return replace(message, weight=0, contribution="")
+
+    def says(self, node: Node, message: Message) -> None:
+        """Remember who names few."""
+        round_ = node.core.round if node.core is not None else None
+        if not self.name or not isinstance(message, Roster) or round_ is None or message.forced:
+            return
+        counted = sum(m.weight > 0 and m.peer in round_.electorate for m in message.members)
+        if counted < quorum(len(round_.electorate)):
+            self.few.setdefault(message.head, set()).add(node.name)
+            if node.name == self.name and len(round_.state.before.intersection(round_.electorate)) > counted:
+                self.named.add((message.head, message.ballot))
+
+    def on_record(self, record: Record) -> None:
+        body = record.body
+        if (body.prev, record.ballot) in self.named and self.few[body.prev] == {self.name}:
+            self.world.fail(self.name, f"record {body.epoch} is of its contribution alone, by its own word")

@@ -404,7 +404,7 @@ class Leader:
             self.exclude(self._who_holds_up(), STALLED, now)
 
     def _who_holds_up(self) -> list[str]:
-        """All contributors that most reducers wait for, in this ballot or in the round; else the one that blame
+        """All contributors that most reducers wait for, now or earlier in the round; else the one that blame
         ends at. Nobody who is out already."""
         exchange, waiting_on = self.state.exchange, self.state.accusations()
         reducers, me = exchange.reducers(), self.ctx.me

@@ -37,6 +37,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     # protocol/round.py and exchange.py: messages of a round
     *(
         "not_leader",
+        "narrow",
         "not_reducer",
         "not_elector",
         "roster",

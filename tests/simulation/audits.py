@@ -106,7 +106,7 @@ class Audits:
         return self.kept.get((source, giver.life), {}).get(head, {}).get(key)
 
     def on_end(self, node: Node, out: ev.EndRound) -> None:
-        """Whoever contributed to a record keeps what its signatures draw of it, also if it heard of it late."""
+        """Whoever contributed to a record keeps what its signatures draw of it, also if it heard late."""
         records = node.disk.records
         if not out.counted or out.counted != node.contributed or len(records) <= out.epoch:
             return

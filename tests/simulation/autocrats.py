@@ -1,9 +1,9 @@
 """A member that names itself alone whenever it leads, in some worlds.
 
 It takes every promise for that of a voter which has nothing to give, and so its roster is one that any leader
-might send: a quorum of the electors, one of them with a contribution, its own. The mean of one contribution is
-that contribution, whatever the rule. No record may come of it, unless another leader of the round names few as
-well. Drawn apart, so that other worlds stay as they were.
+might send: a quorum of the electors, one of them with a contribution, its own. The mean of one contribution
+is that contribution, whatever the rule. No record may come of it, unless another leader of the round names
+few as well. Drawn apart, so that other worlds stay as they were.
 """
 
 from __future__ import annotations

@@ -553,7 +553,7 @@ def test_status_is_an_aligned_table_without_control_characters(tmp_path: Path) -
         "addresses          /ip4/127.0.0.1/tcp/1",
         "                   /ip4/10.0.0.1/tcp/1",
         "round              ballot=1",
-        "                   waiting_on=[]",
+        "                   waiting_on=-",
     ]
 
 

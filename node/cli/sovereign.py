@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
-from tapestry.node.cli.lineage import ProgressLine
 from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
@@ -25,8 +23,6 @@ from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
     from tapestry.node.sovereign.build import Built
-
-SAID_EVERY_S = 30.0  # where stderr is no terminal; guess: a log of a night's work stays readable
 
 _epoch = click.IntRange(min=0)
 _way = click.option(
@@ -77,7 +73,7 @@ def derive(
     declare_missing(Home.locate(home, os.environ), recipe_paths(recipe), f"derive:{name}", declaration)
     from tapestry.node.sovereign import build
 
-    with _Said() as told:
+    with Said() as told:
         built = build.derive(
             Home.locate(home, os.environ), name, recipe, epoch, restart=restart, told=told.update
         )
@@ -104,7 +100,7 @@ def evaluate(
 
     where = Home.locate(home, os.environ)
     if name == "base":
-        with _Said() as told:
+        with Said() as told:
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
         if as_json:
             click.echo(json.dumps({"base": plain(parent), "report": plain(report)}, indent=1))
@@ -112,7 +108,7 @@ def evaluate(
             click.echo(f"the base at {parent}")
             click.echo("\n".join(table(report, ())))
         return ExitCode.DONE
-    with _Said() as told:
+    with Said() as told:
         built, _ = build.evaluate(where, name, number, suite_file, told=told.update)
     if as_json:
         click.echo(json.dumps(plain(built.version), indent=1))
@@ -164,7 +160,7 @@ def rebase(
     where = Home.locate(home, os.environ)
 
     def rebased() -> int:
-        with _Said() as told:
+        with Said() as told:
             built = build.rebase(
                 where,
                 name,
@@ -213,7 +209,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
             require(where, paths, BASE, today_utc())
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
-        with _Said() as told:
+        with Said() as told:
             built = None if name is None else build.keep_island(where, name, told=told.update)
             if brings:
                 bring(where, told.update)
@@ -251,7 +247,7 @@ def merge(
     shares = _weights(weights)
     from tapestry.node.sovereign import build
 
-    with _Said() as told:
+    with Said() as told:
         built = build.merge(
             Home.locate(home, os.environ),
             into,
@@ -311,24 +307,3 @@ def _say_built(built: Built) -> None:
     else:
         kept = f"version {built.derivative.current} stays" if built.derivative.current else "none is current"
         click.echo(f"not promoted, {kept}; this one is in {built.folder}")
-
-
-class _Said:
-    """How far a long command is: a line on a terminal; else a line now and then."""
-
-    def __init__(self) -> None:
-        self._line = ProgressLine()
-        self._said_s = time.monotonic()
-
-    def __enter__(self) -> _Said:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._line.end()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self._line.update(what, done, total)
-        now_s = time.monotonic()
-        if not sys.stderr.isatty() and now_s - self._said_s >= SAID_EVERY_S:
-            self._said_s = now_s
-            click.echo(f"{what} {done} of {total}", err=True)

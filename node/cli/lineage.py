@@ -123,7 +123,12 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_b
             click.echo(text)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry anchor --home mine > anchor.txt",
+        "tapestry verify mine --anchor anchor.txt",
+    )
+)
 @home_option
 def anchor(home: str | None) -> None:
     """The head and its signatures as one line, to publish anywhere; `verify --anchor` checks against it."""
@@ -132,7 +137,13 @@ def anchor(home: str | None) -> None:
     click.echo(str(newest(Home.locate(home, os.environ))))
 
 
-@click.command("exit")
+@click.command(
+    "exit",
+    epilog=examples(
+        "tapestry exit mine-alone --home mine",
+        "tapestry start --home mine-alone --data texts",
+    ),
+)
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @home_option
 def leave(out: Path, home: str | None) -> None:

@@ -18,7 +18,7 @@ import click
 from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
@@ -32,7 +32,12 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 wait_option = click.option("--no-wait", is_flag=True, help="Do not wait for the record that takes it up.")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry members mine",
+        "tapestry members --home mine --json | jq -r '.members[].peer'",
+    )
+)
 @click.argument("directory", metavar="[HOME]", required=False)
 @home_option
 @json_option
@@ -47,7 +52,12 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command(name="id")
+@click.command(
+    name="id",
+    epilog=examples(
+        "tapestry id mine                     # for founders = [...] in another's run.toml",
+    ),
+)
 @click.argument("directory", metavar="[HOME]", required=False)
 @home_option
 def own_id(directory: str | None, home: str | None) -> None:
@@ -58,7 +68,11 @@ def own_id(directory: str | None, home: str | None) -> None:
         click.echo(Identity.load_or_create(place.identity_key).peer_id)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry admit 4FoeTV --name lab-hanoi --home mine",
+    )
+)
 @click.argument("peer")
 @click.option("--name", default="", help="What people call it.")
 @home_option
@@ -71,7 +85,11 @@ def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
     _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        'tapestry remove 4FoeTV --why "its data have no licence" --home mine',
+    )
+)
 @click.argument("peer")
 @click.option("--why", default="", help="What it is told.")
 @home_option
@@ -86,7 +104,13 @@ def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
     _change(place, "remove", _whole(peer, known), why, f"removed {peer}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry invite --name lab-hanoi --home mine",
+        "tapestry invite --uses 20 --expires 12h --home mine",
+        "tapestry start --home theirs --peer LINE --data texts        # what the guest runs",
+    )
+)
 @click.option("--name", default="", help="What people will call the guest.")
 @click.option("--uses", type=click.IntRange(1, USES_MAX), default=1, show_default=True)
 @click.option("--expires", default="7d", show_default=True, metavar="TIME", help="30m, 12h, 7d; 0: never.")
@@ -100,7 +124,13 @@ def invite(name: str, uses: int, expires: str, home: str | None) -> None:
         click.echo(f"good once {answer['needs']} have signed: tapestry approve {answer['id']}", err=True)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry propose set train.lr 1e-4 --home mine",
+        "tapestry propose charter admit_by majority --home mine",
+        'tapestry propose rollback 40 --why "the loss rose" --home mine',
+    )
+)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("words", nargs=-1)
 @click.option("--why", default="", help="Of a removal or a rollback: what everybody is told.")
@@ -126,7 +156,12 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry members --home mine          # what waits, with its id",
+        "tapestry approve 3f2a9c01 --home mine",
+    )
+)
 @click.argument("name", metavar="ID")
 @home_option
 @wait_option

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
@@ -38,7 +38,12 @@ _density = click.option(
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry derive french --stage sft --method lora --data pairs.jsonl --home mine",
+        "tapestry derive french --recipe recipe.toml --from 40 --home mine",
+    )
+)
 @click.argument("name", metavar="NAME")
 @home_option
 @click.option("--from", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
@@ -80,7 +85,12 @@ def derive(
     _say_built(built)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry evaluate french --home mine",
+        "tapestry evaluate base --epoch 40 --suite suite.toml --json --home mine",
+    )
+)
 @click.argument("name", metavar="NAME|base")
 @home_option
 @json_option
@@ -117,7 +127,12 @@ def evaluate(
     return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry rebase french --home mine",
+        "tapestry rebase french --way ties --density 0.3 --watch 50 --home mine",
+    )
+)
 @click.argument("name", metavar="NAME")
 @home_option
 @click.option("--onto", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
@@ -182,7 +197,12 @@ def rebase(
     raise AssertionError("a watch ends by a signal or an error")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry rejoin --bring --home mine",
+        "tapestry rejoin --keep alone --home mine",
+    )
+)
 @home_option
 @click.option("--keep", "name", metavar="NAME", help="What was learnt alone, as a derivative.")
 @click.option("--bring", "brings", is_flag=True, help="What was learnt alone, in the next contribution.")
@@ -226,7 +246,12 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
     click.echo("`tapestry start` with --peer, or the addresses it knows, goes on with the others")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry merge french law --into both --home mine",
+        "tapestry merge french law --into both --weights 0.7,0.3 --way dare --home mine",
+    )
+)
 @click.argument("names", metavar="NAME NAME...", nargs=-1, required=True)
 @click.option("--into", required=True, metavar="NAME", help="What the merged one is called.")
 @click.option("--weights", metavar="W,W,...", help="One for each. Default: equal, and 1 in all.")
@@ -260,7 +285,12 @@ def merge(
     return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry derivatives --home mine",
+        "tapestry derivatives --home mine --json | jq -r '.[].name'",
+    )
+)
 @home_option
 @json_option
 def derivatives(home: str | None, as_json: bool) -> None:

@@ -98,7 +98,12 @@ def ask_node(home: Home, path: str) -> object:
     state = home.read_node_json()
     url = state.info.http if state.info is not None else home.starting_url(state.pid)
     if url is None or state.liveness not in (Liveness.RUNNING, Liveness.STARTING):
-        raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
+        starts = state.liveness is Liveness.STARTING
+        raise UserError(
+            _why_not_running(home, state.liveness, state.pid),
+            exit_code=ExitCode.FAILED,
+            hint="ask again in a moment" if starts else "tapestry start starts it; --home DIR names another",
+        )
     try:
         return ask(home, url, path)
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -40,6 +40,7 @@ ROOMS = (
     "tapestry.compression",
     "tapestry.dht",
     "tapestry.node.errors",
+    "tapestry.node.progress",
     "tapestry.node.protocol",
     "tapestry.node.disk.files",
     "tapestry.node.home",

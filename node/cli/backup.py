@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.lineage import ProgressLine
 from tapestry.node.cli.options import examples, home_option
+from tapestry.node.cli.said import Said
 from tapestry.node.home import Home
 
 
@@ -24,11 +24,8 @@ def backup(out: Path, home: str | None) -> None:
     from tapestry.node.lineage.backup import backup as write
 
     os.umask(0o077)
-    line = ProgressLine()
-    try:
-        proof = write(Home.locate(home, os.environ), out, line.update)
-    finally:
-        line.end()
+    with Said() as said:
+        proof = write(Home.locate(home, os.environ), out, said.update)
     click.echo(f"wrote {out}: epoch {proof.epoch} of {proof.run_name}; it holds the key: keep it as such")
 
 
@@ -45,11 +42,8 @@ def restore(archive: Path, home: str | None) -> None:
 
     os.umask(0o077)
     place = Home.locate(home, os.environ)
-    line = ProgressLine()
-    try:
-        proof = read(archive, place, line.update)
-    finally:
-        line.end()
+    with Said() as said:
+        proof = read(archive, place, said.update)
     click.echo(f"restored {place.path}: epoch {proof.epoch} of {proof.run_name}")
     click.echo("the node it was made of must not run any more: two nodes with one key disturb each other")
     click.echo(f"  tapestry start --home {place.path} --data PATH")

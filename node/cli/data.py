@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import is_word, rebased_data, split_field
@@ -72,7 +72,13 @@ def data() -> None:
     """What each source of data may be used for, what it was used for, and how to withdraw it."""
 
 
-@data.command("list")
+@data.command(
+    "list",
+    epilog=examples(
+        "tapestry data list --home mine",
+        "tapestry data list --home mine --json",
+    ),
+)
 @home_option
 @json_option
 def listed(home: str | None, as_json: bool) -> None:
@@ -93,7 +99,12 @@ def listed(home: str | None, as_json: bool) -> None:
         click.echo(f"{gone.path}\n  revoked at {gone.at}: {gone.reason or 'no reason given'}")
 
 
-@data.command()
+@data.command(
+    epilog=examples(
+        "tapestry data check --home mine",
+        "tapestry data check texts/fr --purpose derive:french --home mine",
+    )
+)
 @click.argument("sources", metavar="[SOURCE]...", nargs=-1)
 @home_option
 @click.option("--purpose", default=BASE, show_default=True, metavar="base|derive:NAME")
@@ -116,7 +127,12 @@ def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
     return ExitCode.REFUSED if refused else ExitCode.DONE
 
 
-@data.command()
+@data.command(
+    epilog=examples(
+        'tapestry data declare "Our lab, CC-BY-4.0" texts/fr --home mine',
+        'tapestry data declare "The archive, all rights, restricted, until 2027-12-31, consent A-17" letters',
+    )
+)
 @click.argument("text", metavar="TEXT")
 @click.argument("sources", metavar="[SOURCE]...", nargs=-1)
 @home_option
@@ -139,7 +155,11 @@ def declare(text: str, sources: tuple[str, ...], home: str | None, purpose: str)
             click.echo(f"{path}: {refusal or f'may be used for {purpose} already'}", err=True)
 
 
-@data.command()
+@data.command(
+    epilog=examples(
+        'tapestry data revoke texts/fr --reason "withdrawn by its author" --home mine',
+    )
+)
 @click.argument("source", metavar="SOURCE")
 @home_option
 @json_option

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.node import NodeConfig
@@ -41,21 +42,24 @@ def doctor(home: str | None, as_json: bool, **flags: Any) -> int:
 
     def tell(finding: Finding) -> None:
         findings.append(finding)
+        said.clear()
         if not as_json:
             _print(finding)
 
-    from tapestry.node.daemon import doctor as look  # torch and hivemind: seconds
+    with Said() as said:
+        said.update("loading torch and hivemind", 0, 1)
+        from tapestry.node.daemon import doctor as look  # seconds
 
-    ok = True
-    config: NodeConfig | None
-    try:
-        config = NodeConfig.resolve(place, flags, os.environ)
-    except UserError as error:
-        ok = False
-        tell(wrong("settings", error.line, error.hint or "see the comments in node.toml"))
-        config = _without_data(place, flags)
-    if config is not None:
-        ok = look.run(config, tell) and ok
+        ok = True
+        config: NodeConfig | None
+        try:
+            config = NodeConfig.resolve(place, flags, os.environ)
+        except UserError as error:
+            ok = False
+            tell(wrong("settings", error.line, error.hint or "see the comments in node.toml"))
+            config = _without_data(place, flags)
+        if config is not None:
+            ok = look.run(config, tell, said.update) and ok
     if as_json:
         click.echo(json.dumps({"ok": ok, "findings": [one.table() for one in findings]}, indent=1))
     else:

@@ -12,6 +12,7 @@ from typing import Literal
 import click
 
 from tapestry.node.cli.options import examples
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.declared import template
@@ -100,7 +101,8 @@ def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) ->
     from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
 
     home.create()
-    adopted = adopt(source, home.base, name, weights=weights, lora_rank=lora_rank)
+    with Said() as said:
+        adopted = adopt(source, home.base, name, weights=weights, lora_rank=lora_rank, told=said.update)
     facts = adopted.facts
     click.echo(
         f"base {source}: {facts.architecture}, {facts.parameters:,} parameters, "

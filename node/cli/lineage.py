@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import time
 from collections import deque
 from pathlib import Path
 
 import click
 
 from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-
-QUIET_S = 2.0  # what takes longer says how far it is
-INTERVAL_S = 0.5
 
 
 @click.command(
@@ -55,12 +51,9 @@ def export(
         return
     from tapestry.node.lineage.export import export_home
 
-    line = ProgressLine()
-    try:
+    with Said() as said:
         where = Home.locate(home, os.environ)
-        export_home(where, out, epoch, dtype=dtype, adapters=adapters, progress=line.update)
-    finally:
-        line.end()
+        export_home(where, out, epoch, dtype=dtype, adapters=adapters, progress=said.update)
     click.echo(f"wrote {out}")
 
 
@@ -87,13 +80,10 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool, jobs:
     from tapestry.node.lineage.verify import lines
     from tapestry.node.lineage.verify import verify as proven
 
-    line = ProgressLine()
-    try:
+    with Said() as said:
         given = None if anchor is None else Anchor.parse(_text_of(anchor))
         how_many = jobs or jobs_here()
-        proof = proven(path, anchor=given, replay=not no_replay, jobs=how_many, told=line.update)
-    finally:
-        line.end()
+        proof = proven(path, anchor=given, replay=not no_replay, jobs=how_many, told=said.update)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(proof) | {"holds": proof.holds}, indent=1))
     else:
@@ -133,7 +123,12 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_b
             click.echo(text)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry anchor --home mine > anchor.txt",
+        "tapestry verify mine --anchor anchor.txt",
+    )
+)
 @home_option
 def anchor(home: str | None) -> None:
     """The head and its signatures as one line, to publish anywhere; `verify --anchor` checks against it."""
@@ -142,18 +137,21 @@ def anchor(home: str | None) -> None:
     click.echo(str(newest(Home.locate(home, os.environ))))
 
 
-@click.command("exit")
+@click.command(
+    "exit",
+    epilog=examples(
+        "tapestry exit mine-alone --home mine",
+        "tapestry start --home mine-alone --data texts",
+    ),
+)
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @home_option
 def leave(out: Path, home: str | None) -> None:
     """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
     from tapestry.node.lineage.leave import leave as taken
 
-    line = ProgressLine()
-    try:
-        proof = taken(Home.locate(home, os.environ), out, line.update)
-    finally:
-        line.end()
+    with Said() as said:
+        proof = taken(Home.locate(home, os.environ), out, said.update)
     click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
 
 
@@ -202,30 +200,6 @@ def _text_of(given: str) -> str:
 def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -> None:
     from tapestry.node.sovereign.release import release
 
-    line = ProgressLine()
-    try:
-        version = release(home, name, number, out, dtype, line.update)
-    finally:
-        line.end()
+    with Said() as said:
+        version = release(home, name, number, out, dtype, said.update)
     click.echo(f"wrote {name} {version.number} to {out}")
-
-
-class ProgressLine:
-    """How far a long command is: one line on a terminal's stderr, after QUIET_S. Nothing if it is no
-    terminal."""
-
-    def __init__(self) -> None:
-        self._began_s = self._shown_s = time.monotonic()
-        self._shown = False
-
-    def update(self, what: str, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        if now_s - self._began_s < QUIET_S or now_s - self._shown_s < INTERVAL_S or not sys.stderr.isatty():
-            return
-        self._shown_s, self._shown = now_s, True
-        click.echo(f"\r{what} {100 * done // max(total, 1):3} %", nl=False, err=True)
-
-    def end(self) -> None:
-        """Leave the terminal at the beginning of a clean line."""
-        if self._shown:
-            click.echo("\r" + " " * 20 + "\r", nl=False, err=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+from rich.cells import cell_len
 
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
+from tapestry.node.lineage.columns import WIDTH, column, cut, ids_cut, who, wrapped
 from tapestry.node.surface.ask import ask
 
 
@@ -30,8 +32,9 @@ def status(home: str | None, as_json: bool) -> None:
         raise UserError("the node's /status is not a table", exit_code=ExitCode.FAILED)
     width = max((len(str(key)) for key in answer), default=0)
     for key, value in answer.items():
+        name = printable(str(key))
         for index, line in enumerate(_lines(value)):
-            click.echo(f"{printable(str(key)) if index == 0 else '':<{width}}  {line}")
+            click.echo("\n".join(_beside(name if index == 0 else "", line, width)))
 
 
 @click.command(epilog=examples("tapestry peers", "tapestry peers --json | jq -r '.[].peer_id'"))
@@ -53,9 +56,16 @@ def peers(home: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
-def short(peer_id: str) -> str:
-    """As everywhere: the last letters of a peer id, which differ most."""
-    return f"…{peer_id[-6:]}"
+def _beside(name: str, value: str, width: int) -> Iterator[str]:
+    """The value in the column beside its name. A digest that is too long for it stands right behind the name,
+    for it must stay whole; peer ids in what is too long are cut."""
+    begin = f"{name:<{width}}  "
+    if cell_len(begin + value) <= WIDTH:
+        yield begin + value
+    elif " " not in value and len(f"{name}  {value}") <= WIDTH:
+        yield f"{name}  {value}"
+    else:
+        yield from wrapped(ids_cut(value), begin, " " * len(begin))
 
 
 def _in_short(peer: dict[str, object]) -> dict[str, object]:
@@ -65,7 +75,7 @@ def _in_short(peer: dict[str, object]) -> dict[str, object]:
     first = addresses[0] if isinstance(addresses, list) and addresses else None
     relayed, heard, same = peer.get("relayed"), peer.get("heard_s"), peer.get("same_head")
     return {
-        "peer": short(str(peer.get("peer_id", "-"))),
+        "peer": who(str(peer.get("peer_id", "-")), str(peer.get("name") or "")),
         **row,
         "head": None if same is None else "same" if same else "other",
         "heard": f"{heard:.1f} s" if isinstance(heard, float) else None,
@@ -88,7 +98,12 @@ def ask_node(home: Home, path: str) -> object:
     state = home.read_node_json()
     url = state.info.http if state.info is not None else home.starting_url(state.pid)
     if url is None or state.liveness not in (Liveness.RUNNING, Liveness.STARTING):
-        raise UserError(_why_not_running(home, state.liveness, state.pid), exit_code=ExitCode.FAILED)
+        starts = state.liveness is Liveness.STARTING
+        raise UserError(
+            _why_not_running(home, state.liveness, state.pid),
+            exit_code=ExitCode.FAILED,
+            hint="ask again in a moment" if starts else "tapestry start starts it; --home DIR names another",
+        )
     try:
         return ask(home, url, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -115,20 +130,25 @@ def _lines(value: object) -> list[str]:
 
 
 def _word(value: object) -> str:
-    if value is None or value == "":
+    if value is None or value == "" or value == []:
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list):
+        return ", ".join(_word(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(_lines(value))
     return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def _table(rows: Sequence[dict[str, object]]) -> list[str]:
-    """Aligned columns, one per key, in the order in which the keys first appear."""
+    """Aligned columns, one per key, in the order in which the keys first appear; the last takes the room that
+    is left."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[printable(str(column)) for column in columns]]
-    cells += [[" ".join(_lines(row.get(column))) for column in columns] for row in rows]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    cells = [[printable(str(key)) for key in columns]]
+    cells += [[" ".join(_lines(row.get(key))) for key in columns] for row in rows]
+    widths = [max(cell_len(line[index]) for line in cells) for index in range(len(columns))]
     return [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        cut("  ".join(column(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip(), WIDTH)
         for line in cells
     ]

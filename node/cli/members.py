@@ -10,16 +10,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import click
+from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
+from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
 from tapestry.node.surface import control
 
@@ -30,7 +32,12 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 wait_option = click.option("--no-wait", is_flag=True, help="Do not wait for the record that takes it up.")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry members mine",
+        "tapestry members --home mine --json | jq -r '.members[].peer'",
+    )
+)
 @click.argument("directory", metavar="[HOME]", required=False)
 @home_option
 @json_option
@@ -45,7 +52,12 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command(name="id")
+@click.command(
+    name="id",
+    epilog=examples(
+        "tapestry id mine                     # for founders = [...] in another's run.toml",
+    ),
+)
 @click.argument("directory", metavar="[HOME]", required=False)
 @home_option
 def own_id(directory: str | None, home: str | None) -> None:
@@ -56,7 +68,11 @@ def own_id(directory: str | None, home: str | None) -> None:
         click.echo(Identity.load_or_create(place.identity_key).peer_id)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry admit 4FoeTV --name lab-hanoi --home mine",
+    )
+)
 @click.argument("peer")
 @click.option("--name", default="", help="What people call it.")
 @home_option
@@ -69,7 +85,11 @@ def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
     _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        'tapestry remove 4FoeTV --why "its data have no licence" --home mine',
+    )
+)
 @click.argument("peer")
 @click.option("--why", default="", help="What it is told.")
 @home_option
@@ -84,7 +104,13 @@ def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
     _change(place, "remove", _whole(peer, known), why, f"removed {peer}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry invite --name lab-hanoi --home mine",
+        "tapestry invite --uses 20 --expires 12h --home mine",
+        "tapestry start --home theirs --peer LINE --data texts        # what the guest runs",
+    )
+)
 @click.option("--name", default="", help="What people will call the guest.")
 @click.option("--uses", type=click.IntRange(1, USES_MAX), default=1, show_default=True)
 @click.option("--expires", default="7d", show_default=True, metavar="TIME", help="30m, 12h, 7d; 0: never.")
@@ -98,7 +124,13 @@ def invite(name: str, uses: int, expires: str, home: str | None) -> None:
         click.echo(f"good once {answer['needs']} have signed: tapestry approve {answer['id']}", err=True)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry propose set train.lr 1e-4 --home mine",
+        "tapestry propose charter admit_by majority --home mine",
+        'tapestry propose rollback 40 --why "the loss rose" --home mine',
+    )
+)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("words", nargs=-1)
 @click.option("--why", default="", help="Of a removal or a rollback: what everybody is told.")
@@ -124,7 +156,12 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry members --home mine          # what waits, with its id",
+        "tapestry approve 3f2a9c01 --home mine",
+    )
+)
 @click.argument("name", metavar="ID")
 @home_option
 @wait_option
@@ -162,7 +199,9 @@ def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> No
 
 
 def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
-    """The id that `text` is, or of those known the one that it begins or ends. Raises UserError."""
+    """The id that `text` is, or of those known the one that it begins or ends, with or without the `…` that
+    `members` shows there. Raises UserError."""
+    text = text.strip("…")
     fits: Callable[[str], bool] = lambda one: one.startswith(text) if at_begin else one.endswith(text)  # noqa: E731
     found = [one for one in known if one == text] or [one for one in known if fits(one)]
     if len(found) > 1:
@@ -218,32 +257,34 @@ def _table(home: Home) -> dict[str, Any]:
 
 
 def _lines(table: Mapping[str, Any]) -> list[str]:
+    """Names first, ids by their ends, which `admit`, `remove` and `approve` take."""
     lines = [f"epoch {table['epoch']}, {len(table['members'])} members"]
     for one in table["members"]:
-        marks = [
-            one["phase"],
-            "founder" if one["founder"] else "",
-            "this node" * (one["peer"] == table["me"]),
-        ]
         since = f"since epoch {one['since']}" if one["since"] else "from the start"
-        lines.append(_row("member", one["peer"], one["name"], ", ".join([since, *filter(None, marks)])))
+        came = "founder" if one["founder"] else since
+        marks = ["this node" * (one["peer"] == table["me"]), one["phase"], came]
+        lines += _row("member", one["name"], short(one["peer"]), ", ".join(filter(None, marks)))
     for one in table["applicants"]:
         waits_s = max(0, int(time.time() - one["since"]))
-        lines.append(_row("applicant", one["peer"], one["name"], f"waits for {waits_s} s"))
+        lines += _row("applicant", one["name"], short(one["peer"]), f"waits for {waits_s} s")
     for one in table["invites"]:
-        lines.append(_row("invite", one["key"], one["name"], f"{one['uses']} left"))
+        lines += _row("invite", one["name"], short(one["key"]), f"{one['uses']} left")
     for one in table["pending"]:
         value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
-        what = f"{one['kind']} {one['peer']} {value}".strip()
-        lines.append(
-            f"pending    {one['id'][:8]}  {one['signed']} of {one['needs']} signed: {printable(what)}"
-        )
+        of = short(one["peer"]) if one["peer"] else ""
+        what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
+        lines += _row("pending", what, one["id"][:8], f"{one['signed']} of {one['needs']} signed")
     for key, number in table["settings"].items():
-        lines.append(_row("setting", key, f"{number:g}", "in place of the run spec's"))
+        lines += _row("setting", key, "", f"{number:g}, in place of the run spec's")
     for peer, why in table["removed"].items():
-        lines.append(_row("removed", peer, "", why))
+        lines += _row("removed", "", short(peer), ids_cut(why))
     return lines
 
 
-def _row(kind: str, peer: str, name: str, text: str) -> str:
-    return f"{kind:<9}  {peer}  {printable(name) or '-':<16}  {printable(text)}".rstrip()
+def _row(kind: str, name: str, end: str, text: str) -> Iterator[str]:
+    """A long name or text goes on below its column."""
+    begin = f"{kind:<9}  {column(printable(name) or '-', NAME_COLUMNS)}  {end:<8}"
+    if cell_len(printable(name)) > NAME_COLUMNS:
+        yield from wrapped(printable(name), f"{kind:<9}  ", " " * 11)
+        begin = " " * 33 + f"{end:<8}"
+    yield from wrapped(printable(text), f"{begin}  ", " " * 43)

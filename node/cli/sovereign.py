@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
-from tapestry.node.cli.lineage import ProgressLine
-from tapestry.node.cli.options import home_option, json_option
+from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
@@ -25,8 +23,6 @@ from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
     from tapestry.node.sovereign.build import Built
-
-SAID_EVERY_S = 30.0  # where stderr is no terminal; guess: a log of a night's work stays readable
 
 _epoch = click.IntRange(min=0)
 _way = click.option(
@@ -42,7 +38,12 @@ _density = click.option(
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry derive french --stage sft --method lora --data pairs.jsonl --home mine",
+        "tapestry derive french --recipe recipe.toml --from 40 --home mine",
+    )
+)
 @click.argument("name", metavar="NAME")
 @home_option
 @click.option("--from", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
@@ -77,14 +78,19 @@ def derive(
     declare_missing(Home.locate(home, os.environ), recipe_paths(recipe), f"derive:{name}", declaration)
     from tapestry.node.sovereign import build
 
-    with _Said() as told:
+    with Said() as told:
         built = build.derive(
             Home.locate(home, os.environ), name, recipe, epoch, restart=restart, told=told.update
         )
     _say_built(built)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry evaluate french --home mine",
+        "tapestry evaluate base --epoch 40 --suite suite.toml --json --home mine",
+    )
+)
 @click.argument("name", metavar="NAME|base")
 @home_option
 @json_option
@@ -104,7 +110,7 @@ def evaluate(
 
     where = Home.locate(home, os.environ)
     if name == "base":
-        with _Said() as told:
+        with Said() as told:
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
         if as_json:
             click.echo(json.dumps({"base": plain(parent), "report": plain(report)}, indent=1))
@@ -112,7 +118,7 @@ def evaluate(
             click.echo(f"the base at {parent}")
             click.echo("\n".join(table(report, ())))
         return ExitCode.DONE
-    with _Said() as told:
+    with Said() as told:
         built, _ = build.evaluate(where, name, number, suite_file, told=told.update)
     if as_json:
         click.echo(json.dumps(plain(built.version), indent=1))
@@ -121,7 +127,12 @@ def evaluate(
     return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry rebase french --home mine",
+        "tapestry rebase french --way ties --density 0.3 --watch 50 --home mine",
+    )
+)
 @click.argument("name", metavar="NAME")
 @home_option
 @click.option("--onto", "epoch", type=_epoch, metavar="EPOCH", help="Default: the newest on disk.")
@@ -164,7 +175,7 @@ def rebase(
     where = Home.locate(home, os.environ)
 
     def rebased() -> int:
-        with _Said() as told:
+        with Said() as told:
             built = build.rebase(
                 where,
                 name,
@@ -186,7 +197,12 @@ def rebase(
     raise AssertionError("a watch ends by a signal or an error")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry rejoin --bring --home mine",
+        "tapestry rejoin --keep alone --home mine",
+    )
+)
 @home_option
 @click.option("--keep", "name", metavar="NAME", help="What was learnt alone, as a derivative.")
 @click.option("--bring", "brings", is_flag=True, help="What was learnt alone, in the next contribution.")
@@ -213,7 +229,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
             require(where, paths, BASE, today_utc())
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
-        with _Said() as told:
+        with Said() as told:
             built = None if name is None else build.keep_island(where, name, told=told.update)
             if brings:
                 bring(where, told.update)
@@ -230,7 +246,12 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
     click.echo("`tapestry start` with --peer, or the addresses it knows, goes on with the others")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry merge french law --into both --home mine",
+        "tapestry merge french law --into both --weights 0.7,0.3 --way dare --home mine",
+    )
+)
 @click.argument("names", metavar="NAME NAME...", nargs=-1, required=True)
 @click.option("--into", required=True, metavar="NAME", help="What the merged one is called.")
 @click.option("--weights", metavar="W,W,...", help="One for each. Default: equal, and 1 in all.")
@@ -251,7 +272,7 @@ def merge(
     shares = _weights(weights)
     from tapestry.node.sovereign import build
 
-    with _Said() as told:
+    with Said() as told:
         built = build.merge(
             Home.locate(home, os.environ),
             into,
@@ -264,7 +285,12 @@ def merge(
     return ExitCode.DONE if built.version.promoted else ExitCode.FAILED
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "tapestry derivatives --home mine",
+        "tapestry derivatives --home mine --json | jq -r '.[].name'",
+    )
+)
 @home_option
 @json_option
 def derivatives(home: str | None, as_json: bool) -> None:
@@ -311,24 +337,3 @@ def _say_built(built: Built) -> None:
     else:
         kept = f"version {built.derivative.current} stays" if built.derivative.current else "none is current"
         click.echo(f"not promoted, {kept}; this one is in {built.folder}")
-
-
-class _Said:
-    """How far a long command is: a line on a terminal; else a line now and then."""
-
-    def __init__(self) -> None:
-        self._line = ProgressLine()
-        self._said_s = time.monotonic()
-
-    def __enter__(self) -> _Said:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._line.end()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self._line.update(what, done, total)
-        now_s = time.monotonic()
-        if not sys.stderr.isatty() and now_s - self._said_s >= SAID_EVERY_S:
-            self._said_s = now_s
-            click.echo(f"{what} {done} of {total}", err=True)

@@ -18,7 +18,8 @@ import click
 from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.look import ask_node
 from tapestry.node.cli.options import examples, home_option
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.cli.said import Said
+from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.spec.data import is_word
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
@@ -250,22 +251,26 @@ def _opened_output(home: Home) -> BinaryIO:
 def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> bool:
     """True once the child has written node.json; False if it ended or the time is over."""
     deadline_s = time.monotonic() + wait_s
-    while child.poll() is None and time.monotonic() < deadline_s:
-        state = home.read_node_json()
-        if state.liveness is Liveness.RUNNING and state.pid == child.pid:
-            return True
-        waits = _waits_to_be_admitted(home, child.pid)
-        if waits:
-            click.echo(f"{waits}; it goes on in the background")
-            return True
-        if home.trainer_socket.exists() and home.holder() == child.pid:
-            click.echo(f"waiting for a script that opens {home.path} with tapestry.node.Swarm")
-            return True
-        time.sleep(POLL_S)
+    with Said() as said:
+        while child.poll() is None and time.monotonic() < deadline_s:
+            state = home.read_node_json()
+            if state.liveness is Liveness.RUNNING and state.pid == child.pid:
+                return True
+            waits = _waits_for(home, child.pid)
+            if waits.startswith("waiting to be admitted"):
+                said.clear()
+                click.echo(f"{waits}; it goes on in the background")
+                return True
+            if home.trainer_socket.exists() and home.holder() == child.pid:
+                said.clear()
+                click.echo(f"waiting for a script that opens {home.path} with tapestry.node.Swarm")
+                return True
+            said.update(waits or "starting", 0, 0 if waits else 1)
+            time.sleep(POLL_S)
     return False
 
 
-def _waits_to_be_admitted(home: Home, pid: int) -> str:
+def _waits_for(home: Home, pid: int) -> str:
     """What its endpoint says of it, while it is not ready."""
     if home.starting_url(pid) is None:
         return ""
@@ -273,8 +278,7 @@ def _waits_to_be_admitted(home: Home, pid: int) -> str:
         status = ask_node(home, "/status")
     except UserError:
         return ""
-    reason = str(status.get("reason", "")) if isinstance(status, dict) else ""
-    return reason if reason.startswith("waiting to be admitted") else ""
+    return printable(str(status.get("reason") or "")) if isinstance(status, dict) else ""
 
 
 def _printed(path: Path) -> str:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapestry.node.cli.look import ask_node, short, stopped
+from tapestry.node.cli.look import ask_node, stopped
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
+from tapestry.node.lineage.columns import cut, short, who
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -26,6 +27,7 @@ EVERY_S = 1.0
 HISTORY_EVERY_S = 5.0
 MEMBERS_SHOWN_MAX = 12
 EVENTS_SHOWN = 6
+NAME_SHOWN = 12  # columns of a member's name
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -149,8 +151,9 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
+    rows = [member_row(peer) for peer in peers[:MEMBERS_SHOWN_MAX]]
     for name, width in (
-        ("member", 7),
+        ("member", max([7, *(len(row[0]) for row in rows)])),
         ("phase", 9),
         ("epoch", 7),
         ("heard", 7),
@@ -166,8 +169,8 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
         "",
         "this node",
     )
-    for peer in peers[:MEMBERS_SHOWN_MAX]:
-        table.add_row(*member_row(peer))
+    for row in rows:
+        table.add_row(*row)
     if len(peers) > MEMBERS_SHOWN_MAX:
         table.add_row(f"and {len(peers) - MEMBERS_SHOWN_MAX} more")
     return table
@@ -178,7 +181,7 @@ def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     heard, relayed = peer.get("heard_s"), peer.get("relayed")
     addresses = peer.get("addresses") or [""]
     return (
-        short(printable(str(peer.get("peer_id", "-")))),
+        who(str(peer.get("peer_id", "-")), cut(str(peer.get("name") or ""), NAME_SHOWN)),
         printable(str(peer.get("phase") or "-")),
         "-" if peer.get("epoch") is None else str(peer["epoch"]),
         "" if heard is None else f"{heard:.1f} s",

@@ -23,6 +23,7 @@ from tapestry.node.net.join import Agreed, state_protocol
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import DonorFailed, OpenStream, TransferLimits, fetch_file
 from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.progress import Told, counted, silent
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import WEIGHTS, TransformersSpec
 from tapestry.node.trainer.models.refusal import ModelError
@@ -47,6 +48,7 @@ async def have_base(
     peers: Sequence[PeerAddress],
     throttles: Throttles,
     on_bytes: Callable[[str, int], None],
+    told: Told = silent,
 ) -> None:
     """HOME/base is whole when this returns. Raises UserError that says what is missing."""
     folder = base_folder(home, agreed.spec)
@@ -56,23 +58,29 @@ async def have_base(
     limits = TransferLimits(agreed.spec.round.stall_s, throttles=throttles)
     missing = folder.missing()
     if missing and own is not None:
-        missing = await asyncio.to_thread(_take_own, folder, own)
+        loop = asyncio.get_running_loop()
+
+        def from_thread(what: str, done: int, count: int) -> None:
+            loop.call_soon_threadsafe(told, what, done, count)
+
+        missing = await asyncio.to_thread(_take_own, folder, own, from_thread)
     for file in missing:
         if not run_id or not peers:
             raise UserError(
                 f"the base's {file.name} is not in {folder.folder}",
                 hint="name a directory that has it with --base DIR, or a member with --peer ADDRESS",
             )
-        await _fetch(folder, file, run_id, swarm, peers, limits, on_bytes)
+        await _fetch(folder, file, run_id, swarm, peers, limits, on_bytes, told)
 
 
-def _take_own(folder: BaseFolder, own: Path) -> list[BaseFile]:
+def _take_own(folder: BaseFolder, own: Path, told: Told) -> list[BaseFile]:
     """Copy what a member's own directory has of the files; gives what is still missing. Raises UserError."""
     try:
         missing = folder.take(own)
         weights = next((file for file in missing if file.name == WEIGHTS), None)
         if weights is not None:
-            join_files(own, folder.part(weights))
+            copied = counted(told, "copying the base bytes", weights.size_bytes)
+            join_files(own, folder.part(weights), copied)
             folder.finish(weights)
     except (OSError, BaseError, ModelError) as error:
         raise UserError(
@@ -89,6 +97,7 @@ async def _fetch(
     peers: Sequence[PeerAddress],
     limits: TransferLimits,
     on_bytes: Callable[[str, int], None],
+    told: Told,
 ) -> None:
     """From the first peer that has it."""
     failures = []
@@ -96,7 +105,7 @@ async def _fetch(
         began_at = time.monotonic()
         _log.info("base file=%s bytes=%d from=%s", file.name, file.size_bytes, peer.peer_id[-6:])
         try:
-            await fetch_file(_opener(swarm, peer.peer_id, run_id), file, folder, limits, on_bytes)
+            await fetch_file(_opener(swarm, peer.peer_id, run_id), file, folder, limits, on_bytes, told)
         except (DonorFailed, RemoteProtocolError, SwarmError) as error:
             failures.append(f"{peer.peer_id[-6:]}: {error}")
             continue

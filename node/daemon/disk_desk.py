@@ -233,10 +233,12 @@ class DiskDesk:
             try:
                 chain = await self._on_disk(keeper.copy_of_chain)
                 count, on_fault = self._network.on_state_bytes, self._noting(others)
-                fetching = keeper.fetch_state(openers, out.epoch_max, chain, count, on_fault)
+                told = self._reporter.coming.update
+                fetching = keeper.fetch_state(openers, out.epoch_max, chain, count, on_fault, told)
                 why = await self._failure_of(first, fetching)
             finally:
                 self._fetching = None
+                self._reporter.coming.end()
             if not why:
                 await self._write_checkpoint()
         failed = ev.FetchFailed(first, "", why, tuple(others))

@@ -43,6 +43,7 @@ from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer, ask
 from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import NodeConfig
@@ -80,34 +81,36 @@ class Run:
     run_id: str = ""  # "" of one that is not founded
 
 
-async def examine(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
-    """All looks, told as they are made. Whether nothing is wrong."""
+async def examine(config: NodeConfig, tell: Callable[[Finding], None], told: Told = silent) -> bool:
+    """All looks, told as they are made. Whether nothing is wrong. `told` hears what is looked at."""
     ok = True
 
-    def told(findings: Iterable[Finding]) -> None:
+    def look(what: str, findings: Iterable[Finding]) -> None:
         nonlocal ok
+        told(f"looking at {what}", 0, 1)
         for finding in findings:
             ok = ok and finding.verdict is not Verdict.WRONG
             tell(finding)
 
     held = config.home.is_held()
-    told(look_at_home(config.home, held))
-    told(look_at_files(config, held))
-    told(look_at_data(config))
-    told(look_at_versions())
-    told(look_at_limits())
+    look("the home", look_at_home(config.home, held))
+    look("its files", look_at_files(config, held))
+    look("the data", look_at_data(config))
+    look("packages", look_at_versions())
+    look("limits", look_at_limits())
     found: list[Run] = []
-    told(find_run(config, found))
+    look("the run", find_run(config, found))
+    told("asking the peer" if config.peers else "looking for a way out", 0, 1)
     peer = await visit(config, tuple(parse_peer(text) for text in config.peers), held)
     if peer.run is not None and not found:
         found.append(peer.run)
-    told(look_at_memory(found[0] if found else None, free_memory_bytes()))
-    told(look_at_disk(config.home, found[0] if found else None))
-    told(look_at_device(config.device))
-    told(look_at_ports(config, held))
-    told(peer.findings)
+    look("memory", look_at_memory(found[0] if found else None, free_memory_bytes()))
+    look("the disk", look_at_disk(config.home, found[0] if found else None))
+    look("the device", look_at_device(config.device))
+    look("ports", look_at_ports(config, held))
+    look("the peer", peer.findings)
     if found:
-        told(look_at_join(config, found[0], peer.run))
+        look("whether it could join", look_at_join(config, found[0], peer.run))
     return ok
 
 
@@ -526,6 +529,6 @@ def _disk_speed(folder: Path, count: int) -> tuple[float, float]:
     return written / took_s, sorted(syncs)[2]
 
 
-def run(config: NodeConfig, tell: Callable[[Finding], None]) -> bool:
+def run(config: NodeConfig, tell: Callable[[Finding], None], told: Told = silent) -> bool:
     """`examine`, from the outside."""
-    return asyncio.run(examine(config, tell))
+    return asyncio.run(examine(config, tell, told))

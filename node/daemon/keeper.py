@@ -27,6 +27,7 @@ from tapestry.node.net.donor import Donor
 from tapestry.node.net.download import Wanted, fetch_state
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import OpenStream, TransferLimits, WantedUpdate, fetch_update
+from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.audit import SignedMean
 from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
 from tapestry.node.protocol.core import Restored, founding_vote
@@ -295,9 +296,10 @@ class Keeper:
         chain: Chain,
         on_bytes: Callable[[str, int], None],
         on_fault: Callable[[str, Exception], None],
+        told: Told = silent,
     ) -> None:
         """Into the parameters and a checkpoint, as `chain` signed them. Raises as download.py says."""
-        wanted = Wanted(epoch_max, chain, self.state, self.checkpoints)
+        wanted = Wanted(epoch_max, chain, self.state, self.checkpoints, told)
         limits = replace(self._transfer, stall_s=self._stall_s(chain))
         self._digest = await fetch_state(donors, wanted, limits, on_bytes, on_fault)
 

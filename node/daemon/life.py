@@ -46,7 +46,7 @@ from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, beyond
 from tapestry.node.daemon.restored import find_run, place_of
-from tapestry.node.daemon.views import Reporter, TokenizingView
+from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import Store
 from tapestry.node.disk.use import disk_free, disk_use
@@ -213,7 +213,10 @@ class Daemon:
                 chain = await asyncio.to_thread(store.chain, agreed.genesis)
                 await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
                 self._wait_for("")
-            await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, self._on_base_bytes)
+            coming = Coming(self._wait_for).update
+            count = self._on_base_bytes
+            await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, count, coming)
+            self._wait_for("")
             _log.info("%s", _waiting_for(config))
             stack.push_async_callback(self._stop_trainer)
             await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))

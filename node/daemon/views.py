@@ -11,12 +11,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tapestry.node.daemon.egress import Egress, Unwritten
 from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
+from tapestry.node.progress import Progress, form
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
@@ -30,7 +31,7 @@ from tapestry.node.surface.trackers import Trackers
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
 
-TOKENIZING_LOG_S = 15.0  # Guess: between two lines of progress in the log
+PROGRESS_LOG_S = 15.0  # Guess: between two lines of progress in the log
 ACCUSED_SHOWN = 16  # in /status
 WITHHELD_MAX = 256  # peers that are counted. G7
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
@@ -188,15 +189,35 @@ class TokenizingView:
         self._logged_at = -math.inf
 
     def show(self, event: tm.Tokenizing, now: float) -> None:
-        share = event.done_bytes / event.total_bytes if event.total_bytes else 1.0
-        rate = event.bytes_per_second
-        left_s = (event.total_bytes - event.done_bytes) / rate if rate else math.inf
-        text = f"tokenizing {share:.0%} of {event.total_bytes / 1e6:.0f} MB, {rate / 1e6:.2f} MB/s"
-        text += f", {left_s:.0f} s left" if math.isfinite(left_s) else ""
+        text = form("tokenizing bytes", event.done_bytes, event.total_bytes, event.bytes_per_second)
         self._live.show(text)
-        if now - self._logged_at >= TOKENIZING_LOG_S:
+        if now - self._logged_at >= PROGRESS_LOG_S:
             self._logged_at = now
             _log.info("%s", text)
+
+
+class Coming:
+    """How far a download is: told to `show` at once, and in the log now and then. `update` is a Told."""
+
+    def __init__(self, show: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._show, self._clock = show, clock
+        self._progress = Progress(clock)
+        self._logged_at = clock()  # what is short is told by its end
+
+    def update(self, what: str, done: int, total: int) -> None:
+        self._progress.update(what, done, total)
+        self._show(self.text)
+        if self._clock() - self._logged_at >= PROGRESS_LOG_S:
+            self._logged_at = self._clock()
+            _log.info("%s", self.text)
+
+    def end(self) -> None:
+        self._progress.end()
+
+    @property
+    def text(self) -> str:
+        """ "" where nothing comes."""
+        return self._progress.text
 
 
 class Reporter:
@@ -218,6 +239,7 @@ class Reporter:
         self._history = history or History()
         self._story = Story(self._history)
         self.training = TrainingView()
+        self.coming = Coming(live.show)
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
@@ -240,6 +262,8 @@ class Reporter:
     def show(self, core: Snapshot, where: Where, applicants: Sequence[Applicant] = ()) -> Shown:
         """What /status shows."""
         training, dropped = self.training, self._dropped
+        if self.coming.text:
+            core = replace(core, reason=f"{core.reason}; {self.coming.text}")
         return Shown(
             core,
             training.loss,

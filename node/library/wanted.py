@@ -51,14 +51,14 @@ class Wanted:
         """For a node that shall found the run. Raises SwarmError, if another one is there."""
         if path.exists():
             try:
-                differences = diff(self.spec, RunSpec.load(path))
+                differences = diff(self.spec, RunSpec.load(path), "in the file")
             except UserError as error:
                 raise SwarmError(error.line, error.hint) from error
             if differences:
                 raise SwarmError(
                     f"{path} is there, and differs from the script's arguments",
                     "remove it, or give another home",
-                    [line.replace("at the peer", "in the file") for line in differences],
+                    differences,
                 )
             return
         path.write_text(self.spec.to_toml(), encoding="utf-8")

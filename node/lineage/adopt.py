@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tapestry.node.disk.base import BaseFile, take_base
 from tapestry.node.errors import UserError
+from tapestry.node.progress import Told, counted, silent
 from tapestry.node.spec.run import RunSpec, new_spec
 from tapestry.node.spec.training import WEIGHTS, DataSpec, TrainingSpec, TrainSpec, TransformersSpec
 from tapestry.node.trainer.models.pretrained import BaseFacts, check_base
@@ -41,15 +42,19 @@ def adopt(
     *,
     weights: bool,  # begin from the base's weights; else from random ones
     lora_rank: int,  # 0: all parameters are trained
+    told: Told = silent,
 ) -> Adopted:
     """Copies into `target`. Raises UserError."""
+    told(f"looking at {source}", 0, 1)
     try:
         facts = check_base(source, need_weights=weights, lora=lora_rank > 0)
         files = take_base(facts.folder, target)
         if lora_rank:
-            join_files(facts.folder, target / WEIGHTS)
+            size = sum(path.stat().st_size for path in facts.folder.glob("*.safetensors"))
+            join_files(facts.folder, target / WEIGHTS, counted(told, "copying the weights bytes", size))
             files = (*files, BaseFile.of(target / WEIGHTS))
-        digest = weights_digest(facts.folder) if weights else ""
+        reading = counted(told, "reading the weights bytes", 4 * facts.parameters)
+        digest = weights_digest(facts.folder, reading) if weights else ""
     except ModelError as error:
         raise UserError(str(error), hint=error.hint or None) from error
     except OSError as error:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,10 +27,11 @@ from tapestry.node.disk.files import sync_folder
 from tapestry.node.disk.home_mark import new_mark, read_mark, write_mark
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.leave import Told, copy_run
+from tapestry.node.lineage.leave import copy_run
 from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.uses import note
 from tapestry.node.lineage.verify import verify_home
+from tapestry.node.progress import Told, counted
 
 EXTRAS = (
     "peers.json",
@@ -63,8 +64,9 @@ def backup(home: Home, out: Path, told: Told) -> Proof:
         archive = folder / "archive"
         fd = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            told("archive", 0, 1)
-            tar.add(copy.path, TOP)
+            total = sum(path.stat().st_size for path in copy.path.rglob("*") if path.is_file())
+            written = counted(told, "writing the archive bytes", total)
+            tar.add(copy.path, TOP, filter=lambda info: _noted(info, written))
             file.flush()
             os.fsync(fd)
         os.replace(archive, out)
@@ -104,11 +106,18 @@ def _extract(archive: Path, folder: Path, told: Told) -> None:
             for member in members:
                 if not _is_ours(member):
                     raise UserError(f"{archive} is no backup of a home: it holds {member.name!r}")
-            for done, member in enumerate(sorted(members, key=tarfile.TarInfo.issym)):
-                told("files", done, len(members))
+            written = counted(told, "unpacking bytes", sum(member.size for member in members))
+            for member in sorted(members, key=tarfile.TarInfo.issym):
                 _write(tar, member, folder / member.name)
+                written(member.size)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} is no backup of a home, or is damaged: {error}") from error
+
+
+def _noted(member: tarfile.TarInfo, written: Callable[[int], None]) -> tarfile.TarInfo:
+    """tarfile asks before it writes each."""
+    written(member.size)
+    return member
 
 
 def _is_ours(member: tarfile.TarInfo) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -28,13 +28,12 @@ from tapestry.node.lineage import island
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import snapshot
 from tapestry.node.lineage.uses import note, note_brought
+from tapestry.node.progress import Told
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import ExternalSpec
 from tapestry.node.trainer.brought import BroughtError, read_about, write_brought
-
-Told = Callable[[str, int, int], None]
 
 _log = logging.getLogger("tapestry.node")
 

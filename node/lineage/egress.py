@@ -27,6 +27,7 @@ from typing import Any
 from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.columns import short, wrapped
 from tapestry.node.protocol import strict
 
 KINDS = ("contribution", "result", "state", "control", "audit")
@@ -41,6 +42,7 @@ PARTS_MAX = 64  # of a line; guess: a line of a busy toy run stays under 8 kB
 RECEIVERS_MAX = 4096  # above max_peers
 BYTES_MAX = 2**60
 TEXT_MAX = 128
+INDENT = " " * 22  # under the second column
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +173,20 @@ def _left(value: Any) -> Left:
 def lines(entries: Iterator[Left | Started]) -> Iterator[str]:
     """For people; the totals last."""
     totals = Totals()
-    yield f"{'time':<20}  {'kind':<12}  {'bytes':>12}  {'epochs':<14}  {'rule':<8}  receivers"
+    yield f"{'time':<20}  {'kind':<12}  {'bytes':>14}  {'epochs':<15}  rule"
     for entry in entries:
         totals.add(entry)
         if isinstance(entry, Started):
             cut = f", {entry.cut_bytes} bytes of an unfinished line cut off" if entry.cut_bytes else ""
-            yield f"{entry.at:<20}  start of run {entry.run_id[:12]}{cut}"
+            yield from wrapped(f"{entry.at} start of run {entry.run_id[:12]}{cut}", "", INDENT)
             continue
         epochs = [epoch for epoch, _ in entry.parts]
         shown = (
             "-" if not epochs else f"{min(epochs)}-{max(epochs)}" if len(set(epochs)) > 1 else str(epochs[0])
         )
-        receivers = " ".join(
-            f"{peer[-6:] or 'others'}:{count}" for peer, count in sorted(entry.receivers.items())
-        )
-        said = f"{entry.at:<20}  {entry.kind:<12}  {entry.bytes:>12}  {shown:<14}  {entry.rule:<8}"
-        yield f"{said}  {receivers}"
+        yield f"{entry.at:<20}  {entry.kind:<12}  {entry.bytes:>14}  {shown:<15}  {entry.rule}"
+        receivers = sorted(entry.receivers.items())
+        told = ", ".join(f"{short(peer) if peer else 'others'} {count}" for peer, count in receivers)
+        yield from wrapped(told, INDENT, INDENT)
     by_kind = ", ".join(f"{kind} {count}" for kind, count in totals.by_kind.items())
-    yield f"{totals.bytes} bytes left in {totals.starts} starts: {by_kind}"
+    yield from wrapped(f"{totals.bytes} bytes left in {totals.starts} starts: {by_kind}")

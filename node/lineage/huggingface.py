@@ -222,7 +222,7 @@ def write_shards(folder: Path, sources: list[Source], bytes_max: int, progress: 
     def wrote(count: int) -> None:
         nonlocal done
         done += count
-        progress("writing", done, total)
+        progress("writing bytes", done, total)
 
     names = [SINGLE]
     if len(groups) > 1:

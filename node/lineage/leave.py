@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from tapestry.node.disk.linked import copy_linked
@@ -29,6 +28,7 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import read_records
 from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.verify import verify_home
+from tapestry.node.progress import Told, counted
 
 # Beside chain, updates and checkpoints, which are taken at one epoch.
 FILES = (
@@ -45,8 +45,6 @@ FILES = (
 )
 FOLDERS = ("base", "trainer", "derivatives", "island", "islands", "accusations")
 LEFT_OUT = shutil.ignore_patterns(".cache", "*.tmp", "*.part", "*.corrupt")
-
-Told = Callable[[str, int, int], None]
 
 
 def leave(home: Home, out: Path, told: Told) -> Proof:
@@ -107,14 +105,21 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
 def _copy_until(source: Path, target: Path, epoch: int, told: Told) -> None:
     """Files of epochs that the chain has. One that the live node prunes meanwhile is needed no more."""
     paths = [path for path in sorted(source.glob("*-*")) if path.suffix in (".upd", ".safetensors")]
-    for done, path in enumerate(paths):
-        told(source.name, done, len(paths))
+    copied = counted(told, f"copying {source.name} bytes", sum(_size(path) for path in paths))
+    for path in paths:
         if int(path.name.partition("-")[0]) > epoch:
             continue
         try:
             shutil.copy2(path, target / path.name)
         except FileNotFoundError:
             (target / path.name).unlink(missing_ok=True)
+        copied(_size(path))
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def _cut_unfinished(chain: Path) -> None:

@@ -12,7 +12,7 @@ import datetime
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from tapestry.node.disk.store import update_name
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.columns import ids_cut, who, wrapped
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
 from tapestry.node.protocol.members import Change, read_rollback
 
+INDENT = " " * 9  # under the first column
 _NONE_KNOWN: Mapping[int, float] = {}
 
 
@@ -44,6 +46,7 @@ class Line:
     cosine: float | None  # how far the contributions agreed: mean cosine to the mean; None of one alone
     loss: float | None = None  # this node's own, of the epoch's steps
     changes: tuple[Change, ...] = ()  # of who belongs to the run, and of its rules and settings
+    names: Mapping[str, str] = field(default_factory=dict)  # what people call the members, by peer id
 
     def table(self) -> dict[str, Any]:
         """For --json."""
@@ -68,10 +71,11 @@ class Line:
 def read_log(home: Home, last: int | None, losses: Mapping[int, float] = _NONE_KNOWN) -> Iterator[Line]:
     """Oldest first; of a long chain the `last` ones; `losses` by epoch. Raises UserError where the chain does
     not hold."""
-    records = _records(home)
+    names: dict[str, str] = {}
+    records = _records(home, names)
     chosen = records if last is None else iter(deque(records, maxlen=last))
     for record in chosen:
-        yield _line(record, home.updates, losses.get(record.body.epoch))
+        yield _line(record, home.updates, losses.get(record.body.epoch), names)
 
 
 def newest(home: Home) -> Anchor:
@@ -104,14 +108,17 @@ def _genesis(home: Home) -> tuple[Genesis, Any]:
         raise UserError(f"{home.genesis}: {error}", exit_code=ExitCode.FAILED) from error
 
 
-def _records(home: Home) -> Iterator[Record]:
-    """Each checked against the one before. A live node's half-written last line is not there yet."""
+def _records(home: Home, names: dict[str, str] | None = None) -> Iterator[Record]:
+    """Each checked against the one before. A live node's half-written last line is not there yet. `names` is
+    filled with those of all who were members up to there."""
     genesis, spec = _genesis(home)
     crypto = ReaderCrypto()
     follower = Follower.start(genesis, spec, crypto, island_from(home))
     try:
         for record in read_records(home.chain, crypto):
             follower.take(record)
+            if names is not None:
+                names.update((peer, seat.name) for peer, seat in follower.at.roll.members.items())
             yield record
     except Broken as error:
         if error.unfinished:
@@ -131,7 +138,7 @@ def _broken(home: Home, epoch: int | None, error: Exception) -> UserError:
     )
 
 
-def _line(record: Record, updates: Path, loss: float | None) -> Line:
+def _line(record: Record, updates: Path, loss: float | None, names: Mapping[str, str]) -> Line:
     body = record.body
     total = sum(member.weight for member in body.members)
     time, size = "", 0
@@ -154,32 +161,49 @@ def _line(record: Record, updates: Path, loss: float | None) -> Line:
         cosine=body.agreement.shares()["cosine"] if sum(bool(m.weight) for m in body.members) > 1 else None,
         loss=loss,
         changes=body.changes,
+        names=names,
     )
 
 
 def lines(log: Iterator[Line]) -> Iterator[str]:
-    """For people."""
-    yield (
-        f"{'epoch':>8}  {'time':<20}  {'loss':>7}  {'agree':>6}  {'bytes':>11}  {'signed':>7}  {'head':<12}  "
-        "members and shares"
-    )
+    """For people: figures on one line, who contributed below it, and what the record changed."""
+    yield f"{'epoch':>7}  {'time, UTC':<16}  {'loss':>7}  {'agree':>6}  {'update':>9}  {'signed':>7}  head"
     for line in log:
-        shares = " ".join(f"{peer[-6:]}:{100 * share:.0f}%" for peer, share in line.members)
-        size = str(line.update_bytes or "-")
-        forced = "  forced" if line.forced else ""
+        time = line.time[:16].replace("T", " ") or "-"
         loss = "-" if line.loss is None else f"{line.loss:.4f}"
         agree = "-" if line.cosine is None else f"{line.cosine:.3f}"
         yield (
-            f"{line.epoch:>8}  {line.time or '-':<20}  {loss:>7}  {agree:>6}  {size:>11}  "
-            f"{line.signers:>3}/{line.voters:<3}  {line.head[:12]}  {shares}{forced}"
+            f"{line.epoch:>7}  {time:<16}  {loss:>7}  {agree:>6}  {_size(line.update_bytes):>9}  "
+            f"{f'{line.signers}/{line.voters}':>7}  {line.head[:12]}"
         )
+        shares = (
+            f"{who(peer, line.names.get(peer, ''))} {100 * share:.0f} %" for peer, share in line.members
+        )
+        forced = "forced: " if line.forced else ""
+        yield from wrapped(forced + ", ".join(shares), INDENT, INDENT)
         for change in line.changes:
-            if change.kind == "rollback":
-                to, _, why = read_rollback(change.value)
-                because = f", because {printable(why)}" if why else ""
-                yield f"epoch {line.epoch}: the state is that of epoch {to} again{because}"
-                continue
-            value = "" if change.kind == "invite" else printable(change.value)  # uses, and a moment
-            by = " ".join(peer[-6:] for peer, _ in change.signatures)
-            words = " ".join(filter(None, [change.kind, change.peer[-6:], value]))
-            yield f"{'':>8}  {words}, asked for by {by}"
+            begin = "" if change.kind == "rollback" else INDENT
+            yield from wrapped(_change(line, change), begin, INDENT)
+
+
+def _change(line: Line, change: Change) -> str:
+    if change.kind == "rollback":
+        to, _, why = read_rollback(change.value)
+        because = f", because {ids_cut(printable(why))}" if why else ""
+        return f"epoch {line.epoch}: the state is that of epoch {to} again{because}"
+    value = "" if change.kind == "invite" else ids_cut(printable(change.value))  # uses, and a moment
+    name = line.names.get(change.peer, "")
+    if change.kind == "admit":
+        name, value = change.value, ""
+    of = who(change.peer, name) if change.peer else ""
+    by = ", ".join(who(peer, line.names.get(peer, "")) for peer, _ in change.signatures)
+    return f"{' '.join(filter(None, [change.kind, of, value]))}, asked for by {by}"
+
+
+def _size(count: int) -> str:
+    if not count:
+        return "-"
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"

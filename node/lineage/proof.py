@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tapestry.node.protocol.chain import Record
 
 FAULTS_MAX = 100  # that are kept: more say nothing new
-
-Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from tapestry.node.disk.checkpoints import Checkpoint, chunk_count, read_chunk
 from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import read_update_file
-from tapestry.node.lineage.proof import Proof, Signed, Told
+from tapestry.node.lineage.proof import Proof, Signed
+from tapestry.node.progress import Told
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.protocol.path import leads, step_from
 from tapestry.node.spec.run import RunSpec

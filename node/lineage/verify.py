@@ -46,11 +46,12 @@ from tapestry.node.lineage.follow import Broken, Follower, island_from, read_gen
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
-from tapestry.node.lineage.proof import Proof, Signed, Told
+from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.replay import check_states
 from tapestry.node.lineage.signatures import Ahead, Trusting
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
+from tapestry.node.progress import Told
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.chain import Genesis, InvalidRecord
@@ -148,6 +149,14 @@ def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, Signed]:
     return _follow(chain, Trusting(held), proof)
 
 
+def _lines_of(path: Path) -> int:
+    """Raises OSError."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+
+
 def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, Signed]:
     """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
     genesis, needed, anchor = chain.genesis, chain.needed, chain.anchor
@@ -155,6 +164,7 @@ def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, Sign
     signed = {0: Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
     anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
     try:
+        total = _lines_of(chain.path)
         for record in read_records(chain.path, crypto):
             settings = follower.at.roll.settings
             follower.take(record)
@@ -172,7 +182,7 @@ def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, Sign
             proof.records += 1
             proof.signatures += len(record.signatures)
             if body.epoch % 256 == 0:
-                chain.told("records", body.epoch, body.epoch + 1)
+                chain.told("records", body.epoch, total)
     except Broken as error:
         proof.fault(chain.path.name, str(error), error.epoch)
     except InvalidRecord as error:

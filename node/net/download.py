@@ -46,6 +46,7 @@ from tapestry.node.net.transfer import (
     opened,
 )
 from tapestry.node.net.wire import RemoteProtocolError
+from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.chain import Chain
 from tapestry.node.state.model import DigestMismatch, ModelState, spans
 
@@ -77,6 +78,7 @@ class Wanted:
     chain: Chain
     state: ModelState
     checkpoints: Checkpoints | None = None  # where it becomes a checkpoint; None: nowhere
+    told: Told = silent  # how far it is
 
 
 async def fetch_state(
@@ -399,7 +401,13 @@ class _Fetch:
             await download.receive(stream, giving.asked[0])
             giving.asked.popleft()
             giving.given += 1
+            self._say(download)
             await self._tell()
+
+    def _say(self, download: Download) -> None:
+        count, size = len(download.manifest.chunks) // DIGEST_BYTES, self._wanted.state.size_bytes
+        done = size * (count - len(download.missing)) // max(1, count)
+        self._wanted.told(f"state of epoch {download.manifest.epoch} bytes", done, size)
 
     def _next(self, giving: _Giving) -> int | None:
         """A chunk to ask this donor for: one that nobody is asked for, or else, if it is idle, one of the

@@ -26,12 +26,13 @@ from tapestry.node.net.transfer import DonorFailed, TransferLimits, fetch_genesi
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol.chain import Crypto, Genesis
 from tapestry.node.spec.node import NodeConfig
-from tapestry.node.spec.run import RunSpec, diff
+from tapestry.node.spec.run import RunSpec, diff, proposals
 from tapestry.node.spec.size import Machine, size_fault, size_lines
 
 GENESIS_PROTOCOL = "/tapestry/genesis/1"
 CONNECT_S = 10.0
 ASK_S = 10.0
+TAKE_IT = "remove the file, or point --run elsewhere, to take the run as it is"
 
 _log = logging.getLogger("tapestry.join")
 
@@ -61,14 +62,14 @@ async def agree_on_run(
     if home_genesis is not None:
         spec = RunSpec.of_genesis(home_genesis)
         _check_run_id(config, home_genesis.run_id, str(config.home.path))
-        _check_spec(config.run, spec, f"the run in {config.home.path}")
+        _check_own_spec(config, spec)
         await _compare_with_peers(home_genesis, swarm, peers, crypto)
         return Agreed(home_genesis, spec, from_peer=False)
     if peers:
         genesis = await _ask_peers(config, swarm, peers, crypto)
         _check_run_id(config, genesis.run_id, "the peer")
         spec = RunSpec.of_genesis(genesis)
-        _check_spec(config.run, spec, "the peer's run")
+        _check_spec(config.run, spec)
         _show_run(config, spec, genesis)
         _check_size(config, spec, genesis)
         await _ask_consent(config)
@@ -256,18 +257,35 @@ def _check_run_id(config: NodeConfig, run_id: str, whose: str) -> None:
         )
 
 
-def _check_spec(path: Path | None, spec: RunSpec, whose: str) -> None:
-    """A run.toml at hand must say the same."""
-    if path is None:
-        return
-    differences = diff(RunSpec.load(path), spec)
+def _check_spec(path: Path | None, spec: RunSpec) -> None:
+    """A run.toml at hand must say what the peer's run has."""
+    differences = diff(RunSpec.load(path), spec) if path is not None else []
     if differences:
         raise UserError(
-            f"{path} differs from {whose}:",
+            f"{path} differs from the peer's run:",
             exit_code=ExitCode.REFUSED,
             details=tuple(differences),
-            hint="remove the file, or point --run elsewhere, to take the run as it is",
+            hint=TAKE_IT,
         )
+
+
+def _check_own_spec(config: NodeConfig, spec: RunSpec) -> None:
+    """And what the run of this home was founded with: it stays so, and records change what can be changed."""
+    if config.run is None:
+        return
+    here = RunSpec.load(config.run)
+    differences = diff(here, spec, "in the run")
+    if not differences:
+        return
+    asked = proposals(here, spec)
+    commands = " and ".join(f"tapestry propose set {one}" for one in asked)
+    change = f"with the file as it was, ask all members for it: {commands}; or " if asked else ""
+    raise UserError(
+        f"{config.run} differs from the run in {config.home.path}, which goes on as it was founded:",
+        exit_code=ExitCode.REFUSED,
+        details=tuple(differences),
+        hint=change + TAKE_IT,
+    )
 
 
 def _indented(spec: RunSpec) -> str:

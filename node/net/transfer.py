@@ -56,6 +56,7 @@ from tapestry.node.net.wire import (
     unpack,
     write_frame,
 )
+from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.audit import SignedMean, means_fault
 from tapestry.node.protocol.chain import Body, Crypto, Genesis, InvalidRecord, genesis_from_dict
 from tapestry.node.state.model import Arithmetic
@@ -182,6 +183,7 @@ async def fetch_file(
     folder: BaseFolder,
     limits: TransferLimits,
     on_bytes: OnBytes,
+    told: Told = silent,
 ) -> None:
     """Get a file of the base, from where an earlier download ended. It has its name only if it is the one."""
     async with opened(open_stream, limits, on_bytes) as stream:
@@ -190,6 +192,7 @@ async def fetch_file(
         await asyncio.to_thread(folder.cut, file, begin * PIECE_BYTES)
         asked: deque[int] = deque()
         for index in range(begin, count):
+            told(f"base {file.name} bytes", folder.part_bytes(file), file.size_bytes)
             await stream.send({"ask": "file", "digest": file.digest, "index": index})
             asked.append(index)
             if len(asked) == CHUNKS_AHEAD:

@@ -18,9 +18,9 @@ from pathlib import Path
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.export import export_home
+from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import begun_plan
-from tapestry.node.sovereign.recipe import Told
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 

@@ -15,12 +15,13 @@ import torch
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.progress import Told
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign.derivative import Measure, Shelf, Version
 from tapestry.node.sovereign.gates import Gates, Verdict, judge
 from tapestry.node.sovereign.losses import measure_set
 from tapestry.node.sovereign.plans import read_held_out
-from tapestry.node.sovereign.recipe import Recipe, Told
+from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.rows import Example
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import Pieces, counted, in_base_ids, kept_tokens, pieces_of

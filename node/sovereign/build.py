@@ -25,6 +25,7 @@ from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.uses import note_use, sources_since
+from tapestry.node.progress import Told
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases, require_base
 from tapestry.node.sovereign.bench import (
@@ -66,7 +67,7 @@ from tapestry.node.sovereign.plans import (
     write_plan,
     write_trained,
 )
-from tapestry.node.sovereign.recipe import Recipe, Told, recipe_paths
+from tapestry.node.sovereign.recipe import Recipe, recipe_paths
 from tapestry.node.sovereign.rows import Prepared, prepare
 from tapestry.node.sovereign.standing import asking, behind, joined, of_recipe
 from tapestry.node.sovereign.suite import Suite

@@ -7,7 +7,7 @@ Must not import torch or transformers: the command line waits for this module.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,6 @@ from tapestry.node.spec.tables import Between, TableError, plain, read_table, re
 
 Stage = Literal["cpt", "sft", "dpo"]
 Method = Literal["full", "lora"]
-Told = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 # Where nobody says otherwise. Full: as for continued pre-training of small open models; LoRA wants ten times
 # as much (2106.09685, D.4); DPO a tenth of SFT's (2305.18290, B). All guesses for bases under 10B.

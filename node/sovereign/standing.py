@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tapestry.node.home import Home
+from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Shelf, Version
-from tapestry.node.sovereign.recipe import Recipe, Told, recipe_paths
+from tapestry.node.sovereign.recipe import Recipe, recipe_paths
 from tapestry.node.spec.declared import Standing
 
 Uses = dict[str, tuple[str, ...]]  # paths by their purpose

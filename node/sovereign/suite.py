@@ -27,12 +27,13 @@ import importlib.util
 import json
 import math
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Measure
 from tapestry.node.sovereign.recipe import Recipe, Stage
 from tapestry.node.sovereign.rows import Example, prepare
@@ -43,8 +44,6 @@ from tapestry.node.trainer.tokenizers.api import Tokenizer
 EXTRA = "pip install 'tapestry-node[evaluate]'"
 NAME = Pattern(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}", "1 to 64 letters, digits, blanks and . _ -")
 OUTPUT_BYTES_MAX = 1 << 20  # of a command
-
-Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

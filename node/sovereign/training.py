@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.progress import Told
 from tapestry.node.sovereign.plans import Trained
-from tapestry.node.sovereign.recipe import Recipe, Told
+from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.rows import Prepared
 from tapestry.node.sovereign.tokens import of_vocabulary
 from tapestry.node.spec.training import TransformersSpec

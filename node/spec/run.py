@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
-from tapestry.node.protocol.members import SHARE, Charter, charter_fault
+from tapestry.node.protocol.members import SETTINGS, SHARE, Charter, charter_fault
 from tapestry.node.spec.tables import (
     Between,
     Name,
@@ -148,14 +148,26 @@ def training_spec(spec: RunSpec) -> TrainingSpec:
     return TrainingSpec(spec.model, spec.data, spec.train)
 
 
-def diff(here: RunSpec, peer: RunSpec) -> list[str]:
+def diff(here: RunSpec, other: RunSpec, where: str = "at the peer") -> list[str]:
     """One line per key that differs, as `train.inner_steps: 50 here, 100 at the peer`."""
-    ours, theirs = dict(flat(here.to_dict())), dict(flat(peer.to_dict()))
+    ours, theirs = dict(flat(here.to_dict())), dict(flat(other.to_dict()))
     return [
-        f"{key}: {_side(ours, key, 'here')}, {_side(theirs, key, 'at the peer')}"
-        for key in {**ours, **theirs}
-        if ours.get(key) != theirs.get(key)
+        f"{key}: {_side(ours, key, 'here')}, {_side(theirs, key, where)}" for key in _differing(ours, theirs)
     ]
+
+
+def proposals(here: RunSpec, run: RunSpec) -> list[str]:
+    """What of the differences a record can change while the run goes on: words for `tapestry propose set`."""
+    ours, theirs = dict(flat(here.to_dict())), dict(flat(run.to_dict()))
+    return [
+        f"{key} {shown(ours[key])}"
+        for key in _differing(ours, theirs)
+        if key in SETTINGS and SETTINGS[key][0] <= ours[key] <= SETTINGS[key][1]
+    ]
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
 
 
 Seconds = Literal["auto"] | float

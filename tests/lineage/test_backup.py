@@ -36,10 +36,18 @@ def made(tmp_path: Path) -> MadeHome:
 
 def test_a_restored_home_is_what_was_backed_up_and_is_marked(made: MadeHome, tmp_path: Path) -> None:
     out, home = tmp_path / "backup.tar", Home(tmp_path / "again")
-    assert backup(made.home, out, _quiet).epoch == 3
+    steps: dict[str, tuple[int, int]] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        steps[what] = (done, total)
+
+    assert backup(made.home, out, told).epoch == 3
     assert out.stat().st_mode & 0o777 == 0o600
     assert sorted(os.listdir(tmp_path)) == ["backup.tar", "m"]
-    assert restore(out, home, _quiet).epoch == 3
+    assert restore(out, home, told).epoch == 3
+    for what in ("copying checkpoints bytes", "copying updates bytes", "writing the archive bytes"):
+        assert steps[what][0] == steps[what][1] > 1000, what
+    assert steps["unpacking bytes"] == steps["writing the archive bytes"]
     assert sorted(os.listdir(tmp_path)) == ["again", "backup.tar", "m"]
     assert verify(home.path, told=_quiet).replayed_to == 3
     assert home.identity_key.read_bytes() == made.home.identity_key.read_bytes()

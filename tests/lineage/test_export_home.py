@@ -236,7 +236,7 @@ def test_an_epoch_that_is_not_there_is_refused(preset: Made, tmp_path: Path) -> 
 def test_progress_tells_of_every_byte(preset: Made, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     export_home(preset.home, tmp_path / "out", None, progress=lambda *step: told.append(step))
-    assert told[0][0] == "restoring" and told[-1] == ("writing", 4 * 48_448, 4 * 48_448)
+    assert told[0][0] == "restoring" and told[-1] == ("writing bytes", 4 * 48_448, 4 * 48_448)
 
 
 # ---- homes -------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_what_a_killed_node_left_torn_is_cut_and_said(home: Home) -> None:
     asyncio.run(ledger(home).close())
     starts = list(read_egress(home))
     assert isinstance(starts[-1], Started) and starts[-1].cut_bytes == 10
-    assert "10 bytes of an unfinished line cut off" in "\n".join(lines(read_egress(home)))
+    assert "10 bytes of an unfinished line cut off" in " ".join(" ".join(lines(read_egress(home))).split())
 
 
 def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(home: Home) -> None:
@@ -133,7 +133,7 @@ def test_log_egress_shows_it_with_its_total(home: Home) -> None:
     asyncio.run(book.close())
     shown = CliRunner().invoke(cli, ["log", "--egress", "--home", str(home.path)])
     assert shown.exit_code == 0
-    assert shown.stdout.splitlines()[-1].startswith("15 bytes left in 1 starts: contribution 12, ")
+    assert "15 bytes left in 1 starts: contribution 12, " in shown.stdout
     (last,) = (
         CliRunner()
         .invoke(cli, ["log", "--egress", "--json", "-n", "1", "--home", str(home.path)])

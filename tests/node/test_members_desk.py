@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from schemas import faults, load
 
 from tapestry.dht.identity import Identity
 from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.members import Charter, change_id, first_roll, rollback_value
+from tapestry.node.protocol.members import Change, Charter, change_id, first_roll, rollback_value
 from tapestry.node.protocol.strict import Malformed
 
 RUN = "ab" * 32
@@ -123,3 +125,21 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
         desk.roll_back(4, f"{9:032x}{0:032x}", "of another side")
         asked_for.append([one.change for one in loop.fed])
     assert asked_for[0] == asked_for[1] and len(asked_for[0]) == 1
+
+
+def test_the_table_of_members_is_as_its_schema_says() -> None:
+    loop = FakeLoop(Charter())
+    change = Change("remove", OTHER.peer_id, "why", 9, "0" * 32, ((FOUNDER.peer_id, "ab"),))
+    core = SimpleNamespace(
+        roll=replace(loop._roll, removed={THIRD.peer_id: "why"}, settings={"train.lr": 0.1}),
+        chain_epoch=5,
+        pending=(change,),
+        run_id=RUN,
+        peers=(),
+        phase="training",
+    )
+    loop.snapshot = lambda: core  # type: ignore[method-assign]
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda key: "")  # type: ignore[arg-type]
+    table = json.loads(json.dumps(desk.do({"do": "members"})))
+    assert table["pending"] and table.pop("done") == [], "the command leaves it out"
+    assert faults(load("members"), table) == []

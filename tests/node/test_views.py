@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
 
-from tapestry.node.daemon.views import Reporter
+from tapestry.node.daemon.views import PROGRESS_LOG_S, Coming, Reporter
 from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
@@ -114,3 +115,22 @@ def test_peers_that_come_and_go_are_told_until_this_node_leaves() -> None:
     bench.reporter.leaving = True
     bench.reporter.count_peers(replace(CORE, peers=(peer,)), {})
     assert bench.said == ["…hanoi1 is here", "…hanoi1 is not heard any more"]
+
+
+def test_what_a_joiner_waits_for_is_in_its_reason_and_now_and_then_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    report, where = Bench().reporter, Where((), None, (), {})
+    waits = replace(CORE, phase="joining", reason="needs a state, chain at 40")
+    report.coming.update("state of epoch 40 bytes", 0, 2_000_000)
+    shown = report.show(waits, where).core.reason
+    assert shown == "needs a state, chain at 40; state of epoch 40 0 %, 0.0 of 2.0 MB"
+    report.coming.end()
+    assert report.show(waits, where).core.reason == waits.reason
+    now, told = [0.0], []
+    coming = Coming(told.append, lambda: now[0])
+    with caplog.at_level(logging.INFO, "tapestry.node"):
+        for done in (0, 1, 2):
+            coming.update("base x bytes", done, 4)
+            now[0] += PROGRESS_LOG_S
+    assert len(told) == 3 and [r.getMessage() for r in caplog.records] == told[1:]

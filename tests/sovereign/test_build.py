@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from homes import MadeHome, base_spec, make_home
 from safetensors.torch import load_file, save_file
+from schemas import faults, load
 from transformers import AutoModelForCausalLM
 
+from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.manifest import write_manifest
@@ -269,6 +272,20 @@ def test_a_suite_adds_sets_and_commands_to_the_report(made: MadeHome, squares: B
     (tmp_path / "score.py").write_text("raise SystemExit('no such language')")
     with pytest.raises(UserError, match="the suite's command count: exit 1: no such language"):
         build.evaluate_base(made.home, 2, tmp_path / "suite.toml", told=_quiet)
+
+
+def test_what_is_printed_of_derivatives_is_as_the_schemas_say(
+    made: MadeHome, squares: Built, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f'[[set]]\nname = "french"\npath = "{made.home.path.parent / "text.txt"}"\n')
+    for schema, words in (
+        ("derivatives", ["derivatives"]),
+        ("version", ["evaluate", "squares", "--version", "1", "--suite", str(suite)]),
+        ("evaluate-base", ["evaluate", "base", "--epoch", "2", "--suite", str(suite)]),
+    ):
+        run = CliRunner().invoke(cli, [*words, "--home", str(made.home.path), "--json"])
+        assert run.stdout and faults(load(schema), json.loads(run.stdout)) == [], run.output
 
 
 def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(

@@ -51,6 +51,7 @@ class Asked:
         self.faults: dict[str, Exception] = {}
         self.bytes: Counter[str] = Counter()
         self.opened = 0  # streams
+        self.told: list[tuple[str, int, int]] = []
 
     def fetch(self, checkpoints: Checkpoints | None = None) -> str:
         """The digest; raises what fetch_state does."""
@@ -70,7 +71,7 @@ class Asked:
                 return open_stream
 
             openers = {name: opener(serve) for name, serve in self.serves.items()}
-            wanted = Wanted(2, self.run.chain, self.state, checkpoints)
+            wanted = Wanted(2, self.run.chain, self.state, checkpoints, lambda *far: self.told.append(far))
             try:
                 async with asyncio.timeout(FETCH_S):
                     told = self.faults.__setitem__
@@ -182,6 +183,9 @@ def test_every_donor_gives_a_part(run: Run, caplog: pytest.LogCaptureFixture) ->
     shares = [int(one.split(":")[1]) for one in line.split("donors=")[1].split(",")]
     assert len(shares) == 4 and min(shares) > 0 and CHUNKS <= sum(shares) <= CHUNKS + 3
     assert asked.bytes["in"] < 8 * N + 8 * CHUNK_BYTES, "hardly anything comes twice"
+    whats, done, totals = zip(*asked.told, strict=True)
+    assert set(whats) == {"state of epoch 1 bytes"} and list(done) == sorted(done)
+    assert done[-1] == totals[-1] == asked.state.size_bytes
 
 
 @pytest.mark.parametrize("slow", ["a", "b"])

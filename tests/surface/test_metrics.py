@@ -1,8 +1,10 @@
-"""The metrics: names, labels and start values against the contract in README."""
+"""The metrics: names, labels and start values against the contract, which docs/watching.md shows."""
 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -185,3 +187,13 @@ def test_two_nodes_in_one_process_do_not_share_metrics() -> None:
     one, other = Metrics("0.1.0"), Metrics("0.1.0")
     one.set_epoch(3)
     assert _samples(other)["tapestry_epoch"] == 0
+
+
+def test_the_table_of_metrics_in_the_documents_has_every_metric_with_its_labels() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "watching.md").read_text()
+    told: dict[str, tuple[str, set[str]]] = {}
+    for names, kind in re.findall(r"^\| (`tapestry_.*?) \| (gauge|counter|histogram) \|", page, re.MULTILINE):
+        for name, labels in re.findall(r"`(tapestry_\w+)(?:\{(.*?)\})?`", names):
+            keys = {label.partition("=")[0] for label in labels.split(",") if label}
+            told[name.removesuffix("_total") if kind == "counter" else name] = (kind, keys)
+    assert told == CONTRACT

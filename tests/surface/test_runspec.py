@@ -27,6 +27,7 @@ from tapestry.node.spec.run import (
     TrainSpec,
     diff,
     preset_spec,
+    proposals,
     training_spec,
 )
 from tapestry.node.spec.tables import FILE_BYTES_MAX, Between, Key, is_section, keys_of, plain, read_table
@@ -382,6 +383,12 @@ def test_a_key_that_only_one_side_has_is_a_difference() -> None:
         "outer.eps: not here, 1e-08 at the peer",
         "outer.weight_decay: not here, 0.0 at the peer",
     ]
+
+
+def test_only_what_a_record_can_change_within_its_bounds_is_proposed() -> None:
+    run = RunSpec.from_dict({"name": "demo"})
+    here = RunSpec.from_dict({"name": "demo", "train": {"lr": 1e-10, "betas": [0.5, 0.9]}})
+    assert proposals(here, run) == [] and len(diff(here, run, "in the run")) == 2
 
 
 @pytest.mark.parametrize("name", ["Tiếng Việt", "日本語のラン", "हिन्दी", "فارسی می‌شود", "Ελληνικά", "Été 2"])

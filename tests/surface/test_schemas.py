@@ -4,66 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+import re
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
+from homes import MadeHome, make_home
+from schemas import SCHEMAS, faults, load
 
+from tapestry.node.cli.main import FAMILIES, cli
+from tapestry.node.disk.linked import LinkedFile
+from tapestry.node.lineage.egress import Left, Started
 from tapestry.node.lineage.log import Line
 from tapestry.node.protocol.members import Change
+from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface.findings import wrong
+from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
 
 CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
-SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
-TYPES: dict[str, Any] = {
-    "number": (int, float),
-    "string": str,
-    "integer": int,
-    "boolean": bool,
-    "null": type(None),
-}
-
-
-def faults(schema: dict[str, Any], value: Any, where: str = "$") -> list[str]:
-    """The keywords that our schemas use. https://json-schema.org/draft/2020-12"""
-    if "anyOf" in schema:
-        tried = [faults(one, value, where) for one in schema["anyOf"]]
-        return [] if [] in tried else min(tried, key=len)
-    if "const" in schema or "enum" in schema:
-        allowed = schema.get("enum", [schema.get("const")])
-        return [] if value in allowed else [f"{where} is {value!r}"]
-    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    if kinds == ["array"]:
-        if not isinstance(value, list):
-            return [f"{where} is no list"]
-        return [f for i, one in enumerate(value) for f in faults(schema["items"], one, f"{where}[{i}]")]
-    if kinds == ["object"]:
-        return _object_faults(schema, value, where)
-    right = any(
-        isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds
-    )
-    return [] if right else [f"{where} is {value!r}, no {kinds}"]
-
-
-def _object_faults(schema: dict[str, Any], value: Any, where: str) -> list[str]:
-    if not isinstance(value, dict):
-        return [f"{where} is no table"]
-    known, more = schema.get("properties", {}), schema["additionalProperties"]
-    found = [f"{where}.{key} is missing" for key in schema.get("required", []) if key not in value]
-    for key, one in value.items():
-        if key in known or more:
-            found += faults(known.get(key, more), one, f"{where}.{key}")
-        else:
-            found.append(f"{where}.{key} is not in the schema")
-    return found
-
-
-def schema(name: str) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((SCHEMAS / f"{name}.json").read_text())
-    return table
 
 
 def attached() -> NodeView:
@@ -123,8 +85,8 @@ def attached() -> NodeView:
 
 def test_status_and_peers_are_as_their_schemas_say() -> None:
     for view in (NodeView("0.1.0", 0.0), attached()):
-        assert faults(schema("status"), _finite(view.status())) == []
-        assert faults(schema("peers"), _finite(view.peers())) == []
+        assert faults(load("status"), _finite(view.status())) == []
+        assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
 
 
@@ -133,9 +95,82 @@ def test_log_and_doctor_are_as_their_schemas_say() -> None:
         Line(1, "2026", (("a", 0.5),), 2, 2, False, 9, "ab", "r", 0.5, 2.5, CHANGES),
         Line(2, "", (), 1, 1, True, 0, "cd", "r", None),
     ]
-    assert [faults(schema("log"), line.table()) for line in lines] == [[], []]
+    assert [faults(load("log"), line.table()) for line in lines] == [[], []]
     answer = {"ok": False, "findings": [wrong("disk", "full", "make room").table()]}
-    assert faults(schema("doctor"), answer) == []
+    assert faults(load("doctor"), answer) == []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
+    made = make_home(tmp_path_factory.mktemp("schemas") / "home", PRESETS["nano"].model)
+    made.advance(2, checkpoint=True)
+    made.roll_back(1, "xyz lied")
+    (made.home.path / "text.txt").write_text("words " * 99)
+    file = LinkedFile(made.home.egress)
+    left = Left("2026-11-30T10:00:00Z", "result", 4, {"a": 4}, "mean", ((1, "x"),), 0)
+    file.append([Started("2026-11-30T09:00:00Z", "ab", 0).value(), left.value()])
+    file.close()
+    return made
+
+
+def said(made: MadeHome, *words: str) -> str:
+    run = CliRunner().invoke(cli, [*words, "--json"])
+    assert run.exit_code == 0, run.output
+    return run.stdout
+
+
+def test_what_commands_print_of_a_home_is_as_their_schemas_say(made: MadeHome) -> None:
+    home = ("--home", str(made.home.path))
+    text = str(made.home.path / "text.txt")
+    assert CliRunner().invoke(cli, ["data", "declare", "us, CC0-1.0", text, *home]).exit_code == 0
+    for schema, words in (
+        ("verify", ("verify", str(made.home.path))),
+        ("members", ("members", *home)),
+        ("stopped-status", ("status", *home)),
+        ("peers", ("peers", *home)),
+        ("log-branches", ("log", "--branches", *home)),
+        ("derivatives", ("derivatives", *home)),
+        ("data-list", ("data", "list", *home)),
+        ("data-revoke", ("data", "revoke", text, *home)),
+        ("data-list", ("data", "list", *home)),
+    ):
+        assert faults(load(schema), json.loads(said(made, *words))) == [], schema
+    for schema, words in (("log", ("log",)), ("log-egress", ("log", "--egress"))):
+        lines = said(made, *words, *home).splitlines()
+        assert len(lines) >= 2 and [faults(load(schema), json.loads(line)) for line in lines] == [[]] * len(
+            lines
+        )
+    broken = CliRunner().invoke(cli, ["verify", str(made.home.path / "updates"), "--json"])
+    assert broken.exit_code != 0
+
+
+def test_what_top_shows_is_as_its_schema_says() -> None:
+    history = History()
+    for epoch in (1, 2):
+        history.point(
+            epoch, contributions=3, loss=2.5, tokens=100, validation={"fr": 2.0}, phases={"ready": 0.1}
+        )
+    history.record(RecordSeen(2, "cd", 1.0, 0, False, 2, (("a", 5), ("b", 0))))
+    history.tell("…kT4mQz joined", "good")
+    view = attached()
+    seen = {"status": view.status(), "peers": view.peers(), "history": history.everything()}
+    assert faults(load("top"), json.loads(json.dumps(_finite(seen)))) == []
+
+
+def test_every_command_that_prints_json_has_a_schema_and_every_schema_is_whole() -> None:
+    context = click.Context(cli)
+    names = set()
+    for name in (name for names in FAMILIES for name in names):
+        command = cli.get_command(context, name)
+        parts = getattr(command, "commands", {"": command})
+        for part, one in parts.items():
+            if any("--json" in option.opts for option in one.params):
+                names.add("-".join(filter(None, [name, part])))
+    titles = " ".join(json.loads(path.read_text())["title"] for path in SCHEMAS.glob("*.json"))
+    assert [name for name in sorted(names) if f"tapestry {name.replace('-', ' ')}" not in titles] == []
+    for path in SCHEMAS.glob("*.json"):
+        for ref in re.findall(r'"\$ref": "([^"]+)"', path.read_text()):
+            assert (SCHEMAS / ref).exists(), ref
 
 
 @pytest.mark.parametrize(
@@ -143,4 +178,4 @@ def test_log_and_doctor_are_as_their_schemas_say() -> None:
     [{"epoch": "3"}, {"epoch": True}, {"new": 1}, {"phase": "gone"}, {"round": {}}, {"addresses": [1]}],
 )
 def test_the_check_itself_can_fail(change: dict[str, Any]) -> None:
-    assert faults(schema("status"), attached().status() | change) != []
+    assert faults(load("status"), attached().status() | change) != []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -107,9 +110,29 @@ def test_a_shell_completes_commands_and_flags() -> None:
         assert result.exit_code == 0 and "_TAPESTRY_COMPLETE" in result.stdout
 
 
-def test_every_command_has_help_and_those_of_every_day_have_examples() -> None:
+def commands() -> list[list[str]]:
+    """As they are typed; a group's parts each."""
+    context = click.Context(cli)
+    found = []
     for name in (name for names in FAMILIES for name in names):
-        result = CliRunner().invoke(cli, [name, "--help"])
-        assert result.exit_code == 0, name
-        if name in ("init", "start", "stop", "status", "peers", "top", "doctor", "log", "backup", "export"):
-            assert f"  tapestry {name}" in result.stdout.partition("Examples:")[2], name
+        parts = getattr(cli.get_command(context, name), "commands", None)
+        found += [[name]] if parts is None else [[name, part] for part in parts]
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_with_examples_that_are_commands(words: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*words, "--help"])
+    assert result.exit_code == 0
+    examples = result.stdout.partition("Examples:")[2]
+    assert f"tapestry {' '.join(words)}" in examples
+    typed = [line.split("tapestry ", 1)[1] for line in examples.splitlines() if "tapestry " in line]
+    for line in typed:
+        given = shlex.split(re.split(r"[>|)]", line)[0], comments=True)
+        context = click.Context(cli)
+        command = cli.get_command(context, given[0])
+        assert command is not None, line
+        if isinstance(command, click.Group):
+            command, given = command.get_command(context, given[1]), given[1:]
+            assert command is not None, line
+        command.make_parser(click.Context(command)).parse_args(given[1:])  # raises where a flag is not there

@@ -159,7 +159,9 @@ def test_a_base_in_several_files_becomes_one_file_of_the_same_bytes_everywhere(
     bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder, whole = bases("mixtral"), make_base(tmp_path / "whole", "mixtral", dtype=torch.bfloat16)
-    digest = weights_digest(folder)
+    heard: list[int] = []
+    digest = weights_digest(folder, heard.append)
+    assert sum(heard) >= 4 * check_base(folder).parameters, "what is read is told"
     for source, name in ((folder, "a"), (whole, "b")):
         join_files(source, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

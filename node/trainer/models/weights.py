@@ -11,7 +11,7 @@ members agree on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,23 @@ from tapestry.node.trainer.models.stored import StoredWeights
 PIECE = 1 << 22  # elements that are converted at once: 16 MiB
 
 
-def weights_digest(source: nn.Module | Path) -> str:
-    """64 hex digits, of a built model or of a base's folder. Raises ModelError."""
+def weights_digest(source: nn.Module | Path, read: Callable[[int], None] | None = None) -> str:
+    """64 hex digits, of a built model or of a base's folder. `read` hears of the bytes of each tensor of a
+    folder. Raises ModelError."""
     if isinstance(source, nn.Module):
         named = [(name, tuple(tensor.shape)) for name, tensor in kept_tensors(source)]
         return digest_of(named, kept_tensors(source))
     module = frame_of(source).module
-    return digest_of(weights_shapes(module), read_weights(source, module))
+    tensors = read_weights(source, module)
+    return digest_of(weights_shapes(module), tensors if read is None else _heard(tensors, read))
+
+
+def _heard(
+    tensors: Iterable[tuple[str, Tensor]], read: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        read(4 * tensor.numel())
 
 
 def weights_shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,183 @@
+"""What `status`, `peers`, `members` and `log` print for people fits a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+from tapestry.node.cli import look, members
+from tapestry.node.errors import UserError
+from tapestry.node.lineage import egress, log
+from tapestry.node.lineage.columns import column, cut, ids_cut, who, wrapped
+from tapestry.node.protocol.members import Change
+
+PEERS = ["12D3KooW" + letter * 38 + f"Abcde{letter}" for letter in "123456789"]
+DIGEST = "d" * 64
+ADDRESS = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEERS[0]}"
+RELAYED = f"/dns4/relay.example.org/udp/4001/quic-v1/p2p/{PEERS[1]}/p2p-circuit/p2p/{PEERS[0]}"
+NAMES = ["lab-hanoi", "ヘルシンキ大学の言語技術研究室", "x" * 64, ""]
+
+
+def fits(lines: list[str]) -> str:
+    """The text; fails where a line is wider than a terminal."""
+    assert [line for line in lines if cell_len(line) > 80 or line != line.rstrip()] == []
+    return "\n".join(lines)
+
+
+def test_a_name_stands_before_its_shortened_id_and_no_peer_writes_on_the_terminal() -> None:
+    assert (
+        who(PEERS[0], "lab-hanoi") == f"lab-hanoi …{PEERS[0][-6:]}" and who(PEERS[0]) == f"…{PEERS[0][-6:]}"
+    )
+    assert who("12D3KooWabcdef", "a\x1b[31m") == "a?[31m …abcdef"
+    assert ids_cut(f"{PEERS[0]} lied, {DIGEST}") == f"…{PEERS[0][-6:]} lied, {DIGEST}"
+
+
+def test_columns_are_counted_as_a_terminal_counts_them() -> None:
+    assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 6) == "abcde…"
+    assert [cell_len(column(name, 20)) for name in NAMES] == [20] * 4
+    told = list(wrapped(" ".join(["word"] * 40 + ["y" * 200]), "first ", "    "))
+    assert "yyy" in fits(told) and told[0].startswith("first word ") and told[1].startswith("    word")
+    assert "".join("".join(told).split()).count("y") == 200
+    assert list(wrapped("", "first")) == ["first"]
+
+
+def test_status_keeps_digests_whole_and_cuts_ids_in_addresses() -> None:
+    answer: dict[str, Any] = {
+        "peer_id": PEERS[0],
+        "run_id": DIGEST,
+        "state_digest": DIGEST,
+        "trainer_trouble": "the trainer ended, 3 times in a row: " + "out of memory; " * 8,
+        "tokens_per_second": 123456.7,
+        "addresses": [ADDRESS, RELAYED],
+        "accused": [{"peer": PEERS[1], "epoch": 3, "shard": 1, "what": "signed a wrong mean"}],
+        "round": {"stage": "ready", "waiting_on": PEERS},
+    }
+    width = max(map(len, answer))
+    told = [
+        line
+        for key, value in answer.items()
+        for part in look._lines(value)
+        for line in look._beside(key, part, width)
+    ]
+    text = fits(told)
+    for words in (
+        PEERS[0],
+        f"run_id  {DIGEST}",
+        f"state_digest  {DIGEST}",
+        f"…{PEERS[8][-6:]}",
+        "what=signed",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peers_with_names_and_long_addresses(name: str) -> None:
+    peer = {
+        "peer_id": PEERS[0],
+        "name": name,
+        "phase": "averaging",
+        "epoch": 123_456,
+        "same_head": True,
+        "heard_s": 123.4,
+        "relayed": True,
+        "addresses": ["/ip6/2001:db8:85a3:8d3:1319:8a2e:370:7348/udp/4001/quic-v1", ADDRESS],
+    }
+    banned = {"peer_id": PEERS[1], "phase": "banned", "why": "sent what nobody asked for, again and again"}
+    text = fits(look._table([look._in_short(one) for one in (peer, banned)]))
+    assert f"…{PEERS[0][-6:]}" in text and name[:5] in text
+
+
+def test_members_applicants_and_all_that_waits() -> None:
+    seats = [
+        {"peer": peer, "name": name, "since": 10**6 * i, "voice": 1, "founder": i == 0, "phase": "training"}
+        for i, (peer, name) in enumerate(zip(PEERS, NAMES, strict=False))
+    ]
+    pending = [
+        ("rekey", PEERS[5], PEERS[6]),
+        ("charter", "", "admit_by majority"),
+        ("remove", PEERS[1], "w" * 99),
+    ]
+    table = {
+        "epoch": 10**6,
+        "me": PEERS[0],
+        "members": seats,
+        "applicants": [{"peer": PEERS[7], "name": "f" * 64, "since": 0.0}],
+        "invites": [{"key": "ab" * 32, "name": "guest", "uses": 1000}],
+        "pending": [
+            {"id": "c" * 32, "kind": kind, "peer": peer, "value": value, "signed": 1, "needs": 2}
+            for kind, peer, value in pending
+        ],
+        "settings": {"round.max_influence": 0.5},
+        "removed": {PEERS[8]: f"{PEERS[8]} lied in epoch 4, " + "and again " * 20},
+    }
+    told = members._lines(table)
+    text = fits(told)
+    own = f"member     lab-hanoi             …{PEERS[0][-6:]}   this node, training, founder"
+    assert told[1] == own
+    assert "x" * 64 in text and "f" * 64 in text, "a name is broken, not cut"
+    assert "w" * 81 not in text and text.count("w") >= 99, "it is told whole"
+    for words in (f"rekey …{PEERS[5][-6:]}", "cccccccc", "1 of 2 signed", "round.max_influence", "1000 left"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("given", ["…{}", "{}"])
+def test_an_id_is_taken_as_members_shows_it(given: str) -> None:
+    assert members._whole(given.format(PEERS[3][-6:]), PEERS) == PEERS[3]
+    with pytest.raises(UserError, match="nobody is called"):
+        members._whole("…nobody", PEERS)
+
+
+def test_the_log_names_who_contributed_and_who_asked_for_a_change() -> None:
+    asked = tuple((peer, "ab") for peer in PEERS[:2])
+    changes = (
+        Change("admit", PEERS[2], "Bea", 9, "0" * 32, asked),
+        Change("remove", PEERS[3], f"{PEERS[3]} sent noise", 9, "1" * 32, asked),
+        Change("set", "", "train.lr 0.0001", 9, "2" * 32, asked),
+    )
+    members_ = tuple((peer, 1 / 9) for peer in PEERS)
+    names = dict(zip(PEERS, [*NAMES, "Carl"], strict=False))
+    line = log.Line(
+        1_234_567,
+        "2026-11-29T10:00:00Z",
+        members_,
+        1024,
+        1024,
+        True,
+        10**12,
+        DIGEST,
+        "r",
+        0.123,
+        12.3456,
+        changes,
+        names,
+    )
+    lines = [line, log.Line(1, "", members_[:1], 1, 1, False, 0, DIGEST, "r", None)]
+    text = fits(list(log.lines(iter(lines))))
+    words = " ".join(text.split())
+    for told in (
+        f"lab-hanoi …{PEERS[0][-6:]} 11 %",
+        f"admit Bea …{PEERS[2][-6:]}, asked for by lab-hanoi …{PEERS[0][-6:]},",
+        f"remove …{PEERS[3][-6:]} …{PEERS[3][-6:]} sent noise",
+        "set train.lr 0.0001, asked for by",
+        "1024/1024",
+        f"forced: lab-hanoi …{PEERS[0][-6:]}",
+    ):
+        assert told in words, told
+
+
+def test_what_left_the_node_names_its_receivers_below() -> None:
+    left = egress.Left(
+        "2026-11-29T10:00:00Z",
+        "contribution",
+        10**12,
+        dict.fromkeys(PEERS, 10**9),
+        "roster",
+        ((1, "x"), (10**6, "x")),
+        0,
+    )
+    text = fits(list(egress.lines(iter([egress.Started("2026-11-29T10:00:00Z", DIGEST, 7), left]))))
+    assert f"…{PEERS[0][-6:]} 1000000000," in text and "1-1000000" in text
+    assert json.dumps(left.value())

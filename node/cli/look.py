@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -14,6 +14,8 @@ from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.surface.ask import ask
+
+NAME_SHOWN_CHARS = 10  # of a member's name: with an IPv4 address the line fits 80 columns
 
 
 @click.command(epilog=examples("tapestry status", "tapestry status --json | jq .epoch"))
@@ -58,6 +60,14 @@ def short(peer_id: str) -> str:
     return f"…{peer_id[-6:]}"
 
 
+def called(peer: Mapping[str, Any], chars: int) -> str:
+    """A row of /peers or /status, by its name, cut to fit a column; by its peer id where it has none."""
+    name = printable(str(peer.get("name") or ""))
+    if len(name) > chars:
+        name = f"{name[: chars - 1]}…"
+    return name or short(printable(str(peer.get("peer_id") or "-")))
+
+
 def _in_short(peer: dict[str, object]) -> dict[str, object]:
     """What of a peer fits on a line of 80 columns; --json has the rest."""
     row = {key: peer.get(key) for key in ("phase", "epoch")}
@@ -65,7 +75,7 @@ def _in_short(peer: dict[str, object]) -> dict[str, object]:
     first = addresses[0] if isinstance(addresses, list) and addresses else None
     relayed, heard, same = peer.get("relayed"), peer.get("heard_s"), peer.get("same_head")
     return {
-        "peer": short(str(peer.get("peer_id", "-"))),
+        "peer": called(peer, NAME_SHOWN_CHARS),
         **row,
         "head": None if same is None else "same" if same else "other",
         "heard": f"{heard:.1f} s" if isinstance(heard, float) else None,

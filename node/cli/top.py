@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapestry.node.cli.look import ask_node, short, stopped
+from tapestry.node.cli.look import ask_node, called, short, stopped
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
@@ -26,6 +26,7 @@ EVERY_S = 1.0
 HISTORY_EVERY_S = 5.0
 MEMBERS_SHOWN_MAX = 12
 EVENTS_SHOWN = 6
+NAME_SHOWN_CHARS = 16  # Guess: of a member's name, so that the columns after it are seen
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -98,7 +99,7 @@ def screen(seen: Mapping[str, Any], width: int) -> Group:
             ("loss", f"{_number(status.get('loss'))}  {bars([p.get('loss') for p in points], narrow)}"),
             ("validation", f"{_number(status.get('val_loss'))}  {bars(_validations(points), narrow)}"),
             ("tokens/s", f"{_count(status.get('tokens_per_second'))}  {bars(speeds, narrow)}"),
-            ("round", _round_of(status.get("round"))),
+            ("round", _round_of(status.get("round"), seen["peers"])),
             ("bytes", _bytes_of(status.get("bytes") or {})),
             ("trouble", status.get("trainer_trouble") or ""),
         ),
@@ -159,7 +160,7 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
     ):
         table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
     table.add_row(
-        short(status.get("peer_id") or "-"),
+        called(status, NAME_SHOWN_CHARS),
         str(status.get("phase")),
         str(status.get("epoch")),
         "",
@@ -178,7 +179,7 @@ def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     heard, relayed = peer.get("heard_s"), peer.get("relayed")
     addresses = peer.get("addresses") or [""]
     return (
-        short(printable(str(peer.get("peer_id", "-")))),
+        called(peer, NAME_SHOWN_CHARS),
         printable(str(peer.get("phase") or "-")),
         "-" if peer.get("epoch") is None else str(peer["epoch"]),
         "" if heard is None else f"{heard:.1f} s",
@@ -187,10 +188,11 @@ def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _round_of(told: Mapping[str, Any] | None) -> str:
+def _round_of(told: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]) -> str:
     if not told:
         return "-"
-    waiting = ", ".join(short(str(one)) for one in told.get("waiting_on", [])[:4])
+    known = {peer.get("peer_id"): called(peer, NAME_SHOWN_CHARS) for peer in peers}
+    waiting = ", ".join(known.get(one) or short(str(one)) for one in told.get("waiting_on", [])[:4])
     text = f"{told.get('stage')}, ballot {told.get('ballot')}, electorate {told.get('electorate')}"
     return text + (f", waits for {waiting}" if waiting else "")
 

@@ -24,6 +24,7 @@ from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import Shows
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.names import Names
 from tapestry.node.surface.status import WORKING, Shown, Traffic
 from tapestry.node.surface.story import Story
 from tapestry.node.surface.trackers import Trackers
@@ -216,7 +217,8 @@ class Reporter:
         self.float32_ratio = 1.0  # how many times as large what is sent would be
         self._trackers = trackers or Trackers({})
         self._history = history or History()
-        self._story = Story(self._history)
+        self._names = Names()
+        self._story = Story(self._history, self._names.call)
         self.training = TrainingView()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
@@ -239,6 +241,7 @@ class Reporter:
 
     def show(self, core: Snapshot, where: Where, applicants: Sequence[Applicant] = ()) -> Shown:
         """What /status shows."""
+        self.meet(core)
         training, dropped = self.training, self._dropped
         return Shown(
             core,
@@ -258,11 +261,13 @@ class Reporter:
             where.routes,
             self.traffic,
             training.trouble,
-            tuple(self._accused),
+            tuple({**one, "name": self._names.name(str(one["peer"]))} for one in self._accused),
             tuple(
-                {"peer": peer, "count": count} for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
+                {"peer": peer, "name": self._names.name(peer), "count": count}
+                for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
             ),
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
+            self._names.name,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -438,6 +443,10 @@ class Reporter:
 
     # --- of peers ------------------------------------------------------------------------------
 
+    def meet(self, core: Snapshot) -> None:
+        """Who is in the run, and what they are called, from now on."""
+        self._names.learn(core.peer_id, core.roll)
+
     def refused(self, peer: str, reason: str, text: str) -> None:
         """Something of `peer` was refused."""
         self.log_refusal(peer, reason, text)
@@ -451,6 +460,7 @@ class Reporter:
 
     def count_peers(self, core: Snapshot, routes: Mapping[str, str]) -> None:
         """`routes`: linked peer -> "direct" or "relayed"."""
+        self.meet(core)
         counts: dict[str, int] = {}
         for peer in core.peers:
             if peer.phase:

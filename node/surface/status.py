@@ -61,9 +61,10 @@ class Shown:
     routes: Mapping[str, str]  # linked peer -> "direct" or "relayed"
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
-    accused: tuple[dict[str, str | int], ...] = ()  # peer, epoch, shard of lies that were proven
-    withheld: tuple[dict[str, str | int], ...] = ()  # peer, count: what it did not give our audits
+    accused: tuple[dict[str, str | int], ...] = ()  # peer, name, epoch, shard of lies that were proven
+    withheld: tuple[dict[str, str | int], ...] = ()  # peer, name, count: what it did not give our audits
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
+    name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
 
 
 class NodeView:
@@ -110,6 +111,7 @@ class NodeView:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
         base: dict[str, Any] = {
             "peer_id": "",
+            "name": "",
             "run_id": "",
             "run_name": self._run_name,
             "version": self._version,
@@ -150,6 +152,7 @@ class NodeView:
         core = shown.core
         return base | {
             "peer_id": core.peer_id,
+            "name": shown.name_of(core.peer_id),
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
             "reason": core.reason,
@@ -189,6 +192,7 @@ class NodeView:
         live = [
             {
                 "peer_id": peer.peer_id,
+                "name": shown.name_of(peer.peer_id),
                 "phase": peer.phase,
                 "epoch": peer.epoch,
                 "head": peer.head,
@@ -200,7 +204,13 @@ class NodeView:
             for peer in shown.core.peers
         ]
         return live + [
-            {"peer_id": ban.peer, "phase": "banned", "why": ban.reason, "left_s": round(ban.left_s, 1)}
+            {
+                "peer_id": ban.peer,
+                "name": shown.name_of(ban.peer),
+                "phase": "banned",
+                "why": ban.reason,
+                "left_s": round(ban.left_s, 1),
+            }
             for ban in self._bans()[:BANS_SHOWN_MAX]
         ]
 

@@ -4,8 +4,8 @@
     round 41 went on without lab-hanoi: 3 of 4 contributed, 0.4 s
 
 It is told what the daemon's views see anyway, decides nothing, and writes into History. A peer is called what
-`name_of` calls it: by its name, or by the end of its peer id where it has none. Peers are compared once a
-second: a link that is back at once is no news. Round 41 is the one that makes epoch 41.
+`name_of` calls it (names.py): by its name, or by the end of its peer id where it has none. Peers are compared
+once a second: a link that is back at once is no news. Round 41 is the one that makes epoch 41.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History, RecordSeen
+from tapestry.node.surface.names import short
 
 NAMES_MAX = 3  # in one sentence
 REPEAT_S = 60.0  # Guess: between two sentences of one kind about the same peers
-
-
-def short(peer: str) -> str:
-    """The end of a peer id: all begin alike."""
-    return f"…{peer[-6:]}"
 
 
 class Story:
@@ -158,7 +154,7 @@ class Story:
             self._history.tell(f"{self._names(lost)} {_are(lost)} not heard any more", "warning")
 
     def _names(self, peers: Sequence[str]) -> str:
-        names = [printable(self._name_of(peer)) for peer in peers[:NAMES_MAX]]
+        names = [self._name_of(peer) for peer in peers[:NAMES_MAX]]
         if len(peers) > NAMES_MAX:
             names.append(f"{len(peers) - NAMES_MAX} more")
         return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

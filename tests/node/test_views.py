@@ -11,6 +11,7 @@ from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.members import Charter, Seat, first_roll
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.surface.history import History
@@ -114,3 +115,16 @@ def test_peers_that_come_and_go_are_told_until_this_node_leaves() -> None:
     bench.reporter.leaving = True
     bench.reporter.count_peers(replace(CORE, peers=(peer,)), {})
     assert bench.said == ["…hanoi1 is here", "…hanoi1 is not heard any more"]
+
+
+def test_members_are_called_by_their_names_in_events_and_in_status() -> None:
+    bench = Bench()
+    peer = PeerSnapshot("12D3KooWhanoi1", "training", 1, "", True, True, 0.1)
+    members = {peer.peer_id: Seat("lab-hanoi", 1, 0), "me": Seat("lab-oslo", 1, 0)}
+    core = replace(CORE, roll=replace(first_roll("ab", Charter(), ()), members=members), peers=(peer,))
+    bench.reporter.count_peers(core, {})
+    bench.reporter.count_peers(replace(core, peers=()), {})
+    assert bench.said == ["lab-hanoi is here", "lab-hanoi is not heard any more"]
+    bench.reporter.accused(peer.peer_id, 3, 1, "signed a wrong mean")
+    shown = bench.reporter.show(core, Where(()))
+    assert shown.name_of("me") == "lab-oslo" and shown.accused[0]["name"] == "lab-hanoi"

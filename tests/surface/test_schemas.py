@@ -105,14 +105,15 @@ def attached() -> NodeView:
         tokens_per_second=1.0,
         dropped_records=0,
         dropped_weight=0,
-        accused=({"peer": "c", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
-        withheld=({"peer": "c", "count": 2},),
+        accused=({"peer": "c", "name": "C", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
+        withheld=({"peer": "c", "name": "", "count": 2},),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),
         reachable=True,
         relays=(),
         routes={"a": "direct"},
+        name_of=lambda peer: {"a": "lab-hanoi"}.get(peer, ""),
     )
     ban = SimpleNamespace(peer="b", reason="streams", left_s=3.0)
     view.attach(

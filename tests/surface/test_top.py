@@ -19,6 +19,7 @@ STATUS: dict[str, Any] = {
     "run_name": "demo\x1b[31m",
     "version": "0.1.0",
     "peer_id": "12D3KooWxyzABC",
+    "name": "lab-oslo",
     "uptime_s": 7300.0,
     "epoch": 12,
     "phase": "training",
@@ -33,6 +34,7 @@ STATUS: dict[str, Any] = {
 PEERS = [
     {
         "peer_id": "12D3KooWotherZ",
+        "name": "lab-hanoi\x1b[31m of a long name",
         "phase": "training",
         "epoch": 12,
         "heard_s": 0.4,
@@ -59,7 +61,9 @@ def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> N
         "up 2.0 h",
         "epoch 12  training: 2 of 3 ready",
         "2.3457",
-        "waits for …otherZ",
+        "waits for lab-hanoi?[31m …",
+        "lab-oslo",
+        "…evil00",
         "relayed",
         "streams",
         "round 11 went on",

@@ -100,8 +100,11 @@ function show() {
   if (parts.has("records") || parts.has("now")) showRecords(page.records, names());
 }
 
+/** Peer id -> what it is called; of two that bear one name, with the end of the id beside it. */
 function names() {
-  const known = new Map((page.now?.peers ?? []).filter((p) => p.name).map((p) => [p.peer_id, p.name]));
+  const named = (page.now?.peers ?? []).filter((p) => p.name);
+  const bearers = (name) => named.filter((p) => p.name === name).length;
+  const known = new Map(named.map((p) => [p.peer_id, bearers(p.name) > 1 ? `${p.name} (${shortId(p.peer_id)})` : p.name]));
   const own = page.now?.status.peer_id;
   if (own) known.set(own, page.now.status.name || "this node");
   return known;

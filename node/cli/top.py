@@ -167,11 +167,22 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
         "",
         "this node",
     )
-    for peer in peers[:MEMBERS_SHOWN_MAX]:
-        table.add_row(*member_row(peer))
-    if len(peers) > MEMBERS_SHOWN_MAX:
-        table.add_row(f"and {len(peers) - MEMBERS_SHOWN_MAX} more")
+    rows = [*peers, *_away(status)]
+    for row in rows[:MEMBERS_SHOWN_MAX]:
+        table.add_row(*member_row(row))
+    if len(rows) > MEMBERS_SHOWN_MAX:
+        table.add_row(f"and {len(rows) - MEMBERS_SHOWN_MAX} more")
     return table
+
+
+def _away(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The members that this node does not hear."""
+    away = [one for one in status.get("roll") or [] if not one.get("phase")]
+    return [one | {"phase": "not heard", "why": _last(one.get("last_epoch"))} for one in away]
+
+
+def _last(epoch: int | None) -> str:
+    return "nothing of late" if epoch is None else f"last in epoch {epoch}"
 
 
 def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ class Runtime:
         if self._brought is not None:
             self._brought.look(records)
         if changed:
-            self.reporter.meet(self.snapshot())
+            self.reporter.changed(records, self.snapshot())
             self._network.check_members()
 
     def do_moved(self, out: ev.Moved) -> None:

@@ -218,7 +218,7 @@ class Reporter:
         self._trackers = trackers or Trackers({})
         self._history = history or History()
         self._names = Names()
-        self._story = Story(self._history, self._names.call)
+        self._story = Story(self._history, self._names.call, self._names.knows)
         self.training = TrainingView()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
@@ -268,6 +268,7 @@ class Reporter:
             ),
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
             self._names.name,
+            self._history.last_contributions,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -394,6 +395,12 @@ class Reporter:
             received_float32=now.received_float32 - before.received_float32,
             agreement=record.body.agreement.shares() if contributors > 1 else {},
         )
+
+    def changed(self, records: Sequence[Record], core: Snapshot) -> None:
+        """Records that are on disk now; some may change who belongs to the run, and its rules."""
+        self.meet(core)
+        for record in records:
+            self._story.changed(record.body)
 
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""

@@ -29,7 +29,7 @@ class Names:
         self._me = ""
         self._members: Mapping[str, Seat] = {}
         self._names: dict[str, str] = {}  # peer -> name, "" if it has none; former members first
-        self._bearers: Counter[str] = Counter()
+        self._bearers: Counter[str] = Counter()  # name -> how many of the members have it
 
     def learn(self, me: str, roll: Roll) -> None:
         """Names are of `roll` from now on. Cheap where nothing has changed."""
@@ -40,7 +40,7 @@ class Names:
         former = [(peer, name) for peer, name in self._names.items() if peer not in roll.members]
         self._names = dict(former[-FORMER_MAX:])
         self._names |= {peer: _clean(seat.name) for peer, seat in roll.members.items()}
-        self._bearers = Counter(self._names.values())
+        self._bearers = Counter(self._names[peer] for peer in roll.members)
 
     def knows(self, peer: str) -> bool:
         """Whether it is a member, or was one of late."""
@@ -57,7 +57,8 @@ class Names:
         name = self.name(peer)
         if not name:
             return short(peer)
-        unclear = self._bearers[name] > 1 or name.startswith("…") or name == THIS_NODE
+        others = self._bearers[name] - (peer in self._members)
+        unclear = others or name.startswith("…") or name == THIS_NODE
         return f"{name} ({short(peer)})" if unclear else name
 
 

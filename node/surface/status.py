@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tapestry.dht.conduct import Ban
@@ -65,6 +65,7 @@ class Shown:
     withheld: tuple[dict[str, str | int], ...] = ()  # peer, name, count: what it did not give our audits
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
     name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
+    last_contributions: Mapping[str, int] = field(default_factory=dict)  # peer -> epoch, where it is known
 
 
 class NodeView:
@@ -138,6 +139,7 @@ class NodeView:
             "accused": [],
             "withheld": [],
             "members": 0,
+            "roll": [],
             "applicants": [],
             "caps": self._caps,
             "bytes": asdict(NO_TRAFFIC),
@@ -177,6 +179,7 @@ class NodeView:
             "accused": list(shown.accused),
             "withheld": list(shown.withheld),
             "members": len(core.roll.members),
+            "roll": _roll(shown),
             "applicants": list(shown.applicants),
             "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
@@ -222,6 +225,22 @@ class NodeView:
             return False, self.waiting or "starting"
         core = self._look().core
         return core.phase in WORKING, f"{core.phase}: {core.reason}"
+
+
+def _roll(shown: Shown) -> list[dict[str, Any]]:
+    """The run's members, linked or not."""
+    core = shown.core
+    phases = {peer.peer_id: peer.phase for peer in core.peers} | {core.peer_id: core.phase}
+    return [
+        {
+            "peer_id": peer,
+            "name": shown.name_of(peer),
+            "since": seat.since,
+            "phase": phases.get(peer, ""),
+            "last_epoch": shown.last_contributions.get(peer),
+        }
+        for peer, seat in core.roll.members.items()
+    ]
 
 
 def _relayed(route: str | None) -> bool | None:

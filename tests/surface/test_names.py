@@ -51,6 +51,8 @@ def test_who_was_a_member_is_still_called_so_for_a_while() -> None:
     names = _learnt(**{HANOI: "lab-hanoi", LIMA: "lab-lima"})
     names.learn(ME, _roll(**{LIMA: "lab-lima"}))
     assert names.call(HANOI) == "lab-hanoi" and names.knows(HANOI) and not names.knows(OSLO)
-    for i in range(FORMER_MAX + 1):
+    names.learn(ME, _roll(**{OSLO: "lab-hanoi"}))
+    assert names.call(OSLO) == "lab-hanoi" and names.call(HANOI) == "lab-hanoi (…hanoi1)"
+    for i in range(FORMER_MAX + 2):
         names.learn(ME, _roll(**{f"peer{i}": f"name{i}"}))
-    assert not names.knows(HANOI) and names.knows(f"peer{FORMER_MAX}")
+    assert not names.knows(HANOI) and names.knows(f"peer{FORMER_MAX + 1}")

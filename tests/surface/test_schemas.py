@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tapestry.node.lineage.log import Line
-from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.members import Change, Seat
 from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
@@ -84,7 +84,7 @@ def attached() -> NodeView:
     core = SimpleNamespace(
         peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
     )
-    core.roll = SimpleNamespace(members={"us": None})
+    core.roll = SimpleNamespace(members={"us": Seat("", 1, 0), "gone": Seat("lab-lima", 1, 7)})
     core.state_digest, core.params, core.peers, core.round, core.agreement = (
         "d",
         7,
@@ -113,6 +113,7 @@ def attached() -> NodeView:
         reachable=True,
         relays=(),
         routes={"a": "direct"},
+        last_contributions={"gone": 2},
         name_of=lambda peer: {"a": "lab-hanoi"}.get(peer, ""),
     )
     ban = SimpleNamespace(peer="b", reason="streams", left_s=3.0)
@@ -127,6 +128,9 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
         assert faults(schema("status"), _finite(view.status())) == []
         assert faults(schema("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
+    us, gone = attached().status()["roll"]
+    assert (us["phase"], us["last_epoch"]) == ("training", None)
+    assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)
 
 
 def test_log_and_doctor_are_as_their_schemas_say() -> None:

@@ -30,6 +30,10 @@ STATUS: dict[str, Any] = {
     "bytes": {"sent": 2_000_000, "received": 3_000_000, "sent_float32": 8_000_000, "received_float32": 1},
     "round": {"stage": "ready", "ballot": 0, "electorate": 3, "waiting_on": ["12D3KooWotherZ"]},
     "trainer_trouble": "",
+    "roll": [
+        {"peer_id": "12D3KooWotherZ", "name": "lab-hanoi", "phase": "training", "last_epoch": 12},
+        {"peer_id": "12D3KooWgone00", "name": "lab-lima", "phase": "", "last_epoch": 9},
+    ],
 }
 PEERS = [
     {
@@ -64,6 +68,9 @@ def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> N
         "waits for lab-hanoi?[31m …",
         "lab-oslo",
         "…evil00",
+        "lab-lima",
+        "not heard",
+        "last in epoch 9",
         "relayed",
         "streams",
         "round 11 went on",

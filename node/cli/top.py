@@ -101,7 +101,7 @@ def screen(seen: Mapping[str, Any], width: int) -> Group:
             ("tokens/s", f"{_count(status.get('tokens_per_second'))}  {bars(speeds, narrow)}"),
             ("round", _round_of(status.get("round"), seen["peers"])),
             ("bytes", _bytes_of(status.get("bytes") or {})),
-            ("trouble", status.get("trainer_trouble") or ""),
+            ("trouble", status.get("trainer_trouble") or status.get("loss_trouble") or ""),
         ),
     ]
     return Group(

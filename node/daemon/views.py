@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tapestry.node.daemon.egress import Egress, Unwritten
+from tapestry.node.daemon.loss_watch import LossWatch
 from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
@@ -220,6 +221,7 @@ class Reporter:
         self._names = Names()
         self._story = Story(self._history, self._names.call, self._names.knows)
         self.training = TrainingView()
+        self._losses = LossWatch()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
@@ -269,6 +271,7 @@ class Reporter:
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
             self._names.name,
             self._history.last_contributions,
+            self._losses.trouble,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -277,6 +280,7 @@ class Reporter:
         """A report of the trainer."""
         self.training.on_event(event, now)
         if isinstance(event, tm.Contribution):
+            self._losses.trained(_known(event.loss))
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)
@@ -294,8 +298,18 @@ class Reporter:
             losses = self.training.val_losses.items()
             self._trackers.put(event.epoch, {f"validation/loss/{name}": loss for name, loss in losses})
             self._history.point(event.epoch, validation=self.training.val_losses)
+            if self._losses.validated(event.epoch, event.loss):
+                self._losses_changed(event.epoch)
         elif isinstance(event, tm.Hello):
             self.metrics.set_validation_losses(self.training.val_losses)
+
+    def _losses_changed(self, epoch: int) -> None:
+        """Training and validation loss have begun to go apart, or do so no longer."""
+        if self._losses.trouble:
+            _log.warning("losses=apart epoch=%d %s", epoch, self._losses.trouble)
+        else:
+            _log.info("losses=together epoch=%d the validation loss no longer rises", epoch)
+        self._story.losses(self._losses.trouble)
 
     def trainer_up(self) -> None:
         self.metrics.set_trainer_up(True)

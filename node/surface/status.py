@@ -66,6 +66,7 @@ class Shown:
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
     name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
     last_contributions: Mapping[str, int] = field(default_factory=dict)  # peer -> epoch, where it is known
+    loss_trouble: str = ""  # its losses say that something is wrong, and what to do; "" if not
 
 
 class NodeView:
@@ -128,6 +129,7 @@ class NodeView:
             "val_loss_epoch": None,
             "val_losses": {},
             "trainer_trouble": "",
+            "loss_trouble": "",
             "data_passes": 0.0,
             "tokens_total": 0,
             "tokens_per_second": 0.0,
@@ -167,6 +169,7 @@ class NodeView:
             "val_loss": shown.val_loss,
             "val_loss_epoch": shown.val_loss_epoch if shown.val_loss_epoch >= 0 else None,
             "trainer_trouble": shown.trainer_trouble,
+            "loss_trouble": shown.loss_trouble,
             "val_losses": dict(shown.val_losses),
             "data_passes": shown.data_passes,
             "tokens_total": shown.tokens_total,

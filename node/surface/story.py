@@ -94,6 +94,12 @@ class Story:
     def trainer(self, text: str, *, up: bool) -> None:
         self._history.tell(text, "good" if up else "warning")
 
+    def losses(self, trouble: str) -> None:
+        """They go apart; or, without trouble, no longer."""
+        self._history.tell(
+            trouble or "this node's validation loss no longer rises", "warning" if trouble else "good"
+        )
+
     def refused(self, peer: str, reason: str, text: str) -> None:
         self._history.tell(
             f"something of {self._name_of(peer)} was refused ({reason}): {printable(text)}", "warning"

@@ -128,3 +128,13 @@ def test_members_are_called_by_their_names_in_events_and_in_status() -> None:
     bench.reporter.accused(peer.peer_id, 3, 1, "signed a wrong mean")
     shown = bench.reporter.show(core, Where(()))
     assert shown.name_of("me") == "lab-oslo" and shown.accused[0]["name"] == "lab-hanoi"
+
+
+def test_losses_that_go_apart_are_an_event_and_a_trouble_in_status() -> None:
+    bench = Bench()
+    for epoch in range(30):
+        bench.reporter.on_event(tm.Contribution(epoch, 1, 64, 1.0, 3.0 - 0.01 * epoch, 64, 10, 0.0, 2.0), 1.0)
+        bench.reporter.on_event(tm.Validation(epoch, 2.0 + 0.01 * epoch, ("fr",), (2.0,)), 1.0)
+    (said,) = bench.said
+    trouble = bench.reporter.show(CORE, Where(())).loss_trouble
+    assert "training loss fell" in said and said.split(": ")[1] == trouble.split(": ")[1]

@@ -99,6 +99,7 @@ def attached() -> NodeView:
         val_loss=math.nan,
         val_loss_epoch=-1,
         trainer_trouble="",
+        loss_trouble="",
         val_losses={"x": 2.0},
         data_passes=0.1,
         tokens_total=9,

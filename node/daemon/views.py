@@ -45,6 +45,10 @@ OUTCOMES = {  # of a round that did not commit with us in it, and what is to be 
     "tapestry peers",
 }
 
+REFUSED_CURE = (
+    "it counts for nothing, and nothing is to be done. If it goes on, ask its operator: tapestry members"
+)
+
 GATED = {  # protocol/events.py, Gated
     "refused": "this node does not vote for it; if a majority does, it follows",
     "again": "a majority refused, and the round goes on without this contribution. If it is the same member "
@@ -323,7 +327,7 @@ class Reporter:
         self.training.trouble = trouble
         self._trainer_up = False
         if told:
-            _log.warning("trainer=down %s", why)
+            _log.warning("trainer=down %s", why)  # with the cure, once it is clear: trainer_health.py
             self._story.trainer(why, up=False)
 
     # --- of the core ---------------------------------------------------------------------------
@@ -448,7 +452,10 @@ class Reporter:
     def rolled_back(self, epoch: int, to: int, why: str) -> None:
         """The run's members took what was made since `to` back."""
         self.metrics.rolled_back()
-        _log.warning("rolled_back epoch=%d state=%d why=%r", epoch, to, why)
+        _log.warning(
+            "rolled_back epoch=%d state=%d why=%r; nothing is to be done: the run goes on from there",
+            *(epoch, to, why),
+        )
         self._story.rolled_back(epoch, to, why)
 
     def withheld(self, peers: Sequence[str], epoch: int, shard: int) -> None:
@@ -476,7 +483,7 @@ class Reporter:
     def log_refusal(self, peer: str, reason: str, text: str) -> None:
         """All are counted, but a peer must not fill the disk with what it did, nor all together."""
         if self._refusals.may_tell(reason if reason == "peers_max" else (peer, reason), time.monotonic()):
-            _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+            _log.warning("refused peer=%s reason=%s %s; %s", peer[-6:], reason, text, REFUSED_CURE)
             self._story.refused(peer, reason, text)
 
     def count_peers(self, core: Snapshot, routes: Mapping[str, str]) -> None:

@@ -100,6 +100,7 @@ class GivenView:
     def __init__(self) -> None:
         self.phase, self.reason = "training", ""
         self.run_name = "commons"
+        self.loss_trouble = ""
         self.applicants: list[dict[str, Any]] = []
 
     def status(self) -> dict[str, Any]:
@@ -115,6 +116,7 @@ class GivenView:
             "state_digest": "ef" * 32,
             "params": 9_900_000,
             "loss": 2.3,
+            "loss_trouble": self.loss_trouble,
             "val_loss": 2.5,
             "val_losses": {"fr": 2.4, "ar": math.nan},
             "data_passes": 1.4,
@@ -272,6 +274,14 @@ def test_what_it_says_is_what_is(pages: Pages, served: Served) -> None:
     assert _text(page, "#members-note") == "3 of 5 are here" and _text(page, "#tile-members .value") == "5"
     assert "lab-lima" in _text(page, "#records") and "measuring the result" in _text(page, "#chart-phases")
     assert pages.complaints == []
+
+
+def test_a_trouble_of_a_node_that_trains_is_told(pages: Pages, served: Served) -> None:
+    page = pages.open(served.server.url)
+    assert page.is_hidden("#reason")
+    served.view.loss_trouble = f"its validation loss rises: {MARKUP}"
+    page.wait_for_selector("#reason:has-text('validation loss rises')", timeout=5000)
+    assert MARKUP in _text(page, "#reason") and pages.complaints == []
 
 
 def test_an_applicant_is_shown_and_the_token_lets_it_in(pages: Pages, served: Served) -> None:

@@ -132,9 +132,10 @@ function showHead() {
     phase.className = pill(status.phase).className;
   }
   const notice = byId("reason");
-  notice.hidden = ready || !reason;
+  const told = (ready ? "" : reason) || status.trainer_trouble || status.loss_trouble || "";
+  notice.hidden = !told;
   notice.classList.toggle("bad", status.phase === "degraded");
-  if (notice.textContent !== reason) notice.textContent = reason;
+  if (notice.textContent !== told) notice.textContent = told;
 }
 
 function showTiles() {

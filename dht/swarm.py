@@ -195,7 +195,11 @@ class Swarm:
         """A peer did what no honest one does at the door. Who does so again and again is turned away."""
         ban_s = self.conduct.fault(peer_id, reason, self._now())
         if ban_s:
-            _log.warning("banned peer=%s reason=%s for_s=%g", short(peer_id), reason, ban_s)
+            _log.warning(
+                "banned peer=%s reason=%s for_s=%g; if it is a member, ask its operator for its version "
+                "and log",
+                *(short(peer_id), reason, ban_s),
+            )
             self._disconnect(peer_id)
 
     def is_banned(self, peer_id: str) -> bool:
@@ -393,7 +397,11 @@ class Swarm:
             if failure is None:
                 reached[peer.peer_id] = None
             elif isinstance(failure, Unreachable):
-                _log.warning("dht entry failed peer=%s error=%s", short(peer.peer_id), failure)
+                _log.warning(
+                    "dht entry failed peer=%s error=%s; see that this peer runs, and that its address "
+                    "is right",
+                    *(short(peer.peer_id), failure),
+                )
             else:
                 raise failure
         return list(reached)

@@ -59,7 +59,7 @@ def copied_texts(place: Path, seed: int) -> list[Text]:
 def _copied(name: str, what: str, found: Found, place: Path, seed: int) -> Text:
     documents = _bounded(found(random.Random(seed)))
     held_out = _taken(documents, HELD_OUT_BYTES)
-    train = _taken(documents, TRAIN_BYTES)
+    train = _taken(_apart(documents, held_out), TRAIN_BYTES)
     if sum(map(len, train)) < TRAIN_BYTES / 4:
         raise NoText(f"this machine has too little {what}: {sum(map(len, train))} characters")
     folder = place / name
@@ -78,6 +78,14 @@ def _bounded(found: Iterator[str]) -> Iterator[str]:
         text = text[: DOCUMENT_CHARS[1]]
         if len(text) >= DOCUMENT_CHARS[0] and text not in seen:
             seen.add(text)
+            yield text
+
+
+def _apart(documents: Iterator[str], held_out: list[str]) -> Iterator[str]:
+    """Neither a part of what is held out, nor with one of these in it: pydoc's topics quote each other."""
+    whole = "\n\n".join(held_out)
+    for text in documents:
+        if text not in whole and not any(one in text for one in held_out):
             yield text
 
 

@@ -30,6 +30,7 @@ def status(home: str | None, as_json: bool) -> None:
         return
     if not isinstance(answer, dict):
         raise UserError("the node's /status is not a table", exit_code=ExitCode.FAILED)
+    answer.pop("roll", None)  # `tapestry members` shows it
     width = max((len(str(key)) for key in answer), default=0)
     for key, value in answer.items():
         name = printable(str(key))

@@ -100,9 +100,9 @@ def screen(seen: Mapping[str, Any], width: int) -> Group:
             ("loss", f"{_number(status.get('loss'))}  {bars([p.get('loss') for p in points], narrow)}"),
             ("validation", f"{_number(status.get('val_loss'))}  {bars(_validations(points), narrow)}"),
             ("tokens/s", f"{_count(status.get('tokens_per_second'))}  {bars(speeds, narrow)}"),
-            ("round", _round_of(status.get("round"))),
+            ("round", _round_of(status.get("round"), seen["peers"])),
             ("bytes", _bytes_of(status.get("bytes") or {})),
-            ("trouble", status.get("trainer_trouble") or ""),
+            ("trouble", status.get("trainer_trouble") or status.get("loss_trouble") or ""),
         ),
     ]
     return Group(
@@ -151,7 +151,8 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    rows = [member_row(peer) for peer in peers[:MEMBERS_SHOWN_MAX]]
+    every = [*peers, *_away(status)]
+    rows = [member_row(row) for row in every[:MEMBERS_SHOWN_MAX]]
     for name, width in (
         ("member", max([7, *(len(row[0]) for row in rows)])),
         ("phase", 9),
@@ -162,7 +163,7 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
     ):
         table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
     table.add_row(
-        short(status.get("peer_id") or "-"),
+        _called(status),
         str(status.get("phase")),
         str(status.get("epoch")),
         "",
@@ -171,9 +172,23 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
     )
     for row in rows:
         table.add_row(*row)
-    if len(peers) > MEMBERS_SHOWN_MAX:
-        table.add_row(f"and {len(peers) - MEMBERS_SHOWN_MAX} more")
+    if len(every) > len(rows):
+        table.add_row(f"and {len(every) - len(rows)} more")
     return table
+
+
+def _away(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The members that this node does not hear."""
+    away = [one for one in status.get("roll") or [] if not one.get("phase")]
+    return [one | {"phase": "not heard", "why": _last(one.get("last_epoch"))} for one in away]
+
+
+def _last(epoch: int | None) -> str:
+    return "nothing of late" if epoch is None else f"last in epoch {epoch}"
+
+
+def _called(peer: Mapping[str, Any]) -> str:
+    return who(str(peer.get("peer_id", "-")), cut(str(peer.get("name") or ""), NAME_SHOWN))
 
 
 def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
@@ -181,7 +196,7 @@ def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     heard, relayed = peer.get("heard_s"), peer.get("relayed")
     addresses = peer.get("addresses") or [""]
     return (
-        who(str(peer.get("peer_id", "-")), cut(str(peer.get("name") or ""), NAME_SHOWN)),
+        _called(peer),
         printable(str(peer.get("phase") or "-")),
         "-" if peer.get("epoch") is None else str(peer["epoch"]),
         "" if heard is None else f"{heard:.1f} s",
@@ -190,10 +205,11 @@ def member_row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _round_of(told: Mapping[str, Any] | None) -> str:
+def _round_of(told: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]) -> str:
     if not told:
         return "-"
-    waiting = ", ".join(short(str(one)) for one in told.get("waiting_on", [])[:4])
+    known = {peer.get("peer_id"): _called(peer) for peer in peers}
+    waiting = ", ".join(known.get(one) or who(str(one), "") for one in told.get("waiting_on", [])[:4])
     text = f"{told.get('stage')}, ballot {told.get('ballot')}, electorate {told.get('electorate')}"
     return text + (f", waits for {waiting}" if waiting else "")
 

@@ -123,7 +123,11 @@ async def open_state(
             if begins:
                 _log.info("state=0 of=%s; nothing is downloaded for it", own.base)
             else:
-                _log.warning("state=0 of=%s is not the run's; it comes from the peers", own.base)
+                _log.warning(
+                    "state=0 of=%s is not the run's; it comes from the peers. Leave --base away, or "
+                    "name the run's",
+                    own.base,
+                )
         await asyncio.to_thread(store.write_genesis, genesis)
     state.head = genesis.run_id
     base = base_folder(own.home, spec)

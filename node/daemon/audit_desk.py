@@ -353,7 +353,11 @@ class AuditDesk:
     async def _is_in_the_state(self, lie: Accusation) -> bool:
         found: bool = await self._loop.compute(self._evidence.in_the_state, lie)
         if not found:
-            _log.warning("rollback=not_asked epoch=%d the update on this disk has no such mean", lie.epoch)
+            _log.warning(
+                "rollback=not_asked epoch=%d; the update on this disk has no such mean, so the lie did "
+                "no harm here. The liar's removal stands",
+                lie.epoch,
+            )
         return found
 
     async def _concerns_the_run(self, proof: Accusation | DoubleVote) -> bool:

@@ -89,7 +89,11 @@ class DescriptionsDesk:
         try:
             texts = published(Declared.load(self._home))
         except UserError as error:
-            _log.warning("descriptions=not_read reason=%r", str(error))
+            _log.warning(
+                "descriptions=not_read reason=%r; mend data.toml: until then the others have what it "
+                "said before",
+                str(error),
+            )
             return
         if self._known.say(self._me, texts, int(time.time())):
             _log.info("descriptions=said count=%d; the other members will hear of it", len(texts))

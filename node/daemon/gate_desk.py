@@ -51,6 +51,11 @@ class GateDesk:
                 if not await self._disk.take_aside(out.body, out.blobs, room):
                     return None
             except (UserError, Refused) as error:
-                _log.warning("gate=unmeasured epoch=%d reason=%r", out.body.epoch, str(error))
+                _log.warning(
+                    "gate=unmeasured epoch=%d reason=%r; this node votes without having measured. Make "
+                    "room in memory, if that is the reason: the gate takes one more copy of the "
+                    "parameters",
+                    *(out.body.epoch, str(error)),
+                )
                 return None
             return await trainer.judge(out.body.prev, out.head)

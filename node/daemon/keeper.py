@@ -90,7 +90,11 @@ class Keeper:
         if restored is not None:
             self._digest = restored.state_digest
             if restored.reason:
-                _log.warning("restored epoch=%d of=%d %s", restored.epoch, chain.epoch, restored.reason)
+                _log.warning(
+                    "restored epoch=%d of=%d %s; the rest comes from the others. Check the disk if no "
+                    "power cut explains it",
+                    *(restored.epoch, chain.epoch, restored.reason),
+                )
         return Restored(
             self.store.chain(chain.genesis),
             restored.epoch if restored is not None else NO_STATE,

@@ -68,6 +68,7 @@ from tapestry.node.surface.history import History, HistoryFile, read_history
 from tapestry.node.surface.http import needs_token, start_http
 from tapestry.node.surface.logs import Log
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.otel import About, open_otel
 from tapestry.node.surface.status import NodeView
 from tapestry.node.surface.tls import ServerTls
 from tapestry.node.surface.token import Token
@@ -195,6 +196,10 @@ class Daemon:
                 tls=await asyncio.to_thread(self._tls),
             )
             self._show_token(shown)
+            about = About(VERSION, identity.peer_id)
+            otel = await asyncio.to_thread(open_otel, self.metrics, config.otlp_endpoint, os.environ, about)
+            if otel is not None:
+                stack.push_async_callback(asyncio.to_thread, otel.close)
             stack.push_async_callback(http.close)
             self.home.write_endpoint(http.url)
             stack.callback(self.home.remove_endpoint)

@@ -177,7 +177,12 @@ class MembersDesk:
         if not fault and not self._held_back_to(epoch):
             fault = NOT_HELD.format(epoch=epoch)
         if fault:
-            _log.warning("rollback=not_asked epoch=%d %s; the liar's removal stands", epoch, fault)
+            _log.warning(
+                "rollback=not_asked epoch=%d %s; the liar's removal stands. A member that can may ask: "
+                "tapestry propose rollback",
+                epoch,
+                fault,
+            )
         else:
             self._loop.feed(ev.ChangeAsked(change))
 

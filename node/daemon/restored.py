@@ -51,7 +51,10 @@ async def find_run(
 ) -> None:
     """Returns when somebody was met or `wait_s` are over; then the home is an ordinary one. Raises
     OSError."""
-    _log.warning("home=restored at=%s; it looks for its run before it trains", mark.restored_at)
+    _log.warning(
+        "home=restored at=%s; it looks for its run before it trains: give --peer if it finds nobody",
+        mark.restored_at,
+    )
     end_s = time.monotonic() + wait_s
     met = ""
     while not met and time.monotonic() < end_s:

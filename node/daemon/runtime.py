@@ -104,6 +104,7 @@ class Runtime:
     async def run(self) -> None:
         """Until cancelled. Raises OSError when the disk fails, and our bugs."""
         torch_on_one_thread()
+        self.reporter.meet(self.snapshot())
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._broken = asyncio.get_running_loop().create_future()
@@ -153,6 +154,7 @@ class Runtime:
         if self._brought is not None:
             self._brought.look(records)
         if changed:
+            self.reporter.changed(records, self.snapshot())
             self._network.check_members()
 
     def do_moved(self, out: ev.Moved) -> None:

@@ -20,6 +20,10 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, Parted, TrainerProcess
 
+NOTE_CURE = (  # of an inner optimizer that cannot be used
+    "nothing is to be done after an upgrade or a change of [training]; else check the disk. Some epochs "
+    "learn less"
+)
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
 
 _log = logging.getLogger("tapestry.node")
@@ -91,12 +95,12 @@ class TrainerDesk:
             if self._undone(self._begun_epoch):
                 self._trainer.forget()  # before it is told what was begun meanwhile
             if event.note:
-                _log.warning("trainer note=%r", event.note)
+                _log.warning("trainer note=%r; %s", event.note, NOTE_CURE)
             self._loop.feed(ev.TrainerState(True, ""))
         elif isinstance(event, tm.Failed | Died | Parted):
             self._down(event)
         elif isinstance(event, tm.Notice):
-            _log.warning("trainer %s", event.text)
+            _log.warning("trainer %s", event.text)  # with what to do: inner.py, member.py
         elif isinstance(event, tm.Saved) and event.error:
             _log.warning(
                 "trainer inner_state=not_saved reason=%r; make room or mend the disk: a restart begins it "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tapestry.node.daemon.egress import Egress, Unwritten
+from tapestry.node.daemon.loss_watch import LossWatch
 from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
@@ -25,6 +26,7 @@ from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import Shows
 from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.names import Names
 from tapestry.node.surface.status import WORKING, Shown, Traffic
 from tapestry.node.surface.story import Story
 from tapestry.node.surface.trackers import Trackers
@@ -43,6 +45,10 @@ OUTCOMES = {  # of a round that did not commit with us in it, and what is to be 
     "forced": "a majority of the members was not there; if these should be, look for why they are not: "
     "tapestry peers",
 }
+
+REFUSED_CURE = (
+    "it counts for nothing, and nothing is to be done. If it goes on, ask its operator: tapestry members"
+)
 
 GATED = {  # protocol/events.py, Gated
     "refused": "this node does not vote for it; if a majority does, it follows",
@@ -237,9 +243,11 @@ class Reporter:
         self.float32_ratio = 1.0  # how many times as large what is sent would be
         self._trackers = trackers or Trackers({})
         self._history = history or History()
-        self._story = Story(self._history)
+        self._names = Names()
+        self._story = Story(self._history, self._names.call, self._names.knows)
         self.training = TrainingView()
         self.coming = Coming(live.show)
+        self._losses = LossWatch()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
@@ -261,6 +269,7 @@ class Reporter:
 
     def show(self, core: Snapshot, where: Where, applicants: Sequence[Applicant] = ()) -> Shown:
         """What /status shows."""
+        self.meet(core)
         training, dropped = self.training, self._dropped
         if self.coming.text:
             core = replace(core, reason=f"{core.reason}; {self.coming.text}")
@@ -282,11 +291,15 @@ class Reporter:
             where.routes,
             self.traffic,
             training.trouble,
-            tuple(self._accused),
+            tuple({**one, "name": self._names.name(str(one["peer"]))} for one in self._accused),
             tuple(
-                {"peer": peer, "count": count} for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
+                {"peer": peer, "name": self._names.name(peer), "count": count}
+                for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
             ),
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
+            self._names.name,
+            self._history.last_contributions,
+            self._losses.trouble,
         )
 
     # --- of the trainer ------------------------------------------------------------------------
@@ -295,6 +308,7 @@ class Reporter:
         """A report of the trainer."""
         self.training.on_event(event, now)
         if isinstance(event, tm.Contribution):
+            self._losses.trained(_known(event.loss))
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)
@@ -312,8 +326,18 @@ class Reporter:
             losses = self.training.val_losses.items()
             self._trackers.put(event.epoch, {f"validation/loss/{name}": loss for name, loss in losses})
             self._history.point(event.epoch, validation=self.training.val_losses)
+            if self._losses.validated(event.epoch, event.loss):
+                self._losses_changed(event.epoch)
         elif isinstance(event, tm.Hello):
             self.metrics.set_validation_losses(self.training.val_losses)
+
+    def _losses_changed(self, epoch: int) -> None:
+        """Training and validation loss have begun to go apart, or do so no longer."""
+        if self._losses.trouble:
+            _log.warning("losses=apart epoch=%d %s", epoch, self._losses.trouble)
+        else:
+            _log.info("losses=together epoch=%d the validation loss no longer rises", epoch)
+        self._story.losses(self._losses.trouble)
 
     def trainer_up(self) -> None:
         self.metrics.set_trainer_up(True)
@@ -327,7 +351,7 @@ class Reporter:
         self.training.trouble = trouble
         self._trainer_up = False
         if told:
-            _log.warning("trainer=down %s", why)
+            _log.warning("trainer=down %s", why)  # with the cure, once it is clear: trainer_health.py
             self._story.trainer(why, up=False)
 
     # --- of the core ---------------------------------------------------------------------------
@@ -414,6 +438,12 @@ class Reporter:
             agreement=record.body.agreement.shares() if contributors > 1 else {},
         )
 
+    def changed(self, records: Sequence[Record], core: Snapshot) -> None:
+        """Records that are on disk now; some may change who belongs to the run, and its rules."""
+        self.meet(core)
+        for record in records:
+            self._story.changed(record.body)
+
     def dropped(self, records: int, weight: int) -> None:
         """A fork was left for a better chain."""
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
@@ -446,7 +476,10 @@ class Reporter:
     def rolled_back(self, epoch: int, to: int, why: str) -> None:
         """The run's members took what was made since `to` back."""
         self.metrics.rolled_back()
-        _log.warning("rolled_back epoch=%d state=%d why=%r", epoch, to, why)
+        _log.warning(
+            "rolled_back epoch=%d state=%d why=%r; nothing is to be done: the run goes on from there",
+            *(epoch, to, why),
+        )
         self._story.rolled_back(epoch, to, why)
 
     def withheld(self, peers: Sequence[str], epoch: int, shard: int) -> None:
@@ -462,6 +495,10 @@ class Reporter:
 
     # --- of peers ------------------------------------------------------------------------------
 
+    def meet(self, core: Snapshot) -> None:
+        """Who is in the run, and what they are called, from now on."""
+        self._names.learn(core.peer_id, core.roll)
+
     def refused(self, peer: str, reason: str, text: str) -> None:
         """Something of `peer` was refused."""
         self.log_refusal(peer, reason, text)
@@ -470,11 +507,12 @@ class Reporter:
     def log_refusal(self, peer: str, reason: str, text: str) -> None:
         """All are counted, but a peer must not fill the disk with what it did, nor all together."""
         if self._refusals.may_tell(reason if reason == "peers_max" else (peer, reason), time.monotonic()):
-            _log.warning("refused peer=%s reason=%s %s", peer[-6:], reason, text)
+            _log.warning("refused peer=%s reason=%s %s; %s", peer[-6:], reason, text, REFUSED_CURE)
             self._story.refused(peer, reason, text)
 
     def count_peers(self, core: Snapshot, routes: Mapping[str, str]) -> None:
         """`routes`: linked peer -> "direct" or "relayed"."""
+        self.meet(core)
         counts: dict[str, int] = {}
         for peer in core.peers:
             if peer.phase:

@@ -278,7 +278,11 @@ class ChainFile:
 
     def _begin_index_anew(self, why: str) -> None:
         """Neither index nor marks hold anything that the chain does not."""
-        _log.warning("chain index=unreadable path=%s reason=%r; made again", self._index_path, why)
+        _log.warning(
+            "chain index=unreadable path=%s reason=%r; made again of the chain. Check the disk",
+            self._index_path,
+            why,
+        )
         self._marks_path.unlink(missing_ok=True)
         self._mark_ends = []
         self._index_path.unlink()
@@ -367,7 +371,10 @@ class ChainFile:
         path, fd, start = self._path, self._chain.fd, self._end
         rest_bytes = os.fstat(fd).st_size - start
         _log.warning(
-            "chain cut path=%s records_kept=%d bytes_cut=%d reason=%r", path, self._count, rest_bytes, why
+            "chain cut path=%s records_kept=%d bytes_cut=%d reason=%r; the others are asked for what is "
+            "missing. %s",
+            *(path, self._count, rest_bytes, why),
+            "A crash explains it" if why == "unfinished" else "Check the disk",
         )
         if why != "unfinished":
             aside = path.with_name(path.name + ".corrupt")

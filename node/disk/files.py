@@ -83,7 +83,9 @@ def sync_folder(folder: Path) -> None:
 @functools.cache  # once
 def _tell_unsynced(folder: str) -> None:
     _log.warning(
-        "folder=%s cannot be synced: after a power cut its newest files may be those of before", folder
+        "folder=%s cannot be synced: after a power cut its newest files may be those of before; put the "
+        "home on another file system if that must not be",
+        folder,
     )
 
 

@@ -227,7 +227,12 @@ def _cut_torn(path: Path) -> int:
         if torn:
             file.truncate(size - torn)
             os.fsync(file.fileno())
-            _log.warning("cut an unfinished last line off path=%s bytes=%d", path, torn)
+            _log.warning(
+                "cut an unfinished last line off path=%s bytes=%d; a crash explains it, nothing is to "
+                "be done",
+                path,
+                torn,
+            )
     return torn
 
 

@@ -309,7 +309,9 @@ class Store:
             except (ValueError, OSError) as error:
                 if not is_damage(error):
                     raise
-                _log.warning("update dropped path=%s reason=%r", path, str(error))
+                _log.warning(
+                    "update dropped path=%s reason=%r; the others have it. Check the disk", path, str(error)
+                )
                 path.unlink()
                 continue
             self._updates[header.head] = UpdateFile(header.epoch, path, header.size_bytes)

@@ -229,7 +229,12 @@ class Member:
         if math.isfinite(loss):
             self._channel.send(Validation(epoch, loss, (EVALUATED,), (loss,)))
         else:
-            self._channel.send(Notice(f"the script's evaluate() gave {loss}"))
+            self._channel.send(
+                Notice(
+                    f"the script's evaluate() gave {loss}; it is left out. Look at the script's data "
+                    f"and at its loss"
+                )
+            )
 
     # --- what it is told -----------------------------------------------------------------------
 

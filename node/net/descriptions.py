@@ -109,7 +109,11 @@ class Descriptions:
         except FileNotFoundError:
             found = []
         except ValueError as error:
-            _log.warning("descriptions=dropped path=%s reason=%r; the others have them", path, str(error))
+            _log.warning(
+                "descriptions=dropped path=%s reason=%r; the others give them again. Check the disk",
+                path,
+                str(error),
+            )
             found = []
         for one in found:
             if self._is_signed(one):

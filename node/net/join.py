@@ -168,7 +168,8 @@ async def _compare_with_peers(
             theirs = await _fetch(swarm, peer.peer_id, crypto)
         except (Unreachable, _NoGenesis) as error:
             _log.warning(
-                "peer=%s not_reached reason=%r; the node goes on without it, and tries again",
+                "peer=%s not_reached reason=%r; the node goes on without it, and tries again. If it "
+                "stays so, see that this peer runs and that its address is right",
                 peer.peer_id[-6:],
                 str(error),
             )

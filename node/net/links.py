@@ -61,6 +61,7 @@ JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at t
 JUNK_S_MAX = 60.0
 BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
 STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
+LINK_CURE = "tried again by itself; see that this peer runs, and that its address is right"
 TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
 BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
 
@@ -467,7 +468,7 @@ class Links:
         if peer in self._given and reason != "backoff" and self._failures.may_tell((peer, reason), now):
             # One that serves the DHT only is a good entry, and has no links; nor has a member of another run.
             level = logging.INFO if reason == "unsupported" else logging.WARNING
-        _log.log(level, "link=failed peer=%s reason=%s %s", peer[-6:], reason, error)
+        _log.log(level, "link=failed peer=%s reason=%s %s; %s", peer[-6:], reason, error, LINK_CURE)
 
     async def _linked(self, link: _Peer) -> str:
         """While all its streams are open. Returns why they no longer are."""

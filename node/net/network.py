@@ -188,7 +188,10 @@ class Network:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
             else:
-                _log.warning("p2pd=restarted")
+                _log.warning(
+                    "p2pd=restarted; the links come back by themselves. If it goes on, look at its lines "
+                    "above and at this machine's memory"
+                )
                 return swarm
 
     async def _serve(self, swarm: Swarm, node: Resident) -> None:
@@ -238,7 +241,8 @@ class Network:
             except SwarmError as error:
                 missed += 1
                 _log.warning(
-                    "p2pd=silent reason=%r; it is replaced if it stays so; is this machine overloaded?",
+                    "p2pd=silent reason=%r; it is replaced if it stays so. Look whether this machine is "
+                    "overloaded",
                     str(error),
                 )
                 continue
@@ -324,7 +328,8 @@ class Network:
                 await self._publish(swarm, node.news())
             except (SwarmError, PresenceError) as error:
                 _log.warning(
-                    "presence=not_published reason=%r; tried again: newcomers need this node's address",
+                    "presence=not_published reason=%r; tried again. If it goes on, look at this "
+                    "machine's line: newcomers need this node's address",
                     str(error),
                 )
             await asyncio.sleep(PRESENCE_MIN_S)
@@ -373,7 +378,9 @@ class Network:
                         links.want(presence.peer_id, usable, hint=True)
             except SwarmError as error:
                 _log.warning(
-                    "presence=not_listed reason=%r; tried again: members that are linked stay so", str(error)
+                    "presence=not_listed reason=%r; tried again, and members that are linked stay so. If "
+                    "it goes on, look at this machine's line",
+                    str(error),
                 )
             await asyncio.sleep(PRESENCE_LOOK_S)
 
@@ -385,8 +392,7 @@ class Network:
         if where:
             _log.error(
                 "key=twice another node uses this home's key at=%s; stop one of the two, or remove "
-                "identity.key, "
-                "vote.json and home.json from the home of one",
+                "identity.key, vote.json and home.json from the home of one",
                 where,
             )
 

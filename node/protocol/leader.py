@@ -451,7 +451,7 @@ class Leader:
 
     def _gone(self, peer: str, now: float) -> bool:
         state = self.state
-        if self.ctx.heard(peer, now):
+        if self.ctx.heard(peer, now) and not self._has_gone_on(peer):
             return peer not in state.accepts and self.ctx.leaving(peer)
         # A reducer may have voted and died before the others had its results.
         return peer not in state.accepts or state.exchange.reduces(peer)

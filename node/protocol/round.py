@@ -48,6 +48,7 @@ from tapestry.node.protocol.watch import Watch
 
 __all__ = ["Outcome", "Round"]
 
+NARROW_FROM = 3  # electors: of two contributions the mean is bounded by nothing anyway
 NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
@@ -355,7 +356,7 @@ class Round:
             self.acceptor.enter(roster.ballot, now)
         if self._decides_alone(peer, roster):
             self._next_ballot(now, NARROW)
-            return NARROW
+            return "narrow"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
@@ -368,7 +369,7 @@ class Round:
         alone would set the state to what it likes. If only few have something to give, a second one sees it.
         """
         electorate, state = self.electorate, self.state
-        if roster.forced or self.ctx.me not in electorate:
+        if roster.forced or self.ctx.me not in electorate or len(electorate) < NARROW_FROM:
             return False
         named = {m.peer for m in roster.members if m.weight}
         counted = sum(p in named for p in electorate)

@@ -84,6 +84,7 @@ class NodeConfig:
     log_file_mb: int
     log_files: int
     trackers: tuple[str, ...]  # surface/trackers.KINDS
+    otlp_endpoint: str  # of an OpenTelemetry collector; "": as the environment says
     ending: Ending
     max_params: int | None  # refuse to join a run of more; None: as many as the machine has room for
     show_spec: bool = False  # print what the run agreed on when joining it
@@ -131,6 +132,7 @@ class NodeConfig:
             log_file_mb=options.log_file_mb,
             log_files=options.log_files,
             trackers=options.trackers,
+            otlp_endpoint=_url(options.otlp_endpoint, where["otlp_endpoint"]),
             ending=_ending(flags.get("epochs"), flags.get("until_epoch")),
             max_params=options.max_params or None,
             show_spec=bool(flags.get("show_spec")),
@@ -209,6 +211,11 @@ class NodeToml:
         "Experiment trackers that get loss, speed and round times of every epoch. tensorboard writes to "
         "HOME/tensorboard. Each is an extra: pip install 'tapestry-node[tensorboard]'.",
     ] = ()
+    otlp_endpoint: Annotated[
+        str,
+        'An OpenTelemetry collector that gets what /metrics shows: "http://127.0.0.1:4318". With none, the '
+        "environment's OTEL_EXPORTER_OTLP_ENDPOINT counts. An extra: pip install 'tapestry-node[otel]'.",
+    ] = ""
     data: Annotated[DataSettings, "What this member trains on and is measured on."] = NO_DATA
     training: Annotated[
         LocalTraining, "How this node's trainer computes what the run asks for. The result is the same."
@@ -314,6 +321,12 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
         except ValueError as error:
             raise UserError(f"{where}: '{match['v6']}' is not an IPv6 address") from error
     return match["v6"] or match["host"], int(match["port"])
+
+
+def _url(text: str, where: str) -> str:
+    if text and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise UserError(f"{where}: {text} is no URL", hint="http://127.0.0.1:4318")
+    return text
 
 
 def _tls(cert: str, key: str, where: Mapping[str, str]) -> tuple[Path, Path] | None:

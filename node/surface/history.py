@@ -29,6 +29,7 @@ POINTS_MAX = 1000  # Guess: as many as a wide screen has columns for
 RECORDS_MAX = 32
 MEMBERS_SHOWN_MAX = 100  # of a record; of a larger one the count remains
 EVENTS_MAX = 200
+CONTRIBUTORS_MAX = 2048  # whose last epoch is remembered: more than a run has members. G7
 TEXT_CHARS_MAX = 300
 LINES_ADDED_MAX = 2000  # then the file is written anew, with what is remembered alone
 FILE_BYTES_MAX = 16 * 2**20  # of a file that is read; ours have 3 MB at most
@@ -96,6 +97,7 @@ class History:
         self._points: dict[int, Point] = {}  # by epoch, ascending
         self._records: deque[RecordSeen] = deque(maxlen=RECORDS_MAX)
         self._events: deque[EventSeen] = deque(maxlen=EVENTS_MAX)
+        self._contributed: dict[str, int] = {}  # peer -> the last epoch that counts it, the oldest first
         self._news: deque[tuple[int, Entry]] = deque(maxlen=EVENTS_MAX)  # with their numbers
         self._count = 0
         self._file: HistoryFile | None = None
@@ -119,9 +121,17 @@ class History:
             self._points = _thinned(self._points)
 
     def record(self, record: RecordSeen) -> None:
-        self._forget_records_from(record.epoch)
-        self._records.append(record)
+        self._take_record(record)
         self._add(record)
+
+    def contributed(self, epoch: int, peers: Iterable[str]) -> None:
+        """These are counted in the record of `epoch`, also where it has more members than are shown of it."""
+        for peer in peers:
+            if epoch >= self._contributed.get(peer, 0):
+                self._contributed.pop(peer, None)
+                self._contributed[peer] = epoch
+        while len(self._contributed) > CONTRIBUTORS_MAX:
+            del self._contributed[next(iter(self._contributed))]
 
     def tell(self, text: str, level: Level = "info") -> None:
         event = EventSeen(round(time.time(), 2), level, text[:TEXT_CHARS_MAX])
@@ -137,6 +147,11 @@ class History:
             "records": [plain(record) for record in self._records],
             "events": [plain(event) for event in self._events],
         }
+
+    @property
+    def last_contributions(self) -> Mapping[str, int]:
+        """Peer -> the last epoch that counts it, as far as it is remembered."""
+        return self._contributed
 
     @property
     def count(self) -> int:
@@ -164,8 +179,7 @@ class History:
                 self._points.pop(entry.epoch, None)
                 self._points[entry.epoch] = entry
             elif isinstance(entry, RecordSeen):
-                self._forget_records_from(entry.epoch)
-                self._records.append(entry)
+                self._take_record(entry)
             else:
                 self._events.append(entry)
         self._points = dict(sorted(self._points.items()))
@@ -192,10 +206,14 @@ class History:
     def _lines(self) -> list[bytes]:
         return [_line(entry) for entry in self._entries()]
 
-    def _forget_records_from(self, epoch: int) -> None:
-        """Those of a fork that was left."""
-        while self._records and self._records[-1].epoch >= epoch:
+    def _take_record(self, record: RecordSeen) -> None:
+        """The newest: what there is of its epoch or a later one was on a fork that was left."""
+        if self._records and self._records[-1].epoch >= record.epoch:
+            self._contributed = {p: e for p, e in self._contributed.items() if e < record.epoch}
+        while self._records and self._records[-1].epoch >= record.epoch:
             self._records.pop()
+        self._records.append(record)
+        self.contributed(record.epoch, [peer for peer, weight in record.members if weight])
 
 
 def kind_of(entry: Entry) -> Kind:

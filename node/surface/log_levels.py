@@ -35,6 +35,7 @@ SUBSYSTEMS = {
     "history": "the page's past",
     "http": "the endpoint",
     "trackers": "TensorBoard, wandb, trackio",
+    "otel": "the way to an OpenTelemetry collector",
     "log": "this log itself",
 }
 

@@ -10,10 +10,10 @@ Must not import torch or hivemind.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 
 from tapestry.node.disk.use import KINDS
 
@@ -105,6 +105,10 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format; serve it as CONTENT_TYPE."""
         return prometheus_client.generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """The same as prometheus_client has it. From any thread."""
+        return self._registry.collect()
 
     def set_disk(self, use: Mapping[str, int], free: int) -> None:
         """Bytes of the home by disk/use.KINDS, and what is left on its file system."""

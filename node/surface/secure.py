@@ -87,7 +87,12 @@ class SecureListener:
                 try:
                     guest, _ = await loop.sock_accept(listener)
                 except OSError as error:
-                    _log.warning("accept=failed %s; tried again in %g s", error.strerror, AGAIN_S)
+                    _log.warning(
+                        "accept=failed %s; tried again in %g s. If it goes on, raise the limit of open "
+                        "files (ulimit -n)",
+                        error.strerror,
+                        AGAIN_S,
+                    )
                     await asyncio.sleep(AGAIN_S)
                     continue
                 task = asyncio.create_task(self._encrypt(guest))

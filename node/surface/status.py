@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tapestry.dht.conduct import Ban
@@ -61,9 +61,12 @@ class Shown:
     routes: Mapping[str, str]  # linked peer -> "direct" or "relayed"
     traffic: Traffic
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
-    accused: tuple[dict[str, str | int], ...] = ()  # peer, epoch, shard of lies that were proven
-    withheld: tuple[dict[str, str | int], ...] = ()  # peer, count: what it did not give our audits
+    accused: tuple[dict[str, str | int], ...] = ()  # peer, name, epoch, shard of lies that were proven
+    withheld: tuple[dict[str, str | int], ...] = ()  # peer, name, count: what it did not give our audits
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
+    name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
+    last_contributions: Mapping[str, int] = field(default_factory=dict)  # peer -> epoch, where it is known
+    loss_trouble: str = ""  # its losses say that something is wrong, and what to do; "" if not
 
 
 class NodeView:
@@ -110,6 +113,7 @@ class NodeView:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
         base: dict[str, Any] = {
             "peer_id": "",
+            "name": "",
             "run_id": "",
             "run_name": self._run_name,
             "version": self._version,
@@ -125,6 +129,7 @@ class NodeView:
             "val_loss_epoch": None,
             "val_losses": {},
             "trainer_trouble": "",
+            "loss_trouble": "",
             "data_passes": 0.0,
             "tokens_total": 0,
             "tokens_per_second": 0.0,
@@ -136,6 +141,7 @@ class NodeView:
             "accused": [],
             "withheld": [],
             "members": 0,
+            "roll": [],
             "applicants": [],
             "caps": self._caps,
             "bytes": asdict(NO_TRAFFIC),
@@ -150,6 +156,7 @@ class NodeView:
         core = shown.core
         return base | {
             "peer_id": core.peer_id,
+            "name": shown.name_of(core.peer_id),
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
             "reason": core.reason,
@@ -162,6 +169,7 @@ class NodeView:
             "val_loss": shown.val_loss,
             "val_loss_epoch": shown.val_loss_epoch if shown.val_loss_epoch >= 0 else None,
             "trainer_trouble": shown.trainer_trouble,
+            "loss_trouble": shown.loss_trouble,
             "val_losses": dict(shown.val_losses),
             "data_passes": shown.data_passes,
             "tokens_total": shown.tokens_total,
@@ -174,6 +182,7 @@ class NodeView:
             "accused": list(shown.accused),
             "withheld": list(shown.withheld),
             "members": len(core.roll.members),
+            "roll": _roll(shown),
             "applicants": list(shown.applicants),
             "bytes": asdict(shown.traffic),
             "addresses": list(shown.addresses),
@@ -189,6 +198,7 @@ class NodeView:
         live = [
             {
                 "peer_id": peer.peer_id,
+                "name": shown.name_of(peer.peer_id),
                 "phase": peer.phase,
                 "epoch": peer.epoch,
                 "head": peer.head,
@@ -200,7 +210,13 @@ class NodeView:
             for peer in shown.core.peers
         ]
         return live + [
-            {"peer_id": ban.peer, "phase": "banned", "why": ban.reason, "left_s": round(ban.left_s, 1)}
+            {
+                "peer_id": ban.peer,
+                "name": shown.name_of(ban.peer),
+                "phase": "banned",
+                "why": ban.reason,
+                "left_s": round(ban.left_s, 1),
+            }
             for ban in self._bans()[:BANS_SHOWN_MAX]
         ]
 
@@ -212,6 +228,22 @@ class NodeView:
             return False, self.waiting or "starting"
         core = self._look().core
         return core.phase in WORKING, f"{core.phase}: {core.reason}"
+
+
+def _roll(shown: Shown) -> list[dict[str, Any]]:
+    """The run's members, linked or not."""
+    core = shown.core
+    phases = {peer.peer_id: peer.phase for peer in core.peers} | {core.peer_id: core.phase}
+    return [
+        {
+            "peer_id": peer,
+            "name": shown.name_of(peer),
+            "since": seat.since,
+            "phase": phases.get(peer, ""),
+            "last_epoch": shown.last_contributions.get(peer),
+        }
+        for peer, seat in core.roll.members.items()
+    ]
 
 
 def _relayed(route: str | None) -> bool | None:

@@ -4,8 +4,8 @@
     round 41 went on without lab-hanoi: 3 of 4 contributed, 0.4 s
 
 It is told what the daemon's views see anyway, decides nothing, and writes into History. A peer is called what
-`name_of` calls it: by its name, or by the end of its peer id where it has none. Peers are compared once a
-second: a link that is back at once is no news. Round 41 is the one that makes epoch 41.
+`name_of` calls it (names.py): by its name, or by the end of its peer id where it has none. Peers are compared
+once a second: a link that is back at once is no news. Round 41 is the one that makes epoch 41.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from collections.abc import Callable, Sequence
 from tapestry.node.errors import printable
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol.chain import Body, Record
+from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.snapshot import Snapshot
-from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History, RecordSeen
+from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History, Level, RecordSeen
+from tapestry.node.surface.names import short
 
 NAMES_MAX = 3  # in one sentence
+CHANGE_LEVELS: dict[str, Level] = {"admit": "good", "remove": "warning"}  # of others: info
 REPEAT_S = 60.0  # Guess: between two sentences of one kind about the same peers
-
-
-def short(peer: str) -> str:
-    """The end of a peer id: all begin alike."""
-    return f"…{peer[-6:]}"
 
 
 class Story:
     """Of one node. `now` is of a monotonic clock, `at` is unix time."""
 
-    def __init__(self, history: History, name_of: Callable[[str], str] = short) -> None:
+    def __init__(
+        self,
+        history: History,
+        name_of: Callable[[str], str] = short,
+        was_member: Callable[[str], bool] = lambda peer: True,  # or is one
+    ) -> None:
         self._history = history
         self._name_of = name_of
+        self._was_member = was_member
         self._up: dict[str, str] = {}  # linked peers, with the phase they said last
         self._before: Body | None = None  # the record before the newest
         self._last: Body | None = None
@@ -90,6 +94,12 @@ class Story:
     def trainer(self, text: str, *, up: bool) -> None:
         self._history.tell(text, "good" if up else "warning")
 
+    def losses(self, trouble: str) -> None:
+        """They go apart; or, without trouble, no longer."""
+        self._history.tell(
+            trouble or "this node's validation loss no longer rises", "warning" if trouble else "good"
+        )
+
     def refused(self, peer: str, reason: str, text: str) -> None:
         self._history.tell(
             f"something of {self._name_of(peer)} was refused ({reason}): {printable(text)}", "warning"
@@ -105,7 +115,44 @@ class Story:
         self._history.record(
             RecordSeen(body.epoch, record.head, round(at, 2), record.ballot, body.forced, count, members)
         )
+        self._history.contributed(body.epoch, [m.peer for m in body.members if m.weight])
         self._before, self._last = self._last, body
+
+    def changed(self, body: Body) -> None:
+        """What a record changes of who belongs to the run, of its rules and settings. Its roll is learnt.
+
+        A rollback is told when the state has gone back.
+        """
+        for change in body.changes:
+            text = self._change(change)
+            if text:
+                text = f"{text}, from epoch {body.epoch} on{self._asked(change)}"
+                self._history.tell(text, CHANGE_LEVELS.get(change.kind, "info"))
+
+    def _change(self, change: Change) -> str:
+        """Nothing of invitations, and of those that are taken back: they are no news."""
+        who, value = self._name_of(change.peer), printable(change.value)
+        if change.kind == "admit":
+            return f"{who} is a member"
+        if change.kind == "remove" and self._was_member(change.peer):
+            return f"{who} is no member any more" + (f", because {value}" if value else "")
+        if change.kind == "rekey":
+            return f"{self._name_of(value)} has another key: {short(value)} in place of {short(change.peer)}"
+        if change.kind == "voice":
+            return f"the voice of {who} is {value}"
+        if change.kind == "set":
+            return "the setting {} is {}".format(*value.split(" ", 1))
+        if change.kind == "charter":
+            return "the rule {} is {}".format(*value.split(" ", 1))
+        return ""
+
+    def _asked(self, change: Change) -> str:
+        """Who signed for it, of the members: an invitation signs its guest's admission itself."""
+        signers = [peer for peer, _ in change.signatures]
+        if change.kind == "remove" and change.peer in signers:
+            return ", as it asked for itself"
+        by = [peer for peer in signers if self._was_member(peer)]
+        return f", asked for by {self._names(by)}" if by else ""
 
     def round_ended(self, epoch: int, outcome: str, seconds: float | None, now: float) -> None:
         """The round from state `epoch`; its record, if it has one, was told before."""
@@ -158,7 +205,7 @@ class Story:
             self._history.tell(f"{self._names(lost)} {_are(lost)} not heard any more", "warning")
 
     def _names(self, peers: Sequence[str]) -> str:
-        names = [printable(self._name_of(peer)) for peer in peers[:NAMES_MAX]]
+        names = [self._name_of(peer) for peer in peers[:NAMES_MAX]]
         if len(peers) > NAMES_MAX:
             names.append(f"{len(peers) - NAMES_MAX} more")
         return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

@@ -100,7 +100,11 @@ class ServerTls:
         try:
             atomic_write(self._shown, shown)
         except OSError as error:  # the disk is full: what others are served matters more
-            _log.warning("path=%s cannot be written: %s; commands of this home may fail", self._shown, error)
+            _log.warning(
+                "path=%s cannot be written: %s; make room or mend the disk: commands of this home may fail",
+                self._shown,
+                error,
+            )
         return context
 
 

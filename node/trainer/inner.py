@@ -234,7 +234,10 @@ class InnerLoop:
         if smaller is None or not self._adapts or self._group is not None:
             raise OutOfMemory(advice(footing, smaller))
         self._gradients.take(smaller)
-        self._tell(f"a training step did not fit in memory with {footing}: going on with {smaller}")
+        self._tell(
+            f"a training step did not fit in memory with {footing}: going on with {smaller}; "
+            "say so in node.toml's [training], and the next start does not try"
+        )
         if self._optimizer is None:  # half a batch may be in the sum
             self._held.forget_gradient()
             self._losses, self._tokens = [], 0

@@ -14,7 +14,7 @@ import torch
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.dht.swarm import Unreachable
 from tapestry.node.net import links as links_module
-from tapestry.node.net.links import BURST_S, LinkLimits, Links, Pace
+from tapestry.node.net.links import BURST_S, LINK_CURE, LinkLimits, Links, Pace
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
 from tapestry.node.protocol.messages import Control, Records, Result, Shard, Stage, Status
@@ -249,7 +249,7 @@ def test_that_a_given_peer_cannot_be_reached_is_told_once_and_of_others_not(capl
             bench.links.keep("12D3KooWGiven", "/given")
             await asyncio.sleep(0.05)
         told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-        assert told == ["link=failed peer=WGiven reason=refused nothing listens there"]
+        assert told == [f"link=failed peer=WGiven reason=refused nothing listens there; {LINK_CURE}"]
 
     run(main)
 

@@ -12,6 +12,7 @@ from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.members import Charter, Seat, first_roll
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.surface.history import History
@@ -134,3 +135,26 @@ def test_what_a_joiner_waits_for_is_in_its_reason_and_now_and_then_in_the_log(
             coming.update("base x bytes", done, 4)
             now[0] += PROGRESS_LOG_S
     assert len(told) == 3 and [r.getMessage() for r in caplog.records] == told[1:]
+
+
+def test_members_are_called_by_their_names_in_events_and_in_status() -> None:
+    bench = Bench()
+    peer = PeerSnapshot("12D3KooWhanoi1", "training", 1, "", True, True, 0.1)
+    members = {peer.peer_id: Seat("lab-hanoi", 1, 0), "me": Seat("lab-oslo", 1, 0)}
+    core = replace(CORE, roll=replace(first_roll("ab", Charter(), ()), members=members), peers=(peer,))
+    bench.reporter.count_peers(core, {})
+    bench.reporter.count_peers(replace(core, peers=()), {})
+    assert bench.said == ["lab-hanoi is here", "lab-hanoi is not heard any more"]
+    bench.reporter.accused(peer.peer_id, 3, 1, "signed a wrong mean")
+    shown = bench.reporter.show(core, Where(()))
+    assert shown.name_of("me") == "lab-oslo" and shown.accused[0]["name"] == "lab-hanoi"
+
+
+def test_losses_that_go_apart_are_an_event_and_a_trouble_in_status() -> None:
+    bench = Bench()
+    for epoch in range(30):
+        bench.reporter.on_event(tm.Contribution(epoch, 1, 64, 1.0, 3.0 - 0.01 * epoch, 64, 10, 0.0, 2.0), 1.0)
+        bench.reporter.on_event(tm.Validation(epoch, 2.0 + 0.01 * epoch, ("fr",), (2.0,)), 1.0)
+    (said,) = bench.said
+    trouble = bench.reporter.show(CORE, Where(())).loss_trouble
+    assert "training loss fell" in said and said.split(": ")[1] == trouble.split(": ")[1]

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.browser
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = {"phone": (390, 844), "laptop": (1100, 900), "wide": (1800, 1100)}
 INSTALL = "apt install chromium (or playwright install chromium); pip install 'tapestry-node[dev]'"
-PEERS = [f"12D3KooW{letter * 44}" for letter in "ABCD"]
+PEERS = [f"12D3KooW{letter * 44}" for letter in "ABCDE"]  # the fifth was in no record of late
+NAMES = ["", "lab-hanoi", "", "lab-lima", "<b>lab-oslo</b>"]
 INKED = """(chart) => {
   const canvas = document.querySelector(chart);
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -94,11 +95,12 @@ def pages(chromium: Any) -> Iterator[Pages]:
 
 
 class GivenView:
-    """The fourth member is gone."""
+    """The fourth and the fifth member are gone."""
 
     def __init__(self) -> None:
         self.phase, self.reason = "training", ""
         self.run_name = "commons"
+        self.loss_trouble = ""
         self.applicants: list[dict[str, Any]] = []
 
     def status(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class GivenView:
             "state_digest": "ef" * 32,
             "params": 9_900_000,
             "loss": 2.3,
+            "loss_trouble": self.loss_trouble,
             "val_loss": 2.5,
             "val_losses": {"fr": 2.4, "ar": math.nan},
             "data_passes": 1.4,
@@ -123,6 +126,11 @@ class GivenView:
             "round": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "members": len(PEERS),
+            "roll": [
+                {"peer_id": peer, "name": name, "since": 0, "phase": "", "last_epoch": epoch}
+                for peer, name, epoch in zip(PEERS, NAMES, (60, 60, 60, 59, 12), strict=True)
+            ],
             "applicants": self.applicants,
             "caps": {},
             "bytes": {
@@ -140,6 +148,7 @@ class GivenView:
         return [
             {
                 "peer_id": peer,
+                "name": NAMES[PEERS.index(peer)],
                 "phase": phase,
                 "epoch": epoch,
                 "head": "",
@@ -167,10 +176,12 @@ def _given_history(epochs: int = 60) -> History:
         )
         history.point(epoch, sent=2_000_000, received=2_100_000, sent_float32=7_900_000)
         history.point(
-            epoch, round_s=0.4, phases={"training": 9, "ready": 0.2, "exchanging": 0.3, "accepted": 0.1}
+            epoch,
+            round_s=0.4,
+            phases={"training": 9, "ready": 0.2, "exchanging": 0.3, "gate": 0.4, "accepted": 0.1},
         )
         history.point(epoch, validation={"fr": loss + 0.1, "ar": loss + 0.2})
-        members = tuple((peer, 10_000) for peer in (PEERS if epoch < epochs else PEERS[:3]))
+        members = tuple((peer, 10_000) for peer in (PEERS[:4] if epoch < epochs else PEERS[:3]))
         history.record(RecordSeen(epoch, f"{epoch:064x}", time.time(), 0, False, len(members), members))
     history.tell(f"something of {MARKUP} was refused", "warning")
     return history
@@ -258,8 +269,19 @@ def test_what_it_says_is_what_is(pages: Pages, served: Served) -> None:
         "10.0.0.8:4001" in rows[PEERS[1]] and "direct" in rows[PEERS[1]] and "at the head" in rows[PEERS[1]]
     )
     assert "relayed" in rows[PEERS[2]] and "2 epochs" in rows[PEERS[2]]
-    assert "not heard" in rows[PEERS[3]] and "epoch 59" in rows[PEERS[3]]
+    assert all(word in rows[PEERS[3]] for word in ("not heard", "epoch 59", "lab-lima"))
+    assert all(word in rows[PEERS[4]] for word in ("not heard", "epoch 12", NAMES[4]))
+    assert _text(page, "#members-note") == "3 of 5 are here" and _text(page, "#tile-members .value") == "5"
+    assert "lab-lima" in _text(page, "#records") and "measuring the result" in _text(page, "#chart-phases")
     assert pages.complaints == []
+
+
+def test_a_trouble_of_a_node_that_trains_is_told(pages: Pages, served: Served) -> None:
+    page = pages.open(served.server.url)
+    assert page.is_hidden("#reason")
+    served.view.loss_trouble = f"its validation loss rises: {MARKUP}"
+    page.wait_for_selector("#reason:has-text('validation loss rises')", timeout=5000)
+    assert MARKUP in _text(page, "#reason") and pages.complaints == []
 
 
 def test_an_applicant_is_shown_and_the_token_lets_it_in(pages: Pages, served: Served) -> None:
@@ -293,7 +315,7 @@ def test_what_comes_is_shown_at_once_and_agreement_when_there_is_some(pages: Pag
 def test_what_a_peer_says_is_text_and_never_markup(pages: Pages, served: Served) -> None:
     page = pages.open(served.server.url)
     assert MARKUP in _text(page, "#members") and MARKUP in _text(page, "#events")
-    assert page.query_selector("#members img, #events img") is None
+    assert page.query_selector("#members img, #members b, #records b, #events img") is None
     assert pages.complaints == []
 
 

@@ -307,3 +307,11 @@ def test_an_invitation_names_the_run_and_two_are_one_too_many(tmp_path: Path) ->
         _resolve(tmp_path, peers=(one.line, two.line))
     with pytest.raises(UserError, match="not whole"):
         _resolve(tmp_path, peers=(one.line[:-3],))
+
+
+def test_a_collector_is_named_by_its_url(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('otlp_endpoint = "http://127.0.0.1:4318"\n')
+    assert _resolve(tmp_path).otlp_endpoint == "http://127.0.0.1:4318"
+    (tmp_path / "node.toml").write_text('otlp_endpoint = "http"\n')
+    with pytest.raises(UserError, match="otlp_endpoint: http is no URL"):
+        _resolve(tmp_path)

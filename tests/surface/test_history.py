@@ -10,6 +10,7 @@ import pytest
 
 from tapestry.node.surface import history as history_module
 from tapestry.node.surface.history import (
+    CONTRIBUTORS_MAX,
     EVENTS_MAX,
     POINTS_MAX,
     RECORDS_MAX,
@@ -189,3 +190,14 @@ def test_a_disk_that_cannot_be_written_ends_the_writing_and_nothing_else(tmp_pat
         history.tell(f"event {number}")
     _close(history)
     assert history.everything()["events"][-1]["text"] == "event 9999"
+
+
+def test_the_last_epoch_that_counts_a_member_is_remembered_and_forgotten_with_its_fork() -> None:
+    history = History()
+    history.record(RecordSeen(1, "a", 0.0, 0, False, 2, (("hanoi", 5), ("lima", 5))))
+    history.record(RecordSeen(2, "b", 0.0, 0, False, 2, (("hanoi", 5), ("lima", 0))))
+    assert history.last_contributions == {"hanoi": 2, "lima": 1}
+    history.record(RecordSeen(2, "c", 0.0, 0, False, 1, (("lima", 5),)))
+    assert history.last_contributions == {"lima": 2}
+    history.contributed(3, [f"peer{i}" for i in range(CONTRIBUTORS_MAX)])
+    assert len(history.last_contributions) == CONTRIBUTORS_MAX and "lima" not in history.last_contributions

@@ -18,7 +18,7 @@ from tapestry.node.cli.main import FAMILIES, cli
 from tapestry.node.disk.linked import LinkedFile
 from tapestry.node.lineage.egress import Left, Started
 from tapestry.node.lineage.log import Line
-from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.members import Change, Seat
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.history import History, RecordSeen
@@ -46,7 +46,7 @@ def attached() -> NodeView:
     core = SimpleNamespace(
         peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
     )
-    core.roll = SimpleNamespace(members={"us": None})
+    core.roll = SimpleNamespace(members={"us": Seat("", 1, 0), "gone": Seat("lab-lima", 1, 7)})
     core.state_digest, core.params, core.peers, core.round, core.agreement = (
         "d",
         7,
@@ -61,20 +61,23 @@ def attached() -> NodeView:
         val_loss=math.nan,
         val_loss_epoch=-1,
         trainer_trouble="",
+        loss_trouble="",
         val_losses={"x": 2.0},
         data_passes=0.1,
         tokens_total=9,
         tokens_per_second=1.0,
         dropped_records=0,
         dropped_weight=0,
-        accused=({"peer": "c", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
-        withheld=({"peer": "c", "count": 2},),
+        accused=({"peer": "c", "name": "C", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
+        withheld=({"peer": "c", "name": "", "count": 2},),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),
         reachable=True,
         relays=(),
         routes={"a": "direct"},
+        last_contributions={"gone": 2},
+        name_of=lambda peer: {"a": "lab-hanoi"}.get(peer, ""),
     )
     ban = SimpleNamespace(peer="b", reason="streams", left_s=3.0)
     view.attach(
@@ -88,6 +91,9 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
         assert faults(load("status"), _finite(view.status())) == []
         assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
+    us, gone = attached().status()["roll"]
+    assert (us["phase"], us["last_epoch"]) == ("training", None)
+    assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)
 
 
 def test_log_and_doctor_are_as_their_schemas_say() -> None:

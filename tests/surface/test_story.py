@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History
 from tapestry.node.surface.story import Story
@@ -11,7 +12,7 @@ from tapestry.node.surface.story import Story
 class Bench:
     def __init__(self) -> None:
         self.history = History()
-        self.story = Story(self.history, str.title)
+        self.story = Story(self.history, str.title, lambda peer: peer != "an invitation")
         self.now = 0.0
 
     def peers(self, **phases: str) -> None:
@@ -28,6 +29,16 @@ class Bench:
         self.story.committed(Record(body, f"{epoch:064x}", 0, ()), 1.0)
         self.story.round_ended(epoch - 1, outcome, seconds, self.now)
         self.now += 10
+
+    def change(self, kind: str, peer: str, value: str, *signers: str) -> str:
+        """What is said of a change that record 42 carries."""
+        change = Change(kind, peer, value, 99, "0" * 32, tuple((one, "ab") for one in signers))
+        body = Body(
+            "ab" * 32, 42, "cd" * 32, "ef" * 32, (Member("oslo", 1, "c"),), "01" * 32, changes=(change,)
+        )
+        before = len(self.said)
+        self.story.changed(body)
+        return "".join(self.said[before:])
 
     @property
     def said(self) -> list[str]:
@@ -134,3 +145,31 @@ def test_of_a_large_record_the_members_shown_are_bounded() -> None:
     bench.round(1, **{f"p{i}": 1 for i in range(2 * MEMBERS_SHOWN_MAX)})
     (record,) = bench.history.everything()["records"]
     assert len(record["members"]) == MEMBERS_SHOWN_MAX and record["count"] == 2 * MEMBERS_SHOWN_MAX
+
+
+def test_changes_of_members_rules_and_settings_are_told_in_words() -> None:
+    bench = Bench()
+    assert bench.change("admit", "hanoi", "lab-hanoi", "oslo", "lima") == (
+        "Hanoi is a member, from epoch 42 on, asked for by Oslo and Lima"
+    )
+    assert bench.change("admit", "hanoi", "x", "an invitation") == "Hanoi is a member, from epoch 42 on"
+    assert bench.change("remove", "hanoi", "it\nlied", "oslo") == (
+        "Hanoi is no member any more, because it lied, from epoch 42 on, asked for by Oslo"
+    )
+    assert bench.change("remove", "hanoi", "", "hanoi") == (
+        "Hanoi is no member any more, from epoch 42 on, as it asked for itself"
+    )
+    assert bench.change("rekey", "hanoi", "hanoi2", "oslo") == (
+        "Hanoi2 has another key: …hanoi2 in place of …hanoi, from epoch 42 on, asked for by Oslo"
+    )
+    assert bench.change("voice", "hanoi", "3") == "the voice of Hanoi is 3, from epoch 42 on"
+    assert bench.change("set", "", "train.lr 0.0001") == ("the setting train.lr is 0.0001, from epoch 42 on")
+    assert bench.change("charter", "", "admit_by council 2/3", "oslo") == (
+        "the rule admit_by is council 2/3, from epoch 42 on, asked for by Oslo"
+    )
+
+
+def test_invitations_and_those_that_are_taken_back_are_no_news() -> None:
+    bench = Bench()
+    assert bench.change("invite", "an invitation", "1 0 lab", "oslo") == ""
+    assert bench.change("remove", "an invitation", "", "oslo") == ""

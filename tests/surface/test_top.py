@@ -22,6 +22,7 @@ STATUS: dict[str, Any] = {
     "run_name": "demo\x1b[31m",
     "version": "0.1.0",
     "peer_id": "12D3KooWxyzABC",
+    "name": "lab-oslo",
     "uptime_s": 7300.0,
     "epoch": 12,
     "phase": "training",
@@ -32,10 +33,15 @@ STATUS: dict[str, Any] = {
     "bytes": {"sent": 2_000_000, "received": 3_000_000, "sent_float32": 8_000_000, "received_float32": 1},
     "round": {"stage": "ready", "ballot": 0, "electorate": 3, "waiting_on": ["12D3KooWotherZ"]},
     "trainer_trouble": "",
+    "roll": [
+        {"peer_id": "12D3KooWotherZ", "name": "lab-hanoi", "phase": "training", "last_epoch": 12},
+        {"peer_id": "12D3KooWgone00", "name": "lab-lima", "phase": "", "last_epoch": 9},
+    ],
 }
 PEERS = [
     {
         "peer_id": "12D3KooWotherZ",
+        "name": "lab-hanoi\x1b[31m of a long name",
         "phase": "training",
         "epoch": 12,
         "heard_s": 0.4,
@@ -62,7 +68,12 @@ def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> N
         "up 2.0 h",
         "epoch 12  training: 2 of 3 ready",
         "2.3457",
-        "waits for …otherZ",
+        "waits for lab-hanoi?[31m …",
+        "lab-oslo",
+        "…evil00",
+        "lab-lima",
+        "not heard",
+        "last in epoch 9",
         "relayed",
         "streams",
         "round 11 went on",

@@ -100,8 +100,11 @@ function show() {
   if (parts.has("records") || parts.has("now")) showRecords(page.records, names());
 }
 
+/** Peer id -> what it is called; of two that bear one name, with the end of the id beside it. */
 function names() {
-  const known = new Map((page.now?.peers ?? []).filter((p) => p.name).map((p) => [p.peer_id, p.name]));
+  const named = (page.now?.status.roll ?? []).filter((p) => p.name);
+  const bearers = (name) => named.filter((p) => p.name === name).length;
+  const known = new Map(named.map((p) => [p.peer_id, bearers(p.name) > 1 ? `${p.name} (${shortId(p.peer_id)})` : p.name]));
   const own = page.now?.status.peer_id;
   if (own) known.set(own, page.now.status.name || "this node");
   return known;
@@ -129,9 +132,10 @@ function showHead() {
     phase.className = pill(status.phase).className;
   }
   const notice = byId("reason");
-  notice.hidden = ready || !reason;
+  const told = (ready ? "" : reason) || status.trainer_trouble || status.loss_trouble || "";
+  notice.hidden = !told;
   notice.classList.toggle("bad", status.phase === "degraded");
-  if (notice.textContent !== reason) notice.textContent = reason;
+  if (notice.textContent !== told) notice.textContent = told;
 }
 
 function showTiles() {
@@ -149,7 +153,7 @@ function showTiles() {
     ["loss", "Loss of this node", number(ownLoss, 3), "mean of its last epoch"],
     ["validation", "Validation loss", number(status.val_loss, 3), validated.length > 1 ? validated.map(([n, l]) => `${n} ${number(l, 3)}`).join(", ") : "of the shared base"],
     ["speed", "Tokens per second", short(status.tokens_per_second), last.tokens ? `${short(last.tokens)} tokens in the run` : ""],
-    ["members", "Members", number(peers.length + 1), record ? `${contributed} in the last record` : "no record yet"],
+    ["members", "Members", number(status.members || peers.length + 1), record ? `${contributed} in the last record` : "no record yet"],
     ["round", "Averaging", seconds(timed?.round_s), "of the last round"],
     ["sent", "Sent", bytes(status.bytes.sent), saved > 0 ? `${bytes(saved)} less than float32` : ""],
     ["passes", "Data passes", number(status.data_passes, 2), "over this node's data"],

@@ -11,6 +11,7 @@ const PHASES = [
   ["training", "inner steps", 1],
   ["ready", "waiting for members", 6],
   ["exchanging", "exchange", 2],
+  ["gate", "measuring the result", 4],
   ["accepted", "deciding", 3],
 ];
 
@@ -33,7 +34,7 @@ const CHARTS = [
   },
   {
     id: "phases", title: "Time of a round", unit: "by phase", format: seconds, zero: true, stacked: true,
-    lines: (points) => PHASES.map(([phase, label, color]) => ({
+    lines: (points) => phases(points).map(([phase, label, color]) => ({
       label, color, values: points.map((p) => (p.phases ? (p.phases[phase] ?? 0) : null)),
     })),
   },
@@ -55,6 +56,9 @@ const CHARTS = [
     ],
   },
 ];
+
+/** Only in runs with a gate is a result measured. */
+const phases = (points) => PHASES.filter(([phase]) => phase !== "gate" || points.some((p) => p.phases?.gate));
 
 const sets = (points) => [...new Set(points.flatMap((p) => Object.keys(p.validation ?? {})))].sort();
 

@@ -19,11 +19,11 @@ function refill(root, content, make) {
 
 // --- members ----------------------------------------------------------------------------------------
 
-/** This node, its peers, and whom the last records name. */
+/** The run's members, linked or not; its guests too, while they are linked or in the last record. */
 export function showMembers(now, records) {
   const rows = members(now, records);
   const there = rows.filter((row) => row.phase).length;
-  const total = rows.filter((row) => row.phase || row.inLast).length;
+  const total = rows.length;
   refill(document.getElementById("members-note"), [there, total], () => [`${there} of ${total} are here`]);
   refill(document.getElementById("members"), rows, () => rows.map(memberRow));
 }
@@ -41,6 +41,10 @@ function members(now, records) {
     }
   }
   for (const [peer, weight] of last?.members ?? []) put(peer, { voice: total ? weight / total : null, inLast: true });
+  const roll = status.roll ?? [];
+  for (const { peer_id: peer, name, last_epoch } of roll) {
+    put(peer, { name, member: true, epoch: found.get(peer)?.epoch ?? last_epoch });
+  }
   for (const peer of peers) {
     const behind = peer.epoch === null ? null : Math.max(0, status.epoch - peer.epoch);
     put(peer.peer_id, { name: peer.name, phase: peer.phase || "linked", behind, address: best(peer.addresses), relayed: relayed(peer) });
@@ -48,7 +52,8 @@ function members(now, records) {
   if (status.peer_id) {
     put(status.peer_id, { name: status.name, own: true, phase: status.phase, behind: 0, address: best(status.addresses) });
   }
-  const rows = [...found.values()].map((row) => ({ ...row, contributed: row.at ? ago(row.at) : "", at: undefined, heardAt: undefined }));
+  const here = [...found.values()].filter((row) => !roll.length || row.member || row.phase || row.inLast);
+  const rows = here.map((row) => ({ ...row, contributed: row.at ? ago(row.at) : "", at: undefined, heardAt: undefined }));
   return rows.sort((a, b) => Boolean(b.own) - Boolean(a.own) || Boolean(b.phase) - Boolean(a.phase) || (a.peer < b.peer ? -1 : 1));
 }
 
@@ -79,9 +84,14 @@ function memberRow(row) {
     el("td", {}, row.phase ? pill(row.phase) : pill("not heard", "bad")),
     el("td", { "data-label": "Voice" }, row.voice === undefined || row.voice === null ? "–" : meter(row.voice)),
     el("td", { "data-label": "Behind", text: row.phase ? behind : "–" }),
-    el("td", { "data-label": "Last contribution", text: row.epoch ? `epoch ${number(row.epoch)}, ${row.contributed}` : "none yet" }),
+    el("td", { "data-label": "Last contribution", text: last(row) }),
     address,
   );
+}
+
+function last(row) {
+  if (!row.epoch) return "none of late";
+  return `epoch ${number(row.epoch)}` + (row.contributed ? `, ${row.contributed}` : "");
 }
 
 function meter(share) {

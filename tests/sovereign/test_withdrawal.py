@@ -280,5 +280,9 @@ def test_a_consent_that_ends_at_midnight_ends_on_a_running_node(tmp_path: Path) 
     assert permit.refusal() == ""
     day = datetime.date(2026, 12, 2)
     assert "which is over" in permit.refusal()
+    kept = made.home.data_toml.read_bytes()
     made.home.data_toml.write_text("nonsense")
-    assert "not valid TOML" in permit.refusal()
+    assert "not valid TOML" in permit.refusal() and "when that is mended" in permit.refusal()
+    day = datetime.date(2026, 12, 1)
+    made.home.data_toml.write_bytes(kept)
+    assert permit.refusal() == ""

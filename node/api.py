@@ -176,6 +176,7 @@ class Swarm:
         """Agree on the run, say hello, and wait for the base."""
         self._fds = daemon.receive_buffers()
         channel = Channel(daemon.connection)
+        daemon.wait_for_word(self._sign_of_life)
         first = channel.receive(wait=True)
         assert isinstance(first, Configure), "a node begins so"
         try:

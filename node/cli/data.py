@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -164,7 +165,10 @@ def declare(text: str, sources: tuple[str, ...], home: str | None, purpose: str)
 @home_option
 @json_option
 @click.option("--reason", default="", metavar="TEXT", help="Kept with the revocation.")
-def revoke(source: str, home: str | None, as_json: bool, reason: str) -> None:
+@click.option(
+    "--force", is_flag=True, help="Also what was neither declared nor used here: before it ever is."
+)
+def revoke(source: str, home: str | None, as_json: bool, reason: str, force: bool) -> None:
     """Stop the use of SOURCE, and say which epochs, records and derivatives it touched."""
     from tapestry.node.lineage.uses import note
     from tapestry.node.sovereign.withdrawal import withdrawal
@@ -173,6 +177,8 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str) -> None:
     (path,) = _absolute((source,))
     declared = Declared.load(place)
     if not any(covers(gone.path, path) for gone in declared.revoked):
+        if not force:
+            _require_known(place, declared, source, path)
         at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         append(place, [Revoked(path, at, reason)])
         note(place, "revoked", path=path, reason=reason)
@@ -185,6 +191,34 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str) -> None:
     click.echo(f"revoked {path}: it is not read any more, and a running node stops training on it")
     click.echo(f"its text as ids in {place.cache}: {removed} bytes removed")
     click.echo("\n".join(found.lines()))
+
+
+def _require_known(home: Home, declared: Declared, said: str, path: str) -> None:
+    """A mistyped name must not end in "revoked" while the source is trained on. Raises UserError."""
+    known: dict[str, None] = {}
+    for one in _known(home, declared):
+        if _touches(path, one):
+            return
+        known[split_field(one)[0]] = None
+    in_home = rebased_data({"paths": [split_field(said)[0]]}, home.path)["paths"]
+    near = [one for one in known if any(_touches(other, one) for other in in_home)]
+    near = near or difflib.get_close_matches(path, known, n=1)
+    hint = f"is it {near[0]}? " if near else ""
+    raise UserError(
+        f"nothing was revoked: {path} was neither declared nor used here, and node.toml does not name it",
+        hint=f"{hint}--force revokes it all the same, before it is ever used",
+        details=[f"known here: {one}" for one in known],
+    )
+
+
+def _known(home: Home, declared: Declared) -> Iterator[str]:
+    """What was declared, what was used, and what would be. Raises UserError."""
+    from tapestry.node.lineage.uses import named
+    from tapestry.node.spec.node import named_sources
+
+    yield from (one.path for one in declared.source)
+    yield from named(home)
+    yield from named_sources(home, os.environ)
 
 
 def _forget_ids(home: Home, path: str) -> int:

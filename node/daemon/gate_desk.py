@@ -1,8 +1,8 @@
 """The gate's desk: what the core asks to be measured before it votes, and what it tells of that.
 
 The step is taken on a copy (state/model.py), and the trainer measures it between two steps of its own, on a
-few windows that this member holds out. Who has no such windows, or whose trainer is a person's script, or is
-gone, measures nothing: then the core votes as without a gate.
+few windows that this member holds out. Who has no such windows or may not use them any more, or whose trainer
+is a person's script, or is gone, measures nothing: then the core votes as without a gate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.disk_desk import DiskDesk
+from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.errors import UserError
 from tapestry.node.protocol import events as ev
@@ -23,8 +24,11 @@ _log = logging.getLogger("tapestry.node")
 class GateDesk:
     """Measures results."""
 
-    def __init__(self, loop: Loop, trainer: TrainerProcess, disk: DiskDesk, reporter: Reporter) -> None:
+    def __init__(
+        self, loop: Loop, trainer: TrainerProcess, disk: DiskDesk, reporter: Reporter, goal: Goal
+    ) -> None:
         self._loop = loop
+        self._goal = goal
         self._trainer = trainer
         self._disk = disk
         self._reporter = reporter
@@ -43,7 +47,7 @@ class GateDesk:
     async def _losses(self, out: ev.Judge) -> tuple[float, float] | None:
         """Held-out loss before the step and after it; None if it cannot be measured."""
         trainer = self._trainer
-        if not trainer.can_judge:
+        if not trainer.can_judge or self._goal.forbidden():
             return None
         async with trainer.aside.lock:
             try:

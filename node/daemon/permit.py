@@ -1,7 +1,8 @@
 """Whether this node's data may still be used: asked before each epoch's training, and before it contributes.
 
 A consent ends at midnight, and `tapestry data revoke` takes effect on a running node: HOME/data.toml is read
-again whenever it, or the day, has changed. A file that cannot be read forbids. What an island brings was
+again whenever it, or the day, has changed. A file that cannot be read forbids until it can be; whoever asks
+comes again (trainer_desk.py), so that a slip in an editor does not cost a night. What an island brings was
 learnt from data of its own, which are asked for as well.
 """
 
@@ -14,7 +15,7 @@ from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
 from tapestry.node.spec.data import DataSettings
-from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, require, stamp_of, today_utc
+from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, Declared, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import linked_out
 
@@ -37,14 +38,21 @@ class DataPermit:
     def refusal(self) -> str:
         now = (self._today(), stamp_of(self._home), self._home.brought.exists())
         if now != self._seen:
-            self._seen = now
-            try:
-                require(self._home, self._paths, BASE, now[0], self._linked)
-                require_brought(self._home, now[0])
-                self._refusal = ""
-            except UserError as error:
-                self._refusal = f"{error.line}; start the node again without it"
+            self._refusal = self._ask(now[0])
+            self._seen = None if self._refusal else now  # a right to read it shows in no stamp
         return self._refusal
+
+    def _ask(self, today: datetime.date) -> str:
+        try:
+            Declared.load(self._home)
+        except UserError as error:
+            return f"{error.line}; training goes on when that is mended"
+        try:
+            require(self._home, self._paths, BASE, today, self._linked)
+            require_brought(self._home, today)
+        except UserError as error:
+            return f"{error.line}; start the node again without it"
+        return ""
 
 
 def beyond(settings: DataSettings) -> Beyond:

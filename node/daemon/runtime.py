@@ -82,7 +82,7 @@ class Runtime:
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.network.words = words(self) if words is not None else None
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
-        self.gate = GateDesk(self, trainer, self.disk, reporter)
+        self.gate = GateDesk(self, trainer, self.disk, reporter, goal)
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),

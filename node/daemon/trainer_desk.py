@@ -3,6 +3,9 @@
 A contribution is copied out of the memory that the trainer writes to, in a thread; the trainer is not told to
 begin again before that copy is made. The core hears of a contribution together with the base that it was made
 from, and so drops one that was made on a fork that has been left since.
+
+Of data that may not be used nothing is begun or contributed. Whether they still may not is asked once a
+second: data.toml may have been looked at while somebody saved it, or have had a mistake that was mended.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ NOTE_CURE = (  # of an inner optimizer that cannot be used
     "learn less"
 )
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
+ASK_AGAIN_S = 1.0  # whether data may be used again
+SETTLE_TIMES = 3  # of asking, while a contribution waits for a data.toml that is being written. Guess
 
 _log = logging.getLogger("tapestry.node")
 
@@ -52,6 +57,7 @@ class TrainerDesk:
         self._base = ""  # head of the state that the trainer has begun from
         self._begun_epoch = -1
         self._inner_epoch: int | None = None  # that the trainer's own state is of; None while none is up
+        self._forbidden = ""  # why, as it was told last; "": the data may be used
         self._contributed = "", 0  # name of our latest contribution, and generation of its begin
         self.outputs: Outputs = {
             ev.Train: self.do_train,
@@ -124,8 +130,6 @@ class TrainerDesk:
 
     async def _take(self, event: tm.Contribution, base: str) -> None:
         """Check a contribution, which stays while it is held (or is copied), and tell the core."""
-        if self._is_forbidden():
-            return
         async with self._buffer_lock:
             try:
                 trainer, take = self._trainer, self._averaging.take
@@ -136,18 +140,43 @@ class TrainerDesk:
                 self._reporter.metrics.refused(refused.reason)
                 self._trainer.reject(str(refused))  # says so; another one begins this epoch again
                 return
-            self._contributed = name, event.generation
-            self._health.contributed()
-            self._reporter.training.trouble = ""
-            self._loop.feed(ev.Contributed(event.epoch, base, name, event.weight, event.norm, payloads))
+        if not await self._is_allowed_soon():
+            return
+        self._contributed = name, event.generation
+        self._health.contributed()
+        self._reporter.training.trouble = ""
+        self._loop.feed(ev.Contributed(event.epoch, base, name, event.weight, event.norm, payloads))
+
+    async def _is_allowed_soon(self) -> bool:
+        """Whether the data may be used; not half a file decides it."""
+        for _ in range(SETTLE_TIMES):
+            if not self._goal.forbidden():
+                return True
+            await asyncio.sleep(ASK_AGAIN_S)
+        return not self._is_forbidden()
 
     def _is_forbidden(self) -> bool:
-        """Whether the data may not be used any more; if so, this node contributes nothing, and says why."""
-        why = self._goal.forbidden()
+        """Whether the data may not be used; then this node contributes nothing, says why, and asks again."""
+        why, before = self._goal.forbidden(), self._forbidden
         if why:
-            self._reporter.trainer_down(why, why, told=True)
+            self._forbidden = why
+            self._reporter.trainer_down(why, why, told=why != before)
             self._loop.feed(ev.TrainerState(False, why))
+            if not before:
+                self._loop.spawn(self._until_allowed())
         return bool(why)
+
+    async def _until_allowed(self) -> None:
+        while why := self._goal.forbidden():
+            if why != self._forbidden:
+                self._is_forbidden()
+            await asyncio.sleep(ASK_AGAIN_S)
+        self._forbidden = ""
+        _log.info("data=allowed training goes on")
+        if self._inner_epoch is not None:  # else the next trainer says that it is there
+            self._reporter.training.trouble = ""
+            self._reporter.trainer_up()
+            self._loop.feed(ev.TrainerState(True, ""))
 
     # --- outputs -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tapestry.node.trainer.shared import BUFFERS
 START_S = 120.0  # a child's first sign: its interpreter on a busy machine. Guess
 ANSWER_S = 10.0  # of a node that runs: it greets at once, unless another script is there
 STOP_S = 20.0  # the node's own limit is 10 s (daemon/life.py)
+LOOK_S = 1.0  # between two signs of life, while waiting
 LOG_TAIL_BYTES = 16 << 10
 
 
@@ -98,6 +99,12 @@ class Daemon:
             )
         return dict(zip(BUFFERS, fds, strict=True))
 
+    def wait_for_word(self, on_wait: Callable[[float], None]) -> None:
+        """Until the node says something or hangs up: it may be asking to be admitted. `on_wait`: seconds."""
+        since_s = time.monotonic()
+        while not select.select([self.connection], [], [], LOOK_S)[0]:
+            on_wait(time.monotonic() - since_s)
+
     def info(self, timeout_s: float) -> NodeInfo:
         """What it has written to node.json, once it is up. Raises SwarmError."""
         end_s = time.monotonic() + timeout_s
@@ -105,7 +112,7 @@ class Daemon:
             state = self._home.read_node_json()
             if state.liveness is Liveness.RUNNING and state.info is not None:
                 return state.info
-            if state.pid is None or (self._process is not None and self._process.poll() is not None):
+            if self._has_ended():
                 raise self.failure()
             time.sleep(0.02)
         raise SwarmError(
@@ -113,23 +120,31 @@ class Daemon:
         )
 
     def ask(self, path: str) -> Any:
-        """A page of its endpoint, as JSON. Raises SwarmError."""
-        info = self._home.read_node_json().info
-        if info is None:
+        """A page of its endpoint, as JSON, also before the node is up. Raises SwarmError."""
+        state = self._home.read_node_json()
+        url = state.info.http if state.info is not None else self._home.starting_url(state.pid)
+        if self._has_ended():
             raise self.failure()
+        if url is None:
+            raise SwarmError(f"the node in {self._home.path} is starting and does not answer yet")
         try:
-            return ask(self._home, info.http, path)
+            return ask(self._home, url, path)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise SwarmError(f"the node in {self._home.path} does not answer: {error}") from error
 
     def failure(self) -> SwarmError:
-        """Why it is gone, as it said last."""
-        code = self._wait(STOP_S) if self._process is not None else None
+        """Why it is gone, as it said last. A child that is leaving is waited for; `close` alone kills."""
+        how = "has ended"
+        if self._process is not None:
+            try:
+                how = f"has ended (exit {self._process.wait(STOP_S)})"
+            except subprocess.TimeoutExpired:
+                how = "has hung up, and does not end"
         lines = _tail(self._home.output, self._log_began)
         said = [line for line in lines if line.startswith("error: ")]
         if not said:
             last = f": {lines[-1]}" if lines else ""
-            return SwarmError(f"the node in {self._home.path} has ended (exit {code}){last}")
+            return SwarmError(f"the node in {self._home.path} {how}{last}")
         after = lines[lines.index(said[-1]) + 1 :]
         hints = [line.removeprefix("hint: ") for line in after if line.startswith("hint: ")]
         details = [line.strip() for line in after if line.startswith("  ")]
@@ -146,6 +161,11 @@ class Daemon:
             self.connection.shutdown(socket.SHUT_RDWR)  # also where a forked process still has it
         self.connection.close()
         return 0 if self._process is None else self._wait(STOP_S)
+
+    def _has_ended(self) -> bool:
+        if self._process is not None:
+            return self._process.poll() is not None
+        return not self._home.is_held()
 
     def _wait(self, timeout_s: float) -> int:
         """A child's exit code; one that does not end is killed, which its home survives."""

@@ -9,6 +9,7 @@ the swarm. The module must have one optimizer and take its steps by itself (auto
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -29,6 +30,8 @@ class LightningCallback(Callback):  # type: ignore[misc]  # mypy does not look i
         self._until_epoch = until_epoch
         self._arguments = arguments
         self._steps = 0  # of the Trainer's optimizer, as many as were told
+        self._losses: list[Any] = []  # of the batches since then, where training_step gives any
+        self._samples = 0  # in those batches
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Found, join or go on; the module then holds the run's base."""
@@ -53,11 +56,17 @@ class LightningCallback(Callback):  # type: ignore[misc]  # mypy does not look i
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """If that was an optimizer step: an inner step, and at the end of a round the new base."""
-        if self.swarm is None or trainer.global_step == self._steps:
+        if self.swarm is None:
+            return
+        if (loss := _loss(outputs)) is not None:
+            self._losses.append(loss)
+        self._samples += extract_batch_size(batch)
+        if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        samples = extract_batch_size(batch) * trainer.accumulate_grad_batches
-        self.swarm.step(_loss(outputs), samples)
+        losses = [float(one) * trainer.accumulate_grad_batches for one in self._losses]
+        samples, self._losses, self._samples = self._samples, [], 0
+        self.swarm.step(math.fsum(losses) / len(losses) if losses else None, samples)
         if self._until_epoch is not None and self.swarm.epoch >= self._until_epoch:
             trainer.should_stop = True
 
@@ -74,7 +83,7 @@ class LightningCallback(Callback):  # type: ignore[misc]  # mypy does not look i
             self.swarm.close()
 
 
-def _loss(outputs: Any) -> float | None:
-    """Of the batch, where training_step gives it: alone, or in a dict."""
-    value = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return None if value is None else float(value)
+def _loss(outputs: Any) -> Any:
+    """Of the batch, where training_step gives it, alone or in a dict; Lightning has divided it by the batches
+    that it accumulates (2.6, loops/optimization/automatic.py)."""
+    return outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -100,10 +100,12 @@ class Member:
 
     def say_hello(self) -> None:
         """Take up the optimizer's saved state, and say what there is to train."""
+        self._trained.require_unchanged()
         note, epoch = "", None
         if self._loop.optimizer is not None:
             try:
-                epoch = load_state(self._state_path, self._loop.optimizer, self._trained.layout.schema_hash)
+                schema = self._trained.schema_of(self._loop.optimizer)
+                epoch = load_state(self._state_path, self._loop.optimizer, schema)
             except StateNotKept as error:
                 note = f"the optimizer starts afresh: {error}"[:TEXT_CHARS_MAX]
         self._channel.send(
@@ -166,7 +168,8 @@ class Member:
         if self._loop.optimizer is None:
             return ""
         try:
-            save_state(self._state_path, self._loop.optimizer, epoch, self._trained.layout.schema_hash)
+            schema = self._trained.schema_of(self._loop.optimizer)
+            save_state(self._state_path, self._loop.optimizer, epoch, schema)
         except (StateNotKept, OSError) as error:
             return str(error)[:TEXT_CHARS_MAX]
         return ""
@@ -268,6 +271,7 @@ class Member:
         )
 
     def _contribute(self) -> None:
+        self._trained.require_unchanged()
         begun, self._begun = self._begun, None
         assert begun is not None
         trained = self._trained
@@ -285,6 +289,9 @@ class Member:
                 f"what epoch {begun.epoch} made of the module is not finite: nothing of it is contributed",
                 "a smaller learning rate, or clipped gradients",
             ) from refused
+        if not norm:
+            what = f"what the script made of epoch {begun.epoch} is 0, and counts as a contribution"
+            self._channel.send(Notice(f"{what}; look at its learning rate and at what requires a gradient"))
         self._channel.send(
             Contribution(
                 epoch=begun.epoch,

@@ -10,6 +10,7 @@ local, so a parameter that was not trained contributes exactly 0, in bf16 too.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -35,6 +36,7 @@ class Trained:
             self.layout = Layout.from_named([(name, tuple(value.shape)) for name, value in named.items()])
         except RefusedLayout as refused:
             raise SwarmError(f"the module cannot be trained: {refused}") from refused
+        self._module = module
         self._parameters = list(named.values())
         self._sum: Tensor | None = None  # f32 (n,), CPU: of gradients, where these are what is contributed
 
@@ -42,6 +44,42 @@ class Trained:
     def device(self) -> str:
         """For people: where the parameters lie, as far as the first one tells."""
         return self._parameters[0].device.type
+
+    def require_unchanged(self) -> None:
+        """What is trained must be what is read and loaded. Raises SwarmError if the module has changed since.
+
+        What was frozen meanwhile does no harm: it contributes 0.
+        """
+        ours = {id(value) for value in self._parameters}
+        there = dict(self._module.named_parameters())
+        new = next(
+            (name for name, value in there.items() if value.requires_grad and id(value) not in ours), ""
+        )
+        held = {id(value) for value in there.values()}
+        gone = next(
+            (
+                n
+                for n, value in zip(self.layout.names, self._parameters, strict=True)
+                if id(value) not in held
+            ),
+            "",
+        )
+        if new or gone:
+            raise SwarmError(
+                f"the module is not what it was when Swarm was made: {new or gone} "
+                + ("is trained, and was not there or was frozen" if new else "is no longer in it"),
+                "change, wrap or unfreeze it before Swarm(module, ...); nothing of it was contributed",
+            )
+
+    def schema_of(self, optimizer: torch.optim.Optimizer) -> str:
+        """What a saved state of it is of: this layout, and which parameters the optimizer has in which order.
+
+        Its state goes by their numbers, which another group, or one parameter less, changes.
+        """
+        names = {id(value): name for name, value in self._module.named_parameters()}
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        order = [(names.get(id(value), ""), tuple(value.shape)) for value in parameters]
+        return hashlib.sha256(repr((self.layout.schema_hash, order)).encode()).hexdigest()
 
     @torch.no_grad()
     def load(
@@ -80,7 +118,13 @@ class Trained:
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """Take the gradients of one batch into the sum, and leave zeros in their place."""
+        """Take the gradients of one batch into the sum, and leave none in their place. Raises SwarmError if
+        there are none."""
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise SwarmError(
+                "no parameter has a gradient",
+                "swarm.step(loss) comes after loss.backward(), and before zero_grad()",
+            )
         if self._sum is None:
             self._sum = torch.zeros(self.layout.n)
         for parameter, start, stop in self._places():

@@ -43,7 +43,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, schema: str) -> int
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if (metadata.get("optimizer"), metadata.get("schema")) != (_name(optimizer), schema):
-                raise StateNotKept(f"{path}: of another optimizer or another module")
+                raise StateNotKept(f"{path}: of another optimizer, module or order of its parameters")
             state = _nested({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             epoch = int(metadata["epoch"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,11 +1,13 @@
 """README.md of an export: a model card, as the Hugging Face hub reads it.
 
-It says what the chain proves: run, epoch, head, state digest, and whose contributions weigh how much, summed
-over the records. What a run does not know (a licence nobody stated) is left out, not guessed.
+It says what the chain proves: run, epoch, head, state digest, and how much each member counted in the means.
+How many tokens a member trained on only it knows, and the card says so. What a run does not know (a licence
+nobody stated) is left out, not guessed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,15 @@ CHANGES_SHOWN = 32  # of the newest, of how a run trains
 
 
 @dataclass(frozen=True, slots=True)
+class Contributor:
+    """A member, over all records that made the state."""
+
+    peer: str
+    share: float  # in the means, by the weights of the records: all members' add up to 1
+    tokens: int  # as it tells: nobody else can know
+
+
+@dataclass(frozen=True, slots=True)
 class Lineage:
     """What an export tells of where it comes from; tapestry.json holds the same."""
 
@@ -27,7 +38,7 @@ class Lineage:
     epoch: int
     head: str
     state_digest: str
-    members: tuple[tuple[str, int], ...] = ()  # peer id and weight summed over records, heaviest first
+    members: tuple[Contributor, ...] = ()  # whoever counted most first
     licence: str = ""  # of the base
     data: tuple[str, ...] = ()  # descriptions that the exporting member publishes
     others: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of `members`: peer id and what it signed
@@ -42,19 +53,26 @@ class Lineage:
             "epoch": self.epoch,
             "head": self.head,
             "state_digest": self.state_digest,
-            "members": [{"peer": peer, "weight": weight} for peer, weight in self.members],
+            "members": [
+                {"peer": one.peer, "share": round(one.share, 6), "tokens": one.tokens} for one in self.members
+            ],
             "vectors": [list(pair) for pair in self.vectors],
         }
 
 
-def members_of(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
-    """Who contributed, with their tokens summed; heaviest first, then by peer id."""
-    weights: dict[str, int] = {}
+def members_of(records: Iterable[Record]) -> tuple[Contributor, ...]:
+    """Who contributed; whoever counted most first, then by peer id."""
+    shares: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     for record in records:
+        total = sum(member.weight for member in record.body.members)
         for member in record.body.members:
             if member.weight:
-                weights[member.peer] = weights.get(member.peer, 0) + member.tokens
-    return tuple(sorted(weights.items(), key=lambda pair: (-pair[1], pair[0])))
+                shares[member.peer] = shares.get(member.peer, 0.0) + member.weight / total
+                tokens[member.peer] = tokens.get(member.peer, 0) + member.tokens
+    means = math.fsum(shares.values())  # as many as records that had any contribution
+    found = [Contributor(peer, share / means, tokens[peer]) for peer, share in shares.items()]
+    return tuple(sorted(found, key=lambda one: (-one.share, one.peer)))
 
 
 def settings_of(records: Iterable[Record]) -> tuple[tuple[int, str], ...]:
@@ -168,20 +186,22 @@ def _base(spec: RunSpec, lineage: Lineage) -> str:
     return f"## Base\n\n{began}; {how} were trained, of {model.parameters:,} parameters.{licence}\n"
 
 
-def _members(members: Sequence[tuple[str, int]]) -> str:
+def _members(members: Sequence[Contributor]) -> str:
     if not members:
         return ""
-    total = sum(weight for _, weight in members)
-    rows = [f"| `{peer}` | {weight:,} | {100 * weight / total:.1f} % |" for peer, weight in members]
-    head = "Weights of contributions, summed over the records of the chain; a weight counts tokens."
+    rows = [f"| `{one.peer}` | {100 * one.share:.1f} % | {one.tokens:,} |" for one in members]
+    head = (
+        "Share: how much a member's contributions counted in the means, over the records of the chain. "
+        "Tokens: what it trained on, as it tells."
+    )
     return "\n".join(
-        ["## Members", "", head, "", "| peer id | weight | share |", "|---|---:|---:|", *rows, ""]
+        ["## Members", "", head, "", "| peer id | share | tokens |", "|---|---:|---:|", *rows, ""]
     )
 
 
 def _data(lineage: Lineage) -> str:
     """What members say of their own data: each for itself, and the others by their signatures."""
-    silent = {peer for peer, _ in lineage.members} - {peer for peer, _ in lineage.others}
+    silent = {one.peer for one in lineage.members} - {peer for peer, _ in lineage.others}
     if not lineage.data and not lineage.others:
         return ""
     lines = ["## Data", ""]

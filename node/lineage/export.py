@@ -188,7 +188,7 @@ def _lineage(home: Home, spec: RunSpec, chain: Chain, restored: Restoration) -> 
         members=members,
         licence="" if base is None else licence_of(base),
         data=published(Declared.load(home)),
-        others=_said_by_others(home, chain, [peer for peer, _ in members]),
+        others=_said_by_others(home, chain, [one.peer for one in members]),
         settings=settings_of(records_from(chain, 0, restored.epoch)),
     )
 

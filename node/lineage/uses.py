@@ -222,6 +222,13 @@ def training_uses(home: Home) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield event["purpose"].removeprefix("derive:"), tuple(event["sources"])
 
 
+def named(home: Home) -> Iterator[str]:
+    """Every source of which an event speaks, as it was named then. Raises UserError."""
+    for event in events(home):
+        yield from (event["path"],) if "path" in event else event.get("sources", ())
+        yield from event.get("linked", ())
+
+
 def own_ids(home: Home) -> set[str]:
     """By which this home's node was known when it used data: keys can be replaced. Raises UserError."""
     return {event["peer"] for event in events(home) if event.get("peer")}

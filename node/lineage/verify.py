@@ -433,6 +433,9 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
     _check_names(folder, "derivative" if "derivative" in table else str(table.get("form", "")), proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
+        if anchor is not None:
+            of = f", which is of the run {anchor.run_id[:12]}" if anchor.run_id != proof.run_id else ""
+            proof.fault("anchor", f"a derivative carries no records to compare with it{of}", anchor.epoch)
         return proof
     crypto = ReaderCrypto()
     epoch = int(table["epoch"])

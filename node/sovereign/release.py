@@ -49,6 +49,11 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
     """Write the version (None: the current one) to `out`, wholly or not at all. Raises UserError."""
     shelf = Shelf(home)
     derivative = shelf.require(name)
+    if number is None and not derivative.current:
+        raise UserError(
+            f"no version of {name} passed its gate: there is none that counts",
+            hint=f"--version {derivative.versions[-1].number} exports the newest one all the same",
+        )
     version = derivative.version(number)
     model = shelf.model(name, version.number)
     temporary = out.absolute().with_name(f".{out.name}.release-{os.getpid()}")

@@ -17,8 +17,6 @@ passes over the files, bounded memory. Must not import torch or trl.
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,10 +33,11 @@ from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.spec.data import DataSettings, Domain, Protection, resolved_data
 from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
-from tapestry.node.trainer.data.files import SourceFile, decoded, without_packing
+from tapestry.node.trainer.data.files import SourceFile, decoded
 from tapestry.node.trainer.data.protected import Judge, judge_of
+from tapestry.node.trainer.data.readers.csv import fields, rows_of
 from tapestry.node.trainer.data.readers.jsonl import valid
-from tapestry.node.trainer.data.readers.registry import format_of, require
+from tapestry.node.trainer.data.readers.registry import format_in, format_of, require
 from tapestry.node.trainer.data.sources import files_below
 from tapestry.node.trainer.data.tally import Group
 from tapestry.node.trainer.data.tally import Tally as Files
@@ -48,7 +47,6 @@ HELD_OUT_MAX = 1024  # of a source; guess: more would measure no better
 MALFORMED_MAX = 0.01  # as of text: spec/data.py
 LINE_CHARS_MAX = 64 << 20  # guess: a longer line is no row
 IGNORED = -100  # the label that counts in no loss, by transformers' convention
-TABLES = ("jsonl", "csv", "parquet")
 
 Row = dict[str, Any]
 Example = dict[str, list[int]]  # ids and labels; or of a preference, prompt, chosen and rejected
@@ -406,7 +404,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row; None for one that cannot be read. Raises UserError, OSError."""
     left_out = Files()
-    tables = [file for file in _files(path, left_out) if format_of(str(file)).name in TABLES]
+    tables = [file for file in _files(path, left_out) if _form(file) in _READERS]
     if not tables:
         why = "; ".join(left_out.lines()[1:])
         raise UserError(
@@ -414,7 +412,11 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             hint="name the file, or the folder that its links lead to" if why else "",
         )
     for file in tables:
-        yield from _READERS[format_of(str(file)).name](file)
+        yield from _READERS[_form(file)](file)
+
+
+def _form(file: Path) -> str:
+    return format_in(str(file), "", lines_min=1).name
 
 
 def _files(path: str, left_out: Files) -> list[Path]:
@@ -437,19 +439,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with decoded(_source_file(path, "csv")) as text:
-        tabs = "\t" if without_packing(path.name).endswith(".tsv") else ","
-        csv.field_size_limit(LINE_CHARS_MAX)
-        rows = csv.DictReader(text, delimiter=tabs)
-        for number in itertools.count(2):
-            row: Any = None
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error:
-                pass
-            yield f"{path}:{number}", row
+    file = _source_file(path, "csv")
+    header = fields(file)
+    for number, row in rows_of(file):
+        yield f"{path}:{number}", None if row is None else dict(zip(header, row, strict=False))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -475,5 +468,6 @@ def _source_file(path: Path, form: str) -> SourceFile:
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     "jsonl": _json_rows,
     "csv": _csv_rows,
+    "tsv": _csv_rows,
     "parquet": _parquet_rows,
 }

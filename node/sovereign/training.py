@@ -140,18 +140,26 @@ def _trainer(
     if recipe.stage == "dpo":
         return trl.DPOTrainer(
             model,
-            args=trl.DPOConfig(**common, beta=recipe.beta),
+            args=_on_one_device(trl.DPOConfig(**common, beta=recipe.beta)),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
         )
     return trl.SFTTrainer(
         model,
-        args=trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=_on_one_device(trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})),
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def _on_one_device(arguments: Any) -> Any:
+    """The first GPU. transformers would take all that are visible, by DataParallel: trl refuses that, and the
+    batches would be larger than the recipe says. Set as transformers itself does for a model in parts."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _train_rows_alone(model: Any, rows: Sequence[int]) -> None:

@@ -238,6 +238,13 @@ class _Layer:
     base: Path  # of relative paths
 
 
+def named_sources(home: Home, env: Mapping[str, str]) -> tuple[str, ...]:
+    """What node.toml and the environment name as data, with fields or without; perhaps nothing."""
+    values, _ = _merged([_file_layer(home), _environment_layer(env)])
+    data = read_table(NodeToml, values).data
+    return (*data.paths, *(one.path for one in data.source), *(one.path for one in data.validation))
+
+
 def _file_layer(home: Home) -> _Layer:
     table = read_toml(home.node_toml) if os.path.lexists(home.node_toml) else {}
     for cap in ("max_upload", "max_download"):

@@ -114,6 +114,15 @@ class Group:
         self.add_up(total)
         return float(total)
 
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, by rank; in f64."""
+        import torch
+
+        values = torch.zeros(self.size, dtype=torch.float64)
+        values[self.rank] = value
+        self.add_up(values)
+        return [float(one) for one in values]
+
     def add_up(self, x: Tensor) -> None:
         """In place, the sum of all ranks' tensors."""
         import torch.distributed as dist

@@ -291,6 +291,11 @@ class InnerLoop:
                 self._held.put_back(aside)
 
     @property
+    def steps(self) -> int:
+        """That the inner optimizer has taken since it began."""
+        return self._steps
+
+    @property
     def epoch(self) -> int | None:
         """The epoch that is going on."""
         return self._epoch

@@ -75,6 +75,8 @@ from tapestry.node.trainer.shared import BUFFERS, SLOTS, lock_for_gpu, map_slot,
 if TYPE_CHECKING:
     import torch
 
+    from tapestry.node.trainer.inner import InnerLoop
+
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # the node's loop answers its peers first; guess
@@ -209,7 +211,7 @@ class Worker:
         self._generation = self._slot = 0  # of the latest Begin
         self._began_s = self._reported_s = 0.0  # an epoch's first step; the last Progress
         self._waited_s = 0.0  # since the last contribution
-        inner_epoch, note = self._load_inner_state()
+        inner_epoch, note = load_inner_state(self._inner, self._inner_state, together)
         channel.send(
             Hello(
                 names=self.layout.names,
@@ -427,14 +429,31 @@ class Worker:
             )
         self._channel.send(Initialised())
 
-    def _load_inner_state(self) -> tuple[int, str]:
-        from tapestry.node.trainer.optimizers.state import InnerStateError
 
-        try:
-            epoch = self._inner.load(self._inner_state)
-        except InnerStateError as error:
-            return -1, f"the inner optimizer starts afresh: {error}"
-        return (-1 if epoch is None else epoch), ""
+def load_inner_state(inner: InnerLoop, path: Path, together: group.Group | None) -> tuple[int, str]:
+    """The epoch of the inner optimizer's saved state, -1 if it is afresh, and why it is if there was one.
+
+    Of several ranks all have parts of one state, or all begin afresh: a part can be of weeks ago, when there
+    were as many ranks as now, or be missing, where a kill fell between two ranks' writes.
+    """
+    from tapestry.node.trainer.optimizers.state import InnerStateError
+
+    why, epoch = "", None
+    try:
+        epoch = inner.load(path)
+    except InnerStateError as error:
+        why = str(error)
+    place = (-1 if epoch is None else epoch), inner.steps
+    if together is not None:
+        places = [*zip(together.each(place[0]), together.each(place[1]), strict=True)]
+        if len(set(places)) > 1:
+            inner.forget()
+            others = ", ".join(f"rank {rank}: {at:.0f}" for rank, (at, _) in enumerate(places))
+            return (
+                -1,
+                f"the inner optimizer starts afresh: {why or f'its parts are of other epochs ({others})'}",
+            )
+    return place[0], why and f"the inner optimizer starts afresh: {why}"
 
 
 def _serve(channel: group.Channel, fds: dict[str, int], rank: int, store: str) -> None:

@@ -24,7 +24,7 @@ from tapestry.node.spec.data import NO_DATA
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import ExternalSpec, WorkerSettings
 from tapestry.node.trainer.guest import GREETING, Door, Line, knock
-from tapestry.node.trainer.messages import Contribution, Hello, Progress, Saved
+from tapestry.node.trainer.messages import HEADER, Contribution, Hello, Notice, Progress, Saved, unpack_report
 from tapestry.node.trainer.process import Event, Parted, TrainerProcess
 from tapestry.node.trainer.shared import BUFFERS
 from tapestry.node.trainer.worker import Channel
@@ -236,6 +236,68 @@ def test_what_is_not_finite_is_told_to_the_script_and_not_to_the_node(tmp_path: 
     assert not any(isinstance(event, Contribution) for event in seen)
 
 
+def test_a_module_that_has_changed_since_is_refused_in_place_of_a_contribution_of_nothing() -> None:
+    """What was trained was not what was read: with full weight such a member pulled the mean to zero."""
+    module = make_module()
+    module[1].bias.requires_grad = False
+    trained = Trained(module)
+    trained.require_unchanged()
+    module[0].requires_grad_(False)
+    trained.require_unchanged()
+    module[0].requires_grad_(True)
+    module[1].bias.requires_grad = True
+    with pytest.raises(SwarmError, match=r"1\.bias is trained, and was not there or was frozen"):
+        trained.require_unchanged()
+    module[1].bias.requires_grad = False
+    module[2] = nn.Linear(20, 7)
+    with pytest.raises(SwarmError, match=r"2\.weight is trained"):
+        trained.require_unchanged()
+    del module[2]
+    with pytest.raises(SwarmError, match=r"2\.weight is no longer in it"):
+        trained.require_unchanged()
+
+
+def test_gradients_that_are_gone_before_they_are_handed_in_are_missed() -> None:
+    module = make_module()
+    trained = Trained(module)
+    with pytest.raises(SwarmError, match=r"no parameter has a gradient\nhint: .* before zero_grad"):
+        trained.add_gradients()
+    module[0].bias.grad = torch.ones(20)
+    trained.add_gradients()
+
+
+def test_a_script_whose_module_changed_contributes_nothing_and_one_that_learnt_nothing_is_named(
+    tmp_path: Path,
+) -> None:
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 1}).spec
+    settings = settings_of(spec, tmp_path)
+    seen: list[Event] = []
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.begin(0, "a")
+        while not isinstance(event := await events.get(), Contribution | Parted):
+            seen.append(event)
+        trainer.begin(1, "b")
+        while not isinstance(event := await events.get(), Parted):
+            seen.append(event)
+
+    def script(connection: socket.socket) -> None:
+        one = member(connection, settings, Loop(Trained(module), torch.optim.SGD(module.parameters()), None))
+        one.wait_for_base(silent)
+        one.step(None, 1, silent)
+        module[2] = nn.Linear(20, 5)
+        one.step(None, 1, silent)
+
+    with pytest.raises(SwarmError, match="the module is not what it was"):
+        between(node, script)
+    assert [one.text for one in seen if isinstance(one, Notice)] == [
+        "what the script made of epoch 0 is 0, and counts as a contribution; look at its learning rate and "
+        "at what requires a gradient"
+    ]
+    assert not any(isinstance(event, Contribution) for event in seen)
+
+
 def test_a_script_of_the_second_visit_takes_up_where_the_first_left(tmp_path: Path) -> None:
     """At a node that runs by itself: the first script leaves in the middle of an epoch."""
     spec = wanted(make_module(), train={"inner_steps": 2}).spec
@@ -338,8 +400,38 @@ def test_an_optimizers_state_comes_back_and_its_learning_rate_is_the_scripts(
         assert all(
             torch.equal(torch.as_tensor(v), torch.as_tensor(after[index][k])) for k, v in values.items()
         )
-    with pytest.raises(StateNotKept, match="another module"):
+    with pytest.raises(StateNotKept, match="of another optimizer, module"):
         load_state(path, second, "another")
+
+
+def test_a_state_is_put_on_the_parameters_that_it_was_saved_of_or_on_none(tmp_path: Path) -> None:
+    """torch compares groups with themselves here: moments went by number, onto others where shapes agree."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    settings = settings_of(wanted(module, train={"inner_steps": 2}).spec, tmp_path)
+    decay, rest = (
+        [p for p in module.parameters() if p.ndim > 1],
+        [p for p in module.parameters() if p.ndim < 2],
+    )
+
+    def note(*groups: list[nn.Parameter]) -> str:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            optimizer = torch.optim.AdamW([{"params": group, "lr": 0.1} for group in groups])
+            one = Member(ours, {}, settings, Loop(Trained(module), optimizer, None))
+            one.say_hello()
+            for p in module.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert one.save(3) == ""
+            hello = unpack_report(theirs.recv(1 << 16)[HEADER.size :])
+            assert isinstance(hello, Hello)
+            return hello.note or f"of epoch {hello.inner_epoch}"
+
+    assert note([*module.parameters()]) == "of epoch -1"
+    assert note([*module.parameters()]) == "of epoch 3"
+    assert note([*module[0].parameters()], [*module[1].parameters()]) == "of epoch 3", "in the same order"
+    assert "starts afresh" in note(decay, rest)
+    assert "starts afresh" in note(decay)
 
 
 def test_a_state_that_only_pickle_could_write_is_not_written(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from homes import make_home
 
 from tapestry.node.disk.checkpoints import Restoration
-from tapestry.node.lineage.card import Lineage, model_card, settings_of
+from tapestry.node.lineage.card import Contributor, Lineage, members_of, model_card, settings_of
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import _lineage
 from tapestry.node.net.descriptions import Descriptions
+from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.members import Change
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS
@@ -31,7 +32,7 @@ SILENT = "The other members' data are not described here."
     ],
 )
 def test_a_card_names_each_ones_word_and_who_said_nothing(own, others, silent) -> None:
-    members = (("a", 2), ("b", 1))
+    members = (Contributor("a", 0.7, 2), Contributor("b", 0.3, 1))
     lineage = Lineage("ab" * 32, "a run", 3, "cd" * 32, "ef" * 32, members, data=own, others=others)
     card = model_card(lineage, new_spec("a run", PRESETS["nano"]), adapters_apart=False)
     assert (SILENT in card) == silent
@@ -50,6 +51,26 @@ def test_a_card_says_which_settings_records_changed() -> None:
     card = model_card(lineage, spec, adapters_apart=False)
     assert "- from epoch 7: `train.lr 0.0005`" in card and "- 8 earlier changes" in card
     assert "changed since" not in model_card(replace(lineage, settings=()), spec, adapters_apart=False)
+
+
+def test_a_share_is_what_the_records_gave_and_not_what_a_member_says_of_its_tokens() -> None:
+    """One that claimed many tokens read 95 %, and weighed a third."""
+
+    def record(*members: tuple[str, int, int]) -> SimpleNamespace:
+        return SimpleNamespace(body=SimpleNamespace(members=[Member(p, w, "", "", t) for p, w, t in members]))
+
+    records = [
+        record(("a", 1, 10), ("b", 1, 10), ("boasts", 1, 380)),
+        record(("a", 3, 10), ("b", 1, 10), ("voter", 0, 0)),
+        record(("voter", 0, 0)),
+    ]
+    members = members_of(records)  # type: ignore[arg-type]
+    assert [(one.peer, one.tokens) for one in members] == [("a", 20), ("b", 20), ("boasts", 380)]
+    assert [one.share for one in members] == pytest.approx([(1 / 3 + 3 / 4) / 2, (1 / 3 + 1 / 4) / 2, 1 / 6])
+    lineage = Lineage("ab" * 32, "a run", 3, "cd" * 32, "ef" * 32, members)
+    card = model_card(lineage, new_spec("a run", PRESETS["nano"]), adapters_apart=False)
+    assert "| `boasts` | 16.7 % | 380 |" in card and "as it tells" in card
+    assert lineage.table()["members"][2] == {"peer": "boasts", "share": 0.166667, "tokens": 380}
 
 
 def test_an_export_tells_what_other_contributors_signed_and_nothing_else(tmp_path: Path) -> None:

@@ -162,12 +162,12 @@ def test_the_card_says_run_members_shares_and_licence(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     lineage = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
-    assert f"| `{made.peer}` | 300 | 75.0 % |" in card and "| 100 | 25.0 % |" in card
+    assert f"| `{made.peer}` | 75.0 % | 300 |" in card and "| 25.0 % | 100 |" in card
     for word in ("# a run, epoch 1", lineage["head"], lineage["run_id"], lineage["state_digest"]):
         assert word in card
     assert isinstance(spec, TransformersSpec) and spec.weights in card
     assert "## Data" not in card
-    assert lineage["members"][0] == {"peer": made.peer, "weight": 300}
+    assert lineage["members"][0] == {"peer": made.peer, "share": 0.75, "tokens": 300}
 
 
 # ---- it only reads -----------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ def test_a_run_that_was_rolled_back_is_proven_logged_and_exported_by_the_path_to
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["epoch"] == 5 and table["state_digest"] == made.chain.state_digest_at(2) != undone
     founder = made.identities[0].peer_id
-    told = {one["peer"]: one["weight"] for one in table["members"]}
+    told = {one["peer"]: one["tokens"] for one in table["members"]}
     assert told[founder] == 2 * 300  # of what was undone nothing is in it
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.node.daemon import network_desk
+from tapestry.node.daemon import network_desk, trainer_desk
 from tapestry.node.daemon.audit_desk import Auditor
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.runtime import Runtime
@@ -249,6 +249,13 @@ class Bench:
         self.core.says = list(outputs)
         self.runtime.feed(ev.Tick())
 
+    def heard(self, kind: type) -> list[Any]:
+        return [inp for inp in self.core.heard if isinstance(inp, kind)]
+
+    def states(self) -> list[tuple[bool, str]]:
+        """What the core has heard of the trainer."""
+        return [(inp.up, inp.reason) for inp in self.heard(ev.TrainerState)]
+
     def contributed(self) -> list[ev.Contributed]:
         """What the core has heard of contributions."""
         return [inp for inp in self.core.heard if isinstance(inp, ev.Contributed)]
@@ -324,6 +331,79 @@ def test_data_that_may_not_be_used_any_more_are_neither_trained_on_nor_contribut
             assert len(bench.trainer.begun) == 1
             down = [inp for inp in bench.core.heard if isinstance(inp, ev.TrainerState)]
             assert down and not down[-1].up and "revoked" in down[-1].reason
+
+    run(main)
+
+
+HELLO = tm.Hello((), (), 0, 0, "cpu", -1, "")
+
+
+def test_training_goes_on_when_a_data_toml_that_could_not_be_read_is_mended(monkeypatch):
+    """A slip in an editor ended it until somebody started the node again."""
+    why = ""
+    monkeypatch.setattr(trainer_desk, "ASK_AGAIN_S", 0.0)
+
+    async def main() -> None:
+        nonlocal why
+        async with Bench(forbidden=lambda: why) as bench:
+            bench.runtime.trainer.on_event(HELLO)
+            why = "data.toml: not valid TOML"
+            bench.says(ev.Train(3, "cd" * 32, ""))
+            await turns()
+            why = "data /texts is not read: revoked"
+            await turns()
+            assert bench.states() == [(True, ""), (False, "data.toml: not valid TOML"), (False, why)]
+            why = ""
+            await turns()
+            assert bench.states()[-1] == (True, "") and bench.trainer.begun == []
+            bench.says(ev.Train(3, "cd" * 32, ""))
+            await turns()
+            assert len(bench.trainer.begun) == 1 and bench.runtime.reporter.training.trouble == ""
+
+    run(main)
+
+
+def test_a_trainer_that_is_gone_is_not_called_up_because_its_data_are_allowed(monkeypatch):
+    why = "data.toml: not valid TOML"
+    monkeypatch.setattr(trainer_desk, "ASK_AGAIN_S", 0.0)
+
+    async def main() -> None:
+        nonlocal why
+        async with Bench(forbidden=lambda: why) as bench:
+            bench.says(ev.Train(3, "cd" * 32, ""))
+            await turns()
+            why = ""
+            await turns()
+            assert bench.states() == [(False, "data.toml: not valid TOML")]
+
+    run(main)
+
+
+def test_a_contribution_waits_for_a_data_toml_that_is_being_saved(monkeypatch):
+    answers = iter(["", "data.toml: not valid TOML"])
+    monkeypatch.setattr(trainer_desk, "ASK_AGAIN_S", 0.0)
+
+    async def main() -> None:
+        async with Bench(forbidden=lambda: next(answers, "")) as bench:
+            bench.says(ev.Train(3, "cd" * 32, ""))
+            await turns()
+            bench.runtime.trainer.on_event(CONTRIBUTION)
+            await until(bench.contributed)
+            assert bench.states() == []
+
+    run(main)
+
+
+def test_a_result_is_not_measured_on_data_that_may_not_be_used_any_more():
+    why = "data /texts is not read: revoked"
+
+    async def main() -> None:
+        async with Bench(forbidden=lambda: why) as bench:
+            bench.trainer.can_judge = True
+            bench.says(ev.Judge(SimpleNamespace(epoch=4, prev="cd" * 32), "ce" * 32, ()))
+            await until(lambda: bench.heard(ev.Judged))
+            (judged,) = bench.heard(ev.Judged)
+            assert judged.worse is None
 
     run(main)
 

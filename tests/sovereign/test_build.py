@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
@@ -307,6 +308,9 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["weights"] == weights_digest(tmp_path / "out")
     assert verify(tmp_path / "out", told=_quiet).holds
+    for run_id, words in ((squares.version.parent.run_id, "with it"), ("ab" * 32, "of the run abababababab")):
+        (fault,) = verify(tmp_path / "out", anchor=Anchor(run_id, 1, "cd" * 32, 0, ()), told=_quiet).faults
+        assert fault.file == "anchor" and fault.what.endswith(words), "it held, whatever was published"
     (tmp_path / "out" / "adapter_config.json").write_text("{}")
     write_manifest(tmp_path / "out")
     (fault,) = verify(tmp_path / "out", told=_quiet).faults

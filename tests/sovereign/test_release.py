@@ -6,10 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Measure, Parent, Shelf, Version
 from tapestry.node.sovereign.recipe import Recipe
-from tapestry.node.sovereign.release import card, own_sets, public
+from tapestry.node.sovereign.release import card, own_sets, public, release
 from tapestry.node.spec.declared import Declared, append, parse_declaration
 from tapestry.node.spec.tables import plain
 
@@ -57,6 +60,20 @@ def declared(tmp_path: Path) -> tuple[Home, str, str]:
     append(home, [parse_declaration("own", private, "derive:*")])
     append(home, [parse_declaration("us, CC0-1.0, open", open_, "derive:*")])
     return home, private, open_
+
+
+def test_what_failed_its_gate_is_released_only_if_it_is_named(tmp_path: Path) -> None:
+    shelf = Shelf(Home(tmp_path / "home"))
+    (shelf.folder / "ours").mkdir(parents=True)
+    failed = replace(version(("/data/laws.jsonl",), ("laws",)), promoted=False)
+    shelf.write(Derivative("ours", 0, (failed,)), 1)
+    with pytest.raises(UserError, match="no version of ours passed its gate") as refused:
+        release(shelf.home, "ours", None, tmp_path / "out", "f32", lambda *_: None)
+    assert refused.value.hint is not None and refused.value.hint.startswith("--version 1 ")
+    with pytest.raises(
+        UserError, match=r"there is no .*/v1/model/config.json"
+    ):  # of a home without its files
+        release(shelf.home, "ours", 1, tmp_path / "out", "f32", lambda *_: None)
 
 
 def test_a_private_source_is_named_in_no_report_and_no_reason_of_what_is_released(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from bases import BOS, make_tokenizer
 from transformers import AutoTokenizer
 
 from tapestry.node.errors import UserError
-from tapestry.node.sovereign import rows
 from tapestry.node.sovereign.recipe import Recipe, load_recipe
 from tapestry.node.sovereign.rows import IGNORED, Prepared, prepare
+from tapestry.node.trainer.data.readers import csv as readers_csv
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
 
 
@@ -140,7 +140,7 @@ def test_a_bad_row_is_counted_and_ends_nothing(
     assert use.left_out == (f"1 ({tmp_path}/a.csv:9) rows used, but cut at the sequence's end",)
     with (tmp_path / "a.csv").open("a") as file:
         file.write(f"1,{'x' * 200_001}\n")
-    monkeypatch.setattr(rows, "LINE_CHARS_MAX", 200_000)
+    monkeypatch.setattr(readers_csv, "CELL_CHARS_MAX", 200_000)
     (use,) = _prepared(tokenizer, "sft", str(tmp_path / "a.csv")).uses
     assert use.left_out[0].startswith(f"1 ({tmp_path}/a.csv:122) rows without what")
 

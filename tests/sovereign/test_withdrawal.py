@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from homes import MadeHome, make_home
 
 from tapestry.dht.identity import Identity
 from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import Span, Started, note, note_brought, note_use, spans
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Parent, Shelf, Version
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.withdrawal import withdrawal
-from tapestry.node.spec.declared import BASE, Revoked, append, parse_declaration
+from tapestry.node.spec.declared import BASE, Revoked, append, parse_declaration, require
 from tapestry.node.spec.training import PRESETS
 
 HEX = "ab" * 32
@@ -221,6 +222,51 @@ def test_revoke_stops_the_use_says_what_it_touched_and_leaves_a_home_that_holds(
     assert "data-events.jsonl" in faulty(made)
 
 
+def revoked(home: Home, *arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["data", "revoke", *arguments, "--home", str(home.path)])
+
+
+def test_a_source_that_nobody_knows_is_not_called_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """data.toml says texts/fr, of the home; who types that in another folder was told that it was revoked."""
+    home = Home(tmp_path / "home")
+    texts = home.path / "texts" / "fr"
+    append(home, [replace(parse_declaration("us, CC0-1.0", "x", BASE), path="texts/fr")])
+    note_use(home, BASE, ["/used:text"], "run", 0)
+    before = home.data_toml.read_bytes(), home.data_events.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    run = revoked(home, "texts/fr")
+    assert run.exit_code == 2 and f"{tmp_path}/texts/fr was neither declared nor used" in run.stderr
+    assert f"is it {texts}?" in run.stderr and "known here: /used\n" in run.stderr
+    assert f"is it {texts}?" in revoked(home, str(texts.with_name("rf"))).stderr
+    assert before == (home.data_toml.read_bytes(), home.data_events.read_bytes())
+    assert DataPermit(home, (str(texts),)).refusal() == ""
+    for known in (str(texts), str(texts / "one.txt"), "/used"):  # declared, within what is, used
+        assert revoked(home, known).exit_code == 0
+    assert "was revoked" in DataPermit(home, (str(texts),)).refusal()
+
+
+def test_a_source_can_be_revoked_before_it_is_ever_used(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert revoked(home, "/new").exit_code == 2 and not home.data_toml.exists()
+    assert revoked(home, "/new", "--force").exit_code == 0
+    assert revoked(home, "/new/within").exit_code == 0, "it is revoked already"
+    with pytest.raises(UserError, match="/new was revoked"):
+        require(home, ["/new"], BASE, datetime.date(2026, 12, 1))
+
+
+def test_what_node_toml_names_is_known(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    for text, name in (
+        ('[[data.source]]\npath = "letters"\n', "letters"),
+        ('data = ["more:text"]\n', "more"),
+    ):
+        home.node_toml.write_text(text)
+        assert revoked(home, f"{home.path}/{name}").exit_code == 0
+
+
 def faulty(made: MadeHome) -> set[str]:
     """Files that do not hold."""
     return {fault.file for fault in verify(made.home.path, replay=False, told=lambda *_: None).faults}
@@ -234,5 +280,9 @@ def test_a_consent_that_ends_at_midnight_ends_on_a_running_node(tmp_path: Path) 
     assert permit.refusal() == ""
     day = datetime.date(2026, 12, 2)
     assert "which is over" in permit.refusal()
+    kept = made.home.data_toml.read_bytes()
     made.home.data_toml.write_text("nonsense")
-    assert "not valid TOML" in permit.refusal()
+    assert "not valid TOML" in permit.refusal() and "when that is mended" in permit.refusal()
+    day = datetime.date(2026, 12, 1)
+    made.home.data_toml.write_bytes(kept)
+    assert permit.refusal() == ""

@@ -298,6 +298,17 @@ def test_an_applicant_is_shown_and_the_token_lets_it_in(pages: Pages, served: Se
     assert pages.complaints == []
 
 
+def test_a_stranger_that_is_turned_away_is_no_member_and_stops_nothing(pages: Pages, served: Served) -> None:
+    """Its row has no addresses: members and records stood still meanwhile, under a header that said live."""
+    banned = {"peer_id": "12D3KooW" + "Z" * 44, "phase": "banned", "why": "torn frames", "left_s": 9.5}
+    peers = served.view.peers()
+    page = pages.open(served.server.url)
+    served.view.peers = lambda: [peers[0], banned]  # type: ignore[method-assign]
+    page.wait_for_selector(f"#members tr.gone[data-peer='{PEERS[2]}']", timeout=5000)
+    assert page.query_selector(f"#members tr[data-peer='{banned['peer_id']}']") is None
+    assert pages.complaints == []
+
+
 def test_what_comes_is_shown_at_once_and_agreement_when_there_is_some(pages: Pages, served: Served) -> None:
     page = pages.open(served.server.url)
     served.call(served.history.tell, "lab-hanoi is not heard any more", "warning")

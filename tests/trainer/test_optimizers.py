@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
+from tapestry.node.lineage.leave import LEFT_OUT
 from tapestry.node.spec.training import TrainSpec
 from tapestry.node.trainer.optimizers import adamw8bit, muon_f32
 from tapestry.node.trainer.optimizers.muon_f32 import Matrix, MuonF32
@@ -274,6 +276,24 @@ def test_a_state_put_back_gives_the_same_steps_again(
     fresh.resume(read.steps)
     steps_of(fresh, 2)
     assert torch.equal(values, expected)
+
+
+def test_a_writer_that_was_killed_leaves_one_file_which_the_next_one_takes_over(
+    flat: tuple[Layout, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kill left another, of 8 bytes a parameter."""
+    path, identity = tmp_path / "inner.safetensors", Identity("adamw", flat[0].schema_hash)
+    snapshot = take_snapshot(make_optimizer(SETTINGS, parts_of(flat)).tensors(), 4, 2)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                write_snapshot(path, snapshot, identity)
+    (left,) = tmp_path.iterdir()
+    assert LEFT_OUT(str(tmp_path), [left.name]) == {left.name}, "`exit` does not take it along"
+    write_snapshot(path, snapshot, identity)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_saved_state_of_another_optimizer_or_of_other_shapes_is_refused(

@@ -33,7 +33,8 @@ from tapestry.node.trainer.messages import (
     Validation,
 )
 from tapestry.node.trainer.opening import ChannelClosed, TellTokenizing, WorkerFailure
-from tapestry.node.trainer.worker import Worker
+from tapestry.node.trainer.optimizers.state import InnerStateError
+from tapestry.node.trainer.worker import Worker, load_inner_state
 
 STEPS = 4
 TOKENS = 4 * 32  # of a step
@@ -427,3 +428,61 @@ def test_a_codec_or_shards_that_there_are_not_are_a_fault_of_the_settings(
         with pytest.raises(WorkerFailure) as caught:
             Worker(dataclasses.replace(worker_settings, **changes), Script())  # type: ignore[arg-type]
         assert caught.value.reason == "settings"
+
+
+class Rank:
+    """An inner optimizer with a saved part: epoch and steps, none, or one that cannot be used."""
+
+    def __init__(self, saved: tuple[int, int] | str | None) -> None:
+        self.saved, self.steps, self.forgot = saved, 0, False
+
+    def load(self, path: Path) -> int | None:
+        if isinstance(self.saved, str):
+            raise InnerStateError(self.saved)
+        if self.saved is None:
+            return None
+        epoch, self.steps = self.saved
+        return epoch
+
+    def forget(self) -> None:
+        self.steps, self.forgot = 0, True
+
+
+class Ranks:
+    """A group whose other ranks' parts are of these epochs and steps."""
+
+    def __init__(self, *others: tuple[int, int]) -> None:
+        self.columns = [list(column) for column in zip(*others, strict=True)]
+
+    def each(self, value: float) -> list[float]:
+        return [value, *self.columns.pop(0)]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        ((9, 50), [(9, 50)], (9, "")),
+        (None, [(-1, 0)], (-1, "")),
+        ("another shape", [(-1, 0)], (-1, "starts afresh: another shape")),
+        ("another shape", [(3, 20)], (-1, "starts afresh: another shape")),
+        (None, [(3, 20)], (-1, "parts are of other epochs (rank 0: -1, rank 1: 3)")),
+        ((9, 50), [(9, 50), (8, 45)], (-1, "parts are of other epochs (rank 0: 9, rank 1: 9, rank 2: 8)")),
+        ((9, 50), [(9, 30)], (-1, "parts are of other epochs")),
+    ],
+)
+def test_ranks_take_up_one_inner_state_or_all_begin_afresh(
+    own: tuple[int, int] | str | None, others: list[tuple[int, int]], expected: tuple[int, str]
+) -> None:
+    """With 8 GPUs, then 4, then 8 again, half of each parameter went on with moments of weeks ago."""
+    rank = Rank(own)
+    epoch, note = load_inner_state(rank, Path("x"), Ranks(*others))  # type: ignore[arg-type]
+    assert epoch == expected[0] and expected[1] in note and bool(note) is bool(expected[1])
+    assert rank.forgot is (epoch < 0 <= others[0][0]) and (rank.steps > 0) is (epoch >= 0)
+
+
+def test_one_process_alone_takes_up_what_it_saved() -> None:
+    assert load_inner_state(Rank((9, 50)), Path("x"), None) == (9, "")  # type: ignore[arg-type]
+    assert load_inner_state(Rank("damaged"), Path("x"), None) == (  # type: ignore[arg-type]
+        -1,
+        "the inner optimizer starts afresh: damaged",
+    )

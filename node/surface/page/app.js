@@ -6,7 +6,7 @@
 import { showApplicants } from "./applicants.js";
 import { Charts } from "./charts.js";
 import { bytes, el, number, seconds, short, shortId } from "./format.js";
-import { pill, showEvents, showMembers, showNode, showRecords } from "./tables.js";
+import { linked, pill, showEvents, showMembers, showNode, showRecords } from "./tables.js";
 
 const SILENCE_MS = 6000; // after which the node counts as gone: it speaks each second
 const AGAIN_MS = 3000;
@@ -139,7 +139,8 @@ function showHead() {
 }
 
 function showTiles() {
-  const { status, peers } = page.now;
+  const { status } = page.now;
+  const peers = linked(page.now);
   const points = [...page.points.values()];
   const last = points.at(-1) ?? {};
   const timed = points.findLast((p) => p.round_s !== undefined);

@@ -29,7 +29,8 @@ export function showMembers(now, records) {
 }
 
 function members(now, records) {
-  const { status, peers } = now;
+  const { status } = now;
+  const peers = linked(now);
   const last = records.at(-1);
   const total = last ? last.members.reduce((sum, [, weight]) => sum + weight, 0) : 0;
   const found = new Map();
@@ -59,6 +60,9 @@ function members(now, records) {
 
 /** Not a loopback address, where there is another. */
 const best = (addresses) => addresses?.find((a) => !/^\/ip4\/127\.|^\/ip6\/::1\//.test(a)) ?? addresses?.[0] ?? "";
+
+/** Peers that are up; without those that are turned away for a while, of which nothing else is known. */
+export const linked = (now) => now.peers.filter((peer) => peer.phase !== "banned");
 
 function relayed(peer) {
   if (typeof peer.relayed === "boolean") return peer.relayed;

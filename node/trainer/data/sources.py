@@ -25,7 +25,7 @@ from tapestry.node.trainer.data import hub
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import NotText, SourceFile, check_text
 from tapestry.node.trainer.data.readers.format import Format
-from tapestry.node.trainer.data.readers.registry import format_of, require
+from tapestry.node.trainer.data.readers.registry import format_in, format_of, is_json, require
 from tapestry.node.trainer.data.tally import Group, Tally, merged_names, size
 
 LINKS_MAX = 256  # places that a folder's links lead to; each is asked about before an epoch. Guess
@@ -192,12 +192,12 @@ def _files_of(source: AnySource, tally: Tally, where: str) -> Iterator[SourceFil
 
 
 def _single_file(source: AnySource, where: str) -> SourceFile:
-    file_format = format_of(source.path)
-    if file_format.name == "csv" and not source.field:
-        file_format = _text_format()
-    require(file_format, where)
-    file = _source_file(source.path, file_format, source)
     try:
+        file_format = _format_in(source.path, source)
+        require(file_format, where)
+        file = _source_file(source.path, file_format, source)
+        if source.field and not file_format.is_table:
+            raise DataError(_no_fields(source, where))
         if file_format.is_table and not source.field:
             raise DataError(_which_field(file_format, file, where))
         if not file_format.is_packed:
@@ -205,6 +205,18 @@ def _single_file(source: AnySource, where: str) -> SourceFile:
     except (NotText, DamagedFile) as error:
         raise DataError(f"{where}: {error}") from error
     return file
+
+
+def _format_in(path: str, source: AnySource) -> Format:
+    """Without a field a .json of one line is text: code has many, and no rows are lost in it."""
+    return format_in(path, source.encoding, 1 if source.field else 2)
+
+
+def _no_fields(source: AnySource, where: str) -> str:
+    what = f"is read as text, which has no fields: leave :{source.field} out, or name it .jsonl, .csv or .tsv"
+    if is_json(source.path):
+        what = "is no JSON lines, an object in each line, as `jq -c '.[]'` makes them of a list"
+    return f"{where} {what}"
 
 
 def _which_field(file_format: Format, file: SourceFile, where: str) -> str:
@@ -245,9 +257,10 @@ def _file_in_folder(path: str, source: AnySource, tally: Tally) -> SourceFile | 
         size_bytes = os.stat(path).st_size
         if not size_bytes:
             return None
-        file_format = format_of(path)
-        if file_format.name == "csv" and not source.field:
-            file_format = _text_format()
+        file_format = _format_in(path, source)
+        if source.field and is_json(path) and not file_format.is_table:
+            tally.leave_out("json that is no JSON lines", path, size_bytes)
+            return None
         if file_format.is_table and not source.field:
             reason = f"{file_format.name} without a field, give the folder as FOLDER:FIELD"
             tally.leave_out(reason, path, size_bytes)

@@ -8,7 +8,6 @@ checked for name, shape and dtype before it is read, and for being finite after.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def put_back(snapshot: Snapshot, live: Mapping[str, Tensor]) -> None:
 
 
 def write_snapshot(path: Path, snapshot: Snapshot, identity: Identity) -> None:
-    """Atomically. Raises OSError."""
+    """Atomically. Raises OSError. One writer at a time: the next one takes over what a killed one left."""
     metadata = {
         "version": STATE_VERSION,
         "optimizer": identity.optimizer,
@@ -65,7 +64,7 @@ def write_snapshot(path: Path, snapshot: Snapshot, identity: Identity) -> None:
         "steps": str(snapshot.steps),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         save_file(dict(snapshot.tensors), temporary, metadata=metadata)
         _sync(temporary)

@@ -54,6 +54,17 @@ def _tsv(root: Path) -> str:
     return f"{root / 'a.tsv'}:text"
 
 
+def _json(root: Path) -> str:
+    """As hubs export it, c4-train.00000.json.gz."""
+    (root / "a.json.gz").write_bytes(gzip.compress(write_jsonl(root / "plain", TEXTS).read_bytes()))
+    return f"{root / 'a.json.gz'}:text"
+
+
+def _tsv_all_in_quotes(root: Path) -> str:
+    (root / "a.tsv").write_text('"n"\t"text"\n' + "".join(f'"1"\t"{text}"\n' for text in TEXTS))
+    return f"{root / 'a.tsv'}:text"
+
+
 def _table(field: str = "text") -> pyarrow.Table:
     return pyarrow.table({"n": list(range(len(TEXTS))), field: TEXTS})
 
@@ -106,6 +117,8 @@ def _saved_dataset(root: Path) -> str:
         _csv,
         _csv_of_europe,
         _tsv,
+        _tsv_all_in_quotes,
+        _json,
         _parquet,
         _nested_parquet,
         _arrow_stream,
@@ -118,6 +131,19 @@ def test_every_table_gives_the_text_of_its_field_row_by_row(
 ) -> None:
     corpus = corpus_of(settings_of(make(tmp_path)), tmp_path / "cache")
     assert documents_of(corpus) == TEXTS
+
+
+def test_a_quote_at_the_beginning_of_a_tsv_s_cell_swallows_no_rows(tmp_path: Path) -> None:
+    """Three rows were one document, with their numbers and tabs in it, and were not counted as malformed."""
+    texts = ['"Hello," she said', "no quote", 'he said "ha"', '"Hello"', 'a "quoted" word', "last"]
+    written = [*texts[:4], '"a ""quoted"" word"', "last"]
+    lines = [f"{number}\t{text}\n" for number, text in enumerate(written)]
+    (tmp_path / "a.tsv").write_text("n\ttext\n" + "".join(lines))
+    corpus = corpus_of(settings_of(f"{tmp_path / 'a.tsv'}:text"), tmp_path / "cache")
+    assert documents_of(corpus) == texts
+    (tmp_path / "a.tsv").write_text('n\ttext\n1\t"one\nmore"\n2\ttwo\textra\n')
+    with pytest.raises(DataError, match=r"66\.7% is malformed or has no text, of 3 rows"):
+        corpus_of(settings_of(f"{tmp_path / 'a.tsv'}:text"), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,40 @@ def test_a_folder_with_a_field_takes_its_tables_and_its_text(tmp_path: Path) -> 
     ]
 
 
+def test_a_field_is_never_dropped_without_a_word(tmp_path: Path) -> None:
+    """The base learnt braces, keys and escapes of corpus.json:text; the only sign was "1 documents"."""
+    (tmp_path / "notes.txt").write_text("notes " * 99)
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
+    (tmp_path / "one.json").write_text(json.dumps({"text": "a"}, indent=1))
+    write_jsonl(tmp_path / "rows.json", ["a", "b"])
+    write_jsonl(tmp_path / "row.json", ["a"])
+    with pytest.raises(DataError, match=r"notes.txt is read as text, which has no fields: leave :body out"):
+        _listing(f"{tmp_path}/notes.txt:body")
+    for name in ("list.json", "one.json"):
+        with pytest.raises(DataError, match=f"{name} is no JSON lines"):
+            _listing(f"{tmp_path / name}:text")
+    for name in ("rows.json", "row.json"):
+        (file,) = _listing(f"{tmp_path / name}:text").files
+        assert (file.format, file.field) == ("jsonl", "text")
+    listing = _listing(f"{tmp_path}:text")
+    assert [Path(file.path).name for file in listing.files] == ["notes.txt", "row.json", "rows.json"]
+    assert "left out, json that is no JSON lines: 2 (" in "\n".join(listing.tally.lines())
+
+
+def test_a_table_without_a_field_is_not_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n" + "1,a\n" * 9)
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "1\ta\n" * 9)
+    write_jsonl(tmp_path / "a.json", ["a", "b"])
+    (tmp_path / "config.json").write_text('{"text": "of one line, as in code"}')
+    for name in ("a.csv", "a.tsv", "a.json"):
+        with pytest.raises(DataError, match=r"say which field holds the text \(there are: .*text"):
+            _listing(tmp_path / name)
+    listing = _listing(tmp_path, allow_doubtful=True)
+    assert _names(listing) == ["config.json"]
+    lines = "\n".join(listing.tally.lines())
+    assert all(f"left out, {form} without a field" in lines for form in ("csv", "tsv", "jsonl"))
+
+
 def test_where_most_bytes_would_be_left_out_it_refuses_and_says_which_flag_allows_it(tmp_path: Path) -> None:
     for number in range(437):
         (tmp_path / f"{number}.bin").write_bytes(b"\0" * 100)

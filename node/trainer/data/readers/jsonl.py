@@ -12,6 +12,8 @@ from tapestry.node.trainer.data.tally import Tally
 
 LINE_CHARS_MAX = 64 << 20  # Guess: a longer line is no line of text
 
+LOOKED_AT_CHARS = 16 << 20  # of a line, to see whether it is an object. Guess: a long book
+
 
 def read(file: SourceFile, tally: Tally) -> Iterator[Piece]:
     with decoded(file) as text:
@@ -45,6 +47,19 @@ def fields(file: SourceFile) -> list[str]:
         except (ValueError, RecursionError):
             return []
     return sorted(row) if isinstance(row, dict) else []
+
+
+def objects(path: str, encoding: str) -> int:
+    """How many of the first two lines are an object each; 2 means JSON lines, whatever the file is called."""
+    with decoded(SourceFile(path, 0, 0, FORMAT.name, encoding=encoding)) as text:
+        for count in range(2):
+            line = text.readline(LOOKED_AT_CHARS)
+            try:
+                if not line.startswith("{") or not isinstance(json.loads(line), dict):
+                    return count
+            except (ValueError, RecursionError):
+                return count
+    return 2
 
 
 def field_of(row: Any, field: str) -> Any:

@@ -12,6 +12,7 @@ from tapestry.node.trainer.data.readers.format import TABLES_EXTRA, Format
 FORMATS: tuple[Format, ...] = (
     jsonl.FORMAT,
     csv.FORMAT,
+    csv.TSV,
     parquet.FORMAT,
     arrow.FORMAT,
     text.FORMAT,  # takes what is left
@@ -32,6 +33,20 @@ def format_of(path: str) -> Format:
         if name.endswith(one.suffixes) and not (packed and one.is_packed):
             return one
     raise AssertionError("text takes what is left")
+
+
+def format_in(path: str, encoding: str, lines_min: int) -> Format:
+    """The same, but a .json of at least so many lines (1 or 2), each an object, is JSON lines: exports of
+    hubs are called so. Raises OSError, DamagedFile."""
+    by_name = format_of(path)
+    if is_json(path) and jsonl.objects(path, encoding) >= lines_min:
+        return jsonl.FORMAT
+    return by_name
+
+
+def is_json(path: str) -> bool:
+    """By its name, which does not say whether it is a value or lines of them."""
+    return without_packing(path).endswith(".json")
 
 
 def require(one: Format, path: str) -> None:

@@ -102,6 +102,7 @@ def _files(copy: Path) -> list[Path]:
         *sorted(copy.glob("egress*.jsonl")),
         *sorted(copy.glob("data-ev*")),
     ]
+    wanted += [path for path in sorted((copy / "branches").rglob("*")) if path.is_file()]
     wanted += sorted((copy / "accusations").glob("*.accusation"))
     wanted += [path for path in sorted((copy / "derivatives").rglob("*")) if path.name != "lock"]
     return [path for path in wanted if path.is_file() and path.stat().st_size]

@@ -110,6 +110,7 @@ class FakeKeeper:
         self.run_id = RUN
         self.state = SimpleNamespace(size_bytes=1)
         self.votes: list[object] = []
+        self.branches = SimpleNamespace(names=())
         self.writing, self.disk_is_free = threading.Event(), threading.Event()
         self.disk_is_free.set()
 

@@ -123,6 +123,7 @@ class GivenView:
             "round": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "branches": [],
             "applicants": self.applicants,
             "caps": {},
             "bytes": {

@@ -105,6 +105,7 @@ def attached() -> NodeView:
         tokens_per_second=1.0,
         dropped_records=0,
         dropped_weight=0,
+        branches=("00000003-" + "ab" * 8,),
         accused=({"peer": "c", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
         withheld=({"peer": "c", "count": 2},),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),

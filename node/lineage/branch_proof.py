@@ -98,6 +98,8 @@ class _Check:
 
     def run(self, chains: list[Followed], replay: bool) -> Followed | None:
         about, proof, home = self.about, self.proof, Home(self.path)
+        if about.run_id != self.genesis.run_id:
+            proof.fault("branch.json", f"it is of the run {about.run_id[:12]}")
         start = next(_tied(about, chains), None)
         if start is None:
             text = f"no chain of this home has its epoch {about.since}, which it follows"

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import shutil
@@ -164,12 +165,13 @@ class Branches:
         """What `chain` has after `since`, which is to be left for `theirs`. The name of the branch; "" if the
         limits allow none. On OSError there is none.
         """
-        record_bytes, room = store.record_bytes_after(since), self._room()
         if not self._limits.count_max or since >= chain.epoch:
             return ""
-        if record_bytes > room:
-            why = f"its records are {record_bytes} bytes, and there is room for {room}"
+        record_bytes, room = store.record_bytes_after(since), self._room()
+        if record_bytes > min(room, disk_free(self._home) // 2):
+            why = f"its records are {record_bytes} bytes, and there is no room for them"
             _log.warning("branch=not_kept epoch=%d reason=%r", chain.epoch, why)
+            self._drop_followers(chain, since)
             return ""
         sources = _sources(chain, since, store, checkpoints)
         if record_bytes + sources.size_bytes > room:
@@ -201,6 +203,16 @@ class Branches:
         while self._kept and (len(self._kept) > self._limits.count_max or self._bytes() > room):
             allowed = f"{self._limits.count_max} and {room} bytes are kept, and it is the oldest"
             self._drop(self._kept[0], allowed)
+
+    def _drop_followers(self, chain: Chain, since: int) -> None:
+        """Of records after `since`, which are to go: nothing could prove them. Older ones may follow them."""
+        follow = [
+            one.about.since > since and chain.head_at(one.about.since) == one.about.since_head
+            for one in self._kept
+        ]
+        while any(follow):
+            self._drop(self._kept[0], "the records that it follows, or a newer branch does, are not kept")
+            follow.pop(0)
 
     def _room(self) -> int:
         """Bytes that all branches may take: half of what would be free without them, at most."""
@@ -340,7 +352,10 @@ def _take(path: Path, target: Path) -> None:
     with contextlib.suppress(OSError):
         os.link(path, target)
         return
-    shutil.copyfile(path, target)  # a file system without hard links
+    size_bytes = path.stat().st_size  # a file system without hard links
+    if size_bytes > shutil.disk_usage(target.parent).free // 2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    shutil.copyfile(path, target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -170,6 +170,21 @@ def test_a_branch_that_lacks_something_holds_and_says_so(tmp_path: Path) -> None
     export_branch(made.home, name, tmp_path / "out", 3)
 
 
+def test_a_branch_in_which_the_run_was_rolled_back_is_proven_by_its_path(tmp_path: Path) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(3)
+    made.roll_back(1, "a lie")
+    made.advance(1)
+    export_home(made.home, tmp_path / "before", 5)
+    name = made.leave_fork(2, 4)
+    proof = _verify(made.home.path)
+    assert proof.faults == [] and proof.branches == 1
+    assert f"branches/{name}: epoch 4: the state is that of epoch 1 again" in proof.notes
+    export_branch(made.home, name, tmp_path / "out", None)
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "before" / weights).read_bytes()
+
+
 def test_exit_and_backup_take_branches_along(forked: tuple[MadeHome, str, str, Path], tmp_path: Path) -> None:
     made, first, second, _ = forked
     assert leave(made.home, tmp_path / "out", _quiet).branches == 2

@@ -220,6 +220,22 @@ def test_the_limits_hold_and_a_full_disk_keeps_the_records_only(
     assert "branch=not_kept" in caplog.text and chain_on_disk(full).epoch == 5, "the switch is not held up"
 
 
+def test_what_follows_records_that_are_not_kept_goes_with_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody could prove it: the records before it would be nowhere."""
+    branches = opened(run)
+    switch(run, branches, 3, other_side(run, 3))
+    second = switch(run, branches, 1, other_side(run, 1, 4))
+    third = switch(run, branches, 4, other_side(run, 4, 2, "cd" * 32))
+    monkeypatch.setattr(branches_module, "disk_free", lambda home: 100)
+    room = sum(one.size_bytes for one in found(run.home))
+    monkeypatch.setattr(Branches, "_room", lambda self: room)
+    assert switch(run, branches, 2, other_side(run, 2, 9, "ef" * 32)) == ""
+    assert branches.names == (), "the third follows record 4, and older ones go first"
+    assert second != third
+
+
 def test_a_disk_that_fills_up_takes_the_oldest_branch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     branches = opened(run)
     first = switch(run, branches, 3, other_side(run, 3))

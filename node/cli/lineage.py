@@ -55,15 +55,16 @@ def export(
             raise click.UsageError("--epoch, --adapters, --branch: of the base; a derivative has --version")
         _release(Home.locate(home, os.environ), derivative, number, out, dtype)
         return
-    from tapestry.node.lineage.export import export_home
-    from tapestry.node.lineage.export_branch import export_branch
-
     line = ProgressLine()
     try:
         where = Home.locate(home, os.environ)
         if branch is not None:
+            from tapestry.node.lineage.export_branch import export_branch
+
             export_branch(where, branch, out, epoch, dtype=dtype, adapters=adapters, progress=line.update)
         else:
+            from tapestry.node.lineage.export import export_home
+
             export_home(where, out, epoch, dtype=dtype, adapters=adapters, progress=line.update)
     finally:
         line.end()

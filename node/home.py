@@ -82,6 +82,16 @@ class Home:
         return self.path / "checkpoints"
 
     @property
+    def branches(self) -> Path:
+        """What lost at forks: disk/branches.py"""
+        return self.path / "branches"
+
+    @property
+    def branch_json(self) -> Path:
+        """In a branch: what it is."""
+        return self.path / "branch.json"
+
+    @property
     def accusations(self) -> Path:
         """Proofs that a reducer lied: disk/accusations.py."""
         return self.path / "accusations"

@@ -3,12 +3,14 @@
     scripts/flip_bits.py [PATH] [--count 1000] [--seed 0]
 
 It works on a copy. Of a home it flips what belongs to the run: genesis (with the spec), chain, updates,
-checkpoints, vote, the pinned files of the base, descriptions of data, data events, the egress ledger,
-accusations, and the derivatives with their bases; of an export every file. Exit 1 if one was missed.
+checkpoints, vote, what lost at forks, the pinned files of the base, descriptions of data, data events, the
+egress ledger, accusations, and the derivatives with their bases; of an export every file. Exit 1 if one was
+missed.
 
 Without PATH it makes a home that has all of these, some epochs of two members on a small base, a derivative
-with own tokens, its rebase, both kinds of proven lies, a ledger of two files and what a broken download left,
-and takes what `tapestry exit` makes of it. A flip takes a file at random, small ones as often as large ones.
+with own tokens, its rebase, a branch that lost at a fork, both kinds of proven lies, a ledger of two files
+and what a broken download left, and takes what `tapestry exit` makes of it. A flip takes a file at random,
+small ones as often as large ones.
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ def _files(copy: Path) -> list[Path]:
         *sorted(copy.glob("egress*.jsonl")),
         *sorted(copy.glob("data-ev*")),
     ]
+    wanted += [path for path in sorted((copy / "branches").rglob("*")) if path.is_file()]
     wanted += sorted((copy / "accusations").glob("*.accusation"))
     wanted += [path for path in sorted((copy / "derivatives").rglob("*")) if path.name != "lock"]
     return [path for path in wanted if path.is_file() and path.stat().st_size]
@@ -122,6 +125,8 @@ def _home_of_everything(folder: Path) -> Path:
     build.derive(made.home, "ours", Recipe("cpt", "lora", (str(text),), **keys), None, told=_quiet)  # type: ignore[arg-type]
     made.advance(2, scale=0.005)
     build.rebase(made.home, "ours", None, Transplant(), told=_quiet)
+    made.advance(2)
+    made.leave_fork(4, 1)
     made.advance(1, checkpoint=True)
     for identity, words in zip(made.identities, ("manual pages", "laws"), strict=True):
         known = Descriptions(made.home.descriptions, made.chain.genesis.run_id, NodeCrypto(identity))

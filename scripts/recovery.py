@@ -611,10 +611,12 @@ def _check_told(node: Node, before: float, mark: int, row: Row) -> None:
     with node.log.open("rb") as log:
         log.seek(mark)
         text = log.read().decode(errors="replace")
-    lost = re.search(r"fork=left common_epoch=\d+ dropped_records=(\d+) dropped_weight=(\d+)", text)
+    lost = re.search(r"fork=left common_epoch=\d+ dropped_records=(\d+) dropped_tokens=(\d+)", text)
     count = metric(node, "tapestry_dropped_records_total") - before
     row.check(lost is not None, f"{node.home.name}: nothing in the log")
     row.check(count > 0 and lost is not None, f"{node.home.name}: the metric shows {count:g} dropped records")
+    kept = tapestry("log", "--branches", "--home", node.home).stdout
+    row.check("it lost: " in kept, f"{node.home.name}: `tapestry log --branches` does not list it")
     with node.network():
         shown = tapestry("status", "--home", node.home).stdout
     field = re.search(r"^dropped_records +(\d+)$", shown, re.MULTILINE)

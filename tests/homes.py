@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tapestry.dht.identity import Identity
 from tapestry.node.disk.base import BaseFile
+from tapestry.node.disk.branches import Branches, BranchLimits
 from tapestry.node.disk.checkpoints import Checkpoints, restore
+from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
@@ -76,6 +78,28 @@ class MadeHome:
         restored = restore(self.chain, self.chain.epoch, self.store, self.checkpoints, self.state)
         assert restored is not None and restored.epoch == self.chain.epoch
 
+    def leave_fork(self, common: int, epochs: int) -> str:
+        """So many epochs, by all, that another side made after `common`, in the place of what is there. The
+        name of the branch that is kept."""
+        chain, elsewhere = self.chain, _Elsewhere()
+        other = replace(self, chain=Chain(chain.genesis, chain.records[:common]), store=elsewhere)  # type: ignore[arg-type]
+        other.state = held_state(self.spec, self.state)
+        assert restore(chain, common, self.store, self.checkpoints, other.state) is not None
+        other.advance(epochs)
+        theirs, left = list(other.chain.records[common:]), list(chain.records[common:])
+        branches = Branches(self.home, BranchLimits())
+        branches.load(chain)
+        name = branches.keep(chain, common, theirs, self.store, self.checkpoints)
+        self.store.switch_chain(common, theirs)
+        chain.switch(common, theirs)
+        self.store.drop_updates([record.head for record in left])
+        self.checkpoints.drop_left(chain, common)
+        for record in theirs:
+            self.store.write_update(record.body.epoch, record.head, elsewhere.updates[record.head])
+        restored = restore(chain, chain.epoch, self.store, self.checkpoints, self.state)
+        assert restored is not None and restored.epoch == chain.epoch
+        return name
+
     def _epoch(
         self, scale: float, identities: tuple[Identity, ...], changes: tuple[Change, ...] = ()
     ) -> None:
@@ -112,6 +136,23 @@ class MadeHome:
         self.chain.append(record)
         if not changes:
             self.state.apply(payloads, record)
+
+
+class _Elsewhere:
+    """The store of other members."""
+
+    def __init__(self) -> None:
+        self.updates: dict[str, list[Tensor]] = {}
+
+    def write_update(self, epoch: int, head: str, payloads: list[Tensor]) -> None:
+        self.updates[head] = payloads
+
+    def append_record(self, record: Record) -> None: ...
+
+
+def held_state(spec: RunSpec, like: ModelState) -> ModelState:
+    """With room of its own."""
+    return bare_state(spec, torch.zeros_like(like.params), like.schema)
 
 
 def base_spec(home: Path, family: str, *, pin_weights: bool = False, **fields: Any) -> TransformersSpec:

@@ -124,7 +124,9 @@ def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
             click.echo(f"  dropped from it: {', '.join(one.name for one in domains)}")
         if place.data_events.exists():
             touched = withdrawal(place, lambda other, path=path: _touches(path, other))  # type: ignore[misc]
-            click.echo(f"  used in {len(touched.records)} records and {len(touched.derivatives)} derivatives")
+            lost = f", and {len(touched.branches)} branches that lost" if touched.branches else ""
+            where = f"{len(touched.records)} records and {len(touched.derivatives)} derivatives{lost}"
+            click.echo(f"  used in {where}")
     return ExitCode.REFUSED if refused else ExitCode.DONE
 
 

@@ -34,6 +34,7 @@ from tapestry.node.home import Home
 @click.option("--adapters", is_flag=True, help="Of a LoRA run: the adapters alone, for PEFT, not merged.")
 @click.option("--derivative", metavar="NAME", help="One's own model in place of the base.")
 @click.option("--version", "number", type=click.IntRange(min=1), metavar="N", help="Of the derivative.")
+@click.option("--branch", metavar="NAME", help="What lost at a fork, of `tapestry log --branches`.")
 def export(
     out: Path,
     home: str | None,
@@ -42,18 +43,24 @@ def export(
     adapters: bool,
     derivative: str | None,
     number: int | None,
+    branch: str | None,
 ) -> None:
     """Write the shared base, or a derivative of it, into OUT as a Hugging Face model."""
     if derivative is not None:
-        if adapters or epoch is not None:
-            raise click.UsageError("--epoch and --adapters are of the base; a derivative has --version")
+        if adapters or epoch is not None or branch is not None:
+            raise click.UsageError("--epoch, --adapters, --branch: of the base; a derivative has --version")
         _release(Home.locate(home, os.environ), derivative, number, out, dtype)
         return
-    from tapestry.node.lineage.export import export_home
-
     with Said() as said:
         where = Home.locate(home, os.environ)
-        export_home(where, out, epoch, dtype=dtype, adapters=adapters, progress=said.update)
+        if branch is not None:
+            from tapestry.node.lineage.export_branch import export_branch
+
+            export_branch(where, branch, out, epoch, dtype=dtype, adapters=adapters, progress=said.update)
+        else:
+            from tapestry.node.lineage.export import export_home
+
+            export_home(where, out, epoch, dtype=dtype, adapters=adapters, progress=said.update)
     click.echo(f"wrote {out}")
 
 
@@ -102,7 +109,7 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool, jobs:
 @json_option
 @click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
 @click.option("--egress", "as_egress", is_flag=True, help="What left this node, in place of the chain.")
-@click.option("--branches", "as_branches", is_flag=True, help="The run, and what was made alone on islands.")
+@click.option("--branches", "as_branches", is_flag=True, help="The run, islands, and what lost at forks.")
 def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_branches: bool) -> None:
     """The epochs of a home's chain: when, who with which share, how many bytes, which head."""
     from tapestry.node.lineage.log import lines, read_log

@@ -34,6 +34,7 @@ from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
 from tapestry.node.daemon.permit import beyond
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.disk.branches import BRANCH_LIMITS, BranchLimits
 from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import LoadedStore, Store
 from tapestry.node.errors import ExitCode, UserError
@@ -81,6 +82,7 @@ class Own:
     island: bool = False  # alone on purpose: nobody is looked for, and the first record is forced at once
     forbidden: Callable[[], str] = lambda: ""  # why its data may not be used any more: permit.py
     relay: bool = True  # carry connections of members that cannot be dialled
+    branches: BranchLimits = BRANCH_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ async def open_state(
         await asyncio.to_thread(store.write_genesis, genesis)
     state.head = genesis.run_id
     base = base_folder(own.home, spec)
-    return Keeper(own.home, spec, store, loaded, genesis, state, own.throttles, base, begins), genesis
+    keeper = Keeper(own.home, spec, store, loaded, genesis, state, own.throttles, base, begins, own.branches)
+    return keeper, genesis
 
 
 def _begins_from_weights(spec: RunSpec) -> bool:

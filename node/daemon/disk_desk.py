@@ -58,6 +58,7 @@ class DiskDesk:
         self._trainer = trainer
         self._network = network
         self._reporter = reporter
+        reporter.branches = keeper.branches.names
         self._leaving = False
         self._fetching: asyncio.Task[Any] | None = None  # a whole state, from a donor
         self._state_lock = asyncio.Lock()  # one job on the parameters at a time
@@ -131,8 +132,9 @@ class DiskDesk:
             self._reporter.committed(out.record, self._keeper.committed_tokens)
 
     async def do_switch_chain(self, out: ev.SwitchChain) -> None:
-        records, weight = await self._on_disk(self._keeper.switch_chain, out.epoch, out.records)
-        self._reporter.dropped(records, weight)
+        left = await self._on_disk(self._keeper.switch_chain, out.epoch, out.records)
+        self._reporter.branches = self._keeper.branches.names
+        self._reporter.dropped(left.records, left.tokens, left.branch)
         self._reporter.committed(out.records[-1], self._keeper.committed_tokens)
 
     # --- the state -----------------------------------------------------------------------------
@@ -193,6 +195,7 @@ class DiskDesk:
         loop, write = asyncio.get_running_loop(), self._keeper.checkpoint
         if await loop.run_in_executor(self._checkpoints, write, chain):
             await self._on_disk(self._keeper.prune, self._back_to())
+            self._reporter.branches = self._keeper.branches.names
 
     def _back_to(self) -> int | None:
         """The epoch that a rollback which has this node's signature may lead to: what makes it is kept."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from tapestry.node.disk import signed_means
 from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.base import BaseFolder
+from tapestry.node.disk.branches import BRANCH_LIMITS, Branches, BranchLimits
 from tapestry.node.disk.checkpoints import Abandoned, Checkpoints, Restoration, leads_to, restore
 from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing
 from tapestry.node.home import Home
@@ -47,6 +48,15 @@ class KeeperError(Exception):
     """The state cannot be had from our own disk; one line that says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a fork cost."""
+
+    records: int  # of ours
+    tokens: int  # behind them
+    branch: str  # the name under which they are kept; "" if they are not
+
+
 class Keeper:
     """Disk and parameters of one node, of a run that has its genesis."""
 
@@ -61,6 +71,7 @@ class Keeper:
         throttles: Throttles | None = None,  # the node's; None: no caps
         base: BaseFolder | None = None,  # of a run that continues one
         begins: bool = False,  # `state` was made just now: it is the genesis' and lies in a checkpoint
+        branches: BranchLimits = BRANCH_LIMITS,
     ) -> None:
         self.run_id = genesis.run_id
         self._home = home
@@ -69,6 +80,7 @@ class Keeper:
         self.store = store
         self.state = state
         self.checkpoints = Checkpoints(home.checkpoints, genesis.run_id, spec.limits.checkpoints_kept)
+        self.branches = Branches(home, branches)
         self._limits = spec.limits
         self._transfer = TransferLimits(spec.round.stall_s, throttles=throttles or Throttles())
         self._chain = store.chain(genesis)
@@ -83,6 +95,7 @@ class Keeper:
         """As far as the disk takes us: chain, state, vote. Raises OSError."""
         self.checkpoints.load()
         chain = self._chain
+        self.branches.load(chain)
         if self._begins and chain.epoch == 0:  # to read it back would take as long as to write it did
             restored: Restoration | None = Restoration(0, chain.genesis.state_digest, "")
         else:
@@ -137,12 +150,20 @@ class Keeper:
         self.store.append_record(record)
         self._chain.append(record)
 
-    def switch_chain(self, epoch: int, records: Sequence[Record]) -> tuple[int, int]:
-        """Leave a fork at `epoch` for `records`: how many of ours that drops, and how many tokens."""
+    def switch_chain(self, epoch: int, records: Sequence[Record]) -> Left:
+        """Leave a fork at `epoch` for `records`. What is left is kept as a branch first, in the order of
+        disk/branches.py: a kill leaves the one chain, or the other and the branch."""
         if self._home.data_events.exists():  # what contributes from now on does so to earlier epochs
             note_left(self._home, self.run_id, epoch)
+        chain = self._chain
+        branch = self.branches.keep(chain, epoch, records, self.store, self.checkpoints)
+        left = [chain.head_at(one) for one in range(epoch + 1, chain.epoch + 1)]
         self.store.switch_chain(epoch, records)
-        return self._chain.switch(epoch, records)
+        count, tokens = chain.switch(epoch, records)
+        self.store.drop_updates(left)
+        self.checkpoints.drop_left(chain, epoch)
+        self.branches.fit()
+        return Left(count, tokens, branch)
 
     def apply(self, record: Record) -> tuple[int, str]:
         """State epoch - 1 becomes state `epoch`: gives epoch and digest. Raises KeeperError."""
@@ -231,6 +252,7 @@ class Keeper:
         if back_to is not None:
             base = min(base, self.checkpoints.base_of(self._chain, back_to))
         self.store.prune(self._chain, self._limits, base)
+        self.branches.fit()
 
     # --- what a proof is against (audit_desk.Evidence) -----------------------------------------
 

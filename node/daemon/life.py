@@ -47,6 +47,7 @@ from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, beyond
 from tapestry.node.daemon.restored import find_run, place_of
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
+from tapestry.node.disk.branches import BranchLimits
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import Store
 from tapestry.node.disk.use import disk_free, disk_use
@@ -246,6 +247,7 @@ class Daemon:
                 config.island,
                 DataPermit(self.home, paths_of(config.data), linked=linked).refusal,
                 config.relay,
+                BranchLimits(config.branches_kept, config.branches_bytes),
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:

@@ -251,6 +251,7 @@ class Reporter:
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._dropped = Dropped(0, 0)
+        self.branches: tuple[str, ...] = ()  # what lost at forks and is kept, by name; oldest first
         self._accused: list[dict[str, str | int]] = []
         self._withheld: Counter[str] = Counter()  # peer -> inputs that it did not give an auditor
         self._refusals = Repeats(REFUSAL_LOG_S)
@@ -285,6 +286,7 @@ class Reporter:
             training.tokens_per_second,
             dropped.records,
             dropped.weight,
+            self.branches,
             where.addresses,
             where.reachable,
             where.relays,
@@ -444,11 +446,11 @@ class Reporter:
         for record in records:
             self._story.changed(record.body)
 
-    def dropped(self, records: int, weight: int) -> None:
-        """A fork was left for a better chain."""
+    def dropped(self, records: int, weight: int, branch: str) -> None:
+        """A fork was left for a better chain; `branch` is the name of what is kept of it, or ""."""
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
         self.metrics.dropped(records, weight)
-        self._story.dropped(records, weight)
+        self._story.dropped(records, weight, branch)
 
     def gated(self, out: ev.Gated) -> None:
         """What the gate made of a result of a round."""

@@ -153,6 +153,15 @@ class ChainFile:
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(number * self._every, f"its mark does not hold: {error}") from error
 
+    def bytes_after(self, epoch: int) -> int:
+        """Of the lines of the records after `epoch`."""
+        return self._end - self._end_at(epoch)
+
+    def copy_after(self, epoch: int, file: BinaryIO) -> None:
+        """Those lines, as they are. In the thread that writes. Raises OSError."""
+        if self._chain is not None:
+            _copy(self._chain.fd, self._end_at(epoch), self.bytes_after(epoch), file)
+
     # --- to write ---------------------------------------------------------------------------------
 
     def append(self, record: Record) -> None:

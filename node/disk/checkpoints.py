@@ -102,6 +102,10 @@ class Checkpoints:
         """Newest first."""
         return sorted(self._files.values(), key=lambda c: (c.epoch, c.head), reverse=True)
 
+    def newest(self, chain: Chain) -> Checkpoint | None:
+        """On the path to the head."""
+        return next((c for c in self.list() if _leads(c, chain, chain.epoch)), None)
+
     def base_epoch(self, chain: Chain) -> int:
         """Of the newest one below the head: the updates after it must be kept. 0 if there is none."""
         return self.base_of(chain, max(0, chain.epoch - 1))
@@ -182,6 +186,13 @@ class Checkpoints:
         for checkpoint in self.list():
             if checkpoint not in keep and checkpoint.epoch <= chain.epoch:
                 self._files.pop(checkpoint.path, None)  # unless a donor has just refused it
+                checkpoint.path.unlink(missing_ok=True)
+
+    def drop_left(self, chain: Chain, since: int) -> None:
+        """Those of records after `since` that the chain has no more."""
+        for checkpoint in self.list():
+            if since < checkpoint.epoch and chain.head_at(checkpoint.epoch) != checkpoint.head:
+                self._files.pop(checkpoint.path, None)
                 checkpoint.path.unlink(missing_ok=True)
 
     def load_newest(self, chain: Chain, epoch_max: int, into: ModelState) -> Checkpoint | None:

@@ -181,6 +181,16 @@ class Store:
         assert self._chain is not None
         self._chain.switch(epoch, records)
 
+    def record_bytes_after(self, epoch: int) -> int:
+        """Of the records after `epoch`, as they lie in chain.jsonl."""
+        assert self._chain is not None
+        return self._chain.bytes_after(epoch)
+
+    def copy_records_after(self, epoch: int, file: BinaryIO) -> None:
+        """Their lines, as they are. Raises OSError."""
+        assert self._chain is not None
+        self._chain.copy_after(epoch, file)
+
     # --- vote ----------------------------------------------------------------------------------
 
     def write_vote(self, vote: Vote) -> None:
@@ -240,6 +250,18 @@ class Store:
 
     def has_update(self, head: str) -> bool:
         return head in self._updates
+
+    def update_file(self, head: str) -> UpdateFile | None:
+        """Where the update of this head lies, if it does."""
+        return self._updates.get(head)
+
+    def drop_updates(self, heads: Sequence[str]) -> None:
+        """Of records that were left."""
+        for head in heads:
+            with self._lock:
+                update = self._updates.pop(head, None)
+                if update is not None:
+                    update.path.unlink(missing_ok=True)
 
     def heads_with_updates(self) -> tuple[str, ...]:
         """Oldest first."""

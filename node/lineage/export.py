@@ -80,7 +80,7 @@ def export_home(
         raise UserError(f"{home.path} holds no run to export")
     try:
         require_free(out)
-        with _beside(out) as scratch:
+        with beside(out) as scratch:
             restored = _restore(home, scratch, epoch, progress)
             export_model(
                 out,
@@ -130,7 +130,7 @@ def _carry(restored: _Restored, folder: Path) -> None:
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A folder on the disk that OUT will be on, gone afterwards. Raises ExportError."""
     parent = out.absolute().parent
     try:

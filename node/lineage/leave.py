@@ -1,11 +1,11 @@
 """`tapestry exit OUT`: everything that a member has of a run, as one directory that holds by itself.
 
 OUT is a home: identity, genesis, chain, updates, checkpoints, the base's files, the trainer's own state,
-settings, history, islands, derivatives and proofs of lies. It is made beside a running node or from a stopped
-one, verified before it gets its name, and asks nobody's leave. What is left out is what can be made again or
-would lead back: token caches, the running node's lock and addresses, and where the others were. So `tapestry
-start --home OUT` finds nobody, and by the run's own rule (`on_quorum_loss = "continue"`) goes on alone: an
-island.
+settings, history, islands, what lost at forks, derivatives and proofs of lies. It is made beside a running
+node or from a stopped one, verified before it gets its name, and asks nobody's leave. What is left out is
+what can be made again or would lead back: token caches, the running node's lock and addresses, and where
+the others were. So `tapestry start --home OUT` finds nobody, and by the run's own rule (`on_quorum_loss =
+"continue"`) goes on alone: an island.
 
 What `rejoin --bring` has left for the next contribution (HOME/brought.safetensors) is left out as well: it is
 owed to the run once, by the home that came back, and OUT trains on alone. What it was made of is in islands/.
@@ -21,6 +21,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tapestry.node.disk.branches import folders
 from tapestry.node.disk.linked import copy_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
@@ -89,11 +90,26 @@ def copy_run(home: Home, copy: Home, told: Told) -> None:
     for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
         target.mkdir()
         _copy_until(source, target, epoch, told)
+    _copy_branches(home, copy, told)
     for name in FOLDERS:
         if (home.path / name).is_dir():
             told(name, 0, 1)
             links = name in ("island", "islands")
             shutil.copytree(home.path / name, copy.path / name, symlinks=links, ignore=_left_out)
+
+
+def _copy_branches(home: Home, copy: Home, told: Told) -> None:
+    """What lost at forks. One that the live node drops meanwhile is dropped here too."""
+    shelf = folders(home)
+    for done, path in enumerate(shelf):
+        told("branches", done, len(shelf))
+        target = copy.branches / path.name
+        try:
+            shutil.copytree(path, target, ignore=_left_out)
+        except (FileNotFoundError, shutil.Error):
+            if path.exists():
+                raise
+            shutil.rmtree(target, ignore_errors=True)
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:

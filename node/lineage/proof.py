@@ -39,6 +39,7 @@ class Proof:
     checkpoints: int = 0
     files: int = 0
     derivatives: int = 0  # versions
+    branches: int = 0  # that lost at forks
     descriptions: int = 0  # members that say something of their data
     egress_lines: int = 0
     egress_bytes: int = 0

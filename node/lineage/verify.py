@@ -2,9 +2,10 @@
 
 A home: the genesis and its signature; every record's link, electorate, weights and signatures from there to
 the head; every update against the record that names it; every checkpoint against the record that signed it;
-the base's files against the spec; and then the states themselves, replayed from the oldest checkpoint, each
-compared with the digest in the record after it. Where the run was rolled back, the replay goes by the records
-too: the state is the earlier one again, and what was undone is not made once more.
+the base's files against the spec; what lost at forks, likewise (branch_proof.py); and then the states
+themselves, replayed from the oldest checkpoint, each compared with the digest in the record after it. Where
+the run was rolled back, the replay goes by the records too: the state is the earlier one again, and what
+was undone is not made once more.
 
 An export: every file against its manifest; the records that it carries, from the genesis on; and its tensors,
 which must have the digest that the record after them signed. What cannot be proven (rounded weights, merged
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,28 @@ from tapestry.compression.shards import shard_bounds
 from tapestry.node.disk.accusations import SUFFIX as ACCUSATION_SUFFIX
 from tapestry.node.disk.accusations import FalseAccusation, kept, prove, unpack
 from tapestry.node.disk.base import BaseFile, pinned
-from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, read_checkpoint
 from tapestry.node.disk.files import seal, unseal
 from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
-from tapestry.node.disk.store import (
-    UPDATE_SUFFIX,
-    read_update_file,
-    read_update_header,
-    result_digest,
-    update_name,
-)
 from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.branch_proof import branches_of, check_branches
+from tapestry.node.lineage.chain_proof import ToFollow, followed
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
-from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
+from tapestry.node.lineage.follow import Broken, island_from, read_genesis
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, updates_of
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.replay import check_states
-from tapestry.node.lineage.signatures import Ahead, Trusting
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.progress import Told
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
-from tapestry.node.protocol.chain import Genesis, InvalidRecord
+from tapestry.node.protocol.chain import Genesis
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
@@ -90,19 +85,21 @@ def verify_home(
         proof.fault("genesis.json", str(error))
         return proof
     proof.run_id, proof.run_name = genesis.run_id, spec.name
-    updates = _updates(home, proof)
-    checkpoints = _checkpoints(home, genesis, proof)
+    updates = updates_of(home, proof)
+    checkpoints = checkpoints_of(home, genesis, proof)
     derivatives = _derivatives(home, proof)
-    needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives)}
+    on_disk = branches_of(home, proof)
+    needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives), *on_disk.needed}
     begins = island_from(home)
-    chain = _Chain(home.chain, genesis, spec, needed, anchor, told, begins)
-    signed = _followed(chain, jobs, proof)
+    chain = ToFollow(home.chain, genesis, spec, needed, anchor, told, begins, on_disk.ties)
+    run = followed(chain, jobs, proof)
+    signed = run.signed
     if begins is not None and begins <= proof.epoch:
         proof.notes.append(
             f"chain.jsonl: from epoch {begins} on made alone, on an island; no other member has it"
         )
     for epoch, path in sorted(updates.items()):
-        _check_update(path, epoch, signed.get(epoch), proof)
+        check_update(path, epoch, signed.get(epoch), proof)
         proof.updates += 1
         told("updates", proof.updates, len(updates))
     _check_small_files(home, spec, proof)
@@ -116,141 +113,10 @@ def verify_home(
     _check_bases(home, proof)
     _check_accusations(home, genesis, spec, crypto, proof)
     _check_descriptions(home, genesis, crypto, proof)
+    check_branches(on_disk, genesis, spec, run, replay, proof, told)
     if replay:
         check_states(genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
-
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """What is read of a chain."""
-
-    path: Path
-    genesis: Genesis
-    spec: RunSpec
-    needed: set[int]  # epochs
-    anchor: Anchor | None
-    told: Told
-    begins: int | None = None  # an island, by the record of this epoch
-
-
-def _followed(chain: _Chain, jobs: int, proof: Proof) -> dict[int, Signed]:
-    """As `_follow`, and says the same; with several jobs a chain that holds is read faster."""
-    held = 0
-    if jobs > 1:
-        with Ahead(jobs) as ahead:
-            trial = replace(proof, faults=[], notes=[])
-            signed = _follow(chain, ahead, trial)
-            held = ahead.held()
-        if trial.holds and held == ahead.asked:
-            for name in ("records", "signatures", "epoch", "head", "rolled"):
-                setattr(proof, name, getattr(trial, name))
-            return signed
-    return _follow(chain, Trusting(held), proof)
-
-
-def _lines_of(path: Path) -> int:
-    """Raises OSError."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
-
-
-def _follow(chain: _Chain, crypto: ReaderCrypto, proof: Proof) -> dict[int, Signed]:
-    """Every record from the genesis on; what it says of the epochs in `needed`. A fault ends it."""
-    genesis, needed, anchor = chain.genesis, chain.needed, chain.anchor
-    follower = Follower.start(genesis, chain.spec, crypto, chain.begins)
-    signed = {0: Signed(genesis.run_id, "", genesis.state_digest)} if 0 in needed else {}
-    anchored = anchor is None or (anchor.epoch == 0 and anchor.head == genesis.run_id)
-    try:
-        total = _lines_of(chain.path)
-        for record in read_records(chain.path, crypto):
-            settings = follower.at.roll.settings
-            follower.take(record)
-            body = record.body
-            before = body.epoch - 1
-            if before in signed and before:
-                signed[before] = replace(signed[before], state=body.state_digest)
-            if body.epoch in needed:
-                back = follower.at.roll.rolled.get(body.epoch)
-                # A state that is an earlier one again was signed under that one's epoch.
-                state = None if back is None else follower.signed.get(back)
-                signed[body.epoch] = Signed(record.head, body.result, state, record, settings)
-            if anchor is not None and anchor.epoch == body.epoch:
-                anchored = anchor.head == record.head
-            proof.records += 1
-            proof.signatures += len(record.signatures)
-            if body.epoch % 256 == 0:
-                chain.told("records", body.epoch, total)
-    except Broken as error:
-        proof.fault(chain.path.name, str(error), error.epoch)
-    except InvalidRecord as error:
-        proof.fault(chain.path.name, str(error), follower.epoch + 1)
-    except OSError as error:
-        proof.fault(chain.path.name, f"cannot be read: {error.strerror}")
-    proof.epoch, proof.head = follower.epoch, follower.head
-    proof.rolled = follower.at.roll.rolled
-    if anchor is not None:
-        _check_anchor(anchor, genesis, anchored, follower.epoch, ReaderCrypto(), proof)
-    return signed
-
-
-def _check_anchor(
-    anchor: Anchor, genesis: Genesis, anchored: bool, epoch: int, crypto: ReaderCrypto, proof: Proof
-) -> None:
-    if anchor.run_id != genesis.run_id:
-        proof.fault("anchor", f"it is of the run {anchor.run_id[:12]}, not {genesis.run_id[:12]}")
-    elif epoch < anchor.epoch:
-        proof.fault("anchor", f"the chain ends at epoch {epoch}, before it", anchor.epoch)
-    elif not anchored:
-        proof.fault("anchor", f"the chain has another head there than {anchor.head[:12]}", anchor.epoch)
-    for peer in anchor.bad_signatures(crypto):
-        proof.fault("anchor", f"its signature by {peer} does not hold", anchor.epoch)
-
-
-def _updates(home: Home, proof: Proof) -> dict[int, Path]:
-    """The update log by epoch, as the files' names say."""
-    found: dict[int, Path] = {}
-    for path in sorted(home.updates.glob(f"*{UPDATE_SUFFIX}")) if home.updates.exists() else ():
-        epoch = _epoch_of(path)
-        if epoch is None or epoch in found:
-            proof.fault(f"updates/{path.name}", "two updates of one epoch" if epoch else "not a name of ours")
-        else:
-            found[epoch] = path
-    return found
-
-
-def _epoch_of(path: Path) -> int | None:
-    head, _, _ = path.stem.partition("-")
-    return int(head) if head.isdigit() else None
-
-
-def _check_update(path: Path, epoch: int, signed: Signed | None, proof: Proof) -> None:
-    name = f"updates/{path.name}"
-    if signed is None:
-        if epoch == proof.epoch + 1:
-            proof.notes.append(f"{name}: of a round that is not decided")
-        else:
-            proof.fault(name, f"of an epoch that the chain does not have (it ends at {proof.epoch})", epoch)
-        return
-    try:
-        with path.open("rb") as file:
-            header = read_update_header(file)
-            file.seek(0)
-            exact = file.read(len(header.pack())) == header.pack()
-        _, payloads = read_update_file(path)
-    except (ValueError, OSError) as error:
-        proof.fault(name, str(error), epoch)
-        return
-    if not exact:
-        proof.fault(name, "its header is not in the form in which a node writes it", epoch)
-    elif (header.epoch, header.head) != (epoch, signed.head) or path.name != update_name(epoch, signed.head):
-        proof.fault(name, "it is of another record than the chain's", epoch)
-    elif header.result != signed.result:
-        proof.fault(name, "it names another result than the record", epoch)
-    elif result_digest(payloads) != signed.result:
-        proof.fault(name, "its numbers are not those that the record names", epoch)
 
 
 def _check_linked(path: Path, lines: Iterator[Linked | Tail], proof: Proof) -> None:
@@ -328,24 +194,6 @@ def _check_base_file(path: Path, file: BaseFile, proof: Proof) -> None:
     proof.files += 1
     if (found.size_bytes, found.digest) != (file.size_bytes, file.digest):
         proof.fault(f"base/{file.name}", f"has the digest {found.digest[:12]}, not {file.digest[:12]}")
-
-
-# --- states -------------------------------------------------------------------------------------------
-
-
-def _checkpoints(home: Home, genesis: Genesis, proof: Proof) -> dict[int, Checkpoint]:
-    """By epoch. Their headers are read here; their numbers when their turn comes."""
-    found: dict[int, Checkpoint] = {}
-    for path in sorted(home.checkpoints.glob(f"*{SUFFIX}")) if home.checkpoints.exists() else ():
-        try:
-            checkpoint = read_checkpoint(path, genesis.run_id)
-        except (ValueError, OSError) as error:
-            proof.fault(f"checkpoints/{path.name}", str(error), _epoch_of(path))
-            continue
-        if path.name != f"{checkpoint.epoch:08d}-{checkpoint.head[:16]}{SUFFIX}":
-            proof.fault(f"checkpoints/{path.name}", "its name is of another state", checkpoint.epoch)
-        found[checkpoint.epoch] = checkpoint
-    return found
 
 
 # --- derivatives in a home ----------------------------------------------------------------------------
@@ -447,8 +295,8 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
     proof.run_id, proof.run_name = genesis.run_id, spec.name
     if isinstance(spec.model, TransformersSpec):
         _check_copied(folder, spec.model, proof)
-    chain = _Chain(folder / LINEAGE / "chain.jsonl", genesis, spec, {epoch}, anchor, told)
-    signed = _followed(chain, jobs, proof)
+    chain = ToFollow(folder / LINEAGE / "chain.jsonl", genesis, spec, {epoch}, anchor, told)
+    signed = followed(chain, jobs, proof).signed
     said = signed.get(epoch)
     if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
         proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)
@@ -552,6 +400,8 @@ def lines(proof: Proof) -> Iterator[str]:
         yield f"updates {proof.updates}, checkpoints {proof.checkpoints}, files of the base {proof.files}"
     if proof.derivatives:
         yield f"derivatives {proof.derivatives} versions: their models are what was written down"
+    if proof.branches:
+        yield f"branches {proof.branches}: what lost at forks, from where it left"
     if proof.descriptions:
         yield f"descriptions of data {proof.descriptions}: by whoever is said to say it"
     if proof.egress_lines:

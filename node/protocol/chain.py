@@ -82,6 +82,18 @@ class Tip(NamedTuple):
         return mine > theirs or (mine == theirs and self.head < other.head)
 
 
+def why_lost(ours: Tip, theirs: Tip) -> str:
+    """Why fork choice leaves `ours` for `theirs`, in words: the first in which they differ of what `beats`
+    compares."""
+    if ours.full != theirs.full:
+        return f"{ours.full} records by most of the last full electorate, against {theirs.full}"
+    if ours.voice != theirs.voice:
+        return f"{ours.voice} voices of the last full electorate's members, against {theirs.voice}"
+    if ours.since != theirs.since:
+        return f"as many voices ({ours.voice}), and {ours.since} records since, against {theirs.since}"
+    return "as many voices and records, and the other head is the lower one"
+
+
 class Place(NamedTuple):
     """Where a chain is after a record: all that it takes to judge the next one."""
 

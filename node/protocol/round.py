@@ -49,6 +49,7 @@ from tapestry.node.protocol.watch import Watch
 __all__ = ["Outcome", "Round"]
 
 NARROW_FROM = 3  # electors: of two contributions the mean is bounded by nothing anyway
+NARROW_BELOW = 3  # contributions: from three on a mean's rule can tell the odd one
 NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
@@ -362,8 +363,8 @@ class Round:
         return None
 
     def _decides_alone(self, leader: str, roster: Roster) -> bool:
-        """Whether this roster names fewer electors with a contribution than a quorum, leaves out some that
-        contributed to the record before, and no other leader of this round has done so.
+        """Whether this roster names fewer electors with a contribution than three, or than a quorum, leaves out
+        some that contributed to the record before, and no other leader of this round has done so.
 
         Of few contributions the mean is what they are, whatever its rule: a leader that could name itself
         alone would set the state to what it likes. If only few have something to give, a second one sees it.
@@ -372,8 +373,8 @@ class Round:
         if roster.forced or self.ctx.me not in electorate or len(electorate) < NARROW_FROM:
             return False
         named = {m.peer for m in roster.members if m.weight}
-        counted = sum(p in named for p in electorate)
-        if counted >= quorum(len(electorate)) or named.issuperset(state.before.intersection(electorate)):
+        counted, enough = sum(p in named for p in electorate), min(quorum(len(electorate)), NARROW_BELOW)
+        if counted >= enough or named.issuperset(state.before.intersection(electorate)):
             return False
         state.narrowed[leader] = None
         return len(state.narrowed) < 2

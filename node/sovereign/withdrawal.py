@@ -3,7 +3,8 @@
 The answer to a person who withdraws a consent. Nothing can be taken out of a mean again: what helps is to go
 on from the state before, or to live with it, and this says which state that is. It errs on the side of naming
 too much: every contribution that this member made while the source was in use, every state of the base after
-the first of them, and every derivative that stands on one, or was begun and not finished.
+the first of them, every derivative that stands on one, or was begun and not finished, and what lost at a fork
+and holds one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.dht.identity import Identity, IdentityError
+from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.branches import Ways
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, read_records
 from tapestry.node.lineage.log import read_log
 from tapestry.node.lineage.uses import Span, Touches, own_ids, spans, training_uses
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
@@ -25,6 +30,7 @@ class Withdrawal:
     head_epoch: int  # every state from the first of them to here holds something of it
     before: tuple[int, str] | None  # the last state without: epoch and head; None: none was touched
     derivatives: tuple[tuple[str, str], ...]  # NAME:N, and why
+    branches: tuple[str, ...] = ()  # what lost at forks and holds something of it, by name
 
     def lines(self) -> list[str]:
         """For people."""
@@ -39,6 +45,9 @@ class Withdrawal:
             said.append(f"last record:  epoch {last[0]}, head {last[1]}")
             said.append(f"states: every one of the base from epoch {first[0]} to {self.head_epoch}")
             said.append(f"the last state before it: epoch {self.before[0]}, head {self.before[1]}")
+        said += [
+            f"branch {name}: what lost at a fork and is kept holds something of it" for name in self.branches
+        ]
         said += [f"derivative {name}: {why}" for name, why in self.derivatives] or ["derivatives: none"]
         return said
 
@@ -60,7 +69,8 @@ def withdrawal(home: Home, touches: Touches) -> Withdrawal:
     first = records[0][0] if records else None
     shelf = Shelf(home)
     made = _derivatives(shelf, touches, run_id, first) + _unfinished(shelf, touches)
-    return Withdrawal(tuple(records), epoch, before, tuple(made))
+    branches = _branches(home, own, used, first) if used and home.genesis.exists() else ()
+    return Withdrawal(tuple(records), epoch, before, tuple(made), tuple(branches))
 
 
 def _own(home: Home) -> set[str] | None:
@@ -74,6 +84,29 @@ def _own(home: Home) -> set[str] | None:
 
 def _in(used: list[Span], run_id: str, epoch: int) -> bool:
     return any(span.run_id == run_id and span.holds(epoch) for span in used)
+
+
+def _branches(home: Home, own: set[str] | None, used: list[Span], first: int | None) -> list[str]:
+    """With a contribution made from it, or after one that was; and what cannot be read. Oldest first."""
+    ways = Ways(home)
+    since: dict[str, int] = {}  # the first epoch with something of it, by branch
+    for one in reversed(ways.kept):  # an older one may follow a newer one's records
+        about = one.about
+        try:
+            parent = ways.before(one)
+            begun = first if parent is None else since.get(parent.name)
+            if begun is not None and begun <= about.since:
+                since[one.name] = begun
+                continue
+            for record in read_records(Home(one.path).chain, ReaderCrypto()):
+                body = record.body
+                ours = own is None or any(m.peer in own and m.weight for m in body.members)
+                if ours and _in(used, body.run_id, body.epoch):
+                    since[one.name] = body.epoch
+                    break
+        except (Broken, UserError):
+            since[one.name] = 0
+    return [one.name for one in ways.kept if one.name in since]
 
 
 def _derivatives(shelf: Shelf, touches: Touches, run_id: str, first: int | None) -> list[tuple[str, str]]:

@@ -83,6 +83,8 @@ class NodeConfig:
     log_format: Literal["text", "json"]
     log_file_mb: int
     log_files: int
+    branches_kept: int  # chains that lost at a fork; 0: none
+    branches_bytes: int  # that they may take, all together
     trackers: tuple[str, ...]  # surface/trackers.KINDS
     otlp_endpoint: str  # of an OpenTelemetry collector; "": as the environment says
     ending: Ending
@@ -131,6 +133,8 @@ class NodeConfig:
             log_format=options.log_format,
             log_file_mb=options.log_file_mb,
             log_files=options.log_files,
+            branches_kept=options.branches_kept,
+            branches_bytes=options.branches_mb << 20,
             trackers=options.trackers,
             otlp_endpoint=_url(options.otlp_endpoint, where["otlp_endpoint"]),
             ending=_ending(flags.get("epochs"), flags.get("until_epoch")),
@@ -206,6 +210,16 @@ class NodeToml:
         int, Between(1, 10_000), "Size at which HOME/node.log is put away as node.log.1, in MiB."
     ] = 16
     log_files: Annotated[int, Between(1, 1_000), "How many of them are kept, node.log among them."] = 5
+    branches_kept: Annotated[
+        int,
+        Between(0, 1_000),
+        "How many chains that lost at a fork stay in HOME/branches; the oldest goes first. 0: none.",
+    ] = 16
+    branches_mb: Annotated[
+        int,
+        Between(1, 2**30),
+        "Room for them in MiB, all together; never more than half of what would be free without them.",
+    ] = 8_192
     trackers: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...],
         "Experiment trackers that get loss, speed and round times of every epoch. tensorboard writes to "

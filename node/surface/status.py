@@ -55,6 +55,7 @@ class Shown:
     tokens_per_second: float
     dropped_records: int  # given up since the start, because a chain on the other side of a fork was better
     dropped_weight: int
+    branches: tuple[str, ...]  # names of what is kept of that, and of earlier forks; oldest first
     addresses: tuple[str, ...]  # where the node is reached, through relays too
     reachable: bool | None  # whether peers can dial it; None: none of them could say
     relays: tuple[str, ...]  # the peers that carry it
@@ -138,6 +139,7 @@ class NodeView:
             "agreement": None,
             "dropped_records": 0,
             "dropped_weight": 0,
+            "branches": [],
             "accused": [],
             "withheld": [],
             "members": 0,
@@ -179,6 +181,7 @@ class NodeView:
             "agreement": core.agreement.shares() if core.agreement is not None else None,
             "dropped_records": shown.dropped_records,
             "dropped_weight": shown.dropped_weight,
+            "branches": list(shown.branches),
             "accused": list(shown.accused),
             "withheld": list(shown.withheld),
             "members": len(core.roll.members),

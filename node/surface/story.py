@@ -53,12 +53,11 @@ class Story:
                 f"this node is {phase}: {reason}", "warning" if phase == "degraded" else "info"
             )
 
-    def dropped(self, records: int, tokens: int) -> None:
+    def dropped(self, records: int, tokens: int, branch: str) -> None:
         """A fork was left for a better chain."""
-        self._history.tell(
-            f"this node left its chain for one with more work: {records} epochs, {tokens:,} tokens given up",
-            "warning",
-        )
+        kept = f"kept as the branch {branch}" if branch else "and not kept: the limits leave no room"
+        given_up = f"{records} epochs, {tokens:,} tokens given up, {kept}"
+        self._history.tell(f"this node left its chain for one with more work: {given_up}", "warning")
 
     def accused(self, peer: str, what: str) -> None:
         """A lie was proven."""

@@ -243,11 +243,17 @@ def test_a_rollback_gives_the_state_as_it_was(run: Run) -> None:
     for seed in range(4):
         digests.append(run.keeper.apply(run.commit(run.keeper, seed))[1])
     note_use(run.home, BASE, ["/x"], run.keeper.run_id, 4)
-    assert run.keeper.switch_chain(2, ()) == (2, 2)  # records, and tokens behind them
+    left = run.keeper.switch_chain(2, ())
+    assert (left.records, left.tokens) == (2, 2)
+    assert run.keeper.branches.names == (left.branch,) and left.branch.startswith("00000004-")
+    assert run.keeper.store.heads_with_updates() == tuple(
+        run.keeper.copy_of_chain().head_at(epoch) for epoch in (1, 2)
+    ), "what is left lies in the branch alone"
     (span,) = spans(run.home, lambda _: True)  # what is used from now on is used from there on
     assert (span.first, span.last) == (2, None)
     assert run.keeper.rollback(2) == (2, digests[2])
-    assert run.open().restore().state_digest == digests[2]
+    again = run.open()
+    assert again.restore().state_digest == digests[2] and again.branches.names == (left.branch,)
 
 
 def test_a_rollback_goes_no_further_than_a_chain_that_was_left_meanwhile(run: Run) -> None:

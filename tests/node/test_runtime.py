@@ -17,7 +17,9 @@ import pytest
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.daemon import network_desk, trainer_desk
 from tapestry.node.daemon.audit_desk import Auditor
+from tapestry.node.daemon.disk_desk import DiskDesk
 from tapestry.node.daemon.goal import Goal
+from tapestry.node.daemon.keeper import Left
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter, TrainingView
 from tapestry.node.net.network import Where
@@ -110,6 +112,7 @@ class FakeKeeper:
         self.run_id = RUN
         self.state = SimpleNamespace(size_bytes=1)
         self.votes: list[object] = []
+        self.branches = SimpleNamespace(names=())
         self.writing, self.disk_is_free = threading.Event(), threading.Event()
         self.disk_is_free.set()
 
@@ -768,3 +771,25 @@ def test_repeats_are_told_again_after_a_while_and_forgotten_when_there_are_many(
 def test_a_peers_words_make_no_line_and_move_no_terminal():
     assert printable("reason=\x1b[2J\n12:00:00 forged") == "reason=\\x1b[2J\\n12:00:00 forged"
     assert printable("größe=3") == "größe=3"
+
+
+def test_what_a_fork_cost_is_told_with_the_branch_that_is_kept() -> None:
+    async def main() -> None:
+        said: list[object] = []
+        keeper = SimpleNamespace(
+            branches=SimpleNamespace(names=("older",)),
+            committed_tokens=7,
+            switch_chain=lambda epoch, records: Left(2, 20, "newer"),
+        )
+        reporter: Any = SimpleNamespace(
+            branches=(),
+            dropped=lambda *cost: said.append(cost),
+            committed=lambda record, tokens: said.append((record, tokens)),
+        )
+        desk = DiskDesk(None, keeper, None, None, reporter)  # type: ignore[arg-type]
+        assert reporter.branches == ("older",), "what there is at the start"
+        keeper.branches.names = ("older", "newer")
+        await desk.do_switch_chain(ev.SwitchChain(1, ("theirs",)))  # type: ignore[arg-type]
+        assert reporter.branches == ("older", "newer") and said == [(2, 20, "newer"), ("theirs", 7)]
+
+    run(main)

@@ -47,7 +47,7 @@ class Autocrats:
         if not self.name or not isinstance(message, Roster) or round_ is None or message.forced:
             return
         counted = sum(m.weight > 0 and m.peer in round_.electorate for m in message.members)
-        if counted < quorum(len(round_.electorate)):
+        if counted < min(quorum(len(round_.electorate)), 3) and len(round_.electorate) > 2:
             self.few.setdefault(message.head, set()).add(node.name)
             if node.name == self.name and len(round_.state.before.intersection(round_.electorate)) > counted:
                 self.named.add((message.head, message.ballot))

@@ -16,7 +16,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.uses import Span, Started, note, note_brought, note_use, spans
+from tapestry.node.lineage.uses import Span, Started, note, note_brought, note_left, note_use, spans
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Parent, Shelf, Version
 from tapestry.node.sovereign.recipe import Recipe
@@ -286,3 +286,22 @@ def test_a_consent_that_ends_at_midnight_ends_on_a_running_node(tmp_path: Path) 
     day = datetime.date(2026, 12, 1)
     made.home.data_toml.write_bytes(kept)
     assert permit.refusal() == ""
+
+
+def test_a_branch_that_lost_is_named_if_it_holds_something_of_the_source(tmp_path: Path) -> None:
+    """It lies there as a model, though the run's chain has nothing of it any more."""
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    run_id = made.chain.genesis.run_id
+    note_use(made.home, BASE, ["/a"], run_id, 0)
+    made.advance(2)
+    early = made.leave_fork(1, 2)
+    note_left(made.home, run_id, 1)
+    note_use(made.home, BASE, ["/a", "/b"], run_id, made.chain.epoch)
+    made.advance(2)
+    late = made.leave_fork(4, 2)
+    note_left(made.home, run_id, 4)
+    found = withdrawal(made.home, lambda path: path == "/b")
+    assert [epoch for epoch, _ in found.records] == [4, 5, 6] and found.branches == (late,)
+    assert any(line.startswith(f"branch {late}: what lost") for line in found.lines())
+    assert withdrawal(made.home, lambda path: path == "/a").branches == (early, late)
+    assert withdrawal(made.home, lambda path: path == "/c").branches == ()

@@ -131,6 +131,7 @@ class GivenView:
                 {"peer_id": peer, "name": name, "since": 0, "phase": "", "last_epoch": epoch}
                 for peer, name, epoch in zip(PEERS, NAMES, (60, 60, 60, 59, 12), strict=True)
             ],
+            "branches": [],
             "applicants": self.applicants,
             "caps": {},
             "bytes": {

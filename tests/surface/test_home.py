@@ -335,10 +335,14 @@ def test_what_a_home_takes_on_disk_is_told_by_kind(tmp_path: Path) -> None:
     for name, count in (("updates/a", 8192), ("cache/x/y", 4096), ("node.log", 4096), ("node.log.1", 4096)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * count)
+    (tmp_path / "branches/x/updates").mkdir(parents=True)
+    (tmp_path / "branches/x/updates/a").hardlink_to(tmp_path / "updates/a")  # counts once
+    (tmp_path / "branches/x/updates/b").write_bytes(b"x" * 4096)
     (tmp_path / "checkpoints").symlink_to("/usr")  # led elsewhere: not of this home
     use = disk_use(home)
     assert {kind: count for kind, count in use.items() if count} == {
         "updates": 8192,
+        "branches": 4096,
         "cache": 4096,
         "logs": 8192,
     }

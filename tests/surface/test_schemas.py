@@ -70,6 +70,7 @@ def attached() -> NodeView:
         dropped_weight=0,
         accused=({"peer": "c", "name": "C", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
         withheld=({"peer": "c", "name": "", "count": 2},),
+        branches=("00000003-" + "ab" * 8,),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,
         addresses=("/ip4/1.2.3.4/tcp/1",),

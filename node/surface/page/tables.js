@@ -160,6 +160,7 @@ export function showNode(status) {
     ["Received since the start", `${bytes(status.bytes.received)} (as float32: ${bytes(status.bytes.received_float32)})`],
     ["Data passes", number(status.data_passes, 2)],
     ["Given up at forks", status.dropped_records ? `${number(status.dropped_records)} epochs, ${short(status.dropped_weight)} tokens` : ""],
+    ["Kept as branches", (status.branches || []).join("\n"), true],
   ].filter(([, value]) => value);
   refill(document.getElementById("node"), facts, () => facts.flatMap(fact));
   document.getElementById("version").textContent = `Tapestry ${status.version}, up ${seconds(status.uptime_s)}`;

@@ -97,7 +97,8 @@ class LinkLimits:
     payload_bytes_max: int
     peers_max: int
     silence_s: float  # in the middle of a frame, or of a write
-    queue_frames_max: int = 8192  # Guess: far above what one round puts in
+    queue_frames_max: int = 8192  # of control messages. Guess: far above what one round puts in
+    bulk_frames_max: int = 8192  # references to shards, not their bytes. A model's: daemon/assembly.py
     queue_bytes_max: int = 16 << 20  # of control messages, or four of the longest. Guess
     dial_timeout_s: float = 10.0
     backoff_initial_s: float = 0.2
@@ -387,7 +388,7 @@ class Links:
         header = encode_message(message)
         if header in link.queued:
             return
-        if link.bulk.qsize() >= self._limits.queue_frames_max:
+        if link.bulk.qsize() >= self._limits.bulk_frames_max:
             self._break(link, "slow", "its bulk queue is full")
             return
         link.queued[header] = None

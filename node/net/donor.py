@@ -15,7 +15,7 @@ from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoint, Checkpoints, chunk_count, read_chunk
 from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, UpdateMissing
-from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits, bytes_of
+from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import EPOCH_MAX, Genesis, canonical, genesis_to_dict
@@ -124,15 +124,21 @@ class Donor:
                 raise RemoteProtocolError("malformed", "no request that a donor knows")
 
     async def _send_update(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
+        """As it is read: who asks waits stall_s for a word, and to read and hash a large one takes longer.
+
+        Of one whose bytes changed the last shard is not sent, but the word that it is missing.
+        """
+        payloads, index = self._store.stream_update(epoch, head), 0
         try:
-            payloads = await asyncio.to_thread(self._store.read_update, epoch, head)
+            while (read := await asyncio.to_thread(next, payloads, None)) is not None:
+                count, payload = read
+                if index == 0:
+                    served.part(epoch, head)
+                    await stream.send({"is": "update", "shards": count})
+                await stream.send({"is": "shard", "index": index}, payload)
+                index += 1
         except UpdateMissing:
             await stream.send({"is": "missing"})
-            return
-        served.part(epoch, head)
-        await stream.send({"is": "update", "shards": len(payloads)})
-        for index, payload in enumerate(payloads):
-            await stream.send({"is": "shard", "index": index}, bytes_of(payload))
 
     async def _send_means(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -283,12 +284,52 @@ def test_many_streams_of_one_peer_wait_their_turn_and_more_are_refused(tmp_path:
         for peer in PEERS:
             table.drawn(peer, table.own(peer), *(table.at_reducer() if peer == table.reducer else ()))
         first = table.desks[table.first]
-        for _ in range(12):
-            first._begin_audit(table.record, table.order, first=True)
+        first._begin_audits(table.record, [table.order] * 12, first=True)
 
     table = run(scenario, tmp_path)
     assert table.desks[table.first].said("audited") == [("agreed",)] * 12
     assert not any(desk.said("refused") for desk in table.desks.values())
+
+
+def test_more_audits_than_there_are_places_for_wait_and_are_all_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model's drawn shards those beyond the 64th, by index, were never looked at in any round."""
+    monkeypatch.setattr(audit_desk, "AUDITS_MAX", 2)
+
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            table.drawn(peer, table.own(peer))
+        first, lie = table.desks[table.first], dataclasses.replace(table.order, digest="11" * 32)
+        first._begin_audits(table.record, [*[table.order] * 20, lie], first=True)
+        assert first._auditing == 2
+
+    table = run(scenario, tmp_path)
+    assert sorted(table.desks[table.first].said("audited")) == [*[("agreed",)] * 20, ("lie",)]
+
+
+def test_audits_that_cannot_be_done_are_drawn_by_lot_and_counted_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is first by index would be who is looked at, and everybody could foresee it."""
+    monkeypatch.setattr(audit_desk, "AUDITS_MAX", 1)
+    monkeypatch.setattr(audit_desk, "WAITING_MAX", 8)
+    monkeypatch.setattr(audit_desk.random, "randrange", random.Random(1).randrange)
+
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            table.drawn(peer, table.own(peer))
+        first = table.desks[table.first]
+        orders = [dataclasses.replace(table.order, shard=shard) for shard in range(200)]
+        first._begin_audits(table.record, orders, first=True)
+        waiting = [order.shard for _, order, _ in first._waiting]
+        assert len(waiting) == 7 and first.said("audited") == [("skipped",)] * 192
+        assert max(waiting) > 100
+        first._kept.clear()  # rounds have passed: nobody has the inputs of those that wait any more
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited").count(("skipped",)) == 199
+    assert len(table.desks[table.first].said("withheld")) <= 1  # of the one that was under way
 
 
 def test_who_asks_a_reducer_for_many_does_not_ask_for_all_at_once(

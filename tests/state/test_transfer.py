@@ -621,6 +621,33 @@ def test_joiners_leave_a_stream_for_who_needs_an_update(big: Run, joiner: Store)
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("of_states", [False, True])
+def test_two_that_hold_all_streams_make_room_for_who_has_none(
+    big: Run, joiner: Store, of_states: bool
+) -> None:
+    """Everybody who had missed a round was told `busy`, for as long as they liked."""
+    shared = donor(big, TransferLimits(stall_s=30.0, serves_max=5 if of_states else 4))
+    fetch = state_of(big, big.fresh()) if of_states else update_of(big, joiner)
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            pairs = [await stack.enter_async_context(stream_pair()) for _ in range(4)]
+            held = []
+            for index, (mine, theirs) in enumerate(pairs):
+                held.append(asyncio.create_task(shared.serve(*theirs, peer="ab"[index % 2])))
+                if of_states:
+                    stream = Frames(*mine, LIMITS, no_count)
+                    await fetch_manifest(stream, 2, big.chain, big.fresh())
+                await asyncio.sleep(0)
+            await _between(lambda *theirs: shared.serve(*theirs, peer="late"), fetch)
+            assert [task.done() for task in held] == [True, False, False, False]
+            for _, writer in (mine for mine, _ in pairs):
+                writer.close()
+            await asyncio.gather(*held, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
 async def _silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.read()
 

@@ -38,7 +38,7 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.disk.accusations import Accusation, FalseAccusation, keep, prove, unpack
+from tapestry.node.disk.accusations import ID_CHARS, Accusation, FalseAccusation, keep, prove, unpack
 from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.net.network import Network
 from tapestry.node.net.throttle import Throttles
@@ -343,13 +343,12 @@ class AuditDesk:
         self._told[a.name] = None
         while len(self._told) > TOLD_MAX:
             self._told.popitem(last=False)
-        try:
-            new = await self._loop.compute(keep, self._folder, a)
-        except OSError as error:
-            new = False
-            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
-        if not new and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
-            return  # it is there since an earlier start, or there are enough of it
+        in_state = isinstance(a, Accusation) and await self._loop.compute(self._evidence.in_the_state, a)
+        new = await self._keep(a, in_state)
+        # What is in the state is undone after the liar's removal too: it may have been for another lie.
+        undoes = self._on_lie == "rollback" and in_state
+        if not new and not undoes and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
+            return
         self._reporter.accused(a.accused, a.epoch + 1, a.shard, a.what)
         _log.error(
             "accusation=proven peer=%s found_by=%s file=%s; it %s. Ask its operator; the members may remove "
@@ -358,21 +357,32 @@ class AuditDesk:
         )
         if self._on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
-        # Two votes make no wrong state.
-        if self._on_lie == "rollback" and isinstance(a, Accusation) and await self._is_in_the_state(a):
-            why = f"{a.accused} lied in epoch {a.epoch + 1}"
-            self._members.roll_back(a.epoch, a.head, why)
+        if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+            self._ask_to_roll_back(a, in_state)
         if new:
             packed = a.pack()
             for peer in self._network.linked:
                 if peer not in (by, a.accused):
                     self._loop.spawn(self._tell(peer, packed))
 
-    async def _is_in_the_state(self, lie: Accusation) -> bool:
-        found: bool = await self._loop.compute(self._evidence.in_the_state, lie)
-        if not found:
+    async def _keep(self, a: Accusation | DoubleVote, in_state: bool) -> bool:
+        """Whether it is news. It may be there since an earlier start, or there is no room for it."""
+        roll = self._members.roll
+        ranks = {peer[-ID_CHARS:]: 1 for peer in roll.removed} | {p[-ID_CHARS:]: 2 for p in roll.members}
+        try:
+            kept = await self._loop.compute(keep, self._folder, a, ranks, in_state)
+        except OSError as error:
+            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
+            kept = "full"
+        if kept != "new":
+            _log.info("accusation=proven peer=%s not_kept=%s; it %s", a.accused, kept, a.what)
+        return bool(kept == "new")
+
+    def _ask_to_roll_back(self, lie: Accusation, in_state: bool) -> None:
+        if in_state:
+            self._members.roll_back(lie.epoch, lie.head, f"{lie.accused} lied in epoch {lie.epoch + 1}")
+        else:
             _log.warning("rollback=not_asked epoch=%d the update on this disk has no such mean", lie.epoch)
-        return found
 
     async def _concerns_the_run(self, proof: Accusation | DoubleVote) -> bool:
         """Whether it is of a record in our chain, for which we wait a moment; or of a member's votes."""

@@ -34,7 +34,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
-from tapestry.node.state.means import payload_digest
+from tapestry.node.state.means import payload_digest, payload_of
 from tapestry.node.state.model import ModelState, TornState
 
 GENESIS_SERVES_MAX = 64  # Guess: of the stream of the genesis at once; each is one frame, within 10 s
@@ -239,15 +239,15 @@ class Keeper:
         return self._record_of(lie) is not None
 
     def in_the_state(self, lie: Accusation) -> bool:
-        """Whether the wrong mean is in the update of that record. Reads the update from our disk."""
+        """Whether the wrong mean is in the update of that record. Reads the shard from our disk."""
         record = self._record_of(lie)
         if record is None:
             return False
         try:
-            payloads = self.store.read_update(record.body.epoch, record.head, record.body.result)
+            payload = self.store.read_shard(record.body.epoch, record.head, record.body.result, lie.shard)
         except (UpdateMissing, OSError):
             return False
-        return lie.shard < len(payloads) and payload_digest(payloads[lie.shard]) == lie.digest
+        return payload_digest(payload_of(payload)) == lie.digest
 
     def _record_of(self, lie: Accusation) -> Record | None:
         for record in self._chain.after(lie.epoch, 1):

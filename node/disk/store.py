@@ -284,6 +284,19 @@ class Store:
                     raise ValueError("its bytes changed")
                 yield len(header.lengths), payload
 
+    def read_shard(self, epoch: int, head: str, result: str, shard: int) -> bytes:
+        """One payload of the update that has this result. It is not compared with its digest.
+
+        Raises UpdateMissing, and OSError.
+        """
+        path = self._path_of(epoch, head)
+        with self._reading(head, path), path.open("rb") as file:
+            header = read_update_header(file)
+            if header.result != result or shard >= len(header.lengths):
+                raise UpdateMissing("foreign", f"{path} is another result, or has no shard {shard}")
+            file.seek(sum(header.lengths[:shard]), os.SEEK_CUR)
+            return file.read(header.lengths[shard])
+
     def _path_of(self, epoch: int, head: str) -> Path:
         """Raises UpdateMissing."""
         update = self._updates.get(head)

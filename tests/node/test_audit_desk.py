@@ -42,7 +42,7 @@ CRYPTO = NodeCrypto(Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry aud
 class Desk(AuditDesk):
     """One member's, with all that it tells, and links to the others of its table."""
 
-    def __init__(self, name: str, table: dict[str, Desk], folder: Path) -> None:
+    def __init__(self, name: str, table: dict[str, Desk], folder: Path, on_lie: Any = "mark") -> None:
         self.told: list[tuple[str, object]] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.clock_s = 0.0
@@ -90,10 +90,11 @@ class Desk(AuditDesk):
         )
         network = SimpleNamespace(open_stream=open_stream, linked=PEERS)
         loop = SimpleNamespace(spawn=spawn, compute=compute, now=lambda: self.clock_s)
-        auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles())
+        auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles(), on_lie)
         self.record: Record | None = None  # the newest of its chain
+        self.taken = ""  # digest of the wrong mean that is in its state
         self.roll = SimpleNamespace(members=dict.fromkeys(PEERS), removed={})
-        members = SimpleNamespace(roll=self.roll)
+        members = SimpleNamespace(roll=self.roll, expel=self.expel, roll_back=tell("roll_back"))
         super().__init__(loop, network, self.averaging, reporter, auditor, members, self)  # type: ignore[arg-type]
 
     @property
@@ -104,7 +105,12 @@ class Desk(AuditDesk):
         return self.record is not None and lie.head == self.record.body.prev
 
     def in_the_state(self, lie: Accusation) -> bool:
-        raise AssertionError("nobody asked for a rollback")
+        return lie.digest == self.taken
+
+    def expel(self, peer: str, why: str, epoch: int) -> None:
+        self.told.append(("expel", peer))  # type: ignore[arg-type]
+        if self.roll.members.pop(peer, "") is None:
+            self.roll.removed[peer] = why
 
     def said(self, what: str) -> list[Any]:
         return [entry[1:] for entry in self.told if entry[0] == what]
@@ -430,3 +436,29 @@ def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
     desk = run(scenario, tmp_path).desks["bob"]
     assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run
     assert [entry[-1] for entry in desk.said("refused")] == ([] if of_the_run else ["accusation"])
+
+
+@pytest.mark.parametrize("decoys", [1, 9])
+def test_a_liar_that_had_itself_removed_for_other_lies_does_not_save_the_one_in_the_state(
+    tmp_path: Path, decoys: int
+) -> None:
+    """It signs other digests of the same inputs, and tells all of them: the true proof was no news then."""
+    (tmp_path / "bob").mkdir()
+
+    async def main() -> Desk:
+        desk = Desk("bob", {}, tmp_path, on_lie="rollback")
+        members, digest = (Member("x", 1, "aa" * 32),), "0123456789abcdef" * 4
+        lie = Accusation(HEAD, EPOCH, members, SHARD, digest, "alice", "ab" * 64, (((), b"x"),))
+        for number in range(decoys):
+            decoy = dataclasses.replace(lie, digest=digest[:8] + f"{number:056x}", shard=SHARD + number)
+            await desk._accuse(decoy, "alice")
+        assert desk.roll.removed and not desk.said("roll_back")
+        desk.taken = digest
+        await desk._accuse(lie, "carol")
+        for task in desk.tasks:
+            task.cancel()
+        return desk
+
+    desk = asyncio.run(main())
+    assert [entry[:2] for entry in desk.said("roll_back")] == [(EPOCH, HEAD)]
+    assert any("0123456789abcdef" * 4 in path.name for path in kept(tmp_path / "bob"))

@@ -167,6 +167,7 @@ class _Peer:
     proven: bool = False  # it was here or was reached: not only a hint
     hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
     answers_at: float = 0.0  # when its next question is answered
+    held: Records | None = None  # the answer to that
     is_displaced: bool = False  # a member has its place
 
     @property
@@ -361,7 +362,8 @@ class Links:
             return
         now = asyncio.get_running_loop().time()
         if isinstance(message, Records) and now < link.answers_at:
-            return  # it asks faster than it may; it asks again if it has to
+            self._hold(link, message, link.answers_at - now)  # it asks faster than it may
+            return
         with link.control_pace.spending():
             header = encode_message(message)
         if isinstance(message, Records):
@@ -373,6 +375,17 @@ class Links:
             return
         link.control_bytes += len(header)
         link.control.put_nowait(header)
+
+    def _hold(self, link: _Peer, answer: Records, wait_s: float) -> None:
+        """Until its time has come: who catches up asks on as soon as it has a page. The newest one stays."""
+        if link.held is None:
+            asyncio.get_running_loop().call_later(wait_s, self._send_held, link)
+        link.held = answer
+
+    def _send_held(self, link: _Peer) -> None:
+        answer, link.held = link.held, None
+        if answer is not None and self._peers.get(link.peer) is link:
+            self.send_control(link.peer, answer)
 
     def _answers_bytes_per_s(self, now: float) -> float:
         """One peer's part of what answers may take: those who asked of late share it."""
@@ -518,6 +531,7 @@ class Links:
         link.bulk = asyncio.Queue()
         link.queued.clear()
         link.control_bytes = 0
+        link.held = None
         link.broken.clear()
         link.behind.clear()
         link.up = link.proven = True

@@ -476,6 +476,25 @@ def test_answers_to_who_asks_for_records_again_and_again_are_bounded(monkeypatch
     run(main)
 
 
+def test_an_answer_that_is_asked_for_early_comes_when_its_time_has_come(monkeypatch):
+    """It was dropped, and who catches up asks again after stall_s only: 20 records in 5 s."""
+
+    async def main() -> None:
+        first, second, third = (Records(epoch, ()) for epoch in range(3))
+        monkeypatch.setattr(links_module, "ANSWERS_BYTES_PER_S", 10 * len(encode_message(first)))
+        async with Bench() as bench:
+            await bench.linked()
+            began_s = asyncio.get_running_loop().time()
+            for answer in (first, second, third):
+                bench.links.send_control(PEER, answer)
+            control = bench.swarm.opened[0][1]
+            await until(lambda: framed(encode_message(third)) in control.written)
+            assert asyncio.get_running_loop().time() - began_s >= 0.09
+            assert framed(encode_message(second)) not in control.written, "its question was the older one"
+
+    run(main)
+
+
 def test_a_flood_of_messages_is_read_at_the_rate_of_its_sender(monkeypatch):
     async def main() -> None:
         monkeypatch.setattr(links_module, "CONTROL_BYTES_PER_S", 1000.0)

@@ -106,7 +106,7 @@ class Auditor:
 
 
 class Evidence(Protocol):
-    """What the chain and the disk say of a lie; keeper.Keeper."""
+    """What the chain and the disk say of a lie; keeper.Keeper. Called in any thread. Raises OSError."""
 
     @property
     def epoch(self) -> int: ...
@@ -393,7 +393,8 @@ class AuditDesk:
             if self._evidence.epoch != proof.epoch:
                 break
             await asyncio.sleep(LATE_S)
-        return self._evidence.of_a_record(proof)
+        found: bool = await self._loop.compute(self._evidence.of_a_record, proof)
+        return found
 
     async def _tell(self, peer: str, packed: bytes) -> None:
         await self._say(peer, ["accuse"], [packed])

@@ -227,12 +227,12 @@ class Keeper:
             base = min(base, self.checkpoints.base_of(self._chain, back_to))
         self.store.prune(self._chain, self._limits, base)
 
-    # --- what a proof is against (audit_desk.Evidence) -----------------------------------------
+    # --- what a proof is against (audit_desk.Evidence): for any thread --------------------------
 
     @property
     def epoch(self) -> int:
         """Of the newest record."""
-        return self._chain.epoch
+        return self.store.epoch
 
     def of_a_record(self, lie: Accusation) -> bool:
         """Whether it is of the contributions of a record in our chain, and of a member of that."""
@@ -250,14 +250,14 @@ class Keeper:
         return payload_digest(payload_of(payload)) == lie.digest
 
     def _record_of(self, lie: Accusation) -> Record | None:
-        for record in self._chain.after(lie.epoch, 1):
-            members = record.body.members
-            named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
-            said = [(m.peer, m.contribution, m.weight) for m in lie.members]
-            of_one = any(m.peer == lie.reducer for m in members)
-            if record.body.prev == lie.head and named == said and of_one:
-                return record
-        return None
+        record = self.store.record(lie.epoch + 1)  # not our chain's: the disk thread changes that
+        if record is None:
+            return None
+        members = record.body.members
+        named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
+        said = [(m.peer, m.contribution, m.weight) for m in lie.members]
+        of_one = any(m.peer == lie.reducer for m in members)
+        return record if record.body.prev == lie.head and named == said and of_one else None
 
     # --- the loop ------------------------------------------------------------------------------
 

@@ -172,6 +172,16 @@ class Store:
         """What is on the disk, for one thread to go on with."""
         return Chain(genesis, past=self._chain)
 
+    @property
+    def epoch(self) -> int:
+        """Of the newest record."""
+        return 0 if self._chain is None else len(self._chain)
+
+    def record(self, epoch: int) -> Record | None:
+        """From the disk, for any thread; None if there is none. Raises OSError for one that is damaged."""
+        found = () if self._chain is None else self._chain.read(epoch - 1, 1)
+        return found[0] if found else None
+
     def append_record(self, record: Record) -> None:
         """Write the record that follows the last one. On OSError the chain on disk is as before."""
         assert self._chain is not None

@@ -457,15 +457,16 @@ class AuditDesk:
             self._begin_audits(record, [order], first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
+        """A look at one record comes first: made-up names would have us average made-up inputs."""
         averaging = self._averaging
         try:
             accusation = unpack(payload)
+            if not await self._concerns_the_run(accusation):
+                raise FalseAccusation("it is of nobody's part in this run")
             count, mean_digest = len(averaging.shards), averaging.mean_digest
             await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:
             raise RemoteProtocolError("accusation", str(error)) from None
-        if not await self._concerns_the_run(accusation):
-            raise RemoteProtocolError("accusation", "it is of nobody's part in this run")
         await self._accuse(accusation, peer)
 
     async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any, of: Any) -> None:

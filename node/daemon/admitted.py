@@ -1,5 +1,8 @@
 """The start of a node that is no member yet: it asks a peer it was given, says so, and waits to be admitted.
 
+By its home's records, that is: those who admit may have done so since, or once more after they removed it. So
+without a peer that was given it asks those whom it was linked with before.
+
 Nothing else is begun before: no trainer is configured, nothing is downloaded, and no round is heard of.
 """
 
@@ -9,17 +12,20 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from tapestry.dht.addresses import PeerAddress
+from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.home import Home
 from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member
+from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.members import LIFETIME_EPOCHS_MAX, NAME_CHARS_MAX, Change, Roll
 from tapestry.node.spec.node import NodeConfig
 
 CONNECT_S = 10.0
 AGAIN_S = 2.0  # Guess: after no peer could be asked
+ASKED_MAX = 16  # Guess: addresses of those that were known, one after the other
 
 _log = logging.getLogger("tapestry.join")
 
@@ -33,23 +39,18 @@ async def be_admitted(
 ) -> None:
     """Return once this node may take part; `say` is told what it waits for.
 
-    Raises UserError: 3 if no peer can be asked, 4 if it may not.
+    Raises UserError: 3 if no peer that was given can be asked, 4 if it may not.
     """
     me = swarm.peer_id
     if roll.may_contribute(me):
         return
-    if me in roll.removed:
-        raise _removed(roll.removed[me])
-    if not peers:
-        raise UserError(
-            f"this node is no member of the run in {config.home.path}",
-            exit_code=ExitCode.REFUSED,
-            hint=f"name a member with --peer, and ask it to run: tapestry admit {me}",
-        )
+    asked = list(peers) or _known(config.home)
+    if not asked:
+        raise _no_member(config, roll, me)
     applicant = _Applicant(config, me, say)
     while True:
         failures = []
-        for peer in peers:
+        for peer in asked:
 
             async def open_stream(peer: PeerAddress = peer) -> Streams:
                 await swarm.connect(peer, CONNECT_S)
@@ -62,11 +63,19 @@ async def be_admitted(
             except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
                 failures.append(f"{peer.peer_id[-6:]}: {error or type(error).__name__}")
         if not applicant.heard:
+            if not peers or me in roll.removed:
+                raise _no_member(config, roll, me)
             raise UserError(
                 f"no peer could be asked for admission: {'; '.join(failures)}",
                 exit_code=ExitCode.UNREACHABLE,
             )
         await asyncio.sleep(AGAIN_S)
+
+
+def _known(home: Home) -> list[PeerAddress]:
+    """Where the others were found last, those linked last first."""
+    known = KnownPeers(home.peers).addresses.values()
+    return [parse_peer(address) for addresses in known for address in addresses][:ASKED_MAX]
 
 
 class _Applicant:
@@ -107,6 +116,17 @@ class _Applicant:
         waits = f"waiting to be admitted by {answer.by}{why}; your id {self._me}"
         _log.info("%s", waits)
         self._say(waits)
+
+
+def _no_member(config: NodeConfig, roll: Roll, me: str) -> UserError:
+    """Nobody could be asked: what the records of this home say."""
+    if me in roll.removed:
+        return _removed(roll.removed[me])
+    return UserError(
+        f"this node is no member of the run in {config.home.path}",
+        exit_code=ExitCode.REFUSED,
+        hint=f"name a member with --peer, and ask it to run: tapestry admit {me}",
+    )
 
 
 def _removed(why: str) -> UserError:

@@ -60,6 +60,7 @@ from tapestry.node.state.model import ModelState
 from tapestry.node.trainer.process import TrainerError, TrainerProcess
 
 ISLAND_QUORUM_LOSS_S = 1.0  # guess: nobody is waited for
+BULK_FRAMES_MIN = 8192  # Guess: references of 1 kB, so some MB
 VALIDATION_TOKENS = 8192  # of each set, for one loss: 0.3 s of `tiny` on one core
 VALIDATION_WINDOWS_MIN, VALIDATION_WINDOWS_MAX = 4, 64  # Guess: of long windows four all the same
 
@@ -231,8 +232,13 @@ def alone(rules: Rules) -> Rules:
 
 
 def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> LinkLimits:
-    """What a peer may send, and how long it may be silent."""
+    """What a peer may send, how long it may be silent, and how much may wait for it.
+
+    A ballot queues for a peer, at a stroke, the shards that the peer averages, and later our means: at most
+    every shard once. What is left of the ballot before may lie there still.
+    """
     return LinkLimits(
+        bulk_frames_max=max(BULK_FRAMES_MIN, 2 * len(averaging.shards) + 64),
         control_bytes_max=spec.limits.max_control_frame_bytes,
         payload_bytes_max=averaging.frame_bytes_max,
         peers_max=spec.limits.max_peers,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.disk.accusations import Accusation, FalseAccusation, keep, prove, unpack
+from tapestry.node.disk.accusations import ID_CHARS, Accusation, FalseAccusation, keep, prove, unpack
 from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.net.network import Network
 from tapestry.node.net.throttle import Throttles
@@ -70,7 +71,8 @@ STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
 ASKED_OF_REDUCER_MAX = 2  # streams of an audit to its reducer at a time: AUDITS_AT_ONCE may have the same one
 BYTES_PER_SECOND_MIN = 16 * 1024  # of who asks or accuses, or gives; Guess: as of a donor (net/transfer.py)
 AUDITS_AT_ONCE = 2  # Guess: each holds all members' bytes of a shard
-AUDITS_MAX = 64  # under way, those that wait to ask again among them. G7
+AUDITS_MAX = 64  # under way, those that wait to ask again among them: they hold what came. G7
+WAITING_MAX = 16384  # audits that wait for one of those places: 5 MB. 70 billion parameters draw 4,500. G7
 AGAIN_S = (
     2.0,
     10.0,
@@ -104,7 +106,7 @@ class Auditor:
 
 
 class Evidence(Protocol):
-    """What the chain and the disk say of a lie; keeper.Keeper."""
+    """What the chain and the disk say of a lie; keeper.Keeper. Called in any thread. Raises OSError."""
 
     @property
     def epoch(self) -> int: ...
@@ -143,10 +145,10 @@ class AuditDesk:
         self._kept: OrderedDict[str, dict[tuple[str, int], tuple[tuple[str, ...], Tensor]]] = OrderedDict()
         self._kept_at: dict[str, float] = {}  # since when
         self._records: dict[str, Record] = {}  # those
-        self._seconds: dict[
-            str, dict[tuple[str, int], Order]
-        ] = {}  # by first auditor and shard: of those, what we look at if we are asked
+        # Of those, what we look at if we are asked, by first auditor and shard.
+        self._seconds: dict[str, dict[tuple[str, int], Order]] = {}
         self._auditing = 0
+        self._waiting: list[tuple[Record, Order, bool]] = []  # for a place
         self._turn = asyncio.Semaphore(AUDITS_AT_ONCE)
         self._serving = asyncio.Semaphore(STREAMS_MAX)
         self._streams: Counter[str] = Counter()  # open ones, by peer
@@ -171,8 +173,7 @@ class AuditDesk:
         self._seconds[head] = {(order.first, order.shard): order for order in out.seconds}
         self._kept_at[head] = self._loop.now()
         self._drop_old()
-        for order in out.orders:
-            self._begin_audit(out.record, order, first=True)
+        self._begin_audits(out.record, out.orders, first=True)
 
     def _drop_old(self) -> None:
         """Of short rounds many are kept, for auditors ask again; of long ones a few."""
@@ -188,15 +189,32 @@ class AuditDesk:
     def _path_of(self, one: Input) -> tuple[str, ...]:
         return one.path if one.peer != self._own else self._averaging.path(one.contribution, one.shard)
 
-    def _begin_audit(self, record: Record, order: Order, first: bool) -> None:
-        if self._auditing < AUDITS_MAX:
+    def _begin_audits(self, record: Record, orders: Sequence[Order], first: bool) -> None:
+        """Now or when there is a place. A lot says which of them waits, or is left out if too many do: nobody
+        can foresee a shard that we do not look at."""
+        self._waiting += [(record, order, first) for order in orders]
+        while len(self._waiting) > WAITING_MAX:
+            self._skip(*self._by_lot()[:2])
+        self._begin_waiting()
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and self._auditing < AUDITS_MAX:
+            record, order, first = self._by_lot()
+            if record.head not in self._kept:  # the others have dropped what they kept for it as well
+                self._skip(record, order)
+                continue
             self._auditing += 1
             self._loop.spawn(self._audit(record, order, first))
-        else:
-            self._reporter.audited("incomplete")
-            _log.info(
-                "audit=skipped epoch=%d shard=%d too_many=%d", record.body.epoch, order.shard, AUDITS_MAX
-            )
+
+    def _by_lot(self) -> tuple[Record, Order, bool]:
+        """One of those that wait, and it waits no more."""
+        waiting, index = self._waiting, random.randrange(len(self._waiting))
+        waiting[index], waiting[-1] = waiting[-1], waiting[index]
+        return waiting.pop()
+
+    def _skip(self, record: Record, order: Order) -> None:
+        self._reporter.audited("skipped")
+        _log.info("audit=skipped epoch=%d shard=%d: too many wait", record.body.epoch, order.shard)
 
     async def _audit(self, record: Record, order: Order, first: bool) -> None:
         """One shard of one record. `first`: another auditor is told if we do not get all of it."""
@@ -212,6 +230,7 @@ class AuditDesk:
                         return
         finally:
             self._auditing -= 1
+            self._begin_waiting()
         await self._give_up(record, order, [m.peer for m in members if m.peer not in given], first)
 
     async def _gather(
@@ -325,13 +344,12 @@ class AuditDesk:
         self._told[a.name] = None
         while len(self._told) > TOLD_MAX:
             self._told.popitem(last=False)
-        try:
-            new = await self._loop.compute(keep, self._folder, a)
-        except OSError as error:
-            new = False
-            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
-        if not new and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
-            return  # it is there since an earlier start, or there are enough of it
+        in_state = isinstance(a, Accusation) and await self._loop.compute(self._evidence.in_the_state, a)
+        new = await self._keep(a, in_state)
+        # What is in the state is undone after the liar's removal too: it may have been for another lie.
+        undoes = self._on_lie == "rollback" and in_state
+        if not new and not undoes and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
+            return
         self._reporter.accused(a.accused, a.epoch + 1, a.shard, a.what)
         _log.error(
             "accusation=proven peer=%s found_by=%s file=%s; it %s. Ask its operator; the members may remove "
@@ -340,25 +358,36 @@ class AuditDesk:
         )
         if self._on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
-        # Two votes make no wrong state.
-        if self._on_lie == "rollback" and isinstance(a, Accusation) and await self._is_in_the_state(a):
-            why = f"{a.accused} lied in epoch {a.epoch + 1}"
-            self._members.roll_back(a.epoch, a.head, why)
+        if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+            self._ask_to_roll_back(a, in_state)
         if new:
             packed = a.pack()
             for peer in self._network.linked:
                 if peer not in (by, a.accused):
                     self._loop.spawn(self._tell(peer, packed))
 
-    async def _is_in_the_state(self, lie: Accusation) -> bool:
-        found: bool = await self._loop.compute(self._evidence.in_the_state, lie)
-        if not found:
+    async def _keep(self, a: Accusation | DoubleVote, in_state: bool) -> bool:
+        """Whether it is news. It may be there since an earlier start, or there is no room for it."""
+        roll = self._members.roll
+        ranks = {peer[-ID_CHARS:]: 1 for peer in roll.removed} | {p[-ID_CHARS:]: 2 for p in roll.members}
+        try:
+            kept = await self._loop.compute(keep, self._folder, a, ranks, in_state)
+        except OSError as error:
+            _log.error("accusation=not_kept reason=%r; make room in the home", str(error))
+            kept = "full"
+        if kept != "new":
+            _log.info("accusation=proven peer=%s not_kept=%s; it %s", a.accused, kept, a.what)
+        return bool(kept == "new")
+
+    def _ask_to_roll_back(self, lie: Accusation, in_state: bool) -> None:
+        if in_state:
+            self._members.roll_back(lie.epoch, lie.head, f"{lie.accused} lied in epoch {lie.epoch + 1}")
+        else:
             _log.warning(
                 "rollback=not_asked epoch=%d; the update on this disk has no such mean, so the lie did "
                 "no harm here. The liar's removal stands",
                 lie.epoch,
             )
-        return found
 
     async def _concerns_the_run(self, proof: Accusation | DoubleVote) -> bool:
         """Whether it is of a record in our chain, for which we wait a moment; or of a member's votes."""
@@ -369,7 +398,8 @@ class AuditDesk:
             if self._evidence.epoch != proof.epoch:
                 break
             await asyncio.sleep(LATE_S)
-        return self._evidence.of_a_record(proof)
+        found: bool = await self._loop.compute(self._evidence.of_a_record, proof)
+        return found
 
     async def _tell(self, peer: str, packed: bytes) -> None:
         await self._say(peer, ["accuse"], [packed])
@@ -426,18 +456,19 @@ class AuditDesk:
             return
         order = self._seconds.get(head, {}).pop((peer, shard), None)
         if order is not None:
-            self._begin_audit(self._records[head], order, first=False)
+            self._begin_audits(self._records[head], [order], first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
+        """A look at one record comes first: made-up names would have us average made-up inputs."""
         averaging = self._averaging
         try:
             accusation = unpack(payload)
+            if not await self._concerns_the_run(accusation):
+                raise FalseAccusation("it is of nobody's part in this run")
             count, mean_digest = len(averaging.shards), averaging.mean_digest
             await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:
             raise RemoteProtocolError("accusation", str(error)) from None
-        if not await self._concerns_the_run(accusation):
-            raise RemoteProtocolError("accusation", "it is of nobody's part in this run")
         await self._accuse(accusation, peer)
 
     async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any, of: Any) -> None:

@@ -36,7 +36,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
-from tapestry.node.state.means import payload_digest
+from tapestry.node.state.means import payload_digest, payload_of
 from tapestry.node.state.model import ModelState, TornState
 
 GENESIS_SERVES_MAX = 64  # Guess: of the stream of the genesis at once; each is one frame, within 10 s
@@ -254,37 +254,37 @@ class Keeper:
         self.store.prune(self._chain, self._limits, base)
         self.branches.fit()
 
-    # --- what a proof is against (audit_desk.Evidence) -----------------------------------------
+    # --- what a proof is against (audit_desk.Evidence): for any thread --------------------------
 
     @property
     def epoch(self) -> int:
         """Of the newest record."""
-        return self._chain.epoch
+        return self.store.epoch
 
     def of_a_record(self, lie: Accusation) -> bool:
         """Whether it is of the contributions of a record in our chain, and of a member of that."""
         return self._record_of(lie) is not None
 
     def in_the_state(self, lie: Accusation) -> bool:
-        """Whether the wrong mean is in the update of that record. Reads the update from our disk."""
+        """Whether the wrong mean is in the update of that record. Reads the shard from our disk."""
         record = self._record_of(lie)
         if record is None:
             return False
         try:
-            payloads = self.store.read_update(record.body.epoch, record.head, record.body.result)
+            payload = self.store.read_shard(record.body.epoch, record.head, record.body.result, lie.shard)
         except (UpdateMissing, OSError):
             return False
-        return lie.shard < len(payloads) and payload_digest(payloads[lie.shard]) == lie.digest
+        return payload_digest(payload_of(payload)) == lie.digest
 
     def _record_of(self, lie: Accusation) -> Record | None:
-        for record in self._chain.after(lie.epoch, 1):
-            members = record.body.members
-            named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
-            said = [(m.peer, m.contribution, m.weight) for m in lie.members]
-            of_one = any(m.peer == lie.reducer for m in members)
-            if record.body.prev == lie.head and named == said and of_one:
-                return record
-        return None
+        record = self.store.record(lie.epoch + 1)  # not our chain's: the disk thread changes that
+        if record is None:
+            return None
+        members = record.body.members
+        named = [(m.peer, m.contribution, m.weight) for m in members if m.weight]
+        said = [(m.peer, m.contribution, m.weight) for m in lie.members]
+        of_one = any(m.peer == lie.reducer for m in members)
+        return record if record.body.prev == lie.head and named == said and of_one else None
 
     # --- the loop ------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, beyond
-from tapestry.node.daemon.restored import find_run, place_of
+from tapestry.node.daemon.restored import RESTORED_WAIT_S, find_run, place_of
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
 from tapestry.node.disk.branches import BranchLimits
 from tapestry.node.disk.home_mark import read_mark
@@ -60,7 +60,6 @@ from tapestry.node.lineage.uses import Started, note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
-from tapestry.node.protocol.pace import QUORUM_LOSS_MIN_S
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
@@ -331,7 +330,7 @@ class Daemon:
         except Broken as error:
             raise UserError(f"{self.home.genesis}: {error}", hint="restore another backup") from error
 
-        wait_s = fixed(spec.round.quorum_loss_s) or QUORUM_LOSS_MIN_S
+        wait_s = fixed(spec.round.quorum_loss_s) or RESTORED_WAIT_S
         place = await asyncio.to_thread(place_of, self.home, genesis, crypto)
         await find_run(self.home, mark, genesis, place, wait_s, swarm, peers, crypto, self._wait_for)
 

@@ -68,6 +68,7 @@ class NetworkDesk:
         # Two: a joiner learns what the run is while all that give state are busy, and a stranger only that.
         genesis_donor = keeper.donor(self._on_served_bytes, genesis_only=True)
         state_donor = keeper.donor(self._on_served_bytes)
+        state_donor.is_member = members.is_member
         egress = reporter.egress
         self._genesis_door = Door(genesis_donor, egress, GENESIS_STREAMS_MAX, GENESIS_STREAM_S)
         self._state_door = Door(state_donor, egress, STATE_STREAMS_MAX, None)
@@ -332,7 +333,7 @@ class Door:
         self._streams[peer] = count + 1
         try:
             async with asyncio.timeout(self._stream_s):
-                await self._donor.serve(reader, writer, _Served(self._egress, peer))
+                await self._donor.serve(reader, writer, _Served(self._egress, peer), peer)
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:

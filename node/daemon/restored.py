@@ -2,8 +2,9 @@
 
 The others may have gone on. If one of them is found, this node goes the way of a member that lost its disk:
 it does not know what it promised since the backup, so its vote is dropped and counts again when a record
-names it anew (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run takes to call a quorum
-lost, and goes on by itself with what the backup has: an island, which gives way when the others are met.
+names it anew (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run says that a quorum is lost
+after, and goes on by itself with what the backup has: an island, which gives way when the others are met.
+Its vote is that of the backup then: had it voted since, it may vote otherwise. So nobody may be overlooked.
 
 Found is another elector of the backup's newest record, or who says that there are records after it. Anybody
 can serve the genesis, and who gave up its vote for them, with the other electors gone for good, would wait
@@ -21,7 +22,7 @@ from dataclasses import replace
 
 from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.home_mark import Mark, write_mark
 from tapestry.node.home import Home
@@ -31,7 +32,9 @@ from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Place
 
 LOOK_S = 5.0  # between two looks
 CONNECT_S = 5.0
-ASKED_MAX = 16  # Guess: of those known, in one look
+ENTRIES_MAX = 32  # Guess: addresses by which the DHT is entered
+LISTED_MAX = 64  # Guess: who is listed there may be made up; electors come first
+RESTORED_WAIT_S = 120.0  # Guess: of a run that says "auto". A network may come up after the node does
 
 _log = logging.getLogger("tapestry.node")
 
@@ -64,9 +67,7 @@ async def find_run(
             f"alone, it goes on by itself in {left_s:.0f} s"
         )
         began_s = time.monotonic()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left_s):
-                met = await _meet(swarm, genesis.run_id, _known(home, peers), place, crypto)
+        met = await _meet(swarm, genesis.run_id, _known(home, peers), place, crypto)
         if not met:
             await asyncio.sleep(min(LOOK_S, max(0.0, LOOK_S - (time.monotonic() - began_s))))
     if met:
@@ -91,34 +92,52 @@ def place_of(home: Home, genesis: Genesis, crypto: Crypto) -> Place:
 def _known(home: Home, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
     """Those given, then where others were when the backup was made."""
     known = [parse_peer(a) for addresses in KnownPeers(home.peers).addresses.values() for a in addresses]
-    return list(dict.fromkeys([*peers, *known]))[:ASKED_MAX]
+    return list(dict.fromkeys([*peers, *known]))
 
 
 async def _meet(swarm: Swarm, run_id: str, known: Sequence[PeerAddress], place: Place, crypto: Crypto) -> str:
-    """The peer id of somebody who counts as found, or ""."""
+    """The peer id of somebody who counts as found, or "", when all have answered or had their time.
+
+    All are asked at once, and the DHT beside them: who is gone takes the time of nobody who is there.
+    """
     electors = {*place.electorate, *place.standing.electorate} - {swarm.peer_id}
+    addresses: dict[str, list[str]] = {}
     for peer in known:
-        if peer.peer_id not in electors:
-            continue
-        with contextlib.suppress(Unreachable):
-            await swarm.connect(peer, CONNECT_S)
-            if await _is_member(swarm, peer.peer_id, run_id, crypto):
-                return peer.peer_id
+        if peer.peer_id in electors:
+            addresses.setdefault(peer.peer_id, []).append(peer.maddr)
+    asked = [_ask(swarm, peer, where, run_id, crypto) for peer, where in addresses.items()]
+    listed = _meet_listed(swarm, run_id, known, electors, place.epoch, crypto)
+    return next(filter(None, await asyncio.gather(*asked, listed)), "")
+
+
+async def _ask(swarm: Swarm, peer: str, addresses: Sequence[str], run_id: str, crypto: Crypto) -> str:
+    """Its peer id, if it can be reached and is of the run."""
+    with contextlib.suppress(SwarmError):
+        await swarm.connect_any(peer, addresses, CONNECT_S)
+        if await _is_member(swarm, peer, run_id, crypto):
+            return peer
+    return ""
+
+
+async def _meet_listed(
+    swarm: Swarm,
+    run_id: str,
+    known: Sequence[PeerAddress],
+    electors: set[str],
+    epoch: int,  # of the newest record here
+    crypto: Crypto,
+) -> str:
+    """As `_meet`, of those that the DHT knows."""
     try:
-        await swarm.join_dht(run_id, known)
+        await swarm.join_dht(run_id, known[:ENTRIES_MAX], timeout_s=CONNECT_S)
         listed = await swarm.list_presence(time.time())
     except SwarmError:
         return ""
-    for member in listed:
-        if member.peer_id == swarm.peer_id or member.phase == "stopping":
-            continue
-        if member.peer_id not in electors and member.epoch <= place.epoch:
-            continue
-        with contextlib.suppress(Unreachable):
-            await swarm.connect_any(member.peer_id, member.addresses, CONNECT_S)
-            if await _is_member(swarm, member.peer_id, run_id, crypto):
-                return member.peer_id
-    return ""
+    there = [one for one in listed if one.peer_id != swarm.peer_id and one.phase != "stopping"]
+    counting = [one for one in there if one.peer_id in electors or one.epoch > epoch]
+    counting.sort(key=lambda one: one.peer_id not in electors)
+    asked = [_ask(swarm, one.peer_id, one.addresses, run_id, crypto) for one in counting[:LISTED_MAX]]
+    return next(filter(None, await asyncio.gather(*asked)), "")
 
 
 async def _is_member(swarm: Swarm, peer_id: str, run_id: str, crypto: Crypto) -> bool:

@@ -19,9 +19,11 @@ HOME/accusations, one file each; `tapestry verify` checks them again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import msgpack
 from blake3 import blake3
@@ -45,7 +47,12 @@ from tapestry.node.state.means import MeanDigest, payload_of
 
 KEPT_MAX = 64  # files in a home: who lied so often is known by now
 KEPT_OF_ONE_MAX = 8  # of one liar, so that it leaves room for proofs against others
+ID_CHARS = 8  # of a peer id, in a name
+RANK_IN_STATE = 3  # above a member's, whose is 2, one that was removed's, 1, and a stranger's, 0
 SUFFIX = ".accusation"
+_NOBODY: Mapping[str, int] = MappingProxyType({})
+
+Kept = Literal["new", "known", "full"]
 
 
 class FalseAccusation(ValueError):
@@ -67,8 +74,8 @@ class Accusation:
 
     @property
     def name(self) -> str:
-        """One for one lie."""
-        return f"{self.epoch}-{self.shard}-{self.reducer[-8:]}-{self.digest[:8]}"
+        """One for one signature. All of the digest: the liar chooses it, and so its first digits."""
+        return f"{self.epoch}-{self.shard}-{self.reducer[-8:]}-{self.digest}"
 
     @property
     def accused(self) -> str:
@@ -163,16 +170,46 @@ def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, cry
         raise FalseAccusation("the reducer's mean is right")
 
 
-def keep(folder: Path, accusation: Accusation | DoubleVote) -> bool:
-    """Write it down, unless it is there or there are too many; whether it is new. Raises OSError."""
+def keep(
+    folder: Path,
+    accusation: Accusation | DoubleVote,
+    ranks: Mapping[str, int] = _NOBODY,  # last characters of a peer id -> how much a proof against it matters
+    in_state: bool = False,  # the wrong mean is in the state of the run
+) -> Kept:
+    """Write it down, if there is room. Raises OSError.
+
+    Of one lie there is one proof, and of one liar KEPT_OF_ONE_MAX: a liar signs as many as it likes. One that
+    is in the state is kept in the place of another of the same liar. When a home has KEPT_MAX, a proof takes
+    the place of the oldest against somebody of lower rank: strangers can sign means as well.
+    """
     folder.mkdir(exist_ok=True)
     path = folder / f"{accusation.name}{SUFFIX}"
-    names = [one.name for one in folder.glob(f"*{SUFFIX}")]
-    of_one = sum(f"-{accusation.accused[-8:]}-" in name for name in names)
-    if path.exists() or len(names) >= KEPT_MAX or of_one >= KEPT_OF_ONE_MAX:
-        return False
+    if path.exists():
+        return "known"
+    there = sorted(kept(folder), key=lambda one: one.stat().st_mtime_ns)
+    of_one = [one for one in there if _accused_of(one) == accusation.accused[-ID_CHARS:]]
+    lie = accusation.name.rpartition("-")[0]
+    same = [one for one in of_one if one.name.rpartition("-")[0] == lie]
+    gone: Path | None = None
+    if same or len(of_one) >= KEPT_OF_ONE_MAX:
+        if not in_state:
+            return "known" if same else "full"
+        gone = (same or of_one)[0]
+    elif len(there) >= KEPT_MAX:
+        rank = RANK_IN_STATE if in_state else ranks.get(accusation.accused[-ID_CHARS:], 0)
+        gone = min(there, key=lambda one: ranks.get(_accused_of(one), 0))
+        if ranks.get(_accused_of(gone), 0) >= rank:
+            return "full"
     atomic_write(path, accusation.pack())
-    return True
+    if gone is not None:
+        gone.unlink(missing_ok=True)
+    return "new"
+
+
+def _accused_of(path: Path) -> str:
+    """The last characters of the peer id of whom a file proves something: see `name` of both kinds."""
+    parts = path.name.split("-")
+    return parts[2] if len(parts) > 2 else ""
 
 
 def kept(folder: Path) -> list[Path]:

@@ -21,13 +21,14 @@ Blocking; any thread. Must not import: asyncio; hivemind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -171,6 +172,16 @@ class Store:
         """What is on the disk, for one thread to go on with."""
         return Chain(genesis, past=self._chain)
 
+    @property
+    def epoch(self) -> int:
+        """Of the newest record."""
+        return 0 if self._chain is None else len(self._chain)
+
+    def record(self, epoch: int) -> Record | None:
+        """From the disk, for any thread; None if there is none. Raises OSError for one that is damaged."""
+        found = () if self._chain is None else self._chain.read(epoch - 1, 1)
+        return found[0] if found else None
+
     def append_record(self, record: Record) -> None:
         """Write the record that follows the last one. On OSError the chain on disk is as before."""
         assert self._chain is not None
@@ -279,25 +290,65 @@ class Store:
 
         Raises UpdateMissing; a file that turned out to be damaged is gone after that. And OSError.
         """
+        path = self._path_of(epoch, head)
+        with self._reading(head, path):
+            header, payloads = read_update_file(path)
+            if (header.epoch, header.head) != (epoch, head) or result_digest(payloads) != header.result:
+                raise ValueError("its bytes changed")
+        if result not in (None, header.result):
+            raise UpdateMissing("foreign", f"{path} is not the result that the record names")
+        return payloads
+
+    def stream_update(self, epoch: int, head: str) -> Iterator[tuple[int, bytes]]:
+        """How many payloads there are, and each as it is read: who sends them on is not silent meanwhile.
+
+        The last one comes only if all of them have the digest in the file. Raises as `read_update`.
+        """
+        path, digests = self._path_of(epoch, head), []
+        with self._reading(head, path), path.open("rb") as file:
+            header = read_update_header(file)
+            for length in header.lengths:
+                payload = file.read(length)
+                digests.append(blake3(payload).hexdigest())
+                if len(digests) == len(header.lengths) and (
+                    (header.epoch, header.head) != (epoch, head) or _joined(digests) != header.result
+                ):
+                    raise ValueError("its bytes changed")
+                yield len(header.lengths), payload
+
+    def read_shard(self, epoch: int, head: str, result: str, shard: int) -> bytes:
+        """One payload of the update that has this result. It is not compared with its digest.
+
+        Raises UpdateMissing, and OSError.
+        """
+        path = self._path_of(epoch, head)
+        with self._reading(head, path), path.open("rb") as file:
+            header = read_update_header(file)
+            if header.result != result or shard >= len(header.lengths):
+                raise UpdateMissing("foreign", f"{path} is another result, or has no shard {shard}")
+            file.seek(sum(header.lengths[:shard]), os.SEEK_CUR)
+            return file.read(header.lengths[shard])
+
+    def _path_of(self, epoch: int, head: str) -> Path:
+        """Raises UpdateMissing."""
         update = self._updates.get(head)
         if update is None or update.epoch != epoch:
             raise UpdateMissing("missing", f"the update log has no update {epoch} of {head[:12]}")
+        return update.path
+
+    @contextlib.contextmanager
+    def _reading(self, head: str, path: Path) -> Iterator[None]:
+        """A file that is gone, or damaged, is out of the log after that. Raises UpdateMissing for it."""
         try:
-            header, payloads = read_update_file(update.path)
+            yield
         except FileNotFoundError:
             self._updates.pop(head, None)
-            raise UpdateMissing("missing", f"{update.path} is gone") from None
+            raise UpdateMissing("missing", f"{path} is gone") from None
         except (ValueError, OSError) as error:
             if not is_damage(error):
                 raise
             self._drop(head, str(error))
-            raise UpdateMissing("corrupt", f"{update.path}: {error}") from error
-        if (header.epoch, header.head) != (epoch, head) or result_digest(payloads) != header.result:
-            self._drop(head, "its bytes changed")
-            raise UpdateMissing("corrupt", f"{update.path}: its bytes changed")
-        if result not in (None, header.result):
-            raise UpdateMissing("foreign", f"{update.path} is not the result that the record names")
-        return payloads
+            raise UpdateMissing("corrupt", f"{path}: {error}") from error
 
     def prune(self, chain: Chain, limits: LimitsSpec, base_epoch: int) -> None:
         """Keep the updates that the spec's limits allow, newest first, and those after `base_epoch`.
@@ -356,6 +407,10 @@ def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_K
         known[shard] if shard in known else blake3(_bytes_of(payload)).hexdigest()
         for shard, payload in enumerate(payloads)
     ]
+    return _joined(digests)
+
+
+def _joined(digests: Sequence[str]) -> str:
     return blake3("".join(digests).encode()).hexdigest()
 
 

@@ -15,7 +15,8 @@ from tapestry.node.disk.base import BaseFolder
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoint, Checkpoints, chunk_count, read_chunk
 from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, UpdateMissing
-from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits, bytes_of
+from tapestry.node.net.places import NoPlace, ServedPlaces
+from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import EPOCH_MAX, Genesis, canonical, genesis_to_dict
@@ -58,11 +59,18 @@ class Donor:
         self._limits = limits
         self.stall_s: Callable[[], float] = lambda: limits.stall_s  # or as the members have it by now
         self._on_bytes = on_bytes
+        self.is_member: Callable[[str], bool] = lambda peer: True  # as the roll has it by now
         self._serving: dict[Stream, asyncio.StreamWriter] = {}  # what was opened first is the first
-        self._states = 0  # of those, streams of a state: they last as long as that takes
+        self._places: ServedPlaces[Stream] = ServedPlaces(limits.serves_max)
+        # Of those, streams of a state: they last as long as that takes.
+        self._states: ServedPlaces[Stream] = ServedPlaces(max(1, limits.serves_max - UPDATES_SPARE))
 
     async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: Serving | None = None
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        serving: Serving | None = None,
+        peer: str = "",
     ) -> None:
         """Answer until the peer is done. Raises RemoteProtocolError, StreamEnded, TimeoutError, OSError."""
         served = serving or _Unwatched()
@@ -73,32 +81,50 @@ class Donor:
                 served.sent(count)
 
         stream = Stream(reader, writer, replace(self._limits, stall_s=self.stall_s()), on_bytes)
-        if len(self._serving) >= self._limits.serves_max:
-            if not self._genesis_only:
-                await stream.send({"is": "busy"})
-                return
-            # Anybody may hold these: an honest joiner is done in a moment, and who is silent makes room.
-            self._serving.pop(next(iter(self._serving))).close()
+        if self._genesis_only:
+            if len(self._serving) >= self._limits.serves_max:
+                # Anybody may hold these: an honest joiner is done in a moment, and who is silent makes room.
+                self._serving.pop(next(iter(self._serving))).close()
+        elif not self._has_place(self._places, peer, stream):
+            await stream.send({"is": "busy"})
+            return
         self._serving[stream] = writer
-        of_state = False
         try:
             with contextlib.closing(_OpenFile()) as open_file:
-                while True:
-                    try:
-                        header, _ = await stream.receive(REQUEST_BYTES_MAX, 0)
-                    except StreamEnded as ended:
-                        if ended.clean:
-                            return
-                        raise
-                    if not of_state and header.get("ask") in ("checkpoint", "chunk"):
-                        if self._states >= max(1, self._limits.serves_max - UPDATES_SPARE):
-                            await stream.send({"is": "busy"})
-                            continue
-                        self._states, of_state = self._states + 1, True
-                    await self._answer(stream, header, open_file, served)
+                await self._answer_all(stream, open_file, served, peer)
         finally:
             self._serving.pop(stream, None)
-            self._states -= of_state
+            self._places.leave(stream)
+            self._states.leave(stream)
+
+    def _has_place(self, places: ServedPlaces[Stream], peer: str, stream: Stream) -> bool:
+        """Its own, or that of a stream that ends now."""
+        try:
+            gone = places.enter(peer, stream, self.is_member(peer))
+        except NoPlace:
+            return False
+        if gone is not None and gone in self._serving:
+            self._serving.pop(gone).close()
+            self._places.leave(gone)
+            self._states.leave(gone)
+        return True
+
+    async def _answer_all(self, stream: Stream, open_file: _OpenFile, served: Serving, peer: str) -> None:
+        """Until the peer is done."""
+        of_state = False
+        while True:
+            try:
+                header, _ = await stream.receive(REQUEST_BYTES_MAX, 0)
+            except StreamEnded as ended:
+                if ended.clean:
+                    return
+                raise
+            if not of_state and header.get("ask") in ("checkpoint", "chunk"):
+                of_state = self._has_place(self._states, peer, stream)
+                if not of_state:
+                    await stream.send({"is": "busy"})
+                    continue
+            await self._answer(stream, header, open_file, served)
 
     async def _answer(
         self, stream: Stream, request: dict[str, Any], open_file: _OpenFile, served: Serving
@@ -124,15 +150,21 @@ class Donor:
                 raise RemoteProtocolError("malformed", "no request that a donor knows")
 
     async def _send_update(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
+        """As it is read: who asks waits stall_s for a word, and to read and hash a large one takes longer.
+
+        Of one whose bytes changed the last shard is not sent, but the word that it is missing.
+        """
+        payloads, index = self._store.stream_update(epoch, head), 0
         try:
-            payloads = await asyncio.to_thread(self._store.read_update, epoch, head)
+            while (read := await asyncio.to_thread(next, payloads, None)) is not None:
+                count, payload = read
+                if index == 0:
+                    served.part(epoch, head)
+                    await stream.send({"is": "update", "shards": count})
+                await stream.send({"is": "shard", "index": index}, payload)
+                index += 1
         except UpdateMissing:
             await stream.send({"is": "missing"})
-            return
-        served.part(epoch, head)
-        await stream.send({"is": "update", "shards": len(payloads)})
-        for index, payload in enumerate(payloads):
-            await stream.send({"is": "shard", "index": index}, bytes_of(payload))
 
     async def _send_means(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
         try:

@@ -98,7 +98,8 @@ class LinkLimits:
     payload_bytes_max: int
     peers_max: int
     silence_s: float  # in the middle of a frame, or of a write
-    queue_frames_max: int = 8192  # Guess: far above what one round puts in
+    queue_frames_max: int = 8192  # of control messages. Guess: far above what one round puts in
+    bulk_frames_max: int = 8192  # references to shards, not their bytes. A model's: daemon/assembly.py
     queue_bytes_max: int = 16 << 20  # of control messages, or four of the longest. Guess
     dial_timeout_s: float = 10.0
     backoff_initial_s: float = 0.2
@@ -167,6 +168,7 @@ class _Peer:
     proven: bool = False  # it was here or was reached: not only a hint
     hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
     answers_at: float = 0.0  # when its next question is answered
+    held: Records | None = None  # the answer to that
     is_displaced: bool = False  # a member has its place
 
     @property
@@ -361,7 +363,8 @@ class Links:
             return
         now = asyncio.get_running_loop().time()
         if isinstance(message, Records) and now < link.answers_at:
-            return  # it asks faster than it may; it asks again if it has to
+            self._hold(link, message, link.answers_at - now)  # it asks faster than it may
+            return
         with link.control_pace.spending():
             header = encode_message(message)
         if isinstance(message, Records):
@@ -373,6 +376,17 @@ class Links:
             return
         link.control_bytes += len(header)
         link.control.put_nowait(header)
+
+    def _hold(self, link: _Peer, answer: Records, wait_s: float) -> None:
+        """Until its time has come: who catches up asks on as soon as it has a page. The newest one stays."""
+        if link.held is None:
+            asyncio.get_running_loop().call_later(wait_s, self._send_held, link)
+        link.held = answer
+
+    def _send_held(self, link: _Peer) -> None:
+        answer, link.held = link.held, None
+        if answer is not None and self._peers.get(link.peer) is link:
+            self.send_control(link.peer, answer)
 
     def _answers_bytes_per_s(self, now: float) -> float:
         """One peer's part of what answers may take: those who asked of late share it."""
@@ -388,7 +402,7 @@ class Links:
         header = encode_message(message)
         if header in link.queued:
             return
-        if link.bulk.qsize() >= self._limits.queue_frames_max:
+        if link.bulk.qsize() >= self._limits.bulk_frames_max:
             self._break(link, "slow", "its bulk queue is full")
             return
         link.queued[header] = None
@@ -518,6 +532,7 @@ class Links:
         link.bulk = asyncio.Queue()
         link.queued.clear()
         link.control_bytes = 0
+        link.held = None
         link.broken.clear()
         link.behind.clear()
         link.up = link.proven = True

@@ -9,8 +9,9 @@ A stream carries requests, one frame each, and their answers in the same order:
     chunk (epoch, head, index)   -> CHUNK_BYTES of that checkpoint's data
     file (digest, index)         -> PIECE_BYTES of a file of the base that the run pins
 
-or the word `missing` or `busy`. A chunk is named by its checkpoint and not by what was asked before: so a
-download can go on after a break, and with several donors. donor.py answers; download.py fetches checkpoints.
+or the word `missing` or `busy`; `missing` also in place of the last shard of an update that is damaged. A
+chunk is named by its checkpoint and not by what was asked before: so a download can go on after a break, and
+with several donors. donor.py answers; download.py fetches checkpoints.
 
 Nothing from a donor is believed: an update has the digest that its record names before it is written to the
 update log; one that a donor says to have accepted, and of which there is no record, is signed by those who

@@ -363,8 +363,8 @@ class Round:
         return None
 
     def _decides_alone(self, leader: str, roster: Roster) -> bool:
-        """Whether this roster names fewer electors with a contribution than three, or than a quorum, leaves out
-        some that contributed to the record before, and no other leader of this round has done so.
+        """Whether this roster names fewer contributing electors than three, or a quorum, leaves out some that
+        counted in the record before, and no other leader of this round has done so.
 
         Of few contributions the mean is what they are, whatever its rule: a leader that could name itself
         alone would set the state to what it likes. If only few have something to give, a second one sees it.

@@ -25,7 +25,7 @@ DIRECTIONS = ("sent", "received")
 ROUTES = ("direct", "relayed")
 BYTE_KINDS = ("control", "contribution", "result", "state", "audit")
 GATE_OUTCOMES = ("passed", "unmeasured", "refused", "went_on", "again")  # protocol/events.py, Gated
-AUDIT_OUTCOMES = ("agreed", "lie", "incomplete")
+AUDIT_OUTCOMES = ("agreed", "lie", "incomplete", "skipped")
 REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
     *("forged", "stale", "oversized", "foreign", "malformed", "future"),

@@ -73,7 +73,7 @@ def test_a_signed_mean_that_is_another_is_proven_from_the_file_alone(
     crypto: NodeCrypto, tmp_path: Path
 ) -> None:
     one = accusation(crypto)
-    assert keep(tmp_path, one) and not keep(tmp_path, one)
+    assert [keep(tmp_path, one), keep(tmp_path, one)] == ["new", "known"]
     (path,) = kept(tmp_path)
     judge(unpack(path.read_bytes()), crypto)
 
@@ -140,11 +140,43 @@ def test_every_broken_text_is_refused(crypto: NodeCrypto) -> None:
 def test_a_home_keeps_so_many(crypto: NodeCrypto, tmp_path: Path) -> None:
     one = accusation(crypto)
     liars = [dataclasses.replace(one, reducer=f"{number:08}", epoch=number) for number in range(KEPT_MAX + 3)]
-    assert sum(keep(tmp_path, lie) for lie in liars) == len(kept(tmp_path)) == KEPT_MAX
+    assert [keep(tmp_path, lie) for lie in liars] == ["new"] * KEPT_MAX + ["full"] * 3
+    assert len(kept(tmp_path)) == KEPT_MAX
 
 
 def test_one_liar_leaves_room_for_proofs_against_others(crypto: NodeCrypto, tmp_path: Path) -> None:
     one = accusation(crypto)
     news = [keep(tmp_path, dataclasses.replace(one, epoch=epoch)) for epoch in range(KEPT_MAX)]
-    assert news.count(True) == KEPT_OF_ONE_MAX
-    assert keep(tmp_path, dataclasses.replace(one, reducer="somebody else"))
+    assert news.count("new") == KEPT_OF_ONE_MAX
+    assert keep(tmp_path, dataclasses.replace(one, reducer="somebody else")) == "new"
+
+
+def test_a_liar_does_not_keep_the_proof_out_that_matters_by_others_against_itself(
+    crypto: NodeCrypto, tmp_path: Path
+) -> None:
+    """It signs as many digests as it likes, also some that begin as that of the mean that was taken."""
+    one = accusation(crypto)
+    decoy = dataclasses.replace(one, digest=one.digest[:-1] + ("0" if one.digest[-1] != "0" else "1"))
+    assert [keep(tmp_path, decoy), keep(tmp_path, one)] == ["new", "known"], "of one lie one proof is enough"
+    assert keep(tmp_path, one, in_state=True) == "new" and len(kept(tmp_path)) == 1
+    for epoch in range(EPOCH + 1, EPOCH + KEPT_OF_ONE_MAX):
+        assert keep(tmp_path, dataclasses.replace(one, epoch=epoch)) == "new"
+    later = dataclasses.replace(one, epoch=EPOCH + 50)
+    assert [keep(tmp_path, later), keep(tmp_path, later, in_state=True)] == ["full", "new"]
+    assert len(kept(tmp_path)) == KEPT_OF_ONE_MAX
+
+
+def test_strangers_do_not_keep_proofs_against_members_out(crypto: NodeCrypto, tmp_path: Path) -> None:
+    """In an open run anybody contributes once, and can sign wrong means of it then."""
+    one, ranks = accusation(crypto), {"removed!": 1}
+    for number in range(KEPT_MAX):
+        keep(tmp_path, dataclasses.replace(one, reducer=f"{number:08}", epoch=number))
+    news = [
+        keep(tmp_path, dataclasses.replace(one, reducer=peer, epoch=9), ranks)
+        for peer in ("stranger", "the removed!", "or the memb", "stranger")
+    ]
+    assert news == ["full", "new", "full", "full"]
+    ranks["the memb"] = 2
+    assert keep(tmp_path, dataclasses.replace(one, reducer="or the memb", epoch=9), ranks) == "new"
+    names = " ".join(path.name for path in kept(tmp_path))
+    assert len(kept(tmp_path)) == KEPT_MAX and "removed!" in names and "the memb" in names

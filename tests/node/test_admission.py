@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity
+from tapestry.dht.p2pd import SwarmError
 from tapestry.node.daemon.admitted import be_admitted
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -26,6 +28,7 @@ from tapestry.node.net.admission import (
     Reception,
     who_admits,
 )
+from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.wire import FRAME, RemoteProtocolError, frame_parts
 from tapestry.node.protocol.members import (
     Change,
@@ -49,6 +52,8 @@ def key(number: int) -> Identity:
 
 
 FOUNDER, GUEST = key(1), key(2)
+THERE = f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}"
+_KINDS = (("admit", "a"), ("remove", "b"))
 CRYPTO = NodeCrypto(FOUNDER)
 
 
@@ -209,6 +214,50 @@ def test_a_guest_that_knows_no_record_is_admitted_to_a_run_of_any_age(
 
     asyncio.run(main())
     assert len(told) == 1 and TAKEN in told[0] and GUEST.peer_id in office.roll.members
+
+
+class Unreachable:
+    """A swarm in which nobody is."""
+
+    peer_id = GUEST.peer_id
+
+    async def connect(self, *_: object) -> None:
+        raise SwarmError("nobody there")
+
+
+def _start(home: Path, records: Office, swarm: object, peers: Sequence[str] = ()) -> None:
+    """Of the guest's node, by these records and with what its home knows."""
+
+    async def main() -> None:
+        config = NodeConfig.resolve(Home(home), {"external": True}, {})
+        async with asyncio.timeout(10.0):
+            await be_admitted(config, records.roll, swarm, [*map(parse_peer, peers)], lambda reason: None)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("peers", [(), (THERE,)], ids=["known", "given"])
+def test_who_was_removed_and_admitted_again_asks_before_it_believes_its_own_records(
+    tmp_path: Path, peers: Sequence[str]
+) -> None:
+    """They end with the removal, which it heard of; what came after that only the others know."""
+    office = Office()
+    admission, removal = (Change(kind, GUEST.peer_id, "noise", 9, n * 32) for kind, n in _KINDS)
+    KnownPeers(Home(tmp_path).peers).remember({FOUNDER.peer_id: (THERE,)})
+    office.applied(admission, FOUNDER)
+    office.applied(removal, FOUNDER)
+    stale = Office(office.roll)
+    with pytest.raises(UserError, match="was removed from the run: noise"):
+        _start(tmp_path, stale, FakeSwarm(office), peers)
+    office.applied(replace(admission, nonce="c" * 32), FOUNDER)
+    _start(tmp_path, stale, FakeSwarm(office), peers)
+    with pytest.raises(UserError, match="was removed from the run: noise"):
+        _start(tmp_path, stale, Unreachable(), peers)
+
+
+def test_who_is_no_member_and_knows_nobody_is_told_to_name_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no member of the run"):
+        _start(tmp_path, Office(), Unreachable())
 
 
 def test_an_invitation_that_no_record_has_yet_is_said_to_be_on_its_way() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -41,7 +42,7 @@ CRYPTO = NodeCrypto(Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry aud
 class Desk(AuditDesk):
     """One member's, with all that it tells, and links to the others of its table."""
 
-    def __init__(self, name: str, table: dict[str, Desk], folder: Path) -> None:
+    def __init__(self, name: str, table: dict[str, Desk], folder: Path, on_lie: Any = "mark") -> None:
         self.told: list[tuple[str, object]] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.clock_s = 0.0
@@ -89,10 +90,11 @@ class Desk(AuditDesk):
         )
         network = SimpleNamespace(open_stream=open_stream, linked=PEERS)
         loop = SimpleNamespace(spawn=spawn, compute=compute, now=lambda: self.clock_s)
-        auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles())
+        auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles(), on_lie)
         self.record: Record | None = None  # the newest of its chain
+        self.taken = ""  # digest of the wrong mean that is in its state
         self.roll = SimpleNamespace(members=dict.fromkeys(PEERS), removed={})
-        members = SimpleNamespace(roll=self.roll)
+        members = SimpleNamespace(roll=self.roll, expel=self.expel, roll_back=tell("roll_back"))
         super().__init__(loop, network, self.averaging, reporter, auditor, members, self)  # type: ignore[arg-type]
 
     @property
@@ -103,7 +105,12 @@ class Desk(AuditDesk):
         return self.record is not None and lie.head == self.record.body.prev
 
     def in_the_state(self, lie: Accusation) -> bool:
-        raise AssertionError("nobody asked for a rollback")
+        return lie.digest == self.taken
+
+    def expel(self, peer: str, why: str, epoch: int) -> None:
+        self.told.append(("expel", peer))  # type: ignore[arg-type]
+        if self.roll.members.pop(peer, "") is None:
+            self.roll.removed[peer] = why
 
     def said(self, what: str) -> list[Any]:
         return [entry[1:] for entry in self.told if entry[0] == what]
@@ -287,12 +294,52 @@ def test_many_streams_of_one_peer_wait_their_turn_and_more_are_refused(tmp_path:
         for peer in PEERS:
             table.drawn(peer, table.own(peer), *(table.at_reducer() if peer == table.reducer else ()))
         first = table.desks[table.first]
-        for _ in range(12):
-            first._begin_audit(table.record, table.order, first=True)
+        first._begin_audits(table.record, [table.order] * 12, first=True)
 
     table = run(scenario, tmp_path)
     assert table.desks[table.first].said("audited") == [("agreed",)] * 12
     assert not any(desk.said("refused") for desk in table.desks.values())
+
+
+def test_more_audits_than_there_are_places_for_wait_and_are_all_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model's drawn shards those beyond the 64th, by index, were never looked at in any round."""
+    monkeypatch.setattr(audit_desk, "AUDITS_MAX", 2)
+
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            table.drawn(peer, table.own(peer))
+        first, lie = table.desks[table.first], dataclasses.replace(table.order, digest="11" * 32)
+        first._begin_audits(table.record, [*[table.order] * 20, lie], first=True)
+        assert first._auditing == 2
+
+    table = run(scenario, tmp_path)
+    assert sorted(table.desks[table.first].said("audited")) == [*[("agreed",)] * 20, ("lie",)]
+
+
+def test_audits_that_cannot_be_done_are_drawn_by_lot_and_counted_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is first by index would be who is looked at, and everybody could foresee it."""
+    monkeypatch.setattr(audit_desk, "AUDITS_MAX", 1)
+    monkeypatch.setattr(audit_desk, "WAITING_MAX", 8)
+    monkeypatch.setattr(audit_desk.random, "randrange", random.Random(1).randrange)
+
+    async def scenario(table: Table) -> None:
+        for peer in PEERS:
+            table.drawn(peer, table.own(peer))
+        first = table.desks[table.first]
+        orders = [dataclasses.replace(table.order, shard=shard) for shard in range(200)]
+        first._begin_audits(table.record, orders, first=True)
+        waiting = [order.shard for _, order, _ in first._waiting]
+        assert len(waiting) == 7 and first.said("audited") == [("skipped",)] * 192
+        assert max(waiting) > 100
+        first._kept.clear()  # rounds have passed: nobody has the inputs of those that wait any more
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited").count(("skipped",)) == 199
+    assert len(table.desks[table.first].said("withheld")) <= 1  # of the one that was under way
 
 
 def test_who_asks_a_reducer_for_many_does_not_ask_for_all_at_once(
@@ -377,9 +424,11 @@ def test_copies_of_short_rounds_are_kept_for_a_time_and_of_long_ones_a_few(
 def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_the_run: bool
 ) -> None:
-    """Anybody can sign wrong means of its own; 64 of them filled what a home keeps, and undid epochs."""
+    """Anybody can sign wrong means of its own; 64 of them filled what a home keeps, and undid epochs. Nor is
+    it averaged: each cost a mean, beside those of the round."""
+    proven: list[object] = []
     monkeypatch.setattr(audit_desk, "LATE_S", 0.0)
-    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: proven.append(args))
 
     async def scenario(table: Table) -> None:
         desk = table.desks["bob"]
@@ -391,5 +440,31 @@ def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
         await table.desks["alice"]._say("bob", ["accuse"], [lie.pack()])
 
     desk = run(scenario, tmp_path).desks["bob"]
-    assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run
+    assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run == bool(proven)
     assert [entry[-1] for entry in desk.said("refused")] == ([] if of_the_run else ["accusation"])
+
+
+@pytest.mark.parametrize("decoys", [1, 9])
+def test_a_liar_that_had_itself_removed_for_other_lies_does_not_save_the_one_in_the_state(
+    tmp_path: Path, decoys: int
+) -> None:
+    """It signs other digests of the same inputs, and tells all of them: the true proof was no news then."""
+    (tmp_path / "bob").mkdir()
+
+    async def main() -> Desk:
+        desk = Desk("bob", {}, tmp_path, on_lie="rollback")
+        members, digest = (Member("x", 1, "aa" * 32),), "0123456789abcdef" * 4
+        lie = Accusation(HEAD, EPOCH, members, SHARD, digest, "alice", "ab" * 64, (((), b"x"),))
+        for number in range(decoys):
+            decoy = dataclasses.replace(lie, digest=digest[:8] + f"{number:056x}", shard=SHARD + number)
+            await desk._accuse(decoy, "alice")
+        assert desk.roll.removed and not desk.said("roll_back")
+        desk.taken = digest
+        await desk._accuse(lie, "carol")
+        for task in desk.tasks:
+            task.cancel()
+        return desk
+
+    desk = asyncio.run(main())
+    assert [entry[:2] for entry in desk.said("roll_back")] == [(EPOCH, HEAD)]
+    assert any("0123456789abcdef" * 4 in path.name for path in kept(tmp_path / "bob"))

@@ -42,7 +42,7 @@ def test_it_is_kept_once_whichever_vote_came_first_and_proven_from_the_file(tmp_
     one = double_vote()
     p = one.proof
     turned = DoubleVote.of(replace(p, bodies=p.bodies[::-1], signatures=p.signatures[::-1]))
-    assert keep(tmp_path, one) and not keep(tmp_path, turned)
+    assert (keep(tmp_path, one), keep(tmp_path, turned)) == ("new", "known")
     (path,) = kept(tmp_path)
     again = unpack(path.read_bytes())
     assert again == one and isinstance(again, DoubleVote)

@@ -170,6 +170,17 @@ def test_a_proof_is_of_a_record_and_its_wrong_mean_in_the_update_or_it_moves_not
     assert not run.keeper.in_the_state(lie), "nobody knows"
 
 
+def test_a_proof_is_judged_by_the_records_on_the_disk_while_the_chain_in_memory_changes(run: Run) -> None:
+    """The disk thread had moved its beginning half-way: the record of another epoch was compared."""
+    run.keeper.restore()
+    run.keeper.apply(run.commit(run.keeper, 0))
+    body = run.commit(run.keeper, 1).body
+    members = tuple(dataclasses.replace(m, tokens=0) for m in body.members)
+    lie = Accusation(body.prev, body.epoch - 1, members, 0, "00" * 32, run.identity.peer_id, "", ())
+    del run.keeper._chain._tail[:1]  # as in the middle of Chain._let_go
+    assert run.keeper.epoch == 2 and run.keeper.of_a_record(lie)
+
+
 def test_who_could_decide_without_a_node_is_told_by_its_records(run: Run) -> None:
     """A restored home asks it before it gives up its vote: of a lone elector it is nobody else."""
     run.keeper.restore()

@@ -11,18 +11,26 @@ from typing import Any
 import pytest
 import torch
 
+from tapestry.compression.codecs import get_codec
+from tapestry.compression.reduce import WEIGHTED
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.dht.swarm import Unreachable
+from tapestry.node.daemon.assembly import link_limits
+from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
 from tapestry.node.net.links import BURST_S, LINK_CURE, LinkLimits, Links, Pace
+from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
+from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.messages import Control, Records, Result, Shard, Stage, Status
+from tapestry.node.spec.run import preset_spec
 
 PEER = "12D3KooWPeer"
 RUN = "ab" * 32
 STATUS = Status(3, "cd" * 32, 3, "training", Stage.TRAINING, 0, 0, ())
 PAYLOAD_BYTES = 1000
+SUMS = ShardSums((1.0,), 1.0, (1.0,), (1.0,), 1.0, 1, 0)
 
 
 class FakeWriter:
@@ -334,6 +342,26 @@ def test_who_was_broken_off_is_not_given_up():
     run(main)
 
 
+def test_a_model_of_many_shards_fits_into_the_queue_of_one_peer():
+    """Of 7 billion parameters a reducer gets 8,901 shards at the roster: its link broke at the 8,193rd."""
+
+    async def main() -> None:
+        averaging = Averaging(get_codec("int8-block"), 20_000 * 256, 256, WEIGHTED)
+        limits = link_limits(preset_spec("nano", "many"), averaging, Throttles())
+        async with Bench(bulk_frames_max=limits.bulk_frames_max) as bench:
+            await bench.linked()
+            for ballot in range(2):
+                for shard in range(20_000):
+                    result = Result(3, "cd" * 32, ballot, shard, "", None, SUMS, "")
+                    bench.links.send_bulk(PEER, result, "result", [b"x"])
+            assert not bench.heard.refused and bench.links.linked
+            for shard in range(100):
+                bench.links.send_bulk(PEER, Shard(3, "ef" * 32, shard, None), "contribution", [b"x"])
+            assert bench.heard.refused == {"slow": 1}, "and it has an end"
+
+    run(main)
+
+
 def test_a_full_buffer_of_messages_leaves_turns_to_others():
     async def main() -> None:
         async with Bench() as bench:
@@ -444,6 +472,25 @@ def test_answers_to_who_asks_for_records_again_and_again_are_bounded(monkeypatch
             control = bench.swarm.opened[0][1]
             await until(lambda: framed(status) in control.written)
             assert 1 <= control.written.count(framed(answer)) <= 3
+
+    run(main)
+
+
+def test_an_answer_that_is_asked_for_early_comes_when_its_time_has_come(monkeypatch):
+    """It was dropped, and who catches up asks again after stall_s only: 20 records in 5 s."""
+
+    async def main() -> None:
+        first, second, third = (Records(epoch, ()) for epoch in range(3))
+        monkeypatch.setattr(links_module, "ANSWERS_BYTES_PER_S", 10 * len(encode_message(first)))
+        async with Bench() as bench:
+            await bench.linked()
+            began_s = asyncio.get_running_loop().time()
+            for answer in (first, second, third):
+                bench.links.send_control(PEER, answer)
+            control = bench.swarm.opened[0][1]
+            await until(lambda: framed(encode_message(third)) in control.written)
+            assert asyncio.get_running_loop().time() - began_s >= 0.09
+            assert framed(encode_message(second)) not in control.written, "its question was the older one"
 
     run(main)
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,20 +32,24 @@ class FakeSwarm:
 
     peer_id = "us"
 
-    def __init__(self, reachable: bool, listed: Sequence[object] = ()) -> None:
-        self.reachable, self.listed = reachable, listed
+    def __init__(self, reachable: bool, listed: Sequence[object] = (), silent: int = 0) -> None:
+        self.reachable, self.listed, self.silent = reachable, listed, silent
+        self.reached = asyncio.Event()
 
-    async def connect(self, peer: PeerAddress, timeout_s: float) -> None:
-        if not self.reachable:
-            raise Unreachable("refused", "nobody there")
-
-    async def join_dht(self, run_id: str, peers: Sequence[PeerAddress]) -> int:
+    async def join_dht(self, run_id: str, peers: Sequence[PeerAddress], timeout_s: float) -> int:
         return 0
 
     async def list_presence(self, now: float) -> list[Any]:
         return [*self.listed]
 
-    async def connect_any(self, peer_id: str, addresses: object, timeout_s: float) -> None: ...
+    async def connect_any(self, peer_id: str, addresses: object, timeout_s: float) -> None:
+        if self.silent:  # the first that are asked do not answer while nobody else was reached
+            self.silent -= 1
+            await self.reached.wait()
+            raise Unreachable("timeout", "nobody answers")
+        self.reached.set()
+        if not self.reachable and peer_id == THERE.peer_id:
+            raise Unreachable("refused", "nobody there")
 
 
 def look(
@@ -55,6 +60,8 @@ def look(
     theirs: str,
     electors: Sequence[str] = (THERE.peer_id,),
     listed: Sequence[object] = (),
+    known: Sequence[PeerAddress] = (THERE,),
+    silent: int = 0,
 ) -> list[str]:
     said: list[str] = []
 
@@ -65,11 +72,14 @@ def look(
     monkeypatch.setattr(restored, "LOOK_S", 0.01)
     home.vote.write_text("a vote")
     genesis = SimpleNamespace(run_id="ours")
-    swarm: Any = FakeSwarm(reachable, listed)
+    swarm: Any = FakeSwarm(reachable, listed, silent)
     place: Any = SimpleNamespace(epoch=7, electorate=electors, standing=SimpleNamespace(electorate=electors))
-    asyncio.run(
-        restored.find_run(home, MARK, genesis, place, 0.05, swarm, [THERE], object(), said.append)  # type: ignore[arg-type]
-    )
+
+    async def find() -> None:
+        async with asyncio.timeout(5):
+            await restored.find_run(home, MARK, genesis, place, 0.05, swarm, known, object(), said.append)  # type: ignore[arg-type]
+
+    asyncio.run(find())
     mark = read_mark(home)
     assert mark is not None and mark.restored_at == "" and said[-1] == ""
     return said
@@ -82,6 +92,29 @@ def test_a_restored_home_that_meets_its_run_goes_on_without_the_vote_of_the_back
     said = look(home, monkeypatch, reachable=True, theirs="ours")
     assert not home.vote.exists() and len(said) == 2
     assert "looks for its run before it trains" in said[0] and "alone" in said[0]
+
+
+@pytest.mark.parametrize("where", ["known", "listed"])
+def test_who_does_not_answer_takes_the_time_of_nobody_who_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Two members that were gone, with three addresses each, used up all the time."""
+    home, gone = Home(tmp_path), [replace(THERE, peer_id=f"gone {i}") for i in range(2)]
+    there = SimpleNamespace(peer_id="there", phase="training", epoch=7, addresses=("/ip4/127.0.0.1/tcp/2",))
+    known = [*gone, *gone, *gone, *([replace(THERE, peer_id="there")] if where == "known" else [])]
+    listed = [there] if where == "listed" else []
+    electors = ["gone 0", "gone 1", "there"]
+    look(
+        home,
+        monkeypatch,
+        reachable=True,
+        theirs="ours",
+        electors=electors,
+        listed=listed,
+        known=known,
+        silent=2,
+    )
+    assert not home.vote.exists()
 
 
 @pytest.mark.parametrize(("reachable", "theirs"), [(False, "ours"), (True, "another run")])

@@ -93,7 +93,7 @@ class FakeDonor:
     def __init__(self) -> None:
         self.serving = 0
 
-    async def serve(self, reader: object, writer: object, serving: object) -> None:
+    async def serve(self, reader: object, writer: object, serving: object, peer: str) -> None:
         self.serving += 1
         try:
             await asyncio.get_running_loop().create_future()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -19,7 +21,7 @@ from state.kit import CRYPTO, STALL_S, Run, Stream, flip, new_state, state_bytes
 from tapestry.dht.identity import Identity
 from tapestry.node.disk import signed_means
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, restore
-from tapestry.node.disk.store import Store
+from tapestry.node.disk.store import UPDATE_SUFFIX, Store
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.bucket import BURST_S
@@ -169,6 +171,44 @@ def test_an_update_arrives_in_the_log_to_the_byte(big: Run, joiner: Store) -> No
     between(donor(big).serve, update_of(big, joiner))
     payloads = joiner.read_update(2, big.chain.head_at(2), big.chain.records[1].body.result)
     assert all(map(torch.equal, payloads, big.payloads[1]))
+
+
+def test_a_donor_speaks_before_it_has_read_all_of_an_update(
+    big: Run, joiner: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 1.3 billion parameters on that takes longer than stall_s, so that nobody could fetch one."""
+    heard = threading.Event()
+
+    class Slow(io.FileIO):
+        def readinto(self, piece: Any) -> int:
+            if self.tell() > 2 * SHARD:
+                heard.wait(5 * STALL_S)  # the rest takes as long as the other side hears nothing
+            return super().readinto(piece)
+
+    def opened(path: Path, mode: str = "r", **more: Any) -> Any:
+        slow = path.suffix == UPDATE_SUFFIX and mode == "rb"
+        return io.BufferedReader(Slow(path)) if slow else open(path, mode, **more)
+
+    def on_bytes(direction: str, count: int) -> None:
+        if direction == "in":
+            heard.set()
+
+    monkeypatch.setattr(Path, "open", opened)
+    arith, update = big.state.arithmetic, wanted(big, 2)
+    between(donor(big).serve, lambda stream: fetch_update(stream, update, arith, joiner, LIMITS, on_bytes))
+    assert heard.is_set() and joiner.has_update(update.head)
+
+
+@pytest.mark.parametrize("offset", [200, -1])
+def test_a_damaged_update_is_missing_and_nobody_is_to_blame(big: Run, joiner: Store, offset: int) -> None:
+    """It is found out while it is sent: the last shard is kept back."""
+    (path,) = big.home.updates.glob("00000002-*.upd")
+    flip(path, offset)
+    for _ in range(2):
+        with pytest.raises(DonorFailed) as raised:
+            between(donor(big).serve, update_of(big, joiner))
+        assert raised.value.reason == "missing"
+    assert not path.exists() and joiner.heads_with_updates() == ()
 
 
 def test_a_state_arrives_to_the_bit_and_is_one_that_the_chain_signed(big: Run) -> None:
@@ -577,6 +617,33 @@ def test_joiners_leave_a_stream_for_who_needs_an_update(big: Run, joiner: Store)
             mine[1].close()
             await first
         await _between(two.serve, state_of(big, big.fresh()))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("of_states", [False, True])
+def test_two_that_hold_all_streams_make_room_for_who_has_none(
+    big: Run, joiner: Store, of_states: bool
+) -> None:
+    """Everybody who had missed a round was told `busy`, for as long as they liked."""
+    shared = donor(big, TransferLimits(stall_s=30.0, serves_max=5 if of_states else 4))
+    fetch = state_of(big, big.fresh()) if of_states else update_of(big, joiner)
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            pairs = [await stack.enter_async_context(stream_pair()) for _ in range(4)]
+            held = []
+            for index, (mine, theirs) in enumerate(pairs):
+                held.append(asyncio.create_task(shared.serve(*theirs, peer="ab"[index % 2])))
+                if of_states:
+                    stream = Frames(*mine, LIMITS, no_count)
+                    await fetch_manifest(stream, 2, big.chain, big.fresh())
+                await asyncio.sleep(0)
+            await _between(lambda *theirs: shared.serve(*theirs, peer="late"), fetch)
+            assert [task.done() for task in held] == [True, False, False, False]
+            for _, writer in (mine for mine, _ in pairs):
+                writer.close()
+            await asyncio.gather(*held, return_exceptions=True)
 
     asyncio.run(scenario())
 

@@ -170,7 +170,9 @@ class Branches:
         record_bytes, room = store.record_bytes_after(since), self._room()
         if record_bytes > min(room, disk_free(self._home) // 2):
             why = f"its records are {record_bytes} bytes, and there is no room for them"
-            _log.warning("branch=not_kept epoch=%d reason=%r", chain.epoch, why)
+            _log.warning(
+                "branch=not_kept epoch=%d reason=%r; make room, or raise branches_mb", chain.epoch, why
+            )
             self._drop_followers(chain, since)
             return ""
         sources = _sources(chain, since, store, checkpoints)
@@ -192,7 +194,7 @@ class Branches:
         size_bytes = _size_bytes(target)
         self._kept = (*(k for k in self._kept if k.path != target), Kept(about, target, size_bytes))
         _log.warning(
-            "branch=kept name=%s epochs=%d-%d bytes=%d lost=%r lacks=%r",
+            "branch=kept name=%s epochs=%d-%d bytes=%d lost=%r lacks=%r; `tapestry log --branches` shows it",
             *(about.name, since + 1, chain.epoch, size_bytes, about.why, about.lacks),
         )
         return about.name
@@ -252,7 +254,12 @@ class Branches:
         return about
 
     def _drop(self, one: Kept, why: str) -> None:
-        _log.warning("branch=dropped name=%s bytes=%d reason=%r", one.name, one.size_bytes, why)
+        _log.warning(
+            "branch=dropped name=%s bytes=%d reason=%r; more are kept with larger limits in node.toml",
+            one.name,
+            one.size_bytes,
+            why,
+        )
         self._remove(one.path)
         self._kept = tuple(k for k in self._kept if k is not one)
 
@@ -272,7 +279,11 @@ def found(home: Home) -> list[Kept]:
         except (ValueError, OSError) as error:
             if not is_damage(error) and not isinstance(error, FileNotFoundError):
                 raise
-            _log.warning("branch=unreadable path=%s reason=%r; `tapestry verify` says more", path, str(error))
+            _log.warning(
+                "branch=unreadable path=%s reason=%r; look at the disk: `tapestry verify` says more",
+                path,
+                str(error),
+            )
     return sorted(kept, key=lambda one: one.about.number)
 
 
@@ -342,7 +353,9 @@ def _take_all(sources: _Sources, copy: Home) -> str:
             try:
                 _take(path, folder / path.name)
             except OSError as error:
-                _log.warning("branch=incomplete path=%s reason=%r", path, str(error))
+                _log.warning(
+                    "branch=incomplete path=%s reason=%r; look at the disk, and make room", path, str(error)
+                )
                 (folder / path.name).unlink(missing_ok=True)
                 lacks = lacks or f"{path.name}: {error.strerror}"
     return lacks

@@ -127,6 +127,7 @@ class Ways:
         raise UserError(
             f"the records before branch {one.name} are gone: nothing here has epoch {about.since} of it",
             exit_code=ExitCode.FAILED,
+            hint="the home's chain was cut by damage: start the node, which fetches its records again",
         )
 
     def lines(self, one: Kept | None, epoch: int) -> Iterator[bytes]:

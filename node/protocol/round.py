@@ -39,7 +39,7 @@ from tapestry.node.protocol.events import (
 )
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
-from tapestry.node.protocol.leader import EXCUSED, Leader
+from tapestry.node.protocol.leader import EXCUSED, WAITING_NAMED, Leader
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
@@ -129,8 +129,18 @@ class Round:
         return "waiting for the commit"
 
     def _quorum_reason(self, now: float) -> str:
-        count = len(self.electorate)
-        return f"{self.watch.alive(now)} of {count} of the electorate alive, need {quorum(count)}"
+        """Who is missing, for how long, and what ends it."""
+        count, missed_at = len(self.electorate), self.state.quorum_missed_at
+        text = f"{self.watch.alive(now)} of {count} of the electorate alive, need {quorum(count)}"
+        gone = [f"…{p[-6:]}" for p in self.watch.missing(now)]
+        if not gone or missed_at is None:
+            return text
+        more = f" and {len(gone) - WAITING_NAMED} more" if len(gone) > WAITING_NAMED else ""
+        text += f"; not there for {now - missed_at:.0f} s: {', '.join(gone[:WAITING_NAMED])}{more}; "
+        left_s = self.watch.force_in_s(now)
+        return text + (
+            "waits until enough are back" if left_s is None else f"goes on alone in {left_s:.0f} s"
+        )
 
     def snapshot(self, now: float) -> RoundSnapshot:
         """What is shown of the round."""

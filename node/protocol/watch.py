@@ -90,15 +90,24 @@ class Watch:
         """A peer's link ended, or it said that it takes no part: who is the quorum must be asked anew."""
         self.quorum_until = -math.inf
 
+    def missing(self, now: float) -> list[str]:
+        """The electors that do not vote now."""
+        return [p for p in self.state.electorate if not self._votes(p, now)]
+
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""
+        left_s = self.force_in_s(now)
+        return left_s is not None and left_s <= 0.0
+
+    def force_in_s(self, now: float) -> float | None:
+        """Until we go on without a quorum; None if we never do."""
         state, rules = self.state, self.ctx.rules
         if waits(state.at, rules.on_quorum_loss) or state.forced or state.quorum_missed_at is None:
-            return False
+            return None
         if self.ctx.me not in state.electorate:
-            return False
+            return None
         rank = self._island_order(now).index(self.ctx.me)
-        return now >= state.quorum_missed_at + self.ctx.pace.quorum_loss_s() + rank * rules.stall_s
+        return state.quorum_missed_at + self.ctx.pace.quorum_loss_s() + rank * rules.stall_s - now
 
     def _island_order(self, now: float) -> tuple[str, ...]:
         """Who may force a record first: the electors that we hear at our head, in its order."""

@@ -18,12 +18,15 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P
 
 from tapestry.dht.addresses import short
-from tapestry.dht.guard import Guard, id_of
+from tapestry.dht.guard import STORING, Guard, id_of
 from tapestry.dht.identity import verify
 from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, PresenceError, decode
 
 # A DHT answer breaks above 4 MiB (hivemind, control.py); so many records of the largest size are half of it.
 PEERS_MAX = 1024
+STRANGERS_MAX = (
+    128  # of those, who belong to no run that we know: applicants, in an open run newcomers. Guess
+)
 
 
 _log = logging.getLogger("tapestry.directory")
@@ -52,15 +55,21 @@ class PresenceValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind 
     """
 
     def __init__(
-        self, run_id: str, on_refused: Callable[[str], None], clock: Callable[[], float] = time.time
+        self,
+        run_id: str,
+        on_refused: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+        is_member: Callable[[str], bool] = lambda peer: True,
     ) -> None:
         self._run_id = run_id
         self._key = DHTID.generate(source=presence_key(run_id)).to_bytes()
         self._on_refused = on_refused
         self._clock = clock
+        self._is_member = is_member
         # Each reading brings the same records from several nodes: check a signature once.
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)
-        self._expiry_by_peer: dict[str, float] = {}
+        self._members: dict[str, float] = {}  # until when their records live
+        self._strangers: dict[str, float] = {}
         self._warned_at = -math.inf
 
     def validate(self, record: DHTRecord) -> bool:
@@ -96,14 +105,23 @@ class PresenceValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind 
         self._admit(presence, now)
 
     def _admit(self, presence: Presence, now: float) -> None:
-        """Anyone can make peer ids: bound how many are kept at a time."""
-        known = self._expiry_by_peer
-        if presence.peer_id not in known and len(known) >= PEERS_MAX:
-            known = {peer_id: expiry for peer_id, expiry in known.items() if expiry > now}
-            self._expiry_by_peer = known
-            if len(known) >= PEERS_MAX:
-                raise PresenceError("oversized", f"there are {PEERS_MAX} peers already")
-        known[presence.peer_id] = presence.expires_at
+        """Anyone can make peer ids: bound how many are kept at a time, and let none take a member's place.
+
+        What is stored here beyond that is refused. In an answer of others it is not, for the members' records
+        beside it would go with it: the oldest is forgotten.
+        """
+        peer, storing = presence.peer_id, STORING.get()
+        member = self._is_member(peer)
+        table = self._members if member else self._strangers
+        most = STRANGERS_MAX if storing and not member else PEERS_MAX
+        if peer not in table and len(table) >= most:
+            for gone in [one for one, expiry in table.items() if expiry <= now]:
+                del table[gone]
+            if len(table) >= most and storing:
+                raise PresenceError("oversized", f"there are {most} peers already")
+            while len(table) >= PEERS_MAX:
+                del table[next(iter(table))]
+        table[peer] = presence.expires_at
 
 
 def unwrap(value: bytes) -> bytes:
@@ -119,12 +137,18 @@ def unwrap(value: bytes) -> bytes:
     return record
 
 
-async def create_dht_node(p2p: P2P, run_id: str, guard: Guard, on_refused: Callable[[str], None]) -> DHTNode:
+async def create_dht_node(
+    p2p: P2P,
+    run_id: str,
+    guard: Guard,
+    on_refused: Callable[[str], None],
+    is_member: Callable[[str], bool],
+) -> DHTNode:
     node = await DHTNode.create(
         p2p=p2p,
         # The same after a restart: the peer takes the place of its own stale contact.
         node_id=id_of(p2p.peer_id),
-        record_validator=PresenceValidator(run_id, on_refused),
+        record_validator=PresenceValidator(run_id, on_refused, is_member=is_member),
         # A presence lives a minute or two; a cached one only delays the news of the next.
         cache_locally=False,
         cache_nearest=0,

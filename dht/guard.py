@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import msgpack
@@ -44,6 +45,8 @@ BURST_S = 0.2  # Guess: one whole dictionary takes as long
 CALL_COST_S = 0.0005  # what a call costs p2pd, the socket and the loop beside its handler. Guess
 PEERS_KEPT = 1024
 NEW_IDS_PER_S, NEW_IDS_BURST = 2.0, 128.0  # that enter the routing table; a new one may be sent all records
+
+STORING: ContextVar[bool] = ContextVar("storing", default=False)  # a peer's store is being served
 
 Answer = Callable[[Any, P2PContext], Awaitable[Any]]
 
@@ -111,7 +114,11 @@ class Guard:
                 self._shares[peer].spend(self._clock() - began_at + CALL_COST_S)
             self._on_refused(peer, refused.reason)
             raise
-        response = await answer(request, context)
+        token = STORING.set(kind is dht_pb2.StoreRequest)
+        try:
+            response = await answer(request, context)
+        finally:
+            STORING.reset(token)
         packed: bytes = response.SerializeToString()
         # A ping that asks us to ping back waits for the network: that is not our time.
         waited = getattr(request, "validate", False)

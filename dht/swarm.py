@@ -312,7 +312,9 @@ class Swarm:
             return await self.meet(reached, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                self._dht = await create_dht_node(self._p2p, run_id, self._guard, self._on_refused)
+                self._dht = await create_dht_node(
+                    self._p2p, run_id, self._guard, self._on_refused, lambda peer: self.is_member(peer)
+                )
         except TimeoutError:
             raise SwarmError(f"the DHT did not start in {timeout_s:g} s") from None
         self._run_id = run_id

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -148,6 +149,7 @@ def test_the_number_of_peers_is_bounded_until_records_expire(
     monkeypatch.setattr(directory, "PEERS_MAX", 1)
     first = bench.record()
     assert bench.validator.validate(first)
+    monkeypatch.setattr(directory, "STORING", SimpleNamespace(get=lambda: True))
     bench.peer = bench.stranger
     bench.presence = dataclasses.replace(
         bench.presence, peer_id=bench.stranger.peer_id, expires_at=NOW + 90.0
@@ -157,6 +159,30 @@ def test_the_number_of_peers_is_bounded_until_records_expire(
     bench.now = NOW + 61.0
     assert bench.validator.validate(bench.record())
     assert bench.refused == {"oversized": 1}
+
+
+def test_strangers_take_no_members_place_and_spoil_no_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(directory, "STRANGERS_MAX", 2)
+    monkeypatch.setattr(directory, "PEERS_MAX", 4)
+    member = bench.peer
+    bench.validator = PresenceValidator(RUN, bench._count, lambda: NOW, lambda peer: peer == member.peer_id)
+
+    def of(one: Identity) -> DHTRecord:
+        bench.peer, bench.presence = one, dataclasses.replace(bench.presence, peer_id=one.peer_id)
+        return bench.record()
+
+    strangers = [of(Identity.load_or_create(tmp_path / f"stranger-{number}")) for number in range(9)]
+    storing = monkeypatch.context
+    with storing() as while_storing:
+        while_storing.setattr(directory, "STORING", SimpleNamespace(get=lambda: True))
+        assert [bench.validator.validate(one) for one in strangers] == [True, True] + 7 * [False]
+        assert bench.validator.validate(of(member)), "a member's is stored all the same"
+    assert all(bench.validator.validate(one) for one in [*strangers, of(member)]), (
+        "an answer with all of them"
+    )
+    assert len(bench.validator._strangers) == 4
 
 
 def test_the_validator_stands_where_hivemind_asks_it() -> None:

@@ -93,7 +93,7 @@ def result_not_on_disk() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.PersistResult: Node.do_nothing})]
 
 
-@plant("the leader commits when it has voted itself", 2)
+@plant("the leader commits when it has voted itself", 1)
 def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
@@ -123,7 +123,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 11)
+@plant("a lower ballot is followed after a higher one was promised", 25)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -147,7 +147,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 167)
+@plant("a new leader makes a new value, whatever was accepted", 85)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 
@@ -157,7 +157,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 5)
+@plant("a forced value overwrites the vote for an ordinary one", 19)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -173,7 +173,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 19)
+@plant("a member that lost its disk votes at once", 61)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -287,7 +287,7 @@ def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 
 
-@plant("an island's records are worth what a full electorate's are", 5)
+@plant("an island's records are worth what a full electorate's are", 19)
 def island_counts_as_full() -> list[Patch]:
     stand = chain_module._next_standing
 
@@ -348,7 +348,7 @@ def mixture_of_members() -> list[Patch]:
     return [(Exchange, "start", keep)]
 
 
-@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 22)
+@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 267)
 def mean_of_another_kept() -> list[Patch]:
     start = Exchange.start
 
@@ -420,7 +420,7 @@ def never_delivers_always_named() -> list[Patch]:
     return [(Deliveries, "left_out", lambda self, key, epoch: False)]
 
 
-@plant("whoever says that it gets on is believed, though all wait for it", 99)
+@plant("whoever says that it gets on is believed, though all wait for it", 278)
 def progress_believed() -> list[Patch]:
     return [(Watch, "_believed", lambda self, said: True)]
 
@@ -478,7 +478,7 @@ def rollback_ignored() -> list[Patch]:
     return [(chain_module.Chain, "rolled", property(lambda self: {}))]
 
 
-@plant("one node goes back one epoch too far", 11)
+@plant("one node goes back one epoch too far", 30)
 def rolls_back_too_far() -> list[Patch]:
     made = Rollbacks.made_of_disk
 
@@ -493,7 +493,7 @@ def rolls_back_too_far() -> list[Patch]:
     return [(Rollbacks, "made_of_disk", further)]
 
 
-@plant("what is undone already is undone again, or comes back", 11)
+@plant("what is undone already is undone again, or comes back", 30)
 def undone_comes_back() -> list[Patch]:
     return [(members_module, "leads", lambda rolled, at, epoch: True)]
 
@@ -537,7 +537,7 @@ def late_keeps_nothing() -> list[Patch]:
     return [(drawn_module, "_own", forget)]
 
 
-@plant("a value that a member says it had accepted is taken without the signatures of those who made it", 1)
+@plant("a value that a member says it had accepted is taken without the signatures of those who made it", 13)
 def believes_what_was_accepted() -> list[Patch]:
     return [(Node, "is_proven", lambda self, body, means: True)]
 
@@ -545,7 +545,7 @@ def believes_what_was_accepted() -> list[Patch]:
 # --- the gate ---------------------------------------------------------------------------------------
 
 
-@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 167)
+@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 495)
 def refused_value_dropped() -> list[Patch]:
     accepted = Leader._accepted
 

@@ -207,7 +207,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 59)
+@plant("a run that waits for its quorum forces records all the same", 18)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -222,7 +222,11 @@ def forces_though_told_to_wait() -> list[Patch]:
 
         return ask
 
-    return [(Watch, "force_due", continues(due)), (Watch, "accepts_force", continues(accepts))]
+    return [
+        (Watch, "force_due", continues(due)),
+        (Watch, "accepts_force", continues(accepts)),
+        (validity_module, "waits", lambda at, rule: False),
+    ]
 
 
 @plant("nobody's weight is capped, and nobody minds", 12)
@@ -282,7 +286,7 @@ def changes_unsigned() -> list[Patch]:
     return [(m, "change_fault", believe) for m in (members_module, proposals_module)]
 
 
-@plant("who was removed votes on", 1)
+@plant("who was removed votes on", 2)
 def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 

@@ -61,7 +61,7 @@ class Progress:
         if not self._what:
             return ""
         if self._total == 0:
-            return self._what
+            return self._what.removesuffix(BYTES)
         if self._total == 1:
             return f"{self._what.removesuffix(BYTES)}, {_span(seconds)}"
         rate = (self._done - self._from) / seconds if seconds > 0 else 0.0

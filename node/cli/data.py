@@ -191,7 +191,7 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str, force: boo
         click.echo(json.dumps(said, indent=1))
         return
     click.echo(f"revoked {path}: it is not read any more, and a running node stops training on it")
-    click.echo(f"its text as ids in {place.cache}: {removed} bytes removed")
+    click.echo(f"its text as ids, of the base and of derivatives: {removed} bytes removed")
     click.echo("\n".join(found.lines()))
 
 
@@ -224,17 +224,21 @@ def _known(home: Home, declared: Declared) -> Iterator[str]:
 
 
 def _forget_ids(home: Home, path: str) -> int:
-    """What the trainer made of its text; the bytes."""
+    """What trainers made of its text, of the base and of derivatives; the bytes."""
+    from tapestry.node.sovereign.derivative import Shelf
     from tapestry.node.trainer.data.tokens import forget
 
-    try:
-        return forget(home.cache, lambda other: _touches(path, other))
-    except OSError as error:
-        raise UserError(
-            f"{path} is revoked; its text as ids could not be removed from {home.cache}: {error.strerror}",
-            exit_code=ExitCode.FAILED,
-            hint="remove that folder; what it holds of other sources is made again at the next start",
-        ) from error
+    removed = 0
+    for folder in (home.cache, Shelf(home).cache):
+        try:
+            removed += forget(folder, lambda other: _touches(path, other))
+        except OSError as error:
+            raise UserError(
+                f"{path} is revoked; its text as ids could not be removed from {folder}: {error.strerror}",
+                exit_code=ExitCode.FAILED,
+                hint="remove that folder; what it holds of other sources is made again when it is needed",
+            ) from error
+    return removed
 
 
 def _touches(path: str, other: str) -> bool:

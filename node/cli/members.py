@@ -151,6 +151,10 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     if why and kind not in ("remove", "rollback"):
         raise UserError(f"propose {kind} takes no --why")
     value = " ".join(filter(None, [value, why]))
+    if kind in ("admit", "remove", "rekey", "voice"):
+        table = control.ask(place, {"do": "members"})
+        known = [one["peer"] for one in table["members" if kind != "admit" else "applicants"]]
+        peer = _whole(peer, known + [one["key"] for one in table["invites"]])
     if kind == "set":
         value = f"{words[0]} {_plain_number(words[1:])}"
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)

@@ -149,9 +149,11 @@ def _validations(points: Sequence[Mapping[str, Any]]) -> list[float | None]:
 
 def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    every = [*peers, *_away(status)]
+    linked = {peer.get("peer_id") for peer in peers}
+    every = [*peers, *(one for one in _away(status) if one.get("peer_id") not in linked)]
     rows = [member_row(row) for row in every[:MEMBERS_SHOWN_MAX]]
     for name, width in (
         ("member", max([7, *(len(row[0]) for row in rows)])),
@@ -162,16 +164,9 @@ def _members(peers: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> A
         ("address", None),
     ):
         table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
-    table.add_row(
-        _called(status),
-        str(status.get("phase")),
-        str(status.get("epoch")),
-        "",
-        "",
-        "this node",
-    )
-    for row in rows:
-        table.add_row(*row)
+    us = (_called(status), str(status.get("phase")), str(status.get("epoch")), "", "", "this node")
+    for row in (us, *rows):
+        table.add_row(*map(Text, row))  # names are words of others: no markup is read in them
     if len(every) > len(rows):
         table.add_row(f"and {len(every) - len(rows)} more")
     return table

@@ -48,6 +48,7 @@ class TrainerDesk:
     ) -> None:
         self._loop = loop
         self._trainer = trainer
+        trainer.forbidden = goal.forbidden
         self._averaging = averaging
         self._reporter = reporter
         self._goal = goal

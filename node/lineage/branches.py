@@ -20,6 +20,7 @@ from tapestry.node.disk.branches import Kept, found
 from tapestry.node.disk.files import unseal
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.columns import short, wrapped
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, island_from, read_records
 from tapestry.node.lineage.island import tip
@@ -73,7 +74,7 @@ def _of_island(path: Path, folder: str) -> Branch:
 
 
 def _lost(one: Kept, ways: Ways) -> Branch:
-    about, lacks = one.about, one.about.lacks
+    about, lacks = one.about, one.about.lacks and f"it lacks {one.about.lacks}"
     members: set[str] = set()
     try:
         ways.before(one)
@@ -183,9 +184,10 @@ def lines(chains: Sequence[Branch]) -> Iterator[str]:
         said = "goes on" if one.goes_on else said
         yield f"{one.kind:<8}  {epochs:<12}  {one.head[:16]:<16}  {one.folder:<28}  {said}"
         if one.kind == "lost":
-            yield f"{'':<8}  by {' '.join(peer[-6:] for peer in one.members) or 'nobody'}"
-            yield f"{'':<8}  it lost: {one.why}"
             name = one.folder.removeprefix("branches/")
-            yield f"{'':<8}  " + (
-                f"cannot be exported: it lacks {one.lacks}" if one.lacks else f"export --branch {name}"
-            )
+            for text in (
+                f"by {' '.join(short(peer) for peer in one.members) or 'nobody'}",
+                f"it lost: {one.why}",
+                f"cannot be exported: {one.lacks}" if one.lacks else f"export --branch {name}",
+            ):
+                yield from wrapped(text, " " * 10, " " * 12)

@@ -132,7 +132,7 @@ def with_suite(
             raise UserError(f"the suite's set {one.name} has the name of a set of one's own data: rename it")
         length = length_of(recipe or Recipe("cpt", "full", ()), model)
         text, rows = tokenizers(model)
-        others[one.name] = suites.set_examples(one, length, text, rows, cache(shelf), told)
+        others[one.name] = suites.set_examples(one, length, text, rows, shelf.cache, told)
     return Bench(own, others, suite, pieces)
 
 
@@ -176,7 +176,3 @@ def length_of(recipe: Recipe, model: Path) -> int:
     if recipe.sequence_length > longest:
         raise UserError(f"sequence_length {recipe.sequence_length}: the base has {longest} positions")
     return min(recipe.sequence_length or LENGTH_MAX, longest - 1)
-
-
-def cache(shelf: Shelf) -> Path:
-    return shelf.folder / ".cache"

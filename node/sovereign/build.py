@@ -31,7 +31,6 @@ from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases
 from tapestry.node.sovereign.bench import (
     SUITE,
     bench_of,
-    cache,
     judged,
     length_of,
     measured,
@@ -459,7 +458,7 @@ def _prepared(
     protected = require(shelf.home, paths, purpose, today_utc())
     note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
     text, rows = tokenizers(model)
-    return prepare(recipe, length, text, rows, cache(shelf), told, protected)
+    return prepare(recipe, length, text, rows, shelf.cache, told, protected)
 
 
 def _graft(place: Path, model: Path, base: Path, old: Path, plan: Plan, told: Told) -> None:

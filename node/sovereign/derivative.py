@@ -179,6 +179,11 @@ class Shelf:
     def folder(self) -> Path:
         return self._home.path / "derivatives"
 
+    @property
+    def cache(self) -> Path:
+        """What is tokenized, shared by all of them."""
+        return self.folder / ".cache"
+
     def of(self, name: str) -> Path:
         """Raises UserError for a name that is none."""
         if not NAME.fullmatch(name):

@@ -404,7 +404,10 @@ def _names(paths: Sequence[str]) -> list[str]:
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row; None for one that cannot be read. Raises UserError, OSError."""
     left_out = Files()
-    tables = [file for file in _files(path, left_out) if _form(file) in _READERS]
+    # In a folder a .json of one line is what describes the rows, not one of them.
+    lines_min = 2 if os.path.isdir(path) else 1
+    forms = {file: format_in(str(file), "", lines_min).name for file in _files(path, left_out)}
+    tables = [file for file, form in forms.items() if form in _READERS]
     if not tables:
         why = "; ".join(left_out.lines()[1:])
         raise UserError(
@@ -412,11 +415,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             hint="name the file, or the folder that its links lead to" if why else "",
         )
     for file in tables:
-        yield from _READERS[_form(file)](file)
-
-
-def _form(file: Path) -> str:
-    return format_in(str(file), "", lines_min=1).name
+        yield from _READERS[forms[file]](file)
 
 
 def _files(path: str, left_out: Files) -> list[Path]:

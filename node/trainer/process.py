@@ -88,6 +88,7 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
 UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
 SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
+FORBIDDEN_LOOK_S = 1.0  # between two looks whether the data may be read again
 GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
 
 
@@ -248,6 +249,7 @@ class TrainerProcess:
         self._worker: Hired | None = None
         self._spawned = asyncio.Event()  # a first worker runs
         self._failure: Failed | None = None
+        self.forbidden: Callable[[], str] = lambda: ""  # why no worker may read the data now; "": one may
         self._backoff_s = limits.backoff_initial_s
         self._stopping = asyncio.Event()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -448,6 +450,8 @@ class TrainerProcess:
             self.restarts += 1
             self._on_event(Died(exit_code, pause_s, output))
             await _wait_for(self._stopping, pause_s)
+            while self.forbidden() and not self._stopping.is_set():
+                await _wait_for(self._stopping, FORBIDDEN_LOOK_S)
             if self._stopping.is_set():
                 return
 

@@ -164,7 +164,7 @@ def test_a_branch_that_lacks_something_holds_and_says_so(tmp_path: Path) -> None
     name = made.leave_fork(2, 3)
     proof = _verify(made.home.path)
     assert proof.faults == [] and any("it lacks the update of epoch 4" in note for note in proof.notes)
-    assert branches(made.home)[1].lacks == "the update of epoch 4"
+    assert branches(made.home)[1].lacks == "it lacks the update of epoch 4"
     with pytest.raises(UserError, match="it lacks the update of epoch 4"):
         export_branch(made.home, name, tmp_path / "out", None)
     export_branch(made.home, name, tmp_path / "out", 3)

@@ -206,10 +206,14 @@ def test_revoke_stops_the_use_says_what_it_touched_and_leaves_a_home_that_holds(
     for name, path in (("one", "/b"), ("other", "/a")):
         (made.home.cache / f"tokens-{name}.bin").write_bytes(bytes(6))
         (made.home.cache / f"tokens-{name}.manifest").write_text(json.dumps({"path": path}))
+    derived = Shelf(made.home).cache
+    derived.mkdir(parents=True)
+    (derived / "tokens-cpt.bin").write_bytes(bytes(4))
+    (derived / "tokens-cpt.manifest").write_text(json.dumps({"path": "/b"}))
     run = CliRunner().invoke(cli, ["data", "revoke", "/b", "--home", str(made.home.path), "--json"])
     told = json.loads(run.stdout)
     assert [epoch for epoch, _ in told["records"]] == [3, 4, 5, 6] and told["before"][0] == 2
-    assert told["removed_bytes"] == 6 and {p.stem for p in made.home.cache.iterdir()} == {"tokens-other"}
+    assert told["removed_bytes"] == 10 and not any(derived.iterdir()) and {p.stem for p in made.home.cache.iterdir()} == {"tokens-other"}
     assert "data /b is not read: /b was revoked at" in permit.refusal()
     assert DataPermit(made.home, ("/a",)).refusal() == ""
     listed = CliRunner().invoke(cli, ["data", "list", "--home", str(made.home.path)])

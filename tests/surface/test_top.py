@@ -147,3 +147,13 @@ def test_every_command_has_help_with_examples_that_are_commands(words: list[str]
             command, given = command.get_command(context, given[1]), given[1:]
             assert command is not None, line
         command.make_parser(click.Context(command)).parse_args(given[1:])  # raises where a flag is not there
+
+
+def test_names_are_no_markup() -> None:
+    peers = [{"peer_id": "12D3KooWevil01", "name": "[/] [red]x[link=http://a]", "phase": "training"}]
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    roll = [{"peer_id": "12D3KooWevil01", "name": "x", "phase": "", "last_epoch": 3}]
+    console.print(screen({"status": {**STATUS, "roll": roll}, "peers": peers}, 100))
+    console.file.close()
+    text = console.export_text()
+    assert "[/] [red]x" in text and text.count("evil01") == 1

@@ -157,7 +157,13 @@ class _Build:
                 self._done_bytes += file.size_bytes
             _sync(out)
         manifest = {**self._whose(), "tokens": place.tokens}
-        os.replace(self._part, self.done_path)
+        try:
+            os.replace(self._part, self.done_path)
+        except FileNotFoundError:
+            raise DataError(
+                f"the ids of {self._listing.source.path} were removed while they were made, for a source was "
+                "revoked: start again; tapestry data list says without which"
+            ) from None
         write_json(self._manifest, {**manifest, "tally": tally.to_plain()})
         self._progress.unlink(missing_ok=True)
         return tally

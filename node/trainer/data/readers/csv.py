@@ -58,13 +58,16 @@ def fields(file: SourceFile) -> list[str]:
 
 
 def _header(file: SourceFile) -> tuple[list[str], str, Quoting]:
-    """The columns' names, and what separates them: of several, whatever shows the field or most columns."""
+    """The columns' names, and what separates them: whatever shows the field; else a comma if it separates
+    anything; else whatever gives most columns."""
     with decoded(file) as text:
         line = text.readline(CELL_CHARS_MAX)
     choices = ["\t"] if _is_tsv(file) else [",", ";", "\t"]
     quoting: Quoting = csv.QUOTE_NONE if _is_tsv(file) and not line.startswith('"') else csv.QUOTE_MINIMAL
     headers = [(next(csv.reader([line], delimiter=one, quoting=quoting), []), one) for one in choices]
-    header, delimiter = max(headers, key=lambda header: (file.field in header[0], len(header[0])))
+    header, delimiter = max(
+        headers, key=lambda one: (file.field in one[0], one[1] == "," and len(one[0]) > 1, len(one[0]))
+    )
     return header, delimiter, quoting
 
 

@@ -152,7 +152,8 @@ class Branches:
     def load(self, chain: Chain) -> None:
         """Find out what there is, and finish what a kill left unfinished. Raises OSError."""
         for path in sorted(self._shelf.glob(".*")):
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():  # not what a file manager or a network disk leaves
+                shutil.rmtree(path)
         self._kept = tuple(found(self._home))
         for one in self._kept:
             if chain.head_at(one.about.lost.epoch) == one.about.lost.head:
@@ -163,7 +164,7 @@ class Branches:
         self, chain: Chain, since: int, theirs: Sequence[Record], store: Store, checkpoints: Checkpoints
     ) -> str:
         """What `chain` has after `since`, which is to be left for `theirs`. The name of the branch; "" if the
-        limits allow none. On OSError there is none.
+        limits allow none, or the disk: whatever becomes of what lost, the node goes on with what won.
         """
         if not self._limits.count_max or since >= chain.epoch:
             return ""
@@ -186,11 +187,13 @@ class Branches:
             if target.exists():  # left before, and had again since: all of it is on our chain
                 self._remove(target)
             os.rename(new, target)
-        except OSError:
+            sync_folder(self._shelf)
+            sync_folder(self._home.path)
+        except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise
-        sync_folder(self._shelf)
-        sync_folder(self._home.path)
+            _log.warning("branch=not_kept epoch=%d reason=%r; look at the disk", chain.epoch, str(error))
+            self._drop_followers(chain, since)
+            return ""
         size_bytes = _size_bytes(target)
         self._kept = (*(k for k in self._kept if k.path != target), Kept(about, target, size_bytes))
         _log.warning(
@@ -290,7 +293,7 @@ def found(home: Home) -> list[Kept]:
 def folders(home: Home) -> list[Path]:
     """Of the branches, by name."""
     shelf = home.branches
-    return sorted(p for p in shelf.glob("*-*") if not p.name.startswith(".")) if shelf.exists() else []
+    return sorted(p for p in shelf.glob("*-*") if not p.name.startswith(".") and p.is_dir())
 
 
 def read_about(folder: Path) -> About:

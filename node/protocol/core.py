@@ -260,7 +260,9 @@ class Core:
             if record.body.forced:
                 outcome = Outcome.FORCED
         self.vote = None
-        self.ctx.movers.end_round(record.ballot if record is not None else None, self.ctx.peers)
+        ballot = record.ballot if record is not None else None
+        leader = round_.state.leader_of(ballot) if ballot is not None else ""
+        self.ctx.movers.end_round(ballot, leader, self.ctx.peers)
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             round_.count_deliveries(contributors, now)

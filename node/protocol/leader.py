@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
-from tapestry.node.protocol.audit import UNPROVEN
+from tapestry.node.protocol.audit import UNPROVEN, names_few
 from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
@@ -46,6 +46,7 @@ class Leader:
         self.closing_sent = False
         self.made_again: dict[str, None] = {}  # heads of results that a majority refused
         self.worse = math.nan  # the median of what those who refused said last
+        self.impossible = -1, ""  # in which ballot no roster could be made, and why, as it was told last
         self.late: dict[str, None] = {}  # waited for in vain, when a roster was sent
 
     # --- ballots of ours -----------------------------------------------------------------------
@@ -277,6 +278,8 @@ class Leader:
             p for p, why in self.excluded.items() if why == GATE and self._may_vote(p, now)
         )
         members = tuple([self._member(p, w) for p, w in self._weights(voters, seated) if w or p in voters])
+        if names_few(members):
+            able = [m.peer for m in members if not m.weight]
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
             state.epoch,
@@ -292,7 +295,9 @@ class Leader:
         why = roster_fault(state, roster)
         if why is not None:
             self.excluded.clear()  # too many left out to decide anything: start over with all of them
-            ctx.emit(Note(f"epoch={state.epoch} roster_impossible={why!r}"))
+            if self.impossible != (state.ballot, why):
+                self.impossible = state.ballot, why
+                ctx.emit(Note(f"epoch={state.epoch} roster_impossible={why!r}"))
             return None
         self.acceptor.promise()
         for member in members:

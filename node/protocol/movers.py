@@ -5,8 +5,8 @@ cannot reach. But whoever opens ballot after ballot, or says so, takes all out o
 other, and no round of the run ever ends, not even the one that would remove it. So what a word leads to is
 counted. FREE times it may lead to nothing; from then on it is not heeded as long as a quorum may be in our
 ballot without it. That costs no liveness: who gives up on a leader by its own clock needs no word, and where
-no quorum is left in our ballot every word counts again. Each REPAID ballots that someone took us to, and that
-made a record, take back one.
+no quorum is left in our ballot every word counts again. Each REPAID records of ballots that someone took us
+to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
 A leader may go on to later ballots of its own: once for each elector that it may have to leave out, and
 OWN_MORE times where it has named no roster. Beyond that they count as well.
@@ -56,17 +56,21 @@ class Movers:
         self.moved[ballot] = peer
         self.accounts.setdefault(peer, Account()).vain += 1
 
-    def end_round(self, ballot: int | None, peers: Container[str]) -> None:
-        """The round is over: decided in `ballot`, or left. Who is not in the table of peers is forgotten."""
+    def end_round(self, ballot: int | None, leader: str, peers: Container[str]) -> None:
+        """The round is over: decided in `ballot`, which `leader` led, or left (None). Who is not in the table
+        of peers is forgotten."""
         mover = self.moved.get(ballot) if ballot is not None else None
-        account = self.accounts.get(mover) if mover is not None else None
-        if account is not None and mover is not None:
-            account.vain -= 1
+        if mover is not None and mover in self.accounts:
+            self.accounts[mover].vain -= 1
+        for peer in {mover, leader} if ballot is not None else ():
+            account = self.accounts.get(peer or "")
+            if account is None or peer is None:
+                continue
             account.good += 1
             if account.good >= REPAID:
-                account.vain, account.good = max(account.vain - 1, 0), 0
-            if not account.vain:
-                del self.accounts[mover]
+                account.vain, account.good = account.vain - 1, 0
+            if account.vain <= 0:
+                del self.accounts[peer]
         self.moved.clear()
         self.named.clear()
         self.unnamed.clear()

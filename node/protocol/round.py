@@ -24,7 +24,7 @@ gate.py (whether a result is good enough), exchange.py (the shards). They share 
 from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
-from tapestry.node.protocol.audit import UNPROVEN
+from tapestry.node.protocol.audit import UNPROVEN, names_few
 from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
@@ -48,8 +48,6 @@ from tapestry.node.protocol.watch import Watch
 
 __all__ = ["Outcome", "Round"]
 
-NARROW_FROM = 3  # electors: of two contributions the mean is bounded by nothing anyway
-NARROW_BELOW = 3  # contributions: from three on a mean's rule can tell the odd one
 NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
@@ -365,26 +363,28 @@ class Round:
             if not self._goes_along(peer, roster.ballot, now):
                 return None
             self.acceptor.enter(roster.ballot, now)
-        if self._decides_alone(peer, roster):
+        if self._decides_alone(peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
 
-    def _decides_alone(self, leader: str, roster: Roster) -> bool:
-        """Whether this roster names fewer contributing electors than three, or a quorum, leaves out some that
-        counted in the record before, and no other leader of this round has done so.
+    def _decides_alone(self, leader: str, roster: Roster, now: float) -> bool:
+        """Whether this roster names few (audit.py), leaves out some that counted in the record before, and no
+        other leader of this round has done so; nor we, when it was on us.
 
         Of few contributions the mean is what they are, whatever its rule: a leader that could name itself
         alone would set the state to what it likes. If only few have something to give, a second one sees it.
+        Where we hear no quorum of the electors, as at the rim of a star, nobody but this leader could lead.
         """
         electorate, state = self.electorate, self.state
-        if roster.forced or self.ctx.me not in electorate or len(electorate) < NARROW_FROM:
+        if roster.forced or self.ctx.me not in electorate or not names_few(roster.members):
             return False
         named = {m.peer for m in roster.members if m.weight}
-        counted, enough = sum(p in named for p in electorate), min(quorum(len(electorate)), NARROW_BELOW)
-        if counted >= enough or named.issuperset(state.before.intersection(electorate)):
+        if named.issuperset(state.before.intersection(electorate)):
+            return False
+        if sum(self.ctx.heard(p, now) for p in electorate) < quorum(len(electorate)):
             return False
         state.narrowed[leader] = None
         return len(state.narrowed) < 2
@@ -487,6 +487,8 @@ class Round:
         """Take part in phase 2 of this ballot."""
         if isinstance(value, Roster):
             self._note_named(value)
+            if self.state.leading and names_few(value.members):
+                self.state.narrowed[self.ctx.me] = None
             self.acceptor.follow(value, now)
         else:
             self._voted(self.acceptor.follow_proposal(value, now), now)

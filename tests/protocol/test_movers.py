@@ -18,9 +18,9 @@ def test_a_word_that_leads_to_nothing_counts_so_often():
         assert movers.is_heeded("x")
         movers.count("x", ballot)
     assert not movers.is_heeded("x") and movers.is_heeded("y")
-    movers.end_round(None, {"x": None})
+    movers.end_round(None, "", {"x": None})
     assert not movers.is_heeded("x"), "the next round remembers"
-    movers.end_round(None, {})
+    movers.end_round(None, "", {})
     assert movers.is_heeded("x"), "who left the table of peers is forgotten"
 
 
@@ -28,11 +28,21 @@ def test_ballots_that_made_a_record_take_moves_back():
     movers = Movers()
     for _ in range(FREE - 1):
         movers.count("x", 1)
-        movers.end_round(0, {"x": None})
+        movers.end_round(0, "y", {"x": None})
     for _ in range((FREE - 1) * REPAID):
         movers.count("x", 2)
-        movers.end_round(2, {"x": None})
+        movers.end_round(2, "x", {"x": None})
     assert not movers.accounts
+
+
+def test_who_is_heeded_no_more_is_again_by_leading_when_it_is_its_turn():
+    movers = Movers()
+    for ballot in range(FREE):
+        movers.count("x", ballot)
+    for _ in range(REPAID):
+        assert not movers.is_heeded("x")
+        movers.end_round(7, "x", {"x": None})
+    assert movers.is_heeded("x")
 
 
 def test_a_leader_goes_on_once_for_each_that_it_may_leave_out_and_seldom_without_a_roster():
@@ -118,7 +128,7 @@ def alone(world: World, leader: str) -> Roster:
             )
         )
     state = round_.state
-    reducers = tuple(i for i, m in enumerate(members) if m.peer == leader) * 3
+    reducers = tuple(i for i, m in enumerate(members) if m.peer != leader)[:1] * 3
     return Roster(
         round_.epoch, round_.head, round_.ballot, False, state.state_digest, tuple(members), reducers
     )
@@ -140,7 +150,7 @@ def test_a_leader_that_names_itself_alone_is_not_followed_and_named(monkeypatch)
     says(world, leader, roster)
     assert world.refused[NARROW] == 2, "the two others that it names"
     assert all(n.core.round.exchange.roster != roster for n in nodes(world) if n.name != leader)
-    monkeypatch.setattr(Round, "_decides_alone", lambda self, leader, roster: False)
+    monkeypatch.setattr(Round, "_decides_alone", lambda self, leader, roster, now: False)
     world, leader, roster = told()
     says(world, leader, roster)
     assert sum(n.core.round.exchange.roster == roster for n in nodes(world)) == 2

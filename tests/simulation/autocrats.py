@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from simulation.draws import choice
 
-from tapestry.node.protocol.chain import Record, quorum
+from tapestry.node.protocol.audit import names_few
+from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Message, Ready, Roster
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Autocrats:
         round_ = node.core.round if node.core is not None else None
         if not self.name or not isinstance(message, Roster) or round_ is None or message.forced:
             return
-        counted = sum(m.weight > 0 and m.peer in round_.electorate for m in message.members)
-        if counted < min(quorum(len(round_.electorate)), 3) and len(round_.electorate) > 2:
+        counted = sum(m.weight > 0 for m in message.members)
+        if names_few(message.members):
             self.few.setdefault(message.head, set()).add(node.name)
             if node.name == self.name and len(round_.state.before.intersection(round_.electorate)) > counted:
                 self.named.add((message.head, message.ballot))

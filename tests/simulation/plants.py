@@ -579,4 +579,4 @@ def heeds_every_word() -> list[Patch]:
 
 @plant("a leader that names itself alone is followed", 57)
 def one_leader_decides() -> list[Patch]:
-    return [(Round, "_decides_alone", lambda self, leader, roster: False)]
+    return [(Round, "_decides_alone", lambda self, leader, roster, now: False)]

@@ -22,7 +22,7 @@ SHARE = 0.1  # of the worlds have some
 LEARNT = (
     3.0  # times as long as elsewhere it may take: each has some moves with every member before it is known
 )
-UNDISTURBED = 3  # epochs in the usual time, once it is: of some they are the first to lead
+UNDISTURBED = 3  # epochs in twice the usual time, once it is: of some they are the first to lead
 EVERY_S = 0.3  # how often one looks whether there is something to disturb
 
 
@@ -48,7 +48,7 @@ class Usurpers:
     def wait_for_the_end(self, settle_s: float) -> None:
         """The network is whole, and who they are is known: they hold up hardly any round."""
         world = self.world
-        end, until = world.epoch() + UNDISTURBED, world.now + settle_s / LEARNT
+        end, until = world.epoch() + UNDISTURBED, world.now + 2 * settle_s / LEARNT
         while self.names and world.epoch() < end:
             if world.now > until:
                 world.fail("world", f"usurpers {self.names}: epoch {end} not reached: {world.where()}")

@@ -213,7 +213,11 @@ def test_revoke_stops_the_use_says_what_it_touched_and_leaves_a_home_that_holds(
     run = CliRunner().invoke(cli, ["data", "revoke", "/b", "--home", str(made.home.path), "--json"])
     told = json.loads(run.stdout)
     assert [epoch for epoch, _ in told["records"]] == [3, 4, 5, 6] and told["before"][0] == 2
-    assert told["removed_bytes"] == 10 and not any(derived.iterdir()) and {p.stem for p in made.home.cache.iterdir()} == {"tokens-other"}
+    assert (
+        told["removed_bytes"] == 10
+        and not any(derived.iterdir())
+        and {p.stem for p in made.home.cache.iterdir()} == {"tokens-other"}
+    )
     assert "data /b is not read: /b was revoked at" in permit.refusal()
     assert DataPermit(made.home, ("/a",)).refusal() == ""
     listed = CliRunner().invoke(cli, ["data", "list", "--home", str(made.home.path)])

@@ -80,10 +80,7 @@ def result_digest(digests: Iterable[str], crypto: Crypto) -> str:
 
 
 def names_few(members: Sequence[Member]) -> bool:
-    """Whether so few of those that are named contribute that their mean is bounded by nothing.
-
-    The others, who vote, average it then: so a result of few is none that its contributors made alone.
-    """
+    """Whether so few of those that are named contribute that their mean is bounded by nothing."""
     counted = sum(m.weight > 0 for m in members)
     return counted < min(quorum(len(members)), FEW)
 
@@ -95,11 +92,10 @@ def means_fault(body: Body, means: Sequence[SignedMean], shard_count: int, crypt
         return f"{len(means)} means, the run has {shard_count} shards"
     if result_digest((one.digest for one in means), crypto) != body.result:
         return "the means of another result"
-    few, inputs = names_few(body.members), inputs_digest(body.members, crypto)
-    peers = {m.peer for m in body.members if not (few and m.weight)}
+    peers, inputs = {m.peer for m in body.members}, inputs_digest(body.members, crypto)
     for shard, one in enumerate(means):
         if one.reducer not in peers:
-            return f"shard {shard} is signed by {one.reducer[:64]}, who may not average in the round"
+            return f"shard {shard} is signed by {one.reducer[:64]}, who is not in the round"
         message = mean_message(body.prev, shard, one.digest, inputs)
         if not crypto.verify(one.reducer, one.signature, message):
             return f"the signature of shard {shard} is not that of {one.reducer}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
-from tapestry.node.protocol.audit import UNPROVEN, names_few
+from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.blame import culprit, debts, silent
 from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
@@ -278,8 +278,6 @@ class Leader:
             p for p, why in self.excluded.items() if why == GATE and self._may_vote(p, now)
         )
         members = tuple([self._member(p, w) for p, w in self._weights(voters, seated) if w or p in voters])
-        if names_few(members):
-            able = [m.peer for m in members if not m.weight]
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
             state.epoch,

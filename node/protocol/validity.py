@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import ALIKE
-from tapestry.node.protocol.audit import names_few
 from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, waits
 from tapestry.node.protocol.exchange import check_roster
 from tapestry.node.protocol.messages import Ready, Roster
@@ -41,8 +40,6 @@ def value_fault(state: RoundState, body: Body) -> str | None:
 def roster_fault(state: RoundState, roster: Roster) -> str | None:
     """Why no record could be made of this roster."""
     if check_roster(roster, state.electorate, state.ctx.rules.shard_count) is not None:
-        return "roster"
-    if names_few(roster.members) and any(roster.members[r].weight for r in roster.reducers):
         return "roster"
     fewest = 1 if roster.changes else state.ctx.contributors_min()
     if sum(m.weight > 0 for m in roster.members) < fewest:

@@ -37,7 +37,7 @@ def test_who_made_a_value_has_signed_each_shard_of_it_for_this_round_and_these_i
     assert not fault(made("p0", "p1")) and not fault(made("p1", "p1"))
     assert "1 means" in fault(made("p0"))
     assert "another result" in fault(made("p0", "p1", digests=("c1" * 32, "c3" * 32)))
-    assert "shard 1 is signed by p2, who may not average in the round" in fault(made("p0", "p2"))
+    assert "shard 1 is signed by p2, who is not in the round" in fault(made("p0", "p2"))
     assert "the signature of shard 0 is not that of p0" in fault(made("p0", "p1", head="b1" * 32))
     assert "the signature of shard 0" in fault(made("p0", "p1", members=MEMBERS[:1]))
     forged = made("p0", "p0")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHARE = 0.1  # of the worlds have some
 LEARNT = 12  # epochs after which hardly any round waits for them
 LOOKED_AT = 12  # the epochs after those
-STALLED_MAX = 5  # of these: tries, of more than one of them at times
+STALLED_MAX = 6  # of these: tries, of more than one of them at times
 
 
 FLOOD_SHARE = 0.05  # of the worlds have some that send everybody all of theirs
@@ -64,6 +64,10 @@ class Mutes:
             self.names = rng.sample(able, rng.randint(1, len(able)))
             self.boast = rng.random() < 0.5
             self.since_s = rng.choice([0.0, 20.0 * rng.random()])
+
+    def settle_s(self, usual_s: float) -> float:
+        """Where few are left that give anything, two leaders have to find that out, one after the other."""
+        return 2 * usual_s if self.names else usual_s
 
     def is_mute(self, node: Node) -> bool:
         """Whether what it has to give is lost on the way."""

@@ -98,7 +98,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 4)
+@plant("a vote that comes twice counts twice", 2)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -178,7 +178,7 @@ def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
 
-@plant("a member that lost records votes at once", 99)
+@plant("a member that lost records votes at once", 60)
 def lost_records_vote() -> list[Patch]:
     return [(Core, "_stands_by", Core._forgot_votes)]
 
@@ -352,7 +352,7 @@ def mixture_of_members() -> list[Patch]:
     return [(Exchange, "start", keep)]
 
 
-@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 267)
+@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 190)
 def mean_of_another_kept() -> list[Patch]:
     start = Exchange.start
 
@@ -502,7 +502,7 @@ def undone_comes_back() -> list[Patch]:
     return [(members_module, "leads", lambda rolled, at, epoch: True)]
 
 
-@plant("a rollback is taken whatever head it names", 40)
+@plant("a rollback is taken whatever head it names", 51)
 def rolls_back_to_another_side() -> list[Patch]:
     why = members_module.why_no_rollback
 

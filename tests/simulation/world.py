@@ -223,7 +223,7 @@ class World:
             self.step()
         self.heal()
         self.consortium.restore()
-        settle_s = self.usurpers.settle_s(settle_s)
+        settle_s = self.usurpers.settle_s(self.mutes.settle_s(settle_s))
         goal, until = self.furthest + 2, self.now + settle_s * self.stretch
         while not self.settled(goal):
             if self.now > until or not self.heap:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 from simulation.gates import MARGIN, is_poison
-from simulation.shell import Node
+from simulation.shell import Node, SimCrypto
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import gate as gate_module
 from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.chain import Body, Member, head_of
 from tapestry.node.protocol.gate import REFUSALS_MAX, distances, furthest, shares
-from tapestry.node.protocol.messages import Refuse, Stage
+from tapestry.node.protocol.leader import Leader
+from tapestry.node.protocol.messages import Ready, Refuse, Stage
 from tapestry.node.protocol.rules import Rules
 
 WORSE = 10 * MARGIN
@@ -102,6 +106,35 @@ def test_the_round_is_made_again_by_the_next_leader_if_the_first_dies_of_it():
     world.until(lambda: all(n.core is None or n.core.chain.epoch > epoch for n in nodes.values()), 60)
     record = next(n for n in nodes.values() if n.core is not None).core.chain.records[epoch]
     assert dead.name == "p4" or not poisoned(record)
+
+
+def test_a_refused_value_is_dropped_only_where_a_quorum_has_accepted_nothing():
+    """Else it may have been decided, by some of those who are not heard and those who accepted it."""
+    crypto, electorate = SimCrypto("p0"), ("p0", "p1", "p2", "p3", "p4")
+    body = Body("ab" * 32, 4, "cd" * 32, "ef" * 32, (Member("p0", 1, "12" * 32, "", 1),), "34" * 32)
+    refused = head_of(body, crypto)
+
+    def found(accepted: int, refusals: int, silent: int = 0, both: int = 0) -> Body | None:
+        leader = object.__new__(Leader)
+        leader.unserved, leader.ctx = {}, SimpleNamespace(crypto=crypto)
+        plain = Ready(3, "cd" * 32, 1, False, "ef" * 32, "12" * 32, 1, 1.0, -1, None)
+        kinds = accepted * [dataclasses.replace(plain, accepted_ballot=0, accepted=body)]
+        kinds += refusals * [dataclasses.replace(plain, refused=refused)]
+        kinds += both * [dataclasses.replace(plain, refused=refused, accepted_ballot=0, accepted=body)]
+        kinds += (5 - accepted - refusals - silent - both) * [plain]
+        ready = dict(zip(electorate, kinds, strict=False))
+        leader.state = SimpleNamespace(ready=ready, electorate=electorate)
+        return leader._accepted()
+
+    assert found(accepted=1, refusals=3) is None, "three of five refused, and have accepted nothing"
+    assert found(accepted=1, refusals=2) == body, "a minority that refused decides nothing"
+    assert found(accepted=1, refusals=2, silent=2) == body
+    assert found(accepted=2, refusals=3, silent=0) is None
+    assert found(accepted=3, refusals=2) == body, "a quorum accepted it"
+    assert found(accepted=1, refusals=2, both=1) is None, (
+        "a majority refused, and three have accepted nothing"
+    )
+    assert found(accepted=1, refusals=2, both=1, silent=1) == body, "of whom is silent nobody knows"
 
 
 # --- what stops nobody ------------------------------------------------------------------------------

@@ -549,16 +549,6 @@ def believes_what_was_accepted() -> list[Patch]:
 # --- the gate ---------------------------------------------------------------------------------------
 
 
-@plant("a value that anybody refused is dropped, though a quorum may have accepted it", 495)
-def refused_value_dropped() -> list[Patch]:
-    accepted = Leader._accepted
-
-    def drop(self: Leader) -> Any:
-        return None if any(r.refused for r in self.state.ready.values()) else accepted(self)
-
-    return [(Leader, "_accepted", drop)]
-
-
 @plant("who refuses a result votes for it all the same", 14)
 def refused_and_accepted() -> list[Patch]:
     passes = Gate.passes

@@ -196,8 +196,8 @@ def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tm
         await trainer.configure(settings, events.put_nowait)
         trainer.begin(0, "a")
         trainer.begin(0, "another fork")
-        may_step.release()
         trainer.close_round(0)
+        may_step.release()  # not before: fifty steps are soon taken
         event = await next_of(events, Contribution)
         got["steps"] = event.steps
         trainer.begin(1, "c")

@@ -424,7 +424,7 @@ def never_delivers_always_named() -> list[Patch]:
     return [(Deliveries, "left_out", lambda self, key, epoch: False)]
 
 
-@plant("whoever says that it gets on is believed, though all wait for it", 278)
+@plant("whoever says that it gets on is believed, though all wait for it", 995)
 def progress_believed() -> list[Patch]:
     return [(Watch, "_believed", lambda self, said: True)]
 

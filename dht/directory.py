@@ -24,9 +24,8 @@ from tapestry.dht.presence import CLOCK_SKEW_S, RECORD_BYTES_MAX, Presence, Pres
 
 # A DHT answer breaks above 4 MiB (hivemind, control.py); so many records of the largest size are half of it.
 PEERS_MAX = 1024
-STRANGERS_MAX = (
-    128  # of those, who belong to no run that we know: applicants, in an open run newcomers. Guess
-)
+# Of those, who belong to no run that we know: applicants, in an open run newcomers. Guess
+STRANGERS_MAX = 128
 
 
 _log = logging.getLogger("tapestry.directory")

@@ -59,20 +59,22 @@ class Movers:
     def end_round(self, ballot: int | None, leader: str, peers: Container[str]) -> None:
         """The round is over: decided in `ballot`, which `leader` led, or left (None). Who is not in the table
         of peers is forgotten."""
-        mover = self.moved.get(ballot) if ballot is not None else None
-        if mover is not None and mover in self.accounts:
-            self.accounts[mover].vain -= 1
-        for peer in {mover, leader} if ballot is not None else ():
-            account = self.accounts.get(peer or "")
-            if account is None or peer is None:
-                continue
-            account.good += 1
-            if account.good >= REPAID:
-                account.vain, account.good = account.vain - 1, 0
-            if account.vain <= 0:
-                del self.accounts[peer]
+        if ballot is not None:
+            mover = self.moved.get(ballot, "")
+            if mover in self.accounts:
+                self.accounts[mover].vain -= 1
+            for peer in self.accounts.keys() & {mover, leader}:
+                self._credit(peer)
         self.moved.clear()
         self.named.clear()
         self.unnamed.clear()
         for peer in [p for p in self.accounts if p not in peers]:
+            del self.accounts[peer]
+
+    def _credit(self, peer: str) -> None:
+        account = self.accounts[peer]
+        account.good += 1
+        if account.good >= REPAID:
+            account.vain, account.good = account.vain - 1, 0
+        if account.vain <= 0:
             del self.accounts[peer]

@@ -27,17 +27,6 @@ class Killed(BaseException):
     """SIGKILL: nothing after it is done, and no `except OSError` sees it."""
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Four epochs, checkpoints at 0 and 2."""
-    run = Run(tmp_path / "home", n=700)
-    run.save()
-    run.advance(2)
-    run.save()
-    run.advance(2)
-    return run
-
-
 def opened(run: Run, limits: BranchLimits | None = None) -> Branches:
     branches = Branches(run.home, limits or BranchLimits())
     branches.load(chain_on_disk(run))

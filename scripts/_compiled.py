@@ -97,7 +97,8 @@ def _spelt_out(source: str) -> str:
             node.decorator_list = [_expression("dataclass(init=False)")]
             node.body += _methods(node.name, fields)[:1]
         elif decorator.startswith("dataclass(") and "slots=True" in decorator:
-            node.decorator_list = [_expression("dataclass")]
+            frozen = "frozen=True" in decorator  # hashed by its fields, so that it may be a default
+            node.decorator_list = [_expression("dataclass(unsafe_hash=True)" if frozen else "dataclass")]
     return ast.unparse(module)
 
 

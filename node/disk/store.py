@@ -439,12 +439,17 @@ def _vote_to_dict(vote: Vote) -> dict[str, Any]:
         "accepted": None if vote.accepted is None else body_to_dict(vote.accepted),
         "life": vote.life,
         "standing": list(vote.standing),
+        **({"left": vote.left} if vote.left else {}),
     }
 
 
 def _vote_from_dict(raw: Any) -> Vote:
     """Strict. Raises ValueError."""
-    strict.table(raw, [field.name for field in dataclasses.fields(Vote)], "a vote")
+    names = [field.name for field in dataclasses.fields(Vote) if field.name != "left"]
+    if isinstance(raw, dict) and "left" in raw:  # only of a round that was left
+        names.append("left")
+        strict.hexadecimal(raw["left"], (64,), "left")
+    strict.table(raw, names, "a vote")
     strict.hexadecimal(raw["head"], (64,), "head")
     strict.hexadecimal(raw["life"], (0, 32), "life")
     three = strict.sequence(raw["standing"], 3, "standing", 3)

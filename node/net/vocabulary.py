@@ -37,6 +37,7 @@ from tapestry.node.protocol.messages import (
     Commit,
     Control,
     GetRecords,
+    Leave,
     Need,
     Propose,
     Ready,
@@ -280,6 +281,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "body_head": (_same, _HEAD),
         "worse": (_same, _worse),
     },
+    Leave: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "signature": (_same, _text(256))},
     Commit: {"record": (chain.record_to_dict, _any)},
     Need: {
         "epoch": (_same, _EPOCH),

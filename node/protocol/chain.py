@@ -26,6 +26,7 @@ from tapestry.node.protocol.canon import Crypto as Crypto
 from tapestry.node.protocol.canon import InvalidRecord as InvalidRecord
 from tapestry.node.protocol.canon import canonical as canonical
 from tapestry.node.protocol.canon import quorum as quorum
+from tapestry.node.protocol.handover import handover_fault, seats_needed
 from tapestry.node.protocol.members import Roll, changes_fault, first_roll, voice_weights
 from tapestry.node.protocol.path import last_before, leads, step_from, stretches, updates_from
 from tapestry.node.protocol.record import BALLOT_MAX as BALLOT_MAX
@@ -102,6 +103,11 @@ class Place(NamedTuple):
     electorate: tuple[str, ...]
     roll: Roll
     standing: Standing
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Ours, and as much as the roll has of the one before."""
+        return (self.head, *self.roll.heads[-1:])
 
     @property
     def tip(self) -> Tip:
@@ -193,7 +199,8 @@ def body_fault(body: Body, at: Place, max_influence: float, crypto: Crypto) -> s
     for member in body.members:
         if not roll.may_contribute(member.peer) or (member.peer not in roll.members and not member.weight):
             return "not_member"
-    if not body.forced and not is_majority([m.peer for m in body.members], at.electorate):
+    named = {m.peer for m in body.members}.intersection(at.electorate)
+    if not body.forced and len(named) < seats_needed(len(at.electorate)):
         return "electorate"
     contributors = [m for m in body.members if m.contribution]
     weights = voice_weights(roll, [(m.peer, m.tokens) for m in contributors], max_influence)
@@ -222,8 +229,9 @@ def check_record(
     """Whether `record` follows `at` by a decision of its electorate. Raises InvalidRecord.
 
     An ordinary record needs one ballot's signatures of a quorum, and its members must hold a quorum too, so
-    that electorates overlap from round to round. A forced one needs the signature of every member it names,
-    one of the electorate among them, and a run that lets an island go on. Only members sign anything.
+    that electorates overlap from round to round; of two electors one may have left (handover.py). A forced
+    one needs the signature of every member it names, one of the electorate among them, and a run that lets an
+    island go on. Only members sign anything.
     """
     body, electorate = record.body, at.electorate
     fault = body_fault(body, at, max_influence, crypto)
@@ -238,8 +246,15 @@ def check_record(
             raise InvalidRecord("unsigned", f"forced record {body.epoch} lacks a member's signature")
         if members.isdisjoint(electorate):
             raise InvalidRecord("electorate", f"forced record {body.epoch} by strangers to the electorate")
+        if record.handover is not None:
+            raise InvalidRecord("handover", f"forced record {body.epoch} bears a leave")
     else:
         count, need = sum(p in signers for p in electorate), quorum(len(electorate))
+        if record.handover is not None:
+            fault = handover_fault(record.handover, at.heads, electorate, signers, crypto)
+            if fault is not None:
+                raise InvalidRecord(fault, f"record {body.epoch}: the leave that it bears stands for no vote")
+            count += 1
         if count < need:
             raise InvalidRecord("unsigned", f"record {body.epoch}: {count} signed, need {need}")
     if not signers <= members.union(electorate):

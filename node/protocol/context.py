@@ -12,7 +12,7 @@ from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.deliveries import NEWCOMERS, Deliveries
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.members import Roll
-from tapestry.node.protocol.messages import Control, Stage, Status
+from tapestry.node.protocol.messages import Control, Leave, Stage, Status
 from tapestry.node.protocol.movers import Movers
 from tapestry.node.protocol.pace import Pace
 from tapestry.node.protocol.proposals import Proposals
@@ -57,6 +57,7 @@ class Context:
         default_factory=dict
     )  # peers that a record of late names as contributor
     deliveries: Deliveries = field(default_factory=Deliveries)
+    leaves: dict[str, Leave] = field(default_factory=dict)  # member -> the last that it signed
     movers: Movers = field(default_factory=Movers)
     pace: Pace = field(init=False)
 

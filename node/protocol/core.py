@@ -11,7 +11,7 @@ are for the protocol and its tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip, behind_of, next_place
@@ -32,6 +32,7 @@ from tapestry.node.protocol.events import (
     PeerDown,
     PeerRefused,
     PeerUp,
+    PersistVote,
     Received,
     Reduced,
     Stopping,
@@ -41,6 +42,7 @@ from tapestry.node.protocol.events import (
     UpdateFetched,
     Vote,
 )
+from tapestry.node.protocol.handover import ELECTORS, leave_message
 from tapestry.node.protocol.members import CHANGES_MAX, Change, change_message
 from tapestry.node.protocol.messages import (
     Accept,
@@ -49,6 +51,7 @@ from tapestry.node.protocol.messages import (
     Closing,
     Commit,
     GetRecords,
+    Leave,
     Message,
     Need,
     Propose,
@@ -96,6 +99,7 @@ class Core:
         self.vote = restored.vote
         # Any READY leaves a vote on the disk: a disk without one has never promised anything.
         self.life = restored.vote.life if restored.vote is not None else restored.life
+        self.left = restored.vote.left if restored.vote is not None else ""
         self.founded_here = self.vote is not None and self.vote.head == restored.chain.genesis.run_id
         self.round: Round | None = None
         self.trainer_up = True
@@ -215,11 +219,8 @@ class Core:
     def _begin_round(self, now: float) -> None:
         if self._stands_by():
             return
-        chain, at = self.chain, self.chain.place
-        epoch, head, tip = at.epoch, at.head, at.tip
-        vote = self.vote
-        if vote is None or vote.head != head:
-            vote = Vote(epoch, head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since))
+        chain, at, vote = self.chain, self.chain.place, self._vote_here()
+        epoch, head = at.epoch, at.head
         last = chain.records[-1] if epoch else None
         behind = behind_of(at, last)
         before = frozenset(at.electorate if last is None else [m.peer for m in last.body.members if m.weight])
@@ -233,6 +234,15 @@ class Core:
         for peer, view in self.ctx.peers.items():
             if view.status is not None and (view.status.epoch, view.status.head) == (epoch, head):
                 self.round.on_ballot_seen(peer, view.status.ballot, now)
+
+    def _vote_here(self) -> Vote:
+        """What we promised or accepted in the round from our head."""
+        at, vote = self.chain.place, self.round.state.vote if self.round is not None else self.vote
+        if vote is not None and vote.head == at.head:
+            return vote
+        tip = at.tip
+        left = self.left if self.left.startswith(at.heads) else ""
+        return Vote(at.epoch, at.head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since), left)
 
     def _train(self, round_: Round) -> None:
         before = self.chain.head_at(round_.epoch - 1)
@@ -401,7 +411,17 @@ class Core:
             self.round.handle_fetch_failed(inp, now)
         self.sync.on_fetch_failed(inp, now)
 
+    def _hand_over(self) -> None:
+        """Of two electors, who stops leaves the round to the other: handover.py."""
+        at, ctx = self.chain.place, self.ctx
+        if len(at.electorate) != ELECTORS or ctx.me not in at.electorate or self._stands_by():
+            return
+        self.left = at.head
+        ctx.emit(PersistVote(replace(self._vote_here(), left=at.head)))
+        ctx.broadcast(Leave(at.epoch, at.head, ctx.crypto.sign(leave_message(at.head))))
+
     def handle_stopping(self, inp: Stopping, now: float) -> None:
+        self._hand_over()
         if self.round is not None:
             self._end_round(None, now)
         self.stopping = True
@@ -472,6 +492,8 @@ class Core:
             return self.on_records(peer, message, now)
         if isinstance(message, Changes):
             return self.on_changes(message)
+        if isinstance(message, Leave):
+            return self.on_leave(peer, message, now)
         round_ = self.round
         if round_ is None or message.epoch != round_.epoch:
             return None
@@ -549,6 +571,20 @@ class Core:
             round_.advance(now)
         else:
             self.sync.on_status(peer, status, now)
+        return None
+
+    def on_leave(self, peer: str, leave: Leave, now: float) -> str | None:
+        """Also of a round that we are not in yet: it is told once."""
+        ctx, round_ = self.ctx, self.round
+        if peer not in ctx.roll.members:
+            return "not_member"
+        if not ctx.crypto.verify(peer, leave.signature, leave_message(leave.head)):
+            return "signature"
+        ctx.leaves = {p: known for p, known in ctx.leaves.items() if p in ctx.roll.members} | {peer: leave}
+        if round_ is not None and peer in round_.electorate and round_.state.handover is not None:
+            ctx.emit(Note(f"epoch={leave.epoch} handed_over_by={peer}"))
+            round_.watch.somebody_changed()
+            round_.advance(now)
         return None
 
     def on_commit(self, peer: str, record: Record, now: float) -> str | None:

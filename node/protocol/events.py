@@ -178,6 +178,7 @@ class Vote:
     accepted: Body | None
     life: str = ""
     standing: tuple[int, int, int] = (0, 0, 0)  # of `head`, as in Tip: where this round is among all others
+    left: str = ""  # the head from which we left: then nobody else's leave counts for us (handover.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, result_digest
-from tapestry.node.protocol.chain import Member, quorum
+from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
+from tapestry.node.protocol.handover import seats_needed
 from tapestry.node.protocol.messages import WAITING_MAX, Blob, Need, Result, Roster, Shard
 
 
@@ -426,6 +427,6 @@ def check_roster(roster: Roster, electorate: Sequence[str], shard_count: int) ->
     if not all(0 <= r < len(peers) for r in roster.reducers):
         return "a reducer that is no member"
     electors = sum(p in peers for p in electorate)
-    if electors < (1 if roster.forced else quorum(len(electorate))):
+    if electors < (1 if roster.forced else seats_needed(len(electorate))):
         return f"it names {electors} of the electorate's {len(electorate)}"
     return None

@@ -107,7 +107,7 @@ class Leader:
         """ROSTER or PROPOSE as soon as the promises allow it: sent to the others, for us to follow too."""
         state = self.state
         if not state.forced:
-            if self._promises(now) < quorum(len(state.electorate)):
+            if self._promises(now) < state.need:
                 return None
             if self._may_yet_refuse(now):
                 return None
@@ -126,9 +126,9 @@ class Leader:
     def gather_gap(self, now: float) -> str | None:
         """Why the roster cannot be sent yet; None if it can."""
         state = self.state
-        promises, need = self._promises(now), quorum(len(state.electorate))
+        promises, need = self._promises(now), state.need
         if not state.forced and promises < need:
-            return f"{promises} of {len(state.electorate)} ready, need {need}"
+            return f"{promises} of {len(state.voters)} ready, need {need}"
         contributors = self._contributors(now)
         if not contributors:
             return "nobody ready has a contribution"
@@ -154,15 +154,15 @@ class Leader:
 
     def _promises(self, now: float) -> int:
         """Of electors that can still vote: who has promised and died since cannot."""
-        return sum(p in self.state.ready and self.ctx.heard(p, now) for p in self.state.electorate)
+        return sum(p in self.state.ready and self.ctx.heard(p, now) for p in self.state.voters)
 
     def _trusted(self) -> list[Ready]:
         """The electors' promises to go by. Any quorum of them will do: if there is one, one without those who
         told of a value that could not be got from them, so that a lie costs one ballot and not the round."""
-        ready, electorate = self.state.ready, self.state.electorate
-        told = [p for p in electorate if p in ready]
+        ready = self.state.ready
+        told = [p for p in self.state.voters if p in ready]
         served = [p for p in told if p not in self.unserved]
-        return [ready[p] for p in (served if len(served) >= quorum(len(electorate)) else told)]
+        return [ready[p] for p in (served if len(served) >= self.state.need else told)]
 
     def _accepted(self) -> Body | None:
         """The value of the highest ballot that electors tell of: what others accepted decides nothing.
@@ -175,19 +175,19 @@ class Leader:
             return None
         body = max(told, key=lambda r: (r.accepted_ballot, r.contribution)).accepted
         assert body is not None
-        ready, electorate = self.state.ready, self.state.electorate
-        free = sum(p in ready and ready[p].accepted is None for p in electorate)
+        ready = self.state.ready
+        free = sum(p in ready and ready[p].accepted is None for p in self.state.voters)
         refused = self._refused() == head_of(body, self.ctx.crypto)
-        return None if refused and free >= quorum(len(electorate)) else body
+        return None if refused and free >= self.state.need else body
 
     # --- phase 1: what a majority refused ------------------------------------------------------
 
     def _refused(self) -> str:
         """Head of the body that a majority of the electorate says it refused last; "" if there is none."""
-        ready, electorate = self.state.ready, self.state.electorate
-        said = [ready[p].refused for p in electorate if p in ready and ready[p].refused]
+        ready = self.state.ready
+        said = [ready[p].refused for p in self.state.voters if p in ready and ready[p].refused]
         counts = {head: said.count(head) for head in said}
-        return next((h for h, count in counts.items() if count >= quorum(len(electorate))), "")
+        return next((h for h, count in counts.items() if count >= self.state.need), "")
 
     def _may_yet_refuse(self, now: float) -> bool:
         """Some refused what others accepted: whether who is not ready yet may make them a majority. Not for
@@ -344,7 +344,7 @@ class Leader:
         if len(seated) < len(peers):
             out = ",".join(p for p in peers if p not in seated)
             ctx.emit(Note(f"epoch={state.epoch} ballot={state.ballot} unheard_by_many={out}"))
-        need = len(electors) if state.forced else quorum(len(state.electorate))
+        need = len(electors) if state.forced else state.need
         able = choose_reducers(able, len(seated), electors, need, odds, shard_count)
         # By lot, another in every round: where shards are few, the same ones would always average them.
         return seated, sorted(able, key=lambda p: ctx.crypto.digest(f"{state.head}|{p}|reduce".encode()))
@@ -383,9 +383,9 @@ class Leader:
             return
         self.unserved[holder] = None
         # Without a quorum of others the next ballot would be this one again: the clock of stalls opens it.
-        left = sum(p in state.ready and p not in self.unserved for p in state.electorate)
+        left = sum(p in state.ready and p not in self.unserved for p in state.voters)
         nobody = all(p in self.unserved for p in proposal.holders if p != self.ctx.me)
-        if nobody and left >= quorum(len(state.electorate)):
+        if nobody and left >= state.need:
             self.exclude([], UNPROVEN, now)
 
     def watch_members(self, now: float) -> None:
@@ -441,12 +441,12 @@ class Leader:
         refused accepts it too.
         """
         state = self.state
-        against = sum(p in state.refusals for p in state.electorate)
+        against = sum(p in state.refusals for p in state.voters)
         if not against or state.accepted_at is not None:
             return False
         answered = state.accepts.keys() | state.refusals.keys()
         open_ = any(p not in answered and self.ctx.heard(p, now) for p in state.electorate)
-        if open_ and against < quorum(len(state.electorate)):
+        if open_ and against < state.need:
             return False
         self.worse = sorted(state.refusals.values())[len(state.refusals) // 2]
         self.open_next(now)
@@ -472,7 +472,7 @@ class Leader:
         for head in dict.fromkeys(vote.body_head for vote in accepts.values()):
             votes = {p: vote for p, vote in accepts.items() if vote.body_head == head}
             body = self.named_by(head, votes)
-            if body is None or commit_gap(body, votes, state.electorate) is not None:
+            if body is None or commit_gap(body, votes, state.voters) is not None:
                 continue
             if state.accepted_at is None:
                 state.accepted_at = now
@@ -486,7 +486,8 @@ class Leader:
                 return
             named = {m.peer for m in body.members} | set(state.electorate)
             signatures = tuple((p, votes[p].signature) for p in sorted(votes) if p in named)
-            state.decided = Record(body, head, state.ballot, signatures)
+            alone = commit_gap(body, votes, state.electorate) is not None
+            state.decided = Record(body, head, state.ballot, signatures, state.handover if alone else None)
             return
 
     def named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:
@@ -505,10 +506,10 @@ class Leader:
         return body if head_of(body, crypto) == head else None
 
 
-def commit_gap(body: Body, votes: dict[str, Accept], electorate: tuple[str, ...]) -> str | None:
+def commit_gap(body: Body, votes: dict[str, Accept], voters: tuple[str, ...]) -> str | None:
     """Why `body` is not decided by these votes for it in one ballot; None if it is."""
     if body.forced:
         missing = [m.peer for m in body.members if m.peer not in votes]
         return f"{len(missing)} of the forced record's members have not accepted" if missing else None
-    count, need = sum(p in votes for p in electorate), quorum(len(electorate))
+    count, need = sum(p in votes for p in voters), quorum(len(voters))
     return f"{count} accepted, need {need}" if count < need else None

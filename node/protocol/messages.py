@@ -135,6 +135,15 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Leave:
+    """The sender stops in good order and has left the round from `head`, and the next: see handover.py."""
+
+    epoch: int
+    head: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     record: Record
 
@@ -209,6 +218,7 @@ Control = (
     | Propose
     | Accept
     | Refuse
+    | Leave
     | Commit
     | Need
     | GetRecords

@@ -32,6 +32,7 @@ from tapestry.node.protocol.canon import (
     canonical,
     peer_field,
 )
+from tapestry.node.protocol.handover import Handover
 from tapestry.node.protocol.members import (
     CHANGES_BYTES_MAX,
     CHANGES_MAX,
@@ -93,6 +94,7 @@ class Record:
     head: str
     ballot: int
     signatures: tuple[tuple[str, str], ...]  # (peer, signature), sorted by peer
+    handover: Handover | None = None  # in the place of a second vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +170,18 @@ def _body_from(raw: Any) -> Body:
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:
+    handover = {"handover": list(record.handover)} if record.handover is not None else {}
     return {
         "body": body_to_dict(record.body),
         "ballot": record.ballot,
         "signatures": [list(pair) for pair in record.signatures],
+        **handover,
     }
 
 
 def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
     """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
-    return 512 + 192 * member_count + 192 * signature_count + changes_bytes
+    return 768 + 192 * member_count + 192 * signature_count + changes_bytes
 
 
 def record_bytes(record: Record) -> int:
@@ -217,11 +221,19 @@ def record_from_dict(raw: Any, crypto: Crypto) -> Record:
 
 
 def _record_from(raw: Any, crypto: Crypto) -> Record:
-    fields = table(raw, ("body", "ballot", "signatures"), "record")
+    handed = isinstance(raw, dict) and "handover" in raw
+    fields = table(raw, ("body", "ballot", "signatures", *(("handover",) if handed else ())), "record")
     body = _body_from(fields["body"])
     signatures = pairs_from(fields["signatures"], "signatures")
     ballot = integer(fields["ballot"], 0, BALLOT_MAX, "ballot")
-    return Record(body, sys.intern(head_of(body, crypto)), ballot, signatures)
+    handover = _handover_from(fields["handover"]) if handed else None
+    return Record(body, sys.intern(head_of(body, crypto)), ballot, signatures, handover)
+
+
+def _handover_from(raw: Any) -> Handover:
+    peer, head, signature = sequence(raw, 3, "handover", 3)
+    signed = text(signature, 256, "signature", 1)
+    return Handover(peer_field(peer, "peer"), hexadecimal(head, (64,), "head"), signed)
 
 
 def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import UNPROVEN, names_few
-from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, quorum
+from tapestry.node.protocol.chain import Behind, Place, Record, accept_message
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
 from tapestry.node.protocol.events import (
@@ -128,8 +128,8 @@ class Round:
 
     def _quorum_reason(self, now: float) -> str:
         """Who is missing, for how long, and what ends it."""
-        count, missed_at = len(self.electorate), self.state.quorum_missed_at
-        text = f"{self.watch.alive(now)} of {count} of the electorate alive, need {quorum(count)}"
+        count, missed_at = len(self.state.voters), self.state.quorum_missed_at
+        text = f"{self.watch.alive(now)} of {count} of the electorate alive, need {self.state.need}"
         gone = [f"…{p[-6:]}" for p in self.watch.missing(now)]
         if not gone or missed_at is None:
             return text
@@ -264,10 +264,10 @@ class Round:
     def _quorum_with_us(self, without: str, now: float) -> bool:
         """Whether a quorum may be in our ballot: heard, at our head, and not known to be in a higher one."""
         state, ctx = self.state, self.ctx
-        others = [p for p in self.electorate if p not in (ctx.me, without) and ctx.heard(p, now)]
+        others = [p for p in state.voters if p not in (ctx.me, without) and ctx.heard(p, now)]
         with_us = sum(ctx.is_within(p, self.epoch, self.head, state.ballot) for p in others)
-        with_us += ctx.me in self.electorate
-        return with_us >= quorum(len(self.electorate))
+        with_us += ctx.me in state.voters
+        return with_us >= state.need
 
     def on_call(self, peer: str, call: Call, now: float) -> str | None:
         if call.ballot <= self.state.ballot or self._out_of_reach(call.ballot, now):
@@ -325,10 +325,10 @@ class Round:
 
     def _quorum_is_ready(self, leader: str, now: float) -> bool:
         """Whether it may be so, of those that we hear: no leader may end the others' training before."""
-        others = [p for p in self.electorate if p not in (leader, self.ctx.me) and self.ctx.heard(p, now)]
+        others = [p for p in self.state.voters if p not in (leader, self.ctx.me) and self.ctx.heard(p, now)]
         training = sum(self.ctx.stage_at(p, self.epoch, self.head) < Stage.READY for p in others)
-        training += self.state.stage < Stage.READY and self.ctx.me in self.electorate
-        return len(self.electorate) - training >= quorum(len(self.electorate))
+        training += self.state.stage < Stage.READY and self.ctx.me in self.state.voters
+        return len(self.state.voters) - training >= self.state.need
 
     def on_roster(self, peer: str, roster: Roster, now: float) -> str | None:
         """Follow a leader's roster, if it is the highest ballot's and says of us what we said."""
@@ -384,7 +384,7 @@ class Round:
         named = {m.peer for m in roster.members if m.weight}
         if named.issuperset(state.before.intersection(electorate)):
             return False
-        if sum(self.ctx.heard(p, now) for p in electorate) < quorum(len(electorate)):
+        if sum(self.ctx.heard(p, now) for p in state.voters) < state.need:
             return False
         state.narrowed[leader] = None
         return len(state.narrowed) < 2

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from enum import Enum
 
-from tapestry.node.protocol.chain import Behind, Body, Member, Place, Record, leader_order
+from tapestry.node.protocol.chain import Behind, Body, Member, Place, Record, leader_order, quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.handover import ELECTORS, Handover
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Stage
 
 
@@ -85,6 +86,30 @@ class RoundState:
 
     def leader_of(self, ballot: int) -> str:
         return self.order[ballot % len(self.order)]
+
+    @property
+    def handover(self) -> Handover | None:
+        """The leave of the other one of two electors, if we may count on it."""
+        if len(self.electorate) != ELECTORS or self.vote.left:
+            return None
+        for peer in self.electorate:
+            left = self.ctx.leaves.get(peer)
+            if left is not None and peer != self.ctx.me and left.head.startswith(self.at.heads):
+                return Handover(peer, left.head, left.signature)
+        return None
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """The electors whose quorum decides: without one that has left, though it may be back by now."""
+        handover = self.handover
+        if handover is None:
+            return self.electorate
+        return tuple([p for p in self.electorate if p != handover.peer])
+
+    @property
+    def need(self) -> int:
+        """A quorum of the voters."""
+        return quorum(len(self.voters))
 
     @property
     def speaks(self) -> bool:

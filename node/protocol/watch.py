@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from tapestry.node.protocol.blame import debts, silent
-from tapestry.node.protocol.chain import quorum, waits
+from tapestry.node.protocol.chain import waits
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.round_state import RoundState
 
@@ -59,7 +59,7 @@ class Watch:
     # --- the quorum ----------------------------------------------------------------------------
 
     def alive(self, now: float) -> int:
-        return sum(self._votes(p, now) for p in self.state.electorate)
+        return sum(self._votes(p, now) for p in self.state.voters)
 
     def _votes(self, peer: str, now: float) -> bool:
         """Heard, and not standing by at our head: who has lost its disk takes no part in this round."""
@@ -75,11 +75,9 @@ class Watch:
         """Asked after every input, and so answered from `quorum_until` while nobody can have been lost."""
         if now < self.quorum_until:
             return True
-        ctx, need = self.ctx, quorum(len(self.state.electorate))
+        ctx, need = self.ctx, self.state.need
         heard_at = [
-            now if p == ctx.me else ctx.peers[p].heard_at
-            for p in self.state.electorate
-            if self._votes(p, now)
+            now if p == ctx.me else ctx.peers[p].heard_at for p in self.state.voters if self._votes(p, now)
         ]
         if len(heard_at) < need:
             return False
@@ -92,7 +90,7 @@ class Watch:
 
     def missing(self, now: float) -> list[str]:
         """The electors that do not vote now."""
-        return [p for p in self.state.electorate if not self._votes(p, now)]
+        return [p for p in self.state.voters if not self._votes(p, now)]
 
     def force_due(self, now: float) -> bool:
         """Whether it is on us to go on without a quorum."""
@@ -137,6 +135,8 @@ class Watch:
         view = self.ctx.peers.get(leader)
         gone = not self.ctx.heard(leader, now)
         at_head = view is not None and view.stage_at(state.epoch, state.head) != Stage.AWAY
+        if not at_head and not state.forced and state.handover is not None and state.handover.peer == leader:
+            return "leader_left"
         heard_at = view.heard_at if view is not None and at_head else -1e9
         if gone and now - state.entered_at >= min(rules.resend_s, rules.stall_s) / 4:
             return "leader_gone"
@@ -157,9 +157,9 @@ class Watch:
                 state.leader_claims_at = now
             return now - state.leader_claims_at >= ctx.pace.exchange_max_s() + ctx.pace.leaders_wait_s()
         ready = sum(
-            p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.electorate
+            p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.voters
         )
-        if ready < quorum(len(state.electorate)) or self._ready_count(now) < ctx.contributors_min():
+        if ready < state.need or self._ready_count(now) < ctx.contributors_min():
             state.quorum_ready_at = None
             return False
         if state.quorum_ready_at is None:

@@ -191,7 +191,12 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
             third.wait_epoch(epoch + 2, deadline_s=20)  # sooner than it would go on alone
             assert not any(r["forced"] for r in chain_of(third.home))
             second.wait("its contribution again", lambda: members_of(chain_of(third.home)[-1]) == 2)
-            assert [second.stop(), third.stop()] == [0, 0]
+            assert second.stop() == 0
+            epoch = third.status()["epoch"]
+            third.wait_epoch(epoch + 2, deadline_s=20)  # of two, who stops hands over: nothing is waited for
+            assert third.stop() == 0
+            assert "handed_over_by=" in (third.home / "node.log").read_text()
+            assert not any(r["forced"] for r in chain_of(third.home))
     chains = [chain_of(node.home) for node in (founder, second, third)]
     length = min(map(len, chains))
     assert chains[0][:length] == chains[1][:length] == chains[2][:length]  # the digests of all states with it

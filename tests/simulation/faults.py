@@ -164,7 +164,7 @@ class Chaos:
         if node.core is not None:
             self.world.tell(node.name, "CRASH")
             node.crash()
-            self.world.later(self.rng.choice([0.02, 0.2, 0.5, 3.0, 20.0]), None, lambda: self._restart(node))
+            self.world.later(self.rng.choice([0.02, 0.2, 0.5, 3.0, 20.0]), None, lambda: self.restart(node))
 
     def _blackout(self) -> None:
         nodes = list(self.world.nodes.values())
@@ -181,7 +181,7 @@ class Chaos:
                 if (a in island) != (b in island):
                     self.world.cut(a, b, for_s)
 
-    def _restart(self, node: Node) -> None:
+    def restart(self, node: Node) -> None:
         if node.core is None:
             lost = self._loses_disk(node)
             self.world.tell(node.name, "RESTART without its disk" if lost else "RESTART")

@@ -171,7 +171,7 @@ class Invariants:
         records = node.disk.records
         electorate = ground.electorate
         if not body.forced:
-            signed = {peer for peer, _ in record.signatures}
+            signed = {peer for peer, _ in record.signatures} | self._left(node, record, electorate)
             if sum(p in signed for p in electorate) < majority(len(electorate)):
                 self.fail(node, "consensus: a record without a quorum's signatures")
         if record is not self.verified:
@@ -187,6 +187,20 @@ class Invariants:
         influence = ground.influence or self.world.rules.max_influence
         if influence * len(weights) > 1 and max(weights) > influence * sum(weights) + 1:
             self.fail(node, f"weight cap: {weights}")
+
+    def _left(self, node: Node, record: Record, electorate: tuple[str, ...]) -> set[str]:
+        """Who had left the round, of two electors, as the record bears it."""
+        if record.handover is None:
+            return set()
+        peer, head, signature = record.handover
+        message = b"tapestry leave v1\0" + head.encode()
+        here = {record.body.prev, *[r.body.prev for r in node.disk.records if r.head == record.body.prev]}
+        if len(electorate) != 2 or head not in here or not node.crypto.verify(peer, signature, message):
+            self.fail(
+                node, f"handover: record {record.body.epoch} bears a leave of {peer} that does not count"
+            )
+        self.world.handovers += 1
+        return {peer}
 
     def _check_members(self, node: Node, record: Record, ground: Ground) -> None:
         """G8, G9: who is in a record, who signed its changes, and what everybody weighs."""

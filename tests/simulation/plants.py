@@ -570,3 +570,17 @@ def heeds_every_word() -> list[Patch]:
 @plant("a leader that names itself alone is followed", 57)
 def one_leader_decides() -> list[Patch]:
     return [(Round, "_decides_alone", lambda self, leader, roster, now: False)]
+
+
+# --- a round that is handed over --------------------------------------------------------------------
+
+
+@plant("who has left and is back decides in the place of the one that stayed", 497)
+def leaver_decides() -> list[Patch]:
+    def need(self: RoundState) -> int:
+        return len(self.electorate) // 2 + (self.handover is None)
+
+    return [
+        (RoundState, "voters", property(lambda self: self.electorate)),
+        (RoundState, "need", property(need)),
+    ]

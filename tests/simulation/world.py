@@ -27,6 +27,7 @@ from simulation.inventors import Inventors
 from simulation.mutes import Floods, Mutes
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
+from simulation.stops import Stops
 from simulation.usurpers import Usurpers
 from simulation.violation import Violation
 
@@ -82,6 +83,7 @@ class World:
         self.heap: list[tuple[float, int, int, Node | None, Happening]] = []
         self.count = 0
         self.messages = 0
+        self.handovers = 0  # times that a record which bears one was taken
         self.story: list[tuple[float, str, object, object]] | None = [] if keep_story else None
         self.digest = hashlib.blake2b(digest_size=16) if keep_trace else None
         self.outcomes: dict[str, int] = {}
@@ -163,6 +165,7 @@ class World:
         self.inventors = Inventors(self, faults is None, names)
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
         self.autocrats = Autocrats(self, faults is None and not is_slow, names)
+        self.stops = Stops(self, faults is None)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
         self.rollbacks = Rollbacks(self, faults is None)
@@ -218,6 +221,7 @@ class World:
         self.consortium.plan(self.fault_s)
         self.rollbacks.plan()
         self.usurpers.plan()
+        self.stops.plan()
         self.gates.plan()
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
             self.step()

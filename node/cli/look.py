@@ -15,6 +15,7 @@ from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import WIDTH, column, cut, ids_cut, who, wrapped
+from tapestry.node.protocol.settings import shown
 from tapestry.node.surface.ask import ask
 
 
@@ -31,6 +32,8 @@ def status(home: str | None, as_json: bool) -> None:
     if not isinstance(answer, dict):
         raise UserError("the node's /status is not a table", exit_code=ExitCode.FAILED)
     answer.pop("roll", None)  # `tapestry members` shows it
+    if isinstance(answer.get("settings"), dict):
+        answer["settings"] = {key: shown(value) for key, value in answer["settings"].items()}
     width = max((len(str(key)) for key in answer), default=0)
     for key, value in answer.items():
         name = printable(str(key))

@@ -23,6 +23,7 @@ from tapestry.node.errors import UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
+from tapestry.node.protocol.settings import SETTINGS, shown
 from tapestry.node.surface import control
 
 WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
@@ -127,6 +128,7 @@ def invite(name: str, uses: int, expires: str, home: str | None) -> None:
 @click.command(
     epilog=examples(
         "tapestry propose set train.lr 1e-4 --home mine",
+        "tapestry propose set round.exchange_max_s auto --home mine",
         "tapestry propose charter admit_by majority --home mine",
         'tapestry propose rollback 40 --why "the loss rose" --home mine',
     )
@@ -140,9 +142,11 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     """Ask for a change of who belongs to the run, or of its rules.
 
     admit PEER [NAME], remove PEER [WHY], rekey OLD NEW, voice PEER N, charter KEY VALUE, and of the run's
-    settings set KEY NUMBER: train.lr, train.inner_steps, train.accumulation, train.batch_size, outer.lr,
-    round.max_influence, round.min_members, round.stall_s, round.wait_max_s. They are in force from the state
-    that the next record makes. rollback EPOCH: the state that the next record makes is that of EPOCH again.
+    settings set KEY VALUE, as run.toml has it: train.lr, train.inner_steps, train.accumulation,
+    train.batch_size, outer.lr, gate.margin, audit.share, audit.on_lie, round.straggler_wait_s,
+    round.closing_grace_s, round.commit_grace_s, round.stall_s, round.exchange_max_s, round.quorum_loss_s,
+    round.wait_max_s, round.min_members, round.max_influence. They are in force from the state that the next
+    record makes. rollback EPOCH: the state that the next record makes is that of EPOCH again.
     """
     place = Home.locate(home, os.environ)
     if not words:
@@ -156,7 +160,9 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
         known = [one["peer"] for one in table["members" if kind != "admit" else "applicants"]]
         peer = _whole(peer, known + [one["key"] for one in table["invites"]])
     if kind == "set":
-        value = f"{words[0]} {_plain_number(words[1:])}"
+        setting = SETTINGS.get(words[0])
+        is_word = setting is not None and len(words) == 2 and words[1] in setting.words
+        value = " ".join(words) if is_word else f"{words[0]} {_plain_number(words[1:])}"
     _change(place, kind, peer, value, f"{kind} {' '.join(words)}", no_wait)
 
 
@@ -228,7 +234,10 @@ def _plain_number(words: Sequence[str]) -> str:
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite():
-        raise UserError("propose set KEY NUMBER: the second word is the number", hint="3e-4 or 0.0003")
+        raise UserError(
+            "propose set KEY VALUE: the second word is the value",
+            hint="3e-4 or 0.0003; auto, where run.toml has it",
+        )
     text = f"{number:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -278,8 +287,8 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         of = short(one["peer"]) if one["peer"] else ""
         what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
         lines += _row("pending", what, one["id"][:8], f"{one['signed']} of {one['needs']} signed")
-    for key, number in table["settings"].items():
-        lines += _row("setting", key, "", f"{number:g}, in place of the run spec's")
+    for key, value in table["settings"].items():
+        lines += _row("setting", key, "", f"{shown(value)}, in place of the run spec's")
     for peer, why in table["removed"].items():
         lines += _row("removed", "", short(peer), ids_cut(why))
     return lines

@@ -50,9 +50,10 @@ from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.settings import Value
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig
-from tapestry.node.spec.run import RunSpec, Seconds, training_spec
+from tapestry.node.spec.run import RunSpec, training_spec
 from tapestry.node.spec.size import exchange_sized_s
 from tapestry.node.spec.training import TransformersSpec, WorkerSettings
 from tapestry.node.state.means import mean_of
@@ -195,9 +196,9 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
 # --- what the spec means for the parts --------------------------------------------------------------
 
 
-def fixed(wait: Seconds) -> float | None:
-    """None where each node computes it: pace.py."""
-    return None if wait == "auto" else wait
+def fixed(wait: Value) -> float | None:
+    """None where each node computes it ("auto"): pace.py."""
+    return None if isinstance(wait, str) else wait
 
 
 def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
@@ -228,7 +229,9 @@ def rules_of(spec: RunSpec, run_id: str, shard_count: int) -> Rules:
 
 def alone(rules: Rules) -> Rules:
     """Those of an island: whatever the run says of a lost quorum, this member goes on by itself."""
-    return replace(rules, on_quorum_loss="continue", quorum_loss_s=ISLAND_QUORUM_LOSS_S, min_members=1)
+    own = frozenset({"round.quorum_loss_s", "round.min_members"})
+    rules = replace(rules, on_quorum_loss="continue", quorum_loss_s=ISLAND_QUORUM_LOSS_S, min_members=1)
+    return replace(rules, own=own)
 
 
 def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> LinkLimits:
@@ -263,7 +266,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         weights_dir=str(config.base or ""),
         inner_state_path=str(home.trainer / "inner.safetensors"),
         cursor_path=str(home.trainer / "cursor.json"),
-        gate_windows=spec.gate.windows if spec.gate.margin else 0,
+        gate_windows=spec.gate.windows,  # also without a gate: a record may set one up
         node_seed=node_seed(peer_id),
         codec=spec.compression.codec,
         shard_elements=spec.compression.shard_elements,

@@ -58,6 +58,7 @@ from tapestry.node.protocol.audit import Input, Order, second_auditor
 from tapestry.node.protocol.canon import Crypto
 from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
+from tapestry.node.protocol.settings import Settings, word_of
 from tapestry.node.state.means import payload_digest, payload_of
 
 KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
@@ -102,7 +103,7 @@ class Auditor:
     run_id: str
     folder: Path  # HOME/accusations
     throttles: Throttles
-    on_lie: Literal["remove", "rollback", "mark"] = "mark"  # what this node asks for, where it may
+    on_lie: Literal["remove", "rollback", "mark"] = "mark"  # the spec's: what this node asks for
 
 
 class Evidence(Protocol):
@@ -114,6 +115,8 @@ class Evidence(Protocol):
     def of_a_record(self, lie: Accusation) -> bool: ...
 
     def in_the_state(self, lie: Accusation) -> bool: ...
+
+    def settings_at(self, epoch: int) -> Settings: ...
 
 
 class AuditDesk:
@@ -346,9 +349,12 @@ class AuditDesk:
             self._told.popitem(last=False)
         in_state = isinstance(a, Accusation) and await self._loop.compute(self._evidence.in_the_state, a)
         new = await self._keep(a, in_state)
+        # By the rule of that round, so that all ask for the same, whenever they hear of it.
+        settings = await self._loop.compute(self._evidence.settings_at, a.epoch)
+        on_lie = word_of(settings, "audit.on_lie", self._on_lie)
         # What is in the state is undone after the liar's removal too: it may have been for another lie.
-        undoes = self._on_lie == "rollback" and in_state
-        if not new and not undoes and (self._on_lie == "mark" or a.accused not in self._members.roll.members):
+        undoes = on_lie == "rollback" and in_state
+        if not new and not undoes and (on_lie == "mark" or a.accused not in self._members.roll.members):
             return
         self._reporter.accused(a.accused, a.epoch + 1, a.shard, a.what)
         _log.error(
@@ -356,9 +362,9 @@ class AuditDesk:
             "it",
             *(a.accused, by[-6:], a.name, a.what),
         )
-        if self._on_lie != "mark":
+        if on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
-        if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+        if on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
             self._ask_to_roll_back(a, in_state)
         if new:
             packed = a.pack()

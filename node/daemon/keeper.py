@@ -34,6 +34,7 @@ from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, f
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import rollback_of
+from tapestry.node.protocol.settings import Settings, number_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.means import payload_digest, payload_of
@@ -74,6 +75,7 @@ class Keeper:
         branches: BranchLimits = BRANCH_LIMITS,
     ) -> None:
         self.run_id = genesis.run_id
+        self.spec = spec
         self._home = home
         self._base = base
         self._begins = begins
@@ -276,6 +278,11 @@ class Keeper:
             return False
         return payload_digest(payload_of(payload)) == lie.digest
 
+    def settings_at(self, epoch: int) -> Settings:
+        """What records up to `epoch` have changed of the spec; where we are not so far, up to our newest."""
+        chain = self.copy_of_chain()
+        return chain.place_at(min(epoch, chain.epoch)).roll.settings
+
     def _record_of(self, lie: Accusation) -> Record | None:
         record = self.store.record(lie.epoch + 1)  # not our chain's: the disk thread changes that
         if record is None:
@@ -331,7 +338,7 @@ class Keeper:
 
     def _stall_s(self, chain: Chain) -> float:
         """As the members have changed it since: a transfer over a line that they made room for goes on."""
-        return chain.place.roll.settings.get("round.stall_s", self._transfer.stall_s)
+        return number_of(chain.place.roll.settings, "round.stall_s", self._transfer.stall_s)
 
     @property
     def committed_tokens(self) -> int:

@@ -330,8 +330,9 @@ class Daemon:
         except Broken as error:
             raise UserError(f"{self.home.genesis}: {error}", hint="restore another backup") from error
 
-        wait_s = fixed(spec.round.quorum_loss_s) or RESTORED_WAIT_S
         place = await asyncio.to_thread(place_of, self.home, genesis, crypto)
+        set_s = place.roll.settings.get("round.quorum_loss_s", spec.round.quorum_loss_s)
+        wait_s = fixed(set_s) or RESTORED_WAIT_S
         await find_run(self.home, mark, genesis, place, wait_s, swarm, peers, crypto, self._wait_for)
 
     def _wait_for(self, reason: str) -> None:

@@ -31,11 +31,11 @@ from tapestry.node.protocol.members import (
     change_id,
     needed,
     read_rollback,
-    read_setting,
     rollback_value,
     why_no_rollback,
 )
 from tapestry.node.protocol.proposals import may_ask
+from tapestry.node.protocol.settings import Settings, read_setting
 from tapestry.node.surface.control import roll_table
 
 VALID_EPOCHS = 100_000  # Guess: what nobody approved by then is void
@@ -71,16 +71,16 @@ class MembersDesk:
         me: str,
         crypto: Crypto,
         given: Iterable[str],
-        without_effect: Callable[
-            [str], str
-        ],  # why changing a setting would change nothing in this run, or ""
+        why_no_change: Callable[
+            [Settings, str], str
+        ],  # what is wrong with a setting, of those that would be in force then; or ""
         held_back_to: Callable[[int], str] = lambda epoch: "",  # an epoch's head, if our disk has its state
     ) -> None:
         self._loop = loop
         self._held_back_to = held_back_to
         self._me = me
         self._crypto = crypto
-        self._without_effect = without_effect
+        self._why_no_change = why_no_change
         self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
         self.reception = Reception(lambda: self.roll, self._epoch, self.submit, self._coming)
 
@@ -141,10 +141,8 @@ class MembersDesk:
         until = self._loop.snapshot().chain_epoch + VALID_EPOCHS
         name = "" if kind in OF_NOBODY else peer_field(peer, "a peer id")
         words = strict.text(value, WHY_CHARS_MAX, "a value")
-        if kind == "set":
-            key, _ = read_setting(words)
-            if why := self._without_effect(key):
-                return {"fault": why}
+        if kind == "set" and (why := self._why_not_set(words)):
+            return {"fault": why}
         if kind == "rollback":
             return self._ask_back(words, until)
         for one in (name, words if kind == "rekey" else name):
@@ -153,6 +151,11 @@ class MembersDesk:
         if kind == "remove" and self.roll.charter.admit_by != "majority" and self.roll.council == (name,):
             return {"fault": LAST_AUTHORITY}
         return self._sign(Change(str(kind), name, words, until, secrets.token_hex(16)))
+
+    def _why_not_set(self, words: str) -> str:
+        """Judged here by the whole spec; what comes of a peer, by its bounds. Raises Malformed."""
+        key, value = read_setting(words)
+        return self._why_no_change({**self.roll.settings, key: value}, key)
 
     def _ask_back(self, words: str, until: int) -> dict[str, Any]:
         """`epoch why`: of a state that our disk has, so that somebody does."""
@@ -210,6 +213,8 @@ class MembersDesk:
             epoch = read_rollback(found[0].value)[0]
             if not self._held_back_to(epoch):
                 return {"fault": NOT_HELD.format(epoch=epoch)}
+        if found[0].kind == "set" and (why := self._why_not_set(found[0].value)):
+            return {"fault": why}
         return self._sign(found[0])
 
     def _sign(self, change: Change) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
 from tapestry.node.protocol.snapshot import Snapshot
-from tapestry.node.spec.training import without_effect
+from tapestry.node.spec.run import why_no_change
 from tapestry.node.surface.status import Shown
 from tapestry.node.trainer.process import TrainerProcess
 
@@ -75,7 +75,7 @@ class Runtime:
             auditor.own,
             auditor.crypto,
             network.given,
-            lambda key: without_effect(key, trainer.training),
+            lambda settings, key: why_no_change(keeper.spec, settings, key),
             keeper.held_back_to,
         )
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, keeper)

@@ -22,6 +22,7 @@ from tapestry.node.progress import Progress, form
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.settings import Settings, shown
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import Shows
@@ -250,6 +251,7 @@ class Reporter:
         self._losses = LossWatch()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
+        self._settings: Settings = {}  # in force, as told
         self._dropped = Dropped(0, 0)
         self.branches: tuple[str, ...] = ()  # what lost at forks and is kept, by name; oldest first
         self._accused: list[dict[str, str | int]] = []
@@ -442,9 +444,20 @@ class Reporter:
 
     def changed(self, records: Sequence[Record], core: Snapshot) -> None:
         """Records that are on disk now; some may change who belongs to the run, and its rules."""
+        self._tell_settings(core.roll.settings, core.chain_epoch)
         self.meet(core)
         for record in records:
             self._story.changed(record.body)
+
+    def _tell_settings(self, now: Settings, epoch: int) -> None:
+        """What is in force now, and was not: by a record, or because its fork was left."""
+        before, self._settings = self._settings, now
+        for key in {**before, **now}:
+            if key not in now:
+                _log.info("setting=%s is the run spec's again epoch=%d", key, epoch)
+                self._story.unset(key, epoch)
+            elif before.get(key) != now[key]:
+                _log.info("setting=%s value=%s epoch=%d", key, shown(now[key]), epoch)
 
     def dropped(self, records: int, weight: int, branch: str) -> None:
         """A fork was left for a better chain; `branch` is the name of what is kept of it, or ""."""
@@ -500,6 +513,7 @@ class Reporter:
     def meet(self, core: Snapshot) -> None:
         """Who is in the run, and what they are called, from now on."""
         self._names.learn(core.peer_id, core.roll)
+        self._settings = core.roll.settings
 
     def refused(self, peer: str, reason: str, text: str) -> None:
         """Something of `peer` was refused."""

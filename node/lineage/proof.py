@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.settings import Settings
 
 FAULTS_MAX = 100  # that are kept: more say nothing new
 
@@ -65,4 +66,4 @@ class Signed:
     result: str  # of the update that made it; "" of epoch 0
     state: str | None  # digest of the state, signed one record later; None at the head
     record: Record | None = None  # None of epoch 0
-    settings: Mapping[str, float] = field(default_factory=dict)  # that the roll before the record had
+    settings: Settings = field(default_factory=dict)  # that the roll before the record had

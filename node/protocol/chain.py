@@ -52,6 +52,7 @@ from tapestry.node.protocol.record import record_bytes as record_bytes
 from tapestry.node.protocol.record import record_from_dict as record_from_dict
 from tapestry.node.protocol.record import record_to_dict as record_to_dict
 from tapestry.node.protocol.record import wire_bytes as wire_bytes
+from tapestry.node.protocol.settings import Settings
 
 RECENT = 256  # records of a chain with a past that stay in memory. Guess: 7 MB of 64 members
 PAGE = 256  # records that are read at a time
@@ -484,7 +485,7 @@ class Chain:
             return found
         return found + self.after(self._base, count_max - len(found))
 
-    def settings_of(self, record: Record) -> Mapping[str, float]:
+    def settings_of(self, record: Record) -> Settings:
         """What records before it have changed of the spec: it is a record of this chain."""
         return self.place_at(record.body.epoch - 1).roll.settings
 

@@ -278,7 +278,7 @@ class Core:
             round_.count_deliveries(contributors, now)
             self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
             fetched = round_.acceptor.fetched.get(record.head, ())
-            audit = audit_of(self.ctx, round_.exchange, record, fetched)
+            audit = audit_of(self.ctx, round_.state.at.roll, round_.exchange, record, fetched)
             if audit is not None:
                 self.ctx.emit(audit)
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))

@@ -15,16 +15,25 @@ from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Audit
 from tapestry.node.protocol.exchange import Exchange
+from tapestry.node.protocol.members import Roll
+from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.settings import number_of
+
+
+def share_of(roll: Roll, rules: Rules) -> float:
+    """The share of a record's shards that is audited. `roll`: of the state before it, as for its weights: by
+    when a node has the record, a later one may hold, and contributors keep what auditors will ask for."""
+    return number_of(roll.settings, "audit.share", rules.audit_share)
 
 
 def audit_of(
-    ctx: Context, exchange: Exchange, record: Record, fetched: tuple[SignedMean, ...] = ()
+    ctx: Context, roll: Roll, exchange: Exchange, record: Record, fetched: tuple[SignedMean, ...] = ()
 ) -> Audit | None:
-    """None where nothing is drawn, or nothing of it concerns us.
+    """None where nothing is drawn, or nothing of it concerns us. `roll`: of the state before the record.
 
     `fetched`: who made the record's result, where we got it from a member that had accepted it.
     """
-    body, share = record.body, ctx.rules.audit_share
+    body, share = record.body, share_of(roll, ctx.rules)
     due = due_shards(record.signatures, ctx.rules.shard_count, share, ctx.crypto) if share else ()
     if not due:
         return None

@@ -19,7 +19,6 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -34,25 +33,12 @@ from tapestry.node.protocol.canon import (
     quorum,
 )
 from tapestry.node.protocol.path import leads
+from tapestry.node.protocol.settings import Settings, number_of, read_setting
 from tapestry.node.protocol.strict import Malformed, hexadecimal, integer, sequence, table, text
 
 KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter", "set", "rollback")
 OF_NOBODY: Final = ("charter", "set", "rollback")  # kinds that are about no peer
 
-# What `set` may change of the run's spec, and between which numbers; in force from the state that the record
-# makes. What is not here shapes the state or the messages: that takes another run.
-SETTINGS: Final[Mapping[str, tuple[float, float]]] = {
-    "train.lr": (1e-9, 10.0),
-    "train.inner_steps": (1, 100_000),
-    "train.accumulation": (1, 4_096),
-    "train.batch_size": (1, 65_536),
-    "outer.lr": (1e-9, 10.0),
-    "round.max_influence": (0.001, 1.0),
-    "round.min_members": (1, 10_000),
-    "round.stall_s": (0.5, 3_600.0),
-    "round.wait_max_s": (1.0, 604_800.0),
-}
-WHOLE: Final = ("train.inner_steps", "train.accumulation", "train.batch_size", "round.min_members")
 CHANGES_MAX = 8  # in one record: more wait for the next
 CHANGES_BYTES_MAX = 65_536  # Guess: of one record's changes, so that a record fits into a frame
 LIFETIME_EPOCHS_MAX = 1_000_000  # of a change: how long the roll must remember it
@@ -147,7 +133,7 @@ class Roll:
     done: Mapping[str, int]  # changes that were applied -> the epoch after which they are void anyway
     counted: Mapping[str, int]  # newcomers of an open run -> their committed contributions
     removed: Mapping[str, str]  # the last ones -> why
-    settings: Mapping[str, float]  # of SETTINGS, those that a record has changed
+    settings: Settings  # those that a record has changed: settings.py
     heads: tuple[str, ...] = ()  # HEAD_DIGITS of each of the last epochs before the newest, oldest first
     rolled: Mapping[int, int] = field(default_factory=dict)  # records that roll back -> to which epoch
 
@@ -244,8 +230,8 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
     if kind == "invite":
         return replace(roll, invites={**roll.invites, peer: _read_invite(value)})
     if kind == "set":
-        key, number = read_setting(value)
-        return replace(roll, settings={**roll.settings, key: number})
+        key, setting = read_setting(value)
+        return replace(roll, settings={**roll.settings, key: setting})
     if kind == "rollback":
         return replace(roll, rolled={**roll.rolled, epoch: read_rollback(value)[0]})
     return replace(roll, charter=_read_charter(roll.charter, value))
@@ -428,7 +414,7 @@ def voice_weights(roll: Roll, contributors: Sequence[tuple[str, int]], max_influ
     an open run's newcomers together at most `open_share`. Without tokens nothing weighs anything, and a
     newcomer does not where no member contributes.
     """
-    max_influence = roll.settings.get("round.max_influence", max_influence)
+    max_influence = number_of(roll.settings, "round.max_influence", max_influence)
     raw = [_voice(roll, peer, tokens) for peer, tokens in contributors]
     old = [peer in roll.members for peer, _ in contributors]
     if not all(old):
@@ -566,21 +552,6 @@ def _read_charter(charter: Charter, value: str) -> Charter:
     if key == "voice":
         return replace(charter, voice=word)
     raise Malformed("no such rule")
-
-
-def read_setting(value: str) -> tuple[str, float]:
-    """Of `set`: `key number`, in plain decimals, one text for one number. Raises Malformed."""
-    key, word = _words(value, 2)
-    if key not in SETTINGS:
-        raise Malformed(f"a setting must be one of {', '.join(SETTINGS)}")
-    if len(word) > 24 or not re.fullmatch(r"(0|[1-9]\d*)(\.\d*[1-9])?", word, re.ASCII):
-        raise Malformed("a setting must be a plain number")
-    low, high = SETTINGS[key]
-    number = float(word)
-    if not low <= number <= high or (key in WHOLE and number != int(number)):
-        what = "a whole number " if key in WHOLE else ""
-        raise Malformed(f"{key} must be {what}from {low:,.9g} to {high:,.9g}")
-    return key, number
 
 
 def rollback_value(to: int, head: str, why: str) -> str:

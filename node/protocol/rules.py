@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from tapestry.node.protocol.settings import Settings, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +35,46 @@ class Rules:
     audit_share: float = 0.05  # of a record's shards, that another member averages again
     peers_max: int = 64
     records_bytes_max: int = 1 << 19  # of a RECORDS message; one record is always in it
+    own: frozenset[str] = frozenset()  # settings that no record changes here: a node by itself has its own
 
 
-def settled(rules: Rules, settings: Mapping[str, float]) -> Rules:
-    """Those of the spec, with what records have changed since: members.SETTINGS.
+CHANGED_BY = {  # setting -> field of Rules
+    "gate.margin": "gate_margin",
+    "round.straggler_wait_s": "straggler_wait_s",
+    "round.closing_grace_s": "closing_grace_s",
+    "round.commit_grace_s": "commit_grace_s",
+    "round.stall_s": "stall_s",
+    "round.exchange_max_s": "exchange_max_s",
+    "round.quorum_loss_s": "quorum_loss_s",
+    "round.wait_max_s": "wait_max_s",
+    "round.min_members": "min_members",
+}
 
-    `max_influence` is not here: it is judged by the roll before a record, members.voice_weights.
+
+def settled(rules: Rules, settings: Settings) -> Rules:
+    """Those of the spec, with what records have changed since, as the roll of the state at hand has it.
+
+    `max_influence` and `audit_share` are not here. They are of one record and may be asked for later, so they
+    are looked up in the roll before that: members.voice_weights, drawn.share_of.
     """
-    if not settings:
+    changed: dict[str, Any] = {
+        field: _as_rule(key, settings[key])
+        for key, field in CHANGED_BY.items()
+        if key in settings and key not in rules.own
+    }
+    if not changed:
         return rules
-    stall_s = settings.get("round.stall_s", rules.stall_s)
+    fifth_s = changed.get("stall_s", rules.stall_s) / 5
     return replace(
         rules,
-        stall_s=stall_s,
-        heartbeat_s=min(rules.heartbeat_s, stall_s / 5),
-        resend_s=min(rules.resend_s, stall_s / 5),
-        min_members=int(settings.get("round.min_members", rules.min_members)),
-        wait_max_s=settings.get("round.wait_max_s", rules.wait_max_s),
+        heartbeat_s=min(rules.heartbeat_s, fifth_s),
+        resend_s=min(rules.resend_s, fifth_s),
+        **changed,
     )
+
+
+def _as_rule(key: str, value: Value) -> float | int | None:
+    """As Rules has it: None for a wait that is computed, and for no gate."""
+    if isinstance(value, str) or (key == "gate.margin" and value == 0.0):
+        return None
+    return int(value) if key == "round.min_members" else value

@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
-from tapestry.node.protocol.members import SETTINGS, SHARE, Charter, charter_fault
+from tapestry.node.protocol.members import SHARE, Charter, charter_fault
+from tapestry.node.protocol.settings import SETTINGS, Settings, bounds_of
 from tapestry.node.spec.tables import (
     Between,
     Name,
@@ -37,7 +38,15 @@ from tapestry.node.spec.tables import (
     read_toml,
     shown,
 )
-from tapestry.node.spec.training import BELOW_ONE, PRESETS, DataSpec, ModelSpec, TrainingSpec, TrainSpec
+from tapestry.node.spec.training import (
+    BELOW_ONE,
+    PRESETS,
+    DataSpec,
+    ModelSpec,
+    TrainingSpec,
+    TrainSpec,
+    without_effect,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +171,25 @@ def proposals(here: RunSpec, run: RunSpec) -> list[str]:
     return [
         f"{key} {shown(ours[key])}"
         for key in _differing(ours, theirs)
-        if key in SETTINGS and SETTINGS[key][0] <= ours[key] <= SETTINGS[key][1]
+        if key in SETTINGS and SETTINGS[key].takes(ours[key])
     ]
+
+
+def why_no_change(spec: RunSpec, settings: Settings, key: str) -> str:
+    """Why a record should not change `key` so that `settings` are what records have changed, in words; "" if
+    it may: it would change nothing, or run.toml could not have it so either."""
+    why = without_effect(key, training_spec(spec))
+    if why:
+        return why
+    table = spec.to_dict()
+    for name, value in settings.items():
+        section, field = name.split(".")
+        table[section][field] = int(value) if SETTINGS[name].whole else value
+    try:
+        _checked(read_table(RunSpec, table))
+    except TableError as error:
+        return str(error)
+    return ""
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -265,7 +291,7 @@ class NesterovSpec:
     """[outer] with optimizer = "nesterov": for pseudo-gradients. Defaults: DiLoCo, 2311.08105."""
 
     optimizer: Annotated[Literal["nesterov"], OUTER_COMMENT] = "nesterov"
-    lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate. DiLoCo: 0.7."] = 0.7
+    lr: Annotated[float, bounds_of("outer.lr"), "Outer learning rate. DiLoCo: 0.7."] = 0.7
     momentum: Annotated[float, Between(0, BELOW_ONE), "Nesterov momentum. DiLoCo: 0.9."] = 0.9
     norm: Annotated[
         Literal["mean", "members"],
@@ -279,7 +305,7 @@ class AdamWSpec:
     """[outer] with optimizer = "adamw": for mean gradients."""
 
     optimizer: Annotated[Literal["adamw"], OUTER_COMMENT] = "adamw"
-    lr: Annotated[float, Between(0, 10, above=True), "Outer learning rate."] = 1e-3
+    lr: Annotated[float, bounds_of("outer.lr"), "Outer learning rate."] = 1e-3
     betas: Annotated[tuple[float, float], Between(0, BELOW_ONE), "AdamW's decay rates."] = (
         0.9,
         0.95,
@@ -297,7 +323,7 @@ class GateSpec:
 
     margin: Annotated[
         float,
-        Between(0, 10),
+        bounds_of("gate.margin"),
         "A member does not vote for a result that makes the loss on its held-out data worse by more than "
         "this. What a majority refuses is made again without the contribution that differs most from the "
         "others. 0: nobody measures.",
@@ -313,7 +339,7 @@ class AuditSpec:
 
     share: Annotated[
         float,
-        Between(0, 1),
+        bounds_of("audit.share"),
         "Of every record's shards, those that another member averages again after the commit; drawn by the "
         "record itself. Each costs its contributions once more. 0: nobody looks.",
     ] = 0.05
@@ -331,44 +357,48 @@ class RoundSpec:
 
     straggler_wait_s: Annotated[
         Seconds,
-        Between(0, 86_400),
+        bounds_of("round.straggler_wait_s"),
         "With a quorum ready, how long to wait for the other live members. auto: a quarter of an epoch, at "
         "least 5 s.",
     ] = "auto"
     closing_grace_s: Annotated[
         Seconds,
-        Between(0, 86_400),
+        bounds_of("round.closing_grace_s"),
         "Time for stragglers to contribute what they have, once told. auto: three quarters of an epoch, at "
         "least 2 s.",
     ] = "auto"
     commit_grace_s: Annotated[
-        float, Between(0, 3_600), "With a quorum's accepts, how long to wait for those of the others."
+        float,
+        bounds_of("round.commit_grace_s"),
+        "With a quorum's accepts, how long to wait for those of the others.",
     ] = 1.0
     stall_s: Annotated[
         float, Between(0.1, 3_600), "A member that makes no progress for so long has failed in this round."
     ] = 5.0
     exchange_max_s: Annotated[
         Seconds,
-        Between(1, 604_800),
+        bounds_of("round.exchange_max_s"),
         "Longest exchange of a round, even if it makes progress. auto: what the model takes at 10 Mbit/s, at "
         "least 300 s; less where exchanges are short, more after one that was given up.",
     ] = "auto"
     quorum_loss_s: Annotated[
         Seconds,
-        Between(1, 604_800),
+        bounds_of("round.quorum_loss_s"),
         "After so long without a quorum, on_quorum_loss decides. auto: an epoch, at least 30 s.",
     ] = "auto"
     wait_max_s: Annotated[
-        float, Between(60, 604_800), "Longest that any of the four may be where it is auto."
+        float, bounds_of("round.wait_max_s"), "Longest that any of the four may be where it is auto."
     ] = 43_200.0
     on_quorum_loss: Annotated[
         Literal["auto", "wait", "continue"],
         "wait: the rest stands still. continue: the survivors go on alone, and when they meet again, what a "
         "majority of the last full electorate signed wins. auto: wait where three or more decide.",
     ] = "auto"
-    min_members: Annotated[int, Between(1, 10_000), "No round starts with fewer contributions."] = 1
+    min_members: Annotated[
+        int, bounds_of("round.min_members"), "No round starts with fewer contributions."
+    ] = 1
     max_influence: Annotated[
-        float, Between(0, 1, above=True), "Largest share of the total weight that one member may have."
+        float, bounds_of("round.max_influence"), "Largest share of the total weight that one member may have."
     ] = 1.0
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tapestry.node.errors import UserError
+from tapestry.node.protocol.settings import Between as Between  # what rules of run.toml are too
 
 FILE_BYTES_MAX = 64 * 1024  # Guess; a run.toml with all its comments has 8 kB.
 
@@ -32,25 +33,6 @@ SHOWN_CHARS_MAX = 60  # of a wrong value, in an error message
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Between:
-    """A number from low to high; `above` leaves out low itself."""
-
-    low: float
-    high: float
-    above: bool = False
-    multiple_of: int = 1
-
-    def admits(self, value: float) -> bool:
-        inside = self.low <= value <= self.high and not (self.above and value == self.low)
-        return inside and not (self.multiple_of > 1 and value % self.multiple_of)
-
-    def __str__(self) -> str:
-        low, high = _number(self.low), _number(self.high)
-        steps = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
-        return f"above {low}, at most {high}{steps}" if self.above else f"from {low} to {high}{steps}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,10 +329,6 @@ def _clipped(text: str) -> str:
 
 def _one_of(values: tuple[str, ...]) -> str:
     return " or ".join(toml_value(value) for value in values)
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else str(value)
 
 
 def plain(value: Any) -> Any:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Final, Literal
 
+from tapestry.node.protocol.settings import Settings, bounds_of, number_of
 from tapestry.node.spec.data import DataSettings, Protection
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
@@ -166,7 +167,7 @@ class DataSpec:
 class TrainSpec:
     """[train]. The inner optimizer's numbers have no effect with inner_steps = 0."""
 
-    batch_size: Annotated[int, Between(1, 65_536), "Samples in one inner step."] = 4
+    batch_size: Annotated[int, bounds_of("train.batch_size"), "Samples in one inner step."] = 4
     inner_steps: Annotated[
         int,
         Between(0, 100_000),
@@ -180,7 +181,9 @@ class TrainSpec:
         "Needs inner_steps > 0.",
     ] = False
     accumulation: Annotated[
-        int, Between(1, 4_096), "With inner_steps = 0: batches whose mean gradient is one contribution."
+        int,
+        bounds_of("train.accumulation"),
+        "With inner_steps = 0: batches whose mean gradient is one contribution.",
     ] = 1
     optimizer: Annotated[
         Literal["adamw", "muon", "adamw8bit"],
@@ -188,7 +191,7 @@ class TrainSpec:
         "muon: Muon for the matrices inside the network, 4 bytes each, and AdamW for the rest. "
         "adamw8bit: AdamW with 2 bytes of state a parameter, by bitsandbytes.",
     ] = "adamw"
-    lr: Annotated[float, Between(0, 10, above=True), "Learning rate of the inner optimizer."] = 1e-3
+    lr: Annotated[float, bounds_of("train.lr"), "Learning rate of the inner optimizer."] = 1e-3
     muon_lr: Annotated[
         float,
         Between(0, 10),
@@ -251,10 +254,11 @@ class Changed:
     batch_size: int = 0
 
     @classmethod
-    def of(cls, train: TrainSpec, settings: Mapping[str, float]) -> Changed:
-        """From what is in force by `protocol.members.SETTINGS`."""
-        batches = settings.get("train.inner_steps" if train.inner_steps else "train.accumulation", 0)
-        return cls(settings.get("train.lr", 0.0), int(batches), int(settings.get("train.batch_size", 0)))
+    def of(cls, train: TrainSpec, settings: Settings) -> Changed:
+        """From what records have changed of the spec."""
+        batches = number_of(settings, "train.inner_steps" if train.inner_steps else "train.accumulation", 0)
+        batch_size = number_of(settings, "train.batch_size", 0)
+        return cls(number_of(settings, "train.lr", 0.0), int(batches), int(batch_size))
 
     def of_spec(self, train: TrainSpec) -> TrainSpec:
         """The spec's training as it is in force."""
@@ -279,6 +283,8 @@ def without_effect(key: str, training: TrainingSpec) -> str:
         return "this run takes inner steps: change train.inner_steps"
     if key in ("train.lr", "train.batch_size") and isinstance(training.model, ExternalSpec):
         return "in this run each member's script brings its own"
+    if key == "gate.margin" and isinstance(training.model, ExternalSpec):
+        return "in this run each member's script trains, which measures no result"
     return ""
 
 

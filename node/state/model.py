@@ -34,6 +34,7 @@ from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.agreement import lengthening
 from tapestry.node.protocol.chain import Body, Record, canonical
+from tapestry.node.protocol.settings import Settings, number_of
 from tapestry.node.spec.run import NesterovSpec, OuterSpec, RunSpec
 from tapestry.node.state.outer import Outer, f32, make_outer
 
@@ -66,12 +67,11 @@ class Arithmetic:
         lengthens = isinstance(spec.outer, NesterovSpec) and spec.outer.norm == "members"
         return cls(shards, get_codec(spec.compression.codec), make_outer(spec.outer), lengthens, spec.outer)
 
-    def outer_at(self, settings: Mapping[str, float]) -> Outer:
-        """The outer optimizer under what records have changed: members.SETTINGS."""
-        lr = settings.get("outer.lr")
-        if lr is None or self.outer_spec is None:
+    def outer_at(self, settings: Settings) -> Outer:
+        """The outer optimizer under what records have changed."""
+        if "outer.lr" not in settings or self.outer_spec is None:
             return self.outer
-        return make_outer(replace(self.outer_spec, lr=lr))
+        return make_outer(replace(self.outer_spec, lr=number_of(settings, "outer.lr", 0.0)))
 
     def divisor(self, body: Body) -> float:
         """What the mean of this record is divided by, an f32: from the record alone, so the same for all."""
@@ -139,7 +139,7 @@ class ModelState:
         self,
         payloads: Sequence[Tensor],  # uint8 (codec.payload_size(shard.n),) for each shard
         record: Record,  # of the state that this makes
-        settings: Mapping[str, float] = MappingProxyType({}),  # of the roll before it
+        settings: Settings = MappingProxyType({}),  # of the roll before it
     ) -> None:
         """Go from one state to the next. Raises TornState, or what the codec refuses.
 
@@ -157,7 +157,7 @@ class ModelState:
         self,
         payloads: Sequence[Tensor],  # as of `apply`
         body: Body,
-        settings: Mapping[str, float],
+        settings: Settings,
         out: Tensor,  # f32 (n,)
     ) -> None:
         """The parameters that `apply` would make, to the bit, into `out`: the state stays as it is.

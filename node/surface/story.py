@@ -59,6 +59,10 @@ class Story:
         given_up = f"{records} epochs, {tokens:,} tokens given up, {kept}"
         self._history.tell(f"this node left its chain for one with more work: {given_up}", "warning")
 
+    def unset(self, key: str, epoch: int) -> None:
+        """The chain that this node has moved to does not have the change."""
+        self._history.tell(f"the setting {key} is the run spec's again, at epoch {epoch}", "warning")
+
     def accused(self, peer: str, what: str) -> None:
         """A lie was proven."""
         self._history.tell(f"{self._name_of(peer)} is proven to have {what}", "warning")

@@ -28,7 +28,7 @@ import asyncio
 import gc
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from tapestry.compression.refusals import RefusedLayout
 from tapestry.node.disk.scratch import create_scratch, reserve
 from tapestry.node.errors import UserError
+from tapestry.node.protocol.settings import Settings
 from tapestry.node.spec.tables import plain
 from tapestry.node.spec.training import UNCHANGED, Changed, TrainingSpec, WorkerSettings
 from tapestry.node.trainer.aside import Aside
@@ -92,7 +93,7 @@ FORBIDDEN_LOOK_S = 1.0  # between two looks whether the data may be read again
 GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
 
 
-NO_SETTINGS: Final[Mapping[str, float]] = MappingProxyType({})
+NO_SETTINGS: Final[Settings] = MappingProxyType({})
 
 
 class TrainerError(RuntimeError):
@@ -273,9 +274,7 @@ class TrainerProcess:
         assert self._settings is not None
         return self._settings.training
 
-    def begin(
-        self, epoch: int, base: str = "", before: str = "", settings: Mapping[str, float] = NO_SETTINGS
-    ) -> None:
+    def begin(self, epoch: int, base: str = "", before: str = "", settings: Settings = NO_SETTINGS) -> None:
         """Train `epoch` from `params`; ends with a Contribution event. Supersedes an earlier begin.
 
         `base` is the head of the state that lies in `params`, `before` that of the one before it. With

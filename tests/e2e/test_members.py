@@ -9,6 +9,7 @@ import pytest
 from e2e.harness import LOOPBACK, Node, init, tapestry
 
 pytestmark = pytest.mark.e2e
+PASSED = 'tapestry_gate_total{outcome="passed"}'
 
 
 def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: Path) -> None:
@@ -19,6 +20,10 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
 
     def members() -> dict[str, str]:
         return {one["peer"]: one["name"] for one in asked("members", "--json")["members"]}
+
+    def measured(node: Node) -> float:
+        lines = node.get("/metrics").splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(PASSED))
 
     with Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members")) as founder:
         founder.wait_ready()
@@ -56,6 +61,14 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
                 founder.wait("an electorate of three", lambda: founder.electorate() == 3)
                 told = asked("propose", "set", "outer.lr", "5e-1")["line"]
                 assert "from epoch" in told, told
+                for setting in (("audit.share", "1"), ("round.exchange_max_s", "120"), ("gate.margin", "5")):
+                    told = asked("propose", "set", *setting)["line"]
+                    assert "from epoch" in told, told
+                bad = tapestry("propose", "set", "round.wait_max_s", "1", "--home", founder.home)
+                assert bad.returncode and "round.wait_max_s: 1 is not a number from 60" in bad.stderr, bad
+                in_force = {"outer.lr": 0.5, "audit.share": 1, "round.exchange_max_s": 120, "gate.margin": 5}
+                third.wait("the settings", lambda: third.status()["settings"] == in_force)
+                third.wait("a measured result", lambda: measured(third) > 0)
                 founder.wait_epoch(int(told.split()[-2]) + 2)
                 asked("remove", peer, "--why", "sent noise")
                 founder.wait("two go on", lambda: founder.electorate() == 2)
@@ -71,5 +84,5 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
         log
     )
     told = tapestry("members", "--home", founder.home)
-    assert "outer.lr" in told.stdout
+    assert all(key in told.stdout for key in in_force)
     assert told.returncode == 0 and "sent noise" in told.stdout, "from the records alone"

@@ -30,6 +30,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input, Order, second_auditor
 from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.commitment import Commitment
+from tapestry.node.protocol.settings import Settings
 from tapestry.node.state.means import payload_digest, payload_of
 
 N, RUN, HEAD, EPOCH = 600, "ab" * 32, "cd" * 32, 5
@@ -92,6 +93,7 @@ class Desk(AuditDesk):
         loop = SimpleNamespace(spawn=spawn, compute=compute, now=lambda: self.clock_s)
         auditor = Auditor(CRYPTO, name, RUN, folder / name, Throttles(), on_lie)
         self.record: Record | None = None  # the newest of its chain
+        self.rule = ""  # what a record has made of on_lie
         self.taken = ""  # digest of the wrong mean that is in its state
         self.roll = SimpleNamespace(members=dict.fromkeys(PEERS), removed={})
         members = SimpleNamespace(roll=self.roll, expel=self.expel, roll_back=tell("roll_back"))
@@ -106,6 +108,9 @@ class Desk(AuditDesk):
 
     def in_the_state(self, lie: Accusation) -> bool:
         return lie.digest == self.taken
+
+    def settings_at(self, epoch: int) -> Settings:
+        return {"audit.on_lie": self.rule} if self.rule else {}
 
     def expel(self, peer: str, why: str, epoch: int) -> None:
         self.told.append(("expel", peer))  # type: ignore[arg-type]
@@ -442,6 +447,25 @@ def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
     desk = run(scenario, tmp_path).desks["bob"]
     assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run == bool(proven)
     assert [entry[-1] for entry in desk.said("refused")] == ([] if of_the_run else ["accusation"])
+
+
+@pytest.mark.parametrize(("spec", "record", "removed"), [("remove", "mark", False), ("mark", "remove", True)])
+def test_a_lie_is_judged_by_the_rule_that_records_had_made_when_it_was_told(
+    tmp_path: Path, spec: str, record: str, removed: bool
+) -> None:
+    (tmp_path / "bob").mkdir()
+    members = (Member("x", 1, "aa" * 32),)
+    lie = Accusation(HEAD, EPOCH, members, SHARD, "01" * 32, "alice", "ab" * 64, (((), b"x"),))
+
+    async def main() -> Desk:
+        desk = Desk("bob", {}, tmp_path, on_lie=spec)
+        desk.rule = record
+        await desk._accuse(lie, "carol")
+        for task in desk.tasks:
+            task.cancel()
+        return desk
+
+    assert bool(asyncio.run(main()).roll.removed) is removed
 
 
 @pytest.mark.parametrize("decoys", [1, 9])

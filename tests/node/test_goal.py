@@ -98,3 +98,13 @@ def test_an_island_waits_for_nobody_whatever_the_run_says():
 
     rules = alone(rules_of(preset_spec("nano", "a run"), "ab" * 32, 1))
     assert (rules.on_quorum_loss, rules.min_members) == ("continue", 1) and rules.quorum_loss_s <= 1.0
+
+
+def test_an_island_keeps_its_own_waits_where_records_of_its_run_have_set_others():
+    from tapestry.node.daemon.assembly import alone, rules_of
+    from tapestry.node.protocol.rules import settled
+
+    rules = alone(rules_of(preset_spec("nano", "a run"), "ab" * 32, 1))
+    set_by_records = {"round.min_members": 3.0, "round.quorum_loss_s": 600.0, "round.stall_s": 2.0}
+    now = settled(rules, set_by_records)
+    assert (now.min_members, now.quorum_loss_s, now.stall_s) == (1, rules.quorum_loss_s, 2.0)

@@ -15,7 +15,9 @@ from tapestry.dht.identity import Identity
 from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.members import Change, Charter, change_id, first_roll, rollback_value
+from tapestry.node.protocol.settings import Settings
 from tapestry.node.protocol.strict import Malformed
+from tapestry.node.spec.run import RunSpec, why_no_change
 
 RUN = "ab" * 32
 FOUNDER, OTHER, THIRD = (
@@ -41,7 +43,7 @@ def asked(
 ) -> tuple[dict[str, Any], int]:
     """The answer, and how many changes the node then asks for."""
     loop = FakeLoop(charter or Charter())
-    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda key: no_effect)  # type: ignore[arg-type]
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: no_effect)  # type: ignore[arg-type]
     return desk.do({"do": "ask", "kind": kind, "peer": peer, "value": value}), len(loop.fed)
 
 
@@ -75,6 +77,33 @@ def test_a_setting_that_would_change_nothing_in_this_run_is_not_asked_for() -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("round.exchange_max_s auto", ""),
+        ("audit.share 0.5", ""),
+        ("round.min_members 65", "round.min_members: 65 with limits.max_peers = 64; must not be larger"),
+        ("train.accumulation 4", "this run takes inner steps: change train.inner_steps"),
+    ],
+)
+def test_a_setting_is_asked_for_only_if_run_toml_could_have_it_so(value: str, fault: str) -> None:
+    loop, spec = FakeLoop(Charter()), RunSpec.from_dict({"name": "demo"})
+    loop._roll = replace(loop._roll, settings={"round.straggler_wait_s": "auto", "train.batch_size": 2.0})
+
+    def why(settings: Settings, key: str) -> str:
+        return why_no_change(spec, settings, key)
+
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), why)  # type: ignore[arg-type]
+    answer = desk.do({"do": "ask", "kind": "set", "peer": "", "value": value})
+    assert (answer.get("fault", ""), len(loop.fed)) == (fault, 0 if fault else 1)
+
+
+def test_a_setting_out_of_bounds_is_refused_in_one_line() -> None:
+    for value in ("round.wait_max_s 1", "audit.on_lie forgive"):
+        with pytest.raises(Malformed, match=r"wait_max_s: 1 is not a number from 60|on_lie: forgive is not"):
+            asked("set", "", value)
+
+
 def test_a_rollback_is_asked_for_only_if_our_own_disk_leads_there() -> None:
     loop = FakeLoop(Charter())
     for epoch in range(1, 6):
@@ -85,7 +114,7 @@ def test_a_rollback_is_asked_for_only_if_our_own_disk_leads_there() -> None:
         FOUNDER.peer_id,
         NodeCrypto(FOUNDER),
         (),
-        lambda key: "",
+        lambda settings, key: "",
         held,
     )
 
@@ -118,7 +147,7 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
             who.peer_id,
             NodeCrypto(who),
             (),
-            lambda key: "",
+            lambda settings, key: "",
             lambda epoch: f"{epoch:032x}{0:032x}",
         )
         desk.roll_back(3, f"{3:032x}{0:032x}", "a lie")
@@ -131,7 +160,11 @@ def test_the_table_of_members_is_as_its_schema_says() -> None:
     loop = FakeLoop(Charter())
     change = Change("remove", OTHER.peer_id, "why", 9, "0" * 32, ((FOUNDER.peer_id, "ab"),))
     core = SimpleNamespace(
-        roll=replace(loop._roll, removed={THIRD.peer_id: "why"}, settings={"train.lr": 0.1}),
+        roll=replace(
+            loop._roll,
+            removed={THIRD.peer_id: "why"},
+            settings={"train.lr": 0.1, "round.exchange_max_s": "auto"},
+        ),
         chain_epoch=5,
         pending=(change,),
         run_id=RUN,
@@ -139,7 +172,7 @@ def test_the_table_of_members_is_as_its_schema_says() -> None:
         phase="training",
     )
     loop.snapshot = lambda: core  # type: ignore[method-assign]
-    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda key: "")  # type: ignore[arg-type]
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: "")  # type: ignore[arg-type]
     table = json.loads(json.dumps(desk.do({"do": "members"})))
     assert table["pending"] and table.pop("done") == [], "the command leaves it out"
     assert faults(load("members"), table) == []

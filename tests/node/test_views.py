@@ -158,3 +158,21 @@ def test_losses_that_go_apart_are_an_event_and_a_trouble_in_status() -> None:
     (said,) = bench.said
     trouble = bench.reporter.show(CORE, Where(())).loss_trouble
     assert "training loss fell" in said and said.split(": ")[1] == trouble.split(": ")[1]
+
+
+def test_settings_are_told_when_they_change_and_when_their_fork_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "tapestry")
+    bench, roll = Bench(), first_roll("ab" * 32, Charter(), ["me"])
+    core = replace(CORE, roll=replace(roll, settings={"train.lr": 0.0001}))
+    bench.reporter.meet(core)
+    waits = {"train.lr": 0.0001, "round.exchange_max_s": "auto"}
+    bench.reporter.changed((), replace(core, roll=replace(roll, settings=waits)))
+    bench.reporter.changed((), core)
+    told = [line.getMessage() for line in caplog.records if "setting=" in line.getMessage()]
+    assert told == [
+        "setting=round.exchange_max_s value=auto epoch=1",
+        "setting=round.exchange_max_s is the run spec's again epoch=1",
+    ]
+    assert bench.said == ["the setting round.exchange_max_s is the run spec's again, at epoch 1"]

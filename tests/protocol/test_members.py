@@ -1,11 +1,16 @@
 """Who belongs to a run decides what its rounds wait for; in worlds without faults."""
 
+from unittest.mock import patch
+
 import pytest
+from simulation.shell import EXECUTE
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.members import Change, read_setting
+from tapestry.node.protocol.members import Change, change_message
+from tapestry.node.protocol.messages import Changes
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.settings import read_setting
 from tapestry.node.protocol.strict import Malformed
 
 
@@ -84,8 +89,69 @@ def test_who_is_gone_holds_up_no_change_of_a_run_that_asks_for_everybody(change:
     world.until(lambda: all(n.core.ctx.roll != n.core.chain.place_at(0).roll for n in there), 60)
 
 
+@pytest.mark.parametrize("word", ["0", "1"])
+def test_the_record_that_changes_the_share_of_audits_is_drawn_by_the_old_one_and_the_next_by_the_new(word):
+    world = founded(audit_share=0.0 if word == "1" else 1.0)
+    drawn = {}
+
+    def seen(self, out):
+        drawn.setdefault(out.record.body.epoch, []).append(len(out.kept))
+        self.do_audit(out)
+
+    with patch.dict(EXECUTE, {ev.Audit: seen}):
+        epoch = agree(world, Change("set", "", f"audit.share {word}", 1000, "0" * 32))
+        world.until(lambda: world.epoch() >= epoch + 3, 60)
+    before, after = (epoch in drawn), (epoch + 1 in drawn and epoch + 2 in drawn)
+    assert (before, after) == ((False, True) if word == "1" else (True, False))
+    if word == "0":
+        assert not [e for e in drawn if e > epoch]
+
+
+def test_a_gate_is_set_up_and_taken_away_by_records():
+    world = founded()
+    for value, margin in (("gate.margin 0.5", 0.5), ("gate.margin 0", None)):
+        nonce = f"{len(value):032x}"
+        world.nodes["p0"].feed(ev.ChangeAsked(Change("set", "", value, 1000, nonce)))
+        cores = [node.core for node in world.nodes.values()]
+        world.until(lambda m=margin, c=cores: all(one.ctx.rules.gate_margin == m for one in c), 60)
+        stands = world.epoch()
+        world.until(lambda s=stands: world.epoch() >= s + 2, 60)
+    assert world.gates.outcomes["passed"] > 0, "with the gate on, results were measured"
+
+
+def test_a_node_that_starts_again_and_one_that_joins_go_by_what_records_have_set():
+    world = World(1, peers=3, faults=Faults(), late=["p2"])
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=2, straggler_wait_s=1.0)
+    for name in ("p0", "p1"):
+        world.nodes[name].start()
+    there = [world.nodes[name] for name in ("p0", "p1")]
+    world.until(lambda: all(n.core.round and len(n.core.round.electorate) == 2 for n in there), 60)
+    there[0].feed(ev.ChangeAsked(Change("set", "", "round.straggler_wait_s auto", 1000, "0" * 32)))
+    world.until(lambda: all(n.core.ctx.rules.straggler_wait_s is None for n in there), 60)
+    there[1].crash()
+    there[1].start()
+    world.nodes["p2"].start()
+    there[0].feed(ev.ChangeAsked(Change("admit", "p2", "", 1000, "1" * 32)))
+    cores = [node.core for node in world.nodes.values()]
+    world.until(lambda: all(core.sync.at_head and len(core.round.electorate) == 3 for core in cores), 60)
+    assert [core.ctx.rules.straggler_wait_s for core in cores] == [None] * 3
+
+
+def test_a_bad_setting_of_a_peer_is_refused_and_counted():
+    world = founded()
+    victim = world.nodes["p1"]
+    changes = [Change("set", "", value, 1000, "0" * 32) for value in ("round.wait_max_s 1", "audit.share 2")]
+    for change in changes:
+        signature = victim.world.nodes["p0"].crypto.sign(change_message(world.genesis.run_id, change))
+        victim.feed(ev.Received("p0", Changes((change.signed("p0", signature),))))
+    world.until(lambda: world.refused.get("malformed", 0) == 2, 10)
+    assert not victim.core.ctx.proposals.pending
+
+
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")
 NO_SETTINGS += ("round.min_members 1.5", "train.inner_steps 0", "train.batch_size 2.5", "x.y 1")
+NO_SETTINGS += ("round.wait_max_s 59", "audit.share 1.1", "audit.on_lie forgive", "audit.on_lie 1")
+NO_SETTINGS += ("round.stall_s auto", "round.stall_s 0.1", "round.exchange_max_s Auto", "gate.margin 11")
 
 
 @pytest.mark.parametrize("value", NO_SETTINGS)

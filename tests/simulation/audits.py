@@ -112,7 +112,8 @@ class Audits:
             return
         record, rules = records[out.epoch], self.world.rules
         kept = self.kept.get((node.name, node.life), {}).get(record.head, {})
-        for shard in due_shards(record.signatures, rules.shard_count, rules.audit_share, node.crypto):
+        share = self.world.invariants.audit_share(record)
+        for shard in due_shards(record.signatures, rules.shard_count, share, node.crypto):
             if (node.name, shard) not in kept:
                 self.world.fail(
                     node.name, f"audit: it keeps nothing of shard {shard} of record {out.epoch + 1}"

@@ -30,6 +30,19 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 ASK_AGAIN_S = 2.0
+SET_AGAIN_S = 4.0
+SET_TO = {  # what settings are changed to
+    "audit.share": ["0", "0.3", "1", "1"],
+    "gate.margin": ["0", "0.1", "0.5"],
+    "round.max_influence": ["0.4", "0.6", "1"],
+    "round.straggler_wait_s": ["0", "0.5", "2", "auto"],
+    "round.closing_grace_s": ["0", "0.5", "2", "auto"],
+    "round.commit_grace_s": ["0", "0.5", "2"],
+    "round.stall_s": ["2", "3.5", "5"],
+    "round.exchange_max_s": ["5", "20", "auto"],
+    "round.quorum_loss_s": ["5", "15", "auto"],
+    "round.wait_max_s": ["60", "600"],
+}
 FORK_RECORDS_MAX = 12
 
 
@@ -56,7 +69,8 @@ class Consortium:
         drawn = not world.directed
         self.changes = drawn and self.rng.random() < 0.6  # whether members come and go
         settings = random.Random(f"settings {world.seed}")  # apart: the other worlds stay as they were
-        self.settles = drawn and settings.random() < 0.08  # whether a setting of the run is changed
+        self.settles = drawn and settings.random() < 0.08  # whether settings of the run are changed
+        self.settings = settings
         self.strangers = drawn and self.rng.random() < 0.4  # whether strangers attack
 
     def plan(self, until_s: float) -> None:
@@ -65,7 +79,7 @@ class Consortium:
         if self.strangers:
             self.world.later(3.0 * self.rng.random(), None, self._attack)
         if self.settles:
-            self.world.later(10.0, None, self._set)
+            self.world.later(SET_AGAIN_S, None, self._set)
 
     # --- members -------------------------------------------------------------------------------
 
@@ -103,13 +117,16 @@ class Consortium:
         self.ask(Change(kind, peer, value, node.core.chain.epoch + 1000, self.token()))
 
     def _set(self) -> None:
-        """By whoever may: from the next record on nodes are given up sooner, or later."""
+        """By whoever may: from the next record on nodes wait shorter or longer, audit less or more, and more.
+        Where epochs take minutes, waits of seconds are none."""
         world = self.world
         if world.healed or not self._nodes():
             return
-        world.later(10.0, None, self._set)
+        world.later(SET_AGAIN_S, None, self._set)
         epoch = max(node.core.chain.epoch for node in self._nodes() if node.core is not None)
-        value = f"round.stall_s {self.rng.choice(['2', '3.5', '5'])}"
+        keys = [key for key in SET_TO if world.stretch == 1.0 or not key.endswith("_s")]
+        key = choice(self.settings, keys)
+        value = f"{key} {choice(self.settings, SET_TO[key])}"
         self.ask(Change("set", "", value, epoch + 1000, self.token()))
 
     def ask(self, change: Change) -> None:

@@ -53,6 +53,18 @@ def clipped(sizes: list[float], weights: list[int]) -> list[float]:
     return []
 
 
+OF_RULES = {  # settings that a round goes by, and where the protocol has them
+    "gate.margin": "gate_margin",
+    "round.straggler_wait_s": "straggler_wait_s",
+    "round.closing_grace_s": "closing_grace_s",
+    "round.commit_grace_s": "commit_grace_s",
+    "round.stall_s": "stall_s",
+    "round.exchange_max_s": "exchange_max_s",
+    "round.quorum_loss_s": "quorum_loss_s",
+    "round.wait_max_s": "wait_max_s",
+}
+
+
 class Invariants:
     def __init__(self, world: World) -> None:
         self.world = world
@@ -325,6 +337,26 @@ class Invariants:
             node.checked = state
             if state.electorate != self.electorate(records):
                 self.fail(node, "an electorate changed without a record")
+            self._check_rules(node, core, self.at[state.head])
+
+    def _check_rules(self, node: Node, core: Core, ground: Ground) -> None:
+        """G8: whoever is in a round waits and judges as the records up to its head say, and the spec."""
+        given, rules = self.world.rules, core.ctx.rules
+        if core.ctx.pace.rules != rules:
+            self.fail(node, "settings: some waits are of other rules")
+        for key, field in OF_RULES.items():
+            expected = getattr(given, field)
+            if key in ground.settings:
+                word = ground.settings[key]
+                expected = None if word == "auto" or (word == "0" and field == "gate_margin") else float(word)
+            if getattr(rules, field) != expected:
+                text = f"{key} is {getattr(rules, field)} in the round of epoch {ground.line[-1][0]}"
+                self.fail(node, f"settings: {text}, records say {expected}")
+
+    def audit_share(self, record: Record) -> float:
+        """Of the shards of this record: as it was in force when its round began."""
+        set_to = self.at[record.body.prev].settings.get("audit.share")
+        return self.world.rules.audit_share if set_to is None else float(set_to)
 
     def _check_held(self, node: Node, core: Core) -> None:
         """G7: of what others send unasked it holds a contribution's worth, or what all electors send."""
@@ -379,6 +411,7 @@ class Ground:
         self.votes_after = charter.open_votes_after
         self.open_share = charter.open_share / 10**6
         self.influence = 0.0  # that a record has set; 0: the spec's
+        self.settings: dict[str, str] = {}  # all that records have set, as they say it
         self.counted: dict[str, int] = {}
         self.removed: frozenset[str] = frozenset()
         self.full, self.since = 0, 0
@@ -448,7 +481,7 @@ class Ground:
     def _copy(self) -> Ground:
         """Without where it stands, which is told anew."""
         new = Ground(dict(self.members), list(self.council), self.electorate, Charter(voice=self.voice))
-        new.influence = self.influence
+        new.influence, new.settings = self.influence, dict(self.settings)
         new.rule, new.is_open, new.votes_after = self.rule, self.is_open, self.votes_after
         new.open_share, new.counted, new.removed = self.open_share, dict(self.counted), self.removed
         return new
@@ -467,8 +500,11 @@ class Ground:
             self.council = [value if p == peer else p for p in self.council]
         elif kind == "voice":
             self.members[peer] = int(value)
-        elif kind == "set" and value.startswith("round.max_influence "):
-            self.influence = float(value.split(" ")[1])
+        elif kind == "set":
+            key, word = value.split(" ")
+            self.settings[key] = word
+            if key == "round.max_influence":
+                self.influence = float(word)
         elif kind == "charter" and value.startswith("open_share "):
             self.open_share = int(value[11:]) / 10**6
 

@@ -19,6 +19,7 @@ from simulation.shell import EXECUTE, Node
 
 from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import chain as chain_module
+from tapestry.node.protocol import core as core_module
 from tapestry.node.protocol import drawn as drawn_module
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
@@ -28,6 +29,7 @@ from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol import validity as validity_module
 from tapestry.node.protocol import watch as watch_module
 from tapestry.node.protocol.acceptor import Acceptor
+from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.deliveries import Deliveries
 from tapestry.node.protocol.exchange import Exchange
@@ -544,6 +546,32 @@ def late_keeps_nothing() -> list[Patch]:
 @plant("a value that a member says it had accepted is taken without the signatures of those who made it", 13)
 def believes_what_was_accepted() -> list[Patch]:
     return [(Node, "is_proven", lambda self, body, means: True)]
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+@plant("contributors keep for auditors what the spec's share draws, whatever records have made of it", 43)
+def audit_share_of_the_spec() -> list[Patch]:
+    return [(drawn_module, "share_of", lambda roll, rules: rules.audit_share)]
+
+
+@plant("the record that changes the audited share is itself drawn by the new one", 197)
+def audit_share_too_early() -> list[Patch]:
+    audit_of = drawn_module.audit_of
+
+    def early(ctx: Any, roll: Any, *args: Any) -> Any:
+        return audit_of(ctx, ctx.roll, *args)
+
+    return [(core_module, "audit_of", early)]
+
+
+@plant("a node waits as it did when it started, whatever records say since", 41)
+def waits_of_the_start() -> list[Patch]:
+    def enrol(self: Context, roll: Any) -> None:
+        self.roll = roll
+
+    return [(Context, "enrol", enrol)]
 
 
 # --- the gate ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, HomeLock, NodeInfo
+from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.node import Ending, NodeConfig
 from tapestry.node.spec.recipe import preset_recipe
@@ -632,3 +633,22 @@ def test_a_home_of_another_user_is_said_in_one_line(tmp_path: Path, monkeypatch:
     result = _run("status", "--home", str(tmp_path / "theirs"))
     assert result.exit_code == ExitCode.FAILED
     assert result.stderr.startswith("error: no permission for ") and "sudo -u USER" in result.stderr
+
+
+def test_a_setting_is_proposed_as_run_toml_has_it_and_the_help_names_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ask(home: object, request: dict[str, str]) -> dict[str, object]:
+        asked.append(request["value"])
+        return {"id": "ab" * 16, "needs": 1}
+
+    monkeypatch.setattr("tapestry.node.surface.control.ask", ask)
+    propose = ["propose", "--home", str(tmp_path), "--no-wait", "set"]
+    for words in (("round.exchange_max_s", "auto"), ("train.lr", "3e-4"), ("audit.on_lie", "mark")):
+        assert CliRunner().invoke(cli, [*propose, *words]).exit_code == 0
+    assert asked == ["round.exchange_max_s auto", "train.lr 0.0003", "audit.on_lie mark"]
+    assert CliRunner().invoke(cli, [*propose, "train.lr", "auto"]).exit_code == 2
+    text = CliRunner().invoke(cli, ["propose", "--help"]).output
+    assert [key for key in SETTINGS if key not in text] == []

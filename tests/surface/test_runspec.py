@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tapestry.compression.means.registry import mean_names
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.run import (
     AdamWSpec,
     ClippedSpec,
@@ -387,8 +388,26 @@ def test_a_key_that_only_one_side_has_is_a_difference() -> None:
 
 def test_only_what_a_record_can_change_within_its_bounds_is_proposed() -> None:
     run = RunSpec.from_dict({"name": "demo"})
-    here = RunSpec.from_dict({"name": "demo", "train": {"lr": 1e-10, "betas": [0.5, 0.9]}})
-    assert proposals(here, run) == [] and len(diff(here, run, "in the run")) == 2
+    here = RunSpec.from_dict({"name": "demo", "train": {"inner_steps": 0}, "outer": {"optimizer": "adamw"}})
+    assert proposals(here, run) == ["outer.lr 0.001"], "0 inner steps make another kind of run"
+    waits = RunSpec.from_dict({"name": "demo", "round": {"stall_s": 0.2, "quorum_loss_s": 60.0}})
+    assert proposals(waits, run) == ["round.quorum_loss_s 60.0"]
+    assert proposals(run, waits) == ["round.stall_s 5.0", 'round.quorum_loss_s "auto"']
+
+
+def test_a_change_is_judged_by_the_bounds_of_run_toml() -> None:
+    sections = dict(keys_of(RunSpec))
+    for name, setting in SETTINGS.items():
+        section, field = name.split(".")
+        kinds = get_args(sections[section].kind) or (sections[section].kind,)
+        for key in [dict(keys_of(kind))[field] for kind in kinds]:
+            words = [word for kind in (key.kind, *get_args(key.kind)) for word in get_args(kind)]
+            assert setting.whole == (key.kind is int)
+            assert set(setting.words) == {word for word in words if isinstance(word, str)}
+            if name in ("train.inner_steps", "round.stall_s"):  # narrower: see there
+                assert key.rule.admits(setting.bounds.low) and key.rule.high == setting.bounds.high
+            else:
+                assert key.rule is setting.bounds
 
 
 @pytest.mark.parametrize("name", ["Tiếng Việt", "日本語のラン", "हिन्दी", "فارسی می‌شود", "Ελληνικά", "Été 2"])

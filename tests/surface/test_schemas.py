@@ -47,6 +47,7 @@ def attached() -> NodeView:
         peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
     )
     core.roll = SimpleNamespace(members={"us": Seat("", 1, 0), "gone": Seat("lab-lima", 1, 7)})
+    core.roll.settings = {"train.lr": 0.1, "round.exchange_max_s": "auto"}
     core.state_digest, core.params, core.peers, core.round, core.agreement = (
         "d",
         7,

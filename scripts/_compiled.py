@@ -22,13 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL = ROOT / "node" / "protocol"
 SIMULATION = ROOT / "tests" / "simulation"
 MODULES = (
+    "audits",
+    "autocrats",
     "consortium",
     "draws",
+    "equivocators",
     "faults",
+    "gates",
     "invariants",
+    "inventors",
     "lies",
+    "mutes",
     "past",
+    "rollbacks",
     "shell",
+    "usurpers",
     "world",
 )  # the rest stays as it is
 FLAGS = ("--strict", "--ignore-missing-imports")

@@ -9,9 +9,11 @@ that other worlds stay as they were.
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tapestry.node.protocol.chain import quorum
+from tapestry.node.protocol.events import Output
 from tapestry.node.protocol.messages import Message, Propose, Roster, Stage
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Usurpers:
 
     def plan(self) -> None:
         for name in self.names:
-            self.world.later(self.rng.random(), None, lambda name=name: self._look(name))  # type: ignore[misc]
+            self.world.later(self.rng.random(), None, partial(self._look, name))
 
     def settle_s(self, usual_s: float) -> float:
         return LEARNT * usual_s if self.names else usual_s
@@ -73,7 +75,7 @@ class Usurpers:
         return len(there) >= quorum(len(round_.electorate))
 
     def _look(self, name: str) -> None:
-        self.world.later(EVERY_S, None, lambda: self._look(name))
+        self.world.later(EVERY_S, None, partial(self._look, name))
         node = self.world.nodes[name]
         core = node.core
         if core is None or core.round is None or node.frozen or core.round.decided is not None:
@@ -82,7 +84,8 @@ class Usurpers:
         stages = [core.ctx.stage_at(p, round_.epoch, round_.head) for p in core.ctx.peers]
         if not self._disturbs(node) or not any(s >= Stage.EXCHANGING for s in stages):
             return
-        core.ctx.out = outputs = []
+        outputs: list[Output] = []
+        core.ctx.out = outputs
         if self.own:
             round_.lead.open_next(now)
         else:

@@ -12,7 +12,8 @@ Who gives an auditor nothing, though there is a link to it, is named and counted
 have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
-that we have is no news. Where the run has it so, who may remove members signs the liar's removal, and a
+that we have is no news, nor is a second one of the same liar and round if a wrong mean of it is known to be
+in the state. Where the run has it so, who may remove members signs the liar's removal, and a
 rollback to the state before the lie, if the wrong mean is in the state. What does not prove anything is
 refused, counted and named; and what is proven against a key that has no part in the run, or of a round that
 no record tells of: anybody can make such proofs, as many as it likes.
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from weakref import WeakValueDictionary
 
 import msgpack
 from torch import Tensor
@@ -64,7 +66,7 @@ KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
 KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * (sum of AGAIN_S and answers)
 KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
 KEPT_MAX = 4096  # records. G7
-TOLD_MAX = 1024  # names. G7
+TOLD_MAX = 1024  # names, and (round, liar). G7
 LATE_TRIES, LATE_S = 10, 0.5  # Guess: for the record that an accusation is of
 STREAMS_MAX = 4  # of all peers at a time; the others wait
 STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
@@ -158,6 +160,7 @@ class AuditDesk:
         )
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------
@@ -339,12 +342,11 @@ class AuditDesk:
     async def _accuse(self, accusation: Accusation | DoubleVote, by: str) -> None:
         """It is proven: keep it, say it, pass it on."""
         a = accusation
-        if a.name in self._told:
+        if self._is_told(a.name):
             return
-        self._told[a.name] = None
-        while len(self._told) > TOLD_MAX:
-            self._told.popitem(last=False)
         in_state = isinstance(a, Accusation) and await self._loop.compute(self._evidence.in_the_state, a)
+        if isinstance(a, Accusation) and in_state and self._is_told(f"{a.head}-{a.accused}"):
+            return  # one wrong mean of that round is known to be in the state: more of them change nothing
         new = await self._keep(a, in_state)
         # What is in the state is undone after the liar's removal too: it may have been for another lie.
         undoes = self._on_lie == "rollback" and in_state
@@ -357,7 +359,7 @@ class AuditDesk:
             *(a.accused, by[-6:], a.name, a.what),
         )
         if self._on_lie != "mark":
-            self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
+            self._members.expel(a.accused, f"proven to have {a.why}", a.epoch + 1)
         if self._on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
             self._ask_to_roll_back(a, in_state)
         if new:
@@ -365,6 +367,14 @@ class AuditDesk:
             for peer in self._network.linked:
                 if peer not in (by, a.accused):
                     self._loop.spawn(self._tell(peer, packed))
+
+    def _is_told(self, name: str) -> bool:
+        """Whether `name` was noted before; it is from now on."""
+        known = name in self._told
+        self._told[name] = None
+        while len(self._told) > TOLD_MAX:
+            self._told.popitem(last=False)
+        return known
 
     async def _keep(self, a: Accusation | DoubleVote, in_state: bool) -> bool:
         """Whether it is news. It may be there since an earlier start, or there is no room for it."""
@@ -405,7 +415,13 @@ class AuditDesk:
         await self._say(peer, ["accuse"], [packed])
 
     async def _say(self, peer: str, said: list[Any], payload: list[Buffer] | None = None) -> None:
-        """What has no answer; whether it arrived is all the same to us."""
+        """What has no answer. To each peer one thing at a time: it refuses many streams of one, and counts
+        them against it."""
+        async with self._lines.setdefault(peer, asyncio.Lock()):
+            await self._say_now(peer, said, payload)
+
+    async def _say_now(self, peer: str, said: list[Any], payload: list[Buffer] | None) -> None:
+        """Whether it arrived is all the same to us."""
         try:
             reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
         except SwarmError:

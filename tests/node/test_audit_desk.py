@@ -108,7 +108,7 @@ class Desk(AuditDesk):
         return lie.digest == self.taken
 
     def expel(self, peer: str, why: str, epoch: int) -> None:
-        self.told.append(("expel", peer))  # type: ignore[arg-type]
+        self.told.append(("expel", peer, why))  # type: ignore[arg-type]
         if self.roll.members.pop(peer, "") is None:
             self.roll.removed[peer] = why
 
@@ -468,3 +468,42 @@ def test_a_liar_that_had_itself_removed_for_other_lies_does_not_save_the_one_in_
     desk = asyncio.run(main())
     assert [entry[:2] for entry in desk.said("roll_back")] == [(EPOCH, HEAD)]
     assert any("0123456789abcdef" * 4 in path.name for path in kept(tmp_path / "bob"))
+
+
+def lie_of(liar: str, shard: int, digest: str) -> Accusation:
+    members = (Member("x", 1, "aa" * 32),)
+    return Accusation(HEAD, EPOCH, members, shard, digest, liar, "ab" * 64, (((), b"x"),))
+
+
+def test_whoever_has_much_to_say_to_a_peer_says_it_one_by_one(tmp_path: Path) -> None:
+    """Dozens of proofs against one liar were told at once: the surplus was lost, and the teller banned."""
+
+    async def scenario(table: Table) -> None:
+        words = [table.desks["alice"]._say("bob", ["second", HEAD, shard]) for shard in range(30)]
+        await asyncio.gather(*words)
+
+    bob = run(scenario, tmp_path).desks["bob"]
+    assert not bob.said("refused")
+
+
+def test_of_a_liars_round_one_wrong_mean_in_the_state_is_told_and_all_ask_for_the_same_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further one took the place of an older file, was news again, and told on to everybody."""
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+
+    async def scenario(table: Table) -> None:
+        body = dataclasses.replace(table.record.body, prev=HEAD)
+        for desk in table.desks.values():
+            desk.record, desk.taken, desk._on_lie = Record(body, HEAD, 0, ()), "11" * 32, "remove"
+        lies = [lie_of("alice", shard, "11" * 32) for shard in range(12)]
+        found = {"bob": lies[:6], "carol": lies[6:]}  # two auditors
+        await asyncio.gather(*(table.desks[by]._accuse(lie, by) for by in found for lie in found[by]))
+
+    desks = run(scenario, tmp_path).desks
+    for peer in ("bob", "carol", "dora"):
+        assert len(kept(tmp_path / peer)) == 1 and len(desks[peer].said("accused")) == 1
+    assert {why for peer in PEERS for _, why in desks[peer].said("expel")} == {
+        f"proven to have signed a wrong mean: round {EPOCH + 1}"
+    }
+    assert not any(desk.said("refused") for desk in desks.values())

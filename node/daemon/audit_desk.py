@@ -15,8 +15,9 @@ An accusation is kept in the home, counted, shown, and passed on to all we are l
 that we have is no news, nor is a second one of the same liar and round if a wrong mean of it is known to be
 in the state. Where the run has it so, who may remove members signs the liar's removal, and a
 rollback to the state before the lie, if the wrong mean is in the state. What does not prove anything is
-refused, counted and named; and what is proven against a key that has no part in the run, or of a round that
-no record tells of: anybody can make such proofs, as many as it likes.
+refused, counted and named, and held against who brought it; and what is proven against a key that has no
+part in the run, or of a round that no record of our chain tells of, is refused: anybody can make such proofs,
+as many as it likes.
 """
 
 from __future__ import annotations
@@ -405,7 +406,7 @@ class AuditDesk:
             roll = self._members.roll
             return proof.accused in roll.members or proof.accused in roll.removed
         for _ in range(LATE_TRIES):
-            if self._evidence.epoch != proof.epoch:
+            if self._evidence.epoch > proof.epoch:
                 break
             await asyncio.sleep(LATE_S)
         found: bool = await self._loop.compute(self._evidence.of_a_record, proof)
@@ -475,12 +476,14 @@ class AuditDesk:
             self._begin_audits(self._records[head], [order], first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
-        """A look at one record comes first: made-up names would have us average made-up inputs."""
+        """A look at one record comes first: made-up names would have us average made-up inputs. Who tells of
+        a record that our chain lacks is not blamed: it may be ahead of us, or on another side of a fork."""
         averaging = self._averaging
         try:
             accusation = unpack(payload)
             if not await self._concerns_the_run(accusation):
-                raise FalseAccusation("it is of nobody's part in this run")
+                self._reporter.refused(peer, "accusation", "it is of nobody's part in our chain")
+                return
             count, mean_digest = len(averaging.shards), averaging.mean_digest
             await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:

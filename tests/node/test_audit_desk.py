@@ -72,7 +72,7 @@ class Desk(AuditDesk):
                 if not other.hides:
                     await other.serve(name, reader, writer)
             except RemoteProtocolError as error:
-                other.told.append(("refused", error.reason))
+                other.told.append(("blamed", error.reason))
             except StreamEnded:
                 other.told.append(("ended",))
             finally:
@@ -102,7 +102,8 @@ class Desk(AuditDesk):
         return self.record.body.epoch if self.record is not None else EPOCH
 
     def of_a_record(self, lie: Accusation) -> bool:
-        return self.record is not None and lie.head == self.record.body.prev
+        newest = self.record.body if self.record is not None else None
+        return newest is not None and (lie.head, lie.epoch) == (newest.prev, newest.epoch - 1)
 
     def in_the_state(self, lie: Accusation) -> bool:
         return lie.digest == self.taken
@@ -298,7 +299,7 @@ def test_many_streams_of_one_peer_wait_their_turn_and_more_are_refused(tmp_path:
 
     table = run(scenario, tmp_path)
     assert table.desks[table.first].said("audited") == [("agreed",)] * 12
-    assert not any(desk.said("refused") for desk in table.desks.values())
+    assert not any(desk.said("blamed") for desk in table.desks.values())
 
 
 def test_more_audits_than_there_are_places_for_wait_and_are_all_done(
@@ -390,7 +391,7 @@ def test_a_peer_that_holds_its_streams_open_takes_one_place_only(tmp_path: Path)
             writer.close()
 
     table = run(scenario, tmp_path)
-    assert not table.desks[table.second].said("refused") and not table.desks[table.second]._turns
+    assert not table.desks[table.second].said("blamed") and not table.desks[table.second]._turns
 
 
 def test_copies_of_short_rounds_are_kept_for_a_time_and_of_long_ones_a_few(
@@ -441,7 +442,8 @@ def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
 
     desk = run(scenario, tmp_path).desks["bob"]
     assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run == bool(proven)
-    assert [entry[-1] for entry in desk.said("refused")] == ([] if of_the_run else ["accusation"])
+    assert [reason for _, reason, _ in desk.said("refused")] == ([] if of_the_run else ["accusation"])
+    assert not desk.said("blamed"), "it may be on another side of a fork"
 
 
 @pytest.mark.parametrize("decoys", [1, 9])
@@ -483,7 +485,7 @@ def test_whoever_has_much_to_say_to_a_peer_says_it_one_by_one(tmp_path: Path) ->
         await asyncio.gather(*words)
 
     bob = run(scenario, tmp_path).desks["bob"]
-    assert not bob.said("refused")
+    assert not bob.said("blamed")
 
 
 def test_of_a_liars_round_one_wrong_mean_in_the_state_is_told_and_all_ask_for_the_same_removal(
@@ -506,4 +508,30 @@ def test_of_a_liars_round_one_wrong_mean_in_the_state_is_told_and_all_ask_for_th
     assert {why for peer in PEERS for _, why in desks[peer].said("expel")} == {
         f"proven to have signed a wrong mean: round {EPOCH + 1}"
     }
-    assert not any(desk.said("refused") for desk in desks.values())
+    assert not any(desk.said("blamed") or desk.said("refused") for desk in desks.values())
+
+
+@pytest.mark.parametrize("behind", [1, 3])
+def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_and_blames_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    """A node that caught up banned, proof by proof, those who could give it what it lacked."""
+    monkeypatch.setattr(audit_desk, "LATE_S", 0.01)
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+
+    async def scenario(table: Table) -> None:
+        def newest(epoch: int) -> Record:
+            body = dataclasses.replace(table.record.body, epoch=epoch, prev=HEAD)
+            return Record(body, HEAD, 0, ())
+
+        bob, carol = table.desks["bob"], table.desks["carol"]
+        bob.record = carol.record = newest(EPOCH + 1 - behind)
+        lie = lie_of("dora", 0, "11" * 32)
+        for peer in ("bob", "carol"):
+            table.desks["alice"]._loop.spawn(table.desks["alice"]._say(peer, ["accuse"], [lie.pack()]))
+        await asyncio.sleep(0.03)
+        bob.record = newest(EPOCH + 1)  # carol does not catch up in time
+
+    desks = run(scenario, tmp_path).desks
+    assert desks["bob"].said("accused") and not desks["carol"].said("accused")
+    assert not any(desk.said("blamed") for desk in desks.values())

@@ -43,7 +43,7 @@ from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.accusations import ID_CHARS, Accusation, FalseAccusation, keep, prove, unpack
 from tapestry.node.disk.double_votes import DoubleVote
-from tapestry.node.net.network import Network
+from tapestry.node.net.network import Network, Streams
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import (
     FrameLimits,
@@ -82,6 +82,7 @@ AGAIN_S = (
     30.0,
 )  # Guess: a member that is late for the record; one that catches up; a line that is full
 ANSWER_S = 60.0  # Guess: behind other auditors
+OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits
@@ -162,6 +163,9 @@ class AuditDesk:
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
+        self._open_at: dict[
+            str, float
+        ] = {}  # of who was asked or told something lately: when it may be again
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------
@@ -325,7 +329,7 @@ class AuditDesk:
         return is_committed(name, member.peer, epoch, count, shard, digest, path, self._crypto.digest)
 
     async def _ask(self, peer: str, said: list[Any]) -> tuple[bytes, bytearray]:
-        reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
+        reader, writer = await self._open(peer)
         try:
             await self._write(peer, writer, msgpack.packb(said))
             header, payload = await read_frame(reader, self._read, ANSWER_S, SILENCE_S, self._came)
@@ -334,6 +338,15 @@ class AuditDesk:
             return header, payload
         finally:
             writer.close()
+
+    async def _open(self, peer: str) -> Streams:
+        """A stream, not sooner than the peer is to let one in: it bans who opens many. Raises SwarmError."""
+        now = self._loop.now()
+        self._open_at = {other: at for other, at in self._open_at.items() if at > now}
+        at = self._open_at.get(peer, now)
+        self._open_at[peer] = at + 1 / OPENED_PER_S
+        await asyncio.sleep(at - now)
+        return await self._network.open_stream(peer, self.protocol, OPEN_S)
 
     # --- lies ----------------------------------------------------------------------------------
 
@@ -424,7 +437,7 @@ class AuditDesk:
     async def _say_now(self, peer: str, said: list[Any], payload: list[Buffer] | None) -> None:
         """Whether it arrived is all the same to us."""
         try:
-            reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
+            reader, writer = await self._open(peer)
         except SwarmError:
             return
         try:

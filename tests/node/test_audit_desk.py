@@ -19,8 +19,9 @@ from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import WEIGHTED
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.swarm import STREAMS_BURST, STREAMS_PER_S
 from tapestry.node.daemon import audit_desk
-from tapestry.node.daemon.audit_desk import KEPT_RECORDS, AuditDesk, Auditor
+from tapestry.node.daemon.audit_desk import KEPT_RECORDS, OPENED_PER_S, AuditDesk, Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.disk.accusations import Accusation, kept
 from tapestry.node.lineage.crypto import NodeCrypto
@@ -175,6 +176,7 @@ class Table:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_desk, "AGAIN_S", (0.0, 1e-9))
+    monkeypatch.setattr(audit_desk, "OPENED_PER_S", 1e9, raising=False)
 
 
 def run(scenario: Callable[[Table], Coroutine[Any, Any, None]], folder: Path) -> Table:
@@ -535,3 +537,31 @@ def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_and_blames_
     desks = run(scenario, tmp_path).desks
     assert desks["bob"].said("accused") and not desks["carol"].said("accused")
     assert not any(desk.said("blamed") for desk in desks.values())
+
+
+def test_an_auditor_of_many_shards_opens_no_more_streams_a_second_than_a_peer_lets_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 1.4 billion parameters on a fast line had an honest auditor banned by all that it audited."""
+    opened: list[float] = []
+    monkeypatch.setattr(audit_desk, "OPENED_PER_S", OPENED_PER_S)
+
+    async def scenario(table: Table) -> None:
+        desk, member = Desk("alice", {}, tmp_path), table.record.body.members[1]
+
+        async def sleep(time_s: float) -> None:
+            desk.clock_s += time_s
+
+        async def open_stream(*args: object) -> Any:
+            opened.append(desk.clock_s)
+            raise SwarmError("nobody is there")
+
+        desk._network.open_stream = open_stream  # type: ignore[method-assign]
+        monkeypatch.setattr(audit_desk.asyncio, "sleep", sleep)
+        for shard in range(int(STREAMS_BURST) // 2):
+            await desk._given_by("bob", table.record, shard, member)
+            await desk._say("bob", ["second", HEAD, shard])
+        monkeypatch.undo()
+
+    run(scenario, tmp_path)
+    assert opened[-1] - opened[0] >= (STREAMS_BURST - 1) / (STREAMS_PER_S / 2)

@@ -35,7 +35,7 @@ from tapestry.node.protocol.chain import Body
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
 from tapestry.node.protocol.messages import Stage
-from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
@@ -85,6 +85,9 @@ class FakeCore:
             roll=replace(NO_ROLL, rolled=self.rolled),
             pending=self.pending,
         )
+
+    def membership(self) -> Membership:
+        return Membership(3, replace(NO_ROLL, rolled=self.rolled), self.pending)
 
 
 class FakeDonor:

@@ -3,7 +3,8 @@
     do_audit   the core's draw: drawn shards are kept for the auditors, and those that we are to look at are
                asked of their contributors, averaged and compared. Who does not answer is asked again, for it
                may not have heard of the record yet, and the reducer in its place; then another auditor is
-               told, which does the same
+               told, which does the same. Who did not even answer the last time has a moment to do so, and
+               the reducer is asked at once: it shall not take the time that all audits have
     serve      streams of peers: `input` (head, shard, peer) gives a member of that record a kept shard with
                its path, or nothing; `second` (head, shard) has us look at a shard of which the first auditor
                did not get all; `accuse` brings an accusation, which we check ourselves
@@ -82,6 +83,7 @@ AGAIN_S = (
     30.0,
 )  # Guess: a member that is late for the record; one that catches up; a line that is full
 ANSWER_S = 60.0  # Guess: behind other auditors
+SILENT_S = 2.0  # Guess: who did not answer the last time; else it holds up the audits of all others
 OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
@@ -163,6 +165,7 @@ class AuditDesk:
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
+        self._silent: dict[str, None] = {}  # of the newest record's members, who did not answer the last time
         self._open_at: dict[
             str, float
         ] = {}  # of who was asked or told something lately: when it may be again
@@ -180,6 +183,7 @@ class AuditDesk:
         self._records[head] = out.record
         self._seconds[head] = {(order.first, order.shard): order for order in out.seconds}
         self._kept_at[head] = self._loop.now()
+        self._silent = {m.peer: None for m in out.record.body.members if m.peer in self._silent}
         self._drop_old()
         self._begin_audits(out.record, out.orders, first=True)
 
@@ -251,8 +255,8 @@ class AuditDesk:
     ) -> None:
         """What is not in `given` yet, of everybody at once."""
         missing = [m for m in members if m.peer not in given]
-        line = asyncio.Semaphore(ASKED_OF_REDUCER_MAX) if ask_reducer else None
-        found = await asyncio.gather(*(self._input(record, order, m, line) for m in missing))
+        line = asyncio.Semaphore(ASKED_OF_REDUCER_MAX)
+        found = await asyncio.gather(*(self._input(record, order, m, line, ask_reducer) for m in missing))
         given.update({m.peer: one for m, one in zip(missing, found, strict=True) if one is not None})
 
     async def _give_up(self, record: Record, order: Order, missing: list[str], first: bool) -> None:
@@ -292,17 +296,18 @@ class AuditDesk:
         await self._accuse(accusation, self._own)
 
     async def _input(
-        self, record: Record, order: Order, member: Member, to_reducer: asyncio.Semaphore | None
+        self, record: Record, order: Order, member: Member, to_reducer: asyncio.Semaphore, ask_reducer: bool
     ) -> _Given | None:
         """A member's shard, and the path that proves it; None if neither it nor the reducer gave it.
 
-        `to_reducer`: how many ask that at a time; None: nobody does.
+        `to_reducer`: how many ask that at a time. `ask_reducer`: for others too, not only who did not answer.
         """
-        kept = self._kept.get(record.head, {}).get((member.peer, order.shard))
-        if kept is None and member.peer in self._network.linked:
-            kept = await self._given_by(member.peer, record, order.shard, member)
-        is_other = member.peer != order.reducer and order.reducer in self._network.linked
-        if kept is None and is_other and to_reducer is not None:
+        peer, linked = member.peer, self._network.linked
+        kept = self._kept.get(record.head, {}).get((peer, order.shard))
+        if kept is None and peer in linked and peer != order.reducer:
+            kept = await self._given_by(peer, record, order.shard, member)
+        is_asked = peer == order.reducer or ask_reducer or peer in self._silent
+        if kept is None and is_asked and order.reducer in linked:
             async with to_reducer:
                 kept = await self._given_by(order.reducer, record, order.shard, member)
         return kept
@@ -312,6 +317,7 @@ class AuditDesk:
             header, payload = await self._ask(source, ["input", record.head, shard, member.peer])
             path = _path(header)
         except (SwarmError, StreamEnded, TimeoutError, ConnectionError):
+            self._silent[source] = None
             return None
         except RemoteProtocolError as error:
             if error.reason != "missing":
@@ -329,24 +335,26 @@ class AuditDesk:
         return is_committed(name, member.peer, epoch, count, shard, digest, path, self._crypto.digest)
 
     async def _ask(self, peer: str, said: list[Any]) -> tuple[bytes, bytearray]:
-        reader, writer = await self._open(peer)
+        open_s, answer_s = (SILENT_S, SILENT_S) if peer in self._silent else (OPEN_S, ANSWER_S)
+        reader, writer = await self._open(peer, open_s)
         try:
             await self._write(peer, writer, msgpack.packb(said))
-            header, payload = await read_frame(reader, self._read, ANSWER_S, SILENCE_S, self._came)
+            header, payload = await read_frame(reader, self._read, answer_s, SILENCE_S, self._came)
+            self._silent.pop(peer, None)
             if not payload and header == msgpack.packb([]):  # a path, of one of several shards, is not empty
                 raise RemoteProtocolError("missing", "it has not kept this")
             return header, payload
         finally:
             writer.close()
 
-    async def _open(self, peer: str) -> Streams:
+    async def _open(self, peer: str, open_s: float = OPEN_S) -> Streams:
         """A stream, not sooner than the peer is to let one in: it bans who opens many. Raises SwarmError."""
         now = self._loop.now()
         self._open_at = {other: at for other, at in self._open_at.items() if at > now}
         at = self._open_at.get(peer, now)
         self._open_at[peer] = at + 1 / OPENED_PER_S
         await asyncio.sleep(at - now)
-        return await self._network.open_stream(peer, self.protocol, OPEN_S)
+        return await self._network.open_stream(peer, self.protocol, open_s)
 
     # --- lies ----------------------------------------------------------------------------------
 

@@ -48,7 +48,8 @@ class Desk(AuditDesk):
         self.tasks: list[asyncio.Task[Any]] = []
         self.clock_s = 0.0
         self.averaging = Averaging(CODEC, N, 256, WEIGHTED)
-        self.hides = False
+        self.hides = False  # it ends streams without an answer
+        self.holds = False  # it takes them, and gives none
 
         def tell(what: str) -> Callable[..., None]:
             return lambda *args: self.told.append((what, *args))  # type: ignore[arg-type]
@@ -70,7 +71,9 @@ class Desk(AuditDesk):
 
         async def serve(other: Desk, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                if not other.hides:
+                if other.holds:
+                    await reader.read()
+                elif not other.hides:
                     await other.serve(name, reader, writer)
             except RemoteProtocolError as error:
                 other.told.append(("blamed", error.reason))
@@ -565,3 +568,32 @@ def test_an_auditor_of_many_shards_opens_no_more_streams_a_second_than_a_peer_le
 
     run(scenario, tmp_path)
     assert opened[-1] - opened[0] >= (STREAMS_BURST - 1) / (STREAMS_PER_S / 2)
+
+
+def test_a_member_that_takes_streams_and_answers_nothing_does_not_take_all_the_time_for_audits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each audit waited a minute for it, two at a time: the others were skipped, and nobody named."""
+    monkeypatch.setattr(audit_desk, "ANSWER_S", 0.5)
+    monkeypatch.setattr(audit_desk, "SILENT_S", 0.01, raising=False)
+
+    async def scenario(table: Table) -> None:
+        table.drawn(table.reducer, table.own(table.reducer), *table.at_reducer())
+        table.drawn(table.second, table.own(table.second))
+        table.desks[table.other].holds = True
+        first, began = table.desks[table.first], asyncio.get_running_loop().time()
+        table.drawn(table.first, table.own(table.first))
+        first._begin_audits(table.record, [table.order] * 12, first=True)
+        await asyncio.gather(*first.tasks)
+        assert asyncio.get_running_loop().time() - began < 3.0, "one audit's wait, and not those of six"
+
+        table.desks[table.other].holds = False  # it comes to its senses
+        table.drawn(table.other, table.own(table.other))
+        member = next(m for m in table.record.body.members if m.peer == table.other)
+        assert table.other in first._silent
+        monkeypatch.setattr(audit_desk, "SILENT_S", 5.0)
+        assert await first._given_by(table.other, table.record, SHARD, member) is not None
+        assert not first._silent
+
+    table = run(scenario, tmp_path)
+    assert table.desks[table.first].said("audited") == [("agreed",)] * 12

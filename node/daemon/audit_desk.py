@@ -3,7 +3,8 @@
     do_audit   the core's draw: drawn shards are kept for the auditors, and those that we are to look at are
                asked of their contributors, averaged and compared. Who does not answer is asked again, for it
                may not have heard of the record yet, and the reducer in its place; then another auditor is
-               told, which does the same
+               told, which does the same. Who did not even answer the last time has a moment to do so, and
+               the reducer is asked at once: it shall not take the time that all audits have
     serve      streams of peers: `input` (head, shard, peer) gives a member of that record a kept shard with
                its path, or nothing; `second` (head, shard) has us look at a shard of which the first auditor
                did not get all; `accuse` brings an accusation, which we check ourselves
@@ -12,10 +13,12 @@ Who gives an auditor nothing, though there is a link to it, is named and counted
 have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
-that we have is no news. Where the run has it so, who may remove members signs the liar's removal, and a
+that we have is no news, nor is a second one of the same liar and round if a wrong mean of it is known to be
+in the state. Where the run has it so, who may remove members signs the liar's removal, and a
 rollback to the state before the lie, if the wrong mean is in the state. What does not prove anything is
-refused, counted and named; and what is proven against a key that has no part in the run, or of a round that
-no record tells of: anybody can make such proofs, as many as it likes.
+refused, counted and named, and held against who brought it; and what is proven against a key that has no
+part in the run, or of a round that no record of our chain tells of, is refused: anybody can make such proofs,
+as many as it likes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from weakref import WeakValueDictionary
 
 import msgpack
 from torch import Tensor
@@ -40,7 +44,7 @@ from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.accusations import ID_CHARS, Accusation, FalseAccusation, keep, prove, unpack
 from tapestry.node.disk.double_votes import DoubleVote
-from tapestry.node.net.network import Network
+from tapestry.node.net.network import Network, Streams
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import (
     FrameLimits,
@@ -65,7 +69,7 @@ KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most
 KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * (sum of AGAIN_S and answers)
 KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
 KEPT_MAX = 4096  # records. G7
-TOLD_MAX = 1024  # names. G7
+TOLD_MAX = 1024  # names, and (round, liar). G7
 LATE_TRIES, LATE_S = 10, 0.5  # Guess: for the record that an accusation is of
 STREAMS_MAX = 4  # of all peers at a time; the others wait
 STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
@@ -80,6 +84,8 @@ AGAIN_S = (
     30.0,
 )  # Guess: a member that is late for the record; one that catches up; a line that is full
 ANSWER_S = 60.0  # Guess: behind other auditors
+SILENT_S = 2.0  # Guess: who did not answer the last time; else it holds up the audits of all others
+OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits
@@ -161,6 +167,11 @@ class AuditDesk:
         )
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
+        self._silent: dict[str, None] = {}  # of the newest record's members, who did not answer the last time
+        self._open_at: dict[
+            str, float
+        ] = {}  # of who was asked or told something lately: when it may be again
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------
@@ -175,6 +186,7 @@ class AuditDesk:
         self._records[head] = out.record
         self._seconds[head] = {(order.first, order.shard): order for order in out.seconds}
         self._kept_at[head] = self._loop.now()
+        self._silent = {m.peer: None for m in out.record.body.members if m.peer in self._silent}
         self._drop_old()
         self._begin_audits(out.record, out.orders, first=True)
 
@@ -246,8 +258,8 @@ class AuditDesk:
     ) -> None:
         """What is not in `given` yet, of everybody at once."""
         missing = [m for m in members if m.peer not in given]
-        line = asyncio.Semaphore(ASKED_OF_REDUCER_MAX) if ask_reducer else None
-        found = await asyncio.gather(*(self._input(record, order, m, line) for m in missing))
+        line = asyncio.Semaphore(ASKED_OF_REDUCER_MAX)
+        found = await asyncio.gather(*(self._input(record, order, m, line, ask_reducer) for m in missing))
         given.update({m.peer: one for m, one in zip(missing, found, strict=True) if one is not None})
 
     async def _give_up(self, record: Record, order: Order, missing: list[str], first: bool) -> None:
@@ -287,17 +299,18 @@ class AuditDesk:
         await self._accuse(accusation, self._own)
 
     async def _input(
-        self, record: Record, order: Order, member: Member, to_reducer: asyncio.Semaphore | None
+        self, record: Record, order: Order, member: Member, to_reducer: asyncio.Semaphore, ask_reducer: bool
     ) -> _Given | None:
         """A member's shard, and the path that proves it; None if neither it nor the reducer gave it.
 
-        `to_reducer`: how many ask that at a time; None: nobody does.
+        `to_reducer`: how many ask that at a time. `ask_reducer`: for others too, not only who did not answer.
         """
-        kept = self._kept.get(record.head, {}).get((member.peer, order.shard))
-        if kept is None and member.peer in self._network.linked:
-            kept = await self._given_by(member.peer, record, order.shard, member)
-        is_other = member.peer != order.reducer and order.reducer in self._network.linked
-        if kept is None and is_other and to_reducer is not None:
+        peer, linked = member.peer, self._network.linked
+        kept = self._kept.get(record.head, {}).get((peer, order.shard))
+        if kept is None and peer in linked and peer != order.reducer:
+            kept = await self._given_by(peer, record, order.shard, member)
+        is_asked = peer == order.reducer or ask_reducer or peer in self._silent
+        if kept is None and is_asked and order.reducer in linked:
             async with to_reducer:
                 kept = await self._given_by(order.reducer, record, order.shard, member)
         return kept
@@ -307,6 +320,7 @@ class AuditDesk:
             header, payload = await self._ask(source, ["input", record.head, shard, member.peer])
             path = _path(header)
         except (SwarmError, StreamEnded, TimeoutError, ConnectionError):
+            self._silent[source] = None
             return None
         except RemoteProtocolError as error:
             if error.reason != "missing":
@@ -324,15 +338,26 @@ class AuditDesk:
         return is_committed(name, member.peer, epoch, count, shard, digest, path, self._crypto.digest)
 
     async def _ask(self, peer: str, said: list[Any]) -> tuple[bytes, bytearray]:
-        reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
+        open_s, answer_s = (SILENT_S, SILENT_S) if peer in self._silent else (OPEN_S, ANSWER_S)
+        reader, writer = await self._open(peer, open_s)
         try:
             await self._write(peer, writer, msgpack.packb(said))
-            header, payload = await read_frame(reader, self._read, ANSWER_S, SILENCE_S, self._came)
+            header, payload = await read_frame(reader, self._read, answer_s, SILENCE_S, self._came)
+            self._silent.pop(peer, None)
             if not payload and header == msgpack.packb([]):  # a path, of one of several shards, is not empty
                 raise RemoteProtocolError("missing", "it has not kept this")
             return header, payload
         finally:
             writer.close()
+
+    async def _open(self, peer: str, open_s: float = OPEN_S) -> Streams:
+        """A stream, not sooner than the peer is to let one in: it bans who opens many. Raises SwarmError."""
+        now = self._loop.now()
+        self._open_at = {other: at for other, at in self._open_at.items() if at > now}
+        at = self._open_at.get(peer, now)
+        self._open_at[peer] = at + 1 / OPENED_PER_S
+        await asyncio.sleep(at - now)
+        return await self._network.open_stream(peer, self.protocol, open_s)
 
     # --- lies ----------------------------------------------------------------------------------
 
@@ -342,12 +367,11 @@ class AuditDesk:
     async def _accuse(self, accusation: Accusation | DoubleVote, by: str) -> None:
         """It is proven: keep it, say it, pass it on."""
         a = accusation
-        if a.name in self._told:
+        if self._is_told(a.name):
             return
-        self._told[a.name] = None
-        while len(self._told) > TOLD_MAX:
-            self._told.popitem(last=False)
         in_state = isinstance(a, Accusation) and await self._loop.compute(self._evidence.in_the_state, a)
+        if isinstance(a, Accusation) and in_state and self._is_told(f"{a.head}-{a.accused}"):
+            return  # one wrong mean of that round is known to be in the state: more of them change nothing
         new = await self._keep(a, in_state)
         # By the rule of that round, so that all ask for the same, whenever they hear of it.
         settings = await self._loop.compute(self._evidence.settings_at, a.epoch)
@@ -363,7 +387,7 @@ class AuditDesk:
             *(a.accused, by[-6:], a.name, a.what),
         )
         if on_lie != "mark":
-            self._members.expel(a.accused, f"proven to have {a.what}", a.epoch + 1)
+            self._members.expel(a.accused, f"proven to have {a.why}", a.epoch + 1)
         if on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
             self._ask_to_roll_back(a, in_state)
         if new:
@@ -371,6 +395,14 @@ class AuditDesk:
             for peer in self._network.linked:
                 if peer not in (by, a.accused):
                     self._loop.spawn(self._tell(peer, packed))
+
+    def _is_told(self, name: str) -> bool:
+        """Whether `name` was noted before; it is from now on."""
+        known = name in self._told
+        self._told[name] = None
+        while len(self._told) > TOLD_MAX:
+            self._told.popitem(last=False)
+        return known
 
     async def _keep(self, a: Accusation | DoubleVote, in_state: bool) -> bool:
         """Whether it is news. It may be there since an earlier start, or there is no room for it."""
@@ -401,7 +433,7 @@ class AuditDesk:
             roll = self._members.roll
             return proof.accused in roll.members or proof.accused in roll.removed
         for _ in range(LATE_TRIES):
-            if self._evidence.epoch != proof.epoch:
+            if self._evidence.epoch > proof.epoch:
                 break
             await asyncio.sleep(LATE_S)
         found: bool = await self._loop.compute(self._evidence.of_a_record, proof)
@@ -411,9 +443,15 @@ class AuditDesk:
         await self._say(peer, ["accuse"], [packed])
 
     async def _say(self, peer: str, said: list[Any], payload: list[Buffer] | None = None) -> None:
-        """What has no answer; whether it arrived is all the same to us."""
+        """What has no answer. To each peer one thing at a time: it refuses many streams of one, and counts
+        them against it."""
+        async with self._lines.setdefault(peer, asyncio.Lock()):
+            await self._say_now(peer, said, payload)
+
+    async def _say_now(self, peer: str, said: list[Any], payload: list[Buffer] | None) -> None:
+        """Whether it arrived is all the same to us."""
         try:
-            reader, writer = await self._network.open_stream(peer, self.protocol, OPEN_S)
+            reader, writer = await self._open(peer)
         except SwarmError:
             return
         try:
@@ -465,12 +503,14 @@ class AuditDesk:
             self._begin_audits(self._records[head], [order], first=False)
 
     async def _judge(self, peer: str, payload: bytearray) -> None:
-        """A look at one record comes first: made-up names would have us average made-up inputs."""
+        """A look at one record comes first: made-up names would have us average made-up inputs. Who tells of
+        a record that our chain lacks is not blamed: it may be ahead of us, or on another side of a fork."""
         averaging = self._averaging
         try:
             accusation = unpack(payload)
             if not await self._concerns_the_run(accusation):
-                raise FalseAccusation("it is of nobody's part in this run")
+                self._reporter.refused(peer, "accusation", "it is of nobody's part in our chain")
+                return
             count, mean_digest = len(averaging.shards), averaging.mean_digest
             await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:

@@ -8,6 +8,7 @@ result it is a `ResultPayload`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from blake3 import blake3
@@ -90,6 +91,18 @@ class Averaging:
         mean = reduce_shard(payloads, weights, self.codec, n, mean=self._mean)
         found = agreement_sums(payloads, mean, self.codec, n)
         return ResultPayload(mean), payload_digest(mean), ShardSums(*dataclasses.astuple(found))
+
+    def longest(
+        self,
+        shard: int,
+        payloads: Sequence[Tensor],  # uint8, at least one
+    ) -> int:
+        """Index of the payload with the largest L2 norm; of equal ones the first. Raises Refused."""
+        n = self.shards[shard].n
+        pieces = range(len(self.codec.pieces(n)))
+        opened = [self.codec.open(payload, n) for payload in payloads]
+        squares = [math.fsum(map(one.square_of_piece, pieces)) for one in opened]
+        return squares.index(max(squares))
 
     def commit(self, contributor: str, epoch: int, payloads: Sequence[Tensor]) -> str:
         """The name of a contribution: protocol/commitment.py. Its tree is held until the second after it."""

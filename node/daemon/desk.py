@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from tapestry.node.protocol.events import Input
-from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.protocol.snapshot import Membership, Snapshot
 
 Job = Coroutine[Any, Any, None]
 Outputs = Mapping[type, Callable[[Any], Job | None]]  # kind of output -> what executes it
@@ -29,6 +29,10 @@ class Loop(Protocol):
 
     def snapshot(self) -> Snapshot:
         """What the core shows at this moment."""
+        ...
+
+    def membership(self) -> Membership:
+        """The part of it that is cheap, whatever the size of the model."""
         ...
 
     def now(self) -> float: ...

@@ -1,6 +1,6 @@
 """The members' desk: who may reach this node, who waits to, and what the operator asks the members for.
 
-What it knows is the core's snapshot: the roll of our newest record, and the changes that collect signatures.
+What it knows is the core's membership: the roll of our newest record, and the changes that wait for others.
 What it does is one input, ChangeAsked. `do` answers the commands that come by HOME/control.sock (control.py).
 """
 
@@ -86,10 +86,10 @@ class MembersDesk:
 
     @property
     def roll(self) -> Roll:
-        return self._loop.snapshot().roll
+        return self._loop.membership().roll
 
     def _epoch(self) -> int:
-        return self._loop.snapshot().chain_epoch
+        return self._loop.membership().epoch
 
     def admits(self, peer: str) -> bool:
         """Whether we talk with it at all. Of who is removed nothing is heard, whoever named it."""
@@ -102,23 +102,25 @@ class MembersDesk:
         return peer in roll.members or (peer in self._given and peer not in roll.removed)
 
     def _coming(self) -> tuple[str, ...]:
-        return tuple([c.peer for c in self._loop.snapshot().pending if c.kind == "invite"])
+        return tuple([c.peer for c in self._loop.membership().pending if c.kind == "invite"])
 
     def submit(self, change: Change) -> str:
         """What an applicant brings; returns what is wrong with it, or ""."""
-        core = self._loop.snapshot()
+        run = self._loop.membership()
         fault = self._fault(change)
-        if fault or any(change_id(core.run_id, c) == change_id(core.run_id, change) for c in core.pending):
+        if fault or any(
+            change_id(run.roll.run_id, c) == change_id(run.roll.run_id, change) for c in run.pending
+        ):
             return fault
         self._loop.feed(ev.ChangeAsked(change, sign=False))
         return ""
 
     def _fault(self, change: Change) -> str:
-        core = self._loop.snapshot()
-        fault = change_fault(core.roll, core.chain_epoch + 1, change, self._crypto)
+        run = self._loop.membership()
+        fault = change_fault(run.roll, run.epoch + 1, change, self._crypto)
         if fault == "rollback":
             to, head, _ = read_rollback(change.value)
-            return why_no_rollback(core.roll, core.chain_epoch + 1, to, head) or ""
+            return why_no_rollback(run.roll, run.epoch + 1, to, head) or ""
         return FAULTS.get(fault, fault) if fault is not None else ""
 
     # --- the operator --------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class MembersDesk:
     def _ask(self, kind: object, peer: object, value: object) -> dict[str, Any]:
         if kind not in KINDS:
             raise strict.Malformed(f"a change must be one of {', '.join(KINDS)}")
-        until = self._loop.snapshot().chain_epoch + VALID_EPOCHS
+        until = self._loop.membership().epoch + VALID_EPOCHS
         name = "" if kind in OF_NOBODY else peer_field(peer, "a peer id")
         words = strict.text(value, WHY_CHARS_MAX, "a value")
         if kind == "set" and (why := self._why_not_set(words)):
@@ -205,8 +207,8 @@ class MembersDesk:
         return str(self._ask("admit", peer, name).get("fault", ""))
 
     def _approve(self, name: object) -> dict[str, Any]:
-        core = self._loop.snapshot()
-        found = [c for c in core.pending if isinstance(name, str) and change_id(core.run_id, c) == name]
+        run = self._loop.membership()
+        found = [c for c in run.pending if isinstance(name, str) and change_id(run.roll.run_id, c) == name]
         if not found:
             return {"fault": "nothing of that name waits for signatures"}
         if found[0].kind == "rollback":

@@ -280,7 +280,9 @@ class NetworkDesk:
                 out.shard,
                 refused,
             )
-            self._loop.feed(ev.PeerRefused(max(out.peers), refused.reason))
+            # All were checked when they came, so it is their size: finite values whose sum is not.
+            index = await self._loop.compute(self._averaging.longest, out.shard, out.blobs)
+            self._loop.feed(ev.PeerRefused(out.peers[index], refused.reason))
             return
         self._means[out.head, out.ballot, out.shard] = digest
         self._loop.feed(ev.Reduced(out.epoch, out.head, out.ballot, out.shard, digest, mean, sums))

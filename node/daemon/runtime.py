@@ -34,7 +34,7 @@ from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
-from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.run import why_no_change
 from tapestry.node.surface.status import Shown
 from tapestry.node.trainer.process import TrainerProcess
@@ -182,6 +182,9 @@ class Runtime:
 
     def snapshot(self) -> Snapshot:
         return self._core.snapshot(self.now())
+
+    def membership(self) -> Membership:
+        return self._core.membership()
 
     def now(self) -> float:
         return time.monotonic()

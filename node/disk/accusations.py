@@ -82,8 +82,13 @@ class Accusation:
         return self.reducer
 
     @property
+    def why(self) -> str:
+        """For the liar's removal: the same for all shards of a round, so that all sign the same change."""
+        return f"signed a wrong mean: round {self.epoch + 1}"
+
+    @property
     def what(self) -> str:
-        return f"signed a wrong mean: round {self.epoch + 1}, shard {self.shard}"
+        return f"{self.why}, shard {self.shard}"
 
     def pack(self) -> bytes:
         """As it travels, and lies on disk."""

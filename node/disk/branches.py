@@ -33,6 +33,7 @@ import dataclasses
 import errno
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -153,7 +154,7 @@ class Branches:
         """Find out what there is, and finish what a kill left unfinished. Raises OSError."""
         for path in sorted(self._shelf.glob(".*")):
             if path.is_dir() and not path.is_symlink():  # not what a file manager or a network disk leaves
-                shutil.rmtree(path)
+                _delete(path)
         self._kept = tuple(found(self._home))
         for one in self._kept:
             if chain.head_at(one.about.lost.epoch) == one.about.lost.head:
@@ -168,6 +169,18 @@ class Branches:
         """
         if not self._limits.count_max or since >= chain.epoch:
             return ""
+        try:
+            return self._keep(chain, since, theirs, store, checkpoints)
+        except OSError as error:
+            shutil.rmtree(self._shelf / _NEW, ignore_errors=True)
+            _log.warning("branch=not_kept epoch=%d reason=%r; look at the disk", chain.epoch, str(error))
+        self._drop_followers(chain, since)
+        return ""
+
+    def _keep(
+        self, chain: Chain, since: int, theirs: Sequence[Record], store: Store, checkpoints: Checkpoints
+    ) -> str:
+        """`keep`, where the limits allow one. Raises OSError."""
         record_bytes, room = store.record_bytes_after(since), self._room()
         if record_bytes > min(room, disk_free(self._home) // 2):
             why = f"its records are {record_bytes} bytes, and there is no room for them"
@@ -181,19 +194,13 @@ class Branches:
             lacks = f"updates and checkpoint: {sources.size_bytes} bytes were more than there was room for"
             sources = _Sources((), (), lacks)
         new = self._shelf / _NEW
-        try:
-            about = self._make(new, chain, since, theirs, store, sources)
-            target = self._shelf / about.name
-            if target.exists():  # left before, and had again since: all of it is on our chain
-                self._remove(target)
-            os.rename(new, target)
-            sync_folder(self._shelf)
-            sync_folder(self._home.path)
-        except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
-            _log.warning("branch=not_kept epoch=%d reason=%r; look at the disk", chain.epoch, str(error))
-            self._drop_followers(chain, since)
-            return ""
+        about = self._make(new, chain, since, theirs, store, sources)
+        target = self._shelf / about.name
+        if target.exists():  # left before, and had again since: all of it is on our chain
+            self._remove(target)
+        os.rename(new, target)
+        sync_folder(self._shelf)
+        sync_folder(self._home.path)
         size_bytes = _size_bytes(target)
         self._kept = (*(k for k in self._kept if k.path != target), Kept(about, target, size_bytes))
         _log.warning(
@@ -204,7 +211,11 @@ class Branches:
 
     def fit(self) -> None:
         """Drop the oldest beyond the limits, which the room on the disk may have made smaller."""
-        room = self._room()
+        try:
+            room = self._room()
+        except OSError as error:
+            _log.warning("branch=not_fitted reason=%r; look at the disk", str(error))
+            return
         while self._kept and (len(self._kept) > self._limits.count_max or self._bytes() > room):
             allowed = f"{self._limits.count_max} and {room} bytes are kept, and it is the oldest"
             self._drop(self._kept[0], allowed)
@@ -267,10 +278,25 @@ class Branches:
         self._kept = tuple(k for k in self._kept if k is not one)
 
     def _remove(self, path: Path) -> None:
-        """Not half of it: `load` goes on with what a kill left."""
-        gone = self._shelf / f"{_GONE}-{path.name}"
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        """Not half of it: `load` goes on with what a kill left. No disk that refuses it holds anything up."""
+        gone = self._shelf / f"{_GONE}-{secrets.token_hex(8)}"  # one of before may still be there
+        try:
+            os.rename(path, gone)
+        except OSError as error:
+            _log.warning(
+                "branch=not_deleted path=%s reason=%r; delete it, and look at the disk", path, str(error)
+            )
+        else:
+            _delete(gone)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning(
+            "branch=not_deleted path=%s reason=%r; delete it, and look at the disk", folder, str(error)
+        )
 
 
 def found(home: Home) -> list[Kept]:

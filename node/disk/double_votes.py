@@ -47,8 +47,13 @@ class DoubleVote:
         return -1
 
     @property
+    def why(self) -> str:
+        """For the liar's removal: the same for all ballots of a round, so that all sign the same change."""
+        return f"signed two values: round {self.epoch + 1}"
+
+    @property
     def what(self) -> str:
-        return f"signed two values: round {self.epoch + 1}, ballot {self.proof.ballot}"
+        return f"{self.why}, ballot {self.proof.ballot}"
 
     def pack(self) -> bytes:
         """As it travels, and lies on disk."""

@@ -4,8 +4,8 @@ An IO-less state machine. It owns the chain, the peers as last heard, the round 
 to the head. The shell (daemon/runtime.py, or the simulator) brings it inputs with the time, executes the
 outputs in order, and calls again with Tick at `wakeup_at`. Nothing in it sleeps, draws lots or does I/O.
 
-The shell acts on outputs alone. Whoever wants to look at the core asks for `snapshot(now)`; its attributes
-are for the protocol and its tests.
+The shell acts on outputs alone. Whoever wants to look at the core asks for `snapshot(now)` or `membership()`;
+its attributes are for the protocol and its tests.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from tapestry.node.protocol.messages import (
 from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
-from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
+from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
 
 DELIVERED_RECORDS = 8  # whose contributors are known to deliver, after a restart
@@ -159,6 +159,10 @@ class Core:
             roll=chain.roll,
             pending=tuple(self.ctx.proposals.pending.values()),
         )
+
+    def membership(self) -> Membership:
+        """The part of `snapshot` that is asked most often."""
+        return Membership(self.chain.epoch, self.chain.roll, tuple(self.ctx.proposals.pending.values()))
 
     def _peer_snapshot(self, peer: str, view: PeerView, now: float) -> PeerSnapshot:
         status, heard_s = view.status, now - view.heard_at

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, result_digest
@@ -69,6 +70,7 @@ class Exchange:
         self.early_ballot = -1  # the highest ballot of which a result came before the roster
         self.early: dict[int, None] = {}  # shards of it
         self.progress = 0
+        self.lacking: dict[str, int] = {}  # peer -> shard of it that was missing when we looked last
 
     # --- what the round tells us ---------------------------------------------------------------
 
@@ -282,8 +284,26 @@ class Exchange:
         return tuple(names[:WAITING_MAX])
 
     def lacks_of(self, peer: str) -> bool:
-        """Whether it has something that we need to get on."""
-        return peer in self._missing()
+        """Whether it has something that we need to get on. Asked for every piece of bulk that comes, so the
+        search goes on where it ended: most often the shard found there is still on its way."""
+        roster = self.roster
+        member = next((m for m in roster.members if m.peer == peer), None) if roster is not None else None
+        if roster is None or member is None:
+            return False
+        at, count = self.lacking.get(peer, 0), len(roster.reducers)
+        for shard in chain(range(at, count), range(at)):
+            if self._lacks(member, shard):
+                self.lacking[peer] = shard
+                return True
+        return False
+
+    def _lacks(self, member: Member, shard: int) -> bool:
+        """Whether we need the mean of a shard of it, or what it contributes to one of ours."""
+        if shard in self.results:
+            return False
+        if not self.averages(shard):
+            return self._reducer(shard) == member.peer
+        return member.weight > 0 and not self.has(member, shard)
 
     def owing(self) -> list[str]:
         """Who owes us shards of its contribution, of which we are to make the mean."""

@@ -1,4 +1,5 @@
-"""What the core shows of itself: `Core.snapshot(now)`, for status pages, metrics, logs and the shell.
+"""What the core shows of itself: `Core.snapshot(now)`, for status pages, metrics, logs and the shell; and of
+that `Core.membership()` alone, which is asked more often.
 
 Plain values, copied when they are asked for: whoever holds a snapshot can neither change the core nor see it
 change. What the shell must *act* on comes as an output (events.py); a snapshot is for looking.
@@ -26,6 +27,15 @@ class PeerSnapshot:
     same_head: bool  # it is at our head and holds the state of it
     taking_part: bool  # in a round, whichever
     heard_s: float  # seconds since
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Who belongs to the run: asked for every stream that anybody opens, so it costs no look at the round."""
+
+    epoch: int  # of the newest record
+    roll: Roll  # of that record; never changed
+    pending: tuple[Change, ...]  # changes that collect signatures, or wait for a record
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,3 +103,10 @@ def test_the_mean_is_the_same_whoever_computes_it():
         b, digest_b, sums_b = other.reduce(shard, [blob.clone() for blob in blobs], [3, 1, 5])
         assert torch.equal(a.tensor, b.tensor) and digest_a == digest_b
         assert sums_a == sums_b and sums_a.of_so_many(3)
+
+
+def test_where_a_mean_overflows_the_largest_contribution_is_named():
+    """It was the last by peer id, an honest member as likely as not."""
+    a, top = averaging(), torch.finfo(torch.float32).max
+    huge, honest = a.codec.encode(torch.full((256,), top)), a.codec.encode(vector(1)[:256])
+    assert [a.longest(0, [huge, honest, honest]), a.longest(0, [honest, honest, huge])] == [0, 2]

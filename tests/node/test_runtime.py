@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tapestry.compression.refusals import RefusedPayload
+from tapestry.compression.refusals import RefusedPayload, RefusedVector
 from tapestry.node.daemon import network_desk, trainer_desk
 from tapestry.node.daemon.audit_desk import Auditor
 from tapestry.node.daemon.disk_desk import DiskDesk
@@ -35,7 +35,7 @@ from tapestry.node.protocol.chain import Body
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
 from tapestry.node.protocol.messages import Stage
-from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
 from tapestry.node.surface.metrics import Metrics
@@ -85,6 +85,9 @@ class FakeCore:
             roll=replace(NO_ROLL, rolled=self.rolled),
             pending=self.pending,
         )
+
+    def membership(self) -> Membership:
+        return Membership(3, replace(NO_ROLL, rolled=self.rolled), self.pending)
 
 
 class FakeDonor:
@@ -176,6 +179,12 @@ class FakeAveraging:
 
     def frame(self, shard: int, payload: bytes) -> bytes:
         return payload
+
+    def reduce(self, shard: int, payloads: tuple[bytes, ...], weights: tuple[int, ...]) -> None:
+        raise RefusedVector("overflow", "the sum is too large")
+
+    def longest(self, shard: int, payloads: tuple[bytes, ...]) -> int:
+        return payloads.index(max(payloads))
 
 
 class FakeTrainer:
@@ -793,3 +802,19 @@ def test_what_a_fork_cost_is_told_with_the_branch_that_is_kept() -> None:
         assert reporter.branches == ("older", "newer") and said == [(2, 20, "newer"), ("theirs", 7)]
 
     run(main)
+
+
+def test_where_a_mean_overflows_who_is_left_out_is_who_sent_the_largest() -> None:
+    async def main() -> None:
+        async with Bench() as bench:
+            peers = ("12D3KooWAlice", "12D3KooWBob", "12D3KooWCarol")
+            bench.runtime.network.do_reduce(
+                ev.Reduce(3, "cd" * 32, 0, 0, (b"1", b"9", b"2"), (1, 1, 1), peers)
+            )
+            named = ev.PeerRefused("12D3KooWBob", "overflow")
+            async with asyncio.timeout(5.0):
+                while named not in bench.core.heard:
+                    assert not any(isinstance(i, ev.PeerRefused) for i in bench.core.heard)
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(main())

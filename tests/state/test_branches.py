@@ -235,6 +235,29 @@ def test_a_disk_that_fills_up_takes_the_oldest_branch(run: Run, monkeypatch: pyt
     assert branches.names == (second,)
 
 
+def test_no_disk_holds_up_a_switch_or_a_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left of a branch that could not be deleted ended the node at the next one of that name."""
+    branches = opened(run, BranchLimits(count_max=1))
+    old = switch(run, branches, 2, other_side(run, 2, 2))
+    (run.home.branches / f".gone-{old}").mkdir()
+    (run.home.branches / f".gone-{old}" / "file").touch()
+    new = switch(run, branches, 2, other_side(run, 2, 3, "cd" * 32))
+    branches.fit()
+    assert branches.names == (new,) and old != new
+
+    def refuse(*args: object, **kwargs: object) -> int:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(branches_module, "disk_free", refuse)
+        assert switch(run, branches, 2, other_side(run, 2, 4, "ef" * 32)) == ""
+        branches.fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(branches_module.shutil, "rmtree", refuse)
+        (run.home.branches / ".gone").mkdir(exist_ok=True)
+        assert opened(run).names == branches.names
+
+
 def test_a_file_system_without_hard_links_gets_copies(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

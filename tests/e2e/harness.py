@@ -24,6 +24,7 @@ import psutil
 from e2e.nursery import Forked, Nursery
 
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
+LIAR = Path(__file__).resolve().parents[2] / "scripts" / "_liar.py"
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
 DEADLINE_S = 90.0  # on two cores that other tests use as well
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -37,6 +38,11 @@ _time, _time_ns = time.time, time.time_ns
 time.time = lambda: _time() + _shift_s
 time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
 """
+
+
+def liar(name: str) -> tuple[str, ...]:
+    """The program of a node that lies: scripts/liars says how, and by which names."""
+    return (sys.executable, "-P", str(LIAR), name)
 
 
 def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
@@ -85,6 +91,8 @@ def init(folder: Path, *flags: object, **changes: str) -> Path:
     for key, value in changes.items():
         assert any(line.startswith(f"{key} = ") for line in lines), key
         lines = [f"{key} = {value}" if line.startswith(f"{key} = ") else line for line in lines]
+    if changes.get("rule") == '"mean"':  # it has no use for norms
+        lines = [line for line in lines if not line.startswith("norm_max = ")]
     run.write_text("\n".join(lines) + "\n")
     node = folder / "node.toml"
     node.write_text(node.read_text().replace("threads = 0", "threads = 1"))

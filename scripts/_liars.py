@@ -2,7 +2,8 @@
 
 For scripts/attack.py. All members are honest in the quiet time; then the last one begins to lie (or a thief
 begins, who has its key), and goes on to the end. Beside it a run of the honest ones alone, as far as the run
-with the liar came.
+with the liar came. No round of either is made by fewer than the honest ones (`min_members`): what one or two
+make before the others are there is longer, and no measure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from _members import (
     founder_in,
     in_words,
     invitation,
-    liar,
     member_in,
     refusals,
     rounds_s,
@@ -37,9 +37,10 @@ from liars.seen import Seen
 
 WAIT_S = 240.0  # for what must come, on a machine that others use
 PROOF_S = 90.0  # Guess: longest wait for what an attack promises
-ALONE_S = 240.0  # of the run without the liar, at most
+ALONE_S = 120.0  # of the run without the liar, at most
 LOOK_S = 0.5
 ROUNDS_MIN = 3  # that are measured, of either kind
+NO_NUMBER = ("share", "voice", "max_influence")  # change nothing where all are honest and train alike
 LOSSES = 3  # the last ones that are compared
 SETTINGS = {"shard_elements": "4096"}  # some shards for everybody: `nano` is one by default
 _VALIDATED = re.compile(r" validated epoch=(\d+) validation_loss=([\d.]+)")
@@ -63,7 +64,7 @@ def attacked_by_member(name: str, options: argparse.Namespace, place: Path, alon
 def _attack(seen: Seen, options: argparse.Namespace, place: Path, alone: dict[str, Losses]) -> None:
     name = seen.name
     module, count = load(name), options.members or 4
-    changes = SETTINGS | getattr(module, "RUN", {})
+    changes = SETTINGS | {"min_members": str(count - 1)} | getattr(module, "RUN", {})
     folder = place / name
     folder.mkdir()
     with contextlib.ExitStack() as stack:
@@ -81,6 +82,7 @@ def _attack(seen: Seen, options: argparse.Namespace, place: Path, alone: dict[st
 
         def look(since: float = 0.0) -> bool:
             _look(seen, honest, began_epoch)
+            seen.told_of_twin = "key=twice" in last.log.read_text(errors="replace")
             seen.refused = _more(refusals(honest), before)
             return not module.broken(seen) and len(rounds_s(honest[0], since)) >= ROUNDS_MIN
 
@@ -122,15 +124,14 @@ def say(seen: Seen) -> None:
 def _founded(
     stack: contextlib.ExitStack, folder: Path, count: int, changes: dict[str, str], lies: str | None
 ) -> list[Node]:
-    """So many members, all in the electorate; the last runs the program of the liar `lies`."""
+    """So many members, all in the electorate; the last is the liar `lies`, where there is one."""
     founder = founder_in(folder, count, **changes)
     nodes = [stack.enter_context(founder).wait_ready(WAIT_S)]
     line = invitation(founder, count - 1) if count > 1 else ""
     for index in range(1, count):
         node = member_in(folder, index, count, line)
         if lies is not None and index == count - 1:
-            node.program = liar(lies)
-            node.environment = {"LIE_WHILE": str(folder / "lie")}
+            node.lie(lies, folder / "lie")
         nodes.append(stack.enter_context(node))
     for node in nodes:
         node.wait_ready(WAIT_S)
@@ -165,10 +166,10 @@ def _goes_on(digests: Digests) -> list[str]:
 
 
 def _alone(place: Path, count: int, changes: dict[str, str], epoch: int, known: dict[str, Losses]) -> Losses:
-    """The losses of a run without the liar, up to `epoch` or as long as ALONE_S."""
-    changes = {key: value for key, value in changes.items() if key != "share"}  # audits change no number
+    """The losses of a run without the liar: a known one, else one up to `epoch`, or as long as ALONE_S."""
+    changes = {key: value for key, value in changes.items() if key not in NO_NUMBER}
     key = json.dumps(changes, sort_keys=True)
-    if max(known.get(key, {0: 0.0}), default=0) < epoch:
+    if key not in known:
         folder = place / f"alone-{len(list(place.iterdir()))}"
         folder.mkdir()
         with contextlib.ExitStack() as stack:
@@ -189,7 +190,8 @@ def _look(seen: Seen, honest: Sequence[Node], began_epoch: int) -> None:
     seen.accused = {one["peer"]: str(one["what"]) for one in accused}
     seen.accusers = sum(any(one["peer"] == seen.liar for one in status["accused"]) for status in shown)
     seen.withheld = sum(o["count"] for status in shown for o in status["withheld"] if o["peer"] == seen.liar)
-    seen.removed = json.loads(tapestry("members", "--home", honest[0].home, "--json").stdout)["removed"]
+    if accused:  # nobody is removed for anything else
+        seen.removed = json.loads(tapestry("members", "--home", honest[0].home, "--json").stdout)["removed"]
     bodies = [body for body in _bodies(honest[0]) if body["epoch"] > began_epoch]
     shares = [_share(body, seen.liar) for body in bodies]
     seen.contributed, seen.share_max = sum(share > 0 for share in shares), max(shares, default=0.0)
@@ -248,3 +250,16 @@ def _at(losses: Losses, epoch: int) -> float:
     below, above = (max(e for e in losses if e <= epoch), min(e for e in losses if e >= epoch))
     part = (epoch - below) / (above - below) if above > below else 0.0
     return losses[below] + part * (losses[above] - losses[below])
+
+
+def read_alone(file: Path | None) -> dict[str, Losses]:
+    """What `write_alone` wrote; nothing where there is no file."""
+    if file is None or not file.exists():
+        return {}
+    table = json.loads(file.read_text())
+    return {key: {int(epoch): loss for epoch, loss in losses.items()} for key, losses in table.items()}
+
+
+def write_alone(file: Path | None, alone: dict[str, Losses]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(alone, indent=1) + "\n")

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from e2e.harness import Digests as Digests
 from e2e.harness import Node, init
-from e2e.harness import liar as liar
 from e2e.harness import tapestry as tapestry
 
 WINDOW_S = 60.0

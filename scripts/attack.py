@@ -2,7 +2,7 @@
 
     .venv/bin/python -P scripts/attack.py NAME... [--members N] [--seconds 20] [--json FILE] [--keep DIR]
         of strangers: [--repeat 2] [--strength 200] [--slower-max 0.10] [--open] [--nice 19]
-        of members: [--no-alone]
+        of members: [--alone FILE] [--no-alone]
     .venv/bin/python -P scripts/attack.py list
 
 NAME is an attack, `strangers` or `liars` for all of a kind. Members of the model `nano` run on loopback.
@@ -16,7 +16,7 @@ took (which says what an attack costs it also where others use the machine; give
 gets no time), its memory, whom it turned away and what it refused. Exit 1 if a round was slower than
 --slower-max, a member ended, its memory grew by more than MEMORY_MAX, or its log has a traceback.
 
-**Members.** Of four, the last is a real node whose program scripts/liars changes (`_liar.py`). Each file of
+**Members.** Of four, the last is a real node in whose process scripts/liars changes the product. Each file of
 that folder is an attack, and says what it promises. Printed: whether the honest members are at one head and
 digest, how much slower a round was than before the lie, the loss beside a run without the liar, what honest
 members refused, who was proven to lie and removed. Exit 1 if the promise does not hold, the honest members do
@@ -47,7 +47,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import psutil
-from _liars import Losses, attacked_by_member
+from _liars import attacked_by_member, read_alone, write_alone
 from _liars import say as say_seen
 from _members import (
     Node,
@@ -607,6 +607,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--slower-max", type=float, default=0.10)
     parser.add_argument("--open", action="store_true", help="an open run: who attacks has a link")
     parser.add_argument("--no-alone", action="store_true", help="no run without the liar, for its loss")
+    parser.add_argument("--alone", type=Path, help="keeps the losses without a liar for the next call")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--hostile", help=argparse.SUPPRESS)
@@ -637,12 +638,13 @@ def main() -> int:
     found: list[Outcome | Seen] = []
     with work_folder(options.keep, "tapestry-attack-") as place:
         found += run(strangers, options, place) if strangers else []
-        alone: dict[str, Losses] = {}
+        alone = read_alone(options.alone)
         for name in options.names:
             if name in MODULES:
                 seen = attacked_by_member(name, options, place, alone)
                 say_seen(seen)
                 found.append(seen)
+                write_alone(options.alone, alone)
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     return int(any(one.faults for one in found))

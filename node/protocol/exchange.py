@@ -67,6 +67,7 @@ class Exchange:
         self.unusable: dict[str, str] = {}  # contributor -> why its contribution cannot be used
         self.early_ballot = -1  # the highest ballot of which a result came before the roster
         self.early: dict[int, None] = {}  # shards of it
+        self.refused: dict[str, None] = {}  # whose results do not fit this ballot's roster
         self.progress = 0
 
     # --- what the round tells us ---------------------------------------------------------------
@@ -90,6 +91,7 @@ class Exchange:
                     self.results.pop(shard, None)
                     self.reducing.discard(shard)
         self.roster, self.averaged = roster, inputs_digest(roster.members, self.ctx.crypto)
+        self.refused.clear()
         self._settle_ahead()
         self._scatter()
         for shard in range(len(roster.reducers)):
@@ -170,17 +172,23 @@ class Exchange:
             return None
         if result.ballot < roster.ballot:
             return None
+        fault = self._result_fault(peer, result, roster)
+        if fault is not None:
+            self.refused[peer] = None
+        elif result.shard not in self.results:
+            self._keep(result.shard, Mean(result.digest, result.blob, result.sums, result.signature))
+        return fault
+
+    def _result_fault(self, peer: str, result: Result, roster: Roster) -> str | None:
         if not 0 <= result.shard < len(roster.reducers):
             return "shard"
         if peer != self._reducer(result.shard):
             return "not_reducer"
         if not result.sums.of_so_many(len(self._weights())):
             return "agreement"
-        if result.shard in self.results:
-            return None
-        if not self.ctx.crypto.verify(peer, result.signature, self._says(result.shard, result.digest)):
+        signed = self._says(result.shard, result.digest)
+        if result.shard not in self.results and not self.ctx.crypto.verify(peer, result.signature, signed):
             return "mean_signature"
-        self._keep(result.shard, Mean(result.digest, result.blob, result.sums, result.signature))
         return None
 
     def _says(self, shard: int, digest: str) -> bytes:
@@ -281,8 +289,9 @@ class Exchange:
         return tuple(names[:WAITING_MAX])
 
     def lacks_of(self, peer: str) -> bool:
-        """Whether it has something that we need to get on."""
-        return peer in self._missing()
+        """Whether it has something that we need to get on. Not if its results are of another roster, which a
+        leader may have told it: it sends them as often as we ask, and we get no further."""
+        return peer not in self.refused and peer in self._missing()
 
     def owing(self) -> list[str]:
         """Who owes us shards of its contribution, of which we are to make the mean."""

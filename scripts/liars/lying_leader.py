@@ -1,7 +1,8 @@
 """leads, and tells half of the members another roster: other reducers, or a contribution less
 
-Promise: no two members take two results. The run goes on, at one head; a round that it leads costs a ballot.
-Nobody is named: rosters are not signed.
+Promise: no two members take two results. The run goes on, at one head. A ballot that it leads is lost after
+two stalls of 5 s, and it leads three of a round at most: rounds are no more than half a minute longer. Nobody
+is named: rosters are not signed.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liars import lying
-from liars.seen import Seen
+from liars.seen import Seen, refused_fault
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.messages import Control, Roster
+
+LONGER_S = 30.0
 
 
 def lie() -> None:
@@ -20,8 +23,8 @@ def lie() -> None:
 
     def send(self: Context, peer: str, message: Control) -> None:
         if isinstance(message, Roster) and lying.now():
-            names = [m.peer for m in message.members]
-            if peer in names and names.index(peer) % 2:
+            others = [m.peer for m in message.members if m.peer != self.me]
+            if peer in others[::2]:
                 message = _another(message, peer)
         honest(self, peer, message)
 
@@ -38,4 +41,7 @@ def _another(roster: Roster, to: str) -> Roster:
 
 
 def broken(seen: Seen) -> list[str]:
-    return []
+    faults = refused_fault(seen, "agreement", "not_reducer", "mean_signature", "narrow", "roster")
+    if seen.lied_round_s > seen.quiet_round_s + LONGER_S:
+        faults.append(f"a round took {seen.lied_round_s:.0f} s, before it {seen.quiet_round_s:.0f} s")
+    return faults

@@ -32,6 +32,7 @@ class Seen:
     withheld: int = 0  # inputs that the liar did not give to audits
     contributed: int = 0  # of these, those that count a contribution of the liar
     share_max: float = 0.0  # the largest part of a record's weight that the liar had
+    told_of_twin: bool = False  # the liar's own member: that another node uses its key
     gated: int = 0  # lines that say that the gate found the liar's contribution the furthest
     faults: list[str] = field(default_factory=list)  # of the promise, and of what always holds
 

@@ -28,16 +28,16 @@ def lie() -> None:
 
 def strike(place: Path, robbed: Node, line: str) -> Node:
     """The thief, not started yet. `line`: the address of a member."""
-    from _members import Node, liar
+    from _members import Node
 
     home = place / "thief"
     home.mkdir(mode=0o700)
     shutil.copy(robbed.home / "identity.key", home)
     shutil.copy(robbed.home / "node.toml", home)
     thief = Node(home, "--peer", line, data=robbed.data)
-    thief.program = liar("stolen-key")
+    thief.lie("stolen-key")
     return thief
 
 
 def broken(seen: Seen) -> list[str]:
-    return []
+    return [] if seen.told_of_twin else ["the robbed member was not told"]

@@ -24,7 +24,6 @@ import psutil
 from e2e.nursery import Forked, Nursery
 
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
-LIAR = Path(__file__).resolve().parents[2] / "scripts" / "_liar.py"
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
 DEADLINE_S = 90.0  # on two cores that other tests use as well
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -38,11 +37,6 @@ _time, _time_ns = time.time, time.time_ns
 time.time = lambda: _time() + _shift_s
 time.time_ns = lambda: _time_ns() + int(_shift_s * 1e9)
 """
-
-
-def liar(name: str) -> tuple[str, ...]:
-    """The program of a node that lies: scripts/liars says how, and by which names."""
-    return (sys.executable, "-P", str(LIAR), name)
 
 
 def tapestry(*arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
@@ -135,13 +129,20 @@ class Node:
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         self.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
 
+    def lie(self, name: str, switch: Path | None = None) -> None:
+        """From its next start it is a liar of scripts/liars; while the file `switch` exists, or always."""
+        self.environment = {"LIAR": name} | ({"LIE_WHILE": str(switch)} if switch is not None else {})
+
     def start(self, *more: object) -> Node:
         arguments = ["start", "--home", str(self.home), "--data", self.data]
         arguments += ["--listen", self.listen, "--http", "127.0.0.1:0", *self.flags, *map(str, more)]
         with self.log.open("ab") as log:
-            if self.forked and not self.prefix and not self.environment and self.program is TAPESTRY:
-                self.process = Nursery.get().start(arguments, environment(), log.fileno(), log.fileno())
+            lies, bare = "LIAR" in self.environment, self.program is TAPESTRY and not self.prefix
+            if self.forked and bare and (lies or not self.environment):
+                wanted = environment() | self.environment
+                self.process = Nursery.get().start(arguments, wanted, log.fileno(), log.fileno())
                 return self
+            assert not lies, "a liar comes from the nursery"
             self.process = subprocess.Popen(
                 [*self.prefix, *self.program, *arguments],
                 stdout=log,

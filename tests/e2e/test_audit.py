@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from e2e.harness import Node, init, liar, tapestry
+from e2e.harness import Node, init, tapestry
 
 from tapestry.node.disk.held import open_run
 from tapestry.node.home import Home
@@ -25,7 +25,7 @@ def test_a_lying_reducer_is_named_with_proof_and_removed_and_what_it_made_is_und
         founder.wait_ready()
         honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
         reducer = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
-        reducer.program = liar("lying-reducer")
+        reducer.lie("lying-reducer")
         with honest, reducer:
             for node in (honest, reducer):
                 node.wait_ready()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from e2e.harness import Node, init, liar
+from e2e.harness import Node, init
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]  # over half a minute where cores are shared
 
@@ -17,7 +17,7 @@ def test_a_poisoned_contribution_is_refused_by_the_others_data_and_left_out(tmp_
         founder.wait_ready()
         honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
         poisoner = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
-        poisoner.program = liar("poison")
+        poisoner.lie("poison")
         with honest, poisoner:
             for node in (honest, poisoner):
                 node.wait_ready()

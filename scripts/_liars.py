@@ -88,9 +88,12 @@ def _attack(seen: Seen, options: argparse.Namespace, place: Path, alone: dict[st
 
         lied = _watch(digests, options.seconds, look)
         seen.faults += _goes_on(digests)
+        lied = lied[0], time.time()
         seen.one_head = not seen.faults
         look()
         seen.faults += ended_or_broken(honest) + _wrongly_blamed(seen)
+        if not seen.removed and last.process is not None and last.process.poll() is not None:
+            seen.faults.append("the liar ended: nothing is shown")
         seen.gated = sum(f"furthest={seen.liar}" in node.log.read_text() for node in honest)
         _time(seen, honest[0], quiet, lied)
         losses = _losses(honest[0])
@@ -106,7 +109,7 @@ def say(seen: Seen) -> None:
         f"honest members at one head and digest: {'yes' if seen.one_head else 'no'}; "
         f"the liar {seen.liar[-6:]} is counted in {seen.contributed} of {seen.records} records",
         f"a round {seen.quiet_round_s:.2f} -> {seen.lied_round_s:.2f} s ({seen.slower:+.0%}; medians of "
-        f"{seen.quiet_rounds} and {seen.lied_rounds})",
+        f"{seen.quiet_rounds} and {seen.lied_rounds}), the longest {seen.longest_s:.1f} s",
         f"loss {seen.loss:.3f}, without it {seen.loss_without:.3f} at epoch {seen.epoch} ({worse})",
         f"refused: {in_words(seen.refused)}; withheld from audits {seen.withheld}; gate named it in "
         f"{seen.gated} logs",
@@ -228,7 +231,7 @@ def _time(seen: Seen, node: Node, quiet: tuple[float, float], lied: tuple[float,
     calm, under = rounds_s(node, *quiet), rounds_s(node, *lied)
     seen.quiet_rounds, seen.lied_rounds = len(calm), len(under)
     seen.quiet_round_s, seen.lied_round_s = (statistics.median(s) if s else math.nan for s in (calm, under))
-    seen.slower = slower(calm, under)
+    seen.slower, seen.longest_s = slower(calm, under), max(under, default=math.nan)
 
 
 def _losses(node: Node) -> Losses:

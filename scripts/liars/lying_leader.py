@@ -42,6 +42,6 @@ def _another(roster: Roster, to: str) -> Roster:
 
 def broken(seen: Seen) -> list[str]:
     faults = refused_fault(seen, "agreement", "not_reducer", "mean_signature", "narrow", "roster")
-    if seen.lied_round_s > seen.quiet_round_s + LONGER_S:
-        faults.append(f"a round took {seen.lied_round_s:.0f} s, before it {seen.quiet_round_s:.0f} s")
+    if seen.longest_s > seen.quiet_round_s + LONGER_S:
+        faults.append(f"a round took {seen.longest_s:.0f} s, before it {seen.quiet_round_s:.0f} s")
     return faults

@@ -10,30 +10,32 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from liars import lying
-from liars.lying import Contribution
+from liars.lying import Contribution, contributes
 from liars.seen import Seen, loss_fault, refused_fault
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.protocol.commitment import Commitment
 
 
 def lie() -> None:
-    honest_commit = Averaging.commit
-    old: list[tuple[Contribution, Commitment]] = []
+    honest = Averaging.commit
+    kept: list[Contribution] = []
+    trees: list[Commitment] = []
+
+    def change(averaging: Averaging, taken: Contribution) -> Contribution:
+        if not kept:
+            kept.append(tuple(payload.clone() for payload in taken))
+        return kept[0]
 
     def commit(self: Averaging, contributor: str, epoch: int, payloads: Sequence[Tensor]) -> str:
-        name = honest_commit(self, contributor, epoch, payloads)
-        if not lying.now():
-            return name
-        if not old:
-            old.append((tuple(payload.clone() for payload in payloads), self._trees[name]))
-        first, tree = old[0]
-        for payload, before in zip(payloads, first, strict=True):
-            payload.copy_(before)
-        self._trees[tree.name] = tree  # its paths are asked for
-        return tree.name
+        if not kept or payloads is not kept[0]:
+            return honest(self, contributor, epoch, payloads)
+        if not trees:
+            trees.append(self._trees[honest(self, contributor, epoch, payloads)])
+        self._trees[trees[0].name] = trees[0]  # its paths are asked for
+        return trees[0].name
 
     Averaging.commit = commit  # type: ignore[method-assign]
+    contributes(change)
 
 
 def broken(seen: Seen) -> list[str]:

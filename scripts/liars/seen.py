@@ -19,6 +19,7 @@ class Seen:
     quiet_round_s: float = math.nan  # medians
     lied_round_s: float = math.nan
     slower: float = math.nan  # a share of the round
+    longest_s: float = math.nan  # of the rounds since the lie began
     quiet_rounds: int = 0
     lied_rounds: int = 0
     records: int = 0  # since the lie began

@@ -39,6 +39,7 @@ WAIT_S = 240.0  # for what must come, on a machine that others use
 PROOF_S = 90.0  # Guess: longest wait for what an attack promises
 ALONE_S = 120.0  # of the run without the liar, at most
 LOOK_S = 0.5
+PARTS = 8  # of the text, one for each member: the same ones with the liar and without
 ROUNDS_MIN = 3  # that are measured, of either kind
 NO_NUMBER = ("share", "voice", "max_influence")  # change nothing where all are honest and train alike
 LOSSES = 3  # the last ones that are compared
@@ -128,11 +129,11 @@ def _founded(
     stack: contextlib.ExitStack, folder: Path, count: int, changes: dict[str, str], lies: str | None
 ) -> list[Node]:
     """So many members, all in the electorate; the last is the liar `lies`, where there is one."""
-    founder = founder_in(folder, count, **changes)
+    founder = founder_in(folder, PARTS, **changes)
     nodes = [stack.enter_context(founder).wait_ready(WAIT_S)]
     line = invitation(founder, count - 1) if count > 1 else ""
     for index in range(1, count):
-        node = member_in(folder, index, count, line)
+        node = member_in(folder, index, PARTS, line)
         if lies is not None and index == count - 1:
             node.lie(lies, folder / "lie")
         nodes.append(stack.enter_context(node))

@@ -26,17 +26,17 @@ _COMMITTED = re.compile(r"^(\S+ \S+) info node committed epoch=(\d+) ", re.M)
 
 
 def founder_in(folder: Path, count: int, admission: str = "members", **changes: str) -> Node:
-    """The first of `count` members, not started yet. `changes`: lines of run.toml."""
+    """The first member, not started yet; it has one of `count` parts of the text. `changes`: of run.toml."""
     home = init(folder / "a", "--preset", "nano", "--admission", admission, **changes)
-    return Node(home, data=f"stdlib:1/{count + 1}")
+    return Node(home, data=f"stdlib:1/{count}")
 
 
 def member_in(folder: Path, index: int, count: int, line: str) -> Node:
-    """Another, which comes by `line`, an invitation or an address; each has its own part of the text."""
+    """Another, which comes by `line`, an invitation or an address; each has its own of `count` parts."""
     home = folder / "abcdefgh"[index]
     home.mkdir(mode=0o700)
     (home / "node.toml").write_text("threads = 1\n")
-    return Node(home, "--peer", line, data=f"stdlib:{index + 1}/{count + 1}")
+    return Node(home, "--peer", line, data=f"stdlib:{index + 1}/{count}")
 
 
 def invitation(founder: Node, uses: int = 1) -> str:

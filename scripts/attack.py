@@ -1,17 +1,29 @@
-"""What a stranger at the door can do to real nodes, and what it costs their rounds.
+"""What hostile processes can do to real nodes: strangers at the door, and members that lie.
 
-    .venv/bin/python -P scripts/attack.py NAME... [--members 2] [--seconds 20] [--repeat 2] [--strength 200]
-                                          [--slower-max 0.10] [--json FILE] [--keep DIR]
+    .venv/bin/python -P scripts/attack.py NAME... [--members N] [--seconds 20] [--json FILE] [--keep DIR]
+        of strangers: [--repeat 2] [--strength 200] [--slower-max 0.10] [--open] [--nice 19]
+        of members: [--alone FILE] [--no-alone]
     .venv/bin/python -P scripts/attack.py list
 
-Members of the model `nano` run on loopback with their default settings. Quiet times and times under attack
-alternate; hostile processes (at low priority, since they share this machine's cores) attack the first member.
-Printed: epochs a second in either, how much slower a round was, the memory of the member, whom it turned away
-and what it refused. Exit 1 if a round was slower than --slower-max, a member ended, its memory grew by more
-than MEMORY_MAX, its log has a traceback, or members disagree.
+NAME is an attack, `strangers` or `liars` for all of a kind. Members of the model `nano` run on loopback.
 
-An attack is one function of this file: `async def name(target)` under `@attack("what it does")`. It runs
-until it is cancelled, in a process of its own. An attack by members is one too: what it needs is in `Target`.
+**Strangers.** Members (2 unless told otherwise) have their default settings. Who attacks is none, and has no
+link to one: what it says on members' streams is refused at the door. With `--open` the run is open, so that
+it has a link, and is heard; `list` marks the attacks that are worth trying there too. Quiet times and times
+under attack alternate; hostile processes (at low priority, since they share this machine's cores) attack the
+first member. Printed: the median round in either, how much slower it was, what of a core the member's daemon
+took (which says what an attack costs it also where others use the machine; give --nice 0 there, or the attack
+gets no time), its memory, whom it turned away and what it refused. Exit 1 if a round was slower than
+--slower-max, a member ended, its memory grew by more than MEMORY_MAX, or its log has a traceback.
+
+**Members.** Of four, the last is a real node in whose process scripts/liars changes the product. Each file of
+that folder is an attack, and says what it promises. Printed: whether the honest members are at one head and
+digest, how much slower a round was than before the lie, the loss beside a run without the liar, what honest
+members refused, who was proven to lie and removed. Exit 1 if the promise does not hold, the honest members do
+not go on at one head, or one of them is accused, ends, or has a traceback.
+
+A stranger's attack is one function of this file: `async def name(target)` under `@attack("what it does")`. It
+runs until it is cancelled, in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +32,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -32,15 +45,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psutil
+from _liars import attacked_by_member, read_alone, write_alone
+from _liars import say as say_seen
+from _members import (
+    Node,
+    ended_or_broken,
+    founder_in,
+    in_words,
+    invitation,
+    member_in,
+    refusals,
+    rounds_s,
+    slower,
+    window,
+)
 from _run import exit_by_signal, work_folder
-from e2e.harness import Node, init
+from liars.registry import MODULES, what
+from liars.seen import Seen
 
 WAIT_S = 120.0
 MEMORY_MAX = 100 << 20  # Guess: what a member may grow under attack
 SETTLE_S = 2.0
+BEGUN = "begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +86,10 @@ class Target:
         host, port = self.http.removeprefix("http://").split(":")
         return host, int(port)
 
+    def begin(self) -> None:
+        """Said by an attack when it begins: what comes before is the start of its process."""
+        (self.folder / BEGUN).touch()
+
     @property
     def p2p_port(self) -> int:
         return int(self.address.split("/tcp/")[1].split("/")[0])
@@ -69,13 +101,14 @@ class Target:
 
 Attack = Callable[[Target], Awaitable[None]]
 ATTACKS: dict[str, tuple[str, Attack]] = {}
+LINK = " (try --open too)"  # of an attack that is heard only by who has a link with the attacker
 
 
-def attack(what: str) -> Callable[[Attack], Attack]:
-    """Names an attack; its function's name is how it is called."""
+def attack(what: str, heard: str = "") -> Callable[[Attack], Attack]:
+    """Names an attack; its function's name is how it is called. `heard`: LINK, where a link matters."""
 
     def add(function: Attack) -> Attack:
-        ATTACKS[function.__name__.replace("_", "-")] = (what, function)
+        ATTACKS[function.__name__.replace("_", "-")] = (what + heard, function)
         return function
 
     return add
@@ -123,6 +156,7 @@ async def http_scrapes(target: Target) -> None:
                 await reader.read(-1)
                 writer.close()
 
+    target.begin()
     async with asyncio.TaskGroup() as tasks:
         while True:
             tasks.create_task(one())
@@ -144,7 +178,7 @@ async def streams(target: Target) -> None:
         await _many(target, lambda i: stranger.opened_and_closed(i), width=16)
 
 
-@attack("valid STATUS messages as fast as they go")
+@attack("valid STATUS messages as fast as they go", LINK)
 async def messages(target: Target) -> None:
     from tapestry.node.net.vocabulary import encode_message
     from tapestry.node.protocol.messages import Stage, Status
@@ -154,7 +188,7 @@ async def messages(target: Target) -> None:
         await stranger.pour("control", _framed(encode_message(status)) * 500)
 
 
-@attack("questions for records, whose answers are many times as long, none of them taken")
+@attack("questions for records, whose answers are many times as long, none of them taken", LINK)
 async def records(target: Target) -> None:
     from tapestry.node.net.vocabulary import encode_message
     from tapestry.node.protocol.messages import GetRecords
@@ -164,13 +198,13 @@ async def records(target: Target) -> None:
         await stranger.pour("control", ask * 500)
 
 
-@attack("junk on the bulk stream, as fast as it goes")
+@attack("junk on the bulk stream, as fast as it goes", LINK)
 async def junk(target: Target) -> None:
     async with _stranger(target) as stranger:
         await stranger.pour("bulk", _framed(b"\x93\xa5shard\x00\x00", os.urandom(1 << 16)) * 8)
 
 
-@attack("streams whose answers are asked for and never read")
+@attack("streams whose answers are asked for and never read", LINK)
 async def slow_readers(target: Target) -> None:
     import msgpack
 
@@ -181,6 +215,26 @@ async def slow_readers(target: Target) -> None:
             _, writer = await stranger.open("state")
             writer.write(ask * 100)
             await asyncio.sleep(30.0)
+            writer.close()
+
+        await _many(target, lambda i: one(), width=16)
+
+
+@attack("applications for membership without end, each under another name")
+async def applications(target: Target) -> None:
+    import msgpack
+
+    names = (f"name {number}" for number in range(10**9))
+    async with _stranger(target) as stranger:
+
+        async def one() -> None:
+            reader, writer = await stranger.open("admission")
+            for _ in range(100):
+                writer.write(
+                    _framed(msgpack.packb({"ask": "admission", "name": next(names), "admission": None}))
+                )
+            while await reader.read(1 << 16):
+                pass
             writer.close()
 
         await _many(target, lambda i: one(), width=16)
@@ -228,6 +282,7 @@ async def presence(target: Target) -> None:
     async with _stranger(target) as stranger:
         await stranger.swarm.join_dht(target.run_id, [stranger.member])
         made = [Identity.load_or_create(target.folder / f"made-up-{i}") for i in range(300)]
+        target.begin()
         while True:
             now = time.time()
             for one in made:
@@ -250,6 +305,7 @@ async def presence(target: Target) -> None:
 
 async def _many(target: Target, one: Callable[[int], Awaitable[None]], width: int | None = None) -> None:
     """So many at a time, each again when it has ended."""
+    target.begin()
 
     async def again(index: int) -> None:
         while True:
@@ -291,6 +347,7 @@ class _Stranger:
 
     def __init__(self, swarm: object, target: Target) -> None:
         from tapestry.dht.addresses import parse_peer
+        from tapestry.node.net.admission import admission_protocol
         from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
 
         self.swarm, self.target, self.member = swarm, target, parse_peer(target.address)
@@ -301,6 +358,7 @@ class _Stranger:
             "peers": f"{run}/peers/1",
             "state": state_protocol(target.run_id),
             "genesis": GENESIS_PROTOCOL,
+            "admission": admission_protocol(target.run_id),
         }
 
     async def open(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -314,6 +372,7 @@ class _Stranger:
 
     async def pour(self, name: str, data: bytes) -> None:
         """This, again and again, on as few streams as it takes."""
+        self.target.begin()
         while True:
             with contextlib.suppress(Exception):
                 _, writer = await self.open(name)
@@ -392,30 +451,46 @@ class Outcome:
     """What an attack did."""
 
     name: str
-    quiet_epochs_per_s: float
-    attacked_epochs_per_s: float
+    quiet_round_s: float  # median
+    attacked_round_s: float
     slower: float  # a share of the round; negative: faster
     grown_mb: float
     banned: int
     refused: dict[str, int]
     faults: list[str]
+    rounds: tuple[int, int] = (0, 0)  # that were measured, of either kind
+    cores: tuple[float, float] = (0.0, 0.0)  # that the daemon and its p2pd took, of either kind
 
 
 @contextlib.contextmanager
-def attacked(name: str, node: Node, folder: Path, strength: int) -> Iterator[None]:
-    """Hostile processes attack `node` inside."""
+def attacked(name: str, node: Node, folder: Path, options: argparse.Namespace) -> Iterator[None]:
+    """A hostile process attacks `node` inside: it has begun."""
     about = node.json()
     folder.mkdir(exist_ok=True)
-    target = Target(node.address, about["run_id"], about["http"], strength, folder)
+    begun = folder / BEGUN
+    begun.unlink(missing_ok=True)
+    target = Target(node.address, about["run_id"], about["http"], options.strength, folder)
     table = json.dumps({**asdict(target), "folder": str(folder)})
     with (folder / "hostile.log").open("ab") as log:
         process = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, "-P", __file__, "--hostile", name, "--about", table],
+            [
+                "nice",
+                "-n",
+                str(options.nice),
+                sys.executable,
+                "-P",
+                __file__,
+                "--hostile",
+                name,
+                "--about",
+                table,
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
     try:
+        node.wait(f"beginning of {name}", begun.exists, WAIT_S)
         yield
     finally:
         process.terminate()
@@ -426,80 +501,93 @@ def attacked(name: str, node: Node, folder: Path, strength: int) -> Iterator[Non
             process.wait()
 
 
-def epochs_per_s(node: Node, seconds: float) -> float:
-    began_at, epoch = time.monotonic(), node.status()["epoch"]
-    time.sleep(seconds)
-    return float((node.status()["epoch"] - epoch) / (time.monotonic() - began_at))
-
-
 def measured(name: str, members: list[Node], folder: Path, options: argparse.Namespace) -> Outcome:
     """Quiet, attacked, quiet, attacked ..."""
     node = members[0]
     process = psutil.Process(node.pid)
-    quiet, under, banned = [], [], 0
+    quiet: list[float] = []
+    under: list[float] = []
+    cores: tuple[list[float], list[float]] = ([], [])
+    banned = 0
     before = process.memory_info().rss
     most = before
+
+    def watch(rounds: list[float], cores: list[float]) -> None:
+        used_s = cpu_s(node)
+        began, ended = window(node, options.seconds)
+        rounds += rounds_s(node, began, ended)
+        cores.append((cpu_s(node) - used_s) / (ended - began))
+
     for _ in range(options.repeat):
-        quiet.append(epochs_per_s(node, options.seconds))
-        with attacked(name, node, folder, options.strength):
-            time.sleep(SETTLE_S)
-            under.append(epochs_per_s(node, options.seconds))
+        watch(quiet, cores[0])
+        with attacked(name, node, folder, options):
+            watch(under, cores[1])
             most = max(most, process.memory_info().rss)
-            banned = max(banned, sum(peer["phase"] == "banned" for peer in json.loads(node.get("/peers"))))
+            banned = max(banned, banned_by(node))
         time.sleep(SETTLE_S)
-    calm, busy = statistics.median(quiet), statistics.median(under)
-    outcome = Outcome(name, calm, busy, calm / max(busy, 1e-9) - 1.0, (most - before) / 1e6, banned, {}, [])
-    outcome.refused = refusals(node)
+    calm_s, busy_s = (statistics.median(some) if some else math.nan for some in (quiet, under))
+    outcome = Outcome(name, calm_s, busy_s, slower(quiet, under), (most - before) / 1e6, banned, {}, [])
+    outcome.rounds = len(quiet), len(under)
+    outcome.cores = statistics.median(cores[0]), statistics.median(cores[1])
+    outcome.refused = refusals(members[:1])
     outcome.faults = faults_of(outcome, members, options.slower_max)
     return outcome
 
 
-def refusals(node: Node) -> dict[str, int]:
-    lines = [line for line in node.get("/metrics").splitlines() if line.startswith("tapestry_refused_total{")]
-    counts = {line.split('"')[1]: int(float(line.rsplit(" ", 1)[1])) for line in lines}
-    return {reason: count for reason, count in counts.items() if count}
+def banned_by(node: Node) -> int:
+    """How many peers; an endpoint under attack may close our connection too, and is asked again."""
+    peers: list[dict[str, object]] = []
+
+    def asked() -> bool:
+        peers[:] = json.loads(node.get("/peers"))
+        return True
+
+    node.wait("answer", asked, WAIT_S)
+    return sum(peer["phase"] == "banned" for peer in peers)
+
+
+def cpu_s(node: Node) -> float:
+    """Of the daemon and its p2pd, since their start: not of the trainer, whose work is no stranger's."""
+    p2pd = node.p2pd()
+    processes = [psutil.Process(node.pid), *([p2pd] if p2pd is not None else [])]
+    times = [process.cpu_times() for process in processes]
+    return sum(one.user + one.system for one in times)
 
 
 def faults_of(outcome: Outcome, members: list[Node], slower_max: float) -> list[str]:
-    faults = []
-    if outcome.slower > slower_max:
+    faults = ended_or_broken(members)
+    if not outcome.slower <= slower_max:
         faults.append(f"a round was {outcome.slower:.0%} slower, at most {slower_max:.0%} is wanted")
     if outcome.grown_mb > MEMORY_MAX / 1e6:
         faults.append(f"the member grew by {outcome.grown_mb:.0f} MB")
-    for node in members:
-        if node.process is None or node.process.poll() is not None:
-            faults.append(f"{node.home.name} ended")
-        if "Traceback" in node.log.read_text(errors="replace"):
-            faults.append(f"{node.home.name} has a traceback in its log")
     return faults
 
 
-def run(options: argparse.Namespace, place: Path) -> list[Outcome]:
-    outcomes = []
+def run(names: list[str], options: argparse.Namespace, place: Path) -> list[Outcome]:
+    """Attacks by strangers, all on the same members."""
+    outcomes, count = [], options.members or 2
     with contextlib.ExitStack() as stack:
-        founder = stack.enter_context(Node(init(place / "a")))
-        members = [founder.wait_ready()]
-        for index in range(1, options.members):
-            home = place / "bcdefgh"[index - 1]
-            home.mkdir(mode=0o700)
-            (home / "node.toml").write_text("threads = 1\n")
-            node = Node(home, "--peer", founder.address, data=f"stdlib:{index + 1}/{options.members + 1}")
+        founder = founder_in(place, count, "open" if options.open else "members")
+        members = [stack.enter_context(founder).wait_ready()]
+        for index in range(1, count):
+            line = founder.address if options.open else invitation(founder)
+            node = member_in(place, index, count, line)
             members.append(stack.enter_context(node).wait_ready())
         for node in members:
             node.wait_epoch(3, WAIT_S)
-        for name in options.names:
+        for name in names:
             outcomes.append(measured(name, members, place / f"hostile-{name}", options))
             say(outcomes[-1])
     return outcomes
 
 
 def say(outcome: Outcome) -> None:
-    refused = ", ".join(f"{reason} {count}" for reason, count in outcome.refused.items()) or "nothing"
-    speeds = f"{outcome.quiet_epochs_per_s:.2f} -> {outcome.attacked_epochs_per_s:.2f} epochs/s"
+    lengths = f"a round {outcome.quiet_round_s:.2f} -> {outcome.attacked_round_s:.2f} s"
     print(
-        f"{outcome.name:14} {speeds}, "
-        f"a round {outcome.slower:+.1%}, memory {outcome.grown_mb:+.0f} MB, banned {outcome.banned}, "
-        f"refused so far: {refused}",
+        f"{outcome.name:14} {lengths} ({outcome.slower:+.1%}; medians of {outcome.rounds[0]} and "
+        f"{outcome.rounds[1]}), {outcome.cores[0]:.0%} -> {outcome.cores[1]:.0%} of a core, "
+        f"memory {outcome.grown_mb:+.0f} MB, banned {outcome.banned}, "
+        f"refused so far: {in_words(outcome.refused)}",
         flush=True,
     )
     for fault in outcome.faults:
@@ -510,19 +598,24 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks, `all`, or `list`")
-    parser.add_argument("--members", type=int, default=2)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks, `strangers`, `liars`, or `list`")
+    parser.add_argument("--members", type=int, help="2 for strangers, 4 with a liar")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each quiet time and each attack")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--strength", type=int, default=200, help="hostile connections at once")
+    parser.add_argument("--nice", type=int, default=19, help="priority of the hostile process")
     parser.add_argument("--slower-max", type=float, default=0.10)
+    parser.add_argument("--open", action="store_true", help="an open run: who attacks has a link")
+    parser.add_argument("--no-alone", action="store_true", help="no run without the liar, for its loss")
+    parser.add_argument("--alone", type=Path, help="keeps the losses without a liar for the next call")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--hostile", help=argparse.SUPPRESS)
     parser.add_argument("--about", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.names = list(ATTACKS) if options.names == ["all"] else options.names
-    unknown = [name for name in options.names if name not in ATTACKS and name != "list"]
+    kinds = {"strangers": list(ATTACKS), "liars": list(MODULES)}
+    options.names = [one for name in options.names for one in kinds.get(name, [name])]
+    unknown = [name for name in options.names if name not in (*ATTACKS, *MODULES, "list")]
     if unknown or not (options.names or options.hostile):
         parser.error(f"no attack {unknown[0]!r}" if unknown else "name an attack")
     return options
@@ -534,16 +627,27 @@ def main() -> int:
         hostile(options.hostile, options.about)
         return 0
     if options.names == ["list"]:
-        for name, (what, _) in ATTACKS.items():
-            print(f"{name:14} {what}")
+        for name, (does, _) in ATTACKS.items():
+            print(f"{name:14} a stranger: {does}")
+        for name in MODULES:
+            print(f"{name:14} a member: {what(name)}")
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, exit_by_signal)
+    strangers = [name for name in options.names if name in ATTACKS]
+    found: list[Outcome | Seen] = []
     with work_folder(options.keep, "tapestry-attack-") as place:
-        outcomes = run(options, place)
+        found += run(strangers, options, place) if strangers else []
+        alone = read_alone(options.alone)
+        for name in options.names:
+            if name in MODULES:
+                seen = attacked_by_member(name, options, place, alone)
+                say_seen(seen)
+                found.append(seen)
+                write_alone(options.alone, alone)
     if options.json:
-        options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    return int(any(outcome.faults for outcome in outcomes))
+        options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    return int(any(one.faults for one in found))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class Exchange:
         self.unusable: dict[str, str] = {}  # contributor -> why its contribution cannot be used
         self.early_ballot = -1  # the highest ballot of which a result came before the roster
         self.early: dict[int, None] = {}  # shards of it
+        self.refused: dict[str, None] = {}  # whose results do not fit this ballot's roster
         self.progress = 0
         self.lacking: dict[str, int] = {}  # peer -> shard of it that was missing when we looked last
 
@@ -93,6 +94,7 @@ class Exchange:
                     self.results.pop(shard, None)
                     self.reducing.discard(shard)
         self.roster, self.averaged = roster, inputs_digest(roster.members, self.ctx.crypto)
+        self.refused.clear()
         self._settle_ahead()
         self._scatter()
         for shard in range(len(roster.reducers)):
@@ -173,17 +175,23 @@ class Exchange:
             return None
         if result.ballot < roster.ballot:
             return None
+        fault = self._result_fault(peer, result, roster)
+        if fault is not None:
+            self.refused[peer] = None
+        elif result.shard not in self.results:
+            self._keep(result.shard, Mean(result.digest, result.blob, result.sums, result.signature))
+        return fault
+
+    def _result_fault(self, peer: str, result: Result, roster: Roster) -> str | None:
         if not 0 <= result.shard < len(roster.reducers):
             return "shard"
         if peer != self._reducer(result.shard):
             return "not_reducer"
         if not result.sums.of_so_many(len(self._weights())):
             return "agreement"
-        if result.shard in self.results:
-            return None
-        if not self.ctx.crypto.verify(peer, result.signature, self._says(result.shard, result.digest)):
+        signed = self._says(result.shard, result.digest)
+        if result.shard not in self.results and not self.ctx.crypto.verify(peer, result.signature, signed):
             return "mean_signature"
-        self._keep(result.shard, Mean(result.digest, result.blob, result.sums, result.signature))
         return None
 
     def _says(self, shard: int, digest: str) -> bytes:
@@ -285,10 +293,11 @@ class Exchange:
 
     def lacks_of(self, peer: str) -> bool:
         """Whether it has something that we need to get on. Asked for every piece of bulk that comes, so the
-        search goes on where it ended: most often the shard found there is still on its way."""
+        search goes on where it ended: most often the shard found there is still on its way. Not if its results
+        are of another roster, which a leader may have told it: it sends them as often as we ask."""
         roster = self.roster
         member = next((m for m in roster.members if m.peer == peer), None) if roster is not None else None
-        if roster is None or member is None:
+        if roster is None or member is None or peer in self.refused:
             return False
         at, count = self.lacking.get(peer, 0), len(roster.reducers)
         for shard in chain(range(at, count), range(at)):

@@ -1,4 +1,4 @@
-"""scripts/attack.py against real nodes: one attack here, all of them with `-m long`."""
+"""scripts/attack.py of strangers against real nodes: one attack here, all of them with `-m long`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_thousand_idle_connections_do_not_end_a_node_with_1024_descriptors() -
 
 @pytest.mark.long
 def test_no_attack_of_a_stranger_slows_rounds_by_a_tenth() -> None:
-    said = attack("all", timeout_s=3600.0)
+    said = attack("strangers", timeout_s=3600.0)
     assert "FAULT" not in said
 
 

@@ -85,6 +85,8 @@ def init(folder: Path, *flags: object, **changes: str) -> Path:
     for key, value in changes.items():
         assert any(line.startswith(f"{key} = ") for line in lines), key
         lines = [f"{key} = {value}" if line.startswith(f"{key} = ") else line for line in lines]
+    if changes.get("rule") == '"mean"':  # it has no use for norms
+        lines = [line for line in lines if not line.startswith("norm_max = ")]
     run.write_text("\n".join(lines) + "\n")
     node = folder / "node.toml"
     node.write_text(node.read_text().replace("threads = 0", "threads = 1"))
@@ -127,13 +129,20 @@ class Node:
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         self.environment = {"PYTHONPATH": path, "CLOCK_SHIFT_S": str(shift_s)}
 
+    def lie(self, name: str, switch: Path | None = None) -> None:
+        """From its next start it is a liar of scripts/liars; while the file `switch` exists, or always."""
+        self.environment = {"LIAR": name} | ({"LIE_WHILE": str(switch)} if switch is not None else {})
+
     def start(self, *more: object) -> Node:
         arguments = ["start", "--home", str(self.home), "--data", self.data]
         arguments += ["--listen", self.listen, "--http", "127.0.0.1:0", *self.flags, *map(str, more)]
         with self.log.open("ab") as log:
-            if self.forked and not self.prefix and not self.environment and self.program is TAPESTRY:
-                self.process = Nursery.get().start(arguments, environment(), log.fileno(), log.fileno())
+            lies, bare = "LIAR" in self.environment, self.program is TAPESTRY and not self.prefix
+            if self.forked and bare and (lies or not self.environment):
+                wanted = environment() | self.environment
+                self.process = Nursery.get().start(arguments, wanted, log.fileno(), log.fileno())
                 return self
+            assert not lies, "a liar comes from the nursery"
             self.process = subprocess.Popen(
                 [*self.prefix, *self.program, *arguments],
                 stdout=log,

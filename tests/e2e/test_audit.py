@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,6 @@ from tapestry.node.protocol.path import stretches
 
 pytestmark = pytest.mark.e2e
 
-LIAR = """
-import runpy
-from tapestry.node.daemon.averaging import Averaging
-
-honest = Averaging.reduce
-
-def lie(self, shard, payloads, weights):
-    return honest(self, shard, payloads, [2 * weights[0], *weights[1:]])
-
-Averaging.reduce = lie
-runpy.run_module("tapestry.node.cli", run_name="__main__", alter_sys=True)
-"""
-
 
 def test_a_lying_reducer_is_named_with_proof_and_removed_and_what_it_made_is_undone(tmp_path: Path) -> None:
     home = init(tmp_path / "a", inner_steps="4", shard_elements="4096", share="1.0", on_lie='"rollback"')
@@ -38,22 +24,21 @@ def test_a_lying_reducer_is_named_with_proof_and_removed_and_what_it_made_is_und
     with founder:
         founder.wait_ready()
         honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        liar = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
-        (tmp_path / "liar.py").write_text(LIAR)
-        liar.program = (sys.executable, "-P", str(tmp_path / "liar.py"))
-        with honest, liar:
-            for node in (honest, liar):
+        reducer = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        reducer.lie("lying-reducer")
+        with honest, reducer:
+            for node in (honest, reducer):
                 node.wait_ready()
-            name = liar.json()["peer_id"]
+            name = reducer.json()["peer_id"]
             for node in (founder, honest):
                 node.wait("an accusation", lambda node=node: node.status()["accused"])
                 assert {one["peer"] for one in node.status()["accused"]} == {name}
                 assert "accusation=proven" in node.log.read_text()
-            assert not liar.status()["accused"]
+            assert not reducer.status()["accused"]
             founder.wait("agreement on honest shards", lambda: agreed(founder) + agreed(honest) > 0)
             honest.wait("a removal", lambda: name in removed(honest))
             assert "signed a wrong mean" in removed(honest)[name]
-            liar.wait("the reason", lambda: "signed a wrong mean" in liar.status()["reason"])
+            reducer.wait("the reason", lambda: "signed a wrong mean" in reducer.status()["reason"])
             goes_on = founder.status()["epoch"] + 3
             with Node(tmp_path / "d", "--peer", founder.address, data="stdlib:3/3") as joiner:
                 for node in (founder, honest, joiner):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,34 +9,15 @@ from e2e.harness import Node, init
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]  # over half a minute where cores are shared
 
-POISONER = """
-import runpy
-from tapestry.node.daemon.averaging import Averaging
-
-honest = Averaging.take
-
-def poison(self, buffer, copy):
-    taken = honest(self, buffer, copy)
-    pairs = zip(self.shards, taken, strict=True)
-    return tuple(self.codec.encode(-30.0 * self.codec.decode(payload, shard.n)) for shard, payload in pairs)
-
-Averaging.take = poison
-runpy.run_module("tapestry.node.cli", run_name="__main__", alter_sys=True)
-"""
-
 
 def test_a_poisoned_contribution_is_refused_by_the_others_data_and_left_out(tmp_path: Path) -> None:
     """The plain mean, which it would drag anywhere."""
-    home = init(tmp_path / "a", inner_steps="4", rule='"mean"', margin="0.02")
-    run = home / "run.toml"  # which the plain mean has no use for
-    run.write_text("\n".join(line for line in run.read_text().splitlines() if "norm_max =" not in line))
-    founder = Node(home)
+    founder = Node(init(tmp_path / "a", inner_steps="4", rule='"mean"', margin="0.02"))
     with founder:
         founder.wait_ready()
         honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
         poisoner = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
-        (tmp_path / "poisoner.py").write_text(POISONER)
-        poisoner.program = (sys.executable, "-P", str(tmp_path / "poisoner.py"))
+        poisoner.lie("poison")
         with honest, poisoner:
             for node in (honest, poisoner):
                 node.wait_ready()

@@ -404,6 +404,21 @@ def test_a_reducer_whose_sums_are_of_another_number_is_refused_and_left_out_with
     assert goes_on(world, epochs=1, limit_s=60) < 2 * world.rules.stall_s + 8.0
 
 
+def test_results_that_are_refused_are_no_progress_however_often_they_come():
+    """Their bytes kept a ballot alive for exchange_max_s, a minute at least: so long each ballot of a leader
+    took that told members different rosters."""
+    world = swarm(exchange_max_s=60.0)
+    rogue = world.nodes["p0"]
+
+    def lie(self, out) -> None:
+        world.nodes[out.peer].feed(ev.BulkProgress("p0"))
+        self.do_send_result(replace(out, sums=replace(out.sums, squares=(1.0,))))
+
+    rogue.execute = {**rogue.execute, ev.SendResult: lie}
+    world.until(lambda: world.refused.get("agreement"), 60)
+    assert goes_on(world, epochs=1, limit_s=80) < 2 * world.rules.stall_s + 8.0
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_reducers_wrong_sums_break_no_round_and_give_figures_within_their_range(sign):
     """It tells everybody the same, itself too: sums as large as may be, and of vectors of nothing."""

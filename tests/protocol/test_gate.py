@@ -15,7 +15,7 @@ from simulation.world import Faults, World
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import gate as gate_module
 from tapestry.node.protocol.agreement import ShardSums
-from tapestry.node.protocol.chain import Body, Member, head_of
+from tapestry.node.protocol.chain import Body, Member, head_of, quorum
 from tapestry.node.protocol.gate import REFUSALS_MAX, distances, furthest, shares
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Ready, Refuse, Stage
@@ -123,7 +123,7 @@ def test_a_refused_value_is_dropped_only_where_a_quorum_has_accepted_nothing():
         kinds += both * [dataclasses.replace(plain, refused=refused, accepted_ballot=0, accepted=body)]
         kinds += (5 - accepted - refusals - silent - both) * [plain]
         ready = dict(zip(electorate, kinds, strict=False))
-        leader.state = SimpleNamespace(ready=ready, electorate=electorate)
+        leader.state = SimpleNamespace(ready=ready, voters=electorate, need=quorum(len(electorate)))
         return leader._accepted()
 
     assert found(accepted=1, refusals=3) is None, "three of five refused, and have accepted nothing"

@@ -1,0 +1,47 @@
+"""leads, and tells half of the members another roster: other reducers, or a contribution less
+
+Promise: no two members take two results. The run goes on, at one head. A ballot that it leads is lost after
+two stalls of 5 s, and it leads three of a round at most: rounds are no more than half a minute longer. Nobody
+is named: rosters are not signed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from liars import lying
+from liars.seen import Seen, refused_fault
+from tapestry.node.protocol.chain import Member
+from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.messages import Control, Roster
+
+LONGER_S = 30.0
+
+
+def lie() -> None:
+    honest = Context.send
+
+    def send(self: Context, peer: str, message: Control) -> None:
+        if isinstance(message, Roster) and lying.now():
+            others = [m.peer for m in message.members if m.peer != self.me]
+            if peer in others[::2]:
+                message = _another(message, peer)
+        honest(self, peer, message)
+
+    Context.send = send  # type: ignore[method-assign]
+
+
+def _another(roster: Roster, to: str) -> Roster:
+    if roster.epoch % 2:
+        count = len(roster.members)
+        return replace(roster, reducers=tuple((index + 1) % count for index in roster.reducers))
+    dropped = next((m for m in roster.members if m.weight and m.peer != to), None)
+    members = tuple(Member(m.peer, 0, "", m.life) if m is dropped else m for m in roster.members)
+    return replace(roster, members=members)
+
+
+def broken(seen: Seen) -> list[str]:
+    faults = refused_fault(seen, "agreement", "not_reducer", "mean_signature", "narrow", "roster")
+    if seen.longest_s > seen.quiet_round_s + LONGER_S:
+        faults.append(f"a round took {seen.longest_s:.0f} s, before it {seen.quiet_round_s:.0f} s")
+    return faults

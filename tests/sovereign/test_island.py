@@ -224,6 +224,8 @@ def test_an_island_without_epochs_is_left_without_a_trace_whatever_is_asked(
         home.vote.write_text("the vote of before")
         island.begin(home)
         home.vote.write_text("the vote of the island")
+        listed = CliRunner().invoke(cli, ["log", "--branches", "--home", str(home.path)]).stdout
+        assert listed.splitlines()[-1].split()[:2] == ["island", "-"]
         run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), *asked])
         assert run.exit_code == 0 and "on which no epoch was made" in run.stdout, run.output
         assert island.tip(home).epoch == epochs and home.vote.read_text() == "the vote of before"

@@ -178,7 +178,8 @@ class Swarm:
         channel = Channel(daemon.connection)
         daemon.wait_for_word(self._sign_of_life)
         first = channel.receive(wait=True)
-        assert isinstance(first, Configure), "a node begins so"
+        if not isinstance(first, Configure):
+            raise ChannelClosed  # a node that cannot begin says that it ends, and no more
         try:
             settings = read_table(WorkerSettings, first.settings)
             self.spec = RunSpec.from_canonical(settings.run_spec.encode())

@@ -292,9 +292,14 @@ class Home:
         return HomeLock(fd)
 
     def is_held(self) -> bool:
-        """Whether a live node has this home, wherever it runs: what the lock says."""
+        """Whether a live node has this home, wherever it runs: what the lock says.
+
+        Raises PermissionError: of another user's home nobody can say.
+        """
         try:
             fd = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            raise
         except OSError:
             return False
         try:

@@ -19,7 +19,7 @@ from tapestry.node.surface.findings import Finding, wrong
 @click.command(
     epilog=examples(
         "tapestry doctor --home mine",
-        "tapestry doctor --home mine --peer /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --data texts/fr",
+        "tapestry doctor --home mine --peer LINE --data texts/fr",
     )
 )
 @home_option

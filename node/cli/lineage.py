@@ -12,7 +12,7 @@ import click
 
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.errors import ExitCode, UserError, numbered
 from tapestry.node.home import Home
 
 
@@ -95,7 +95,7 @@ def verify(path: Path, as_json: bool, anchor: str | None, no_replay: bool, jobs:
         click.echo(json.dumps(dataclasses.asdict(proof) | {"holds": proof.holds}, indent=1))
     else:
         click.echo("\n".join(lines(proof)))
-        click.echo("it holds" if proof.holds else f"it does not hold: {len(proof.faults)} faults")
+        click.echo("it holds" if proof.holds else f"it does not hold: {numbered(len(proof.faults), 'fault')}")
     return ExitCode.DONE if proof.holds else ExitCode.FAILED
 
 

@@ -28,6 +28,8 @@ def log_level(subsystem: str | None, level: str | None, home: str | None) -> Non
         write_level(place.log_levels, subsystem, level)
     except ValueError as error:
         raise UserError(f"{place.log_levels}: {error}", hint="remove that file") from error
+    except PermissionError:
+        raise  # of another user
     except OSError as error:
         raise UserError(f"cannot use {place.log_levels}: {error.strerror}") from error
     when = "within a second" if place.holder() is not None else "from the next start on"

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import examples, home_option, json_option
-from tapestry.node.errors import UserError, as_user_error, printable
+from tapestry.node.errors import UserError, as_user_error, numbered, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
@@ -271,7 +271,7 @@ def _table(home: Home) -> dict[str, Any]:
 
 def _lines(table: Mapping[str, Any]) -> list[str]:
     """Names first, ids by their ends, which `admit`, `remove` and `approve` take."""
-    lines = [f"epoch {table['epoch']}, {len(table['members'])} members"]
+    lines = [f"epoch {table['epoch']}, {numbered(len(table['members']), 'member')}"]
     for one in table["members"]:
         since = f"since epoch {one['since']}" if one["since"] else "from the start"
         came = "founder" if one["founder"] else since

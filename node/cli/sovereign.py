@@ -24,6 +24,8 @@ from tapestry.node.spec.tables import plain
 if TYPE_CHECKING:
     from tapestry.node.sovereign.build import Built
 
+GO_ON = "`tapestry start` with --peer, or the addresses it knows, goes on with the others"
+
 _epoch = click.IntRange(min=0)
 _way = click.option(
     "--way",
@@ -214,16 +216,18 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
     from tapestry.node.lineage.uses import sources_since
     from tapestry.node.sovereign import build
 
-    if name is None and not brings:
-        raise click.UsageError("say what becomes of it: --keep NAME, --bring, or both")
-
     where = Home.locate(home, os.environ)
-    if island.is_ending(where):
-        with where.lock():
-            click.echo(f"{where.path} is as it was before the island, which lies in {island.end(where)}")
-        return
-    began, here = island.require(where)
+    island.require(where)
     with where.lock():
+        began, here = island.require(where)
+        if island.is_ending(where) or began == here:
+            aside = island.end(where)
+            lies = "on which no epoch was made" if aside is None else f"which lies in {aside}"
+            click.echo(f"{where.path} is as it was before the island, {lies}")
+            click.echo(GO_ON)
+            return
+        if name is None and not brings:
+            raise click.UsageError("say what becomes of it: --keep NAME, --bring, or both")
         paths = [split_field(one)[0] for one in sources_since(where, began.run_id, began.epoch)]
         if brings:
             require(where, paths, BASE, today_utc())
@@ -243,7 +247,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
     )
     if brings:
         click.echo("what was learnt alone goes into this member's next contribution that counts")
-    click.echo("`tapestry start` with --peer, or the addresses it knows, goes on with the others")
+    click.echo(GO_ON)
 
 
 @click.command(

@@ -44,14 +44,20 @@ def _checked_device(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.command(
     epilog=examples(
         "tapestry start --home first --data texts/fr --listen /ip4/0.0.0.0/tcp/4001",
-        "tapestry start --home mine --peer /ip4/203.0.113.7/tcp/4001/p2p/12D3... --data texts.parquet:text",
+        "tapestry start --home mine --peer LINE --data texts.parquet:text",
         "tapestry start --home mine --detach",
     )
 )
 @home_option
 @click.option("--run", metavar="FILE", help="The run spec. Default: run.toml in the home, if it is there.")
 @click.option("--run-id", metavar="ID", help="Refuse every run but this one.")
-@click.option("--peer", "peers", metavar="MADDR", multiple=True, help="Join by this peer. May be repeated.")
+@click.option(
+    "--peer",
+    "peers",
+    metavar="LINE|MADDR",
+    multiple=True,
+    help="Join by an invitation, or by a member's address. May be repeated.",
+)
 @click.option("--base", metavar="HFDIR", help="The base that the run continues, if you have it.")
 @click.option(
     "--data", metavar="PATH[:FIELD]", multiple=True, help="Text to train on, or stdlib. May be repeated."
@@ -226,7 +232,7 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        ready = _wait_until_ready(child, home, wait_s)
+        outcome = _wait_until_ready(child, home, wait_s)
     except KeyboardInterrupt:
         child.terminate()
         raise
@@ -235,8 +241,10 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
         click.echo(printed[-LOG_TAIL_BYTES:], err=True, nl=False)
         return child.returncode if child.returncode >= 0 else ExitCode.FAILED
     click.echo(printed, nl=False)
-    if not ready:
-        click.echo(f"not ready after {wait_s:g} s, goes on in the background; see {home.log}")
+    if outcome is None:
+        outcome = f"not ready after {wait_s:g} s, goes on in the background; see {home.log}"
+    if outcome:
+        click.echo(outcome)
     child.returncode = 0  # it is meant to outlive us: Popen need not warn that it does
     return ExitCode.DONE
 
@@ -248,26 +256,23 @@ def _opened_output(home: Home) -> BinaryIO:
         raise UserError(f"cannot write {home.output}: {error.strerror}", exit_code=ExitCode.FAILED) from error
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> bool:
-    """True once the child has written node.json; False if it ended or the time is over."""
+def _wait_until_ready(child: subprocess.Popen[bytes], home: Home, wait_s: float) -> str | None:
+    """Until the child has written node.json, or waits for people: a line that says so, to be the last one.
+    None if it ended or the time is over."""
     deadline_s = time.monotonic() + wait_s
     with Said() as said:
         while child.poll() is None and time.monotonic() < deadline_s:
             state = home.read_node_json()
             if state.liveness is Liveness.RUNNING and state.pid == child.pid:
-                return True
+                return ""
             waits = _waits_for(home, child.pid)
             if waits.startswith("waiting to be admitted"):
-                said.clear()
-                click.echo(f"{waits}; it goes on in the background")
-                return True
+                return f"{waits}; it goes on in the background"
             if home.trainer_socket.exists() and home.holder() == child.pid:
-                said.clear()
-                click.echo(f"waiting for a script that opens {home.path} with tapestry.node.Swarm")
-                return True
+                return f"waiting for a script that opens {home.path} with tapestry.node.Swarm"
             said.update(waits or "starting", 0, 0 if waits else 1)
             time.sleep(POLL_S)
-    return False
+    return None
 
 
 def _waits_for(home: Home, pid: int) -> str:

@@ -356,8 +356,12 @@ def find_run(config: NodeConfig, found: list[Run]) -> Iterator[Finding]:
             found.append(Run(spec, parameters_of(spec), str(config.run)))
         if found:
             check_roster(found[0].spec, 1)
-    except (Broken, OSError) as error:
+    except Broken as error:
         yield wrong("run", f"{home.genesis}: {error}", "move it away and join again with --peer")
+        return
+    except OSError as error:
+        cure = "run this as the user whose home it is, or mend the disk"
+        yield wrong("run", f"cannot read {home.genesis}: {error.strerror}", cure)
         return
     except UserError as error:
         yield wrong("run", error.line, error.hint or "see the comments in run.toml")

@@ -179,7 +179,8 @@ def lines(chains: Sequence[Branch]) -> Iterator[str]:
     """For people."""
     yield f"{'branch':<8}  {'epochs':<12}  {'head':<16}  {'where':<28}"
     for one in chains:
-        epochs = f"0-{one.epoch}" if one.kind == "run" else f"{one.since + 1}-{one.epoch}"
+        first = 0 if one.kind == "run" else one.since + 1
+        epochs = f"{first}-{one.epoch}" if first <= one.epoch else "-"  # of an island that just began
         said = {"run": "waits: rejoin", "island": "as it was left", "lost": f"left {one.left_at}"}[one.kind]
         said = "goes on" if one.goes_on else said
         yield f"{one.kind:<8}  {epochs:<12}  {one.head[:16]:<16}  {one.folder:<28}  {said}"

@@ -41,8 +41,6 @@ _log = logging.getLogger("tapestry.node")
 def bring(home: Home, told: Told) -> None:
     """Write the difference down, before `island.end`. Raises UserError."""
     began, here = island.require(home)
-    if here.epoch == began.epoch:
-        raise UserError(f"nothing was made on the island: {home.path} is where it began, epoch {here.epoch}")
     note_brought(home, began.run_id, began.epoch)
     try:
         with tempfile.TemporaryDirectory(prefix=".bring-", dir=home.path) as scratch:

@@ -49,6 +49,8 @@ def begin(home: Home) -> Tip:
     """
     if not home.island.exists():
         home.require_way(alone=True)
+        if (left := _begun(home.path / "islands")) is not None:
+            _put_away(left)  # the last way back was killed when all was in its place
         new = home.island.with_name("island.new")
         shutil.rmtree(new, ignore_errors=True)
         snapshot(home, new)
@@ -81,8 +83,11 @@ def is_ending(home: Home) -> bool:
     return home.island.exists() and _begun(home.path / "islands") is not None
 
 
-def end(home: Home) -> Path:
-    """Put the home of before in its place. Where the island's own records lie now. Raises UserError."""
+def end(home: Home) -> Path | None:
+    """Put the home of before in its place. Where the island's records lie now; None if it made none.
+
+    Raises UserError.
+    """
     here, began = tip(home), tip(Home(home.island))
     shelf = home.path / "islands"
     try:
@@ -99,15 +104,13 @@ def end(home: Home) -> Path:
         sync_folder(home.path)
         note(home, "rejoined", run_id=began.run_id, epoch=began.epoch)
         shutil.rmtree(home.island)
-        final = shelf / target.name.removeprefix(".")
-        os.rename(target, final)
+        return _put_away(target)
     except OSError as error:
         raise UserError(
             f"cannot put {home.path} back: {error.strerror or error}",
             exit_code=ExitCode.FAILED,
             hint="mend the disk and give the command again: it goes on",
         ) from error
-    return final
 
 
 def _exchange(now: Path, before: Path, aside: Path) -> None:
@@ -118,6 +121,17 @@ def _exchange(now: Path, before: Path, aside: Path) -> None:
         os.rename(before, now)
     elif not aside.exists() and now.exists():
         os.rename(now, aside)  # there was none before
+
+
+def _put_away(target: Path) -> Path | None:
+    """What lies aside gets its name; it goes if no epoch was made on it, by what the way back wrote first."""
+    name = target.name.removeprefix(".")
+    since = json.loads(Home(target).left_island.read_bytes())["since_epoch"]
+    if int(name.partition("-")[0]) == int(since):
+        shutil.rmtree(target)
+        return None
+    os.rename(target, target.with_name(name))
+    return target.with_name(name)
 
 
 def _begun(shelf: Path) -> Path | None:

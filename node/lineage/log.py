@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,11 @@ def _genesis(home: Home) -> tuple[Genesis, Any]:
                 hint=f"tapestry status --home {home.path} says what it waits for",
             ) from None
         raise UserError(f"{home.path} holds no run") from None
-    except (Broken, OSError) as error:
+    except PermissionError:
+        raise  # of another user
+    except OSError as error:
+        raise UserError(f"cannot read {home.genesis}: {error.strerror}", exit_code=ExitCode.FAILED) from error
+    except Broken as error:
         raise UserError(f"{home.genesis}: {error}", exit_code=ExitCode.FAILED) from error
 
 
@@ -167,8 +172,12 @@ def _line(record: Record, updates: Path, loss: float | None, names: Mapping[str,
 
 def lines(log: Iterator[Line]) -> Iterator[str]:
     """For people: figures on one line, who contributed below it, and what the record changed."""
-    yield f"{'epoch':>7}  {'time, UTC':<16}  {'loss':>7}  {'agree':>6}  {'update':>9}  {'signed':>7}  head"
-    for line in log:
+    heading = (
+        f"{'epoch':>7}  {'time, UTC':<16}  {'loss':>7}  {'agree':>6}  {'update':>9}  {'signed':>7}  head"
+    )
+    first = list(islice(log, 1))  # what cannot be read is said without a heading
+    yield heading
+    for line in chain(first, log):
         time = line.time[:16].replace("T", " ") or "-"
         loss = "-" if line.loss is None else f"{line.loss:.4f}"
         agree = "-" if line.cosine is None else f"{line.cosine:.3f}"

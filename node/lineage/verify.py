@@ -392,8 +392,11 @@ def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None
 
 def lines(proof: Proof) -> Iterator[str]:
     """For people."""
-    run = f"{printable(proof.run_name)} ({proof.run_id[:16]})"
-    yield f"{proof.kind} of {run}, epoch {proof.epoch}, head {proof.head[:16]}"
+    if proof.run_id:
+        run = f"{printable(proof.run_name)} ({proof.run_id[:16]})"
+        yield f"{proof.kind} of {run}, epoch {proof.epoch}, head {proof.head[:16]}"
+    else:
+        yield f"{proof.kind} of a run that cannot be read"
     if proof.records:
         yield f"records {proof.records}, signatures {proof.signatures}: every one checked from the genesis on"
     if proof.updates or proof.checkpoints:

@@ -217,10 +217,6 @@ def keep_island(home: Home, name: str, *, told: Told) -> Built:
             if version.how == "island" and version.parent.head == began.head:
                 return Built(found, version, shelf.model(name, version.number))  # a way back that goes on
             raise UserError(f"there is a derivative {name} already: choose another name")
-        if here.epoch == began.epoch:
-            raise UserError(
-                f"nothing was made on the island: {home.path} is where it began, epoch {here.epoch}"
-            )
         place = folder / "v1"
         shutil.rmtree(place, ignore_errors=True)
         parent = export_base(shelf, Home(home.island), began.epoch, told)

@@ -99,8 +99,12 @@ class Declared:
     def load(cls, home: Home) -> Declared:
         """What the home declares; nothing where there is no file. Raises UserError."""
         path = home.data_toml
-        if not os.path.lexists(path):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
             return cls()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
         try:
             read = read_table(cls, read_toml(path))
         except TableError as error:

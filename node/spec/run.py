@@ -96,16 +96,18 @@ class RunSpec:
 
     @classmethod
     def from_canonical(cls, data: bytes) -> RunSpec:
-        """Read a peer's spec: exactly the bytes that `canonical` makes, or UserError with exit code 4."""
+        """Read a run's spec: exactly the bytes that `canonical` makes, or UserError with exit code 4."""
         try:
-            spec = _checked(read_table(cls, load_json(data)))
+            table = load_json(data)
+            spec = _checked(read_table(cls, table))
             if spec.canonical() != data:
-                raise TableError("not in canonical form: a key is missing or a value is written differently")
+                raise TableError(_not_canonical(table, spec.to_dict()))
         except TableError as error:
             raise UserError(
-                f"the peer's run spec cannot be used: {error}",
+                f"the run's spec is not one of this version of tapestry: {error}",
                 exit_code=ExitCode.REFUSED,
-                hint="the peer may run another version of tapestry",
+                hint="the run goes on with the version that its members use; what this one changed is in its "
+                "changelog",
             ) from error
         return spec
 
@@ -457,6 +459,19 @@ class MembersSpec:
         """As the genesis has it."""
         share = round(self.open_share * SHARE)
         return Charter(self.admission, self.admit_by, self.voice, share, self.open_votes_after)
+
+
+def _not_canonical(table: object, whole: Mapping[str, Any]) -> str:
+    """What the table lacks of the whole spec that was read from it, if anything."""
+    assert isinstance(table, Mapping), "a spec was read from it"
+    for name, value in whole.items():
+        if name not in table:
+            return f"it has no {name}"
+        if isinstance(value, Mapping) and isinstance(table[name], Mapping):
+            for key in value:
+                if key not in table[name]:
+                    return f"it has no {name}.{key}"
+    return "not in canonical form: a value is written differently"
 
 
 def _checked(spec: RunSpec) -> RunSpec:

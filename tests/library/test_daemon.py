@@ -16,6 +16,7 @@ from tapestry.node.home import Home
 from tapestry.node.library import daemon
 from tapestry.node.library.daemon import Daemon
 from tapestry.node.library.errors import SwarmError
+from tapestry.node.trainer.messages import Stop, pack
 from tapestry.node.trainer.opening import ChannelClosed
 
 
@@ -100,6 +101,23 @@ def test_a_script_says_meanwhile_what_its_node_waits_for(
         swarm._join(node)
     assert len(said) == 3 and all("to be admitted by …abcdef" in line for line in said)
     ours.close()
+
+
+def test_a_node_that_ends_before_it_has_joined_says_why_to_its_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says Stop where it would say how to begin; the script ended in a traceback, without the cause."""
+    ours, theirs = socket.socketpair()
+    home = home_in(tmp_path)
+    home.output.write_text("error: cannot reach any peer: nothing listens there\nhint: is it running?\n")
+    node = Daemon(home, ours, Child(3), 0)  # type: ignore[arg-type]
+    node.receive_buffers = dict  # type: ignore[method-assign]
+    theirs.sendall(pack(Stop()))
+    swarm = api.Swarm(nn.Linear(1, 1), home=tmp_path)
+    monkeypatch.setattr(swarm, "_start", lambda: node)
+    with pytest.raises(SwarmError, match="cannot reach any peer: nothing listens there\nhint: is it running"):
+        swarm.open()
+    theirs.close()
 
 
 def test_a_node_that_hangs_up_and_does_not_end_is_killed_by_close_alone(tmp_path: Path) -> None:

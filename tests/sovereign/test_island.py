@@ -208,3 +208,45 @@ def test_what_is_of_another_run_or_damaged_is_never_brought(made: MadeHome) -> N
 def test_who_rejoins_says_what_becomes_of_the_island(made: MadeHome) -> None:
     run = CliRunner().invoke(cli, ["rejoin", "--home", str(made.home.path)])
     assert run.exit_code == 2 and "--keep NAME, --bring, or both" in run.stderr
+
+
+# --- an island without epochs of its own ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_an_island_without_epochs_is_left_without_a_trace_whatever_is_asked(
+    tmp_path: Path, epochs: int
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    home = made.home
+    made.advance(epochs)
+    for asked in ([], ["--bring"], ["--keep", "alone"]):
+        home.vote.write_text("the vote of before")
+        island.begin(home)
+        home.vote.write_text("the vote of the island")
+        listed = CliRunner().invoke(cli, ["log", "--branches", "--home", str(home.path)]).stdout
+        assert listed.splitlines()[-1].split()[:2] == ["island", "-"]
+        run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), *asked])
+        assert run.exit_code == 0 and "on which no epoch was made" in run.stdout, run.output
+        assert island.tip(home).epoch == epochs and home.vote.read_text() == "the vote of before"
+        assert not home.island.exists() and not list((home.path / "islands").iterdir())
+        assert not home.brought.exists() and not Shelf(home).read("alone")
+    home.vote.unlink()
+    assert holds(home.path)
+
+
+def test_a_way_back_that_was_killed_when_all_was_in_place_does_not_end_the_next_island(
+    made: MadeHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(island, "_put_away", killed)
+        with pytest.raises(KeyboardInterrupt):
+            island.end(made.home)
+    assert not made.home.island.exists()
+    island.begin(made.home)
+    assert not island.is_ending(made.home)
+    (kept,) = (made.home.path / "islands").iterdir()
+    assert kept.name.startswith("00000005-") and island.tip(Home(kept)).epoch == 5

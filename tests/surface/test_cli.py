@@ -425,6 +425,29 @@ def test_stop_with_nothing_to_stop_is_done(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"no node is running in {tmp_path}\n")
 
 
+@pytest.mark.parametrize("command", ["stop", "status", "peers", "members", "invite"])
+def test_of_a_home_of_another_user_no_command_says_that_no_node_runs_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    real, lock = os.open, os.fspath(Home(tmp_path).lock_file)
+
+    def refused(path: Any, *more: Any, **named: Any) -> int:
+        if os.fspath(path) == lock:  # root may read what others may not
+            raise PermissionError(13, "Permission denied", lock)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", refused)
+    result = _run(command, "--home", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (ExitCode.FAILED, "")
+    assert result.stderr.startswith(f"error: no permission for {lock}\nhint: run this as the user whose home")
+
+
+def test_what_cannot_be_read_is_said_without_a_heading(tmp_path: Path) -> None:
+    result = _run("log", "--home", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (ExitCode.USAGE, "")
+    assert result.stderr == f"error: {tmp_path} holds no run\n"
+
+
 def test_stop_gives_up_after_its_timeout_with_exit_code_1(
     tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
 ) -> None:

@@ -357,9 +357,23 @@ def test_every_truncation_of_a_peers_spec_is_refused() -> None:
     ],
 )
 def test_what_a_peer_sends_in_another_form_is_refused_with_exit_code_4(data: bytes) -> None:
-    with pytest.raises(UserError, match="the peer's run spec cannot be used") as caught:
+    with pytest.raises(UserError, match="the run's spec is not one of this version") as caught:
         RunSpec.from_canonical(data)
     assert caught.value.exit_code == ExitCode.REFUSED
+
+
+@pytest.mark.parametrize(("lacks", "says"), [("gate", "it has no gate"), ("train.lr", "it has no train.lr")])
+def test_a_run_of_another_version_is_told_by_what_its_spec_lacks(lacks: str, says: str) -> None:
+    table = json.loads(DEFAULT.canonical())
+    name, _, key = lacks.partition(".")
+    if key:
+        del table[name][key]
+    else:
+        del table[name]
+    data = json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(UserError, match=f"{says}$") as caught:
+        RunSpec.from_canonical(data)
+    assert caught.value.hint is not None and "changelog" in caught.value.hint
 
 
 # ---- differences -------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tapestry.node.errors import numbered
 from tapestry.node.spec.data import DataSettings, Protection, SourceSettings, resolved_data
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.order import Position, WindowOrder, shares_of
-from tapestry.node.trainer.data.sources import Listing, Listings, list_data
+from tapestry.node.trainer.data.sources import Listing, Listings, list_data, there_are
 from tapestry.node.trainer.data.tally import Tally
 from tapestry.node.trainer.data.tokens import TokenFile, tokenize
 from tapestry.node.trainer.tokenizers.api import Tokenizer
@@ -232,8 +233,8 @@ def _tokenize_all(
                 tokenizer,
                 cache_dir,
                 lambda count, before=done: on_progress(before + count, total),  # type: ignore[misc]
-                lambda tally, path=listing.source.path: _refuse_malformed(  # type: ignore[misc]
-                    path, tally, settings
+                lambda tally, listing=listing: _refuse_malformed(  # type: ignore[misc]
+                    listing, tally, settings
                 ),
             )
         )
@@ -241,9 +242,14 @@ def _tokenize_all(
     return files
 
 
-def _refuse_malformed(path: str, tally: Tally, settings: DataSettings) -> None:
+def _refuse_malformed(listing: Listing, tally: Tally, settings: DataSettings) -> None:
     if settings.allow_doubtful:
         return
+    path = listing.source.path
+    if tally.rows and tally.no_field.count == tally.rows:
+        raise DataError(
+            f"data {path}: no row has text in the field {listing.source.field}{there_are(listing)}"
+        )
     if tally.malformed_share > settings.malformed_max:
         said = "; ".join(tally.lines()[1:])
         raise DataError(
@@ -261,7 +267,7 @@ def _part(listing: Listing, file: TokenFile, use: Use, hold_out: bool) -> Part:
     whole = Part(listing.source.name, file.tokens, use.sequence_length, np.zeros(0, np.int64))
     if not whole.windows:
         raise DataError(
-            f"data {listing.source.path}: {len(file.tokens)} tokens, fewer than the "
+            f"data {listing.source.path}: {numbered(len(file.tokens), 'token')}, fewer than the "
             f"{use.sequence_length + 1} of one window: add text, or leave it out"
         )
     if not hold_out or whole.windows < 2:

@@ -120,8 +120,13 @@ def _some(file: Any) -> bytes:
 def decoded(file: SourceFile) -> Iterator[io.TextIOWrapper]:
     """The file's characters. What is not of the encoding becomes U+FFFD, which whoever tokenizes counts."""
     with opened(file.path) as raw:
-        encoding = file.encoding or _mark_of(file.path)
+        encoding = _with_mark(file.encoding) or _mark_of(file.path)
         yield io.TextIOWrapper(raw, encoding=encoding, errors="replace", newline="")
+
+
+def _with_mark(encoding: str) -> str:
+    """UTF-8 by its name may have a mark as well, which is no character of the first row."""
+    return "utf-8-sig" if encoding and codecs.lookup(encoding).name == "utf-8" else encoding
 
 
 def _mark_of(path: str) -> str:

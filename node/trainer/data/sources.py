@@ -25,7 +25,7 @@ from tapestry.node.trainer.data import hub
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import NotText, SourceFile, check_text
 from tapestry.node.trainer.data.readers.format import Format
-from tapestry.node.trainer.data.readers.registry import format_in, format_of, is_json, require
+from tapestry.node.trainer.data.readers.registry import format_in, format_named, format_of, is_json, require
 from tapestry.node.trainer.data.tally import Group, Tally, merged_names, size
 
 LINKS_MAX = 256  # places that a folder's links lead to; each is asked about before an epoch. Guess
@@ -224,8 +224,20 @@ def _which_field(file_format: Format, file: SourceFile, where: str) -> str:
     example = next(
         (name for name in ("text", "content", "body") if name in names), names[0] if names else "text"
     )
-    there = f" (there are: {merged_names(names)})" if names else ""
-    return f"{where}: say which field holds the text{there}, as in {where}:{example}"
+    return f"{where}: say which field holds the text{_shown_fields(names)}, as in {where}:{example}"
+
+
+def there_are(listing: Listing) -> str:
+    """The fields of the first table of a source, for an error message; "" if it tells none."""
+    for file in listing.files:
+        file_format = format_named(file.format)
+        if file_format.is_table:
+            return _shown_fields(file_format.fields(file))
+    return ""
+
+
+def _shown_fields(names: list[str]) -> str:
+    return f" (there are: {merged_names(names)})" if names else ""
 
 
 def _folder_files(

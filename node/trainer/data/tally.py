@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tapestry.node.errors import numbered
+
 NAMES_KEPT = 3  # of each kind, to show
 
 
@@ -71,8 +73,8 @@ class Tally:
 
     def lines(self) -> list[str]:
         """For people: what was taken, then one line for each kind of what was not."""
-        taken = f"{self.files} files, {size(self.file_bytes)}"
-        said = [f"{taken}, {self.documents} documents" if self.documents else taken]
+        taken = f"{numbered(self.files, 'file')}, {size(self.file_bytes)}"
+        said = [f"{taken}, {numbered(self.documents, 'document')}" if self.documents else taken]
         for reason, group in sorted(self.left_out.items(), key=lambda item: -item[1].bytes):
             said.append(f"left out, {reason}: {group}, {size(group.bytes)}")
         for what, group in (

@@ -119,6 +119,7 @@ def test_data_that_an_epoch_goes_over_too_often_are_refused_or_warned_of(tmp_pat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("x", "1 token, fewer than the 9 of one window"),  # an empty file: the end of its document
         ("short", "5 tokens, fewer than the 9 of one window"),
         ("one window.", "one training and one validation window of sequence_length 8 need 17"),
     ],
@@ -132,5 +133,5 @@ def test_too_little_text_for_two_windows_is_refused(tmp_path: Path, text: str, w
 def test_the_summary_says_what_was_taken(tmp_path: Path) -> None:
     corpus = corpus_of(settings_of(_text(tmp_path / "a.txt", "a", 100)), tmp_path / "cache")
     assert corpus.summary == (
-        "data a: 1 files, 800 B, 1 documents, 801 tokens, 98 windows to train on and 2 to measure on",
+        "data a: 1 file, 800 B, 1 document, 801 tokens, 98 windows to train on and 2 to measure on",
     )

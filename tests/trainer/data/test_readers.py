@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from trainer.data.kit import corpus_of, documents_of, settings_of, write_jsonl
 
+from tapestry.node.spec.data import DataSettings, SourceSettings
 from tapestry.node.trainer.data.errors import DataError
 
 TEXTS = [f"document {number}: größer, 大きい" for number in range(30)]
@@ -169,6 +170,48 @@ def test_text_is_read_whatever_its_name_its_mark_and_its_packing(
     for source in (tmp_path / "in", tmp_path / "in" / name):
         corpus = corpus_of(settings_of(source), tmp_path / "cache")
         assert documents_of(corpus) == ["größer" * 20]
+
+
+@pytest.mark.parametrize("encoding", ["", "utf-8", "UTF8"])
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.txt", lambda data: data),
+        ("a.txt.gz", gzip.compress),
+        ("a.jsonl:text", lambda data: data),
+        ("a.jsonl.gz:text", gzip.compress),
+        ("a.json:text", lambda data: data),
+        ("a.csv:text", lambda data: data),
+        ("a.tsv:text", lambda data: data),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_byte_order_mark_and_the_line_ends_of_windows_lose_nothing_of_the_first_row(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes], encoding: str
+) -> None:
+    file, _, field = name.partition(":")
+    rows = {
+        "txt": "größer und größer",
+        "jsonl": "".join(json.dumps({"text": text, "n": 1}) + "\r\n" for text in TEXTS),
+        "csv": "text,n\r\n" + "".join(f'"{text}","1"\r\n' for text in TEXTS),
+        "tsv": "text\tn\r\n" + "".join(f"{text}\t1\r\n" for text in TEXTS),
+    }
+    rows["json"] = rows["jsonl"]
+    written = pack(rows[file.split(".")[1]].encode("utf-8-sig"))
+    (tmp_path / file).write_bytes(written)
+    source = SourceSettings(path=str(tmp_path / file), field=field, name="a", encoding=encoding)
+    corpus = corpus_of(DataSettings(source=(source,)), tmp_path / "cache")
+    assert documents_of(corpus) == (TEXTS if field else [rows["txt"]])
+    assert not any("malformed" in line or "without text" in line for line in corpus.summary)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_of_a_field_that_no_row_has_those_that_there_are_are_named(tmp_path: Path, name: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    _csv(tmp_path)
+    _parquet(tmp_path)
+    with pytest.raises(DataError, match=r"no row has text in the field txt \(there are: n, text\)$"):
+        corpus_of(settings_of(f"{tmp_path / name}:txt"), tmp_path / "cache")
 
 
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。" * 40

@@ -177,6 +177,16 @@ class Home:
         return self.path / "brought.safetensors"
 
     @property
+    def given(self) -> Path:
+        """The same, when a record has it that may still be left or undone."""
+        return self.path / "brought.given"
+
+    @property
+    def offered(self) -> Path:
+        """Names of contributions that carried it, a line each."""
+        return self.path / "brought.offered"
+
+    @property
     def egress(self) -> Path:
         """What left this node: lineage/egress.py"""
         return self.path / "egress.jsonl"

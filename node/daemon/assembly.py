@@ -173,7 +173,7 @@ async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProc
     auditor = Auditor(own.crypto, peer_id, run_id, own.home.accusations, own.throttles, on_lie)
     goal = Goal(own.ending, own.forbidden)
     brought = Brought(own.home, peer_id, run_id)
-    brought.look(restored.chain.records)
+    brought.meet(restored.chain)
 
     def words(loop: Loop) -> DescriptionsDesk:
         return DescriptionsDesk(loop, own.home, run_id, peer_id, own.crypto, own.throttles)

@@ -69,7 +69,7 @@ class Runtime:
         self.reporter = reporter
         self.done = asyncio.Event()  # the state has come as far as this node was to go
         self._goal = goal
-        self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own)
+        self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own, self._offer)
         self.members = MembersDesk(
             self,
             auditor.own,
@@ -86,8 +86,8 @@ class Runtime:
         self.outputs: Outputs = {
             ev.Moved: self.do_moved,
             ev.EndRound: lambda out: reporter.round_ended(out, self.now()),
-            ev.AppendRecord: lambda out: self._appended((out.record,), bool(out.record.body.changes)),
-            ev.SwitchChain: lambda out: self._appended(out.records, True),
+            ev.AppendRecord: lambda out: self._appended((out.record,), bool(out.record.body.changes), None),
+            ev.SwitchChain: lambda out: self._appended(out.records, True, out.epoch),
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
@@ -150,9 +150,13 @@ class Runtime:
         except Exception as error:
             self._broken.set_exception(error)
 
-    def _appended(self, records: Sequence[Record], changed: bool) -> None:
+    def _offer(self, contribution: str) -> None:
         if self._brought is not None:
-            self._brought.look(records)
+            self._brought.offer(contribution)
+
+    def _appended(self, records: Sequence[Record], changed: bool, left: int | None) -> None:
+        if self._brought is not None:
+            self._brought.look(records, left)
         if changed:
             self.reporter.changed(records, self.snapshot())
             self._network.check_members()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from tapestry.compression.refusals import Refused
 from tapestry.node.daemon.averaging import Averaging
@@ -45,6 +46,7 @@ class TrainerDesk:
         reporter: Reporter,
         goal: Goal,  # no training beyond it
         own: str,  # peer id
+        offer: Callable[[str], None],  # is told of a contribution before anybody else
     ) -> None:
         self._loop = loop
         self._trainer = trainer
@@ -53,6 +55,7 @@ class TrainerDesk:
         self._reporter = reporter
         self._goal = goal
         self._own = own
+        self._offer = offer
         self._health = TrainerHealth()
         self._buffer_lock = asyncio.Lock()  # the contribution's buffer is being read
         self._base = ""  # head of the state that the trainer has begun from
@@ -143,6 +146,7 @@ class TrainerDesk:
                 return
         if not await self._is_allowed_soon():
             return
+        await self._loop.compute(self._offer, name)
         self._contributed = name, event.generation
         self._health.contributed()
         self._reporter.training.trouble = ""

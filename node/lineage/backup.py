@@ -41,6 +41,8 @@ EXTRAS = (
     "log-levels.json",
     "home.json",
     "brought.safetensors",
+    "brought.given",
+    "brought.offered",
     ".gitignore",
 )
 TOP = "tapestry-home"  # the folder in the archive

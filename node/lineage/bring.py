@@ -2,9 +2,11 @@
 
 The difference of the parameters, at the island's head and where it began, goes to HOME/brought.safetensors.
 From then on each contribution of this member carries it (trainer/brought.py), until the chain has a record
-that names one: then the file goes. The chain alone decides that, so the difference counts once however the
-node ends: a contribution in a record of an epoch after the island began carried it, because there was
-none without. If a fork is lost whose record named it, it is lost with it, like any other contribution.
+that names one: then the file goes aside, to HOME/brought.given. The chain alone decides that, so the
+difference counts once however the node ends. It comes back if that record is left with a fork, or undone by a
+rollback, and is deleted when no rollback can reach it any more. A contribution in a record of an epoch after
+the island began carried it, because there was none without; but the first of those epochs was under way when
+the island began, so of that one the contribution must be one that was made with it (HOME/brought.offered).
 
 What it was learnt from is written down before the file (uses.py): it may be revoked meanwhile, and a
 withdrawal names the record that took it.
@@ -13,13 +15,15 @@ withdrawal names the record that took it.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.errors import ExitCode, UserError
@@ -27,13 +31,15 @@ from tapestry.node.home import Home
 from tapestry.node.lineage import island
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import snapshot
-from tapestry.node.lineage.uses import note, note_brought
+from tapestry.node.lineage.uses import note, note_brought, note_taken_back
 from tapestry.node.progress import Told
-from tapestry.node.protocol.chain import Record
-from tapestry.node.protocol.members import rollback_of
+from tapestry.node.protocol.chain import Chain, Record, records_from
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, rollback_of
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import ExternalSpec
 from tapestry.node.trainer.brought import BroughtError, read_about, write_brought
+
+OFFERED_MAX = 64  # guess: contributions of one epoch that was begun so often
 
 _log = logging.getLogger("tapestry.node")
 
@@ -55,6 +61,8 @@ def bring(home: Home, told: Told) -> None:
                 "epoch": str(here.epoch),
                 "head": here.head,
             }
+            for old in (home.given, home.offered):  # of an island before
+                old.unlink(missing_ok=True)
             write_brought(home.brought, difference, about)
     except OSError as error:
         raise UserError(
@@ -89,41 +97,93 @@ def _require_bringable(spec: RunSpec) -> None:
 
 
 class Brought:
-    """Of a running node: takes the file away when a record names a contribution of `own`."""
+    """Of a running node: puts the file aside when a record names a contribution of `own`, and back where that
+    record is left with a fork, or undone by a rollback."""
 
     def __init__(self, home: Home, own: str, run_id: str) -> None:
         """Raises UserError."""
-        self._home, self._path, self._own, self._since = home, home.brought, own, -1
-        self._run_id = run_id
-        if not self._path.exists():
+        self._home, self._own, self._run_id = home, own, run_id
+        self._since = -1
+        self._given: int | None = None  # epoch of the record that has it
+        path = home.brought if home.brought.exists() else home.given
+        if not path.exists():
             return
         try:
-            about = read_about(self._path)
+            about = read_about(path)
             self._since = int(about.get("since_epoch", ""))
         except (BroughtError, ValueError) as error:
-            raise _unusable(self._path, str(error)) from error
+            raise _unusable(path, str(error)) from error
         if about.get("run_id") != run_id:
-            raise _unusable(self._path, "it is of another run")
+            raise _unusable(path, "it is of another run")
 
     @property
     def is_pending(self) -> bool:
-        return self._since >= 0
+        return self._since >= 0 and self._given is None
 
-    def look(self, records: Iterable[Record]) -> None:
-        """Records that are on disk."""
-        if not self.is_pending:
+    def offer(self, contribution: str) -> None:
+        """A contribution that carries it is about to be sent; on disk when this returns. Raises OSError.
+
+        The round that was under way when the island began may have counted one that does not.
+        """
+        if self.is_pending:
+            names = [*self._offered(), contribution][-OFFERED_MAX:]
+            atomic_write(self._home.offered, "".join(name + "\n" for name in names).encode(), 0o600)
+
+    def _offered(self) -> list[str]:
+        try:
+            return self._home.offered.read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def meet(self, chain: Chain) -> None:
+        """At a start: what the whole chain says, however the node ended."""
+        if 0 <= self._since < chain.epoch:
+            for record in records_from(chain, self._since, chain.epoch):
+                self._take(record)
+        if self._since >= 0:
+            self._settle(chain.epoch)
+
+    def look(self, records: Sequence[Record], left: int | None = None) -> None:
+        """Records that are on disk; `left`: the epoch after which they took the place of others."""
+        if self._since < 0:
             return
+        if left is not None and self._given is not None and self._given > left:
+            self._given = None
         for record in records:
-            body = record.body
-            if rollback_of(body.changes) is not None:
-                continue  # nothing is made of its contributions
-            # A weight of none is a bare signature: nothing of this member is in the record.
-            if body.epoch > self._since and any(one.peer == self._own and one.weight for one in body.members):
-                self._path.unlink(missing_ok=True)
-                self._since = -1
-                self._note(body.epoch)
-                _log.info("brought epoch=%d; what was learnt on the island is in it", body.epoch)
-                return
+            self._take(record)
+        self._settle(records[-1].body.epoch if records else 0)
+
+    def _take(self, record: Record) -> None:
+        body = record.body
+        back = rollback_of(body.changes)
+        if back is not None:  # nothing is made of its contributions
+            self._given = None if self._given is not None and self._given > back[0] else self._given
+            return
+        if self._given is not None or body.epoch <= self._since:
+            return
+        # A weight of none is a bare signature: nothing of this member is in the record.
+        own = [one.contribution for one in body.members if one.peer == self._own and one.weight]
+        if own and (body.epoch > self._since + 1 or own[0] in self._offered()):
+            self._given = body.epoch
+
+    def _settle(self, epoch: int) -> None:
+        """The file is where it belongs: with the trainer, or aside as long as its record may be undone."""
+        pending, aside = self._home.brought, self._home.given
+        if self._given is None and not pending.exists():
+            if aside.exists():
+                note_taken_back(self._home)
+                os.replace(aside, pending)
+                _log.warning(
+                    "brought=again the record that had it was left or undone; the next contribution has it"
+                )
+        elif self._given is not None and pending.exists():
+            os.replace(pending, aside)
+            self._note(self._given)
+            _log.info("brought epoch=%d; what was learnt on the island is in it", self._given)
+        if self._given is not None and epoch > self._given + ROLLBACK_EPOCHS_MAX:
+            aside.unlink(missing_ok=True)
+            self._home.offered.unlink(missing_ok=True)
+            self._since, self._given = -1, None
 
     def _note(self, epoch: int) -> None:
         """After the file is gone, which must not count twice. Without the note more is taken for touched."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from tapestry.node.errors import printable
@@ -224,5 +225,6 @@ def _provenance(lineage: Lineage) -> str:
         "epoch": lineage.epoch,
         "head": f"`{lineage.head}`",
         "state digest": f"`{lineage.state_digest}`",
+        "written by": f"transformers {version('transformers')}, peft {version('peft')}",
     }
     return "\n".join(["## Lineage", "", *(f"- {name}: {value}" for name, value in facts.items()), ""])

@@ -34,6 +34,7 @@ class ToFollow:
     ties: frozenset[int] = frozenset()  # epochs at which a branch may leave it
     start: Follower | None = None  # where a branch left; None: the genesis
     before: Mapping[int, Signed] = field(default_factory=dict)  # of a branch: what is said up to there
+    called: str = "chain.jsonl"  # in faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +102,11 @@ def follow(chain: ToFollow, crypto: ReaderCrypto, proof: Proof) -> Followed:
             if body.epoch % 256 == 0:
                 chain.told("records", body.epoch, total)
     except Broken as error:
-        proof.fault(chain.path.name, str(error), None if error.epoch is None else began + error.epoch)
+        proof.fault(chain.called, str(error), None if error.epoch is None else began + error.epoch)
     except InvalidRecord as error:
-        proof.fault(chain.path.name, str(error), follower.epoch + 1)
+        proof.fault(chain.called, str(error), follower.epoch + 1)
     except OSError as error:
-        proof.fault(chain.path.name, f"cannot be read: {error.strerror}")
+        proof.fault(chain.called, f"cannot be read: {error.strerror}")
     proof.epoch, proof.head = follower.epoch, follower.head
     proof.rolled = follower.at.roll.rolled
     if anchor is not None:

@@ -45,7 +45,7 @@ from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.trainer.models import registry
-from tapestry.node.trainer.models.pretrained import licence_of
+from tapestry.node.trainer.models.pretrained import CONFIG, licence_of
 from tapestry.node.trainer.models.refusal import ModelError
 
 TRIES = 3  # Guess: a live node prunes once an epoch; two in a row are bad luck
@@ -82,6 +82,7 @@ def export_home(
         require_free(out)
         with beside(out) as scratch:
             restored = _restore(home, scratch, epoch, progress)
+            base = base_folder(home, restored.spec)
             export_model(
                 out,
                 restored.spec.model,
@@ -90,11 +91,11 @@ def export_home(
                 restored.flat,
                 meta=restored.lineage.table()
                 | described(restored.layout, _form(restored.spec, form), form.dtype),
-                base=base_folder(home, restored.spec),
+                base=base,
                 form=form,
                 card=model_card(restored.lineage, restored.spec, adapters_apart=form.adapters_apart),
                 progress=progress,
-                finish=lambda folder: _carry(restored, folder),
+                finish=lambda folder: _carry(restored, base, folder),
             )
     except ExportError as error:
         raise UserError(str(error)) from error
@@ -117,8 +118,9 @@ def _form(spec: RunSpec, form: Form) -> str:
     return "merged" if isinstance(spec.model, TransformersSpec) and spec.model.lora_rank else "whole"
 
 
-def _carry(restored: _Restored, folder: Path) -> None:
-    """The genesis and the records up to the one that signs this state; then the manifest of it all."""
+def _carry(restored: _Restored, base: Path | None, folder: Path) -> None:
+    """The genesis, the records up to the one that signs this state, and the base's config, of which that of
+    the export was made; then the manifest of it all."""
     (folder / LINEAGE).mkdir()
     shutil.copyfile(restored.source.genesis, folder / LINEAGE / "genesis.json")
     lines = restored.lineage.epoch + 1
@@ -126,6 +128,8 @@ def _carry(restored: _Restored, folder: Path) -> None:
         if restored.source.chain.exists():
             with restored.source.chain.open("rb") as chain:
                 out.writelines(line for line in itertools.islice(chain, lines) if line.endswith(b"\n"))
+    if base is not None:
+        shutil.copyfile(base / CONFIG, folder / LINEAGE / CONFIG)
     write_manifest(folder)
 
 

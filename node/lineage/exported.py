@@ -22,6 +22,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from tapestry.compression.shards import Layout
+from tapestry.node.lineage.huggingface import ADAPTER_CONFIG, ADAPTERS
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.protocol.chain import Genesis
@@ -39,12 +40,11 @@ from tapestry.node.trainer.models.pretrained import (
 )
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.registry import layout_of
-from tapestry.node.trainer.models.stored import INDEX, StoredWeights, weight_files, weights_of
+from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, weight_files, weights_of
 from tapestry.node.trainer.models.weights import load_base
 
 PIECE = 1 << 22  # elements: 16 MiB
 FORMS = ("whole", "adapters", "merged")  # the last two are of a LoRA run
-ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Unprovable(Exception):
@@ -55,6 +55,11 @@ def described(layout: Layout, form: str, dtype: torch.dtype) -> dict[str, Any]:
     """For tapestry.json."""
     pairs = [[name, list(shape)] for name, shape in zip(layout.names, layout.shapes, strict=True)]
     return {"form": form, "dtype": str(dtype).removeprefix("torch."), "layout": pairs}
+
+
+def weights_at(folder: Path) -> str:
+    """The file to be named where the weights do not read: the index, if they are cut."""
+    return INDEX if (folder / INDEX).exists() else SINGLE
 
 
 def foreign_files(folder: Path, form: str) -> list[str]:
@@ -72,7 +77,7 @@ def foreign_files(folder: Path, form: str) -> list[str]:
         known |= {path.name for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
         known -= {INDEX, ADAPTER_CONFIG} - set(weight_files(folder))
     else:
-        known |= {f"{LINEAGE}/genesis.json", f"{LINEAGE}/chain.jsonl"}
+        known |= {f"{LINEAGE}/{name}" for name in ("genesis.json", "chain.jsonl", CONFIG)}
     there = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
     return [name for path in there if (name := path.relative_to(folder).as_posix()) not in known]
 

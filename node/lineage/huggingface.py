@@ -50,6 +50,7 @@ from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, PAD_ID, encode
 
 # Text that contains these names would be read as the special tokens, so they are unlikely ones.
 SPECIAL_TOKENS = {"<|tapestry_bos|>": BOS_ID, "<|tapestry_eos|>": EOS_ID, "<|tapestry_pad|>": PAD_ID}
+ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 SAMPLE_TEMPERATURE = 0.7  # guess: livelier than the likeliest byte, still words
 FILE_BYTES_MAX = 5 * 10**9  # what save_pretrained took for years; a hub stores no file over 50 GB
@@ -140,19 +141,24 @@ def require_free(out_dir: Path) -> None:
         raise ExportError(f"{out_dir} is there already: name a new or an empty folder")
 
 
+def json_text(content: Mapping[str, Any]) -> bytes:
+    """The only form in which an export writes JSON."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(json_text(content))
 
 
 # --- a whole model ----------------------------------------------------------------------------------
 
 
 def _write_model(folder: Path, what: Exported, progress: Progress) -> None:
-    with meta_device():
-        frame = registry.build(what.spec, what.base, what.sequence_length)
-    for name, content in _json_files(what, frame).items():
+    for name, content in json_files(what.spec, what.sequence_length, what.base, what.form).items():
         _write_json(folder / name, content)
     _copy_base_files(folder, what.base)
+    with meta_device():
+        frame = registry.build(what.spec, what.base, what.sequence_length)
     sources = _adapted_sources(what, frame) if _is_lora(what.spec) else _whole_sources(what, frame)
     write_shards(folder, sources, what.form.file_bytes_max, progress)
 
@@ -254,14 +260,11 @@ def _write_adapters(folder: Path, what: Exported) -> None:
     """A PEFT directory: adapter_config.json, which names the base, and adapter_model.safetensors."""
     if not _is_lora(what.spec):
         raise ExportError("this run trains all parameters: it has no adapters to write apart")
-    with meta_device():
-        model: Any = registry.build(what.spec, what.base, what.sequence_length)
-    settings = model.peft_config["default"].to_dict()
-    settings |= {"base_model_name_or_path": _name_of_base(what), "inference_mode": True}
-    _write_json(folder / "adapter_config.json", {key: _plain(value) for key, value in settings.items()})
+    for name, content in json_files(what.spec, what.sequence_length, what.base, what.form).items():
+        _write_json(folder / name, content)
     names = lora.saved_names(what.layout)
     views = {names[name]: view for name, view in what.layout.views(what.flat).items()}
-    write_weights(folder / "adapter_model.safetensors", _sources(views, what.form.dtype))
+    write_weights(folder / ADAPTERS, _sources(views, what.form.dtype))
     _copy_base_files(folder, what.base)
 
 
@@ -291,26 +294,49 @@ def sample(out_dir: Path, prompt: str, n_bytes: int, seed: int) -> str:
     return bytes(ids[start:]).decode("utf-8", errors="replace")
 
 
-def _name_of_base(what: Exported) -> str:
+# --- the files of JSON ------------------------------------------------------------------------------
+
+
+def json_files(
+    spec: ModelSpec,
+    sequence_length: int,
+    base: Path | None,  # of a transformers model: a folder with the base's own config.json
+    form: Form,
+) -> dict[str, dict[str, Any]]:
+    """By name, what follows from the run alone: whoever has its spec and the base's config makes the same
+    again, and `verify` does. Raises ModelError."""
+    if isinstance(spec, LlamaSpec):
+        return _preset_files(spec, sequence_length, _name_of(form.dtype))
+    assert base is not None
+    with meta_device():
+        frame: Any = registry.build(spec, base, sequence_length)
+    if form.adapters_apart:
+        settings = frame.peft_config["default"].to_dict()
+        settings |= {"base_model_name_or_path": _name_of_base(spec, base), "inference_mode": True}
+        return {ADAPTER_CONFIG: {key: _plain(value) for key, value in settings.items()}}
+    bare = frame.get_base_model() if _is_lora(spec) else frame
+    said = {"architectures": [type(bare).__name__], "dtype": _name_of(form.dtype)}
+    return {CONFIG: _with_theta({**described_config(base), **said})}
+
+
+def names_of_base(spec: ModelSpec, base: Path) -> tuple[str, ...]:
+    """By which adapters may name their base: the digest of its weights, and where its config says that it
+    is published."""
+    assert isinstance(spec, TransformersSpec)
+    named = json.loads((base / CONFIG).read_bytes()).get("_name_or_path")
+    published = (named,) if isinstance(named, str) and HUB_ID.fullmatch(named) else ()
+    return (f"blake3:{spec.weights}", *published)
+
+
+def _name_of_base(spec: ModelSpec, base: Path) -> str:
     """Where the base is published, if its config says so; else the digest of its weights, by which it is
     found. Never a place on this disk."""
-    assert what.base is not None and isinstance(what.spec, TransformersSpec)
-    named = json.loads((what.base / CONFIG).read_bytes()).get("_name_or_path")
-    if isinstance(named, str) and HUB_ID.fullmatch(named) and not os.path.exists(named):
-        return named
-    return f"blake3:{what.spec.weights}"
+    digest, *published = names_of_base(spec, base)
+    return published[0] if published and not os.path.exists(published[0]) else digest
 
 
-def _json_files(what: Exported, frame: nn.Module) -> dict[str, Any]:
-    dtype = str(what.form.dtype).removeprefix("torch.")
-    if isinstance(what.spec, LlamaSpec):
-        return _preset_files(what.spec, what.sequence_length, dtype)
-    assert what.base is not None
-    bare: Any = frame.get_base_model() if _is_lora(what.spec) else frame  # type: ignore[operator]
-    architectures = [type(bare).__name__]
-    return {
-        CONFIG: _with_theta({**described_config(what.base), "architectures": architectures, "dtype": dtype})
-    }
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _with_theta(config: dict[str, Any]) -> dict[str, Any]:
@@ -320,13 +346,14 @@ def _with_theta(config: dict[str, Any]) -> dict[str, Any]:
     return config if theta is None else {"rope_theta": theta, **config}
 
 
-def _preset_files(spec: LlamaSpec, sequence_length: int, dtype: str) -> dict[str, Any]:
+def _preset_files(spec: LlamaSpec, sequence_length: int, dtype: str) -> dict[str, dict[str, Any]]:
     from transformers import LlamaConfig
 
     specials = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     bos, eos, pad = SPECIAL_TOKENS
     fields = {**config_fields(spec, sequence_length), "use_cache": True}
     config = json.loads(LlamaConfig(**fields, architectures=["LlamaForCausalLM"]).to_json_string())
+    del config["transformers_version"]  # who wrote it is no part of the model
     return {
         "config.json": _with_theta({**config, "dtype": dtype}),
         "generation_config.json": specials,

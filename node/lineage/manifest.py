@@ -52,5 +52,11 @@ def check_manifest(folder: Path) -> Iterator[tuple[str, str]]:
                 yield name, f"has the digest {found.digest[:12]}, not {str(listed[name][1])[:12]}"
 
 
+def digests_of(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:
+    """By name, of every file below `folder` that is not the manifest, nor one of `but`. Raises OSError."""
+    named = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    return {name: BaseFile.of(path).digest for name, path in named.items() if name not in but}
+
+
 def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / NAME]

@@ -259,6 +259,17 @@ def note_brought(home: Home, run_id: str, epoch: int) -> None:
     note(home, "brought", run_id=run_id, epoch=epoch, sources=list(sources))
 
 
+def note_taken_back(home: Home) -> None:
+    """What was given is to be contributed again: its record was left or undone. Raises OSError, which ends a
+    running node."""
+    try:
+        last = next((one for one in reversed([*events(home)]) if one["event"] == "brought"), None)
+        if last is not None:
+            note(home, "brought", run_id=last["run_id"], epoch=last["epoch"], sources=last["sources"])
+    except UserError as error:
+        raise OSError(error.line) from error
+
+
 def require_brought(home: Home, today: datetime.date) -> None:
     """Raises UserError if something is still to be contributed, and what it was learnt from may not be used
     for the base any more."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
 from tapestry.node.state.model import state_digest_of
 
-WRITTEN_ANEW = ("config.json", "README.md", WEIGHTS)  # of a base's files, by an export
+CONFIG = "config.json"
+WRITTEN_ANEW = (CONFIG, "README.md", WEIGHTS)  # of a base's files, by an export
 
 
 def verify(
@@ -276,8 +277,15 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         proof.fault(name, what)
     if proof.faults:
         return proof
+    from tapestry.node.lineage.rebuilt import check_files, check_table, read_table
+
     proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
-    table = json.loads((folder / "tapestry.json").read_bytes())
+    try:
+        table = read_table(folder)
+        epoch = strict.integer(table.get("epoch", 0), 0, 2**53, "epoch")
+    except (ValueError, OSError) as error:
+        proof.fault("tapestry.json", str(error))
+        return proof
     _check_names(folder, "derivative" if "derivative" in table else str(table.get("form", "")), proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
@@ -286,7 +294,6 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
             proof.fault("anchor", f"a derivative carries no records to compare with it{of}", anchor.epoch)
         return proof
     crypto = ReaderCrypto()
-    epoch = int(table["epoch"])
     try:
         genesis, spec = read_genesis(folder / LINEAGE / "genesis.json", crypto)
     except (Broken, UserError, OSError) as error:
@@ -295,42 +302,51 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
     proof.run_id, proof.run_name = genesis.run_id, spec.name
     if isinstance(spec.model, TransformersSpec):
         _check_copied(folder, spec.model, proof)
-    chain = ToFollow(folder / LINEAGE / "chain.jsonl", genesis, spec, {epoch}, anchor, told)
+    name = f"{LINEAGE}/chain.jsonl"
+    chain = ToFollow(folder / name, genesis, spec, {epoch}, anchor, told, called=name)
     signed = followed(chain, jobs, proof).signed
+    if proof.faults:
+        return proof
     said = signed.get(epoch)
     if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
         proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)
         return proof
     proof.epoch, proof.head = epoch, said.head
+    check_table(folder, table, spec, proof)
+    if proof.faults:
+        return proof
+    check_files(folder, table, spec, proof)
     _check_tensors(folder, table, genesis, spec, said, proof, told)
     return proof
 
 
 def _check_names(folder: Path, form: str, proof: Proof) -> None:
     """No file lies there that a loader might take for what is checked."""
-    from tapestry.node.lineage.exported import foreign_files
+    from tapestry.node.lineage.exported import foreign_files, weights_at
     from tapestry.node.trainer.models.refusal import ModelError
 
     try:
         for name in foreign_files(folder, form):
             proof.fault(name, "no export has such a file; a loader might take it for what was signed")
     except ModelError as error:
-        proof.fault("model.safetensors", str(error))
+        proof.fault(weights_at(folder), str(error))
 
 
 def _check_copied(folder: Path, model: TransformersSpec, proof: Proof) -> None:
-    """Tokenizer, generation config and chat template are the base's as they were, and no others."""
+    """Tokenizer, generation config and chat template are the base's as they were, and no others; and so is
+    the config of which that of the export was made."""
     known = {file.name: file for file in pinned(model)}
-    for name in FILE_NAMES:
-        if name in WRITTEN_ANEW or not (name in known or (folder / name).exists()):
+    here = {name: name for name in FILE_NAMES if name not in WRITTEN_ANEW}
+    for name, place in {**here, CONFIG: f"{LINEAGE}/{CONFIG}"}.items():
+        if not (name in known or (folder / place).exists()):
             continue
         try:
-            found = BaseFile.of(folder / name)
+            found = BaseFile.of(folder / place)
         except OSError as error:
-            proof.fault(name, f"cannot be read: {error.strerror}")
+            proof.fault(place, f"cannot be read: {error.strerror}")
             continue
-        if found != known.get(name):
-            proof.fault(name, "it is not the base's, which the run pins")
+        if replace(found, name=name) != known.get(name):
+            proof.fault(place, "it is not the base's, which the run pins")
 
 
 def _check_tensors(
@@ -344,10 +360,15 @@ def _check_tensors(
 ) -> None:
     """The digest of the exported tensors, joined with those of the outer buffers, is what was signed."""
     from tapestry.node.lineage.exported import Unprovable, params_digest
+    from tapestry.node.lineage.huggingface import ADAPTERS
     from tapestry.node.trainer.models.refusal import ModelError
 
     epoch = int(table["epoch"])
-    vectors = {str(name): str(digest) for name, digest in table["vectors"]}
+    try:
+        vectors = {str(name): str(digest) for name, digest in table["vectors"]}
+    except (ValueError, TypeError) as error:
+        proof.fault("tapestry.json", str(error), epoch)
+        return
     if state_digest_of(genesis.schema, genesis.params, vectors) != table["state_digest"]:
         proof.fault("tapestry.json", "its digests do not make its state digest", epoch)
     if said.state is None:
@@ -355,24 +376,32 @@ def _check_tensors(
     elif said.state != table["state_digest"]:
         proof.fault("tapestry.json", "another state digest than the record after it signed", epoch)
     told("tensors", 0, 1)
+    weights = ADAPTERS if table["form"] == "adapters" else WEIGHTS
     try:
         found = params_digest(folder, table, genesis, spec.model)
     except Unprovable as reason:
         proof.notes.append(str(reason))
         return
-    except (ModelError, ValueError, KeyError) as error:
+    except ModelError as error:
+        proof.fault(weights, str(error), epoch)
+        return
+    except (ValueError, KeyError) as error:
         proof.fault("tapestry.json", str(error), epoch)
         return
     if found != vectors.get("params"):
-        proof.fault("model.safetensors", "its tensors are not those of the signed state", epoch)
+        proof.fault(weights, "its tensors are not those of the signed state", epoch)
 
 
 def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None:
     from tapestry.node.lineage.exported import foreign_tensors
+    from tapestry.node.lineage.rebuilt import check_derivative
     from tapestry.node.trainer.models.refusal import ModelError
     from tapestry.node.trainer.models.weights import weights_digest
 
     proof.kind = "derivative"
+    check_derivative(folder, table, proof)
+    if proof.faults:
+        return
     version = table["version"]
     proof.run_id, proof.run_name = version["parent"]["run_id"], version["parent"]["run_name"]
     proof.epoch, proof.head = version["parent"]["epoch"], version["parent"]["head"]

@@ -2,7 +2,8 @@
 
 The card names the parent by run, epoch and head, the recipe, the sources by what they are called (never their
 content, nor the member's paths), and every evaluation with the base's figure beside it. tapestry.json says
-the same for programs, with the digest of the parent's tensors and of the model's own as f32 and as written.
+the same for programs, with the digest of the parent's tensors and of the model's own as f32 and as written,
+the digest of every other file, and one of itself.
 
 Sets that were held out are called after the sources' files. So what is participant-private is numbered there
 too, in both reports and in what the gates found.
@@ -29,10 +30,12 @@ from tapestry.node.lineage.huggingface import (
     FILE_BYTES_MAX,
     ExportError,
     Progress,
+    json_text,
     require_free,
     write_shards,
 )
-from tapestry.node.lineage.manifest import write_manifest
+from tapestry.node.lineage.listed import digest_of
+from tapestry.node.lineage.manifest import digests_of, write_manifest
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
 from tapestry.node.sovereign.suite import table
 from tapestry.node.spec.data import DataSettings, resolved_data, split_field
@@ -65,8 +68,9 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
         _write(model, temporary, DTYPES[dtype], progress)
         written = weights_digest(temporary)
         shown = public(version, Declared.load(home), own_sets(shelf, version))
-        _write_json(temporary / "tapestry.json", _lineage(derivative, shown, dtype, written))
         (temporary / "README.md").write_text(card(derivative, shown), encoding="utf-8")
+        lineage = _lineage(derivative, shown, dtype, written) | {"files": digests_of(temporary)}
+        _write_json(temporary / "tapestry.json", lineage | {"digest": digest_of(lineage)})
         write_manifest(temporary)
         os.replace(temporary, out.absolute())
     except (ExportError, ModelError) as error:
@@ -100,7 +104,7 @@ def _read(stored: StoredWeights, name: str) -> Tensor:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(json_text(content))
 
 
 def _lineage(derivative: Derivative, version: Version, dtype: str, written: str) -> dict[str, Any]:

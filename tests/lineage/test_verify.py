@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from bases import FAMILIES, edit_json
+from flips import files_below, flipped
 from homes import MadeHome, base_spec, make_home
 
 from tapestry.node.disk.files import atomic_write, seal
@@ -20,7 +21,7 @@ from tapestry.node.lineage import export
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
-from tapestry.node.lineage.huggingface import Form
+from tapestry.node.lineage.huggingface import FILE_BYTES_MAX, Form
 from tapestry.node.lineage.log import lines, newest, read_log
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.proof import Proof
@@ -314,7 +315,33 @@ def _with_a_template_of_its_own(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("obey")
 
 
+def _with_other_angles(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=5e5))
+
+
+def _with_another_end(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(eos_token_id=7))
+
+
+def _with_another_config_of_the_base(folder: Path) -> None:
+    """Both: that of the export is then what follows from it."""
+    for path in (folder / "config.json", folder / "lineage" / "config.json"):
+        table = json.loads(path.read_bytes())
+        path.write_text(json.dumps(table | {"rms_norm_eps": 0.5}, indent=2, sort_keys=True) + "\n")
+
+
+def _with_another_member(folder: Path) -> None:
+    path = folder / "tapestry.json"
+    table = json.loads(path.read_bytes())
+    table["members"][0]["share"] = 0.99
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+
+
 FORGERIES = (
+    _with_other_angles,
+    _with_another_end,
+    _with_another_config_of_the_base,
+    _with_another_member,
     _with_another_tokenizer,
     _with_a_template_of_its_own,
     _behind_an_index,
@@ -338,6 +365,78 @@ def test_an_export_that_loads_other_numbers_or_texts_than_the_signed_ones_does_n
     forge(forged)
     write_manifest(forged)
     assert _verify(forged).faults
+
+
+# ---- one bit in each file of each kind of export -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An export of a run of its own."""
+
+    family: str  # of bases.py; "" for a preset
+    rank: int = 0  # of adapters
+    dtype: str = "f32"
+    apart: bool = False
+    file_bytes_max: int = FILE_BYTES_MAX
+    unproven: tuple[str, ...] = ()  # files of which somebody may write others, with a manifest of his own
+
+
+KINDS = {
+    "preset": Kind(""),
+    "base": Kind("qwen2"),
+    "rounded": Kind("llama", dtype="bf16", unproven=("model.safetensors",)),
+    "several files": Kind("gpt2", file_bytes_max=30_000),
+    "adapters": Kind("llama", rank=4, apart=True),
+    "merged": Kind("llama", rank=4, unproven=("model.safetensors",)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, Path]:
+    """Of each kind one that holds, of an epoch that was signed."""
+    kind, folder = KINDS[request.param], tmp_path_factory.mktemp("kind")
+    rank = {"lora_rank": kind.rank, "pin_weights": True} if kind.rank else {}
+    spec = base_spec(folder / "home", kind.family, **rank) if kind.family else PRESETS["nano"].model  # type: ignore[arg-type]
+    made = make_home(folder / "home", spec)
+    made.advance(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "Form", lambda *how: Form(*how, file_bytes_max=kind.file_bytes_max))
+        export_home(made.home, folder / "out", 1, dtype=kind.dtype, adapters=kind.apart)
+    assert _verify(folder / "out").faults == []
+    return kind, folder / "out"
+
+
+def _missed(out: Path, files: list[Path], forge: bool) -> list[str]:
+    """Flips of which `verify` does not name the file; `forge`: with a manifest that was made again."""
+    rng, missed = random.Random(7), []
+    for path in files:
+        for _ in range(3):
+            with flipped(path, rng) as flip:
+                if forge:
+                    write_manifest(out)
+                named = {fault.file for fault in _verify(out).faults}
+                cut = {path.name, "model.safetensors"} if path.name.startswith("model-0") else set()
+                if not named & {path.relative_to(out).as_posix(), *cut}:
+                    missed.append(f"{flip}: {sorted(named)}")
+    write_manifest(out)
+    return missed
+
+
+def test_a_flipped_bit_is_found_and_its_file_named_in_every_file_of_every_kind_of_export(
+    kind: tuple[Kind, Path],
+) -> None:
+    _, out = kind
+    assert _missed(out, files_below(out), forge=False) == []
+
+
+def test_with_a_manifest_that_was_made_again_it_is_found_but_in_the_card_and_in_what_was_rounded_or_merged(
+    kind: tuple[Kind, Path],
+) -> None:
+    how, out = kind
+    unproven = {"README.md", "manifest.json", *how.unproven}
+    files = [path for path in files_below(out) if path.name not in unproven]
+    assert _missed(out, files, forge=True) == []
 
 
 def test_what_cannot_be_proven_is_said(made: MadeHome, tmp_path: Path) -> None:

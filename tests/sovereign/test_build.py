@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from flips import files_below, flipped
 from homes import MadeHome, base_spec, make_home
 from safetensors.torch import load_file, save_file
 from schemas import faults, load
@@ -313,8 +315,7 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
         assert fault.file == "anchor" and fault.what.endswith(words), "it held, whatever was published"
     (tmp_path / "out" / "adapter_config.json").write_text("{}")
     write_manifest(tmp_path / "out")
-    (fault,) = verify(tmp_path / "out", told=_quiet).faults
-    assert fault.file == "adapter_config.json"
+    assert {fault.file for fault in verify(tmp_path / "out", told=_quiet).faults} == {"adapter_config.json"}
 
 
 def test_a_revocation_ends_a_training_within_a_step_and_the_report_names_what_it_left(made: MadeHome) -> None:
@@ -390,6 +391,37 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
         assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
     finally:
         told.write_text(text)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("squares", "f32"), ("french", "bf16")])
+def test_a_flipped_bit_is_found_in_every_file_of_a_released_derivative_whatever_its_manifest_says(
+    made: MadeHome, squares: Built, french: Built, tmp_path: Path, name: str, dtype: str
+) -> None:
+    out, rng, missed = tmp_path / "out", random.Random(3), []
+    release(made.home, name, 1, out, dtype, _quiet)
+    for path in [path for path in files_below(out) for _ in range(3)]:
+        for forge in (False, True):
+            with flipped(path, rng) as flip:
+                if forge:
+                    write_manifest(out)
+                named = {fault.file for fault in verify(out, told=_quiet).faults}
+            write_manifest(out)
+            if path.name not in named and (path.name, forge) != ("manifest.json", True):
+                missed.append(f"{flip}: {named}")
+    assert missed == [] and verify(out, told=_quiet).holds
+
+
+def test_a_flipped_bit_is_found_in_every_file_of_a_derivative_of_a_home(
+    made: MadeHome, french: Built
+) -> None:
+    shelf, rng, missed = made.home.path / "derivatives", random.Random(3), []
+    folder = shelf / "french"
+    for path in [folder / "derivative.json", folder / "held-out.jsonl", *files_below(folder / "v1")]:
+        with flipped(path, rng) as flip:
+            named = {fault.file for fault in verify(made.home.path, replay=False, told=_quiet).faults}
+        if path.relative_to(made.home.path).as_posix() not in named:
+            missed.append(f"{path.relative_to(shelf)}: {flip}: {named}")
+    assert missed == []
 
 
 def test_a_model_that_was_changed_is_not_released_or_measured(

@@ -23,7 +23,8 @@ from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.uses import events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
-from tapestry.node.protocol.members import Change, rollback_value
+from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
 from tapestry.node.sovereign.derivative import Shelf
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
@@ -171,29 +172,102 @@ def test_what_was_learnt_from_data_that_may_no_more_be_used_is_not_brought(made:
     assert not made.home.brought.exists()
 
 
-def test_it_is_taken_away_by_the_first_record_after_the_island_that_names_this_member(made: MadeHome) -> None:
+def test_it_goes_aside_with_the_first_record_after_the_island_that_names_a_contribution_with_it(
+    made: MadeHome,
+) -> None:
     bring(made.home, _quiet)
-    made.home.brought.touch()
     own, run_id = made.identities[0].peer_id, made.chain.genesis.run_id
     records = made.chain.records
     Brought(made.home, own, run_id).look(records[:2])
     Brought(made.home, "somebody else", run_id).look(records)
-    back = Change("rollback", "", rollback_value(1, made.chain.head_at(1), ""), 9, "0" * 32)
-    of_nothing = replace(records[2], body=replace(records[2].body, changes=(back,)))
-    Brought(made.home, own, run_id).look([of_nothing])  # nothing is made of its contributions
+    Brought(made.home, own, run_id).look([_rolling_back(records[2], made, 1)])  # nothing is made of it
     signed = tuple(
         [replace(m, weight=0, contribution="") if m.peer == own else m for m in records[2].body.members]
     )
     Brought(made.home, own, run_id).look([replace(records[2], body=replace(records[2].body, members=signed))])
     assert made.home.brought.exists()
     pending = Brought(made.home, own, run_id)
+    pending.offer(_contribution(records[2], own))
     pending.look(records[2:3])
     assert not made.home.brought.exists() and not pending.is_pending
     *_, brought, given = events(made.home)
     assert brought["sources"] == list(sources_since(made.home, run_id, 2)) and brought["epoch"] == 2
     assert (given["event"], given["epoch"]) == ("given", 3)
     pending.look(records)  # nothing is left to do
-    assert not Brought(made.home, own, run_id).is_pending
+    assert not made.home.brought.exists()
+
+
+def test_a_contribution_that_was_under_way_when_the_island_began_has_not_brought_it(made: MadeHome) -> None:
+    """The others may have counted it; it was made before there was anything to bring."""
+    bring(made.home, _quiet)
+    own, records = made.identities[0].peer_id, made.chain.records
+    pending = Brought(made.home, own, made.chain.genesis.run_id)
+    pending.offer("ab" * 32)
+    pending.look(records[2:3])
+    assert pending.is_pending and made.home.brought.exists()
+    pending.look(records[3:4])
+    assert not pending.is_pending and not made.home.brought.exists()
+
+
+def test_it_is_to_be_brought_again_when_its_record_is_left_with_a_fork_and_not_twice(made: MadeHome) -> None:
+    bring(made.home, _quiet)
+    own, run_id, records = made.identities[0].peer_id, made.chain.genesis.run_id, made.chain.records
+    whole = made.home.brought.read_bytes()
+    node = Brought(made.home, own, run_id)
+    node.look(records[3:4])
+    assert not node.is_pending
+    node.look([_without(records[4], own)], 4)  # a fork after its record
+    assert not node.is_pending and not made.home.brought.exists()
+    node.look([_without(one, own) for one in records[3:5]], 3)
+    assert node.is_pending and made.home.brought.read_bytes() == whole
+    assert [one["event"] for one in events(made.home)][-3:] == ["brought", "given", "brought"]
+    node.look(records[4:5], 4)  # the other side has one of ours
+    assert not node.is_pending and not made.home.brought.exists()
+
+
+def test_it_is_to_be_brought_again_when_its_record_is_undone_or_was_while_the_node_was_down(
+    made: MadeHome,
+) -> None:
+    bring(made.home, _quiet)
+    own, run_id, records = made.identities[0].peer_id, made.chain.genesis.run_id, made.chain.records
+    node = Brought(made.home, own, run_id)
+    node.look(records[3:4])
+    node.look([_rolling_back(records[4], made, 4)])  # what has it stays
+    assert not node.is_pending
+    node.look([_rolling_back(records[4], made, 3)])
+    assert node.is_pending and made.home.brought.exists()
+    node.look(records[3:4])
+    made.roll_back(3, "")
+    again = Brought(made.home, own, run_id)
+    again.meet(made.chain)
+    assert again.is_pending and made.home.brought.exists() and not made.home.given.exists()
+
+
+def test_it_is_deleted_when_no_rollback_reaches_its_record_any_more(made: MadeHome) -> None:
+    bring(made.home, _quiet)
+    own, records = made.identities[0].peer_id, made.chain.records
+    node = Brought(made.home, own, made.chain.genesis.run_id)
+    node.look(records[3:4])
+    late = replace(records[4], body=replace(records[4].body, epoch=4 + ROLLBACK_EPOCHS_MAX))
+    node.look([late])
+    assert made.home.given.exists()
+    node.look([replace(late, body=replace(late.body, epoch=late.body.epoch + 1))])
+    assert not made.home.given.exists() and not Brought(made.home, own, "any run").is_pending
+
+
+def _contribution(record: Record, peer: str) -> str:
+    (found,) = [one.contribution for one in record.body.members if one.peer == peer]
+    return found
+
+
+def _without(record: Record, peer: str) -> Record:
+    members = tuple(one for one in record.body.members if one.peer != peer)
+    return replace(record, body=replace(record.body, members=members))
+
+
+def _rolling_back(record: Record, made: MadeHome, to: int) -> Record:
+    back = Change("rollback", "", rollback_value(to, made.chain.head_at(to), ""), 9, "0" * 32)
+    return replace(record, body=replace(record.body, changes=(back,)))
 
 
 def test_what_is_of_another_run_or_damaged_is_never_brought(made: MadeHome) -> None:

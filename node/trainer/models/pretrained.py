@@ -222,7 +222,7 @@ def described_config(folder: Path) -> dict[str, Any]:
     history = ("transformers_version", "_name_or_path", "torch_dtype")
     own = {key: value for key, value in table.items() if key not in history}
     whole = json.loads(AutoConfig.for_model(**own).to_json_string())
-    return {**whole, **own}
+    return {**{key: value for key, value in whole.items() if key not in history}, **own}
 
 
 def construct(config: Any, folder: Path) -> nn.Module:

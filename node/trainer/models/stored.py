@@ -251,19 +251,9 @@ def write_weights(path: Path, sources: Sequence[Source], wrote: Callable[[int], 
 
     The safetensors package would need all of them at once.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for source in sources:
-        start, end = end, end + source.size_bytes
-        header[source.name] = {
-            "dtype": _NAMES[source.dtype],
-            "shape": list(source.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the format asks
+    header = _header((s.name, _NAMES[s.dtype], s.shape, s.size_bytes) for s in sources)
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for source in sources:
             flat = source.load().detach().reshape(-1)
             for start in range(0, flat.numel(), _PIECE):
@@ -276,6 +266,34 @@ def write_weights(path: Path, sources: Sequence[Source], wrote: Callable[[int], 
 
 
 _PIECE = 1 << 22  # elements that are converted at once
+
+
+def _header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Of name, dtype as safetensors writes it, shape and bytes of each, in the order of their bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, size_bytes in tensors:
+        start, end = end, end + size_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the format asks
+    return struct.pack("<Q", len(text)) + text
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file's header is the one that `write_weights` writes of its tensors. Raises ModelError,
+    OSError."""
+    tensors = weights_of(path).items()
+    header = _header((name, one.dtype, one.shape, one.size_bytes) for name, one in tensors)
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def index_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The index of several files, which names the file of each tensor."""
+    total = sum(tensor.size_bytes for tensor in tensors.values())
+    places = {name: tensor.path.name for name, tensor in tensors.items()}
+    return {"metadata": {"total_size": total}, "weight_map": places}
 
 
 def join_files(folder: Path, out: Path, wrote: Callable[[int], None] | None = None) -> None:

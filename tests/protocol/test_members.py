@@ -1,6 +1,7 @@
 """Who belongs to a run decides what its rounds wait for; in worlds without faults."""
 
 import pytest
+from simulation import shell as shell_module
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
@@ -82,6 +83,19 @@ def test_who_is_gone_holds_up_no_change_of_a_run_that_asks_for_everybody(change:
     there = [world.nodes[name] for name in ("p0", "p1")]
     there[0].feed(ev.ChangeAsked(change))
     world.until(lambda: all(n.core.ctx.roll != n.core.chain.place_at(0).roll for n in there), 60)
+
+
+def test_newcomers_that_weigh_nothing_are_none_of_min_members(monkeypatch):
+    """The lone member trained so little that the newcomers' share of it is less than one token."""
+    monkeypatch.setattr(shell_module, "randint", lambda rng, low, high: 1)
+    world = World(3, peers=3, faults=Faults(), late=["p1", "p2"], admission="open", epochs=3, keep_story=True)
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=2, min_members=2)
+    world.start_all()
+    world.until(lambda: "weigh nothing" in world.nodes["p0"].core.reason(world.now), 30)
+    assert world.nodes["p0"].core.reason(world.now).startswith("1 contributions, ")
+    world.until(lambda: world.now > 60, 60)
+    assert world.epoch() == 0
+    assert not [text for *_, text in world.story if "roster_impossible" in str(text)]
 
 
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")

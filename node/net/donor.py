@@ -153,8 +153,8 @@ class Donor:
     async def _send_update(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
         """As it is read: who asks waits stall_s for a word, and to read and hash a large one takes longer.
 
-        Of one whose bytes changed the last shard is not sent, but the word that it is missing. Who asks may see
-        before that what no encoder writes, and hang up: so the rest is read all the same.
+        Of one whose bytes changed the last shard is not sent, but the word that it is missing. Who asks may
+        see before that what no encoder writes, and hang up: so the rest is read all the same.
         """
         payloads, index = self._store.stream_update(epoch, head), 0
         try:

@@ -36,6 +36,7 @@ from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.branches import BRANCH_LIMITS, BranchLimits
 from tapestry.node.disk.held import bare_state
+from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import LoadedStore, Store
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
@@ -155,6 +156,9 @@ async def _initialise(trainer: TrainerProcess) -> None:
 async def assemble(own: Own, spec: RunSpec, keeper: Keeper, trainer: TrainerProcess) -> Node:
     """Core, runtime and network around a keeper. Raises UserError, OSError."""
     restored = await asyncio.to_thread(keeper.restore)
+    mark = read_mark(own.home)
+    if mark is not None and mark.restored_at:  # its run was not found: restored.py
+        restored = replace(restored, alone=True)
     state, run_id, peer_id = keeper.state, keeper.run_id, own.identity.peer_id
     rules = rules_of(spec, run_id, len(state.arithmetic.shards))
     if own.island:

@@ -45,7 +45,7 @@ from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, beyond
-from tapestry.node.daemon.restored import RESTORED_WAIT_S, find_run, place_of
+from tapestry.node.daemon.restored import RESTORED_WAIT_S, chain_of, find_run
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
 from tapestry.node.disk.branches import BranchLimits
 from tapestry.node.disk.home_mark import read_mark
@@ -330,10 +330,10 @@ class Daemon:
         except Broken as error:
             raise UserError(f"{self.home.genesis}: {error}", hint="restore another backup") from error
 
-        place = await asyncio.to_thread(place_of, self.home, genesis, crypto)
-        set_s = place.roll.settings.get("round.quorum_loss_s", spec.round.quorum_loss_s)
+        chain = await asyncio.to_thread(chain_of, self.home, genesis, crypto)
+        set_s = chain.roll.settings.get("round.quorum_loss_s", spec.round.quorum_loss_s)
         wait_s = fixed(set_s) or RESTORED_WAIT_S
-        await find_run(self.home, mark, genesis, place, wait_s, swarm, peers, crypto, self._wait_for)
+        await find_run(self.home, mark, genesis, chain, wait_s, swarm, peers, crypto, self._wait_for)
 
     def _wait_for(self, reason: str) -> None:
         """What the start waits for, and what ends it, for all who look; "" for nothing any more."""

@@ -1,10 +1,14 @@
 """A home that was restored from a backup looks for its run before anything else.
 
-The others may have gone on. If one of them is found, this node goes the way of a member that lost its disk:
-it does not know what it promised since the backup, so its vote is dropped and counts again when a record
-names it anew (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run says that a quorum is lost
-after, and goes on by itself with what the backup has: an island, which gives way when the others are met.
-Its vote is that of the backup then: had it voted since, it may vote otherwise. So nobody may be overlooked.
+The others may have gone on. This node goes the way of a member that lost its disk: it does not know what it
+promised since the backup, so `restore` leaves the vote away, and it counts again when a record names the new
+disk (docs/decisions/003-lost-disk.md). Alone, it waits as long as the run says that a quorum is lost after,
+and goes on by itself from the backup's newest record, although that names the disk of before: an island,
+which gives way when the others are met. From then on it is as above. Had it decided alone since the backup,
+it may decide otherwise. So nobody may be overlooked.
+
+A home is no longer taken for a restored one when its run was found, or when its newest record names the new
+disk. Until then each start looks again.
 
 Found is another elector of the backup's newest record, or who says that there are records after it. Anybody
 can serve the genesis, and who gave up its vote for them, with the other electors gone for good, would wait
@@ -25,6 +29,7 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
 from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.home_mark import Mark, write_mark
+from tapestry.node.disk.store import read_vote
 from tapestry.node.home import Home
 from tapestry.node.net.join import genesis_of
 from tapestry.node.net.known_peers import KnownPeers
@@ -45,15 +50,20 @@ async def find_run(
     home: Home,
     mark: Mark,
     genesis: Genesis,
-    place: Place,  # after the newest record here
+    chain: Chain,
     wait_s: float,
     swarm: Swarm,
     peers: Sequence[PeerAddress],
     crypto: Crypto,
     say: Say,
 ) -> None:
-    """Returns when somebody was met or `wait_s` are over; then the home is an ordinary one. Raises
-    OSError."""
+    """Returns when somebody was met, and then the home is an ordinary one, or `wait_s` are over. Raises
+    UserError, OSError."""
+    vote = read_vote(home)
+    named = {m.life for r in chain.records[-1:] for m in r.body.members if m.peer == swarm.peer_id}
+    if vote is not None and vote.life in named and not home.island.exists():
+        write_mark(home, replace(mark, restored_at=""))
+        return
     _log.warning(
         "home=restored at=%s; it looks for its run before it trains: give --peer if it finds nobody",
         mark.restored_at,
@@ -67,26 +77,23 @@ async def find_run(
             f"alone, it goes on by itself in {left_s:.0f} s"
         )
         began_s = time.monotonic()
-        met = await _meet(swarm, genesis.run_id, _known(home, peers), place, crypto)
+        met = await _meet(swarm, genesis.run_id, _known(home, peers), chain.place, crypto)
         if not met:
             await asyncio.sleep(min(LOOK_S, max(0.0, LOOK_S - (time.monotonic() - began_s))))
     if met:
-        _log.info(
-            "home=restored found=%s; the vote of the backup is dropped, it may be out of date", met[-6:]
-        )
-        home.vote.unlink(missing_ok=True)
+        _log.info("home=restored found=%s; its vote counts again when a record names it anew", met[-6:])
+        write_mark(home, replace(mark, restored_at=""))
     else:
         _log.warning(
             "home=restored alone after_s=%g; goes on by itself; give --peer if the others are elsewhere",
             wait_s,
         )
     say("")
-    write_mark(home, replace(mark, restored_at=""))
 
 
-def place_of(home: Home, genesis: Genesis, crypto: Crypto) -> Place:
-    """After the newest record of a home. Raises OSError."""
-    return Chain(genesis, past=ChainFile(home, genesis, crypto)).place
+def chain_of(home: Home, genesis: Genesis, crypto: Crypto) -> Chain:
+    """Of a home. Raises OSError."""
+    return Chain(genesis, past=ChainFile(home, genesis, crypto))
 
 
 def _known(home: Home, peers: Sequence[PeerAddress]) -> list[PeerAddress]:

@@ -7,8 +7,9 @@ and checkpoints are checked before the file gets its name, and again when it is 
 replayed: `verify` does.
 
 A restored home is marked (disk/home_mark.py): its node looks for its run before it trains
-(daemon/restored.py), because others may have gone on, and what this member has promised them since is not
-in the backup.
+(daemon/restored.py), because others may have gone on. What this member has promised them since is not in the
+backup. So its votes are not restored either, nor with them the name of its disk: it is another disk
+(docs/decisions/003-lost-disk.md).
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
         if not copy.genesis.is_file():
             raise UserError(f"{archive} is no backup of a home", hint="`tapestry backup OUT` makes one")
         proof = _checked(copy, archive, "nothing was restored", told)
+        for of in (copy, Home(copy.island)):
+            of.vote.unlink(missing_ok=True)
         mark = read_mark(copy) or new_mark(home)
         write_mark(copy, replace(mark, restored_at=datetime.now(UTC).isoformat(timespec="seconds")))
         note(copy, "restored")

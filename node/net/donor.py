@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
@@ -152,7 +153,8 @@ class Donor:
     async def _send_update(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
         """As it is read: who asks waits stall_s for a word, and to read and hash a large one takes longer.
 
-        Of one whose bytes changed the last shard is not sent, but the word that it is missing.
+        Of one whose bytes changed the last shard is not sent, but the word that it is missing. Who asks may
+        see before that what no encoder writes, and hang up: so the rest is read all the same.
         """
         payloads, index = self._store.stream_update(epoch, head), 0
         try:
@@ -165,6 +167,10 @@ class Donor:
                 index += 1
         except UpdateMissing:
             await stream.send({"is": "missing"})
+        except (RemoteProtocolError, StreamEnded, TimeoutError, OSError):
+            with contextlib.suppress(UpdateMissing):
+                await asyncio.to_thread(deque, payloads, 0)  # a damaged one is out of the log after that
+            raise
 
     async def _send_means(self, stream: Stream, epoch: int, head: str, served: Serving) -> None:
         try:

@@ -85,6 +85,7 @@ class Restored:
     vote: Vote | None
     updates: tuple[str, ...]  # heads whose update is in the update log
     life: str = ""  # a name for the disk if there is no vote on it
+    alone: bool = False  # set back to a backup, and none of the electors of its newest record was found
 
 
 class Core:
@@ -101,6 +102,8 @@ class Core:
         self.life = restored.vote.life if restored.vote is not None else restored.life
         self.left = restored.vote.left if restored.vote is not None else ""
         self.founded_here = self.vote is not None and self.vote.head == restored.chain.genesis.run_id
+        # The head that a disk which was set back goes on from, as long as no other elector of it is met.
+        self.alone_at = restored.chain.head if restored.alone else ""
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = ""
@@ -317,8 +320,14 @@ class Core:
         return ""
 
     def _forgot_votes(self) -> bool:
-        """Whether the head's record names us from before our disk was lost: we may have voted after it."""
+        """Whether the head's record names us from before our disk was lost: we may have voted after it.
+
+        A disk that was set back, alone, goes on all the same: nobody is there whom a second vote could reach,
+        and its records name it as the disk that it is now.
+        """
         chain = self.chain
+        if chain.head == self.alone_at:
+            return False
         if chain.epoch == 0:
             return self.ctx.me == chain.genesis.founder and not self.founded_here
         members = chain.records[-1].body.members
@@ -334,11 +343,21 @@ class Core:
             view = self.ctx.peers[inp.peer] = PeerView()
         view.up = True
         view.heard_at = now
+        if self.alone_at:
+            self._meet(inp.peer, now)
         self.sync.asked_at.pop(inp.peer, None)  # what was asked over the link before is lost
         if self.told and self.ctx.roll.may_contribute(inp.peer):  # else all are about to hear
             self.ctx.send(inp.peer, self._status())
             if self.ctx.proposals.pending:
                 self.changes_at = now  # with the next heartbeat
+
+    def _meet(self, peer: str, now: float) -> None:
+        """Another elector may have had our vote in this round, from before our disk was set back."""
+        place = self.chain.place
+        if place.head == self.alone_at and peer in place.electorate:
+            self.alone_at = ""
+            if self._stands_by():
+                self._end_round(None, now)
 
     def _forget_one_down(self) -> bool:
         for peer, view in self.ctx.peers.items():

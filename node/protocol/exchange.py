@@ -292,9 +292,12 @@ class Exchange:
         return tuple(names[:WAITING_MAX])
 
     def lacks_of(self, peer: str) -> bool:
-        """Whether it has something that we need to get on. Asked for every piece of bulk that comes, so the
-        search goes on where it ended: most often the shard found there is still on its way. Not if its results
-        are of another roster, which a leader may have told it: it sends them as often as we ask."""
+        """Whether it has something that we need to get on. Not if its results are of another roster, which a
+        leader may have told it: it sends them as often as we ask.
+
+        Asked for every piece of bulk that comes, so the search goes on where it ended: most often the shard
+        found there is still on its way.
+        """
         roster = self.roster
         member = next((m for m in roster.members if m.peer == peer), None) if roster is not None else None
         if roster is None or member is None or peer in self.refused:

@@ -132,8 +132,11 @@ class Leader:
         contributors = self._contributors(now)
         if not contributors:
             return "nobody ready has a contribution"
-        if len(contributors) < self.ctx.contributors_min():
-            return f"{len(contributors)} contributions, the run asks for {self.ctx.contributors_min()}"
+        count, least = len(self._weighing(contributors)), self.ctx.contributors_min()
+        if count < least:
+            light = len(contributors) - count
+            besides = f", {light} that weigh nothing" if light else ""
+            return f"{count} contributions{besides}, the run asks for {least}"
         if self.close_at is None or now < self.gather_until():
             late = [p for p in self._expected(now) if p not in state.ready]
             if late:
@@ -218,7 +221,7 @@ class Leader:
             p for p, r in ready.items() if r.weight and p not in self.excluded and ctx.heard(p, now)
         )
         sure = [p for p in able if not ctx.undelivered(p, self.state.epoch)]
-        if len(sure) >= ctx.contributors_min() and any(p in members for p in sure):
+        if len(self._weighing(sure)) >= ctx.contributors_min() and any(p in members for p in sure):
             able = sure
         return able if any(p in members for p in able) else []
 
@@ -227,7 +230,7 @@ class Leader:
         if not self.excluded:
             return
         ready = self.state.ready
-        count, need = len(self._contributors(now)), self.ctx.contributors_min()
+        count, need = len(self._weighing(self._contributors(now))), self.ctx.contributors_min()
         out = sum(p in ready and ready[p].weight > 0 and self.ctx.heard(p, now) for p in self.excluded)
         if count < need <= count + out:
             self.excluded.clear()
@@ -308,7 +311,12 @@ class Leader:
         return peer in self.state.ready and self.ctx.heard(peer, now) and peer in self.state.at.roll.members
 
     def _weights(self, voters: set[str], seated: list[str]) -> list[tuple[str, int]]:
-        """What everybody's contribution weighs, sorted by peer; 0 for those that only vote.
+        """What everybody's contribution weighs, sorted by peer; 0 for those that only vote."""
+        weight_of = self._weighing(seated)
+        return [(p, weight_of.get(p, 0)) for p in sorted(voters.union(seated))]
+
+    def _weighing(self, seated: list[str]) -> dict[str, int]:
+        """Those of them whose contribution weighs something, and what.
 
         Whose part comes to nothing is left out, and the rest computed anew: everybody goes by who is named.
         """
@@ -319,9 +327,8 @@ class Leader:
             weights = voice_weights(state.at.roll, contributors, ctx.rules.max_influence)
             weight_of = {p: w for p, w in zip(named, weights, strict=True) if w}
             if len(weight_of) in (0, len(named)):
-                break
+                return weight_of
             named = list(weight_of)
-        return [(p, weight_of.get(p, 0)) for p in sorted(voters.union(seated))]
 
     def _member(self, peer: str, weight: int) -> Member:
         ready = self.state.ready[peer]
@@ -336,7 +343,7 @@ class Leader:
         odds = at_odds({p: state.ready[p].unheard for p in sorted(electors.union(peers))})
         lots = {p: ctx.crypto.digest(f"{state.head}|{p}|seat".encode()) for p in peers}
         seated, able = seat(peers, odds, lots, shard_count)
-        if len(seated) < ctx.contributors_min():
+        if len(self._weighing(seated)) < ctx.contributors_min():
             seated, able = peers, [p for p in peers if odds[p].isdisjoint(peers)] or peers
         mute = [p for p, r in state.ready.items() if r.weight and ctx.undelivered(p, state.epoch)]
         if mute and not set(mute).intersection(peers):

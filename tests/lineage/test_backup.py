@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from homes import MadeHome, base_spec, make_home
 
+from tapestry.node.disk.files import seal
 from tapestry.node.disk.home_mark import claim, read_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -30,6 +31,7 @@ def made(tmp_path: Path) -> MadeHome:
     made.advance(3, checkpoint=True)
     made.home.peers.write_text("{}")
     made.home.log.write_text("a log")
+    made.home.vote.write_bytes(seal({"life": "of the disk that is backed up"}) + b"\n")
     claim(made.home)
     return made
 
@@ -53,6 +55,7 @@ def test_a_restored_home_is_what_was_backed_up_and_is_marked(made: MadeHome, tmp
     assert home.identity_key.read_bytes() == made.home.identity_key.read_bytes()
     assert home.path.stat().st_mode & 0o777 == 0o700 and home.identity_key.stat().st_mode & 0o777 == 0o600
     assert home.peers.exists() and not home.log.exists()
+    assert made.home.vote.exists() and not home.vote.exists()  # what it promised since, nobody knows here
     mark, before = read_mark(home), read_mark(made.home)
     assert mark is not None and before is not None and before.restored_at == ""
     assert mark.restored_at and mark.id == before.id
@@ -68,6 +71,7 @@ def test_a_home_on_an_island_is_restored_with_the_base_that_its_island_leads_to(
     island.end(made.home)
     island.begin(made.home)
     made.home.brought.write_bytes(b"what is still owed to the run")
+    (made.home.island / "vote.json").write_text("of before the island")
     derivative = made.home.path / "derivatives" / "lock" / "v1"
     derivative.mkdir(parents=True)
     (derivative.parent / "lock").touch()
@@ -79,6 +83,7 @@ def test_a_home_on_an_island_is_restored_with_the_base_that_its_island_leads_to(
     for place in (home.island, left):
         assert (place / "base").resolve() == home.base and (home.base / "config.json").is_file()
     assert island.require(home)[0].epoch == 1
+    assert not (home.island / "vote.json").exists()
     assert home.brought.read_bytes() == b"what is still owed to the run"
     assert (home.path / "derivatives/lock/v1/history.json").is_file()
     assert not (home.path / "derivatives/lock/lock").exists()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 from simulation.shell import SimCrypto
 from simulation.world import World
 
+from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, means_fault, result_digest
-from tapestry.node.protocol.chain import Body, Member
+from tapestry.node.protocol.chain import Body, Member, head_of
+from tapestry.node.protocol.events import FetchUpdate, PersistVote, Vote
+from tapestry.node.protocol.messages import Accept, Propose
 
 RUN, HEAD = "aa" * 32, "bb" * 32
 CRYPTO = SimCrypto("p0")
@@ -52,3 +59,31 @@ def test_in_the_simulator_no_record_comes_of_numbers_that_nobody_made_and_rounds
 
     worlds = [world for world in map(World, range(60)) if lies(world)][:4]
     assert sum(world.run().inventors.said for world in worlds) > 0
+
+
+def test_values_that_are_proposed_in_turn_while_they_are_fetched_do_not_displace_each_other() -> None:
+    """`fetched` keeps one value, for the audit alone: a vote goes by what is proposed when a value comes."""
+    other = replace(BODY, result="f0" * 32)
+    heads = head_of(BODY, CRYPTO), head_of(other, CRYPTO)
+    means, out = tuple(made("p0", "p1")), list[object]()
+    ctx: Any = SimpleNamespace(
+        me="p0",
+        peers={"p1": None},
+        crypto=CRYPTO,
+        emit=out.append,
+        send=lambda peer, message: out.append(message),
+        pace=SimpleNamespace(exchange_began=lambda epoch, now: None),
+    )
+    state: Any = SimpleNamespace(ctx=ctx, epoch=3, head=HEAD, leading=False, leader="p1", refused="")
+    state.vote = Vote(3, HEAD, 0, -1, None, "")
+    state.exchange = SimpleNamespace(progress=0)
+    acceptor = Acceptor(state)
+    for ballot, body in ((1, BODY), (2, other), (3, BODY)):
+        state.ballot, state.accepted_body = ballot, None
+        assert acceptor.follow_proposal(Propose(3, HEAD, ballot, body, ("p1",)), 0.0) is None
+    asked = [one.head for one in out if isinstance(one, FetchUpdate)]
+    assert asked == [heads[0], heads[1], heads[0]]
+    acceptor.on_update_fetched(heads[1], means)  # late, of the ballot before
+    assert state.accepted_body is None and list(acceptor.fetched) == [heads[1]]
+    acceptor.on_update_fetched(heads[0], means)
+    assert state.accepted_body == BODY and [type(one) for one in out[-2:]] == [PersistVote, Accept]

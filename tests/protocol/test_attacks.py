@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from simulation.lies import STRANGER, draw_lie
-from simulation.shell import Disk, Mean
+from simulation.shell import Disk, Mean, Node
 from simulation.world import Faults, SimCrypto, World, digest
 
 from tapestry.node.protocol import events as ev
@@ -607,6 +607,62 @@ def test_a_founder_that_lost_its_disk_does_not_begin_its_run_anew():
     world.later(30.0, None, lambda: [node.start() for node in others])
     world.until(lambda: world.now > 60, 60)  # fails if there are two decisions after the genesis
     goes_on(world)
+
+
+def set_back(world: World, node: Node, records: int) -> None:
+    """To a backup, by `restore`: without the vote, and so under another name."""
+    del node.disk.records[records:]
+    node.disk.vote, node.disk.life, node.disk.restored = None, "ab" * 16, True
+    node.disk.state_head = node.head_at(records)
+    world.backups.name = node.name
+    world.invariants.on_disk_lost(node)  # fails if it votes where it may have voted, and is heard
+
+
+def test_a_restored_home_that_stays_alone_goes_on_as_another_disk_and_stands_by_when_it_meets_the_others():
+    world = swarm(on_quorum_loss="continue")
+    goes_on(world)
+    node, *others = reversed(nodes(world))
+    before, epoch = node.disk.life, node.core.chain.epoch
+    for one in nodes(world):
+        one.crash()
+    set_back(world, node, epoch - 1)
+    node.start()
+    world.until(lambda: node.core.chain.epoch > epoch, 60)
+    assert {m.life for m in node.core.chain.records[-1].body.members if m.peer == node.name} == {"ab" * 16}
+    for one in others:
+        one.start()
+    world.until(lambda: "disk was lost" in node.core.reason(world.now), 30)  # theirs won: it names `before`
+    assert before in {m.life for m in node.core.chain.records[-1].body.members}
+    goes_on(world)
+    world.until(lambda: node.core.round is not None and node.name in node.core.round.electorate, 30)
+
+
+def test_a_restored_home_leaves_its_round_when_another_elector_is_there():
+    """That one may have had its vote in it."""
+    world = swarm(on_quorum_loss="wait")
+    goes_on(world)
+    node, other, *_ = reversed(nodes(world))
+    epoch = node.core.chain.epoch
+    for one in nodes(world):
+        one.crash()
+    set_back(world, node, epoch - 1)
+    node.start()
+    world.until(lambda: node.core.round is not None and node.core.round.exchange.mine is not None, 20)
+    other.start()
+    world.until(lambda: node.core.round is None, 1)
+    assert "disk was lost" in node.core.reason(world.now)
+
+
+def test_a_restored_lone_elector_goes_on_beside_newcomers():
+    world = swarm(on_quorum_loss="wait")
+    goes_on(world)
+    for one in nodes(world):
+        one.crash()
+    node = next(n for n in nodes(world) if n.name in world.invariants.electorate([]))
+    set_back(world, node, 0)
+    world.invariants.next_of.clear()  # nobody is left who knows what was decided since
+    node.start()
+    world.until(lambda: node.core.chain.epoch > 1, 20)
 
 
 def test_random_values_raise_nothing_and_stop_nobody():

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 from simulation.shell import EXECUTE
+from simulation import shell as shell_module
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
@@ -146,6 +147,19 @@ def test_a_bad_setting_of_a_peer_is_refused_and_counted():
         victim.feed(ev.Received("p0", Changes((change.signed("p0", signature),))))
     world.until(lambda: world.refused.get("malformed", 0) == 2, 10)
     assert not victim.core.ctx.proposals.pending
+
+
+def test_newcomers_that_weigh_nothing_are_none_of_min_members(monkeypatch):
+    """The lone member trained so little that the newcomers' share of it is less than one token."""
+    monkeypatch.setattr(shell_module, "randint", lambda rng, low, high: 1)
+    world = World(3, peers=3, faults=Faults(), late=["p1", "p2"], admission="open", epochs=3, keep_story=True)
+    world.rules = Rules(run_id=world.genesis.run_id, shard_count=2, min_members=2)
+    world.start_all()
+    world.until(lambda: "weigh nothing" in world.nodes["p0"].core.reason(world.now), 30)
+    assert world.nodes["p0"].core.reason(world.now).startswith("1 contributions, ")
+    world.until(lambda: world.now > 60, 60)
+    assert world.epoch() == 0
+    assert not [text for *_, text in world.story if "roster_impossible" in str(text)]
 
 
 NO_SETTINGS = ("train.lr", "train.lr 0", "train.lr 1e-3", "train.lr 0.10", "train.lr 11", "train.lr +1")

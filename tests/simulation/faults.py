@@ -186,8 +186,11 @@ class Chaos:
             lost = self._loses_disk(node)
             self.world.tell(node.name, "RESTART without its disk" if lost else "RESTART")
             if lost:
+                self.disk_was_lost = True
                 node.disk = Disk(life=self.world.token())
                 self.world.invariants.on_disk_lost(node)
+            elif self.world.backups.sets_back(node):
+                self.disk_was_lost = True
             elif self.rng.random() < self.faults.chain_damaged:
                 self._damage_chain(node)
             node.start()
@@ -202,6 +205,9 @@ class Chaos:
             del records[-count:]
 
     def _loses_disk(self, node: Node) -> bool:
+        return self.faults.disk_lost and self.can_lose(node)
+
+    def can_lose(self, node: Node) -> bool:
         """One in a world, and only where the others can go on: as good as killed, and another one joins.
 
         They must know all that it knew, one of them must have the state it came to or the update that leads
@@ -209,7 +215,7 @@ class Chaos:
         good if the disk of one of two is lost: not drawn.
         """
         world = self.world
-        if not self.faults.disk_lost or self.disk_was_lost or world.rules.on_quorum_loss == "wait":
+        if self.disk_was_lost or world.rules.on_quorum_loss == "wait":
             return False
         if node.name in self.split:  # it may have decided, alone, on a result that nobody else has
             return False
@@ -219,10 +225,7 @@ class Chaos:
         if all(len(n.disk.records) < len(node.disk.records) for n in others):
             return False
         head = node.disk.records[-1].head if node.disk.records else world.genesis.run_id
-        if not any(head in n.disk.states or head in n.disk.updates for n in others):
-            return False
-        self.disk_was_lost = True
-        return True
+        return any(head in n.disk.states or head in n.disk.updates for n in others)
 
     def goes_astray(self, node: Node) -> bool:
         """Where a quorum of others would notice: a lone node's mistake is the truth for all who follow it."""

@@ -136,7 +136,7 @@ class Invariants:
         if node.name not in self.electorate(node.disk.records):
             return
         key = (node.name, ready.head)
-        if key in self.forgotten:
+        if key in self.forgotten and not self.world.backups.is_unheard(node):
             self.fail(node, "consensus: it votes in a round in which it voted before its disk was lost")
         tip = (self.at[ready.head].standing, ready.head)
         standing, head = self.furthest.get(node.name, tip)
@@ -150,7 +150,11 @@ class Invariants:
             self.fail(node, "consensus: what was accepted is kept from the next leader")
 
     def on_disk_lost(self, node: Node) -> None:
-        self.forgotten |= {key for key in self.promised if key[0] == node.name}
+        mine = {key for key in self.promised if key[0] == node.name}
+        self.forgotten |= mine
+        self.promised = {key: b for key, b in self.promised.items() if key not in mine}
+        self.accepted = {key: b for key, b in self.accepted.items() if key[0] != node.name}
+        self.proposed = {key: v for key, v in self.proposed.items() if key[0] != node.name}
         self.furthest.pop(node.name, None)
 
     def on_vote_written(self, node: Node, vote: Vote) -> None:

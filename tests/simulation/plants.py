@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from simulation import shell as shell_module
+from simulation.backups import Backups
 from simulation.rollbacks import Rollbacks
 from simulation.shell import EXECUTE, Node
 
@@ -178,6 +179,16 @@ def forced_displaces_vote() -> list[Patch]:
 @plant("a member that lost its disk votes at once", 61)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
+
+
+@plant("a home that was restored goes on as the disk that it was", 294)
+def restored_as_it_was() -> list[Patch]:
+    return [(Backups, "forget_vote", lambda self, node: None)]
+
+
+@plant("a restored home that met another elector goes on as if it were alone", 500)
+def restored_goes_on() -> list[Patch]:
+    return [(Core, "_meet", lambda self, peer, now: None)]
 
 
 @plant("a member that lost records votes at once", 60)

@@ -131,6 +131,7 @@ class Disk:
     states: dict[str, tuple[int, str]] = field(default_factory=dict)  # head -> (epoch, state digest)
     state_head: str = ""
     life: str = ""
+    restored: bool = False  # set back to a backup, and its run was not found since
 
 
 class Node:
@@ -179,6 +180,7 @@ class Node:
             disk.vote,
             tuple(disk.updates),
             disk.life,
+            world.backups.goes_on_alone(self),
         )
         self.core = Core(self.name, world.rules, self.crypto, restored, world.now + self.skew_s)
         self.feed(TICK)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from simulation.audits import Audits
 from simulation.autocrats import Autocrats
+from simulation.backups import Backups
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.equivocators import Equivocators
@@ -162,6 +163,7 @@ class World:
         self.liar = names[-1] if lies else ""  # a reducer that sends everybody the same wrong mean at times
         self.lied: set[str] = set()  # digests of what it made
         self.equivocators = Equivocators(self, faults is None, names)
+        self.backups = Backups(self, faults is None and not is_slow, names)
         self.inventors = Inventors(self, faults is None, names)
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
         self.autocrats = Autocrats(self, faults is None and not is_slow, names)
@@ -220,6 +222,7 @@ class World:
         self.chaos.plan(self.fault_s)
         self.consortium.plan(self.fault_s)
         self.rollbacks.plan()
+        self.backups.plan()
         self.usurpers.plan()
         self.stops.plan()
         self.gates.plan()

@@ -211,6 +211,27 @@ def test_a_damaged_update_is_missing_and_nobody_is_to_blame(big: Run, joiner: St
     assert not path.exists() and joiner.heads_with_updates() == ()
 
 
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_donor_looks_at_an_update_that_a_peer_hung_up_on(
+    big: Run, joiner: Store, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The peer may have seen by the codes that they are damaged, before the donor has compared digests."""
+    (path,) = big.home.updates.glob("00000002-*.upd")
+    if damaged:
+        flip(path, -1)
+    send = Frames.send
+
+    async def hangs_up(self: Frames, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        if header.get("index") == 1:
+            raise ConnectionResetError("the peer has gone")
+        await send(self, header, payload)
+
+    monkeypatch.setattr(Frames, "send", hangs_up)
+    with pytest.raises((ConnectionResetError, DonorFailed)):
+        between(donor(big).serve, update_of(big, joiner))
+    assert path.exists() != damaged and big.store.has_update(wanted(big, 2).head) != damaged
+
+
 def test_a_state_arrives_to_the_bit_and_is_one_that_the_chain_signed(big: Run) -> None:
     state = big.fresh()
     digest = between(donor(big).serve, state_of(big, state))

@@ -7,8 +7,8 @@ atheris (`pip install atheris==3.0.0`) mutates inputs so that they reach code wh
 reached; three of four times the value that an input is, where it is one (_fuzzing.py). A target is a
 function of bytes, the exceptions by which it refuses, and inputs that it takes. Another exception ends with
 its traceback, the input in a file crash-..., and exit code 1; what takes longer than a second is left in a
-file slow-unit-.... Files come from _fuzz_files.py, HTTP from _fuzz_http.py. tests/node/test_fuzz.py gives each
-target its inputs and some mutations of them, without atheris.
+file slow-unit-.... Files come from _fuzz_files.py, HTTP from _fuzz_http.py. tests/node/test_fuzz.py gives
+each target its inputs and some mutations of them, without atheris.
 """
 
 from __future__ import annotations

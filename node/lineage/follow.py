@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tapestry.node.disk.files import is_sealed, unseal
 from tapestry.node.home import Home
+from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import (
     Crypto,
     Genesis,
@@ -109,8 +110,9 @@ def island_from(home: Home) -> int | None:
         with contextlib.suppress(FileNotFoundError), before.open("rb") as lines:
             return 1 + sum(line.endswith(b"\n") for line in lines)
         return 1
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        return 1 + int(json.loads(home.left_island.read_bytes())["since_epoch"])
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        said = strict.table(json.loads(home.left_island.read_bytes()), ("since_epoch",), "an island")
+        return 1 + strict.integer(said["since_epoch"], 0, 2**53, "since_epoch")
     return None
 
 

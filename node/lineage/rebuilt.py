@@ -22,6 +22,7 @@ import torch
 
 from tapestry.compression.shards import Layout
 from tapestry.node.lineage.card import members_of
+from tapestry.node.lineage.claims import NAME as CLAIMS
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.exported import FORMS, described, weights_at
 from tapestry.node.lineage.follow import read_records
@@ -37,7 +38,6 @@ from tapestry.node.lineage.huggingface import (
 from tapestry.node.lineage.listed import digest_of
 from tapestry.node.lineage.manifest import LINEAGE, digests_of
 from tapestry.node.lineage.proof import Proof
-from tapestry.node.protocol import strict
 from tapestry.node.protocol.path import stretches
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
@@ -51,29 +51,7 @@ from tapestry.node.trainer.models.stored import (
     weights_of,
 )
 
-TABLE = "tapestry.json"
 SHOWN_MAX = 60  # characters of a value, in a fault
-_OF_A_STATE = (
-    *("run_id", "run_name", "epoch", "head", "state_digest", "members", "vectors"),
-    *("form", "dtype", "layout"),
-)
-_OF_A_DERIVATIVE = ("derivative", "version", "dtype", "weights", "files", "digest")
-
-
-def read_table(folder: Path) -> dict[str, Any]:
-    """tapestry.json, with the keys of an export or of a derivative, in the form in which it is written.
-
-    Raises ValueError, OSError."""
-    data = (folder / TABLE).read_bytes()
-    try:
-        table = json.loads(data)
-        keys = _OF_A_DERIVATIVE if isinstance(table, dict) and "derivative" in table else _OF_A_STATE
-        table = strict.table(table, keys, "an export's lineage")
-        if json_text(table) != data:
-            raise ValueError("not in the form in which it is written")
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return table
 
 
 def check_table(folder: Path, table: Mapping[str, Any], spec: RunSpec, proof: Proof) -> None:
@@ -98,10 +76,10 @@ def check_table(folder: Path, table: Mapping[str, Any], spec: RunSpec, proof: Pr
         if table["form"] not in FORMS:
             raise ValueError(f"{str(table['form'])[:20]!r} is no form of an export")
     except (ValueError, TypeError, KeyError) as error:
-        proof.fault(TABLE, str(error), epoch)
+        proof.fault(CLAIMS, str(error), epoch)
         return
     if differing := _difference(table, expected):
-        proof.fault(TABLE, differing, epoch)
+        proof.fault(CLAIMS, differing, epoch)
 
 
 def check_files(folder: Path, table: Mapping[str, Any], spec: RunSpec, proof: Proof) -> None:
@@ -190,11 +168,11 @@ def _check_weights(folder: Path, form: Form, proof: Proof) -> None:
 def check_derivative(folder: Path, table: Mapping[str, Any], proof: Proof) -> None:
     """tapestry.json has its own digest, and that of every other file but the manifest."""
     if table["digest"] != digest_of(table):
-        proof.fault(TABLE, "it is not what was written")
+        proof.fault(CLAIMS, "it is not what was written")
         return
-    found = digests_of(folder, but=(TABLE,))
+    found = digests_of(folder, but=(CLAIMS,))
     for name in sorted({*found, *table["files"]}):
         if name not in found:
             proof.fault(name, "is missing")
         elif found[name] != table["files"].get(name):
-            proof.fault(name, f"has the digest {found[name][:12]}, which {TABLE} does not name")
+            proof.fault(name, f"has the digest {found[name][:12]}, which {CLAIMS} does not name")

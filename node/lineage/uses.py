@@ -33,11 +33,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tapestry.node.disk.linked import BrokenLink, Linked, append_once, read_linked
+from tapestry.node.disk.linked import LINE_BYTES_MAX, BrokenLink, Linked, append_once, read_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.protocol import strict
 from tapestry.node.spec.data import split_field
 from tapestry.node.spec.declared import BASE, require
+
+# What an event must say, and of which kind it is; more may stand there.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "used": ("purpose", "run_id", "epoch", "sources"),
+    "left": ("run_id", "epoch"),
+    "brought": ("run_id", "epoch", "sources"),
+    "given": ("epoch",),
+}
+TEXTS = frozenset({"purpose", "run_id", "peer", "path"})
+LISTS = frozenset({"sources", "linked"})
 
 Touches = Callable[[str], bool]  # whether a source is meant, by its path
 
@@ -116,14 +127,37 @@ def events(home: Home) -> Iterator[dict[str, Any]]:
     """Oldest first, checked. Raises UserError."""
     try:
         for line in read_linked(home.data_events):
-            if isinstance(line, Linked) and isinstance(line.value, dict):
-                yield line.value
+            if isinstance(line, Linked):
+                yield _event_of(line)
     except BrokenLink as error:
         raise _broken(home, error) from error
     except OSError as error:
         raise UserError(
             f"cannot read {home.data_events}: {error.strerror}", exit_code=ExitCode.FAILED
         ) from error
+
+
+def _event_of(line: Linked) -> dict[str, Any]:
+    """Its value: what a later version adds is let be, but what is read here is of its kind. Raises
+    BrokenLink."""
+    said = line.value
+    try:
+        if not isinstance(said, dict):
+            raise strict.Malformed("an event must be a table")
+        event = strict.text(said.get("event"), LINE_BYTES_MAX, "event")
+        for key in NEEDS.get(event, ()):
+            if key not in said:
+                raise strict.Malformed(f"{event} must have {key}")
+        for key in sorted(TEXTS & said.keys()):
+            strict.text(said[key], LINE_BYTES_MAX, key)
+        for key in sorted(LISTS & said.keys()):
+            for one in strict.sequence(said[key], LINE_BYTES_MAX, key):
+                strict.text(one, LINE_BYTES_MAX, key)
+        if "epoch" in said:
+            strict.integer(said["epoch"], 0, 2**53, "epoch")
+    except strict.Malformed as error:
+        raise BrokenLink(line.file, line.number, str(error)) from error
+    return said
 
 
 def spans(home: Home, touches: Touches) -> list[Span]:

@@ -35,6 +35,8 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.branch_proof import branches_of, check_branches
 from tapestry.node.lineage.chain_proof import ToFollow, followed
+from tapestry.node.lineage.claims import NAME as CLAIMS
+from tapestry.node.lineage.claims import read_claims
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
 from tapestry.node.lineage.follow import Broken, island_from, read_genesis
@@ -227,6 +229,8 @@ def _derivatives(home: Home, proof: Proof) -> list[_Version]:
                 version = _Version(
                     name, one["number"], one["digest"], parent["run_id"], parent["epoch"], parent["head"]
                 )
+                for text in (version.digest, version.run_id, version.parent_head):
+                    strict.text(text, 64, "a digest")
                 strict.integer(version.number, 1, 1_000_000, "number")
                 strict.integer(version.parent_epoch, 0, 2**53, "epoch")
                 found.append(version)
@@ -277,16 +281,15 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         proof.fault(name, what)
     if proof.faults:
         return proof
-    from tapestry.node.lineage.rebuilt import check_files, check_table, read_table
+    from tapestry.node.lineage.rebuilt import check_files, check_table
 
     proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
     try:
-        table = read_table(folder)
-        epoch = strict.integer(table.get("epoch", 0), 0, 2**53, "epoch")
+        table = read_claims(folder)
     except (ValueError, OSError) as error:
-        proof.fault("tapestry.json", str(error))
+        proof.fault(CLAIMS, str(error))
         return proof
-    _check_names(folder, "derivative" if "derivative" in table else str(table.get("form", "")), proof)
+    _check_names(folder, "derivative" if "derivative" in table else table["form"], proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
         if anchor is not None:
@@ -294,6 +297,7 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
             proof.fault("anchor", f"a derivative carries no records to compare with it{of}", anchor.epoch)
         return proof
     crypto = ReaderCrypto()
+    epoch = table["epoch"]
     try:
         genesis, spec = read_genesis(folder / LINEAGE / "genesis.json", crypto)
     except (Broken, UserError, OSError) as error:
@@ -309,7 +313,7 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         return proof
     said = signed.get(epoch)
     if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
-        proof.fault("tapestry.json", "it names another head than the records that it carries", epoch)
+        proof.fault(CLAIMS, "it names another head than the records that it carries", epoch)
         return proof
     proof.epoch, proof.head = epoch, said.head
     check_table(folder, table, spec, proof)
@@ -363,18 +367,14 @@ def _check_tensors(
     from tapestry.node.lineage.huggingface import ADAPTERS
     from tapestry.node.trainer.models.refusal import ModelError
 
-    epoch = int(table["epoch"])
-    try:
-        vectors = {str(name): str(digest) for name, digest in table["vectors"]}
-    except (ValueError, TypeError) as error:
-        proof.fault("tapestry.json", str(error), epoch)
-        return
+    epoch = table["epoch"]
+    vectors = dict(table["vectors"])
     if state_digest_of(genesis.schema, genesis.params, vectors) != table["state_digest"]:
-        proof.fault("tapestry.json", "its digests do not make its state digest", epoch)
+        proof.fault(CLAIMS, "its digests do not make its state digest", epoch)
     if said.state is None:
         proof.notes.append(f"the state at epoch {epoch} was the head's: nobody had signed it at the export")
     elif said.state != table["state_digest"]:
-        proof.fault("tapestry.json", "another state digest than the record after it signed", epoch)
+        proof.fault(CLAIMS, "another state digest than the record after it signed", epoch)
     told("tensors", 0, 1)
     weights = ADAPTERS if table["form"] == "adapters" else WEIGHTS
     try:
@@ -386,7 +386,7 @@ def _check_tensors(
         proof.fault(weights, str(error), epoch)
         return
     except (ValueError, KeyError) as error:
-        proof.fault("tapestry.json", str(error), epoch)
+        proof.fault(CLAIMS, str(error), epoch)
         return
     if found != vectors.get("params"):
         proof.fault(weights, "its tensors are not those of the signed state", epoch)
@@ -415,7 +415,7 @@ def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None
     if found != table["weights"]:
         proof.fault("model.safetensors", f"has the digest {found[:12]}, not {table['weights'][:12]}")
     if table["dtype"] == "f32" and found != version["digest"]:
-        proof.fault("tapestry.json", "names another model than it carries")
+        proof.fault(CLAIMS, "names another model than it carries")
     proof.notes.append("what a derivative says of its parent and its making is its maker's word, not signed")
 
 

@@ -61,7 +61,7 @@ def _read(path: Path) -> Addresses:
                 known[peer.peer_id] = (*known.get(peer.peer_id, ()), peer.maddr)
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         _log.warning(
             "known_peers=forgotten path=%s reason=%r; give --peer if the others are not found",
             path,

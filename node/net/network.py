@@ -436,7 +436,7 @@ def last_listen(home: Home, listen: tuple[str, ...]) -> tuple[str, ...] | None:
         if tuple(table["asked"]) != listen:
             return None
         return with_ports(listen, tuple(table["bound"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

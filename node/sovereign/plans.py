@@ -14,6 +14,7 @@ from pathlib import Path
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.protocol import strict
 from tapestry.node.sovereign.derivative import (
     PLAIN,
     DataUse,
@@ -24,8 +25,11 @@ from tapestry.node.sovereign.derivative import (
 )
 from tapestry.node.sovereign.recipe import Recipe, differences
 from tapestry.node.sovereign.rows import Example, Prepared
-from tapestry.node.spec.tables import TableError, plain, read_table
+from tapestry.node.spec.tables import plain, read_table
 from tapestry.node.trainer.models.stored import INDEX
+
+# What reading a damaged file raises: it is no JSON, or other JSON than was written.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def begun_plan(place: Path) -> Plan | None:
             int(table["steps"]),
             str(table.get("data", "")),  # of an older node: none
         )
-    except (OSError, ValueError, KeyError, TypeError, TableError):
+    except (OSError, *DAMAGE):
         return None  # nothing was begun, or nothing that can be gone on with
 
 
@@ -117,8 +121,10 @@ def read_trained(path: Path) -> tuple[tuple[DataUse, ...], Trained] | None:
     try:
         table = json.loads(path.read_bytes())
         uses = tuple(read_table(DataUse, use) for use in table["uses"])
-        return uses, Trained(**table["trained"])
-    except (OSError, ValueError, KeyError, TypeError, TableError):
+        took = strict.table(table["trained"], ("steps", "tokens", "seconds"), "what a stage took")
+        steps, tokens = (strict.integer(took[name], 0, 2**53, name) for name in ("steps", "tokens"))
+        return uses, Trained(steps, tokens, float(took["seconds"]))
+    except (OSError, *DAMAGE):
         return None
 
 
@@ -144,14 +150,20 @@ def write_held_out(folder: Path, sets: dict[str, list[Example]]) -> None:
 
 
 def read_held_out(folder: Path) -> dict[str, list[Example]]:
+    """Examples by their set; none of a version that held none out. Raises UserError if it is damaged."""
     sets: dict[str, list[Example]] = {}
+    path = folder / "held-out.jsonl"
     try:
-        with (folder / "held-out.jsonl").open("rb") as file:
+        with path.open("rb") as file:
             for line in file:
                 example = json.loads(line)
-                sets.setdefault(example.pop("set"), []).append(example)
+                sets.setdefault(str(example.pop("set")), []).append(example)
     except FileNotFoundError:
         return {}
+    except DAMAGE as error:
+        raise UserError(
+            f"{path} is damaged: {error}", hint="tapestry verify looks at the whole home"
+        ) from error
     return sets
 
 

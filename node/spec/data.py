@@ -195,7 +195,19 @@ def is_word(text: str) -> bool:
 
 
 def _rebased(text: str, base: Path) -> str:
-    return text if is_word(text) else str(base / Path(text).expanduser())
+    return text if is_word(text) else str(path_in(base, text))
+
+
+def path_in(base: Path, text: str) -> Path:
+    """A path of somebody's settings, from `base` on. Raises UserError where it can be none."""
+    try:
+        if "\0" in text:
+            raise ValueError
+        return base / Path(text).expanduser()
+    except (ValueError, RuntimeError):  # RuntimeError: ~NAME of a user that this machine has not
+        raise UserError(
+            f"{text[:80]} is no path here", hint="~NAME must be a user of this machine; a whole path will do"
+        ) from None
 
 
 def _with_field(one: Any) -> Any:

@@ -143,7 +143,7 @@ class Declared:
             for pattern in domain.patterns:
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, OverflowError, RecursionError) as error:
                     yield f"domain {domain.name}: {pattern[:40]!r} is no regular expression: {error}"
 
     def refusal(self, path: str, purpose: str, today: datetime.date) -> str:

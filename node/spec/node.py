@@ -27,6 +27,7 @@ from tapestry.node.spec.data import (
     DataSettings,
     data_table,
     merged_data,
+    path_in,
     rebased_data,
     resolved_data,
     validation_of,
@@ -318,14 +319,10 @@ def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _rebased(key: str, value: Any, base: Path) -> Any:
     if key in ("run", "base", "http_cert", "http_key") and value:
-        return str(_inside(base, value))
+        return str(path_in(base, value))
     if key == "data":
         return rebased_data(value, base)
     return value
-
-
-def _inside(base: Path, text: str) -> Path:
-    return base / Path(text).expanduser()
 
 
 def _host_and_port(text: str, where: str) -> tuple[str, int]:
@@ -364,13 +361,13 @@ def _peers(texts: tuple[str, ...], where: str) -> tuple[str, ...]:
 def _run_file(text: str, where: str, home: Home) -> Path | None:
     if not text:
         return home.run_toml if os.path.lexists(home.run_toml) else None
-    if not Path(text).is_file():
+    if not os.path.isfile(text):
         raise UserError(f"{where}: there is no file {text}")
     return Path(text)
 
 
 def _base(text: str, where: str) -> Path | None:
-    if text and not Path(text).is_dir():
+    if text and not os.path.isdir(text):
         raise UserError(f"{where}: there is no directory {text}")
     return Path(text) if text else None
 

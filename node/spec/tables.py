@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -86,12 +87,19 @@ class TableError(ValueError):
     """A table that is not as declared; the message names the key, its value and what is allowed."""
 
 
-def keys_of(kind: type) -> Iterator[tuple[str, Key]]:
+def keys_of(kind: type) -> tuple[tuple[str, Key], ...]:
     """The keys that a dataclass declares, in order."""
+    return _keys(kind)
+
+
+@functools.cache  # Python evaluates the text of every annotation anew: most of the time that a spec took
+def _keys(kind: Any) -> tuple[tuple[str, Key], ...]:
+    keys = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, *notes = get_args(hint)
         rule = next((note for note in notes if isinstance(note, Between | Pattern | Name)), None)
-        yield name, Key(inner, rule, notes[-1])
+        keys.append((name, Key(inner, rule, notes[-1])))
+    return tuple(keys)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -160,8 +168,8 @@ def _read_section(kinds: tuple[type, ...], value: object, path: str) -> object:
     """One of several dataclasses: the first key, a Literal, says which; the first of them is the default."""
     if len(kinds) == 1 or not isinstance(value, Mapping):
         return read_table(kinds[0], value, f"{path}.")
-    tags = {get_args(tag.kind)[0]: kind for kind in kinds for tag in [next(keys_of(kind))[1]]}
-    tag_name = next(keys_of(kinds[0]))[0]
+    tags = {get_args(tag.kind)[0]: kind for kind in kinds for tag in [keys_of(kind)[0][1]]}
+    tag_name = keys_of(kinds[0])[0][0]
     tag = value.get(tag_name, next(iter(tags)))
     if not isinstance(tag, str) or tag not in tags:
         raise TableError(f"{path}.{tag_name}: {shown(tag)} is not {_one_of(tuple(tags))}")

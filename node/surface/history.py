@@ -336,13 +336,14 @@ def _entry(line: bytes) -> Entry | None:
         if isinstance(table, dict):
             try:
                 return _checked(kind(**table))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return None
     return None
 
 
 def _checked(entry: Entry) -> Entry:
-    """Raises TypeError or ValueError for what is not as it was written: a page must not stumble over it."""
+    """Raises TypeError, ValueError or OverflowError for what is not as it was written: a page must not
+    stumble over it."""
     if isinstance(entry, RecordSeen):
         members = tuple((str(peer), int(weight)) for peer, weight in entry.members)
         return dataclasses.replace(entry, epoch=int(entry.epoch), members=members, head=str(entry.head))

@@ -45,6 +45,9 @@ BACKLOG = 64  # that wait in the kernel, and so are taken at once at most
 METRICS_EVERY_S = 1.0  # Guess: a scraper asks every 15 s
 OPEN_PATHS = ("/healthz",)  # that need no token
 
+# What a client did: a request that is none, or that ended in the middle of its body.
+THEIRS = (web.HTTPException, HttpProcessingError, ConnectionError)
+
 _log = logging.getLogger("tapestry.http")
 
 
@@ -99,18 +102,8 @@ async def start_http(
 ) -> HttpServer:
     """Listen on host:port, where port 0 takes a free one; raises UserError if that cannot be."""
     doors: list[Door] = []  # one, as soon as there is aiohttp's server behind it
-    runner = web.AppRunner(
-        _application(view, metrics, history or History(), admit, _guard(host, token, doors), doors),
-        access_log=None,
-        handle_signals=False,
-        shutdown_timeout=CLOSE_TIMEOUT_S,
-        logger=_Library(_log),
-        auto_decompress=False,  # bodies are not read, packed ones neither
-        lingering_time=0.0,
-        max_line_size=LINE_BYTES_MAX,
-        max_field_size=LINE_BYTES_MAX,
-        max_headers=HEADERS_MAX,
-    )
+    guard = _guard(host, token, doors)
+    runner = _runner(_application(view, metrics, history or History(), admit, guard, doors))
     await runner.setup()
     assert runner.server is not None
     doors.append(Door(runner.server, limits := limits or DoorLimits()))
@@ -130,6 +123,21 @@ async def start_http(
     return HttpServer(host, bound_port, _url(scheme, host, bound_port), runner, listener)
 
 
+def _runner(application: web.Application) -> web.AppRunner:
+    return web.AppRunner(
+        application,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=CLOSE_TIMEOUT_S,
+        logger=_Library(_log),
+        auto_decompress=False,  # bodies are not read, packed ones neither
+        lingering_time=0.0,
+        max_line_size=LINE_BYTES_MAX,
+        max_field_size=LINE_BYTES_MAX,
+        max_headers=HEADERS_MAX,
+    )
+
+
 def needs_token(host: str) -> bool:
     """Whether an endpoint bound to `host` can be reached from other machines."""
     return not _is_loopback(host)
@@ -140,7 +148,7 @@ class _Library(logging.LoggerAdapter[logging.Logger]):
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         error = kwargs.pop("exc_info", None)
-        ours = isinstance(error, Exception) and not isinstance(error, web.HTTPException | HttpProcessingError)
+        ours = isinstance(error, Exception) and not isinstance(error, THEIRS)
         self.logger.log(level if ours else logging.DEBUG, msg, *args, exc_info=error if ours else None)
 
 

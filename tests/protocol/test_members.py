@@ -3,8 +3,8 @@
 from unittest.mock import patch
 
 import pytest
-from simulation.shell import EXECUTE
 from simulation import shell as shell_module
+from simulation.shell import EXECUTE
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev

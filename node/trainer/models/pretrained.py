@@ -25,6 +25,7 @@ from tapestry.node.trainer.imports import meta_device
 from tapestry.node.trainer.models.hub import fetch
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, read_json
+from tapestry.node.trainer.tokenizers.panics import panics_caught
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -196,8 +197,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
-    _check_config(folder / CONFIG, table)
+    table = _read_config(folder)
     quiet()
     try:
         config = AutoConfig.for_model(**_without_dropout(table))
@@ -217,11 +217,13 @@ def described_config(folder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
-    _check_config(folder / CONFIG, table)
+    table = _read_config(folder)
     history = ("transformers_version", "_name_or_path", "torch_dtype")
     own = {key: value for key, value in table.items() if key not in history}
-    whole = json.loads(AutoConfig.for_model(**own).to_json_string())
+    try:
+        whole = json.loads(AutoConfig.for_model(**own).to_json_string())
+    except Exception as error:  # whatever a model's own configuration raises
+        raise ModelError(f"{folder / CONFIG} does not read: {_one_line(error)}") from error
     return {**{key: value for key, value in whole.items() if key not in history}, **own}
 
 
@@ -295,6 +297,16 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says, checked. Raises ModelError."""
+    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
+    try:
+        _check_config(folder / CONFIG, table)
+    except RecursionError as error:
+        raise ModelError(f"{folder / CONFIG} is nested too deeply") from error
+    return table
 
 
 def _check_config(path: Path, table: Mapping[str, Any]) -> None:
@@ -407,7 +419,8 @@ def _require_causal(folder: Path, config: Any, table: Mapping[str, Any]) -> None
     expected = (names,) if isinstance(names, str) else tuple(names)
     said = table.get("architectures")
     if said and (not isinstance(said, list) or not any(name in expected for name in said)):
-        raise ModelError(f"{path}: it is a {str(said[0])[:60]}, not a {expected[0]}")
+        named = said[0] if isinstance(said, list) else said
+        raise ModelError(f"{path}: it is a {str(named)[:60]}, not a {expected[0]}")
     if getattr(config, "is_decoder", True) is False and config.model_type in _BIDIRECTIONAL:
         raise ModelError(f"{path}: {config.model_type} reads in both directions (is_decoder is false)")
 
@@ -459,7 +472,8 @@ def check_tokenizer(folder: Path, rows: int) -> int:
         )
     read_json(path, TOKENIZER_BYTES_MAX)
     try:
-        ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+        with panics_caught():
+            ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"{path} does not read: {_one_line(error)}") from error
     highest = max([*ids, *_declared_ids(folder)], default=-1)

@@ -34,6 +34,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # DeepSeek-V3, of 90,000 tensors, has an index of 9 MB.
 INDEX_BYTES_MAX = 32 << 20
 HEADER_BYTES_MAX = 100_000_000  # what the safetensors package itself accepts
+DIMENSIONS_MAX = 64  # torch's own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}  # only for buffers
 
@@ -215,12 +216,16 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[StoredTens
             f"{path} stores {name} as {str(dtype)[:20]}: quantized weights cannot be trained",
             "use the revision in bfloat16, float16 or float32",
         )
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError("shape")
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS_MAX or not all(map(_is_size, shape)):
+        raise ValueError("shape")  # before it is multiplied: numbers of thousands of digits take hours
     tensor = StoredTensor(path, dtype, tuple(shape))
-    if type(start) is not int or type(end) is not int or start < 0 or end - start != tensor.size_bytes:
+    if not _is_size(start) or not _is_size(end) or end - start != tensor.size_bytes:
         raise ValueError("data_offsets")
     return tensor, end
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _item_bytes(dtype: str) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from blake3 import blake3
 
 from tapestry.node.trainer.tokenizers.api import TokenizerError
+from tapestry.node.trainer.tokenizers.panics import panics_caught
 
 
 class BaseTokenizer:
@@ -30,9 +31,11 @@ class BaseTokenizer:
         """Raises TokenizerError. `eos_id` ends a document: the base's configuration says it, not `path`."""
         from tokenizers import Tokenizer
 
+        self._path = path
         try:
             data = path.read_bytes()
-            self._tokenizer = Tokenizer.from_buffer(data)
+            with panics_caught():
+                self._tokenizer = Tokenizer.from_buffer(data)
         except OSError as error:
             raise TokenizerError(f"{path}: {error.strerror}") from error
         except Exception as error:  # the library raises Exception itself
@@ -47,8 +50,13 @@ class BaseTokenizer:
         self.digest = blake3(data + b"%d" % eos_id).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Raises TokenizerError where the tokenizer has no token for a text."""
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            with panics_caught():
+                encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself: of an unknown token that it lacks
+            raise TokenizerError(f"{self._path}: it cannot encode: {str(error)[:200]}") from error
         return [np.array(one.ids, dtype=dtype) for one in encoded]
 
 

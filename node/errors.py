@@ -49,11 +49,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in one_line)
 
 
-def numbered(count: int, noun: str) -> str:
-    """`1 file`, `2 files`: for nouns that take an s."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 @contextlib.contextmanager
 def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     """What is wrong with the user's files, told as such."""

@@ -12,8 +12,9 @@ import click
 
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
-from tapestry.node.errors import ExitCode, UserError, numbered
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.trainer.data.tally import numbered
 
 
 @click.command(

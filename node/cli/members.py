@@ -19,12 +19,13 @@ from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import examples, home_option, json_option
-from tapestry.node.errors import UserError, as_user_error, numbered, printable
+from tapestry.node.errors import UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
 from tapestry.node.protocol.settings import SETTINGS, shown
 from tapestry.node.surface import control
+from tapestry.node.trainer.data.tally import numbered
 
 WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
 POLL_S = 0.2

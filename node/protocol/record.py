@@ -181,13 +181,14 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 
 def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
     """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
-    return 768 + 192 * member_count + 192 * signature_count + changes_bytes
+    return 512 + 192 * member_count + 192 * signature_count + changes_bytes
 
 
 def record_bytes(record: Record) -> int:
     """No less than what `record` takes in msgpack."""
     body = record.body
     signatures = len(record.signatures) + (len(body.behind.signatures) if body.behind is not None else 0)
+    signatures += 2 * (record.handover is not None)  # it is that long
     return wire_bytes(len(body.members), signatures, sum(change_bytes(c) for c in body.changes))
 
 

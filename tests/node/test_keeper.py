@@ -12,7 +12,7 @@ from tapestry.dht.identity import Identity
 from tapestry.node.daemon import keeper as keeper_module
 from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
-from tapestry.node.daemon.restored import place_of
+from tapestry.node.daemon.restored import chain_of
 from tapestry.node.disk.accusations import Accusation
 from tapestry.node.disk.store import Store, result_digest, update_name
 from tapestry.node.home import Home
@@ -186,7 +186,7 @@ def test_who_could_decide_without_a_node_is_told_by_its_records(run: Run) -> Non
     run.keeper.restore()
     run.keeper.apply(run.commit(run.keeper, 0))
     genesis = run.keeper.copy_of_chain().genesis
-    place = place_of(run.home, genesis, run.crypto)
+    place = chain_of(run.home, genesis, run.crypto).place
     assert (place.electorate, place.epoch) == ((run.identity.peer_id,), 1)
 
 

@@ -136,15 +136,16 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
 ) -> None:
     seen: list[dict[str, Any]] = []
 
-    async def find_run(home: Home, mark: Any, genesis: object, place: Any, wait_s: float, *rest: Any) -> None:
-        assert place == "where its records end"
+    async def find_run(home: Home, mark: Any, genesis: object, chain: Any, wait_s: float, *rest: Any) -> None:
+        assert chain is records
         rest[-1](f"looks for its run, {wait_s:g} s")
         seen.append(daemon.view.status())
         rest[-1]("")
 
     spec = SimpleNamespace(round=SimpleNamespace(quorum_loss_s=60.0))
+    records = SimpleNamespace(roll=SimpleNamespace(settings={}))
     monkeypatch.setattr(life, "find_run", find_run)
-    monkeypatch.setattr(life, "place_of", lambda *_: "where its records end")
+    monkeypatch.setattr(life, "chain_of", lambda *_: records)
     monkeypatch.setattr(life, "read_genesis", lambda *_: (object(), spec))
 
     async def inside() -> None:

@@ -49,6 +49,7 @@ CONTROL = [
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
     messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
     messages.Refuse(6, HEAD, 2, HEAD, 0.25),
+    messages.Leave(6, HEAD, "ef" * 64),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tapestry.node.errors import numbered
 from tapestry.node.spec.data import DataSettings, Protection, SourceSettings, resolved_data
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.order import Position, WindowOrder, shares_of
 from tapestry.node.trainer.data.sources import Listing, Listings, list_data, there_are
-from tapestry.node.trainer.data.tally import Tally
+from tapestry.node.trainer.data.tally import Tally, numbered
 from tapestry.node.trainer.data.tokens import TokenFile, tokenize
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tapestry.node.errors import numbered
-
 NAMES_KEPT = 3  # of each kind, to show
 
 
@@ -108,6 +106,11 @@ def merged_names(names: Iterable[str]) -> str:
     """The first few, for a message."""
     listed = list(names)
     return ", ".join(listed[:8]) + (", ..." if len(listed) > 8 else "")
+
+
+def numbered(count: int, noun: str) -> str:
+    """`1 file`, `2 files`: for nouns that take an s."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def size(byte_count: int) -> str:

@@ -8,9 +8,11 @@ from simulation.world import Faults, World
 
 from tapestry.node.protocol import chain as c
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.handover import Handover, leave_message
+from tapestry.node.protocol.leader import commit_gap
 from tapestry.node.protocol.members import UNIT, Charter, first_roll
-from tapestry.node.protocol.messages import Leave
+from tapestry.node.protocol.messages import Accept, Leave, Stage
 from tapestry.node.protocol.rules import Rules
 
 LOSS_S = 30.0
@@ -66,6 +68,31 @@ def test_the_other_of_two_goes_on_at_once(seed, on_quorum_loss):
     goal = stays.core.chain.epoch + 3
     world.until(lambda: all(n.core.chain.epoch >= goal for n in world.nodes.values()), 60)
     world.until(lambda: electorate(stays) == ("p0", "p1"), 10)
+
+
+def test_who_has_left_and_is_back_does_not_decide_in_the_others_place():
+    """Found by the simulator: it was ready first, and its promise and its vote were taken for the quorum."""
+    led = (world for world in (swarm(2, seed) for seed in range(20)) if leads_next(world, "p0"))
+    world = next(led)
+    stays = world.nodes["p0"]
+    stop(world, "p1")
+    world.nodes["p1"].start()
+    state = stays.core.round.state
+    world.until(lambda: "p1" in state.ready, 20)
+    assert state.stage == Stage.TRAINING and state.handover is not None and state.need == 1
+    assert stays.core.round.lead._promises(world.now) == 0
+    vote = Accept(state.epoch, state.head, state.ballot, "", "", ALIKE, "")
+    body = lone_record()[0].body
+    assert commit_gap(body, {"p1": vote}, state.voters) is not None
+    assert commit_gap(body, {"p0": vote}, state.voters) is None
+
+
+def leads_next(world: World, name: str) -> bool:
+    """Whether `name` leads the next round; there it trains for long."""
+    world.laggard, world.lag = name, 1000.0
+    core, epoch = world.nodes[name].core, world.epoch()
+    world.until(lambda: core.round is not None and core.chain.epoch > epoch, 60)
+    return core.round.leader == name
 
 
 def test_without_a_word_it_waits():

@@ -126,7 +126,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 25)
+@plant("a lower ballot is followed after a higher one was promised", 24)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -160,7 +160,7 @@ def accepted_value_ignored() -> list[Patch]:
     return [(Leader, "_trusted", ignore)]
 
 
-@plant("a forced value overwrites the vote for an ordinary one", 19)
+@plant("a forced value overwrites the vote for an ordinary one", 8)
 def forced_displaces_vote() -> list[Patch]:
     accept = Acceptor.accept
 
@@ -181,7 +181,7 @@ def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
 
-@plant("a home that was restored goes on as the disk that it was", 294)
+@plant("a home that was restored goes on as the disk that it was", 1676)
 def restored_as_it_was() -> list[Patch]:
     return [(Backups, "forget_vote", lambda self, node: None)]
 
@@ -304,7 +304,7 @@ def removed_votes_on() -> list[Patch]:
     return [(members_module.Roll, "voters", lambda self, named: tuple(named))]
 
 
-@plant("an island's records are worth what a full electorate's are", 19)
+@plant("an island's records are worth what a full electorate's are", 8)
 def island_counts_as_full() -> list[Patch]:
     stand = chain_module._next_standing
 
@@ -353,7 +353,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 8)
+@plant("results of other members are kept for the next roster", 22)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -510,7 +510,7 @@ def rolls_back_too_far() -> list[Patch]:
     return [(Rollbacks, "made_of_disk", further)]
 
 
-@plant("what is undone already is undone again, or comes back", 30)
+@plant("what is undone already is undone again, or comes back", 11)
 def undone_comes_back() -> list[Patch]:
     return [(members_module, "leads", lambda rolled, at, epoch: True)]
 
@@ -609,17 +609,3 @@ def heeds_every_word() -> list[Patch]:
 @plant("a leader that names itself alone is followed", 57)
 def one_leader_decides() -> list[Patch]:
     return [(Round, "_decides_alone", lambda self, leader, roster, now: False)]
-
-
-# --- a round that is handed over --------------------------------------------------------------------
-
-
-@plant("who has left and is back decides in the place of the one that stayed", 497)
-def leaver_decides() -> list[Patch]:
-    def need(self: RoundState) -> int:
-        return len(self.electorate) // 2 + (self.handover is None)
-
-    return [
-        (RoundState, "voters", property(lambda self: self.electorate)),
-        (RoundState, "need", property(need)),
-    ]

@@ -70,7 +70,8 @@ class Usurpers:
             or node.name not in round_.electorate
         ):
             return False
-        others = [self.world.nodes[p].core for p in round_.electorate if p not in self.names]
+        nodes = [self.world.nodes[p] for p in round_.electorate if p not in self.names]
+        others = [n.core for n in nodes if n.astray != round_.head]  # whose state is wrong has no say here
         there = [c for c in others if c is not None and c.round is not None and c.round.head == round_.head]
         return len(there) >= quorum(len(round_.electorate))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +47,10 @@ from tapestry.node.spec.training import (
     TrainSpec,
     without_effect,
 )
+
+# Sections that are newer than the first runs, each as nodes behaved before there was one: so a run that was
+# founded without it is read. Never changed, whatever the defaults become: all members must read one spec alike.
+LATER: Mapping[str, Mapping[str, Any]] = {"gate": {"margin": 0.0, "windows": 8}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,15 @@ class RunSpec:
 
     @classmethod
     def from_canonical(cls, data: bytes) -> RunSpec:
-        """Read a run's spec: exactly the bytes that `canonical` makes, or UserError with exit code 4."""
+        """Read a run's spec: exactly the bytes that `canonical` makes, but for sections that are newer than the
+        run (LATER); or UserError with exit code 4."""
         try:
             table = load_json(data)
-            spec = _checked(read_table(cls, table))
-            if spec.canonical() != data:
-                raise TableError(_not_canonical(table, spec.to_dict()))
+            newer = {name for name in LATER if isinstance(table, Mapping) and name not in table}
+            spec = _checked(read_table(cls, {**table, **{n: LATER[n] for n in newer}} if newer else table))
+            if spec.canonical(newer) != data:
+                whole = {name: value for name, value in spec.to_dict().items() if name not in newer}
+                raise TableError(_not_canonical(table, whole))
         except TableError as error:
             raise UserError(
                 f"the run's spec is not one of this version of tapestry: {error}",
@@ -126,9 +133,10 @@ class RunSpec:
         """Plain dicts, lists, strings and numbers, every key present."""
         return {key: plain(getattr(self, key)) for key, _ in keys_of(RunSpec)}
 
-    def canonical(self) -> bytes:
+    def canonical(self, without: Collection[str] = ()) -> bytes:
         """JSON with sorted keys, no white space, ASCII, floats as Python's repr: one spec, one text."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        table = {name: value for name, value in self.to_dict().items() if name not in without}
+        text = json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return text.encode("ascii")
 
     def to_toml(self) -> str:

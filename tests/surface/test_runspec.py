@@ -16,6 +16,7 @@ from tapestry.compression.means.registry import mean_names
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.run import (
+    LATER,
     AdamWSpec,
     ClippedSpec,
     CompressionSpec,
@@ -362,7 +363,7 @@ def test_what_a_peer_sends_in_another_form_is_refused_with_exit_code_4(data: byt
     assert caught.value.exit_code == ExitCode.REFUSED
 
 
-@pytest.mark.parametrize(("lacks", "says"), [("gate", "it has no gate"), ("train.lr", "it has no train.lr")])
+@pytest.mark.parametrize(("lacks", "says"), [("mean", "it has no mean"), ("train.lr", "it has no train.lr")])
 def test_a_run_of_another_version_is_told_by_what_its_spec_lacks(lacks: str, says: str) -> None:
     table = json.loads(DEFAULT.canonical())
     name, _, key = lacks.partition(".")
@@ -374,6 +375,17 @@ def test_a_run_of_another_version_is_told_by_what_its_spec_lacks(lacks: str, say
     with pytest.raises(UserError, match=f"{says}$") as caught:
         RunSpec.from_canonical(data)
     assert caught.value.hint is not None and "changelog" in caught.value.hint
+
+
+def test_a_run_that_is_older_than_a_section_is_read_as_nodes_behaved_before_it() -> None:
+    table = json.loads(DEFAULT.canonical())
+    assert set(LATER) <= set(table)
+    del table["gate"]
+    data = json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
+    spec = RunSpec.from_canonical(data)
+    assert (spec.gate.margin, spec.gate.windows) == (0.0, 8)
+    with pytest.raises(UserError, match="a value is written differently"):
+        RunSpec.from_canonical(data + b" ")
 
 
 # ---- differences -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from tapestry.node.spec.training import (
 )
 
 # Sections that are newer than the first runs, each as nodes behaved before there was one: so a run that was
-# founded without it is read. Never changed, whatever the defaults become: all members must read one spec alike.
+# founded without it is read. Never changed, whatever the defaults become: all must read one spec alike.
 LATER: Mapping[str, Mapping[str, Any]] = {"gate": {"margin": 0.0, "windows": 8}}
 
 
@@ -100,8 +100,8 @@ class RunSpec:
 
     @classmethod
     def from_canonical(cls, data: bytes) -> RunSpec:
-        """Read a run's spec: exactly the bytes that `canonical` makes, but for sections that are newer than the
-        run (LATER); or UserError with exit code 4."""
+        """Read a run's spec: exactly the bytes that `canonical` makes, but for sections that are newer than
+        the run (LATER); or UserError with exit code 4."""
         try:
             table = load_json(data)
             newer = {name for name in LATER if isinstance(table, Mapping) and name not in table}

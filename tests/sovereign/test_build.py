@@ -39,8 +39,6 @@ from tapestry.node.spec.declared import Revoked, append, parse_declaration
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.models.weights import weights_digest
 
-pytestmark = pytest.mark.xdist_group("build")  # each derives from what the ones before have made
-
 
 def _quiet(_what: str, _done: int, _total: int) -> None:
     return None

@@ -374,7 +374,10 @@ class AuditDesk:
             return  # one wrong mean of that round is known to be in the state: more of them change nothing
         new = await self._keep(a, in_state)
         # By the rule of that round, so that all ask for the same, whenever they hear of it.
-        settings = await self._loop.compute(self._evidence.settings_at, a.epoch)
+        try:
+            settings = await self._loop.compute(self._evidence.settings_at, a.epoch)
+        except (LookupError, OSError):  # a fork is left just now: the rule of our newest record
+            settings = self._members.roll.settings
         on_lie = word_of(settings, "audit.on_lie", self._on_lie)
         # What is in the state is undone after the liar's removal too: it may have been for another lie.
         undoes = on_lie == "rollback" and in_state

@@ -279,8 +279,12 @@ class Keeper:
         return payload_digest(payload_of(payload)) == lie.digest
 
     def settings_at(self, epoch: int) -> Settings:
-        """What records up to `epoch` have changed of the spec; where we are not so far, up to our newest."""
-        chain = self.copy_of_chain()
+        """What records up to `epoch` have changed of the spec; where we are not so far, up to our newest.
+        Raises LookupError while a fork is left in the disk's thread."""
+        try:
+            chain = self.copy_of_chain()
+        except AssertionError as error:
+            raise LookupError("the chain is being changed") from error
         return chain.place_at(min(epoch, chain.epoch)).roll.settings
 
     def _record_of(self, lie: Accusation) -> Record | None:

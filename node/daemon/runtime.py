@@ -12,6 +12,7 @@ The core is only ever asked to `handle`, for `wakeup_at`, and for a `snapshot`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from tapestry.node.surface.status import Shown
 from tapestry.node.trainer.process import TrainerProcess
 
 LAG_PROBE_S = 0.1
+FAREWELL_S = 3.0  # Guess: that a stop waits at most for what the core said before it
 PEERS_COUNT_PROBES = 10  # Guess: once a second is often enough for a gauge
 COMPUTE_THREADS = 2  # Guess: two shards are reduced side by side; torch itself runs on one thread here
 
@@ -127,7 +129,8 @@ class Runtime:
         """Tell everybody that we stop, keep what must be kept, and have the trainer end."""
         self.reporter.leaving = True
         self.feed(ev.Stopping())
-        await asyncio.sleep(0)  # the farewell is queued; links write it while we save
+        with contextlib.suppress(TimeoutError):  # the farewell comes after our vote is on disk
+            await asyncio.wait_for(self._outbox.join(), FAREWELL_S)
         await self.disk.leave()
 
     # --- inputs and outputs --------------------------------------------------------------------
@@ -181,6 +184,7 @@ class Runtime:
                 done = execute(output)
                 if done is not None:
                     await done
+            self._outbox.task_done()
 
     # --- what the desks and the surface ask ----------------------------------------------------
 

@@ -40,7 +40,11 @@ def read_claims(folder: Path) -> dict[str, Any]:
         _check_derivative(strict.table(table, _OF_A_DERIVATIVE, "an export's lineage"))
     else:
         _check_model(strict.table(table, _OF_A_STATE, "an export's lineage"))
-    if json_text(table) != data:
+    try:
+        written = json_text(table)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if written != data:
         raise ValueError("not in the form in which it is written")
     return table
 
@@ -59,7 +63,9 @@ def _check_model(table: dict[str, Any]) -> None:
 
 
 def _check_derivative(table: dict[str, Any]) -> None:
-    _check_texts(table, ("derivative", "weights", "dtype"))
+    _check_texts(table, ("derivative", "weights", "dtype", "digest"))
+    for name, digest in _map(table.get("files"), "files").items():
+        strict.text(digest, TEXT_MAX, f"the digest of {name}")
     version = _map(table.get("version"), "version")
     _check_texts(version, ("digest",))
     parent = _map(version.get("parent"), "parent")

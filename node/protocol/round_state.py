@@ -92,11 +92,13 @@ class RoundState:
         """The leave of the other one of two electors, if we may count on it."""
         if len(self.electorate) != ELECTORS or self.vote.left:
             return None
-        for peer in self.electorate:
-            left = self.ctx.leaves.get(peer)
-            if left is not None and peer != self.ctx.me and left.head.startswith(self.at.heads):
-                return Handover(peer, left.head, left.signature)
-        return None
+        leaves = {p: self.ctx.leaves.get(p) for p in self.electorate if p != self.ctx.me}
+        fitting = [
+            Handover(peer, leave.head, leave.signature)
+            for peer, leave in leaves.items()
+            if leave is not None and leave.head.startswith(self.at.heads)
+        ]
+        return fitting[0] if len(fitting) == 1 else None  # of both: neither counts on the other's
 
     @property
     def voters(self) -> tuple[str, ...]:

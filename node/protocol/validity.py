@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import ALIKE
-from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, waits
+from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, quorum, waits
 from tapestry.node.protocol.exchange import check_roster
 from tapestry.node.protocol.messages import Ready, Roster
 from tapestry.node.protocol.round_state import RoundState
@@ -34,7 +34,18 @@ def value_fault(state: RoundState, body: Body) -> str | None:
         return "forced"
     if body.state_digest != state.state_digest:
         return "state_digest"
-    return body_fault(body, state.at, state.ctx.rules.max_influence, state.ctx.crypto)
+    fault = body_fault(body, state.at, state.ctx.rules.max_influence, state.ctx.crypto)
+    return fault or _unheard_leave(state, body)
+
+
+def _unheard_leave(state: RoundState, body: Body) -> str | None:
+    """Of two electors a body may name one alone only if the other has left (handover.py). An elector knows
+    whether it did, or has heard it; what it accepted once it may accept again."""
+    electorate, known = state.electorate, state.vote.left or state.handover is not None
+    if known or body.forced or state.ctx.me not in electorate or body == state.vote.accepted:
+        return None
+    named = sum(m.peer in electorate for m in body.members)
+    return None if named >= quorum(len(electorate)) else "electorate"
 
 
 def roster_fault(state: RoundState, roster: Roster) -> str | None:
@@ -48,5 +59,5 @@ def roster_fault(state: RoundState, roster: Roster) -> str | None:
         return "state_digest"
     if roster.forced and waits(state.at, state.ctx.rules.on_quorum_loss):
         return "forced"
-    rules, crypto = state.ctx.rules, state.ctx.crypto
-    return body_fault(body_of(state, roster, NO_RESULT, ALIKE), state.at, rules.max_influence, crypto)
+    rules, crypto, body = state.ctx.rules, state.ctx.crypto, body_of(state, roster, NO_RESULT, ALIKE)
+    return body_fault(body, state.at, rules.max_influence, crypto) or _unheard_leave(state, body)

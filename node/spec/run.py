@@ -104,8 +104,11 @@ class RunSpec:
         the run (LATER); or UserError with exit code 4."""
         try:
             table = load_json(data)
-            newer = {name for name in LATER if isinstance(table, Mapping) and name not in table}
-            spec = _checked(read_table(cls, {**table, **{n: LATER[n] for n in newer}} if newer else table))
+            newer: set[str] = set()
+            if isinstance(table, Mapping):
+                newer = {name for name in LATER if name not in table}
+                table = {**table, **{name: LATER[name] for name in newer}}
+            spec = _checked(read_table(cls, table))
             if spec.canonical(newer) != data:
                 whole = {name: value for name, value in spec.to_dict().items() if name not in newer}
                 raise TableError(_not_canonical(table, whole))

@@ -11,9 +11,10 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.handover import Handover, leave_message
 from tapestry.node.protocol.leader import commit_gap
-from tapestry.node.protocol.members import UNIT, Charter, first_roll
-from tapestry.node.protocol.messages import Accept, Leave, Stage
+from tapestry.node.protocol.members import UNIT, Charter, first_roll, voice_weights
+from tapestry.node.protocol.messages import Accept, Leave, Member, Propose, Stage
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.validity import value_fault
 
 LOSS_S = 30.0
 ROLL = first_roll("ef" * 32, Charter(), ("a", "b", "c"))
@@ -85,6 +86,39 @@ def test_who_has_left_and_is_back_does_not_decide_in_the_others_place():
     body = lone_record()[0].body
     assert commit_gap(body, {"p1": vote}, state.voters) is not None
     assert commit_gap(body, {"p0": vote}, state.voters) is None
+
+
+def test_who_has_not_left_accepts_nothing_that_leaves_it_out():
+    """A liar of two would be the only elector from the next round on."""
+    world = swarm(2, 6)
+    state = world.nodes["p1"].core.round.state
+    weight = voice_weights(state.at.roll, [("p0", 5)], 1.0)[0]
+    member = Member("p0", weight, "cd" * 32, world.nodes["p0"].disk.life, 5)
+    run_id = world.genesis.run_id
+    lone = c.Body(run_id, state.epoch + 1, state.head, state.state_digest, (member,), "34" * 32)
+    assert value_fault(state, lone) == "electorate"
+    state.vote = dataclasses.replace(state.vote, left=state.head)
+    assert value_fault(state, lone) is None, "it has left, and the other may have decided alone"
+    state.vote = dataclasses.replace(state.vote, left="", accepted=lone, accepted_ballot=0)
+    assert value_fault(state, lone) is None
+    propose = Propose(state.epoch, state.head, state.ballot + 2, lone, ("p0",))
+    state.vote = dataclasses.replace(state.vote, accepted=None, accepted_ballot=-1)
+    leader = state.leader_of(propose.ballot)
+    world.nodes["p1"].feed(ev.Received(leader, propose))
+    assert leader != "p0" or world.refused.get("electorate")
+
+
+def test_where_both_have_left_nobody_counts_on_either():
+    world = swarm(2, 6)
+    node = world.nodes["p0"]
+    head, state = node.core.chain.head, node.core.round.state
+    for name in ("p0", "p1"):
+        leave = Leave(state.epoch, head, SimCrypto(name).sign(leave_message(head)))
+        node.core.ctx.leaves[name] = leave
+    assert state.handover.peer == "p1"
+    node.core.ctx.me = "p9"
+    assert state.handover is None
+    node.core.ctx.me = "p0"
 
 
 def leads_next(world: World, name: str) -> bool:

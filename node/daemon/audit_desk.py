@@ -169,9 +169,8 @@ class AuditDesk:
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
         self._silent: dict[str, None] = {}  # of the newest record's members, who did not answer the last time
-        self._open_at: dict[
-            str, float
-        ] = {}  # of who was asked or told something lately: when it may be again
+        # Of who was asked or told something lately: when it may be again.
+        self._open_at: dict[str, float] = {}
         self.outputs: Outputs = {ev.Audit: self.do_audit, ev.Equivocated: self.do_equivocated}
 
     # --- our own audits ------------------------------------------------------------------------

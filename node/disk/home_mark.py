@@ -42,9 +42,8 @@ class Mark:
     id: str  # made once; a copy has the same
     path: str  # where it was when a node ran in it last
     machine: str  # a digest of the machine's id; "" where it has none
-    restored_at: str = (
-        ""  # UTC, until the run was found again, or a record names this disk; "" if not restored
-    )
+    # UTC, until the run was found again, or a record names this disk; "" if not restored
+    restored_at: str = ""
 
 
 def read_mark(home: Home) -> Mark | None:

@@ -34,16 +34,13 @@ def read_claims(folder: Path) -> dict[str, Any]:
         raise ValueError(f"larger than {BYTES_MAX} bytes")
     try:
         table = _map(json.loads(data), "it")
+        written = json_text(table)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if "derivative" in table:
         _check_derivative(strict.table(table, _OF_A_DERIVATIVE, "an export's lineage"))
     else:
         _check_model(strict.table(table, _OF_A_STATE, "an export's lineage"))
-    try:
-        written = json_text(table)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
     if written != data:
         raise ValueError("not in the form in which it is written")
     return table

@@ -49,8 +49,6 @@ def handover_fault(
 ) -> str | None:
     """Why this leave stands for no vote in a round; None if it does."""
     peer, head, signature = handover
-    if len(electorate) != ELECTORS or peer not in electorate or peer in signers:
-        return "handover"
-    if not any(head.startswith(known) for known in heads):
+    if len(electorate) != ELECTORS or peer not in electorate or peer in signers or not head.startswith(heads):
         return "handover"
     return None if crypto.verify(peer, signature, leave_message(head)) else "signature"

@@ -34,6 +34,11 @@ def value_fault(state: RoundState, body: Body) -> str | None:
         return "forced"
     if body.state_digest != state.state_digest:
         return "state_digest"
+    return _body_fault(state, body)
+
+
+def _body_fault(state: RoundState, body: Body) -> str | None:
+    """As every record is judged, and by what we know of who has left."""
     fault = body_fault(body, state.at, state.ctx.rules.max_influence, state.ctx.crypto)
     return fault or _unheard_leave(state, body)
 
@@ -59,5 +64,4 @@ def roster_fault(state: RoundState, roster: Roster) -> str | None:
         return "state_digest"
     if roster.forced and waits(state.at, state.ctx.rules.on_quorum_loss):
         return "forced"
-    rules, crypto, body = state.ctx.rules, state.ctx.crypto, body_of(state, roster, NO_RESULT, ALIKE)
-    return body_fault(body, state.at, rules.max_influence, crypto) or _unheard_leave(state, body)
+    return _body_fault(state, body_of(state, roster, NO_RESULT, ALIKE))

@@ -8,8 +8,9 @@ ballot without it. That costs no liveness: who gives up on a leader by its own c
 no quorum is left in our ballot every word counts again. Each REPAID records of ballots that someone took us
 to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
-A leader may go on to later ballots of its own: once for each elector that it may have to leave out, and
-OWN_MORE times where it has named no roster. Beyond that they count as well.
+A leader may go on to later ballots of its own: once for each other elector, which it may have to leave out,
+and OWN_MORE times where it has named no roster. Beyond that nobody goes along, and each counts. So does a
+round in which it went on, and another led the ballot that was decided: what stalls may be its own rosters.
 
 An opinion of this node, by which nothing is decided but its own ballot. Pure.
 """
@@ -41,20 +42,21 @@ class Movers:
         self.unnamed: dict[str, int] = {}  # without one
 
     def may_go_on(self, leader: str, named: bool, electors: int) -> bool:
-        """Whether a leader may leave a ballot of its own for a later one, uncounted. `named`: a roster of it
-        was followed there, so that it may have to leave somebody out."""
+        """Whether a leader may leave a ballot of its own for a later one. `named`: a roster of it was followed
+        there, so that it may have to leave somebody out."""
         ballots = self.named if named else self.unnamed
         ballots[leader] = ballots.get(leader, 0) + 1
-        return ballots[leader] <= (electors if named else OWN_MORE)
+        return ballots[leader] <= (electors - 1 if named else OWN_MORE)
 
     def is_heeded(self, peer: str) -> bool:
         account = self.accounts.get(peer)
         return account is None or account.vain < FREE
 
     def count(self, peer: str, ballot: int) -> None:
-        """Its word takes us to `ballot`: in vain, unless a record comes of it."""
-        self.moved[ballot] = peer
-        self.accounts.setdefault(peer, Account()).vain += 1
+        """Its word takes us to `ballot`, or would: in vain, unless a record comes of it. Once for a ballot."""
+        if self.moved.get(ballot) != peer:
+            self.moved[ballot] = peer
+            self._strike(peer)
 
     def end_round(self, ballot: int | None, leader: str, peers: Container[str]) -> None:
         """The round is over: decided in `ballot`, which `leader` led, or left (None). Who is not in the table
@@ -65,11 +67,16 @@ class Movers:
                 self.accounts[mover].vain -= 1
             for peer in self.accounts.keys() & {mover, leader}:
                 self._credit(peer)
+            for peer in self.named.keys() - {mover, leader}:
+                self._strike(peer)
         self.moved.clear()
         self.named.clear()
         self.unnamed.clear()
         for peer in [p for p in self.accounts if p not in peers]:
             del self.accounts[peer]
+
+    def _strike(self, peer: str) -> None:
+        self.accounts.setdefault(peer, Account()).vain += 1
 
     def _credit(self, peer: str) -> None:
         account = self.accounts[peer]

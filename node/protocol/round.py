@@ -259,7 +259,7 @@ class Round:
         if own and movers.may_go_on(peer, state.stage >= Stage.EXCHANGING, len(self.electorate)):
             return True
         movers.count(peer, ballot)
-        return True
+        return not own
 
     def _quorum_with_us(self, without: str, now: float) -> bool:
         """Whether a quorum may be in our ballot: heard, at our head, and not known to be in a higher one."""

@@ -35,12 +35,12 @@ class Watch:
             self.state.progress_at = now
 
     def _gained(self) -> list[str]:
-        """Who says that it got on since we looked last."""
+        """Who says that it got on in our ballot since we looked last."""
         state, peers, gained = self.state, self.ctx.peers, []
         for peer in state.addressees() if state.leading else peers:
             status = peers[peer].status if peer in peers else None
             if status is not None and status.epoch == state.epoch and status.head == state.head:
-                if status.progress > self.claims.get(peer, 0):
+                if status.ballot == state.ballot and status.progress > self.claims.get(peer, 0):
                     gained.append(peer)
                 self.claims[peer] = status.progress
         return gained

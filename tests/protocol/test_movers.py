@@ -47,8 +47,20 @@ def test_who_is_heeded_no_more_is_again_by_leading_when_it_is_its_turn():
 
 def test_a_leader_goes_on_once_for_each_that_it_may_leave_out_and_seldom_without_a_roster():
     movers = Movers()
-    assert [movers.may_go_on("x", True, 5) for _ in range(6)] == [True] * 5 + [False]
+    assert [movers.may_go_on("x", True, 5) for _ in range(6)] == [True] * 4 + [False] * 2
     assert [movers.may_go_on("x", False, 5) for _ in range(5)] == [True] * OWN_MORE + [False]
+
+
+def test_a_round_in_which_a_leader_went_on_in_vain_counts_and_one_that_it_decided_does_not():
+    movers = Movers()
+    for _ in range(FREE):
+        assert movers.is_heeded("x")
+        movers.may_go_on("x", True, 5)
+        movers.end_round(4, "y", {"x": None})
+    assert not movers.is_heeded("x")
+    movers.may_go_on("z", True, 5)
+    movers.end_round(3, "z", {"z": None})
+    assert "z" not in movers.accounts
 
 
 # --- in a run ---------------------------------------------------------------------------------------
@@ -172,3 +184,35 @@ def test_no_leader_ends_the_others_training_before_a_quorum_is_ready(monkeypatch
     assert closed() == []
     monkeypatch.setattr(Round, "_quorum_is_ready", lambda self, leader, now: True)
     assert len(closed()) == 3
+
+
+def test_a_leader_goes_on_so_often_and_then_alone():
+    """It names a roster in each of its ballots, and none is decided: as one that tells others another one."""
+    world = swarm()
+    world.until(lambda: all(n.core.round and n.core.round.exchange.mine for n in nodes(world)), 60)
+    node = nodes(world)[0]
+    state = node.core.round.state
+    liar = next(p for p in state.order if p != node.name)
+    node.core.round.acceptor.enter(state.order.index(liar), world.now)
+    followed = []
+    for _ in range(6):
+        state.stage = Stage.EXCHANGING
+        ballot = state.ballot + len(state.order)
+        node.core.round.reach = ballot
+        node.core.round.on_call(liar, Call(state.epoch, state.head, ballot, False), world.now)
+        followed.append(state.ballot == ballot)
+    assert followed == [True] * 3 + [False] * 3
+    assert node.core.ctx.movers.accounts[liar].vain == 1, "the same ballot again and again counts once"
+
+
+@pytest.mark.parametrize(("ahead", "counts"), [(0, True), (1, False)])
+def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
+    world = swarm()
+    world.until(lambda: all(n.core.round and n.core.round.stage == Stage.EXCHANGING for n in nodes(world)), 60)
+    node, other = nodes(world)[:2]
+    round_ = node.core.round
+    at, ballot = round_.state.progress_at, round_.ballot + ahead
+    status = Status(round_.epoch, round_.head, round_.epoch, "x", Stage.EXCHANGING, ballot, 10**6, ())
+    node.core.ctx.peers[other.name].status = status
+    round_.watch.progress(world.now + 1.0)
+    assert (round_.state.progress_at > at) == counts

@@ -408,7 +408,9 @@ class Exchange:
                 continue
             reducer = self._reducer(shard)
             if reducer != self.ctx.me:
-                missing.setdefault(reducer, ("", []))[1].append(shard)
+                contribution, shards = missing.setdefault(reducer, ("", []))
+                if not contribution:
+                    shards.append(shard)
                 continue
             for member in roster.members:
                 if member.weight and not self.has(member, shard):

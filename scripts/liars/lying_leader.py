@@ -1,8 +1,9 @@
 """leads, and tells half of the members another roster: other reducers, or a contribution less
 
 Promise: no two members take two results. The run goes on, at one head. A ballot that it leads is lost after
-two stalls of 5 s, and it leads three of a round at most: rounds are no more than half a minute longer. Nobody
-is named: rosters are not signed.
+a stall of 5 s; the others go on with it once for each of them, and give up on it after two stalls more: that
+is how much longer a round is. After three such rounds nobody goes on with it, and a round that it leads costs
+two stalls. Nobody is named: rosters are not signed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.messages import Control, Roster
 
-LONGER_S = 30.0
+STALL_S = 5.0
+NOTICED_S = 1.0  # what it takes to see that a stall is over, and to be heard again
 
 
 def lie() -> None:
@@ -42,6 +44,7 @@ def _another(roster: Roster, to: str) -> Roster:
 
 def broken(seen: Seen) -> list[str]:
     faults = refused_fault(seen, "agreement", "not_reducer", "mean_signature", "narrow", "roster")
-    if seen.longest_s > seen.quiet_round_s + LONGER_S:
+    ballots = seen.honest + 3  # the first, one more for each of the others, and two stalls
+    if seen.longest_s > seen.quiet_round_s + ballots * (STALL_S + NOTICED_S):
         faults.append(f"a round took {seen.longest_s:.0f} s, before it {seen.quiet_round_s:.0f} s")
     return faults

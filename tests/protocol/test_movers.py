@@ -216,3 +216,15 @@ def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
     node.core.ctx.peers[other.name].status = status
     round_.watch.progress(world.now + 1.0)
     assert (round_.state.progress_at > at) == counts
+
+
+@pytest.mark.parametrize("peers", [3, 4])
+def test_a_leader_that_tells_half_of_them_another_roster_costs_three_stalls_and_a_change_of_leader(peers):
+    """In its round the others go on with it once for each other elector, and then give up on it by their clock."""
+    world = swarm(peers)
+    world.splitters.name = "p1"
+    stall_s, longest = world.rules.stall_s, 0.0
+    for _ in range(40):
+        goal = world.epoch() + 1
+        longest = max(longest, world.until(lambda goal=goal: world.epoch() >= goal, 120.0))
+    assert stall_s < longest < ((peers - 1) + 2 + 1) * (stall_s + 1.0)

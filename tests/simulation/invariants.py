@@ -83,7 +83,8 @@ class Invariants:
         # A leader that tells members different things may cause a fork, but never two states under a head.
         # So may one that says it had accepted what it signed as a reducer: the decision may be another.
         inventors = world.inventors
-        self.liar_leads = world.faults.split_roster > 0 or bool(inventors.name and inventors.signs)
+        splits = world.faults.split_roster > 0 or bool(world.splitters.name)
+        self.liar_leads = splits or bool(inventors.name and inventors.signs)
         # who, in which life and round, and the shards that rosters of it made its to average
         self.averages: dict[tuple[str, int, str], set[int]] = {}
         self.verified: Record | None = None  # whose signatures were good: all nodes append one object

@@ -28,6 +28,7 @@ from simulation.inventors import Inventors
 from simulation.mutes import Floods, Mutes
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
+from simulation.splitters import Splitters
 from simulation.stops import Stops
 from simulation.usurpers import Usurpers
 from simulation.violation import Violation
@@ -167,6 +168,7 @@ class World:
         self.inventors = Inventors(self, faults is None, names)
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
         self.autocrats = Autocrats(self, faults is None and not is_slow, names)
+        self.splitters = Splitters(self, faults is None and not is_slow, names)
         self.stops = Stops(self, faults is None)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
@@ -404,6 +406,9 @@ class World:
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
         way_s = self.way_s(sender.name, to)
+        message = self.splitters.says(sender, to, message)
+        if bulk:
+            self.splitters.begins(sender, receiver, way_s)
         received: ev.Input
         if self.healed:
             self.tell(sender.name, message, to)

@@ -137,10 +137,9 @@ class Leader:
             light = len(contributors) - count
             besides = f", {light} that weigh nothing" if light else ""
             return f"{count} contributions{besides}, the run asks for {least}"
-        if self.close_at is None or now < self.gather_until():
+        if self._may_come(now):
             late = [p for p in self._expected(now) if p not in state.ready]
-            if late:
-                return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
+            return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
         return None
 
     def waited_for(self, now: float) -> tuple[str, ...]:
@@ -226,14 +225,23 @@ class Leader:
         return able if any(p in members for p in able) else []
 
     def _pardon(self, now: float) -> None:
-        """Where too many were left out to make a round, start over with all of them."""
-        if not self.excluded:
+        """Where too many were left out to make a round, and nobody else may yet be ready, start over with all
+        of them; if that is enough, without those whose contribution a majority refused."""
+        if not self.excluded or self._may_come(now):
             return
         ready = self.state.ready
         count, need = len(self._weighing(self._contributors(now))), self.ctx.contributors_min()
-        out = sum(p in ready and ready[p].weight > 0 and self.ctx.heard(p, now) for p in self.excluded)
-        if count < need <= count + out:
+        able = [p for p in self.excluded if p in ready and ready[p].weight > 0 and self.ctx.heard(p, now)]
+        light = sum(self.excluded[p] != GATE for p in able)
+        if count < need <= count + light:
+            self.excluded = {p: why for p, why in self.excluded.items() if why == GATE}
+        elif count < need <= count + len(able):
             self.excluded.clear()
+
+    def _may_come(self, now: float) -> bool:
+        """Whether somebody whom the roster waits for is not ready, and the time for it is not over."""
+        ready = self.state.ready
+        return now < self.gather_until() and any(p not in ready for p in self._expected(now))
 
     def _expected(self, now: float) -> list[str]:
         """Who may yet be ready: all at our head, the electors that were in the round before just now, and who

@@ -9,8 +9,8 @@ no quorum is left in our ballot every word counts again. Each REPAID records of 
 to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
 A leader may go on to later ballots of its own: once for each other elector, which it may have to leave out,
-and OWN_MORE times where it has named no roster. Beyond that nobody goes along, and each counts. So does a
-round in which it went on, and another led the ballot that was decided: what stalls may be its own rosters.
+and OWN_MORE times where it has named no roster. Beyond that it is not heeded in this round, and that counts. So
+does a round in which it went on, and another led the ballot that was decided: what stalls may be its rosters.
 
 An opinion of this node, by which nothing is decided but its own ballot. Pure.
 """
@@ -40,17 +40,21 @@ class Movers:
         # leader -> ballots of its own that it left for another of its own in this round
         self.named: dict[str, int] = {}  # with a roster
         self.unnamed: dict[str, int] = {}  # without one
+        self.spent: dict[str, None] = {}  # leaders that went on more often than that in this round
 
     def may_go_on(self, leader: str, named: bool, electors: int) -> bool:
-        """Whether a leader may leave a ballot of its own for a later one. `named`: a roster of it was followed
-        there, so that it may have to leave somebody out."""
+        """Whether a leader may leave a ballot of its own for a later one. `named`: it sent us a roster there,
+        so that it may have to leave somebody out."""
         ballots = self.named if named else self.unnamed
         ballots[leader] = ballots.get(leader, 0) + 1
-        return ballots[leader] <= (electors - 1 if named else OWN_MORE)
+        if ballots[leader] <= (electors - 1 if named else OWN_MORE):
+            return True
+        self.spent[leader] = None
+        return False
 
     def is_heeded(self, peer: str) -> bool:
         account = self.accounts.get(peer)
-        return account is None or account.vain < FREE
+        return peer not in self.spent and (account is None or account.vain < FREE)
 
     def count(self, peer: str, ballot: int) -> None:
         """Its word takes us to `ballot`, or would: in vain, unless a record comes of it. Once for a ballot."""
@@ -72,6 +76,7 @@ class Movers:
         self.moved.clear()
         self.named.clear()
         self.unnamed.clear()
+        self.spent.clear()
         for peer in [p for p in self.accounts if p not in peers]:
             del self.accounts[peer]
 

@@ -256,7 +256,7 @@ class Round:
         if not movers.is_heeded(peer):
             return False
         own = peer == state.leader == state.leader_of(ballot)
-        if own and movers.may_go_on(peer, state.stage >= Stage.EXCHANGING, len(self.electorate)):
+        if own and movers.may_go_on(peer, state.roster_ballot == state.ballot, len(self.electorate)):
             return True
         movers.count(peer, ballot)
         return not own
@@ -345,6 +345,7 @@ class Round:
         if state.stage >= Stage.EXCHANGING and roster.ballot == state.ballot:
             same = state.proposal is None and self.exchange.roster == roster
             return None if same else "equivocation"
+        state.roster_ballot = roster.ballot
         fault = roster_fault(state, roster)
         if fault is not None:
             return fault

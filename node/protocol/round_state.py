@@ -63,6 +63,7 @@ class RoundState:
         self.accepts: dict[str, Accept] = {}
         self.refusals: dict[str, float] = {}  # who refused the result, and by how much it is too bad to them
         self.accepted_at: float | None = None  # when a quorum had accepted
+        self.roster_ballot = -1  # the last in which its leader sent us a roster, fit to be followed or not
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
         self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
         # the gate, of this round

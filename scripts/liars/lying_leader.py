@@ -17,7 +17,7 @@ from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.messages import Control, Roster
 
 STALL_S = 5.0
-NOTICED_S = 1.0  # what it takes to see that a stall is over, and to be heard again
+NOTICED_S = 2.0  # what it takes to see that a stall is over, to be ready again, and to hear so
 
 
 def lie() -> None:

@@ -7,6 +7,7 @@ from simulation.world import Faults, World
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.deliveries import DELIVERED_AGAIN, FAILURES_MAX, Deliveries
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.watch import Watch
 
 STALL_S = 5.0
 EPOCH_S = 2.5  # a round in which nobody is waited for in vain, at the most
@@ -161,3 +162,9 @@ def test_a_member_on_a_slow_line_is_in_every_round_however_long_its_shards_take(
     world.until(lambda: world.epoch() >= 8, 500)
     records = world.nodes["p0"].core.chain.records[3:]
     assert all(any(m.peer == "p4" and m.weight for m in record.body.members) for record in records)
+
+
+def test_whoever_believed_them_would_wait_as_long_as_an_exchange_may_last(monkeypatch):
+    monkeypatch.setattr(Watch, "_believed", lambda self, said: True)
+    with pytest.raises(AssertionError):
+        test_members_that_give_nothing_cost_ever_fewer_rounds_a_stall_whatever_they_say(7, 1, True)

@@ -76,6 +76,14 @@ def test_a_poisoned_contribution_is_in_no_record_and_its_member_is_named(peers):
     assert set(world.gates.left_out) == {f"p{peers - 1}"}
 
 
+@pytest.mark.parametrize(("peers", "needed"), [(4, 3), (5, 4), (7, 4)])
+def test_nor_where_the_others_are_ready_a_moment_later_than_a_quorum_with_it(peers, needed):
+    """The leader waits for who is on the way before it takes in again whom a majority refused."""
+    world = gated(peers, by_data, min_members=needed)
+    assert not any(poisoned(r) for r in run(world, epochs=30, limit_s=600.0))
+    assert set(world.gates.left_out) == {f"p{peers - 1}"}
+
+
 def test_without_the_gate_it_would_be_in_every_record():
     records = run(gated(5, by_data, gate_margin=None))
     assert all(poisoned(r) for r in records)

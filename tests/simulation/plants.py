@@ -437,11 +437,6 @@ def never_delivers_always_named() -> list[Patch]:
     return [(Deliveries, "left_out", lambda self, key, epoch: False)]
 
 
-@plant("whoever says that it gets on is believed, though all wait for it", 995)
-def progress_believed() -> list[Patch]:
-    return [(Watch, "_believed", lambda self, said: True)]
-
-
 @plant("whatever others send is kept, ours to average or not", 3)
 def keeps_what_comes() -> list[Patch]:
     return [
@@ -606,6 +601,6 @@ def heeds_every_word() -> list[Patch]:
     return [(Movers, "is_heeded", lambda self, peer: True)]
 
 
-@plant("a leader that names itself alone is followed", 57)
+@plant("a leader that names itself alone is followed", 60)
 def one_leader_decides() -> list[Patch]:
     return [(Round, "_decides_alone", lambda self, leader, roster, now: False)]

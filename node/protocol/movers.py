@@ -9,8 +9,8 @@ no quorum is left in our ballot every word counts again. Each REPAID records of 
 to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
 A leader may go on to later ballots of its own: once for each other elector, which it may have to leave out,
-and OWN_MORE times where it has named no roster. Beyond that it is not heeded in this round, and that counts. So
-does a round in which it went on, and another led the ballot that was decided: what stalls may be its rosters.
+and OWN_MORE times where it has named no roster. Beyond that it is not heeded in this round, and that counts.
+So does a round in which it went on, and another led the ballot that was decided: perhaps its rosters stalled.
 
 An opinion of this node, by which nothing is decided but its own ballot. Pure.
 """
@@ -57,7 +57,7 @@ class Movers:
         return peer not in self.spent and (account is None or account.vain < FREE)
 
     def count(self, peer: str, ballot: int) -> None:
-        """Its word takes us to `ballot`, or would: in vain, unless a record comes of it. Once for a ballot."""
+        """Its word takes us to `ballot`, or would: in vain, if no record comes of it. Once for a ballot."""
         if self.moved.get(ballot) != peer:
             self.moved[ballot] = peer
             self._strike(peer)

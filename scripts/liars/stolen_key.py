@@ -7,6 +7,7 @@ and go on, and nobody else is accused or removed. The robbed member is told, in 
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from liars.seen import Seen
 
 if TYPE_CHECKING:
     from _members import Node
+
+
+LATER_S = 5.0  # its process began before its node
 
 
 def lie() -> None:
@@ -27,9 +31,15 @@ def lie() -> None:
 
 
 def strike(place: Path, robbed: Node, line: str) -> Node:
-    """The thief, not started yet. `line`: the address of a member."""
+    """The thief, not started yet. `line`: the address of a member. A node that has started just now gives way
+    to another with its key, so we wait until the robbed one does not."""
+    import psutil
     from _members import Node
 
+    from tapestry.node.net.twins import YOUNG_S
+
+    young_s = psutil.Process(robbed.pid).create_time() + YOUNG_S + LATER_S - time.time()
+    time.sleep(max(young_s, 0.0))
     home = place / "thief"
     home.mkdir(mode=0o700)
     shutil.copy(robbed.home / "identity.key", home)

@@ -210,7 +210,9 @@ def test_a_leader_goes_on_so_often_and_then_alone():
 @pytest.mark.parametrize(("ahead", "counts"), [(0, True), (1, False)])
 def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
     world = swarm()
-    world.until(lambda: all(n.core.round and n.core.round.stage == Stage.EXCHANGING for n in nodes(world)), 60)
+    world.until(
+        lambda: all(n.core.round and n.core.round.stage == Stage.EXCHANGING for n in nodes(world)), 60
+    )
     node, other = nodes(world)[:2]
     round_ = node.core.round
     at, ballot = round_.state.progress_at, round_.ballot + ahead
@@ -221,8 +223,8 @@ def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
 
 
 @pytest.mark.parametrize("peers", [3, 4])
-def test_a_leader_that_tells_half_of_them_another_roster_costs_three_stalls_and_a_change_of_leader(peers):
-    """In its round the others go on with it once for each other elector, and then give up on it by their clock."""
+def test_a_leader_that_tells_half_another_roster_costs_some_stalls_and_a_change_of_leader(peers):
+    """In its round they go on with it once for each other elector, and then give up on it by their clock."""
     world = swarm(peers)
     world.splitters.name = "p1"
     stall_s, longest = world.rules.stall_s, 0.0

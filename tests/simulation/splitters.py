@@ -1,10 +1,10 @@
 """A member that tells half of the others another roster whenever it leads, in some worlds.
 
-Other reducers in odd epochs, a contribution less in even ones: who has which roster waits for shards that the
-rest owe somebody else, and what one asks of another may be sent again and again. No record needs to come of it;
-but each of its ballots has to be given up by the clock of stalls, and so has its going on to the next. Bytes
-are told of as they are in a real run: when a frame begins, whatever it turns out to be. Drawn apart, so that
-other worlds stay as they were.
+Other reducers in odd epochs, a contribution less in even ones: who has which roster waits for shards that
+the rest owe somebody else, and what one asks of another may be sent again and again. No record needs to come
+of it; but each of its ballots has to be given up by the clock of stalls, and so has its going on to the next.
+Bytes are told of as they are in a real run: when a frame begins, whatever it turns out to be. Drawn apart, so
+that other worlds stay as they were.
 """
 
 from __future__ import annotations

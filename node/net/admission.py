@@ -151,7 +151,7 @@ class Reception:
         roll = self._roll()
         if roll.may_contribute(peer):
             return Answer("member")
-        if peer in roll.removed and change is None:
+        if peer in roll.removed:  # no invitation is enough: see members.admits_guest
             return Answer("removed", why=roll.removed[peer])
         why = self._take(roll, change) or TAKEN if change is not None else ""
         self._remember(peer, name)

@@ -142,7 +142,7 @@ class Roll:
         return self.charter.admission == "open"
 
     def may_contribute(self, peer: str) -> bool:
-        return peer in self.members or (self.is_open and peer not in self.removed)
+        return peer in self.members or (self.is_open and self.is_newcomer(peer))
 
     def after(
         self, epoch: int, prev: str, changes: Sequence[Change], named: Sequence[tuple[str, int]]
@@ -160,8 +160,8 @@ class Roll:
         return roll
 
     def is_newcomer(self, peer: str) -> bool:
-        """Who may contribute to an open run and is no member; nobody who was removed."""
-        return peer not in self.members and peer not in self.removed
+        """Who may contribute to an open run and is no member: nobody who was removed, no invitation's key."""
+        return peer not in self.members and peer not in self.removed and peer not in self.invites
 
     def voters(self, named: Iterable[str]) -> tuple[str, ...]:
         """Those of `named` who may vote: the electorate of the next round."""
@@ -238,16 +238,19 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
 
 
 def _counted(roll: Roll, epoch: int, named: Sequence[tuple[str, int]]) -> Roll:
-    """Contributions of an open run's newcomers; where the charter has it so, enough of them make a member."""
+    """Contributions of an open run's newcomers; where the charter has it so, enough of them make a member.
+
+    In the order of their last contribution. Where there are too many, who has the fewest is forgotten, of
+    these whose last is oldest: keys that contribute once keep nobody from being counted.
+    """
     counted, members, enough = dict(roll.counted), dict(roll.members), roll.charter.open_votes_after
     for peer, weight in named:
-        if (
-            not weight
-            or not roll.is_newcomer(peer)
-            or (peer not in counted and len(counted) >= NEWCOMERS_MAX)
-        ):
+        if not weight or not roll.is_newcomer(peer):
             continue
-        counted[peer] = counted.get(peer, 0) + 1
+        count = counted.pop(peer, 0) + 1
+        if len(counted) >= NEWCOMERS_MAX:
+            del counted[min(counted, key=counted.__getitem__)]
+        counted[peer] = count
         if enough and counted[peer] >= enough and len(members) < MEMBERS_MAX:
             del counted[peer]
             members[peer] = Seat("", 1, epoch)
@@ -348,22 +351,45 @@ def _meaning_fault(roll: Roll, change: Change) -> str | None:
         if kind == "set":
             read_setting(value)
             return None
-        return charter_fault(_read_charter(roll.charter, value), len(roll.council))
+        return _rule_fault(roll, _read_charter(roll.charter, value))
     except Malformed:
         return "malformed"
+
+
+def _rule_fault(roll: Roll, charter: Charter) -> str | None:
+    """A council that has shrunk since does not keep other rules from being changed: see `needed`."""
+    kept = charter.admit_by == roll.charter.admit_by
+    return charter_fault(replace(charter, admit_by="majority") if kept else charter, len(roll.council))
 
 
 def enough_signed(before: Roll, roll: Roll, change: Change) -> bool:
     """Whether as many ask for it as the charter says, by the roll before the record's first change.
 
-    Leaving is always possible: one's own signature is enough. An invite that is still good admits.
+    Leaving is always possible: one's own signature is enough. An invite that is still good admits, but nobody
+    who was removed.
     """
     signers = [p for p, _ in change.signatures]
     if change.kind == "remove" and change.peer in signers:
         return True
-    if change.kind == "admit" and any(p in before.invites and p in roll.invites for p in signers):
+    if admits_guest(roll, change) and any(p in before.invites and p in roll.invites for p in signers):
         return True
     return len(authorities(before, signers)) >= needed(before)
+
+
+def admits_guest(roll: Roll, change: Change) -> bool:
+    """Whether it is an admission that an invitation is enough for."""
+    return change.kind == "admit" and change.peer not in roll.removed
+
+
+def fewest_signatures(roll: Roll, change: Change) -> Change:
+    """It with as many signatures as it needs, if it has them: a record has room for so many."""
+    signers = [p for p, _ in change.signatures]
+    kept = authorities(roll, signers)[: needed(roll)]
+    if change.kind == "remove" and change.peer in signers:
+        kept = [change.peer]
+    elif len(kept) < needed(roll):
+        kept = [p for p in signers if p in roll.invites][:1] if admits_guest(roll, change) else signers
+    return replace(change, signatures=tuple([pair for pair in change.signatures if pair[0] in kept]))
 
 
 def authorities(roll: Roll, signers: Iterable[str]) -> list[str]:

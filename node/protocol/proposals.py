@@ -23,6 +23,7 @@ from tapestry.node.protocol.members import (
     change_id,
     changes_fault,
     enough_signed,
+    fewest_signatures,
 )
 
 PROPOSALS_MAX = 64  # G7
@@ -89,7 +90,7 @@ class Proposals:
         """Those that record `epoch`, whose members are `named`, may carry."""
         taken: list[Change] = []
         for name in sorted(self.pending):
-            change = self.pending[name]
+            change = fewest_signatures(roll, self.pending[name])
             if changes_fault(roll, epoch, [*taken, change], named, crypto) is None:
                 taken.append(change)
         return tuple(taken)

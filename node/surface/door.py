@@ -2,7 +2,7 @@
 
 aiohttp waits without end for a first request, and takes as many connections as come: 1,100 idle ones used up
 the node's file descriptors, and it ended while writing a vote. Here each connection is either being answered
-or has a deadline, and the house has a last place: whoever comes when it is full takes the place of the
+or has a deadline and so many bytes to say what it wants, and the house has a last place: whoever comes when it is full takes the place of the
 connection that has been silent longest. So one that only holds places cannot keep a scraper out.
 
     listening socket [-> secure.py] -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
@@ -26,6 +26,7 @@ class DoorLimits:
     answer_s: float = 10.0  # to make an answer; nothing here takes long
     requests_per_s: float = 25.0  # of all together; who asks faster waits. Guess
     requests_burst: int = 50
+    request_bytes: int = 1 << 16  # of one request, to its end: a browser sends 2 KiB. Guess
 
 
 class Door:
@@ -47,7 +48,7 @@ class Door:
 
     def __call__(self) -> Guest:
         inner = self._make_inner()
-        return Guest(self, inner, self._limits.idle_s)
+        return Guest(self, inner, self._limits)
 
     @property
     def open(self) -> int:
@@ -85,7 +86,7 @@ class Door:
         try:
             yield
         finally:
-            guest.answered = False
+            guest.answered, guest.came = False, 0
             guest.give(self._limits.idle_s)
             if self._guests.pop(guest.inner, None) is not None:
                 self._guests[guest.inner] = guest  # the one that was silent for the shortest time
@@ -100,11 +101,12 @@ class Door:
 class Guest(asyncio.Protocol):
     """One connection: all goes to aiohttp's protocol, until its time is over."""
 
-    def __init__(self, door: Door, inner: asyncio.Protocol, idle_s: float) -> None:
+    def __init__(self, door: Door, inner: asyncio.Protocol, limits: DoorLimits) -> None:
         self.inner = inner
         self.answered = False  # at this moment
+        self.came = 0  # bytes, since the last request was whole
         self._door = door
-        self._idle_s = idle_s
+        self._limits = limits
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -123,11 +125,17 @@ class Guest(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self.inner.connection_made(transport)
-        self.give(self._idle_s)
+        self.give(self._limits.idle_s)
         self._door.enter(self)
 
     def data_received(self, data: bytes) -> None:
-        self.inner.data_received(data)
+        room = self._limits.request_bytes - self.came
+        self.came += len(data)
+        if room > 0:  # to parse the rest costs a core and hundreds of megabytes, if many send such
+            self.inner.data_received(data[:room])
+        transport = self._transport
+        if self.came > self._limits.request_bytes and transport is not None and not transport.is_closing():
+            transport.pause_reading()
 
     def eof_received(self) -> bool | None:
         return self.inner.eof_received()

@@ -10,6 +10,7 @@ from tapestry.dht.identity import Identity
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.canon import PEER_CHARS_MAX
 from tapestry.node.protocol.members import (
+    NEWCOMERS_MAX,
     ROLLBACK_EPOCHS_MAX,
     Change,
     Charter,
@@ -153,3 +154,70 @@ def test_a_few_who_ask_for_much_keep_nobodys_proposal_out():
     again = [change("voice", PEERS[7], "9", n, nonce=n) for n in greedy]
     assert [proposals.add(roll, 1, made, CRYPTO) for made in again] == ["proposals"] * len(again)
     assert asked_by(proposals)[7] == 1
+
+
+# --- invitations, councils and newcomers --------------------------------------------------------------
+
+
+def test_nobody_who_was_removed_comes_back_by_an_invitation():
+    roll = after(first_roll(RUN, Charter(), PEERS[:2]), change("invite", PEERS[4], "5 0 guest", 0))
+    roll = after(roll, change("admit", PEERS[3], "", 4))
+    roll = after(roll, change("remove", PEERS[3], "noise", 0))
+    assert fault(roll, change("admit", PEERS[3], "", 4, nonce=2)) == "unsigned_change"
+    assert fault(roll, change("admit", PEERS[5], "", 4)) is None, "another guest does"
+    assert fault(roll, change("admit", PEERS[3], "", 0, nonce=2)) is None, "who admits may"
+
+
+def test_a_record_carries_no_more_signatures_of_a_change_than_it_needs():
+    roll = first_roll(RUN, Charter(admit_by="majority"), PEERS[:5])
+    pool = Proposals()
+    assert pool.add(roll, 1, change("remove", PEERS[4], "lied", 0, 1, 2, 3), CRYPTO) is None
+    (carried,) = pool.ready(roll, 1, PEERS[:4], CRYPTO)
+    assert len(carried.signatures) == 3 and fault(roll, carried) is None
+
+
+@pytest.mark.parametrize(("kind", "peer", "by"), [("admit", PEERS[5], (4, 7)), ("remove", PEERS[3], (3, 7))])
+def test_what_one_signature_is_enough_for_keeps_that_one(kind: str, peer: str, by: tuple[int, ...]):
+    """The key of an invitation that admits; who leaves by itself. PEERS[7] is nobody."""
+    roll = after(
+        first_roll(RUN, Charter(admit_by="majority"), PEERS[:4]),
+        change("invite", PEERS[4], "2 0 guest", 0, 1, 2),
+    )
+    pool = Proposals()
+    assert pool.add(roll, 1, change(kind, peer, "", *by), CRYPTO) is None
+    (carried,) = pool.ready(roll, 1, PEERS[:3], CRYPTO)
+    assert [signer for signer, _ in carried.signatures] == [PEERS[by[0]]]
+
+
+def test_an_invitation_is_not_used_up_where_those_who_admit_have_signed():
+    roll = after(first_roll(RUN, Charter(), PEERS[:2]), change("invite", PEERS[4], "1 0 guest", 0))
+    pool = Proposals()
+    assert pool.add(roll, 1, change("admit", PEERS[5], "", 0, 4), CRYPTO) is None
+    (carried,) = pool.ready(roll, 1, PEERS[:2], CRYPTO)
+    assert PEERS[4] in after(roll, carried).invites
+
+
+def test_a_council_that_has_shrunk_still_changes_the_other_rules():
+    roll = first_roll(RUN, Charter(admit_by="council 2/3"), PEERS[:3])
+    roll = after(roll, change("remove", PEERS[2], "gone", 0, 1))
+    assert fault(roll, change("charter", "", "voice tokens", 0, 1)) is None
+    assert fault(roll, change("charter", "", "voice loud", 0, 1)) == "charter"
+    assert fault(roll, change("charter", "", "admit_by council 1/3", 0, 1)) == "charter"
+    assert fault(roll, change("charter", "", "admit_by council 2/2", 0, 1)) is None
+
+
+def test_keys_that_contribute_once_keep_no_newcomer_from_being_counted():
+    roll = first_roll(RUN, Charter(admission="open", open_votes_after=3), PEERS[:1])
+    for n in range(NEWCOMERS_MAX):
+        roll = roll.after(n + 1, "", [], [(PEERS[0], 1), (f"key{n}", 1)])
+    for n in range(3):
+        assert PEERS[1] not in roll.members
+        roll = roll.after(n + 500, "", [], [(PEERS[0], 1), (PEERS[1], 1), (f"late{n}", 1)])
+    assert PEERS[1] in roll.members and len(roll.counted) <= NEWCOMERS_MAX
+
+
+def test_the_key_of_an_invitation_does_not_contribute_its_way_in():
+    roll = first_roll(RUN, Charter(admission="open", open_votes_after=1), PEERS[:1])
+    roll = after(roll, change("invite", PEERS[4], "2 0 guest", 0))
+    assert not roll.may_contribute(PEERS[4])
+    assert PEERS[4] not in roll.after(2, "", [], [(PEERS[0], 1), (PEERS[4], 1)]).members

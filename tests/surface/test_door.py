@@ -258,3 +258,24 @@ def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_loopback_needs_no_token_and_every_other_address_does() -> None:
     assert [needs_token(host) for host in ("127.0.0.1", "localhost", "::1")] == [False] * 3
     assert [needs_token(host) for host in ("0.0.0.0", "::", "10.0.0.3", "node.example")] == [True] * 4
+
+
+def test_of_a_request_without_an_end_so_many_bytes_are_read_and_no_more() -> None:
+    class Reader(asyncio.Protocol):
+        got = 0
+
+        def data_received(self, data: bytes) -> None:
+            Reader.got += len(data)
+
+    async def main() -> None:
+        limits = DoorLimits(request_bytes=100_000)
+        server = await asyncio.get_running_loop().create_server(Door(Reader, limits), "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+        writer.write(b"a" * 50_000_000)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 1.0)
+        assert Reader.got == 100_000
+        writer.transport.abort()
+        server.close()
+
+    asyncio.run(main())

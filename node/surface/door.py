@@ -2,8 +2,9 @@
 
 aiohttp waits without end for a first request, and takes as many connections as come: 1,100 idle ones used up
 the node's file descriptors, and it ended while writing a vote. Here each connection is either being answered
-or has a deadline and so many bytes to say what it wants, and the house has a last place: whoever comes when it is full takes the place of the
-connection that has been silent longest. So one that only holds places cannot keep a scraper out.
+or has a deadline, and so many bytes to say what it wants; and the house has a last place: whoever comes when
+it is full takes the place of the connection that has been silent longest. So one that only holds places
+cannot keep a scraper out.
 
     listening socket [-> secure.py] -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
 

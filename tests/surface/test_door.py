@@ -268,13 +268,15 @@ def test_of_a_request_without_an_end_so_many_bytes_are_read_and_no_more() -> Non
             Reader.got += len(data)
 
     async def main() -> None:
-        limits = DoorLimits(request_bytes=100_000)
-        server = await asyncio.get_running_loop().create_server(Door(Reader, limits), "127.0.0.1", 0)
+        door = Door(Reader, DoorLimits(request_bytes=100_000, idle_s=2.0))
+        server = await asyncio.get_running_loop().create_server(door, "127.0.0.1", 0)
         _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
         writer.write(b"a" * 50_000_000)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(writer.drain(), 1.0)
-        assert Reader.got == 100_000
+        assert Reader.got == 100_000 and door.open == 1
+        while door.open:  # until its time is over
+            await asyncio.sleep(0.05)
         writer.transport.abort()
         server.close()
 

@@ -40,6 +40,7 @@ KINDS: Final = ("admit", "remove", "rekey", "voice", "invite", "charter", "set",
 OF_NOBODY: Final = ("charter", "set", "rollback")  # kinds that are about no peer
 
 CHANGES_MAX = 8  # in one record: more wait for the next
+SIGNATURES_MANY = 64  # of one change: with more, a record carries no more than it needs. Guess
 CHANGES_BYTES_MAX = 65_536  # Guess: of one record's changes, so that a record fits into a frame
 LIFETIME_EPOCHS_MAX = 1_000_000  # of a change: how long the roll must remember it
 INVITES_MAX = 256  # open ones, of a run
@@ -382,13 +383,14 @@ def admits_guest(roll: Roll, change: Change) -> bool:
 
 
 def fewest_signatures(roll: Roll, change: Change) -> Change:
-    """It with as many signatures as it needs, if it has them: a record has room for so many."""
+    """It with all signatures, or, where these are many, with as many as it needs: a record has room for so
+    many. What one signature is enough for keeps that one."""
     signers = [p for p, _ in change.signatures]
+    if len(signers) <= SIGNATURES_MANY:
+        return change
     kept = authorities(roll, signers)[: needed(roll)]
-    if change.kind == "remove" and change.peer in signers:
-        kept = [change.peer]
-    elif len(kept) < needed(roll):
-        kept = [p for p in signers if p in roll.invites][:1] if admits_guest(roll, change) else signers
+    if len(kept) < needed(roll):
+        kept = [p for p in signers if p == change.peer or p in roll.invites]
     return replace(change, signatures=tuple([pair for pair in change.signatures if pair[0] in kept]))
 
 

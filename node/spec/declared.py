@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
-from tapestry.node.disk.files import atomic_write
+from tapestry.node.disk.files import atomic_write, one_at_a_time
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import WORD, DataSettings, Domain, Located, Protection, is_word, rebased_data
@@ -327,18 +327,23 @@ def parse_declaration(text: str, path: str, purpose: str) -> Declaration:
 
 
 def append(home: Home, entries: Iterable[Declaration | Revoked]) -> None:
-    """Put tables at the end of data.toml; a new file begins with what its keys mean. Raises UserError."""
+    """Put tables at the end of data.toml; a new file begins with what its keys mean. Raises UserError.
+
+    Commands that do so at once take turns, so that none undoes what another wrote.
+    """
     path = home.data_toml
+    added = ""
+    for one in entries:
+        kind = "source" if isinstance(one, Declaration) else "revoked"
+        said = {name: value for name, value in plain(one).items() if value not in ("", [])}
+        added += f"\n[[{kind}]]\n" + "".join(
+            f"{name} = {toml_value(value)}\n" for name, value in said.items()
+        )
+    home.create()
     try:
-        text = path.read_text(encoding="utf-8") if os.path.lexists(path) else template()
-        for one in entries:
-            kind = "source" if isinstance(one, Declaration) else "revoked"
-            said = {name: value for name, value in plain(one).items() if value not in ("", [])}
-            text += f"\n[[{kind}]]\n" + "".join(
-                f"{name} = {toml_value(value)}\n" for name, value in said.items()
-            )
-        home.create()
-        atomic_write(path, text.encode(), 0o600)
+        with one_at_a_time(path):
+            text = path.read_text(encoding="utf-8") if os.path.lexists(path) else template()
+            atomic_write(path, (text + added).encode(), 0o600)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot write {path}: {error}", exit_code=ExitCode.FAILED) from error
     Declared.load(home)

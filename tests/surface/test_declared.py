@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from click.testing import CliRunner, Result
 
 from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import Span, Started, note_use, spans
+from tapestry.node.spec import declared as declared_module
 from tapestry.node.spec.data import DataSettings, Located, SourceSettings, ValidationSettings
 from tapestry.node.spec.declared import (
     BASE,
@@ -279,6 +282,27 @@ def test_a_declaration_that_says_too_little_or_something_else_is_refused(text: s
     with pytest.raises(UserError, match="--declare") as caught:
         parse_declaration(text, "/d", BASE)
     assert caught.value.hint is not None and "OWNER, LICENCE" in caught.value.hint
+
+
+def test_of_two_commands_at_once_none_undoes_what_the_other_wrote(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is held up between reading and writing, while the second revokes."""
+    append(home, [parse_declaration("us, CC0-1.0", "/first", BASE)])
+    second = threading.Thread(target=append, args=(home, [Revoked("/first", "today")]))
+
+    def slow(path: Path, data: bytes, mode: int) -> None:
+        monkeypatch.setattr(declared_module, "atomic_write", atomic_write)
+        second.start()
+        second.join(0.3)
+        atomic_write(path, data, mode)
+
+    monkeypatch.setattr(declared_module, "atomic_write", slow)
+    append(home, [parse_declaration("us, CC0-1.0", "/third", BASE)])
+    second.join()
+    read = Declared.load(home)
+    assert [one.path for one in read.source] == ["/first", "/third"]
+    assert [one.path for one in read.revoked] == ["/first"]
 
 
 def test_only_what_a_declaration_can_still_allow_is_asked_for(home: Home) -> None:

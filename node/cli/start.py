@@ -200,7 +200,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     """What is wrong at first sight is said before the imports, which take seconds; nothing undeclared is
     opened."""
     from tapestry.node.trainer.data.errors import DataError
-    from tapestry.node.trainer.data.sources import linked_out, list_data
+    from tapestry.node.trainer.data.sources import list_data, located_in
 
     config.home.require_free()
     config.home.require_way(alone=config.island)
@@ -210,11 +210,11 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     declare_missing(config.home, paths, BASE, declaration, silent=config.log_format == "json")
     there = [one for one in paths if is_word(one) or os.path.lexists(one)]
     try:
-        beyond = linked_out(config.data)
-        led_to = [place for places in beyond.values() for place in places]
+        located = located_in(config.data)
+        led_to = [real for one in located for real in one.real]
         declare_missing(config.home, led_to, BASE, declaration, silent=config.log_format == "json")
-        require(config.home, there, BASE, today_utc(), beyond)
-        list_data(config.data)
+        require(config.home, there, BASE, today_utc(), located)
+        list_data(config.data, located)
     except DataError as error:
         raise UserError(str(error)) from error
 

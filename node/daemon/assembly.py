@@ -31,7 +31,7 @@ from tapestry.node.daemon.descriptors import streams_max
 from tapestry.node.daemon.desk import Loop
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper, found_run, keep_initial_state
-from tapestry.node.daemon.permit import beyond
+from tapestry.node.daemon.permit import located
 from tapestry.node.daemon.runtime import Runtime
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.disk.branches import BRANCH_LIMITS, BranchLimits
@@ -257,7 +257,8 @@ def link_limits(spec: RunSpec, averaging: Averaging, throttles: Throttles) -> Li
 def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSettings:
     """What the trainer is told, of the run and of this node. Raises UserError for undeclared data."""
     home = config.home
-    protected = require(home, paths_of(config.data), BASE, today_utc(), beyond(config.data))
+    places = located(config.data)
+    protected = require(home, paths_of(config.data), BASE, today_utc(), places)
     require_brought(home, today_utc())
     return WorkerSettings(
         training=training_spec(spec),
@@ -280,6 +281,7 @@ def worker_settings(config: NodeConfig, spec: RunSpec, peer_id: str) -> WorkerSe
         threads=config.threads,
         run_spec=spec.canonical().decode() if config.external else "",
         protected=protected,
+        located=places,
         brought_path=str(home.brought),
     )
 

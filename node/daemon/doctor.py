@@ -61,7 +61,7 @@ from tapestry.node.surface.tls import ServerTls
 from tapestry.node.surface.token import Token
 from tapestry.node.trainer.brought import BroughtError, read_about
 from tapestry.node.trainer.data.errors import DataError
-from tapestry.node.trainer.data.sources import linked_out, list_data
+from tapestry.node.trainer.data.sources import list_data, located_in
 
 TRIAL_BYTES = 32 << 20
 SYNC_S_MAX = 1.0  # Guess: a vote is synced a few times a round
@@ -186,8 +186,9 @@ def look_at_data(config: NodeConfig) -> Iterator[Finding]:
         yield unknown("data", "a script brings them, or see settings above")
         return
     try:
-        require(config.home, paths_of(config.data), BASE, today_utc(), linked_out(config.data))
-        listings = list_data(config.data)
+        located = located_in(config.data)
+        require(config.home, paths_of(config.data), BASE, today_utc(), located)
+        listings = list_data(config.data, located)
     except UserError as error:
         yield wrong("data", error.line, error.hint or "")
         return

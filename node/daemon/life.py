@@ -44,7 +44,7 @@ from tapestry.node.daemon.control import Control
 from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
-from tapestry.node.daemon.permit import DataPermit, beyond
+from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.daemon.restored import RESTORED_WAIT_S, chain_of, find_run
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
 from tapestry.node.disk.branches import BranchLimits
@@ -224,7 +224,8 @@ class Daemon:
             self._wait_for("")
             _log.info("%s", _waiting_for(config))
             stack.push_async_callback(self._stop_trainer)
-            await self._configure_trainer(worker_settings(config, agreed.spec, identity.peer_id))
+            settings = worker_settings(config, agreed.spec, identity.peer_id)
+            await self._configure_trainer(settings)
             trackers = await asyncio.to_thread(
                 open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
             )
@@ -232,7 +233,6 @@ class Daemon:
             egress = await asyncio.to_thread(EgressLedger, self.home)
             stack.push_async_callback(egress.close)
             reporter = Reporter(self.metrics, self.live, trackers, self.history, egress)
-            linked = await asyncio.to_thread(beyond, config.data)
             own = Own(
                 self.home,
                 identity,
@@ -244,15 +244,15 @@ class Daemon:
                 config.ending,
                 config.base,
                 config.island,
-                DataPermit(self.home, paths_of(config.data), linked=linked).refusal,
+                DataPermit(self.home, paths_of(config.data), located=settings.located).refusal,
                 config.relay,
                 BranchLimits(config.branches_kept, config.branches_bytes),
             )
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
                 used = (self.home, BASE, sources_of(config.data), genesis.run_id, loaded.epoch)
-                reals = tuple(real for every in linked.values() for real in every)
-                node_says = Started(identity.peer_id, config.island, reals)
+                reals = {real: None for one in settings.located for real in one.real if real != one.path}
+                node_says = Started(identity.peer_id, config.island, tuple(reals))
                 await asyncio.to_thread(note_use, *used, node_says)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)

@@ -9,15 +9,15 @@ learnt from data of its own, which are asked for as well.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
-from tapestry.node.spec.data import DataSettings
-from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, Declared, require, stamp_of, today_utc
+from tapestry.node.spec.data import DataSettings, Located
+from tapestry.node.spec.declared import BASE, Declared, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
-from tapestry.node.trainer.data.sources import linked_out
+from tapestry.node.trainer.data.sources import located_in
 
 Today = Callable[[], datetime.date]
 
@@ -26,11 +26,15 @@ class DataPermit:
     """`refusal()` is "" while all sources may be used for the base, and else says why not."""
 
     def __init__(
-        self, home: Home, paths: tuple[str, ...], today: Today = today_utc, linked: Beyond = NO_LINKS
+        self,
+        home: Home,
+        paths: tuple[str, ...],
+        today: Today = today_utc,
+        located: Sequence[Located] = (),  # as the trainer has them: it reads nothing else
     ) -> None:
         self._home = home
         self._paths = paths
-        self._linked = linked
+        self._located = located
         self._today = today
         self._seen: object = None
         self._refusal = ""
@@ -48,16 +52,16 @@ class DataPermit:
         except UserError as error:
             return f"{error.line}; training goes on when that is mended"
         try:
-            require(self._home, self._paths, BASE, today, self._linked)
+            require(self._home, self._paths, BASE, today, self._located)
             require_brought(self._home, today)
         except UserError as error:
             return f"{error.line}; start the node again without it"
         return ""
 
 
-def beyond(settings: DataSettings) -> Beyond:
-    """What sources read through links, beyond their folders. Raises UserError."""
+def located(settings: DataSettings) -> tuple[Located, ...]:
+    """Where the sources lie now. Raises UserError."""
     try:
-        return linked_out(settings)
+        return located_in(settings)
     except DataError as error:
         raise UserError(str(error)) from error

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,20 @@ _LOST = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)  # the latter two by file syst
 _SEALED, _SEALED_VALUE = b'{"digest":"', b'","value":'
 
 _log = logging.getLogger("tapestry.disk")
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """For commands that change `path` beside each other: waits for its turn, by a lock in a file beside it.
+
+    Raises OSError.
+    """
+    fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -16,7 +16,6 @@ Knows nothing of what the values mean. Must not import torch.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from tapestry.node.disk.files import one_at_a_time
 from tapestry.node.protocol.chain import canonical
 from tapestry.node.protocol.strict import table
 
@@ -122,17 +122,13 @@ class LinkedFile:
 def append_once(path: Path, value: Any) -> int:
     """One line, for a command beside whatever else may write: waits for its turn. The torn bytes that it
     cut. Raises OSError, BrokenLink."""
-    fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with one_at_a_time(path):
         file = LinkedFile(path)
         try:
             file.append([value], sync=True)
         finally:
             file.close()
         return file.torn_bytes
-    finally:
-        os.close(fd)
 
 
 def read_linked(path: Path) -> Iterator[Linked | Tail]:

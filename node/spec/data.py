@@ -117,6 +117,17 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """Where one source lay when it was asked whether it may be read: nothing else is read of it."""
+
+    path: Annotated[str, "Of the source, as in its settings."]
+    real: Annotated[
+        tuple[str, ...],
+        "Its real path, and the real paths that its links lead to, of a folder for all that lies in it.",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class Protection:
     """The domains of one source."""
 

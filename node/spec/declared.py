@@ -23,15 +23,14 @@ import datetime
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Annotated, Literal, get_args
 
-from tapestry.node.disk.files import atomic_write
+from tapestry.node.disk.files import atomic_write, one_at_a_time
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.data import WORD, DataSettings, Domain, Protection, is_word, rebased_data
+from tapestry.node.spec.data import WORD, DataSettings, Domain, Located, Protection, is_word, rebased_data
 from tapestry.node.spec.tables import (
     Pattern,
     TableError,
@@ -51,9 +50,6 @@ SAID = Pattern(r"[^\x00-\x1f\x7f]{1,200}", "1 to 200 printable characters")
 PERHAPS_SAID = Pattern(r"[^\x00-\x1f\x7f]{0,1000}", "at most 1000 printable characters")
 OWN = "own"  # in --declare: the member's own text
 FORM = 'OWNER, LICENCE[, MODE][, until YYYY-MM-DD][, consent REFERENCE], or "own"'
-
-Beyond = Mapping[str, tuple[str, ...]]  # what a source reads beyond its own folder: trainer/data/sources.py
-NO_LINKS: Beyond = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +187,11 @@ class Declared:
                 names |= set(one.protected)
         return tuple(one for one in self.domain if one.name in names)
 
-    def protections(self, paths: Iterable[str], linked: Beyond = NO_LINKS) -> tuple[Protection, ...]:
+    def protections(self, paths: Iterable[str], located: Iterable[Located] = ()) -> tuple[Protection, ...]:
         """For the trainer: of each source that has any."""
+        real = {one.path: one.real for one in located}
         found = (
-            Protection(path, self.domains_of(path, *linked.get(path, ()))) for path in dict.fromkeys(paths)
+            Protection(path, self.domains_of(path, *real.get(path, ()))) for path in dict.fromkeys(paths)
         )
         return tuple(one for one in found if one.domains)
 
@@ -231,20 +228,20 @@ def sources_of(settings: DataSettings) -> tuple[str, ...]:
 
 
 def require(
-    home: Home, paths: Iterable[str], purpose: str, today: datetime.date, linked: Beyond = NO_LINKS
+    home: Home, paths: Iterable[str], purpose: str, today: datetime.date, located: Sequence[Located] = ()
 ) -> tuple[Protection, ...]:
-    """What the sources must be kept clear of. Raises UserError if one, or a file that it is read through a
-    link of, may not be read for the purpose."""
+    """What the sources must be kept clear of. Raises UserError if one, or a place where it lies, may not be
+    read for the purpose."""
     declared = Declared.load(home)
     paths = tuple(paths)
-    for path in dict.fromkeys((*paths, *(real for every in linked.values() for real in every))):
+    for path in dict.fromkeys((*paths, *(real for one in located for real in one.real))):
         if why := declared.refusal(path, purpose, today):
             how = f'tapestry data declare "OWNER, LICENCE" {path} --home {home.path}; or start with --declare'
             hint = how if "not declared" in why else f"tapestry data list --home {home.path}"
-            source = next((one for one, every in linked.items() if path in every), "")
+            source = next((one.path for one in located if path in one.real and path not in paths), "")
             why += f" (a link in {source} leads there)" if source else ""
             raise UserError(f"data {path} is not read: {why}", exit_code=ExitCode.USAGE, hint=hint)
-    return declared.protections(paths, linked)
+    return declared.protections(paths, located)
 
 
 class Standing:
@@ -330,18 +327,23 @@ def parse_declaration(text: str, path: str, purpose: str) -> Declaration:
 
 
 def append(home: Home, entries: Iterable[Declaration | Revoked]) -> None:
-    """Put tables at the end of data.toml; a new file begins with what its keys mean. Raises UserError."""
+    """Put tables at the end of data.toml; a new file begins with what its keys mean. Raises UserError.
+
+    Commands that do so at once take turns, so that none undoes what another wrote.
+    """
     path = home.data_toml
+    added = ""
+    for one in entries:
+        kind = "source" if isinstance(one, Declaration) else "revoked"
+        said = {name: value for name, value in plain(one).items() if value not in ("", [])}
+        added += f"\n[[{kind}]]\n" + "".join(
+            f"{name} = {toml_value(value)}\n" for name, value in said.items()
+        )
+    home.create()
     try:
-        text = path.read_text(encoding="utf-8") if os.path.lexists(path) else template()
-        for one in entries:
-            kind = "source" if isinstance(one, Declaration) else "revoked"
-            said = {name: value for name, value in plain(one).items() if value not in ("", [])}
-            text += f"\n[[{kind}]]\n" + "".join(
-                f"{name} = {toml_value(value)}\n" for name, value in said.items()
-            )
-        home.create()
-        atomic_write(path, text.encode(), 0o600)
+        with one_at_a_time(path):
+            text = path.read_text(encoding="utf-8") if os.path.lexists(path) else template()
+            atomic_write(path, (text + added).encode(), 0o600)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot write {path}: {error}", exit_code=ExitCode.FAILED) from error
     Declared.load(home)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Final, Literal
 
 from tapestry.node.protocol.settings import Settings, bounds_of, number_of
-from tapestry.node.spec.data import DataSettings, Protection
+from tapestry.node.spec.data import DataSettings, Located, Protection
 from tapestry.node.spec.tables import Between, Pattern, TableError
 
 TENSORS_CHARS_MAX = 24 << 10  # of an external module, in a spec of 64 kB that is quoted in its genesis
@@ -422,6 +422,9 @@ class WorkerSettings:
     validation_windows: Annotated[int, Between(1, 2**16), "64 of `tiny`: 0.3 s on one core."] = 64
     gate_windows: Annotated[int, Between(0, 2**16), "To judge a result by: protocol/gate.py. 0: no gate."] = 0
     protected: Annotated[tuple[Protection, ...], "Domains that sources are kept clear of."] = ()
+    located: Annotated[
+        tuple[Located, ...], "Where sources may be read; one that is a path and not here: nowhere."
+    ] = ()
     brought_path: Annotated[str, "What is brought from an island: trainer/brought.py. Or empty."] = ""
 
 

@@ -21,6 +21,7 @@ from tapestry.node.protocol import strict
 
 FRAME_BYTES_MAX = 4 << 20  # a Hello with a hundred thousand named tensors
 TEXT_CHARS_MAX = 4096
+PATHS = "surrogateescape"  # as Python has file names that are no text: those of the data go to the trainer
 HEADER = struct.Struct(">I")
 
 
@@ -241,7 +242,9 @@ Report = (
 def pack(message: Command | Report) -> bytes:
     """The whole frame."""
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    body: bytes = msgpack.packb({"type": type(message).__name__, **fields}, use_bin_type=True)
+    body: bytes = msgpack.packb(
+        {"type": type(message).__name__, **fields}, use_bin_type=True, unicode_errors=PATHS
+    )
     assert len(body) <= FRAME_BYTES_MAX
     return HEADER.pack(len(body)) + body
 
@@ -256,19 +259,19 @@ def body_length(header: bytes) -> int:
 
 def unpack_command(body: bytes) -> Command:
     """Raises MessageError."""
-    command: Command = _unpack(body, _COMMANDS)
+    command: Command = _unpack(body, _COMMANDS, PATHS)
     return command
 
 
 def unpack_report(body: bytes) -> Report:
     """Raises MessageError."""
-    report: Report = _unpack(body, _REPORTS)
+    report: Report = _unpack(body, _REPORTS, "strict")
     return report
 
 
-def _unpack(body: bytes, known: dict[str, Any]) -> Any:
+def _unpack(body: bytes, known: dict[str, Any], unicode_errors: str) -> Any:
     try:
-        fields = msgpack.unpackb(body, raw=False, strict_map_key=True)
+        fields = msgpack.unpackb(body, raw=False, strict_map_key=True, unicode_errors=unicode_errors)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise MessageError(f"not msgpack: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):

@@ -70,7 +70,9 @@ def open_training_corpus(settings: WorkerSettings, channel: group.Channel | None
         tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
         progress = (lambda done, total: None) if channel is None else TellTokenizing(channel)
         cache = Path(settings.cache_dir)
-        return open_corpus(settings.data, tokenizer, cache, use, progress, settings.protected)
+        return open_corpus(
+            settings.data, tokenizer, cache, use, progress, settings.protected, settings.located
+        )
     except (DataError, TokenizerError) as error:
         raise WorkerFailure("data", sendable(str(error))) from error
 

@@ -13,15 +13,20 @@ from typing import Any
 
 import pytest
 
-from tapestry.node.daemon import life
+from tapestry.node.daemon import assembly, life
 from tapestry.node.daemon.life import Daemon
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim, write_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home, NodeInfo
+from tapestry.node.spec.data import DataSettings, Located
+from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import new_spec
+from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface import logs
 from tapestry.node.surface.logs import Log
+from tapestry.node.trainer.data.sources import located_in
 
 INFO = NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now")
 
@@ -158,3 +163,32 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
     assert run(daemon, inside) == 0
     assert [(s["phase"], s["reason"]) for s in seen] == [("joining", "looks for its run, 60 s")]
     assert daemon.view.ready() == (False, "starting")
+
+
+def test_a_trainer_may_read_what_was_asked_about_also_if_a_link_is_moved_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    first, second, source = tmp_path / "v1", tmp_path / "v2", tmp_path / "current"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "a.txt").write_text("text")
+    source.symlink_to(first)
+    config = NodeConfig.resolve(home, {"data": (str(source),)}, {})
+    spec = new_spec("run", PRESETS["nano"])
+
+    def moved(settings: DataSettings) -> tuple[Located, ...]:
+        found = located_in(settings)
+        source.unlink()
+        source.symlink_to(second)
+        return found
+
+    monkeypatch.setattr(assembly, "located", moved)
+    append(home, [parse_declaration("us, CC0-1.0", str(second), BASE)])
+    with pytest.raises(UserError, match=r"v1 is not read: not declared \(a link in .*current leads there"):
+        assembly.worker_settings(config, spec, "peer")
+    source.unlink()
+    source.symlink_to(first)
+    append(home, [parse_declaration("us, CC0-1.0", str(first), BASE)])
+    assert assembly.worker_settings(config, spec, "peer").located == (Located(str(source), (str(first),)),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from click.testing import CliRunner, Result
 
 from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import Span, Started, note_use, spans
-from tapestry.node.spec.data import DataSettings, SourceSettings
+from tapestry.node.spec import declared as declared_module
+from tapestry.node.spec.data import DataSettings, Located, SourceSettings, ValidationSettings
 from tapestry.node.spec.declared import (
     BASE,
     Declared,
@@ -28,7 +31,7 @@ from tapestry.node.spec.declared import (
 )
 from tapestry.node.trainer.data import sources
 from tapestry.node.trainer.data.errors import DataError
-from tapestry.node.trainer.data.sources import linked_out
+from tapestry.node.trainer.data.sources import located_in
 
 TODAY = datetime.date(2026, 12, 1)
 SOURCE = """[[source]]
@@ -100,23 +103,28 @@ def test_what_links_of_a_followed_folder_lead_to_must_be_declared_and_kept_clear
         (one / "a.txt").write_text("text")
     (folder / "link.txt").symlink_to(outside / "a.txt")
     source = SourceSettings(str(folder), name="folder", follow_links=True)
-    assert linked_out(DataSettings(source=(replace(source, follow_links=False),))) == {}
-    linked = linked_out(DataSettings(source=(source,)))
-    assert linked == {str(folder): (str(outside / "a.txt"),)}
+    alone = DataSettings(source=(replace(source, follow_links=False),))
+    assert located_in(alone) == (Located(str(folder), (str(folder),)),)
+    located = located_in(DataSettings(source=(source,)))
+    assert located == (Located(str(folder), (str(folder), str(outside / "a.txt"))),)
+    sets = (
+        ValidationSettings(str(folder), name="set"),
+    )  # the same folder, whose links are not followed here
+    assert located_in(DataSettings(source=(source,), validation=sets)) == located
     append(home, [parse_declaration("us, CC0-1.0", str(folder), BASE)])
     with pytest.raises(UserError, match=r"a\.txt is not read: not declared \(a link in .*folder leads"):
-        require(home, [str(folder)], BASE, TODAY, linked)
+        require(home, [str(folder)], BASE, TODAY, located)
     guarded = replace(parse_declaration("us, CC0-1.0", str(outside), BASE), protected=("names",))
     with home.data_toml.open("a") as file:
         file.write('[[domain]]\nname = "names"\npatterns = ["Anna"]\n')
     append(home, [guarded])
-    (found,) = require(home, [str(folder)], BASE, TODAY, linked)
+    (found,) = require(home, [str(folder)], BASE, TODAY, located)
     assert found.path == str(folder) and [one.name for one in found.domains] == ["names"]
-    permit = DataPermit(home, (str(folder),), lambda: TODAY, linked)
+    permit = DataPermit(home, (str(folder),), lambda: TODAY, located)
     assert permit.refusal() == ""
     append(home, [Revoked(str(outside / "a.txt"), "today")])
     assert "was revoked" in permit.refusal()
-    note_use(home, BASE, [str(folder)], "run", 3, Started("peer", linked=linked[str(folder)]))
+    note_use(home, BASE, [str(folder)], "run", 3, Started("peer", linked=located[0].real[1:]))
     assert spans(home, lambda path: path == str(outside / "a.txt")) == [Span("run", 3, None)]
 
 
@@ -134,17 +142,23 @@ def test_a_link_to_a_folder_is_one_place_and_too_many_places_are_said(
     (folder / "link").symlink_to(outside)
     (outside / "deep" / "on").symlink_to(tmp_path / "further")
     settings = DataSettings(source=(SourceSettings(str(folder), name="folder", follow_links=True),))
-    assert linked_out(settings) == {str(folder): (str(outside), str(tmp_path / "further"))}
+
+    def places() -> list[str]:
+        ((real, *further),) = [one.real for one in located_in(settings)]
+        assert real == str(folder)
+        return further
+
+    assert places() == [str(outside), str(tmp_path / "further")]
     monkeypatch.setattr(sources, "LINKS_MAX", 2)
     (folder / "third").symlink_to(tmp_path / "further" / "0.txt")
-    assert len(linked_out(settings)[str(folder)]) == 2, "it lies in a place that is named already"
+    assert len(places()) == 2, "it lies in a place that is named already"
     for name in ("a",):
         (tmp_path / name).mkdir()
         (tmp_path / name / "alone.txt").write_text("text")
         (tmp_path / name / "other.txt").write_text("text")
     (folder / "fourth.txt").symlink_to(tmp_path / "a" / "alone.txt")
     with pytest.raises(DataError, match=r"lead to \d places outside, more than 2"):
-        linked_out(settings)
+        places()
 
 
 def test_many_links_to_files_of_one_folder_lead_to_that_folder(
@@ -156,9 +170,26 @@ def test_many_links_to_files_of_one_folder_lead_to_that_folder(
         (outside / f"{number}.txt").write_text("text")
         (folder / f"{number}.txt").symlink_to(outside / f"{number}.txt")
     settings = DataSettings(source=(SourceSettings(str(folder), name="folder", follow_links=True),))
-    assert len(linked_out(settings)[str(folder)]) == 4
+    assert len(located_in(settings)[0].real) == 1 + 4
     monkeypatch.setattr(sources, "LINKS_MAX", 3)
-    assert linked_out(settings) == {str(folder): (str(outside),)}
+    assert located_in(settings) == (Located(str(folder), (str(folder), str(outside))),)
+
+
+def test_a_source_that_was_a_link_is_asked_about_where_it_was_read(home: Home, tmp_path: Path) -> None:
+    """The trainer holds the text of the first place, wherever the link leads by now."""
+    first, second, source = tmp_path / "v1", tmp_path / "v2", tmp_path / "current"
+    for folder in (first, second):
+        folder.mkdir()
+        declare(home, str(folder))
+    source.symlink_to(first)
+    located = located_in(DataSettings(source=(SourceSettings(str(source), name="current"),)))
+    assert located == (Located(str(source), (str(first),)),)
+    permit = DataPermit(home, (str(source),), lambda: TODAY, located)
+    assert permit.refusal() == ""
+    source.unlink()
+    source.symlink_to(second)
+    append(home, [Revoked(str(first), "today")])
+    assert "v1 was revoked" in permit.refusal() and "current leads there" in permit.refusal()
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:
@@ -251,6 +282,27 @@ def test_a_declaration_that_says_too_little_or_something_else_is_refused(text: s
     with pytest.raises(UserError, match="--declare") as caught:
         parse_declaration(text, "/d", BASE)
     assert caught.value.hint is not None and "OWNER, LICENCE" in caught.value.hint
+
+
+def test_of_two_commands_at_once_none_undoes_what_the_other_wrote(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is held up between reading and writing, while the second revokes."""
+    append(home, [parse_declaration("us, CC0-1.0", "/first", BASE)])
+    second = threading.Thread(target=append, args=(home, [Revoked("/first", "today")]))
+
+    def slow(path: Path, data: bytes, mode: int) -> None:
+        monkeypatch.setattr(declared_module, "atomic_write", atomic_write)
+        second.start()
+        second.join(0.3)
+        atomic_write(path, data, mode)
+
+    monkeypatch.setattr(declared_module, "atomic_write", slow)
+    append(home, [parse_declaration("us, CC0-1.0", "/third", BASE)])
+    second.join()
+    read = Declared.load(home)
+    assert [one.path for one in read.source] == ["/first", "/third"]
+    assert [one.path for one in read.revoked] == ["/first"]
 
 
 def test_only_what_a_declaration_can_still_allow_is_asked_for(home: Home) -> None:

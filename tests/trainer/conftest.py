@@ -8,6 +8,7 @@ import pytest
 
 from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.training import PRESETS, WorkerSettings
+from tapestry.node.trainer.data.sources import located_in
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +20,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def worker_settings(text_file: Path, tmp_path: Path) -> WorkerSettings:
+    data = resolved_data(DataSettings(paths=(str(text_file),)), "")
     return WorkerSettings(
         training=PRESETS["nano"],
-        data=resolved_data(DataSettings(paths=(str(text_file),)), ""),
+        data=data,
+        located=located_in(data),
         cache_dir=str(tmp_path / "cache"),
         inner_state_path=str(tmp_path / "inner.safetensors"),
         cursor_path=str(tmp_path / "cursor.json"),

@@ -31,7 +31,7 @@ REPORTS = [
 ]
 VALIDATION = {"type": "Validation", "epoch": 1, "loss": 2.0, "sets": ["fr"], "losses": [2.0]}
 COMMANDS = [
-    messages.Configure({"a": [1, {"b": 2.5}]}),
+    messages.Configure({"a": [1, {"b": 2.5}], "path": "caf\udce9.txt"}),
     messages.Attach(6),
     messages.Initialise(),
     messages.Begin(3, 2, follows=True, counted=-1, slot=1),

@@ -13,6 +13,7 @@ from torch import Tensor
 from tapestry.node.spec.data import DataSettings, resolved_data
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.trainer.brought import write_brought
+from tapestry.node.trainer.data.sources import located_in
 from tapestry.node.trainer.messages import (
     Abort,
     Begin,
@@ -378,7 +379,7 @@ def test_every_set_has_its_loss_and_the_data_their_passes(
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{i * 7919 % 1009} " for i in range(3000)))
     sets = resolved_data(DataSettings(paths=(str(text_file), str(other))), "")
-    settings = dataclasses.replace(worker_settings, data=sets)
+    settings = dataclasses.replace(worker_settings, data=sets, located=located_in(sets))
     script = Script(
         (at_once, Evaluate(0)),
         (at_once, Begin(0, 1, follows=False, counted=0, slot=0)),
@@ -428,6 +429,12 @@ def test_a_codec_or_shards_that_there_are_not_are_a_fault_of_the_settings(
         with pytest.raises(WorkerFailure) as caught:
             Worker(dataclasses.replace(worker_settings, **changes), Script())  # type: ignore[arg-type]
         assert caught.value.reason == "settings"
+
+
+def test_a_worker_reads_no_source_that_was_not_asked_about(worker_settings: WorkerSettings) -> None:
+    with pytest.raises(WorkerFailure, match="it leads to") as caught:
+        Worker(dataclasses.replace(worker_settings, located=()), Script())  # type: ignore[arg-type]
+    assert caught.value.reason == "data"
 
 
 class Rank:

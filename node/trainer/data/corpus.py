@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapestry.node.spec.data import DataSettings, Protection, SourceSettings, resolved_data
+from tapestry.node.spec.data import DataSettings, Located, Protection, SourceSettings, resolved_data
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.order import Position, WindowOrder, shares_of
 from tapestry.node.trainer.data.sources import Listing, Listings, list_data, there_are
@@ -173,9 +173,13 @@ def open_corpus(
     use: Use,
     on_progress: OnProgress = lambda done, total: None,
     protected: Sequence[Protection] = (),
+    located: Sequence[Located] | None = None,
 ) -> Corpus:
-    """Tokenizes, or maps what an earlier start has tokenized. Raises DataError."""
-    listings = _kept_clear(list_data(settings), protected)
+    """Tokenizes, or maps what an earlier start has tokenized; `located`: see `list_data`.
+
+    Raises DataError.
+    """
+    listings = _kept_clear(list_data(settings, located), protected)
     files = _tokenize_all(settings, listings, tokenizer, cache_dir, on_progress)
     count = len(listings.sources)
     hold_out = not listings.validation

@@ -59,6 +59,7 @@ class SourceFile:
     format: str
     field: str = ""  # of a table
     encoding: str = ""  # of its text; "": its mark says, or UTF-8
+    real: str = ""  # where the path led when it was looked for; "": it need not be asked
 
 
 class NotText(Exception):

@@ -15,12 +15,21 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tapestry.node.spec.data import HUB, STDLIB, DataSettings, Domain, SourceSettings, ValidationSettings
+from tapestry.node.spec.data import (
+    HUB,
+    STDLIB,
+    DataSettings,
+    Domain,
+    Located,
+    SourceSettings,
+    ValidationSettings,
+    is_word,
+)
 from tapestry.node.trainer.data import hub
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import NotText, SourceFile, check_text
@@ -38,9 +47,11 @@ _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "
 CACHE_TAG = "CACHEDIR.TAG"
 _OURS = frozenset({"identity.key", CACHE_TAG})
 
+ELSEWHERE = "elsewhere than when the node was started, start it again to have that read"
 LEADS_OUT = "links that lead out of the folder, not followed"
 
 AnySource = SourceSettings | ValidationSettings
+Asked = Mapping[str, tuple[str, ...]]  # the real paths at which a source was asked about, by its path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +72,41 @@ class Listings:
     validation: tuple[Listing, ...]
 
 
-def list_data(settings: DataSettings) -> Listings:
-    """Every file once: a validation set's files are not trained on. Raises DataError."""
+def list_data(settings: DataSettings, located: Iterable[Located] | None = None) -> Listings:
+    """Every file once: a validation set's files are not trained on. Raises DataError.
+
+    `located`: where each source was asked about. What lies elsewhere by now is not opened, and left out.
+    None: whoever calls has nobody to ask.
+    """
     if not settings.source:
         raise DataError("no data given: name files or folders of text with --data, or --data stdlib")
     taken: set[str] = set()
-    validation = tuple(_listing(one, taken, "--validation") for one in settings.validation)
-    sources = tuple(_listing(one, taken, "--data") for one in settings.source)
+    asked = None if located is None else {one.path: one.real for one in located}
+    validation = tuple(_listing(one, taken, "--validation", asked) for one in settings.validation)
+    sources = tuple(_listing(one, taken, "--data", asked) for one in settings.source)
     for one in [*validation, *sources]:
         _refuse_mostly_left_out(one, settings)
     return Listings(sources, validation)
 
 
-def linked_out(settings: DataSettings) -> dict[str, tuple[str, ...]]:
-    """What sources with follow_links read beyond their own folders, by their paths: the real paths that their
-    links lead to, of a folder for all that is read below it. They must be declared too. Raises DataError."""
-    found = {}
+def located_in(settings: DataSettings) -> tuple[Located, ...]:
+    """Where sources that are paths lie now, and what the links of those with follow_links lead to. All of it
+    must be declared. Raises DataError."""
+    found: dict[str, dict[str, None]] = {}
     every: tuple[AnySource, ...] = (*settings.source, *settings.validation)
     for one in every:
-        if one.follow_links and os.path.isdir(one.path):
-            inside = os.path.realpath(one.path)
+        if is_word(one.path) or not os.path.exists(one.path):
+            continue
+        inside = os.path.realpath(one.path)
+        real = found.get(one.path, {}) | {inside: None}
+        if one.follow_links and os.path.isdir(inside):
             try:
                 paths = list(_paths_in(one.path, one, Tally(), one.path))
             except OSError as error:
                 raise DataError(f"data {one.path}: cannot read {error.filename}: {error.strerror}") from error
-            found[one.path] = _led_to(one.path, inside, paths)
-    return found
+            real |= dict.fromkeys(_led_to(one.path, inside, paths))
+        found[one.path] = real
+    return tuple(Located(path, tuple(real)) for path, real in found.items())
 
 
 def _led_to(root: str, inside: str, paths: Iterable[str]) -> tuple[str, ...]:
@@ -133,11 +153,11 @@ def files_below(root: str, tally: Tally) -> list[str]:
     return sorted(_walk(root, False, root, tally))
 
 
-def _listing(source: AnySource, taken: set[str], flag: str) -> Listing:
+def _listing(source: AnySource, taken: set[str], flag: str, asked: Asked | None) -> Listing:
     tally = Tally()
     where = f"{flag} {source.path}"
     try:
-        files = tuple(_once(_files_of(source, tally, where), taken, tally))
+        files = tuple(_once(_files_of(source, tally, where, asked), taken, tally))
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such file or folder") from None
     except OSError as error:
@@ -165,7 +185,7 @@ def _refuse_mostly_left_out(listing: Listing, settings: DataSettings) -> None:
 
 def _once(files: Iterator[SourceFile], taken: set[str], tally: Tally) -> Iterator[SourceFile]:
     for file in files:
-        real = os.path.realpath(file.path)
+        real = file.real or os.path.realpath(file.path)
         if real in taken:
             tally.left_out.setdefault("read once already", Group()).add(file.path)
             continue
@@ -173,22 +193,26 @@ def _once(files: Iterator[SourceFile], taken: set[str], tally: Tally) -> Iterato
         yield file
 
 
-def _files_of(source: AnySource, tally: Tally, where: str) -> Iterator[SourceFile]:
+def _files_of(source: AnySource, tally: Tally, where: str, asked: Asked | None) -> Iterator[SourceFile]:
     stdlib, on_hub = STDLIB.fullmatch(source.path), HUB.fullmatch(source.path)
     if stdlib:
         return iter(_stdlib_files(where, stdlib))
     if on_hub:
         folder = hub.folder_of(on_hub["id"], on_hub["revision"])
         source = replace(source, follow_links=False)  # its links lead to its own blobs
-        return _folder_files(str(folder), source, tally, within=str(folder.parent.parent), one_split=True)
+        return _folder_files(str(folder), source, tally, str(folder.parent.parent), None, one_split=True)
     if source.path.startswith(("stdlib:", "hub:")):
         raise DataError(f"{where}: write stdlib:K/N, or hub:OWNER/NAME and perhaps @REVISION")
     mode = os.stat(source.path).st_mode
+    places = None if asked is None else asked.get(source.path, ())
+    real = os.path.realpath(source.path)
+    if places is not None and not _lies_in(real, places):
+        raise DataError(f"{where}: it leads to {real}, {ELSEWHERE}")
     if stat.S_ISDIR(mode):
-        return _folder_files(source.path, source, tally, within=source.path)
+        return _folder_files(source.path, source, tally, source.path, places)
     if not stat.S_ISREG(mode):
         raise DataError(f"{where}: neither a file nor a folder")
-    return iter([_single_file(source, where)])
+    return iter([replace(_single_file(source, where), real=real)])
 
 
 def _single_file(source: AnySource, where: str) -> SourceFile:
@@ -241,15 +265,22 @@ def _shown_fields(names: list[str]) -> str:
 
 
 def _folder_files(
-    root: str, source: AnySource, tally: Tally, within: str, one_split: bool = False
+    root: str,
+    source: AnySource,
+    tally: Tally,
+    within: str,
+    places: Container[str] | None,  # where it was asked about
+    one_split: bool = False,
 ) -> Iterator[SourceFile]:
     paths = list(_paths_in(root, source, tally, within))
     if one_split:
         paths = _train_split(root, paths, tally)
     for path in paths:
-        file = _file_in_folder(path, source, tally)
-        if file is not None:
-            yield file
+        real = os.path.realpath(path)
+        if places is not None and not _lies_in(real, places):
+            tally.leave_out(ELSEWHERE, path, 0)
+        elif (file := _file_in_folder(path, source, tally)) is not None:
+            yield replace(file, real=real)
 
 
 def _paths_in(root: str, source: AnySource, tally: Tally, within: str) -> Iterator[str]:

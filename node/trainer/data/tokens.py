@@ -276,6 +276,8 @@ def _remove(note: Path) -> int:
 
 def _pieces(file: SourceFile, tally: Tally) -> Iterator[Piece]:
     """A file's text. One that breaks off is counted, and what came before counts."""
+    if file.real and os.path.realpath(file.path) != file.real:
+        raise DataError(f"{file.path}: it leads elsewhere since it was looked for: start again")
     try:
         yield from format_named(file.format).read(file, tally)
     except DamagedFile as damage:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from trainer.data.kit import settings_of, write_jsonl
 
-from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
+from tapestry.node.spec.data import DataSettings, Located, SourceSettings, ValidationSettings
 from tapestry.node.trainer.data import hub
 from tapestry.node.trainer.data.errors import DataError
-from tapestry.node.trainer.data.sources import Listing, list_data
+from tapestry.node.trainer.data.sources import Listing, list_data, located_in
 
 
 def _listing(*paths: object, **more: object) -> Listing:
@@ -134,6 +134,46 @@ def test_links_that_lead_out_of_the_folder_are_followed_only_if_told(tmp_path: P
     assert "links that lead out of the folder, not followed: 1 (" in "\n".join(listing.tally.lines())
     told = SourceSettings(str(inside), name="in", follow_links=True)
     assert _names(list_data(DataSettings(source=(told,))).sources[0]) == ["a.txt", "link.txt", "more.txt"]
+
+
+def test_what_a_new_link_leads_to_was_not_asked_about_and_is_left_out_unopened(tmp_path: Path) -> None:
+    """A trainer that is started again lists the files anew."""
+    folder, asked, later = (tmp_path / name for name in ("folder", "asked", "later"))
+    for one in (folder, asked, later):
+        one.mkdir()
+    (folder / "a.txt").write_text("text")
+    (asked / "b.txt").write_text("more")
+    (folder / "first").symlink_to(asked)
+    settings = DataSettings(source=(SourceSettings(str(folder), name="folder", follow_links=True),))
+    located = located_in(settings)
+    (later / "s.txt").write_bytes(b"\0")  # who opens it says that it is binary
+    (later / "t.txt").write_text("text")
+    (folder / "l").symlink_to(later)
+    (asked / "c.txt").write_text("new in a place that was asked about")
+    (listing,) = list_data(settings, located).sources
+    assert _names(listing) == ["a.txt", "b.txt", "c.txt"]
+    ((reason, left),) = listing.tally.left_out.items()
+    assert "elsewhere than when the node was started" in reason and left.count == 2
+    assert _names(list_data(settings, located_in(settings)).sources[0])[-1] == "t.txt"
+
+
+@pytest.mark.parametrize("what", ["", "a.txt"], ids=["folder", "file"])
+def test_a_source_whose_link_was_moved_is_not_read(tmp_path: Path, what: str) -> None:
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    source, second = tmp_path / "current", tmp_path / "v2" / what
+    source.symlink_to(tmp_path / "v1" / what)
+    settings = settings_of(source)
+    located = located_in(settings)
+    assert len(list_data(settings, located).sources[0].files) == 1
+    source.unlink()
+    source.symlink_to(second)
+    other = Located("another source, with domains of its own", (str(second),))
+    for asked in (located, (*located, other), ()):
+        with pytest.raises(DataError, match=r"current: it leads to .*v2.*start it again"):
+            list_data(settings, asked)
+    assert len(list_data(settings, located_in(settings)).sources[0].files) == 1
 
 
 def test_a_saved_data_set_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from trainer.data.kit import LENGTH, corpus_of, documents_of, settings_of, write
 from tapestry.node.trainer.data import files, tokens
 from tapestry.node.trainer.data.corpus import Use, open_corpus
 from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.data.sources import list_data
+from tapestry.node.trainer.data.tokens import tokenize
 from tapestry.node.trainer.tokenizers.byte import EOS_ID, ByteTokenizer
 
 
@@ -106,6 +108,18 @@ def test_progress_rises_to_all_the_bytes(tmp_path: Path, small_parts: None) -> N
     )
     assert told == sorted(told) and len(told) > 10
     assert told[-1][0] == told[-1][1] == sum(path.stat().st_size for path in tmp_path.glob("*.*"))
+
+
+def test_a_link_that_is_moved_between_looking_and_reading_is_not_read(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).write_text("text " * 20)
+    source = tmp_path / "a.txt"
+    source.symlink_to(tmp_path / "one")
+    (listing,) = list_data(settings_of(source)).sources
+    source.unlink()
+    source.symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match=r"a\.txt: it leads elsewhere since it was looked for"):
+        tokenize(listing, ByteTokenizer(), tmp_path / "cache", lambda done: None, lambda tally: None)
 
 
 def test_the_cache_is_reused_until_a_file_or_the_tokenizer_changes(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Daemon:
         self.config = config
         self.live = live
         self.trainer = trainer  # launched; it ends with `run`
+        trainer.on_event = self._on_trainer_event
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
@@ -384,6 +385,8 @@ class Daemon:
         elif isinstance(event, Tokenizing):
             self._tokenizing.show(event, time.monotonic())
         elif isinstance(event, Parted) and self.config.script_fd is not None:
+            if self._node is None:
+                _log.info("the script that started this node has left, before the node was up")
             self.stop.set()  # we are here for this script alone
         elif isinstance(event, Parted) and self._node is None:
             _log.info("the script has left; %s", _waiting_for(self.config))

@@ -22,6 +22,7 @@ from tapestry.node.home import Home, NodeInfo
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.surface import logs
 from tapestry.node.surface.logs import Log
+from tapestry.node.trainer.process import Parted
 
 INFO = NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now")
 
@@ -79,6 +80,20 @@ def test_a_file_that_another_container_leaves_stops_the_node(daemon: Daemon) -> 
 
     assert run(daemon, inside) == 0
     assert not daemon.home.stop_request.exists()
+
+
+def test_a_node_whose_script_is_gone_before_it_is_up_says_so_and_ends(
+    daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon.config = replace(daemon.config, script_fd=99)
+    caplog.set_level("INFO")
+
+    async def inside() -> None:
+        daemon.trainer.on_event(Parted())
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == 0
+    assert "the script that started this node has left, before the node was up" in caplog.text
 
 
 def test_what_is_wrong_at_the_start_comes_out_as_it_is(daemon: Daemon) -> None:

@@ -507,7 +507,7 @@ def test_a_callback_that_raises_is_told_by_stop_and_leaves_no_worker(fake: Fake)
     async def scenario() -> None:
         trainer, events = await fake.start("obedient")
         worker = os.pidfd_open(trainer.pid or -1)
-        trainer._on_event = _broken
+        trainer.on_event = _broken
         trainer.begin(4)
         with pytest.raises(ExceptionGroup) as caught:
             await trainer.closed()

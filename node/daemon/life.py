@@ -322,9 +322,10 @@ class Daemon:
         await node.network.withdraw(node.runtime.network.news())
 
     async def _find_run_again(self, swarm: Swarm, peers: Sequence[PeerAddress], crypto: NodeCrypto) -> None:
-        """Of a home that was restored from a backup. Raises UserError, OSError."""
+        """Of a home that was restored from a backup; once its island has ended, if it is on one. Raises
+        UserError, OSError."""
         mark = read_mark(self.home)
-        if mark is None or not mark.restored_at or not self.home.genesis.exists():
+        if mark is None or not mark.restored_at or not self.home.genesis.exists() or self.config.island:
             return
         try:
             genesis, spec = read_genesis(self.home.genesis, crypto)

@@ -16,7 +16,7 @@ import pytest
 from tapestry.node.daemon import life
 from tapestry.node.daemon.life import Daemon
 from tapestry.node.daemon.notify import Notifier
-from tapestry.node.disk.home_mark import claim, write_mark
+from tapestry.node.disk.home_mark import claim, read_mark, write_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.spec.node import NodeConfig
@@ -173,3 +173,9 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
     assert run(daemon, inside) == 0
     assert [(s["phase"], s["reason"]) for s in seen] == [("joining", "looks for its run, 60 s")]
     assert daemon.view.ready() == (False, "starting")
+
+    seen.clear()
+    daemon.config = replace(daemon.config, island=True)  # where it must not wait for what the run decides
+    assert run(daemon, inside) == 0 and seen == []
+    mark_now = read_mark(daemon.home)
+    assert mark_now is not None and mark_now.restored_at

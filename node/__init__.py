@@ -6,9 +6,10 @@ nothing of it is imported before it is asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as type checkers know it; `typing` would take most of a command's start
 if TYPE_CHECKING:
+    from typing import Any
+
     from tapestry.node.api import Swarm
     from tapestry.node.library.errors import SwarmError
     from tapestry.node.library.lightning import LightningCallback

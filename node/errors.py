@@ -1,6 +1,6 @@
 """What the operator is told when something is wrong: one line and an exit code, never a traceback.
 
-The exit codes are the contract of the command line; README lists them.
+The exit codes are the contract of the command line; docs/operating.md lists them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # the command line or a file is wrong
     UNREACHABLE = 3  # no peer could be reached
     REFUSED = 4  # run id, run spec or admission
+    INTERRUPTED = 130  # Ctrl-C, as shells have it
 
 
 class UserError(Exception):

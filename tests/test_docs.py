@@ -85,5 +85,5 @@ def headings(page: Path) -> set[str]:
 
 
 def test_every_exit_code_is_in_the_tables_of_operating_md() -> None:
-    table = re.findall(r"^\| (\d) \|", (ROOT / "docs/operating.md").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/operating.md").read_text(), re.MULTILINE)
     assert [int(code) for code in table] == [int(code) for code in ExitCode]

@@ -3,24 +3,31 @@
 A Ctrl-C from here on ends it without a word, imports included. Commands that load torch, and train nothing,
 load less of it, and leave without its teardown, which takes a second and saves nothing.
 
-Must stay light: until the handler stands, Python's own prints a traceback.
+Must stay light: until the handler stands, Python's own prints a traceback. So must tapestry.node and
+tapestry.node.cli, which are imported before; what Python does before those is not ours.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
-from types import FrameType
 
-INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from types import FrameType
+else:
+    import _signal as signal  # without its enums, which take longer than all of this
+
+INTERRUPTED = 130  # errors.ExitCode; importing it would take the time that this module saves
 LOOK_AT_MODELS = ("init", "export")
 
 
 def main() -> None:
     """The entry point."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else somebody wants it ignored
+    if ours:
         signal.signal(signal.SIGINT, _end)
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in LOOK_AT_MODELS:
@@ -29,14 +36,25 @@ def main() -> None:
         imports.spare_torch()
     from tapestry.node.cli.main import main as run
 
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # main.py knows what to do with it
     try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # main.py knows what to do with it
         run()
+    except KeyboardInterrupt:  # before main.py has begun
+        _end()
     except SystemExit as end:
-        if command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules and isinstance(end.code, int):
-            _leave(end.code)
+        if ours:
+            signal.signal(signal.SIGINT, _end)  # Python's own end would print a traceback too
+        if _leaves_at_once(command, end.code):
+            _leave(int(end.code or 0))
         raise
+
+
+def _leaves_at_once(command: str, code: object) -> bool:
+    """An interrupted one too: Python forgets now and then that the interrupt was caught, and kills itself."""
+    if code == INTERRUPTED:
+        return True
+    return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules and isinstance(code, int)
 
 
 def _leave(code: int) -> None:
@@ -47,6 +65,6 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """Nothing was begun yet."""
+def _end(number: int = 0, frame: FrameType | None = None) -> None:
+    """Nothing is begun yet, or all is done."""
     os._exit(INTERRUPTED)

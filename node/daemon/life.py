@@ -93,6 +93,7 @@ class Daemon:
         self.config = config
         self.live = live
         self.trainer = trainer  # launched; it ends with `run`
+        trainer.on_event = self._on_trainer_event
         self.home = config.home
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
@@ -321,9 +322,10 @@ class Daemon:
         await node.network.withdraw(node.runtime.network.news())
 
     async def _find_run_again(self, swarm: Swarm, peers: Sequence[PeerAddress], crypto: NodeCrypto) -> None:
-        """Of a home that was restored from a backup. Raises UserError, OSError."""
+        """Of a home that was restored from a backup; once its island has ended, if it is on one. Raises
+        UserError, OSError."""
         mark = read_mark(self.home)
-        if mark is None or not mark.restored_at or not self.home.genesis.exists():
+        if mark is None or not mark.restored_at or not self.home.genesis.exists() or self.config.island:
             return
         try:
             genesis, spec = read_genesis(self.home.genesis, crypto)
@@ -384,6 +386,8 @@ class Daemon:
         elif isinstance(event, Tokenizing):
             self._tokenizing.show(event, time.monotonic())
         elif isinstance(event, Parted) and self.config.script_fd is not None:
+            if self._node is None:
+                _log.info("the script that started this node has left, before the node was up")
             self.stop.set()  # we are here for this script alone
         elif isinstance(event, Parted) and self._node is None:
             _log.info("the script has left; %s", _waiting_for(self.config))

@@ -8,7 +8,9 @@ which gives way when the others are met. From then on it is as above. Had it dec
 it may decide otherwise. So nobody may be overlooked.
 
 A home is no longer taken for a restored one when its run was found, or when its newest record names the new
-disk. Until then each start looks again.
+disk. Until then each start looks again. A home on an island does not look before the island has ended, and
+stays a restored one: found, the run would have it wait for a record that names it anew, which nobody else can
+make on an island; and what its records name is undone by the way back.
 
 Found is another elector of the backup's newest record, or who says that there are records after it. Anybody
 can serve the genesis, and who gave up its vote for them, with the other electors gone for good, would wait
@@ -61,7 +63,7 @@ async def find_run(
     UserError, OSError."""
     vote = read_vote(home)
     named = {m.life for r in chain.records[-1:] for m in r.body.members if m.peer == swarm.peer_id}
-    if vote is not None and vote.life in named and not home.island.exists():
+    if vote is not None and vote.life in named:
         write_mark(home, replace(mark, restored_at=""))
         return
     _log.warning(

@@ -108,7 +108,7 @@ class TrainerError(RuntimeError):
 class ProcessLimits:
     """How long to wait, and how patiently to start again."""
 
-    hello_timeout_s: float = 900.0  # imports, and from one sign of tokenizing to the next
+    hello_timeout_s: float = 900.0  # from `configure`: imports, and from one sign of tokenizing to the next
     silence_timeout_s: float | None = 300.0  # longer than any single inner step; None: it may be silent
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -224,7 +224,7 @@ class TrainerProcess:
         self.protocol_errors = 0
         self.stale_reports = 0
         self._settings: WorkerSettings | None = None
-        self._on_event: Callable[[Event], None] = lambda event: None
+        self.on_event: Callable[[Event], None] = lambda event: None  # a guest may go before `configure`
         self._hire = hire
         self._limits = limits
         self._folder = folder
@@ -261,9 +261,10 @@ class TrainerProcess:
 
         Raises TrainerError if it never does.
         """
-        self._settings, self._on_event = settings, on_event
+        self._settings, self.on_event = settings, on_event
         if self._worker is not None:
             self._worker.send(Configure(plain(settings)))
+            self._wait_on(self._worker)
         await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
@@ -439,15 +440,15 @@ class TrainerProcess:
             self._fail_initialising(exit_code)
             if self._stopping.is_set():
                 return
-            if exit_code == GUEST_LEFT and (self._ready.done() or self._hire.again):
-                self._on_event(Parted())
+            if exit_code == GUEST_LEFT and (self._ready.done() or self._hire.again or self._failure is None):
+                self.on_event(Parted())
                 continue
             if not self._ready.done():
                 raise _start_error(self._failure, exit_code, output)
             pause_s = self._backoff_s
             self._backoff_s = min(2 * pause_s, self._limits.backoff_max_s)
             self.restarts += 1
-            self._on_event(Died(exit_code, pause_s, output))
+            self.on_event(Died(exit_code, pause_s, output))
             await _wait_for(self._stopping, pause_s)
             while self.forbidden() and not self._stopping.is_set():
                 await _wait_for(self._stopping, FORBIDDEN_LOOK_S)
@@ -459,6 +460,8 @@ class TrainerProcess:
         self._failure = None
         try:
             worker = await self._hired()
+        except ConnectionError:  # of a guest: it has gone before it was greeted
+            return GUEST_LEFT, ()
         except OSError as error:  # out of memory, or the interpreter is being upgraded: it may pass
             if not self._ready.done() and not self._hire.again:
                 raise
@@ -499,8 +502,10 @@ class TrainerProcess:
     async def _converse(self, worker: Hired) -> None:
         """Until the worker hangs up, breaks the format, or is silent for too long."""
         try:
-            async with asyncio.timeout(self._limits.hello_timeout_s) as deadline:
+            async with asyncio.timeout(None) as deadline:
                 worker.deadline = deadline
+                if self._settings is not None:  # else it has nothing to say, however long the node waits
+                    self._wait_on(worker)
                 while True:
                     self._handle(worker, await worker.receive())
                     self._watch_silence(worker)
@@ -516,21 +521,21 @@ class TrainerProcess:
         finally:
             worker.deadline = None
         worker.kill()
-        self._on_event(self._failure)
+        self.on_event(self._failure)
 
     def _end_broken(self, worker: Hired, why: str) -> None:
         """It sent what it must not, and is trusted no more."""
         self.protocol_errors += 1
         self._failure = Failed("protocol", f"the trainer sent what it must not: {why}")
         worker.kill()
-        self._on_event(self._failure)
+        self.on_event(self._failure)
 
     def _handle(self, worker: Hired, report: Report) -> None:
         if isinstance(report, Hello):
             self._handle_hello(worker, report)
         elif isinstance(report, Tokenizing) and not worker.attached:
             self._wait_on(worker)
-            self._on_event(report)
+            self.on_event(report)
         elif not worker.attached and not isinstance(report, Failed):
             raise MessageError(f"{type(report).__name__} before Hello")
         elif isinstance(report, Initialised):
@@ -544,10 +549,10 @@ class TrainerProcess:
             self.stale_reports += 1
         else:
             self._settle(report)
-            self._on_event(report)
+            self.on_event(report)
 
     def _wait_on(self, worker: Hired) -> None:
-        """A worker that gets on with the data may take as long as they need."""
+        """For its hello, from now on: one that gets on with the data may take as long as they need."""
         if worker.deadline is not None:
             now_s = asyncio.get_running_loop().time()
             worker.deadline.reschedule(now_s + self._limits.hello_timeout_s)
@@ -574,7 +579,7 @@ class TrainerProcess:
         assert self._settings is not None  # the worker has said hello because of them
         self._measures = self._settings.gate_windows > 0 and hello.validation_tokens > 0 and not worker.guest
         worker.send(Attach(layout.n))
-        self._on_event(hello)
+        self.on_event(hello)
         self._resume(worker)
 
     def _map_buffers(self, layout: Layout) -> None:
@@ -670,8 +675,6 @@ class TrainerProcess:
 def _start_error(failure: Failed | None, exit_code: int, output: tuple[str, ...]) -> TrainerError:
     if failure is not None:
         return TrainerError(failure.reason, failure.text)
-    if exit_code == GUEST_LEFT:
-        return TrainerError("died", "the script has left before it was ready")
     last = f": {output[-1]}" if output else ""
     return TrainerError("died", f"the trainer ended with status {exit_code} before it was ready{last}")
 

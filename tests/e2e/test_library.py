@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -60,6 +62,13 @@ def nodes_of(home: Path) -> list[psutil.Process]:
     ]
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
 def test_two_scripts_train_one_module_and_go_on_where_they_were(tmp_path: Path) -> None:
     homes = tmp_path / "a", tmp_path / "b"
     first = start(EXAMPLES / "digits.py", "--home", homes[0], "--part", "1/2")
@@ -95,6 +104,18 @@ def test_an_exception_in_the_loop_leaves_the_swarm_in_good_order(tmp_path: Path)
     log = (tmp_path / "a" / "node.log").read_text()
     assert "stopping" in log and "Traceback" not in log
     assert not (tmp_path / "a" / "node.json").exists()
+
+
+def test_the_node_of_a_script_that_is_killed_while_it_joins_ends_in_good_order(tmp_path: Path) -> None:
+    home = tmp_path / "a"
+    script = start("-c", RAISES, home)
+    wait_until(lambda: nodes_of(home))
+    script.kill()
+    script.communicate()
+    wait_until(lambda: not nodes_of(home))
+    log = (home / "node.log").read_text()
+    assert "the script that started this node has left" in log and "ended exit_code=0" in log
+    assert "Traceback" not in log + (home / "node.out").read_text()
 
 
 @pytest.mark.long

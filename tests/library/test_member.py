@@ -351,6 +351,28 @@ def test_a_node_that_stops_before_a_script_comes_does_not_hang(tmp_path: Path) -
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("greeted", [False, True])
+def test_a_script_that_is_gone_before_its_node_is_configured_has_parted(greeted: bool) -> None:
+    """Not greeted, it was a BrokenPipeError that ended the node; greeted, nobody heard of it until then."""
+
+    async def run() -> list[Event]:
+        ours, theirs = socket.socketpair()
+        if not greeted:
+            ours.close()
+        trainer = TrainerProcess.await_guests(line := Line(theirs.detach()))
+        heard: list[Event] = []
+        trainer.on_event = heard.append
+        if greeted:
+            await asyncio.to_thread(ours.recv, len(GREETING))
+            ours.close()
+        await asyncio.sleep(0.05)
+        await trainer.stop(3)
+        line.close()
+        return heard
+
+    assert asyncio.run(run()) == [Parted()]
+
+
 def test_a_member_with_another_module_or_other_arguments_is_refused_in_a_line() -> None:
     spec = wanted(make_module(), train={"inner_steps": 20}).spec
     wanted(make_module()).require(spec)

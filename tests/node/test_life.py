@@ -16,17 +16,18 @@ import pytest
 from tapestry.node.daemon import assembly, life
 from tapestry.node.daemon.life import Daemon
 from tapestry.node.daemon.notify import Notifier
-from tapestry.node.disk.home_mark import claim, write_mark
+from tapestry.node.disk.home_mark import claim, read_mark, write_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.spec.data import DataSettings, Located
 from tapestry.node.spec.declared import BASE, append, parse_declaration
-from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.node import ISLAND_LISTEN, NodeConfig
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface import logs
 from tapestry.node.surface.logs import Log
 from tapestry.node.trainer.data.sources import located_in
+from tapestry.node.trainer.process import Parted
 
 INFO = NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now")
 
@@ -84,6 +85,20 @@ def test_a_file_that_another_container_leaves_stops_the_node(daemon: Daemon) -> 
 
     assert run(daemon, inside) == 0
     assert not daemon.home.stop_request.exists()
+
+
+def test_a_node_whose_script_is_gone_before_it_is_up_says_so_and_ends(
+    daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon.config = replace(daemon.config, script_fd=99)
+    caplog.set_level("INFO")
+
+    async def inside() -> None:
+        daemon.trainer.on_event(Parted())
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == 0
+    assert "the script that started this node has left, before the node was up" in caplog.text
 
 
 def test_what_is_wrong_at_the_start_comes_out_as_it_is(daemon: Daemon) -> None:
@@ -163,6 +178,40 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
     assert run(daemon, inside) == 0
     assert [(s["phase"], s["reason"]) for s in seen] == [("joining", "looks for its run, 60 s")]
     assert daemon.view.ready() == (False, "starting")
+
+    seen.clear()
+    daemon.config = replace(daemon.config, island=True)  # where it must not wait for what the run decides
+    assert run(daemon, inside) == 0 and seen == []
+    mark_now = read_mark(daemon.home)
+    assert mark_now is not None and mark_now.restored_at
+
+
+def test_an_island_listens_where_nobody_knows_its_node_and_leaves_the_port_for_after_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member on the same machine dialled the port of before, and the island took the run's chain."""
+    asked: list[tuple[str, ...]] = []
+
+    async def addresses() -> tuple[str, ...]:
+        return ("/ip4/127.0.0.1/tcp/4711/p2p/12D3KooWCaHaT7xh4yGquL286pZyfWAMnEyMke3Rwi5DGsRxQz4W",)
+
+    async def start(config: Any, on_refused: object) -> Any:
+        asked.append(config.listen)
+        return SimpleNamespace(addresses=addresses)
+
+    monkeypatch.setattr(life, "Swarm", SimpleNamespace(start=start))
+    for island in (False, True, False):
+        daemon.config = replace(daemon.config, listen=ISLAND_LISTEN, island=island)
+        asyncio.run(daemon._start_swarm())
+    port_4711 = ("/ip4/127.0.0.1/tcp/4711",)
+    assert asked == [ISLAND_LISTEN, ISLAND_LISTEN, port_4711]
+
+    daemon.config = replace(daemon.config, listen=("/ip4/0.0.0.0/tcp/0",))
+    asyncio.run(daemon._start_swarm())
+    before = daemon.home.listen.read_bytes()
+    daemon.config = replace(daemon.config, listen=ISLAND_LISTEN, island=True)
+    asyncio.run(daemon._start_swarm())
+    assert daemon.home.listen.read_bytes() == before
 
 
 def test_a_trainer_may_read_what_was_asked_about_also_if_a_link_is_moved_meanwhile(

@@ -158,27 +158,16 @@ def test_a_lone_elector_whose_run_went_on_after_the_backup_has_found_it(
     assert is_ordinary(home)
 
 
-@pytest.mark.parametrize(
-    ("lives", "on_island", "looks"),
-    [
-        ((OWN,), False, False),
-        ((OWN,), True, True),  # the way back leads to a record that names the disk of before
-        (("of before",), False, True),
-        ((), False, True),
-    ],
-)
+@pytest.mark.parametrize(("lives", "looks"), [((OWN,), False), (("of before",), True), ((), True)])
 def test_one_whose_newest_record_names_the_disk_that_it_is_now_is_an_ordinary_home(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     lives: Sequence[str],
-    on_island: bool,
     looks: bool,
 ) -> None:
     """It has gone on alone, and made that record."""
     home = Home(tmp_path)
     write_mark(home, MARK)
-    if on_island:
-        home.island.mkdir()
     home.vote.write_bytes(seal(_vote_to_dict(Vote(7, "ab" * 32, 0, -1, None, OWN))))
     said = look(home, monkeypatch, reachable=False, theirs="ours", lives=lives)
     assert (bool(said), is_ordinary(home)) == (looks, not looks)

@@ -489,33 +489,81 @@ def test_stop_returns_when_the_process_is_gone_and_not_only_its_lock(tmp_path: P
         assert process.poll() == 7
 
 
-# Sends itself a Ctrl-C when a module is looked for.
+# Sends itself a Ctrl-C when a module is looked for, or at Python's own end.
 INTERRUPTED_AT = """
-import os, signal, sys
+import atexit, os, signal, sys
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == {name!r}:
-            os.kill(os.getpid(), signal.SIGINT)
+        if name == {at!r}:
+            interrupt()
 sys.meta_path.insert(0, Finder())
-sys.argv = ["tapestry", "start", "--home", {home!r}, "--data", "stdlib:1/30", "--http", "127.0.0.1:0"]
+if {at!r} == "its end":
+    atexit.register(interrupt)
+sys.argv = ["tapestry", *{args!r}]
 from tapestry.node.cli.entry import main
 main()
 """
+START = ("start", "--data", "stdlib:1/30", "--declare", "own", "--http", "127.0.0.1:0", "--home")
+WITHOUT_A_WORD = [
+    ("status", "tapestry.node.cli.main"),
+    ("status", "click"),
+    ("init", "tapestry.node.trainer.imports"),
+    ("start", "click"),
+    ("start", "tapestry.node.spec.run"),
+    ("start", "tapestry.node.daemon.launch"),
+    ("start", "uvloop"),
+    ("start", "tapestry.node.trainer.process"),
+]
+IN_A_LINE = [
+    ("status", "tapestry.node.cli.look"),
+    ("init", "tapestry.node.cli.init"),
+    ("init", "tapestry.node.spec.run"),
+    ("start", "tapestry.node.cli.start"),
+    ("start", "tapestry.node.cli.data"),
+]
 
 
-@pytest.mark.parametrize(
-    "name", ["click", "tapestry.node.spec.run", "uvloop", "tapestry.node.trainer.process"]
-)
-def test_ctrl_c_while_a_node_starts_ends_it_without_a_word(tmp_path: Path, name: str) -> None:
-    code = INTERRUPTED_AT.format(name=name, home=str(tmp_path / "h"))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
+def _interrupted(home: Path, command: str, at: str) -> subprocess.CompletedProcess[str]:
+    args = {
+        "start": (*START, str(home)),
+        "init": ("init", str(home)),
+        "status": ("status", "--home", str(home)),
+    }
+    return subprocess.run(
+        [sys.executable, "-P", "-c", INTERRUPTED_AT.format(at=at, args=args[command])],
         capture_output=True,
         text=True,
         timeout=30,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs us may ignore it
     )
-    assert (done.stdout, done.stderr) == ("", "") and done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize(("command", "at"), WITHOUT_A_WORD)
+def test_ctrl_c_before_a_command_has_begun_ends_it_without_a_word(
+    tmp_path: Path, command: str, at: str
+) -> None:
+    done = _interrupted(tmp_path / "h", command, at)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 130)
+
+
+@pytest.mark.parametrize(("command", "at"), IN_A_LINE)
+def test_ctrl_c_ends_a_command_with_a_line(tmp_path: Path, command: str, at: str) -> None:
+    done = _interrupted(tmp_path / "h", command, at)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "\nerror: interrupted\n", 130)
+
+
+def test_ctrl_c_while_python_ends_prints_no_traceback(tmp_path: Path) -> None:
+    done = _interrupted(tmp_path, "status", "its end")
+    assert done.returncode == 130 and "no node" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_little_is_imported_before_a_command_heeds_ctrl_c() -> None:
+    """Until then Python's own handler prints a traceback."""
+    code = "import sys; old = {*sys.modules}; import tapestry.node.cli.entry; print(*{*sys.modules} - old)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30)
+    assert {one for one in done.stdout.split() if not one.startswith("tapestry")} <= {"__future__", "atexit"}
 
 
 # ---- status and peers --------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ class ExitCode(IntEnum):
     USAGE = 2  # the command line or a file is wrong
     UNREACHABLE = 3  # no peer could be reached
     REFUSED = 4  # run id, run spec or admission
-    INTERRUPTED = 130  # Ctrl-C, as shells have it
 
 
 class UserError(Exception):

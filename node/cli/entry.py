@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # without its enums, which take longer than all of this
 
-INTERRUPTED = 130  # errors.ExitCode; importing it would take the time that this module saves
+INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
 LOOK_AT_MODELS = ("init", "export")
 
 
@@ -51,7 +51,8 @@ def main() -> None:
 
 
 def _leaves_at_once(command: str, code: object) -> bool:
-    """An interrupted one too: Python forgets now and then that the interrupt was caught, and kills itself."""
+    """One that failed too, for it may be of an interrupt: Python forgets now and then that it was caught, and
+    kills itself."""
     if code == INTERRUPTED:
         return True
     return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules and isinstance(code, int)

@@ -142,7 +142,7 @@ class _Cli(click.Group):
         except click.ClickException as error:
             code = _complain(_usage_error(error))
         except (KeyboardInterrupt, click.Abort):
-            code = _complain(UserError("interrupted", exit_code=ExitCode.INTERRUPTED))
+            code = _complain(UserError("interrupted", exit_code=ExitCode.FAILED))
         except BrokenPipeError:
             _forget_stdout()
             code = ExitCode.FAILED

@@ -193,7 +193,7 @@ def _end_early(number: int, frame: FrameType | None) -> None:
     At once: nothing is begun that the kernel does not end with us (lock, trainer), and an exception would be
     told by whichever import it hits.
     """
-    os._exit(int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.DONE))
+    os._exit(int(ExitCode.DONE))
 
 
 def _check_early(config: NodeConfig, declaration: str | None) -> None:

@@ -545,18 +545,19 @@ def test_ctrl_c_before_a_command_has_begun_ends_it_without_a_word(
     tmp_path: Path, command: str, at: str
 ) -> None:
     done = _interrupted(tmp_path / "h", command, at)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "", 130)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert done.returncode in ((0, 1) if command == "start" else (1,))  # 0: a node that is told to stop
 
 
 @pytest.mark.parametrize(("command", "at"), IN_A_LINE)
 def test_ctrl_c_ends_a_command_with_a_line(tmp_path: Path, command: str, at: str) -> None:
     done = _interrupted(tmp_path / "h", command, at)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "\nerror: interrupted\n", 130)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "\nerror: interrupted\n", 1)
 
 
 def test_ctrl_c_while_python_ends_prints_no_traceback(tmp_path: Path) -> None:
     done = _interrupted(tmp_path, "status", "its end")
-    assert done.returncode == 130 and "no node" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "no node" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_little_is_imported_before_a_command_heeds_ctrl_c() -> None:

@@ -12,7 +12,6 @@ def test_the_exit_codes_are_those_of_the_contract() -> None:
         "USAGE": 2,
         "UNREACHABLE": 3,
         "REFUSED": 4,
-        "INTERRUPTED": 130,
     }
 
 

@@ -360,9 +360,10 @@ class Daemon:
         return file
 
     async def _start_swarm(self) -> Swarm:
-        """On the ports of the last time, where a free one was asked for: others know us by them."""
+        """On the ports of the last time, where a free one was asked for: others know us by them. An island,
+        which nobody is to find, has another, and leaves them for after it."""
         config = swarm_config(self.config)
-        last = last_listen(self.home, config.listen)
+        last = None if self.config.island else last_listen(self.home, config.listen)
         try:
             if last is not None:
                 with contextlib.suppress(SwarmError):  # taken by now
@@ -370,7 +371,7 @@ class Daemon:
             swarm = await Swarm.start(config, on_refused=self.metrics.refused)
         except SwarmError as error:
             raise UserError(str(error)) from error
-        if not config.announce:
+        if not config.announce and not self.config.island:
             remember_listen(self.home, config.listen, without_peer(await swarm.addresses()))
         return swarm
 

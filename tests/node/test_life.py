@@ -19,7 +19,7 @@ from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim, read_mark, write_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home, NodeInfo
-from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.node import ISLAND_LISTEN, NodeConfig
 from tapestry.node.surface import logs
 from tapestry.node.surface.logs import Log
 from tapestry.node.trainer.process import Parted
@@ -179,3 +179,31 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
     assert run(daemon, inside) == 0 and seen == []
     mark_now = read_mark(daemon.home)
     assert mark_now is not None and mark_now.restored_at
+
+
+def test_an_island_listens_where_nobody_knows_its_node_and_leaves_the_port_for_after_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member on the same machine dialled the port of before, and the island took the run's chain."""
+    asked: list[tuple[str, ...]] = []
+
+    async def addresses() -> tuple[str, ...]:
+        return ("/ip4/127.0.0.1/tcp/4711/p2p/12D3KooWCaHaT7xh4yGquL286pZyfWAMnEyMke3Rwi5DGsRxQz4W",)
+
+    async def start(config: Any, on_refused: object) -> Any:
+        asked.append(config.listen)
+        return SimpleNamespace(addresses=addresses)
+
+    monkeypatch.setattr(life, "Swarm", SimpleNamespace(start=start))
+    for island in (False, True, False):
+        daemon.config = replace(daemon.config, listen=ISLAND_LISTEN, island=island)
+        asyncio.run(daemon._start_swarm())
+    port_4711 = ("/ip4/127.0.0.1/tcp/4711",)
+    assert asked == [ISLAND_LISTEN, ISLAND_LISTEN, port_4711]
+
+    daemon.config = replace(daemon.config, listen=("/ip4/0.0.0.0/tcp/0",))
+    asyncio.run(daemon._start_swarm())
+    before = daemon.home.listen.read_bytes()
+    daemon.config = replace(daemon.config, listen=ISLAND_LISTEN, island=True)
+    asyncio.run(daemon._start_swarm())
+    assert daemon.home.listen.read_bytes() == before

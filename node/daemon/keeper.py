@@ -299,9 +299,8 @@ class Keeper:
 
     # --- the loop ------------------------------------------------------------------------------
 
-    def held_back_to(self, epoch: int) -> str:
-        """The head of state `epoch`, if the disk has what makes it; else ""."""
-        chain = self.copy_of_chain()
+    def held_back_to(self, chain: Chain, epoch: int) -> str:
+        """The head of state `epoch` of the core's chain, if the disk has what makes it; else ""."""
         held = 0 <= epoch <= chain.epoch and leads_to(chain, epoch, self.store, self.checkpoints)
         return chain.head_at(epoch) if held else ""
 

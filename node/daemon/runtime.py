@@ -78,7 +78,7 @@ class Runtime:
             auditor.crypto,
             network.given,
             lambda settings, key: why_no_change(keeper.spec, settings, key),
-            keeper.held_back_to,
+            lambda epoch: keeper.held_back_to(core.chain, epoch),
         )
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, keeper)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)

@@ -108,7 +108,7 @@ class TrainerError(RuntimeError):
 class ProcessLimits:
     """How long to wait, and how patiently to start again."""
 
-    hello_timeout_s: float = 900.0  # imports, and from one sign of tokenizing to the next
+    hello_timeout_s: float = 900.0  # from `configure`: imports, and from one sign of tokenizing to the next
     silence_timeout_s: float | None = 300.0  # longer than any single inner step; None: it may be silent
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -264,6 +264,7 @@ class TrainerProcess:
         self._settings, self.on_event = settings, on_event
         if self._worker is not None:
             self._worker.send(Configure(plain(settings)))
+            self._wait_on(self._worker)
         await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
@@ -501,8 +502,10 @@ class TrainerProcess:
     async def _converse(self, worker: Hired) -> None:
         """Until the worker hangs up, breaks the format, or is silent for too long."""
         try:
-            async with asyncio.timeout(self._limits.hello_timeout_s) as deadline:
+            async with asyncio.timeout(None) as deadline:
                 worker.deadline = deadline
+                if self._settings is not None:  # else it has nothing to say, however long the node waits
+                    self._wait_on(worker)
                 while True:
                     self._handle(worker, await worker.receive())
                     self._watch_silence(worker)
@@ -549,7 +552,7 @@ class TrainerProcess:
             self.on_event(report)
 
     def _wait_on(self, worker: Hired) -> None:
-        """A worker that gets on with the data may take as long as they need."""
+        """For its hello, from now on: one that gets on with the data may take as long as they need."""
         if worker.deadline is not None:
             now_s = asyncio.get_running_loop().time()
             worker.deadline.reschedule(now_s + self._limits.hello_timeout_s)

@@ -349,6 +349,25 @@ def test_a_worker_that_takes_long_and_shows_life_is_let_be(fake: Fake) -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_is_not_silent_while_the_node_waits_to_be_admitted(
+    worker_settings: WorkerSettings, tmp_path: Path
+) -> None:
+    """Its time for a hello ran from its start: a node that was admitted later than that ended."""
+
+    async def scenario() -> None:
+        script = Path(__file__).with_name("fake_worker.py")
+        command = (sys.executable, "-P", str(script), "well", str(tmp_path / "flag"))
+        trainer = await TrainerProcess.launch(1, dataclasses.replace(QUICK, hello_timeout_s=3.0), command)
+        try:
+            await asyncio.sleep(3.5)
+            await trainer.configure(worker_settings, events := Events())
+            assert len(events.of(Hello)) == 1 and trainer.restarts == 0
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_a_restarted_worker_with_another_model_is_refused(fake: Fake) -> None:
     async def scenario() -> None:
         trainer, events = await fake.start("another model")

@@ -3,6 +3,10 @@
 By its home's records, that is: those who admit may have done so since, or once more after they removed it. So
 without a peer that was given it asks those whom it was linked with before.
 
+No peer has the last word, for it may be behind, removed itself, or on an island that gets no records. One
+that takes this node for a member is enough. That it was removed is believed if all say so that answer. While
+it is an applicant it asks the next one every few seconds.
+
 Nothing else is begun before: no trainer is configured, nothing is downloaded, and no round is heard of.
 """
 
@@ -26,6 +30,7 @@ from tapestry.node.spec.node import NodeConfig
 CONNECT_S = 10.0
 AGAIN_S = 2.0  # Guess: after no peer could be asked
 ASKED_MAX = 16  # Guess: addresses of those that were known, one after the other
+TURN_ANSWERS = 5  # Guess: of one peer, one a second (net/admission.py), before the next one is asked
 
 _log = logging.getLogger("tapestry.join")
 
@@ -47,21 +52,33 @@ async def be_admitted(
     asked = list(peers) or _known(config.home)
     if not asked:
         raise _no_member(config, roll, me)
-    applicant = _Applicant(config, me, say)
+    applicant = _Applicant(config, me, say, is_for_one=len({peer.peer_id for peer in asked}) == 1)
     while True:
         failures = []
+        applicant.answers.clear()
         for peer in asked:
+            if peer.peer_id in applicant.answers:
+                continue  # another address of it
 
             async def open_stream(peer: PeerAddress = peer) -> Streams:
                 await swarm.connect(peer, CONNECT_S)
                 return await swarm.open_stream(peer.peer_id, admission_protocol(roll.run_id), CONNECT_S)
 
+            applicant.begin_turn(peer.peer_id)
             try:
                 await ask_until_member(open_stream, applicant.name, applicant.admission, applicant.hear)
                 _log.info("admitted peer=%s", peer.peer_id[-6:])
                 return
+            except _NextPeer:
+                continue
             except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
                 failures.append(f"{peer.peer_id[-6:]}: {error or type(error).__name__}")
+        answers = list(applicant.answers.values())
+        waiting = [answer for answer in answers if answer.standing != "removed"]
+        if answers and not waiting:
+            raise removed(answers[0].why)
+        if waiting and not config.waits:
+            raise _not_yet(waiting[0], me)
         if not applicant.heard:
             if not peers or me in roll.removed:
                 raise _no_member(config, roll, me)
@@ -78,17 +95,25 @@ def _known(home: Home) -> list[PeerAddress]:
     return [parse_peer(address) for addresses in known for address in addresses][:ASKED_MAX]
 
 
+class _NextPeer(Exception):
+    """This one has said what it has to say for now."""
+
+
 class _Applicant:
     """What it is told, and tells."""
 
-    def __init__(self, config: NodeConfig, me: str, say: Callable[[str], None]) -> None:
+    def __init__(self, config: NodeConfig, me: str, say: Callable[[str], None], is_for_one: bool) -> None:
         self._say = say
+        self._is_for_one = is_for_one  # there is no other peer to ask
         self._waits = config.waits
         self._invitation = config.invitation
         self._admission: Change | None = None  # one, however often it is brought
         self._me = me
         self.name = config.home.path.name[:NAME_CHARS_MAX]
-        self.heard: Answer | None = None
+        self.answers: dict[str, Answer] = {}  # peer -> its last one, of this time round
+        self.heard: dict[str, Answer] = {}  # peer -> what we wait for, as it said last
+        self._peer = ""  # whose turn it is
+        self._turn = 0  # its answers
 
     def admission(self, epoch: int) -> Change | None:
         """By our invitation, as long as records from `epoch` on may carry it."""
@@ -99,29 +124,40 @@ class _Applicant:
             made = self._admission = self._invitation.admission(self._me, self.name, epoch)
         return made
 
+    def begin_turn(self, peer: str) -> None:
+        self._peer, self._turn = peer, 0
+
     def hear(self, answer: Answer) -> None:
-        """Raises UserError where there is nothing to wait for."""
-        if answer.standing == "removed":
-            raise _removed(answer.why)
-        if answer == self.heard:
-            return
-        self.heard = answer
-        why = f" ({answer.why})" if answer.why else ""
-        if not self._waits:
-            raise UserError(
-                f"not admitted yet{why}: {answer.by} admits; your id is {self._me}",
-                exit_code=ExitCode.REFUSED,
-                hint=f"ask for: tapestry admit {self._me}",
-            )
-        waits = f"waiting to be admitted by {answer.by}{why}; your id {self._me}"
-        _log.info("%s", waits)
-        self._say(waits)
+        """Raises _NextPeer where it is the next one's turn."""
+        self.answers[self._peer] = answer
+        if answer.standing == "removed" or not self._waits:
+            raise _NextPeer
+        if answer != self.heard.get(self._peer):
+            self.heard[self._peer] = answer
+            waits = f"waiting to be admitted by {answer.by}{_because(answer)}; your id {self._me}"
+            _log.info("%s", waits)
+            self._say(waits)
+        self._turn += 1
+        if self._turn >= TURN_ANSWERS and not self._is_for_one:
+            raise _NextPeer
+
+
+def _because(answer: Answer) -> str:
+    return f" ({answer.why})" if answer.why else ""
+
+
+def _not_yet(answer: Answer, me: str) -> UserError:
+    return UserError(
+        f"not admitted yet{_because(answer)}: {answer.by} admits; your id is {me}",
+        exit_code=ExitCode.REFUSED,
+        hint=f"ask for: tapestry admit {me}",
+    )
 
 
 def _no_member(config: NodeConfig, roll: Roll, me: str) -> UserError:
     """Nobody could be asked: what the records of this home say."""
     if me in roll.removed:
-        return _removed(roll.removed[me])
+        return removed(roll.removed[me])
     return UserError(
         f"this node is no member of the run in {config.home.path}",
         exit_code=ExitCode.REFUSED,
@@ -129,7 +165,8 @@ def _no_member(config: NodeConfig, roll: Roll, me: str) -> UserError:
     )
 
 
-def _removed(why: str) -> UserError:
+def removed(why: str) -> UserError:
+    """What ends a node that may take part no more."""
     return UserError(
         f"this node was removed from the run: {why or 'no reason was given'}",
         exit_code=ExitCode.REFUSED,

@@ -276,7 +276,10 @@ class Daemon:
             await self._serve(node, swarm, info, egress)
 
     async def _serve(self, node: Node, swarm: Swarm, info: NodeInfo, egress: EgressLedger) -> None:
-        """Until --epochs is reached, or cancelled; and then leave in good order."""
+        """Until --epochs is reached, or cancelled; and then leave in good order.
+
+        Raises UserError if the others have removed this node.
+        """
         async with asyncio.TaskGroup() as tasks:
             beside = (self.trainer.closed(), egress.run(), self._look_at_disk())
             running = (*node.start(swarm, tasks), *map(tasks.create_task, beside))
@@ -286,6 +289,8 @@ class Daemon:
                 self.home.write_node_json(info)
                 self.notifier.ready(self._in_a_line())
                 await node.runtime.done.wait()
+                if node.runtime.ends is not None:
+                    raise node.runtime.ends
                 _log.info("done epoch=%d: that is all this start was to make", node.keeper.state.epoch)
             finally:
                 self.view.stopping = True

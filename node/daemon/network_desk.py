@@ -21,7 +21,7 @@ from tapestry.node.daemon.egress import Egress
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.net.admission import admission_protocol
+from tapestry.node.net.admission import Answer, admission_protocol, ask_once
 from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
 from tapestry.node.net.donor import Donor
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
@@ -217,6 +217,10 @@ class NetworkDesk:
             return await self._network.open_stream(peer, protocol, FETCH_OPEN_S)
 
         return open_stream
+
+    async def standing_at(self, peer: str) -> Answer:
+        """What this peer says of our membership. Raises as `ask_once`, and SwarmError."""
+        return await ask_once(self.linked_opener(peer, self._admission_protocol), name="")
 
     def on_words(self, peer: str) -> OnBytes:
         """Counts descriptions, both ways: they are control."""

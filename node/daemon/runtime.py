@@ -28,8 +28,10 @@ from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.network_desk import NetworkDesk
+from tapestry.node.daemon.standing import Standing
 from tapestry.node.daemon.trainer_desk import TrainerDesk
 from tapestry.node.daemon.views import Reporter
+from tapestry.node.errors import UserError
 from tapestry.node.lineage.bring import Brought
 from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
@@ -69,7 +71,10 @@ class Runtime:
         self._brought = brought
         self._network = network
         self.reporter = reporter
-        self.done = asyncio.Event()  # the state has come as far as this node was to go
+        self.done = (
+            asyncio.Event()
+        )  # the state has come as far as this node was to go, or `ends` says why not
+        self.ends: UserError | None = None  # it was removed, and is to end
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own, self._offer)
         self.members = MembersDesk(
@@ -83,6 +88,7 @@ class Runtime:
         self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, keeper)
         self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
         self.network.words = words(self) if words is not None else None
+        self._standing = Standing(self, auditor.own, self.network.standing_at)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
         self.gate = GateDesk(self, trainer, self.disk, reporter, goal)
         self.outputs: Outputs = {
@@ -113,7 +119,8 @@ class Runtime:
                 self._tasks = tasks
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe())
-                if self.network.words is not None:
+                if self.network.words is not None:  # we are on no island
+                    tasks.create_task(self._end_if_removed())
                     tasks.create_task(self._pass_words_on(self.network.words))
                 self.feed(ev.Tick())
                 await self._broken
@@ -218,6 +225,10 @@ class Runtime:
     async def _pass_words_on(self, words: DescriptionsDesk) -> None:
         desk = self.network
         await words.run(lambda: self._network.linked, desk.linked_opener, desk.on_words, desk.on_refused)
+
+    async def _end_if_removed(self) -> None:
+        self.ends = await self._standing.watch()
+        self.done.set()
 
     async def _probe(self) -> None:
         """How late the loop is, and how many peers there are."""

@@ -201,9 +201,7 @@ async def ask_until_member(
     brought: Change | None = None
     try:
         while True:
-            raw = change_to_list(brought) if brought is not None else None
-            await _send(writer, {"ask": "admission", "name": name, "admission": raw})
-            answer = _answer_of(await _receive(reader, ANSWER_BYTES_MAX))
+            answer = await _ask(reader, writer, name, brought)
             if answer.standing == "member":
                 return
             had, brought = brought, admission(answer.epoch)
@@ -213,6 +211,23 @@ async def ask_until_member(
             await asyncio.sleep(ASK_AGAIN_S)
     finally:
         writer.close()
+
+
+async def ask_once(open_stream: Callable[[], Awaitable[Streams]], name: str) -> Answer:
+    """What a member says of us, without an invitation. Raises as `ask_until_member`."""
+    reader, writer = await open_stream()
+    try:
+        return await _ask(reader, writer, name, None)
+    finally:
+        writer.close()
+
+
+async def _ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, brought: Change | None
+) -> Answer:
+    raw = change_to_list(brought) if brought is not None else None
+    await _send(writer, {"ask": "admission", "name": name, "admission": raw})
+    return _answer_of(await _receive(reader, ANSWER_BYTES_MAX))
 
 
 def _answer_of(raw: dict[str, Any]) -> Answer:

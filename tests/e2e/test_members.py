@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from e2e.harness import LOOPBACK, Node, init, tapestry
+from e2e.harness import DEADLINE_S, LOOPBACK, Node, init, tapestry
 
 pytestmark = pytest.mark.e2e
 PASSED = 'tapestry_gate_total{outcome="passed"}'
@@ -86,3 +86,22 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
     told = tapestry("members", "--home", founder.home)
     assert all(key in told.stdout for key in in_force)
     assert told.returncode == 0 and "sent noise" in told.stdout, "from the records alone"
+
+
+def test_who_was_removed_while_it_was_off_ends_with_the_reason_when_it_is_back(tmp_path: Path) -> None:
+    """By its own records it is a member, and no record reaches it: of two it would go on alone for good."""
+    with Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members")) as founder:
+        founder.wait_ready()
+        line = tapestry("invite", "--home", founder.home).stdout.strip()
+        with Node(tmp_path / "b", "--peer", line, data="stdlib:2/3") as second:
+            second.wait_ready()
+            founder.wait("an electorate of two", lambda: founder.electorate() == 2)
+            peer = second.json()["peer_id"]
+            assert second.stop() == 0
+            done = tapestry("remove", peer, "--why", "sent noise", "--home", founder.home)
+            assert done.returncode == 0, done.stderr
+            founder.wait("two less one", lambda: founder.electorate() == 1)
+            second.start()
+            assert second.process is not None and second.process.wait(DEADLINE_S) == 4, second.tail()
+            assert "this node was removed from the run: sent noise" in second.tail()
+        assert founder.stop() == 0

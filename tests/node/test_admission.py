@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmError
-from tapestry.node.daemon.admitted import be_admitted
-from tapestry.node.errors import UserError
+from tapestry.node.daemon.admitted import TURN_ANSWERS, be_admitted
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net import admission as protocol
@@ -225,11 +225,11 @@ class Unreachable:
         raise SwarmError("nobody there")
 
 
-def _start(home: Path, records: Office, swarm: object, peers: Sequence[str] = ()) -> None:
+def _start(home: Path, records: Office, swarm: object, peers: Sequence[str] = (), waits: bool = True) -> None:
     """Of the guest's node, by these records and with what its home knows."""
 
     async def main() -> None:
-        config = NodeConfig.resolve(Home(home), {"external": True}, {})
+        config = replace(NodeConfig.resolve(Home(home), {"external": True}, {}), waits=waits)
         async with asyncio.timeout(10.0):
             await be_admitted(config, records.roll, swarm, [*map(parse_peer, peers)], lambda reason: None)  # type: ignore[arg-type]
 
@@ -253,6 +253,81 @@ def test_who_was_removed_and_admitted_again_asks_before_it_believes_its_own_reco
     _start(tmp_path, stale, FakeSwarm(office), peers)
     with pytest.raises(UserError, match="was removed from the run: noise"):
         _start(tmp_path, stale, Unreachable(), peers)
+
+
+class Several(FakeSwarm):
+    """A guest's, in which several offices answer; `asked` says which, in order."""
+
+    def __init__(self, offices: dict[str, Office]) -> None:
+        self._offices = offices
+        self._serving = []
+        self.asked: list[str] = []
+
+    async def open_stream(self, peer: str, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:  # type: ignore[override]
+        self.asked.append(peer)
+        self._office = self._offices[peer]
+        return await super().open_stream()
+
+
+OTHER = key(3)
+ELSEWHERE = f"/ip4/127.0.0.1/tcp/2/p2p/{OTHER.peer_id}"
+
+
+def test_that_it_was_removed_is_believed_only_if_all_say_so_that_answer(tmp_path: Path) -> None:
+    """Who is asked first may be behind, or removed itself."""
+    behind = Office()
+    admission, removal = (Change(kind, GUEST.peer_id, "noise", 9, n * 32) for kind, n in _KINDS)
+    behind.applied(admission, FOUNDER)
+    behind.applied(removal, FOUNDER)
+    office = Office(behind.roll)
+    swarm = Several({OTHER.peer_id: behind, FOUNDER.peer_id: office})
+    with pytest.raises(UserError, match="was removed from the run: noise") as caught:
+        _start(tmp_path, Office(behind.roll), swarm, [ELSEWHERE, THERE])
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert swarm.asked == [OTHER.peer_id, FOUNDER.peer_id]
+    office.applied(replace(admission, nonce="c" * 32), FOUNDER)
+    _start(tmp_path, Office(behind.roll), swarm, [ELSEWHERE, THERE])
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "no-wait"])
+def test_who_waits_at_a_peer_that_gets_no_records_asks_the_others_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(protocol, "PACE_S", 0.0)
+    island, office = Office(), Office()
+    swarm = Several({OTHER.peer_id: island, FOUNDER.peer_id: office})
+    office.applied(Change("admit", GUEST.peer_id, "", 9, "ef" * 16), FOUNDER)
+    _start(tmp_path, Office(), swarm, [ELSEWHERE, THERE], waits)
+    assert swarm.asked == [OTHER.peer_id, FOUNDER.peer_id]
+
+
+def test_without_waiting_it_ends_once_all_were_asked(tmp_path: Path) -> None:
+    swarm = Several({OTHER.peer_id: Office(), FOUNDER.peer_id: Office()})
+    with pytest.raises(UserError, match=r"not admitted yet: .* admits; your id is") as caught:
+        _start(tmp_path, Office(), swarm, [ELSEWHERE, THERE], waits=False)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert swarm.asked == [OTHER.peer_id, FOUNDER.peer_id]
+
+
+def test_a_sole_peer_is_asked_on_one_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other addresses are no others: a second stream would be refused there."""
+    monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(protocol, "PACE_S", 0.0)
+    office = Office()
+    swarm = Several({FOUNDER.peer_id: office})
+    answers = 0
+
+    def epoch() -> int:
+        nonlocal answers
+        answers += 1
+        if answers == 3 * TURN_ANSWERS:
+            office.applied(Change("admit", GUEST.peer_id, "", 9, "ef" * 16), FOUNDER)
+        return office.epoch
+
+    office.reception = Reception(lambda: office.roll, epoch, office.submit)
+    _start(tmp_path, Office(), swarm, [THERE, THERE.replace("tcp/1", "tcp/7")])
+    assert swarm.asked == [FOUNDER.peer_id]
 
 
 def test_who_is_no_member_and_knows_nobody_is_told_to_name_one(tmp_path: Path) -> None:

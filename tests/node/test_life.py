@@ -17,7 +17,7 @@ from tapestry.node.daemon import assembly, life
 from tapestry.node.daemon.life import Daemon
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim, read_mark, write_mark
-from tapestry.node.errors import UserError
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
 from tapestry.node.spec.data import DataSettings, Located
 from tapestry.node.spec.declared import BASE, append, parse_declaration
@@ -130,7 +130,7 @@ def node_of(daemon: Daemon) -> Any:
     done.set()
     network = SimpleNamespace(up=up, withdraw=nothing)
     desk = SimpleNamespace(news=lambda: None)
-    runtime = SimpleNamespace(done=done, leave=leave, network=desk)
+    runtime = SimpleNamespace(done=done, ends=None, leave=leave, network=desk)
     keeper = SimpleNamespace(state=SimpleNamespace(epoch=3))
 
     def start(swarm: object, tasks: asyncio.TaskGroup) -> tuple[asyncio.Task[None], ...]:
@@ -149,6 +149,26 @@ def test_a_node_that_is_up_is_ready_writes_node_json_and_says_what_the_disk_hold
     assert "READY=1" in said(daemon)
     assert b'tapestry_disk_bytes{kind="logs"} 4096.0' in daemon.metrics.render()
     assert json.loads(daemon.home.node_json.read_text())["peer_id"] == "12D3KooW"
+
+
+def test_a_node_that_was_removed_leaves_in_good_order_and_ends_with_the_reason(daemon: Daemon) -> None:
+    node, left = node_of(daemon), []
+    node.runtime.ends = UserError("this node was removed", exit_code=ExitCode.REFUSED)
+    leave = node.runtime.leave
+
+    async def noted() -> None:
+        await leave()
+        left.append(True)
+
+    node.runtime.leave = noted
+
+    async def inside() -> None:
+        egress: Any = SimpleNamespace(run=lambda: asyncio.sleep(3600))
+        await daemon._serve(node, None, INFO, egress)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match="was removed") as caught:
+        run(daemon, inside)
+    assert caught.value.exit_code == ExitCode.REFUSED and left
 
 
 def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(

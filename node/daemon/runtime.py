@@ -113,6 +113,7 @@ class Runtime:
                 self._tasks = tasks
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe())
+                tasks.create_task(self.audits.look_again())
                 if self.network.words is not None:
                     tasks.create_task(self._pass_words_on(self.network.words))
                 self.feed(ev.Tick())

@@ -14,21 +14,25 @@ have restarted. A pattern of it is for people to judge.
 
 An accusation is kept in the home, counted, shown, and passed on to all we are linked with: once, since one
 that we have is no news, nor is a second one of the same liar and round if a wrong mean of it is known to be
-in the state. Where the run has it so, who may remove members signs the liar's removal, and a
-rollback to the state before the lie, if the wrong mean is in the state. What does not prove anything is
-refused, counted and named, and held against who brought it; and what is proven against a key that has no
-part in the run, or of a round that no record of our chain tells of, is refused: anybody can make such proofs,
-as many as it likes.
+in the state. Whoever may remove members may be away, or lack the record just then. So who has not said that
+it has heard is told again, less and less often, and so is whoever is linked later, as long as the liar is a
+member; and at a start the kept files are judged again.
+
+Where the run has it so, who may remove members signs the liar's removal, and a rollback to the state before
+the lie, if the wrong mean is in the state. What does not prove anything is refused, counted and named, and
+held against who brought it; and what is proven against a key that has no part in the run, or of a round that
+no record of our chain tells of, is refused: anybody can make such proofs, as many as it likes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
@@ -42,10 +46,20 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.members_desk import MembersDesk
 from tapestry.node.daemon.views import Reporter
-from tapestry.node.disk.accusations import ID_CHARS, Accusation, FalseAccusation, keep, prove, unpack
+from tapestry.node.disk.accusations import (
+    ID_CHARS,
+    SUFFIX,
+    Accusation,
+    FalseAccusation,
+    keep,
+    kept_against,
+    prove,
+    unpack,
+)
 from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.net.network import Network, Streams
 from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.waiting import WaitingPlaces
 from tapestry.node.net.wire import (
     FrameLimits,
     RemoteProtocolError,
@@ -53,6 +67,8 @@ from tapestry.node.net.wire import (
     WriteLimits,
     frame_parts,
     read_frame,
+    read_header,
+    read_payload,
     write_frame,
 )
 from tapestry.node.net.wire import unpack as unpack_header
@@ -70,9 +86,12 @@ KEPT_S = 180.0  # as long as both auditors may ask, where rounds are short: 2 * 
 KEPT_BYTES_MAX = 256 << 20  # Guess: of copies beyond KEPT_RECORDS
 KEPT_MAX = 4096  # records. G7
 TOLD_MAX = 1024  # names, and (round, liar). G7
+TOLD_AGAIN_S, TOLD_AGAIN_S_MAX = 10.0, 600.0  # twice as long each time. Guess: for who catches up
 LATE_TRIES, LATE_S = 10, 0.5  # Guess: for the record that an accusation is of
-STREAMS_MAX = 4  # of all peers at a time; the others wait
-STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is served one at a time
+STREAMS_MAX = 4  # of all peers that are given inputs at a time, and that accuse; the others wait
+STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is given one input at a time, and accuses by one
+LARGE_BYTES_MIN = 1 << 20  # Guess: accusations from here on have one place of their own
+GIVEN_S, ACCUSED_S = 30.0, 60.0  # then who gets an input, or accuses, makes room for who waits. Guess
 ASKED_OF_REDUCER_MAX = 2  # streams of an audit to its reducer at a time: AUDITS_AT_ONCE may have the same one
 BYTES_PER_SECOND_MIN = 16 * 1024  # of who asks or accuses, or gives; Guess: as of a donor (net/transfer.py)
 AUDITS_AT_ONCE = 2  # Guess: each holds all members' bytes of a shard
@@ -88,8 +107,13 @@ SILENT_S = 2.0  # Guess: who did not answer the last time; else it holds up the 
 OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
+HEARD_S = (
+    240.0  # that we wait for the other's place for accusations, and its word. Guess: behind three others
+)
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits
 ACCUSATION_BYTES_MAX = 64 << 20  # Guess: 128 members' shards of 512 KiB
+
+TAKEN = msgpack.packb(["taken"])  # the answer to an accusation that was judged
 
 _Given = tuple[tuple[str, ...], Tensor]  # a path, and encoded bytes
 
@@ -110,6 +134,18 @@ class Auditor:
     folder: Path  # HOME/accusations
     throttles: Throttles
     on_lie: Literal["remove", "rollback", "mark"] = "mark"  # the spec's: what this node asks for
+
+
+@dataclass(slots=True)
+class _Lie:
+    """One that is proven: of a liar's round the one that others are told of."""
+
+    name: str
+    accused: str
+    epoch: int  # of the state that the round started from
+    in_state: bool
+    heard: set[str] = field(default_factory=set)  # who has it
+    telling: set[str] = field(default_factory=set)  # who is being told
 
 
 class Evidence(Protocol):
@@ -159,14 +195,18 @@ class AuditDesk:
         self._auditing = 0
         self._waiting: list[tuple[Record, Order, bool]] = []  # for a place
         self._turn = asyncio.Semaphore(AUDITS_AT_ONCE)
-        self._serving = asyncio.Semaphore(STREAMS_MAX)
+        self._giving = WaitingPlaces(STREAMS_MAX, GIVEN_S, members.is_member)
+        self._accused = WaitingPlaces(STREAMS_MAX, ACCUSED_S, members.is_member)
+        self._accused_at_length = WaitingPlaces(1, ACCUSED_S, members.is_member)
         self._streams: Counter[str] = Counter()  # open ones, by peer
-        self._turns: dict[str, asyncio.Lock] = {}  # of who has open ones: it takes no more than one's place
+        # By peer and what it asks for: it takes no more than one's place.
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._read = FrameLimits(
             HEADER_BYTES_MAX, ACCUSATION_BYTES_MAX, BYTES_PER_SECOND_MIN, auditor.throttles.download
         )
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
+        self._lies: dict[tuple[int, str], _Lie] = {}  # by epoch and liar
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
         self._silent: dict[str, None] = {}  # of the newest record's members, who did not answer the last time
         # Of who was asked or told something lately: when it may be again.
@@ -372,6 +412,7 @@ class AuditDesk:
         if isinstance(a, Accusation) and in_state and self._is_told(f"{a.head}-{a.accused}"):
             return  # one wrong mean of that round is known to be in the state: more of them change nothing
         new = await self._keep(a, in_state)
+        self._pass_on(self._noted(a, in_state, new), by, new)
         # By the rule of that round, so that all ask for the same, whenever they hear of it.
         try:
             settings = await self._loop.compute(self._evidence.settings_at, a.epoch)
@@ -392,11 +433,75 @@ class AuditDesk:
             self._members.expel(a.accused, f"proven to have {a.why}", a.epoch + 1)
         if on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
             self._ask_to_roll_back(a, in_state)
-        if new:
-            packed = a.pack()
+
+    async def look_again(self) -> None:
+        """At a start: judge anew what the home keeps against members. Whoever was to sign the removal may
+        have been stopped before that, and who comes later is told of it."""
+        for path in kept_against(self._folder, self._members.roll.members):
+            try:
+                proof = unpack(await self._loop.compute(path.read_bytes))
+                if self._is_due(proof) and await self._concerns_the_run(proof):
+                    await self._prove(proof)
+                    await self._accuse(proof, self._own)
+            except (OSError, FalseAccusation) as error:
+                _log.info("accusation=not_judged file=%s reason=%r", path.name, str(error))
+
+    def on_up(self, peer: str) -> None:
+        """It may have been away when a lie was proven."""
+        for lie in self._lies.values():
+            if self._is_due(lie):
+                self._begin_telling(peer, lie)
+
+    def _is_due(self, lie: Accusation | DoubleVote | _Lie) -> bool:
+        """Whether the liar is a member still, and not one again that was let in since."""
+        seat = self._members.roll.members.get(lie.accused)
+        return seat is not None and seat.since <= lie.epoch
+
+    def _noted(self, a: Accusation | DoubleVote, in_state: bool, new: bool) -> _Lie:
+        """What others are told of this liar's round: one in the state, if there is one, or the newest."""
+        key = (a.epoch, a.accused)
+        lie = self._lies.get(key)
+        if lie is None or (new and (in_state or not lie.in_state)):
+            lie = self._lies[key] = _Lie(a.name, a.accused, a.epoch, in_state)
+        while len(self._lies) > TOLD_MAX:
+            del self._lies[next(iter(self._lies))]
+        return lie
+
+    def _pass_on(self, lie: _Lie, by: str, new: bool) -> None:
+        lie.heard.add(by)
+        if new or self._is_due(lie):
             for peer in self._network.linked:
-                if peer not in (by, a.accused):
-                    self._loop.spawn(self._tell(peer, packed))
+                self._begin_telling(peer, lie)
+
+    def _begin_telling(self, peer: str, lie: _Lie) -> None:
+        if peer != lie.accused and peer not in lie.heard | lie.telling:
+            lie.telling.add(peer)
+            self._loop.spawn(self._tell(peer, lie))
+
+    async def _tell(self, peer: str, lie: _Lie) -> None:
+        """Until it has heard, or a link is lost: the next one begins it again."""
+        pause_s = TOLD_AGAIN_S
+        while not await self._tell_once(peer, lie):
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, TOLD_AGAIN_S_MAX)
+            if peer not in self._network.linked or not self._is_due(lie):
+                break
+        lie.telling.discard(peer)
+
+    async def _tell_once(self, peer: str, lie: _Lie) -> bool:
+        """Whether that is all: it has heard, or there is no file any more."""
+        async with self._line(peer):
+            if peer in lie.heard:
+                return True
+            try:
+                with (self._folder / f"{lie.name}{SUFFIX}").open("rb") as file:
+                    # Many are told at once, and it may be large: they share the pages.
+                    packed = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):  # another has its place; an empty one proves nothing
+                return True
+            if await self._say_now(peer, ["accuse"], [packed], HEARD_S):
+                lie.heard.add(peer)
+        return peer in lie.heard
 
     def _is_told(self, name: str) -> bool:
         """Whether `name` was noted before; it is from now on."""
@@ -441,33 +546,37 @@ class AuditDesk:
         found: bool = await self._loop.compute(self._evidence.of_a_record, proof)
         return found
 
-    async def _tell(self, peer: str, packed: bytes) -> None:
-        await self._say(peer, ["accuse"], [packed])
-
     async def _say(self, peer: str, said: list[Any], payload: list[Buffer] | None = None) -> None:
-        """What has no answer. To each peer one thing at a time: it refuses many streams of one, and counts
-        them against it."""
-        async with self._lines.setdefault(peer, asyncio.Lock()):
+        """Whether it arrived is all the same to us."""
+        async with self._line(peer):
             await self._say_now(peer, said, payload)
 
-    async def _say_now(self, peer: str, said: list[Any], payload: list[Buffer] | None) -> None:
-        """Whether it arrived is all the same to us."""
+    def _line(self, peer: str) -> asyncio.Lock:
+        """To each peer one thing at a time: it refuses many streams of one, and counts them against it."""
+        return self._lines.setdefault(peer, asyncio.Lock())
+
+    async def _say_now(
+        self, peer: str, said: list[Any], payload: list[Buffer] | None, patience_s: float = SILENCE_S
+    ) -> bool:
+        """Whether it answered: that it has judged what it was told."""
         try:
             reader, writer = await self._open(peer)
         except SwarmError:
-            return
+            return False
         try:
-            await self._write(peer, writer, msgpack.packb(said), payload)
-            await asyncio.wait_for(reader.read(1), SILENCE_S)  # its end: it has taken it
+            await self._write(peer, writer, msgpack.packb(said), payload, patience_s)
+            return bool(await asyncio.wait_for(reader.read(1), patience_s))
         except (TimeoutError, ConnectionError, SwarmError):
             _log.debug("audit=not_told peer=%s of=%s", peer[-6:], said[0])
+            return False
         finally:
             writer.close()
 
     # --- other members' streams ----------------------------------------------------------------
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request; of each peer so many at a time, and of all so many, for which the others wait.
+        """One request. Each peer has so many open; of all together so many are given inputs at a time, and so
+        many accuse: the others wait. Who accuses takes nothing from who asks for an input.
 
         Raises RemoteProtocolError, StreamEnded, TimeoutError and ConnectionError.
         """
@@ -477,24 +586,31 @@ class AuditDesk:
             raise RemoteProtocolError("streams", f"more than {STREAMS_OF_ONE_MAX} streams at a time")
         self._streams[peer] += 1
         try:
-            async with self._turns.setdefault(peer, asyncio.Lock()), self._serving:
-                await self._serve(peer, reader, writer)
+            await self._serve(peer, reader, writer)
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:
-                del self._streams[peer], self._turns[peer]
+                del self._streams[peer]
 
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        header, payload = await read_frame(reader, self._read, SILENCE_S, SILENCE_S, self._came)
+        header, payload_bytes = await read_header(reader, self._read, SILENCE_S, SILENCE_S, self._came)
         match _values(header, 4, "request"):
             case ["accuse"]:
-                await self._judge(peer, payload)
-            case ["second", head, shard]:
+                is_large = payload_bytes >= LARGE_BYTES_MIN
+                places = self._accused_at_length if is_large else self._accused
+                async with self._turn_of(peer, "accuse"), places.place(peer, writer):
+                    payload = await read_payload(reader, payload_bytes, self._read, SILENCE_S, self._came)
+                    await self._judge(peer, payload, writer)
+            case ["second", head, shard] if not payload_bytes:
                 self._audit_as_second(peer, head, shard)
-            case ["input", head, shard, of]:
-                await self._give(peer, writer, head, shard, of)
+            case ["input", head, shard, of] if not payload_bytes:
+                async with self._turn_of(peer, "input"), self._giving.place(peer, writer):
+                    await self._give(peer, writer, head, shard, of)
             case _:
                 raise RemoteProtocolError("malformed", "no such request")
+
+    def _turn_of(self, peer: str, what: str) -> asyncio.Lock:
+        return self._turns.setdefault((peer, what), asyncio.Lock())
 
     def _audit_as_second(self, peer: str, head: Any, shard: Any) -> None:
         """Once for a shard of the first auditor's: who asks has drawn it."""
@@ -504,20 +620,31 @@ class AuditDesk:
         if order is not None:
             self._begin_audits(self._records[head], [order], first=False)
 
-    async def _judge(self, peer: str, payload: bytearray) -> None:
+    async def _judge(self, peer: str, payload: bytearray, writer: asyncio.StreamWriter) -> None:
         """A look at one record comes first: made-up names would have us average made-up inputs. Who tells of
-        a record that our chain lacks is not blamed: it may be ahead of us, or on another side of a fork."""
-        averaging = self._averaging
+        a record that our chain lacks is not blamed: it may be ahead of us, or on another side of a fork. It
+        gets no answer, and tells us again."""
         try:
             accusation = unpack(payload)
-            if not await self._concerns_the_run(accusation):
+            if accusation.name in self._told:
+                lie = self._lies.get((accusation.epoch, accusation.accused))
+                if lie is not None and lie.name == accusation.name:
+                    lie.heard.add(peer)
+            elif await self._concerns_the_run(accusation):
+                await self._prove(accusation)
+                await self._accuse(accusation, peer)
+            else:
                 self._reporter.refused(peer, "accusation", "it is of nobody's part in our chain")
                 return
-            count, mean_digest = len(averaging.shards), averaging.mean_digest
-            await self._loop.compute(prove, accusation, self._run_id, count, mean_digest, self._crypto)
         except FalseAccusation as error:
+            await self._write(peer, writer, TAKEN)
             raise RemoteProtocolError("accusation", str(error)) from None
-        await self._accuse(accusation, peer)
+        await self._write(peer, writer, TAKEN)
+
+    async def _prove(self, proof: Accusation | DoubleVote) -> None:
+        """Raises FalseAccusation."""
+        count, mean_digest = len(self._averaging.shards), self._averaging.mean_digest
+        await self._loop.compute(prove, proof, self._run_id, count, mean_digest, self._crypto)
 
     async def _give(self, peer: str, writer: asyncio.StreamWriter, head: Any, shard: Any, of: Any) -> None:
         asked = isinstance(head, str) and type(shard) is int and isinstance(of, str)
@@ -531,13 +658,18 @@ class AuditDesk:
         await self._write(peer, writer, msgpack.packb(list(path)), [memoryview(payload.numpy())])  # type: ignore[arg-type]
 
     async def _write(
-        self, peer: str, writer: asyncio.StreamWriter, header: bytes, payload: list[Buffer] | None = None
+        self,
+        peer: str,
+        writer: asyncio.StreamWriter,
+        header: bytes,
+        payload: list[Buffer] | None = None,
+        patience_s: float = SILENCE_S,
     ) -> None:
         def left(count: int) -> None:
             self._reporter.metrics.network_bytes("sent", "audit", count)
             self._reporter.egress.sent("audit", peer, count)
 
-        limits = WriteLimits(self._throttles.upload, waits=bool(payload), patience_s=SILENCE_S)
+        limits = WriteLimits(self._throttles.upload, waits=bool(payload), patience_s=patience_s)
         await write_frame(writer, frame_parts(header, payload or []), limits, left)
 
     def _came(self, count: int) -> None:

@@ -92,6 +92,7 @@ class NetworkDesk:
 
     def on_up(self, peer: str) -> None:
         self._loop.feed(ev.PeerUp(peer))
+        self._audits.on_up(peer)
 
     def on_down(self, peer: str) -> None:
         self._loop.feed(ev.PeerDown(peer))

@@ -119,6 +119,7 @@ class Runtime:
                 self._tasks = tasks
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe())
+                tasks.create_task(self.audits.look_again())
                 if self.network.words is not None:  # we are on no island
                     tasks.create_task(self._end_if_removed())
                     tasks.create_task(self._pass_words_on(self.network.words))

@@ -19,7 +19,7 @@ HOME/accusations, one file each; `tapestry verify` checks them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -220,3 +220,9 @@ def _accused_of(path: Path) -> str:
 def kept(folder: Path) -> list[Path]:
     """The files of all that a home keeps."""
     return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def kept_against(folder: Path, peers: Collection[str]) -> list[Path]:
+    """Those against one of these, by the ends of their ids."""
+    ends = {peer[-ID_CHARS:] for peer in peers}
+    return [path for path in kept(folder) if _accused_of(path) in ends]

@@ -64,6 +64,18 @@ async def read_frame(
     that came. What we wait for our own throttle is held against nobody. Raises StreamEnded,
     RemoteProtocolError and TimeoutError.
     """
+    header, payload_bytes = await read_header(reader, limits, start_s, silence_s, on_bytes)
+    return header, await read_payload(reader, payload_bytes, limits, silence_s, on_bytes)
+
+
+async def read_header(
+    reader: asyncio.StreamReader,
+    limits: FrameLimits,
+    start_s: float | None,
+    silence_s: float,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[bytes, int]:
+    """The next frame's header, and how many bytes of payload follow it. As read_frame."""
     first = await _read_exactly(reader, 1, start_s, on_bytes, at_start=True)
     async with asyncio.timeout(silence_s):
         start = first + await _read_exactly(reader, FRAME.size - 1, None, on_bytes)
@@ -72,16 +84,31 @@ async def read_frame(
         raise RemoteProtocolError("oversized", f"a header of {header_bytes} bytes")
     if payload_bytes > limits.payload_bytes_max:
         raise RemoteProtocolError("oversized", f"a payload of {payload_bytes} bytes")
-    slowest, throttle = limits.bytes_per_second_min, limits.throttle
-    slowest_s = silence_s + (header_bytes + payload_bytes) / slowest if slowest else None
-    async with asyncio.timeout(slowest_s) as deadline:
+    async with asyncio.timeout(_slowest_s(header_bytes, limits, silence_s)):
         header = await _read_exactly(reader, header_bytes, silence_s, on_bytes)
-        may_read = None
-        if throttle is not None:
-            throttle.spend(FRAME.size + header_bytes)
-            may_read = functools.partial(_take, throttle, deadline)
-        payload = await _read_exactly(reader, payload_bytes, silence_s, on_bytes, may_read=may_read)
-    return bytes(header), payload
+    if limits.throttle is not None:
+        limits.throttle.spend(FRAME.size + header_bytes)
+    return bytes(header), payload_bytes
+
+
+async def read_payload(
+    reader: asyncio.StreamReader,
+    payload_bytes: int,  # by read_header
+    limits: FrameLimits,
+    silence_s: float,
+    on_bytes: Callable[[int], None] | None = None,
+) -> bytearray:
+    """The rest of a frame. As read_frame."""
+    async with asyncio.timeout(_slowest_s(payload_bytes, limits, silence_s)) as deadline:
+        may_read = (
+            functools.partial(_take, limits.throttle, deadline) if limits.throttle is not None else None
+        )
+        return await _read_exactly(reader, payload_bytes, silence_s, on_bytes, may_read=may_read)
+
+
+def _slowest_s(count: int, limits: FrameLimits, silence_s: float) -> float | None:
+    slowest = limits.bytes_per_second_min
+    return silence_s + count / slowest if slowest else None
 
 
 def frame_parts(header: bytes, payload: Sequence[Buffer] = ()) -> list[Buffer]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -26,7 +27,7 @@ from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.disk.accusations import Accusation, kept
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.throttle import Throttles
-from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
+from tapestry.node.net.wire import FRAME, RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input, Order, second_auditor
 from tapestry.node.protocol.chain import Body, Member, Record
@@ -51,6 +52,7 @@ class Desk(AuditDesk):
         self.averaging = Averaging(CODEC, N, 256, WEIGHTED)
         self.hides = False  # it ends streams without an answer
         self.holds = False  # it takes them, and gives none
+        self.tells_again = True  # who has not heard
 
         def tell(what: str) -> Callable[..., None]:
             return lambda *args: self.told.append((what, *args))  # type: ignore[arg-type]
@@ -99,8 +101,10 @@ class Desk(AuditDesk):
         self.record: Record | None = None  # the newest of its chain
         self.rule = ""  # what a record has made of on_lie
         self.taken = ""  # digest of the wrong mean that is in its state
-        self.roll = SimpleNamespace(members=dict.fromkeys(PEERS), removed={})
-        members = SimpleNamespace(roll=self.roll, expel=self.expel, roll_back=tell("roll_back"))
+        self.roll = SimpleNamespace(members=dict.fromkeys(PEERS, SimpleNamespace(since=0)), removed={})
+        members = SimpleNamespace(
+            roll=self.roll, expel=self.expel, roll_back=tell("roll_back"), is_member=lambda peer: True
+        )
         super().__init__(loop, network, self.averaging, reporter, auditor, members, self)  # type: ignore[arg-type]
 
     @property
@@ -117,9 +121,12 @@ class Desk(AuditDesk):
     def settings_at(self, epoch: int) -> Settings:
         return {"audit.on_lie": self.rule} if self.rule else {}
 
+    async def _tell_once(self, *args: Any) -> bool:
+        return await super()._tell_once(*args) or not self.tells_again
+
     def expel(self, peer: str, why: str, epoch: int) -> None:
         self.told.append(("expel", peer, why))  # type: ignore[arg-type]
-        if self.roll.members.pop(peer, "") is None:
+        if self.roll.members.pop(peer, None) is not None:
             self.roll.removed[peer] = why
 
     def said(self, what: str) -> list[Any]:
@@ -185,12 +192,15 @@ class Table:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_desk, "AGAIN_S", (0.0, 1e-9))
     monkeypatch.setattr(audit_desk, "OPENED_PER_S", 1e9, raising=False)
+    monkeypatch.setattr(audit_desk, "TOLD_AGAIN_S", 0.01, raising=False)
 
 
 def run(scenario: Callable[[Table], Coroutine[Any, Any, None]], folder: Path) -> Table:
     async def begin() -> Table:
         table = Table(folder)
         await scenario(table)
+        for desk in table.desks.values():
+            desk.tells_again = False
         await table.settle()
         return table
 
@@ -506,6 +516,167 @@ def lie_of(liar: str, shard: int, digest: str) -> Accusation:
     return Accusation(HEAD, EPOCH, members, shard, digest, liar, "ab" * 64, (((), b"x"),))
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in ten seconds")
+
+
+def proven_to_all_but(table: Table, *away: str) -> Accusation:
+    """A lie in a record that all have, for bob to tell; nobody has a link to these."""
+    lie = lie_of("alice", SHARD, "11" * 32)
+    for desk in table.desks.values():
+        desk.record = Record(dataclasses.replace(table.record.body, prev=HEAD), HEAD, 0, ())
+        desk._on_lie = "remove"
+        desk._network.linked = [peer for peer in PEERS if peer not in away]  # type: ignore[misc]
+    table.desks["bob"]._members.expel = lambda *args: None  # type: ignore[method-assign]  # it may not ask
+    return lie
+
+
+@pytest.mark.parametrize("late_link", [False, True])
+def test_who_was_away_when_a_lie_was_proven_is_told_of_it_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_link: bool
+) -> None:
+    """The founder alone may remove; proofs were told once, so a liar stayed that lied while it was off. One
+    side of a link may be up before the other, which hears nothing then."""
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+
+    async def scenario(table: Table) -> None:
+        bob, dora = table.desks["bob"], table.desks["dora"]
+        await bob._accuse(proven_to_all_but(table, "dora"), "bob")
+        await bob._accuse(lie_of("alice", SHARD + 1, "22" * 32), "bob")  # of the same round
+        await until(lambda: bool(table.desks["carol"].said("expel")))
+        assert not dora.said("expel")
+        bob._network.linked = PEERS  # type: ignore[misc]
+        dora._network.linked = () if late_link else PEERS  # type: ignore[misc]
+        bob.on_up("dora")
+        bob.on_up("dora")  # it flaps
+        await asyncio.sleep(0.05)
+        dora._network.linked = PEERS  # type: ignore[misc]
+        await until(lambda: bool(dora.said("expel")))
+        await table.settle()
+        told = len(dora._told)
+        bob.on_up("dora")
+        await table.settle()
+        assert len(dora._told) == told and dora._streams == {}
+
+    desks = run(scenario, tmp_path).desks
+    assert len(kept(tmp_path / "dora")) == 1, "one of a round"
+    assert not any(desk.said("blamed") or desk.said("refused") for desk in desks.values())
+
+
+def test_who_comes_back_is_not_told_of_liars_that_are_no_members_or_were_let_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+
+    async def scenario(table: Table) -> None:
+        bob = table.desks["bob"]
+        await bob._accuse(proven_to_all_but(table, "dora"), "bob")
+        seat = bob.roll.members.pop("alice")
+        bob._network.linked = PEERS  # type: ignore[misc]
+        bob.on_up("dora")
+        bob.roll.members["alice"] = SimpleNamespace(since=EPOCH + 1)
+        bob.on_up("dora")
+        await asyncio.sleep(0.05)
+        assert not table.desks["dora"].said("accused")
+        bob.roll.members["alice"] = seat
+        bob.on_up("dora")
+        await until(lambda: bool(table.desks["dora"].said("accused")))
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("is_true", [True, False])
+def test_at_a_start_kept_proofs_against_members_are_judged_again_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_true: bool
+) -> None:
+    """Who was to sign the removal may have been killed before: what it asked for was in memory only."""
+
+    def prove(*args: object) -> None:
+        if not is_true:
+            raise audit_desk.FalseAccusation("its disk changed a bit")
+
+    monkeypatch.setattr(audit_desk, "prove", prove)
+
+    async def scenario(table: Table) -> None:
+        lie = proven_to_all_but(table)
+        audit_desk.keep(tmp_path / "dora", lie)
+        audit_desk.keep(tmp_path / "dora", lie_of("x" * 8, SHARD, "33" * 32))
+        (tmp_path / "dora" / f"5-1-alice-{'44' * 32}.accusation").write_bytes(b"torn")
+        await table.desks["dora"].look_again()
+
+    desks = run(scenario, tmp_path).desks
+    assert [peer for peer, _ in desks["dora"].said("expel")] == (["alice"] if is_true else [])
+    assert bool(desks["carol"].said("expel")) is is_true
+    assert not any(desk.said("blamed") for desk in desks.values())
+
+
+async def dripping(desk: Desk, name: str, payload_bytes: int) -> asyncio.StreamWriter:
+    """A stream of `name` that has begun to accuse somebody at length."""
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=theirs)
+
+    async def serve() -> None:
+        try:
+            await desk.serve(name, reader, writer)
+        except (StreamEnded, ConnectionError):
+            desk.told.append(("dripped", name))
+        finally:
+            writer.close()
+
+    desk._network.linked = (*desk._network.linked, name)  # type: ignore[misc]
+    desk._loop.spawn(serve())
+    _, ours_writer = await asyncio.open_connection(sock=ours)
+    header = msgpack.packb(["accuse"])
+    ours_writer.write(FRAME.pack(len(header), payload_bytes) + header + b"x")
+    await asyncio.sleep(0.02)
+    return ours_writer
+
+
+@pytest.mark.parametrize("payload_bytes", [audit_desk.ACCUSATION_BYTES_MAX, 1000])
+def test_who_drips_accusations_keeps_nobody_from_its_inputs(tmp_path: Path, payload_bytes: int) -> None:
+    """Four keys closed a node's audits for an hour, and it was named for giving nothing."""
+
+    async def scenario(table: Table) -> None:
+        table.drawn(table.second, table.own(table.second))
+        second = table.desks[table.second]
+        writers = [await dripping(second, f"x{number}", payload_bytes) for number in range(6)]
+        member = next(m for m in table.record.body.members if m.peer == table.second)
+        async with asyncio.timeout(5.0):
+            first = table.desks[table.first]
+            assert await first._given_by(table.second, table.record, SHARD, member) is not None
+        for writer in writers:
+            writer.close()
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("payload_bytes", [audit_desk.ACCUSATION_BYTES_MAX, 1000])
+def test_who_drips_accusations_makes_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload_bytes: int
+) -> None:
+    """Large ones keep no small one out at all; and who waits behind small ones that drip gets its turn."""
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+    is_large = payload_bytes > 1000
+    monkeypatch.setattr(audit_desk, "ACCUSED_S", 60.0 if is_large else 0.2, raising=False)
+
+    async def scenario(table: Table) -> None:
+        lie = proven_to_all_but(table)
+        carol = table.desks["carol"]
+        writers = [await dripping(carol, f"x{number}", payload_bytes) for number in range(6)]
+        async with asyncio.timeout(5.0):
+            assert await table.desks["bob"]._say_now("carol", ["accuse"], [lie.pack()], 5.0)
+        assert len(carol.said("accused")) == 1
+        assert bool(carol.said("dripped")) is not is_large, "only those in its way"
+        for writer in writers:
+            writer.close()
+
+    run(scenario, tmp_path)
+
+
 def test_whoever_has_much_to_say_to_a_peer_says_it_one_by_one(tmp_path: Path) -> None:
     """Dozens of proofs against one liar were told at once: the surplus was lost, and the teller banned."""
 
@@ -541,10 +712,11 @@ def test_of_a_liars_round_one_wrong_mean_in_the_state_is_told_and_all_ask_for_th
 
 
 @pytest.mark.parametrize("behind", [1, 3])
-def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_and_blames_nobody(
+def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_blames_nobody_and_is_told_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
-    """A node that caught up banned, proof by proof, those who could give it what it lacked."""
+    """A node that caught up banned, proof by proof, those who could give it what it lacked; and later, of
+    one that took longer than a moment, nobody told it of the lie again."""
     monkeypatch.setattr(audit_desk, "LATE_S", 0.01)
     monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
 
@@ -554,15 +726,19 @@ def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_and_blames_
             return Record(body, HEAD, 0, ())
 
         bob, carol = table.desks["bob"], table.desks["carol"]
+        table.desks["alice"].record = newest(EPOCH + 1)
         bob.record = carol.record = newest(EPOCH + 1 - behind)
         lie = lie_of("dora", 0, "11" * 32)
         for peer in ("bob", "carol"):
             table.desks["alice"]._loop.spawn(table.desks["alice"]._say(peer, ["accuse"], [lie.pack()]))
         await asyncio.sleep(0.03)
         bob.record = newest(EPOCH + 1)  # carol does not catch up in time
+        await until(lambda: len(carol.said("refused")) > 1)
+        assert bob.said("accused") and not carol.said("accused")
+        carol.record = newest(EPOCH + 1)
+        await until(lambda: bool(carol.said("accused")))
 
     desks = run(scenario, tmp_path).desks
-    assert desks["bob"].said("accused") and not desks["carol"].said("accused")
     assert not any(desk.said("blamed") for desk in desks.values())
 
 

@@ -29,6 +29,7 @@ from tapestry.node.trainer.data.tally import numbered
 
 WAIT_S = 60.0  # Guess: for the next record, which makes a change good; after that it goes on unwatched
 POLL_S = 0.2
+ID_CHARS_MIN = 4  # of an id's end, or of a proposal's beginning
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 wait_option = click.option("--no-wait", is_flag=True, help="Do not wait for the record that takes it up.")
@@ -201,7 +202,7 @@ def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> No
             click.echo(f"{done}, from epoch {table['epoch']} on")
             return
         pending = [one for one in table["pending"] if one["id"] == name]
-        if pending and pending[0]["signed"] < pending[0]["needs"]:
+        if pending and not pending[0]["enough"]:
             signed, needs = pending[0]["signed"], pending[0]["needs"]
             click.echo(f"{signed} of {needs} have signed; the others run: tapestry approve {name[:8]}")
             return
@@ -213,6 +214,11 @@ def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
     """The id that `text` is, or of those known the one that it begins or ends, with or without the `…` that
     `members` shows there. Raises UserError."""
     text = text.strip("…")
+    if len(text) < ID_CHARS_MIN:
+        raise UserError(
+            f"an id of {len(text)} characters may be anybody's",
+            hint=f"write at least {ID_CHARS_MIN} of it; `tapestry members` shows the ids",
+        )
     fits: Callable[[str], bool] = lambda one: one.startswith(text) if at_begin else one.endswith(text)  # noqa: E731
     found = [one for one in known if one == text] or [one for one in known if fits(one)]
     if len(found) > 1:
@@ -287,7 +293,8 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
         of = short(one["peer"]) if one["peer"] else ""
         what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
-        lines += _row("pending", what, one["id"][:8], f"{one['signed']} of {one['needs']} signed")
+        signed = f"{one['signed']} of {one['needs']} signed"
+        lines += _row("pending", what, one["id"][:8], "for the next record" if one["enough"] else signed)
     for key, value in table["settings"].items():
         lines += _row("setting", key, "", f"{shown(value)}, in place of the run spec's")
     for peer, why in table["removed"].items():

@@ -29,6 +29,7 @@ from tapestry.node.protocol.members import (
     authorities,
     change_fault,
     change_id,
+    enough_signed,
     needed,
     read_rollback,
     rollback_value,
@@ -247,6 +248,7 @@ class MembersDesk:
                     "value": c.value,
                     "signed": len(authorities(roll, [p for p, _ in c.signatures])),
                     "needs": needed(roll),
+                    "enough": enough_signed(roll, roll, c),
                 }
                 for c in core.pending
             ],

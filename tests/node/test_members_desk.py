@@ -14,13 +14,21 @@ from schemas import faults, load
 from tapestry.dht.identity import Identity
 from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.members import Change, Charter, change_id, first_roll, rollback_value
+from tapestry.node.protocol.members import (
+    Change,
+    Charter,
+    Invite,
+    change_id,
+    first_roll,
+    rollback_value,
+)
 from tapestry.node.protocol.settings import Settings
 from tapestry.node.protocol.snapshot import Membership
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.spec.run import RunSpec, why_no_change
 
 RUN = "ab" * 32
+INVITE = "cd" * 26  # an invitation's key
 FOUNDER, OTHER, THIRD = (
     Identity(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2, 3)
 )
@@ -171,16 +179,19 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
 
 
 def test_the_table_of_members_is_as_its_schema_says() -> None:
-    loop = FakeLoop(Charter())
+    loop = FakeLoop(Charter(admit_by="majority"))
     change = Change("remove", OTHER.peer_id, "why", 9, "0" * 32, ((FOUNDER.peer_id, "ab"),))
+    own = replace(change, signatures=((OTHER.peer_id, "ab"),))
+    by_invitation = Change("admit", THIRD.peer_id, "", 9, "1" * 32, ((INVITE, "ab"),))
     core = SimpleNamespace(
         roll=replace(
             loop._roll,
             removed={THIRD.peer_id: "why"},
+            invites={INVITE: Invite("", 1, 0)},
             settings={"train.lr": 0.1, "round.exchange_max_s": "auto"},
         ),
         chain_epoch=5,
-        pending=(change,),
+        pending=(change, own, by_invitation),
         run_id=RUN,
         peers=(),
         phase="training",
@@ -188,5 +199,6 @@ def test_the_table_of_members_is_as_its_schema_says() -> None:
     loop.snapshot = lambda: core  # type: ignore[method-assign]
     desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: "")  # type: ignore[arg-type]
     table = json.loads(json.dumps(desk.do({"do": "members"})))
-    assert table["pending"] and table.pop("done") == [], "the command leaves it out"
+    assert [one["enough"] for one in table["pending"]] == [False, True, True]
+    assert table.pop("done") == [], "the command leaves it out"
     assert faults(load("members"), table) == []

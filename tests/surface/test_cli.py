@@ -675,3 +675,34 @@ def test_a_setting_is_proposed_as_run_toml_has_it_and_the_help_names_them_all(
     assert CliRunner().invoke(cli, [*propose, "train.lr", "auto"]).exit_code == 2
     text = CliRunner().invoke(cli, ["propose", "--help"]).output
     assert [key for key in SETTINGS if key not in text] == []
+
+
+class Answering:
+    """A running node, as commands see it: `tables` one after the other, the last for good."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *tables: dict[str, object], needs: int = 1) -> None:
+        self.tables, self.needs = list(tables), needs
+        monkeypatch.setattr("tapestry.node.surface.control.ask", self.ask)
+        monkeypatch.setattr("tapestry.node.cli.members.POLL_S", 0.0)
+
+    def ask(self, home: object, request: dict[str, str]) -> dict[str, object]:
+        if request["do"] != "members":
+            return {"id": CHANGE, "needs": self.needs}
+        table = self.tables.pop(0) if len(self.tables) > 1 else self.tables[0]
+        return {"members": [{"peer": "a" * 52}], "invites": [], "epoch": 7, **table}
+
+
+CHANGE = "ab" * 16
+WAITS = {"id": CHANGE, "signed": 0, "needs": 1, "enough": True}
+
+
+def test_who_leaves_is_told_when_it_is_out_and_not_that_others_must_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, object] = {"pending": [WAITS], "done": []}
+    Answering(monkeypatch, before, before, {"pending": [], "done": [CHANGE]})
+    told = CliRunner().invoke(cli, ["remove", "a" * 52, "--home", str(tmp_path)])
+    assert "from epoch 7 on" in told.output, told.output
+    Answering(monkeypatch, {"pending": [WAITS | {"enough": False}], "done": []})
+    told = CliRunner().invoke(cli, ["remove", "a" * 52, "--home", str(tmp_path)])
+    assert "0 of 1 have signed; the others run: tapestry approve abababab" in told.output, told.output

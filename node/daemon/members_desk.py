@@ -35,7 +35,7 @@ from tapestry.node.protocol.members import (
     rollback_value,
     why_no_rollback,
 )
-from tapestry.node.protocol.proposals import may_ask
+from tapestry.node.protocol.proposals import OF_ONE_MAX, PROPOSALS_MAX, may_ask
 from tapestry.node.protocol.settings import Settings, read_setting
 from tapestry.node.surface.control import roll_table
 
@@ -54,6 +54,10 @@ FAULTS = {
 LAST_AUTHORITY = (
     "nobody could admit or remove any more: first `tapestry propose charter admit_by majority`, "
     "or `tapestry propose rekey` to another key"
+)
+TOO_MANY = (
+    f"{OF_ONE_MAX} changes that it asked for, or {PROPOSALS_MAX} of all members, wait for a record: "
+    "ask again after the next"
 )
 NOT_HELD = (
     "this node's disk no longer leads to state {epoch}: checkpoints_kept, checkpoint_every_epochs and "
@@ -107,14 +111,11 @@ class MembersDesk:
 
     def submit(self, change: Change) -> str:
         """What an applicant brings; returns what is wrong with it, or ""."""
-        run = self._loop.membership()
         fault = self._fault(change)
-        if fault or any(
-            change_id(run.roll.run_id, c) == change_id(run.roll.run_id, change) for c in run.pending
-        ):
+        if fault or self._signers(change):
             return fault
         self._loop.feed(ev.ChangeAsked(change, sign=False))
-        return ""
+        return "" if self._signers(change) else TOO_MANY
 
     def _fault(self, change: Change) -> str:
         run = self._loop.membership()
@@ -228,7 +229,16 @@ class MembersDesk:
         if fault:
             return {"fault": fault}
         self._loop.feed(ev.ChangeAsked(change))
+        if self._me not in self._signers(change):
+            return {"fault": TOO_MANY}
         return {"id": change_id(roll.run_id, change), "needs": needed(roll)}
+
+    def _signers(self, change: Change) -> list[str]:
+        """Those whose signature of it waits for a record; nobody's, where it does not."""
+        run = self._loop.membership()
+        name = change_id(run.roll.run_id, change)
+        found = [c for c in run.pending if change_id(run.roll.run_id, c) == name]
+        return [peer for one in found for peer, _ in one.signatures]
 
     def table(self) -> dict[str, Any]:
         """All that people are shown."""

@@ -12,16 +12,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from schemas import faults, load
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
+from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, TOO_MANY, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.members import (
     Change,
     Charter,
     Invite,
     change_id,
+    change_message,
     first_roll,
     rollback_value,
 )
+from tapestry.node.protocol.proposals import OF_ONE_MAX, Proposals
 from tapestry.node.protocol.settings import Settings
 from tapestry.node.protocol.snapshot import Membership
 from tapestry.node.protocol.strict import Malformed
@@ -40,16 +42,21 @@ class FakeLoop:
         self.snapshots = 0
         peers = [FOUNDER.peer_id, OTHER.peer_id]
         self._roll = replace(first_roll(RUN, charter, peers), council=(FOUNDER.peer_id,))
+        self._pool = Proposals()
 
     def snapshot(self) -> Any:
         self.snapshots += 1
         return SimpleNamespace(roll=self._roll, chain_epoch=5, pending=(), run_id=RUN)
 
     def membership(self) -> Membership:
-        return Membership(5, self._roll, ())
+        return Membership(5, self._roll, tuple(self._pool.pending.values()))
 
     def feed(self, event: Any) -> None:
         self.fed.append(event)
+        change, crypto = event.change, NodeCrypto(FOUNDER)
+        if event.sign:
+            change = change.signed(FOUNDER.peer_id, crypto.sign(change_message(RUN, change)))
+        self._pool.add(self._roll, 6, change, crypto)
 
 
 def asked(
@@ -75,6 +82,27 @@ def test_the_last_who_decides_does_not_leave_the_others_without_anybody_who_does
     assert asked("remove", FOUNDER.peer_id) == ({"fault": LAST_AUTHORITY}, 0)
     assert asked("remove", OTHER.peer_id)[1] == 1
     assert asked("remove", FOUNDER.peer_id, charter=Charter(admit_by="majority"))[1] == 1
+
+
+def test_who_asks_for_more_than_waits_for_one_record_is_told_so() -> None:
+    loop = FakeLoop(Charter())
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: "")  # type: ignore[arg-type]
+
+    def invite() -> dict[str, Any]:
+        key = Identity(Ed25519PrivateKey.generate())
+        return desk.do({"do": "ask", "kind": "invite", "peer": key.peer_id, "value": "1 0 guest"})
+
+    assert all("id" in invite() for _ in range(OF_ONE_MAX))
+    assert invite() == {"fault": TOO_MANY}
+
+    line = Identity(Ed25519PrivateKey.generate())  # a guest's, whose key has signed as many admissions
+    loop._roll = replace(loop._roll, invites={line.peer_id: Invite("", 1000, 0)})
+    said = []
+    for _ in range(OF_ONE_MAX + 1):
+        admission = Change("admit", Identity(Ed25519PrivateKey.generate()).peer_id, "", 9, "ab" * 16)
+        signature = NodeCrypto(line).sign(change_message(RUN, admission))
+        said.append(desk.submit(admission.signed(line.peer_id, signature)))
+    assert said == [""] * OF_ONE_MAX + [TOO_MANY]
 
 
 @pytest.mark.parametrize(

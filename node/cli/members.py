@@ -304,7 +304,10 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         waits_s = max(0, int(time.time() - one["since"]))
         lines += _row("applicant", one["name"], short(one["peer"]), f"waits for {waits_s} s")
     for one in table["invites"]:
-        lines += _row("invite", one["name"], short(one["key"]), f"{one['uses']} left")
+        is_over = 0 < one["expires_at"] < time.time()
+        lines += _row(
+            "invite", one["name"], short(one["key"]), "expired" if is_over else f"{one['uses']} left"
+        )
     for one in table["pending"]:
         value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
         of = short(one["peer"]) if one["peer"] else ""

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from schemas import faults, load
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, TOO_MANY, MembersDesk
+from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, TAKEN_BACK_MAX, TOO_MANY, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.members import (
     Change,
@@ -37,7 +37,8 @@ FOUNDER, OTHER, THIRD = (
 
 
 class FakeLoop:
-    def __init__(self, charter: Charter) -> None:
+    def __init__(self, charter: Charter, me: Identity = FOUNDER) -> None:
+        self.me = me
         self.fed: list[Any] = []
         self.snapshots = 0
         peers = [FOUNDER.peer_id, OTHER.peer_id]
@@ -53,9 +54,9 @@ class FakeLoop:
 
     def feed(self, event: Any) -> None:
         self.fed.append(event)
-        change, crypto = event.change, NodeCrypto(FOUNDER)
+        change, crypto = event.change, NodeCrypto(self.me)
         if event.sign:
-            change = change.signed(FOUNDER.peer_id, crypto.sign(change_message(RUN, change)))
+            change = change.signed(self.me.peer_id, crypto.sign(change_message(RUN, change)))
         self._pool.add(self._roll, 6, change, crypto)
 
 
@@ -103,6 +104,65 @@ def test_who_asks_for_more_than_waits_for_one_record_is_told_so() -> None:
         signature = NodeCrypto(line).sign(change_message(RUN, admission))
         said.append(desk.submit(admission.signed(line.peer_id, signature)))
     assert said == [""] * OF_ONE_MAX + [TOO_MANY]
+
+
+def of_invitation(loop: FakeLoop, line: Identity, expires_at: int) -> Change:
+    """An admission of somebody by it, as its guest signs it."""
+    invites = {**loop._roll.invites, line.peer_id: Invite("", 20, expires_at)}
+    loop._roll = replace(loop._roll, invites=invites)
+    admission = Change("admit", Identity(Ed25519PrivateKey.generate()).peer_id, "", 9, "ab" * 16)
+    return admission.signed(line.peer_id, NodeCrypto(line).sign(change_message(RUN, admission)))
+
+
+def at_1000_s(loop: FakeLoop, who: Identity) -> MembersDesk:
+    return MembersDesk(
+        loop,  # type: ignore[arg-type]
+        who.peer_id,
+        NodeCrypto(who),
+        (),
+        lambda settings, key: "",
+        clock=lambda: 1000.0,
+    )
+
+
+def test_an_admission_that_rests_on_an_expired_invitation_is_not_heard_of_peers() -> None:
+    loop = FakeLoop(Charter())
+    desk = at_1000_s(loop, FOUNDER)
+    late, lasting, eternal = (
+        of_invitation(loop, Identity(Ed25519PrivateKey.generate()), until) for until in (999, 1001, 0)
+    )
+    removal = Change("remove", OTHER.peer_id, "", 9, "cd" * 16)
+    assert desk.in_time((late, lasting, eternal, removal)) == (lasting, eternal, removal)
+    by_the_founder = late.signed(FOUNDER.peer_id, NodeCrypto(FOUNDER).sign(change_message(RUN, late)))
+    assert desk.in_time((by_the_founder,)) == (by_the_founder,), "who may admit needs no invitation"
+    loop._pool.add(loop._roll, 6, late, NodeCrypto(FOUNDER))
+    assert desk.in_time((late,)) == (late,), "it came in time"
+
+
+def test_who_may_sign_takes_expired_invitations_back_once_and_all_ask_for_the_same() -> None:
+    asked_for = []
+    for who, charter in ((FOUNDER, Charter()), (OTHER, Charter(admit_by="majority")), (OTHER, Charter())):
+        loop = FakeLoop(charter, who)
+        desk = at_1000_s(loop, who)
+        for number, until in enumerate((999, 1001, 0, 998)):
+            of_invitation(
+                loop, Identity(Ed25519PrivateKey.from_private_bytes(bytes([9 + number]) * 32)), until
+            )
+        desk.take_back()
+        desk.take_back()
+        asked_for.append([one.change for one in loop.fed])
+        assert [one.peer for one in asked_for[-1]] in ([], desk._expired())
+    assert asked_for[0] == asked_for[1] and [len(one) for one in asked_for] == [2, 2, 0]
+
+
+def test_many_that_have_expired_leave_room_for_what_the_operator_asks() -> None:
+    loop = FakeLoop(Charter())
+    desk = at_1000_s(loop, FOUNDER)
+    for _ in range(30):
+        of_invitation(loop, Identity(Ed25519PrivateKey.generate()), 999)
+    desk.take_back()
+    assert len(loop.fed) == TAKEN_BACK_MAX
+    assert "id" in desk.do({"do": "ask", "kind": "remove", "peer": OTHER.peer_id, "value": ""})
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,10 @@ def test_members_applicants_and_all_that_waits() -> None:
         "me": PEERS[0],
         "members": seats,
         "applicants": [{"peer": PEERS[7], "name": "f" * 64, "since": 0.0}],
-        "invites": [{"key": "ab" * 32, "name": "guest", "uses": 1000}],
+        "invites": [
+            {"key": "ab" * 32, "name": "guest", "uses": 1000, "expires_at": 0},
+            {"key": "cd" * 32, "name": "late", "uses": 1, "expires_at": 1},
+        ],
         "pending": [
             {
                 "id": "c" * 32,
@@ -134,6 +137,7 @@ def test_members_applicants_and_all_that_waits() -> None:
         "for the next record",
         "round.max_influence",
         "1000 left",
+        "expired",
     ):
         assert words in text, words
 

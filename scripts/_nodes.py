@@ -43,6 +43,7 @@ HTTP_TIMEOUT_S = 3.0
 HTTP_BYTES_MAX = 4 * 2**20
 STOP_S = 12.0  # the daemon promises 10
 COMMAND_S = 30.0  # of a command that does little
+INVITE_S = 90.0  # it waits for a record, for 60 s at most
 INIT_S = 180.0  # with a base of 135M parameters 15 s on two cores that do nothing else
 EXPORT_S = 300.0  # the same: 20 s
 GONE_S = 5.0  # after kill -9 of a node, for its own children to be gone
@@ -325,7 +326,7 @@ class Node:
     def invitation(self, uses: int) -> str:
         """A line with which so many join at once. The node must be ready."""
         command = [*self.tapestry, "invite", "--home", str(self.home), "--uses", str(uses)]
-        return run_command(command, "tapestry invite", COMMAND_S)
+        return run_command(command, "tapestry invite", INVITE_S)
 
     def make_id(self) -> str:
         """Its peer id, before its first start."""

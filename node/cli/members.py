@@ -19,7 +19,7 @@ from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.cli.options import examples, home_option, json_option
-from tapestry.node.errors import UserError, as_user_error, printable
+from tapestry.node.errors import ExitCode, UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
 from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
@@ -118,13 +118,19 @@ def remove(peer: str, why: str, home: str | None, no_wait: bool) -> None:
 @click.option("--uses", type=click.IntRange(1, USES_MAX), default=1, show_default=True)
 @click.option("--expires", default="7d", show_default=True, metavar="TIME", help="30m, 12h, 7d; 0: never.")
 @home_option
-def invite(name: str, uses: int, expires: str, home: str | None) -> None:
-    """Print one line with which somebody joins at once: `tapestry start --peer LINE`."""
+@wait_option
+def invite(name: str, uses: int, expires: str, home: str | None, no_wait: bool) -> None:
+    """Print one line with which somebody joins at once: `tapestry start --peer LINE`.
+
+    It waits for the record that makes the line good, for a minute at most: then the line is printed all the
+    same, and stderr says what it waits for.
+    """
     place = Home.locate(home, os.environ)
     invitation, answer = control.invite(place, _named(name), uses, _seconds(expires))
+    is_good, waits_for = _taken_up(place, answer, no_wait)
     click.echo(invitation.line)
-    if answer["needs"] > 1:
-        click.echo(f"good once {answer['needs']} have signed: tapestry approve {answer['id']}", err=True)
+    if not is_good:
+        click.echo(f"not good yet: {waits_for}", err=True)
 
 
 @click.command(
@@ -194,20 +200,30 @@ def _change(home: Home, kind: str, peer: str, value: str, done: str, no_wait: bo
 
 
 def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> None:
-    """Until a record has it, or it is clear that others must sign."""
+    is_done, text = _taken_up(home, answer, no_wait)
+    click.echo(f"{done}, {text}" if is_done else text)
+
+
+def _taken_up(home: Home, answer: Mapping[str, Any], no_wait: bool) -> tuple[bool, str]:
+    """Whether a record has it, and from when on, or what it waits for. Returns when it is
+    clear which, or after WAIT_S. Raises UserError."""
     name, until = answer["id"], time.monotonic() + WAIT_S
-    while not no_wait and time.monotonic() < until:
+    while True:
         table = control.ask(home, {"do": "members"})
         if name in table["done"]:
-            click.echo(f"{done}, from epoch {table['epoch']} on")
-            return
+            return True, f"from epoch {table['epoch']} on"
         pending = [one for one in table["pending"] if one["id"] == name]
-        if pending and not pending[0]["enough"]:
+        if not pending:
+            raise UserError(
+                "not done: the node has dropped it, for what others asked for or the newest record changed",
+                exit_code=ExitCode.REFUSED,
+            )
+        if not pending[0]["enough"]:
             signed, needs = pending[0]["signed"], pending[0]["needs"]
-            click.echo(f"{signed} of {needs} have signed; the others run: tapestry approve {name[:8]}")
-            return
+            return False, f"{signed} of {needs} have signed; the others run: tapestry approve {name[:8]}"
+        if no_wait or time.monotonic() >= until:
+            return False, f"asked for; the next record takes it up ({name[:8]} in `tapestry members`)"
         time.sleep(POLL_S)
-    click.echo(f"asked for; the next record takes it up ({name[:8]} in `tapestry members`)")
 
 
 def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
@@ -288,7 +304,10 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         waits_s = max(0, int(time.time() - one["since"]))
         lines += _row("applicant", one["name"], short(one["peer"]), f"waits for {waits_s} s")
     for one in table["invites"]:
-        lines += _row("invite", one["name"], short(one["key"]), f"{one['uses']} left")
+        is_over = 0 < one["expires_at"] < time.time()
+        lines += _row(
+            "invite", one["name"], short(one["key"]), "expired" if is_over else f"{one['uses']} left"
+        )
     for one in table["pending"]:
         value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
         of = short(one["peer"]) if one["peer"] else ""

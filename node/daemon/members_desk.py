@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from blake3 import blake3
 
 from tapestry.dht.identity import public_key_of
 from tapestry.node.daemon.desk import Loop
-from tapestry.node.net.admission import Reception, who_admits
+from tapestry.node.net.admission import Reception, has_expired, who_admits
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import Crypto, peer_field
@@ -29,16 +30,18 @@ from tapestry.node.protocol.members import (
     authorities,
     change_fault,
     change_id,
+    enough_signed,
     needed,
     read_rollback,
     rollback_value,
     why_no_rollback,
 )
-from tapestry.node.protocol.proposals import may_ask
+from tapestry.node.protocol.proposals import OF_ONE_MAX, PROPOSALS_MAX, may_ask
 from tapestry.node.protocol.settings import Settings, read_setting
 from tapestry.node.surface.control import roll_table
 
 VALID_EPOCHS = 100_000  # Guess: what nobody approved by then is void
+TAKEN_BACK_MAX = 4  # Guess: invitations that have expired, in one record; it has room for 8 changes
 DONE_SHOWN = 256  # of the newest changes: a command looks there for its own
 FAULTS = {
     "member": "it is a member already",
@@ -53,6 +56,10 @@ FAULTS = {
 LAST_AUTHORITY = (
     "nobody could admit or remove any more: first `tapestry propose charter admit_by majority`, "
     "or `tapestry propose rekey` to another key"
+)
+TOO_MANY = (
+    f"{OF_ONE_MAX} changes that it asked for, or {PROPOSALS_MAX} of all members, wait for a record: "
+    "ask again after the next"
 )
 NOT_HELD = (
     "this node's disk no longer leads to state {epoch}: checkpoints_kept, checkpoint_every_epochs and "
@@ -75,6 +82,7 @@ class MembersDesk:
             [Settings, str], str
         ],  # what is wrong with a setting, of those that would be in force then; or ""
         held_back_to: Callable[[int], str] = lambda epoch: "",  # an epoch's head, if our disk has its state
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._loop = loop
         self._held_back_to = held_back_to
@@ -82,7 +90,8 @@ class MembersDesk:
         self._crypto = crypto
         self._why_no_change = why_no_change
         self._given = frozenset(given)  # peers that the operator named: who joins knows no roll yet
-        self.reception = Reception(lambda: self.roll, self._epoch, self.submit, self._coming)
+        self._clock = clock
+        self.reception = Reception(lambda: self.roll, self._epoch, self.submit, self._coming, clock)
 
     @property
     def roll(self) -> Roll:
@@ -106,14 +115,11 @@ class MembersDesk:
 
     def submit(self, change: Change) -> str:
         """What an applicant brings; returns what is wrong with it, or ""."""
-        run = self._loop.membership()
         fault = self._fault(change)
-        if fault or any(
-            change_id(run.roll.run_id, c) == change_id(run.roll.run_id, change) for c in run.pending
-        ):
+        if fault or self._signers(change):
             return fault
         self._loop.feed(ev.ChangeAsked(change, sign=False))
-        return ""
+        return "" if self._signers(change) else TOO_MANY
 
     def _fault(self, change: Change) -> str:
         run = self._loop.membership()
@@ -122,6 +128,38 @@ class MembersDesk:
             to, head, _ = read_rollback(change.value)
             return why_no_rollback(run.roll, run.epoch + 1, to, head) or ""
         return FAULTS.get(fault, fault) if fault is not None else ""
+
+    # --- invitations that have expired ---------------------------------------------------------
+    # A record is not judged by a clock. So they are kept from the pool here, and taken off the roll.
+
+    def _expired(self) -> list[str]:
+        """Their keys, sorted."""
+        now = self._clock()
+        return sorted(key for key, invite in self.roll.invites.items() if has_expired(invite, now))
+
+    def in_time(self, changes: Sequence[Change]) -> tuple[Change, ...]:
+        """Of what a peer tells of, all but the admissions that rest on an invitation that has expired. What
+        came in time waits for its record already, and stays."""
+        expired, roll = set(self._expired()), self.roll
+        without = replace(roll, invites={k: i for k, i in roll.invites.items() if k not in expired})
+
+        def rests_on_one(change: Change) -> bool:
+            if change.kind != "admit" or expired.isdisjoint(peer for peer, _ in change.signatures):
+                return False
+            return not enough_signed(without, roll, change) and expired.isdisjoint(self._signers(change))
+
+        return tuple([change for change in changes if not rests_on_one(change)])
+
+    def take_back(self) -> None:
+        """After each record: ask for the removal of those that have expired, if this node may. The change is
+        the same at everybody who asks for it; a few at a time, for of one node so many wait for a record."""
+        roll = self.roll
+        until = (self._epoch() // VALID_EPOCHS + 2) * VALID_EPOCHS
+        for key in self._expired()[:TAKEN_BACK_MAX]:
+            nonce = blake3(f"{key} expired".encode()).hexdigest()[:32]
+            change = Change("remove", key, "it has expired", until, nonce)
+            if may_ask(roll, change, self._me) and self._me not in self._signers(change):
+                self._loop.feed(ev.ChangeAsked(change))
 
     # --- the operator --------------------------------------------------------------------------
 
@@ -227,7 +265,16 @@ class MembersDesk:
         if fault:
             return {"fault": fault}
         self._loop.feed(ev.ChangeAsked(change))
+        if self._me not in self._signers(change):
+            return {"fault": TOO_MANY}
         return {"id": change_id(roll.run_id, change), "needs": needed(roll)}
+
+    def _signers(self, change: Change) -> list[str]:
+        """Those whose signature of it waits for a record; nobody's, where it does not."""
+        run = self._loop.membership()
+        name = change_id(run.roll.run_id, change)
+        found = [c for c in run.pending if change_id(run.roll.run_id, c) == name]
+        return [peer for one in found for peer, _ in one.signatures]
 
     def table(self) -> dict[str, Any]:
         """All that people are shown."""
@@ -247,6 +294,7 @@ class MembersDesk:
                     "value": c.value,
                     "signed": len(authorities(roll, [p for p, _ in c.signatures])),
                     "needs": needed(roll),
+                    "enough": enough_signed(roll, roll, c),
                 }
                 for c in core.pending
             ],

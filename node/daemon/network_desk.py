@@ -29,7 +29,7 @@ from tapestry.node.net.network import Handler, Network, News, Streams
 from tapestry.node.net.transfer import OnBytes, OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.messages import Commit, Control, Records, Result, Shard
+from tapestry.node.protocol.messages import Changes, Commit, Control, Records, Result, Shard
 from tapestry.node.protocol.sync import FETCHES_MAX
 
 FETCH_OPEN_S = 10.0  # to open a stream to a donor
@@ -98,6 +98,12 @@ class NetworkDesk:
         self._loop.feed(ev.PeerDown(peer))
 
     def on_message(self, peer: str, message: Control | Shard | Result) -> None:
+        if isinstance(message, Changes):
+            kept = self._members.in_time(message.changes)
+            if len(kept) < len(message.changes):
+                text = "it told of an admission by an invitation that has expired"
+                self._reporter.refused(peer, "expired", text)
+            message = Changes(kept)
         self._loop.feed(ev.Received(peer, message))
 
     def on_bulk_progress(self, peer: str) -> None:

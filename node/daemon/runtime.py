@@ -168,6 +168,8 @@ class Runtime:
     def _appended(self, records: Sequence[Record], changed: bool, left: int | None) -> None:
         if self._brought is not None:
             self._brought.look(records, left)
+        if left is None:  # a round made it
+            self.members.take_back()
         if changed:
             self.reporter.changed(records, self.snapshot())
             self._network.check_members()

@@ -22,7 +22,7 @@ from tapestry.node.surface.token import Token
 @dataclass(frozen=True, slots=True)
 class Admit:
     token: Token
-    admit: Callable[[str, str], str]  # peer and name -> what is wrong, or ""
+    admit: Callable[[str, str], str]  # peer and name -> what is wrong, or ""; Malformed: it is no peer id
 
     async def serve(self, request: web.Request) -> web.Response:
         """The handler. The body is at most http.REQUEST_BYTES_MAX."""
@@ -34,7 +34,7 @@ class Admit:
             fields = strict.table(json.loads(await request.text()), ("peer", "name"), "an admission")
             peer = peer_field(fields["peer"], "peer")
             name = strict.text(fields["name"], NAME_CHARS_MAX, "name")
+            fault = self.admit(peer, name)
         except (ValueError, RecursionError) as error:  # Malformed is a ValueError
             return web.Response(status=400, text=f"{error}\n")
-        fault = self.admit(peer, name)
         return web.Response(status=409, text=f"{fault}\n") if fault else web.Response(text="asked for\n")

@@ -35,6 +35,8 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     # protocol/members.py and proposals.py: who belongs to the run, and what changes that
     *("not_member", "weights", "behind", "changes", "unsigned_change", "void", "done", "member"),
     *("no_member", "invites", "charter", "proposals", "rollback"),
+    # daemon/network_desk.py: an admission by an invitation whose time is over
+    *("expired",),
     # protocol/round.py and exchange.py: messages of a round
     *(
         "not_leader",

@@ -12,36 +12,52 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from schemas import faults, load
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, MembersDesk
+from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, TAKEN_BACK_MAX, TOO_MANY, MembersDesk
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.members import Change, Charter, change_id, first_roll, rollback_value
+from tapestry.node.protocol.members import (
+    Change,
+    Charter,
+    Invite,
+    change_id,
+    change_message,
+    first_roll,
+    rollback_value,
+)
+from tapestry.node.protocol.proposals import OF_ONE_MAX, Proposals
 from tapestry.node.protocol.settings import Settings
 from tapestry.node.protocol.snapshot import Membership
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.spec.run import RunSpec, why_no_change
 
 RUN = "ab" * 32
+INVITE = "cd" * 26  # an invitation's key
 FOUNDER, OTHER, THIRD = (
     Identity(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2, 3)
 )
 
 
 class FakeLoop:
-    def __init__(self, charter: Charter) -> None:
+    def __init__(self, charter: Charter, me: Identity = FOUNDER) -> None:
+        self.me = me
         self.fed: list[Any] = []
         self.snapshots = 0
         peers = [FOUNDER.peer_id, OTHER.peer_id]
         self._roll = replace(first_roll(RUN, charter, peers), council=(FOUNDER.peer_id,))
+        self._pool = Proposals()
 
     def snapshot(self) -> Any:
         self.snapshots += 1
         return SimpleNamespace(roll=self._roll, chain_epoch=5, pending=(), run_id=RUN)
 
     def membership(self) -> Membership:
-        return Membership(5, self._roll, ())
+        return Membership(5, self._roll, tuple(self._pool.pending.values()))
 
     def feed(self, event: Any) -> None:
         self.fed.append(event)
+        change, crypto = event.change, NodeCrypto(self.me)
+        if event.sign:
+            change = change.signed(self.me.peer_id, crypto.sign(change_message(RUN, change)))
+        self._pool.add(self._roll, 6, change, crypto)
 
 
 def asked(
@@ -67,6 +83,86 @@ def test_the_last_who_decides_does_not_leave_the_others_without_anybody_who_does
     assert asked("remove", FOUNDER.peer_id) == ({"fault": LAST_AUTHORITY}, 0)
     assert asked("remove", OTHER.peer_id)[1] == 1
     assert asked("remove", FOUNDER.peer_id, charter=Charter(admit_by="majority"))[1] == 1
+
+
+def test_who_asks_for_more_than_waits_for_one_record_is_told_so() -> None:
+    loop = FakeLoop(Charter())
+    desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: "")  # type: ignore[arg-type]
+
+    def invite() -> dict[str, Any]:
+        key = Identity(Ed25519PrivateKey.generate())
+        return desk.do({"do": "ask", "kind": "invite", "peer": key.peer_id, "value": "1 0 guest"})
+
+    assert all("id" in invite() for _ in range(OF_ONE_MAX))
+    assert invite() == {"fault": TOO_MANY}
+
+    line = Identity(Ed25519PrivateKey.generate())  # a guest's, whose key has signed as many admissions
+    loop._roll = replace(loop._roll, invites={line.peer_id: Invite("", 1000, 0)})
+    said = []
+    for _ in range(OF_ONE_MAX + 1):
+        admission = Change("admit", Identity(Ed25519PrivateKey.generate()).peer_id, "", 9, "ab" * 16)
+        signature = NodeCrypto(line).sign(change_message(RUN, admission))
+        said.append(desk.submit(admission.signed(line.peer_id, signature)))
+    assert said == [""] * OF_ONE_MAX + [TOO_MANY]
+
+
+def of_invitation(loop: FakeLoop, line: Identity, expires_at: int) -> Change:
+    """An admission of somebody by it, as its guest signs it."""
+    invites = {**loop._roll.invites, line.peer_id: Invite("", 20, expires_at)}
+    loop._roll = replace(loop._roll, invites=invites)
+    admission = Change("admit", Identity(Ed25519PrivateKey.generate()).peer_id, "", 9, "ab" * 16)
+    return admission.signed(line.peer_id, NodeCrypto(line).sign(change_message(RUN, admission)))
+
+
+def at_1000_s(loop: FakeLoop, who: Identity) -> MembersDesk:
+    return MembersDesk(
+        loop,  # type: ignore[arg-type]
+        who.peer_id,
+        NodeCrypto(who),
+        (),
+        lambda settings, key: "",
+        clock=lambda: 1000.0,
+    )
+
+
+def test_an_admission_that_rests_on_an_expired_invitation_is_not_heard_of_peers() -> None:
+    loop = FakeLoop(Charter())
+    desk = at_1000_s(loop, FOUNDER)
+    late, lasting, eternal = (
+        of_invitation(loop, Identity(Ed25519PrivateKey.generate()), until) for until in (999, 1001, 0)
+    )
+    removal = Change("remove", OTHER.peer_id, "", 9, "cd" * 16)
+    assert desk.in_time((late, lasting, eternal, removal)) == (lasting, eternal, removal)
+    by_the_founder = late.signed(FOUNDER.peer_id, NodeCrypto(FOUNDER).sign(change_message(RUN, late)))
+    assert desk.in_time((by_the_founder,)) == (by_the_founder,), "who may admit needs no invitation"
+    loop._pool.add(loop._roll, 6, late, NodeCrypto(FOUNDER))
+    assert desk.in_time((late,)) == (late,), "it came in time"
+
+
+def test_who_may_sign_takes_expired_invitations_back_once_and_all_ask_for_the_same() -> None:
+    asked_for = []
+    for who, charter in ((FOUNDER, Charter()), (OTHER, Charter(admit_by="majority")), (OTHER, Charter())):
+        loop = FakeLoop(charter, who)
+        desk = at_1000_s(loop, who)
+        for number, until in enumerate((999, 1001, 0, 998)):
+            of_invitation(
+                loop, Identity(Ed25519PrivateKey.from_private_bytes(bytes([9 + number]) * 32)), until
+            )
+        desk.take_back()
+        desk.take_back()
+        asked_for.append([one.change for one in loop.fed])
+        assert [one.peer for one in asked_for[-1]] in ([], desk._expired())
+    assert asked_for[0] == asked_for[1] and [len(one) for one in asked_for] == [2, 2, 0]
+
+
+def test_many_that_have_expired_leave_room_for_what_the_operator_asks() -> None:
+    loop = FakeLoop(Charter())
+    desk = at_1000_s(loop, FOUNDER)
+    for _ in range(30):
+        of_invitation(loop, Identity(Ed25519PrivateKey.generate()), 999)
+    desk.take_back()
+    assert len(loop.fed) == TAKEN_BACK_MAX
+    assert "id" in desk.do({"do": "ask", "kind": "remove", "peer": OTHER.peer_id, "value": ""})
 
 
 @pytest.mark.parametrize(
@@ -171,16 +267,19 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
 
 
 def test_the_table_of_members_is_as_its_schema_says() -> None:
-    loop = FakeLoop(Charter())
+    loop = FakeLoop(Charter(admit_by="majority"))
     change = Change("remove", OTHER.peer_id, "why", 9, "0" * 32, ((FOUNDER.peer_id, "ab"),))
+    own = replace(change, signatures=((OTHER.peer_id, "ab"),))
+    by_invitation = Change("admit", THIRD.peer_id, "", 9, "1" * 32, ((INVITE, "ab"),))
     core = SimpleNamespace(
         roll=replace(
             loop._roll,
             removed={THIRD.peer_id: "why"},
+            invites={INVITE: Invite("", 1, 0)},
             settings={"train.lr": 0.1, "round.exchange_max_s": "auto"},
         ),
         chain_epoch=5,
-        pending=(change,),
+        pending=(change, own, by_invitation),
         run_id=RUN,
         peers=(),
         phase="training",
@@ -188,5 +287,6 @@ def test_the_table_of_members_is_as_its_schema_says() -> None:
     loop.snapshot = lambda: core  # type: ignore[method-assign]
     desk = MembersDesk(loop, FOUNDER.peer_id, NodeCrypto(FOUNDER), (), lambda settings, key: "")  # type: ignore[arg-type]
     table = json.loads(json.dumps(desk.do({"do": "members"})))
-    assert table["pending"] and table.pop("done") == [], "the command leaves it out"
+    assert [one["enough"] for one in table["pending"]] == [False, True, True]
+    assert table.pop("done") == [], "the command leaves it out"
     assert faults(load("members"), table) == []

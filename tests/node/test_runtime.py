@@ -33,8 +33,8 @@ from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import UNPROVEN, SignedMean
 from tapestry.node.protocol.chain import Body
 from tapestry.node.protocol.events import Vote
-from tapestry.node.protocol.members import NO_ROLL, Change, rollback_value
-from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.members import NO_ROLL, Change, Invite, rollback_value
+from tapestry.node.protocol.messages import Changes, Stage
 from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
@@ -55,6 +55,7 @@ class FakeCore:
         self.raises: Exception | None = None
         self.rolled: dict[int, int] = {}
         self.pending: tuple[Change, ...] = ()
+        self.invites: dict[str, Invite] = {}
 
     def handle(self, inp: ev.Input, now: float) -> list[ev.Output]:
         self.heard.append(inp)
@@ -82,12 +83,12 @@ class FakeCore:
             params=9,
             round=None,
             peers=(),
-            roll=replace(NO_ROLL, rolled=self.rolled),
+            roll=replace(NO_ROLL, rolled=self.rolled, invites=self.invites),
             pending=self.pending,
         )
 
     def membership(self) -> Membership:
-        return Membership(3, replace(NO_ROLL, rolled=self.rolled), self.pending)
+        return Membership(3, replace(NO_ROLL, rolled=self.rolled, invites=self.invites), self.pending)
 
 
 class FakeDonor:
@@ -322,6 +323,33 @@ def test_a_node_at_its_goal_begins_no_epoch_and_is_done():
             await turns()
             assert len(bench.trainer.begun) == 1, "what it began would hold the others up"
             assert bench.runtime.done.is_set()
+
+    run(main)
+
+
+def test_an_admission_by_an_expired_invitation_is_refused_by_its_name():
+    async def main() -> None:
+        async with Bench() as bench:
+            bench.core.invites = {"late": Invite("", 20, 1), "good": Invite("", 20, 0)}
+            late, good = (
+                Change("admit", PEER, "", 9, "ab" * 16, ((key, "ab"),)) for key in bench.core.invites
+            )
+            bench.runtime.network.on_message(OTHER, Changes((late, good)))
+            assert bench.heard(ev.Received) == [ev.Received(OTHER, Changes((good,)))]
+            assert 'tapestry_refused_total{reason="expired"} 1.0' in bench.metrics.render().decode()
+
+    run(main)
+
+
+def test_expired_invitations_are_taken_back_after_a_record_that_a_round_made():
+    async def main() -> None:
+        async with Bench() as bench:
+            looked: list[int] = []
+            bench.runtime.members.take_back = lambda: looked.append(1)  # type: ignore[method-assign]
+            bench.runtime._appended((), False, 3)
+            assert not looked, "another branch: its rounds are over"
+            bench.runtime._appended((), False, None)
+            assert looked
 
     run(main)
 

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tapestry.node.protocol.strict import Malformed
 from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.http import start_http
 from tapestry.node.surface.metrics import Metrics
@@ -25,6 +26,8 @@ def asked(body: Any, headers: dict[str, str], fault: str = "") -> tuple[int, str
     admitted: list[tuple[str, str]] = []
 
     def admit(peer: str, name: str) -> str:
+        if not peer.startswith("12D3"):
+            raise Malformed(f"{peer} is no peer id")
         admitted.append((peer, name))
         return fault
 
@@ -55,7 +58,16 @@ def test_without_it_nobody_is_admitted(headers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["{", [], {"peer": PEER}, {"peer": "", "name": 1}, "[" * 900, {"peer": "x" * 300, "name": ""}]
+    "body",
+    [
+        "{",
+        [],
+        {"peer": PEER},
+        {"peer": "", "name": 1},
+        "[" * 900,
+        {"peer": "x" * 300, "name": ""},
+        {"peer": "hanoi", "name": ""},
+    ],
 )
 def test_what_is_no_admission_is_refused(body: Any) -> None:
     status, _, admitted = asked(body, RIGHT)

@@ -23,7 +23,7 @@ import tapestry.node.lineage as lineage_package
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.home import Home, HomeLock, NodeInfo
+from tapestry.node.home import Home, HomeLock, Liveness, NodeInfo, NodeState
 from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.node import Ending, NodeConfig
@@ -710,17 +710,69 @@ def test_a_home_of_another_user_is_said_in_one_line(tmp_path: Path, monkeypatch:
 def test_a_setting_is_proposed_as_run_toml_has_it_and_the_help_names_them_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-
-    def ask(home: object, request: dict[str, str]) -> dict[str, object]:
-        asked.append(request["value"])
-        return {"id": "ab" * 16, "needs": 1}
-
-    monkeypatch.setattr("tapestry.node.surface.control.ask", ask)
+    node = Answering(monkeypatch, {"pending": [WAITS], "done": []})
     propose = ["propose", "--home", str(tmp_path), "--no-wait", "set"]
     for words in (("round.exchange_max_s", "auto"), ("train.lr", "3e-4"), ("audit.on_lie", "mark")):
         assert CliRunner().invoke(cli, [*propose, *words]).exit_code == 0
-    assert asked == ["round.exchange_max_s auto", "train.lr 0.0003", "audit.on_lie mark"]
+    assert node.asked == ["round.exchange_max_s auto", "train.lr 0.0003", "audit.on_lie mark"]
     assert CliRunner().invoke(cli, [*propose, "train.lr", "auto"]).exit_code == 2
     text = CliRunner().invoke(cli, ["propose", "--help"]).output
     assert [key for key in SETTINGS if key not in text] == []
+
+
+class Answering:
+    """A running node, as commands see it: `tables` one after the other, the last for good."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *tables: dict[str, object]) -> None:
+        self.tables = list(tables)
+        self.asked: list[str] = []  # values
+        monkeypatch.setattr("tapestry.node.surface.control.ask", self.ask)
+        monkeypatch.setattr("tapestry.node.cli.members.POLL_S", 0.0)
+
+    def ask(self, home: object, request: dict[str, str]) -> dict[str, object]:
+        if request["do"] != "members":
+            self.asked.append(request["value"])
+            return {"id": CHANGE, "needs": 1}
+        table = self.tables.pop(0) if len(self.tables) > 1 else self.tables[0]
+        return {"members": [{"peer": "a" * 52}], "invites": [], "epoch": 7, **table}
+
+
+CHANGE = "ab" * 16
+WAITS = {"id": CHANGE, "signed": 0, "needs": 1, "enough": True}
+
+
+def test_who_leaves_is_told_when_it_is_out_and_not_that_others_must_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, object] = {"pending": [WAITS], "done": []}
+    Answering(monkeypatch, before, before, {"pending": [], "done": [CHANGE]})
+    told = CliRunner().invoke(cli, ["remove", "a" * 52, "--home", str(tmp_path)])
+    assert "from epoch 7 on" in told.output, told.output
+    Answering(monkeypatch, {"pending": [WAITS | {"enough": False}], "done": []})
+    told = CliRunner().invoke(cli, ["remove", "a" * 52, "--home", str(tmp_path)])
+    assert "0 of 1 have signed; the others run: tapestry approve abababab" in told.output, told.output
+
+
+def test_a_line_is_printed_once_it_is_good_or_with_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = NodeInfo(1, "12D3", "ab" * 32, ("/ip4/1.2.3.4/tcp/1/p2p/12D3",), "", "0", "")
+    running = NodeState(Liveness.RUNNING, 1, info)
+    monkeypatch.setattr("tapestry.node.home.Home.read_node_json", lambda self: running)
+    invite = ["invite", "--home", str(tmp_path)]
+    taken: dict[str, object] = {"pending": [], "done": [CHANGE]}
+    waits: dict[str, object] = {"pending": [WAITS], "done": []}
+    node = Answering(monkeypatch, waits, waits, taken)
+    good = CliRunner().invoke(cli, invite)
+    assert (good.exit_code, good.stderr, len(node.tables)) == (0, "", 1) and good.stdout.startswith("/ip4/")
+
+    Answering(monkeypatch, waits)
+    at_once = CliRunner().invoke(cli, [*invite, "--no-wait"])
+    assert at_once.stdout.startswith("/ip4/") and "not good yet: asked for" in at_once.stderr
+    Answering(monkeypatch, {"pending": [WAITS | {"enough": False}], "done": []})
+    of_several = CliRunner().invoke(cli, invite)
+    assert of_several.stdout.startswith("/ip4/") and "not good yet: 0 of 1 have signed" in of_several.stderr
+
+    Answering(monkeypatch, waits, {"pending": [], "done": []})
+    dropped = CliRunner().invoke(cli, invite)
+    assert (dropped.exit_code, dropped.stdout) == (ExitCode.REFUSED, "") and "dropped" in dropped.stderr

@@ -105,9 +105,20 @@ def test_members_applicants_and_all_that_waits() -> None:
         "me": PEERS[0],
         "members": seats,
         "applicants": [{"peer": PEERS[7], "name": "f" * 64, "since": 0.0}],
-        "invites": [{"key": "ab" * 32, "name": "guest", "uses": 1000}],
+        "invites": [
+            {"key": "ab" * 32, "name": "guest", "uses": 1000, "expires_at": 0},
+            {"key": "cd" * 32, "name": "late", "uses": 1, "expires_at": 1},
+        ],
         "pending": [
-            {"id": "c" * 32, "kind": kind, "peer": peer, "value": value, "signed": 1, "needs": 2}
+            {
+                "id": "c" * 32,
+                "kind": kind,
+                "peer": peer,
+                "value": value,
+                "signed": 1,
+                "needs": 2,
+                "enough": kind == "remove",
+            }
             for kind, peer, value in pending
         ],
         "settings": {"round.max_influence": 0.5},
@@ -119,7 +130,15 @@ def test_members_applicants_and_all_that_waits() -> None:
     assert told[1] == own
     assert "x" * 64 in text and "f" * 64 in text, "a name is broken, not cut"
     assert "w" * 81 not in text and text.count("w") >= 99, "it is told whole"
-    for words in (f"rekey …{PEERS[5][-6:]}", "cccccccc", "1 of 2 signed", "round.max_influence", "1000 left"):
+    for words in (
+        f"rekey …{PEERS[5][-6:]}",
+        "cccccccc",
+        "1 of 2 signed",
+        "for the next record",
+        "round.max_influence",
+        "1000 left",
+        "expired",
+    ):
         assert words in text, words
 
 
@@ -128,6 +147,13 @@ def test_an_id_is_taken_as_members_shows_it(given: str) -> None:
     assert members._whole(given.format(PEERS[3][-6:]), PEERS) == PEERS[3]
     with pytest.raises(UserError, match="nobody is called"):
         members._whole("…nobody", PEERS)
+
+
+@pytest.mark.parametrize("given", ["", "…", PEERS[3][-3:]])
+def test_an_empty_id_is_not_the_only_one_there_is(given: str) -> None:
+    for at_begin in (False, True):
+        with pytest.raises(UserError, match="may be anybody's"):
+            members._whole(given, [PEERS[3]], at_begin)
 
 
 def test_the_log_names_who_contributed_and_who_asked_for_a_change() -> None:

@@ -510,7 +510,7 @@ def test_a_contribution_names_the_base_that_it_was_made_from():
             bench.says(ev.Train(3, "on another fork", ""))  # while it is copied
             await turns()
             bench.averaging.go.set()
-            await until(lambda: len(bench.trainer.begun) == 2)
+            await until(lambda: len(bench.trainer.begun) == 2 and bench.contributed())
             assert [(c.epoch, c.base) for c in bench.contributed()] == [(3, "head 3")]
 
     run(main)
@@ -526,7 +526,7 @@ def test_a_begin_waits_till_the_contribution_before_it_has_been_copied():
             await turns()
             assert not bench.trainer.begun and not bench.contributed()
             bench.averaging.go.set()
-            await until(lambda: bench.trainer.begun)
+            await until(lambda: bench.trainer.begun and bench.contributed())
             assert [c.blobs for c in bench.contributed()] == [(b"a", b"b", b"c")]
 
     run(main)

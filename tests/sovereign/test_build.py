@@ -22,6 +22,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.listed import faults as listed_faults
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
@@ -387,10 +388,42 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
         assert any("its parent is no state of this chain" in fault for fault in faults())
         told.write_text(text.replace('"steps": 12', '"steps": 13'))
         assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
+        told.write_text(text.replace('\n "digest":', '\n "eigest":').replace(": true", ": false"))
+        assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text("{}")
         assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
     finally:
         told.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["v1/model/adapter_config.json", "v1/model/.more/model.py", "v1/adapters/link"]
+)
+def test_a_file_that_no_version_has_is_found_beside_its_model(
+    made: MadeHome, squares: Built, tmp_path: Path, name: str
+) -> None:
+    folder = made.home.path / "derivatives" / "squares"
+    shutil.copytree(folder, tmp_path / "squares")
+    added = folder / name
+    added.parent.mkdir(exist_ok=True)
+    added.symlink_to(tmp_path) if added.name == "link" else added.write_text("{}")
+    try:
+        (fault,) = verify(made.home.path, replay=False, told=_quiet).faults
+        assert fault.file == f"derivatives/squares/{name}" and "no version has such a file" in fault.what
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "squares", folder)
+
+
+def test_a_derivative_of_an_older_node_has_no_digests_and_a_changed_key_is_none_of_its_own(
+    squares: Built, tmp_path: Path
+) -> None:
+    table = json.loads((squares.folder.parent.parent / "derivative.json").read_text())
+    for gone, what in ((("digest", "files"), []), (("digest",), ["derivative.json"])):
+        (tmp_path / "derivative.json").write_text(
+            json.dumps({k: v for k, v in table.items() if k not in gone})
+        )
+        assert [file for file, _ in listed_faults(tmp_path)] == what
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("squares", "f32"), ("french", "bf16")])

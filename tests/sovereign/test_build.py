@@ -45,6 +45,20 @@ def _quiet(_what: str, _done: int, _total: int) -> None:
     return None
 
 
+class _Killed(Exception):
+    pass
+
+
+def _killing(what: str, _done: int, _total: int) -> None:
+    if what == "training":
+        raise _Killed
+
+
+def _measuring(what: str, _done: int, _total: int) -> None:
+    if what == "measuring":
+        raise _Killed
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHome:
     folder = tmp_path_factory.mktemp("sovereign")
@@ -233,6 +247,35 @@ def test_a_rebase_stands_on_the_new_base_keeps_the_gain_and_both_versions(
     assert built.derivative.version(1) == squares.version
 
 
+def test_a_rebase_that_was_begun_is_not_begun_otherwise_unless_a_person_says_so(made: MadeHome) -> None:
+    build.derive(made.home, "steady", _recipe(made, steps=4), 1, told=_quiet)
+    with pytest.raises(_Killed):
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.5, told=_killing)
+    for epoch, way, share, what in (
+        (1, Transplant(), 0.5, "begun from epoch 2 of"),
+        (2, Transplant("ties"), 0.5, "with another way"),
+        (2, Transplant(), 0.0, "with another --repair"),
+    ):
+        with pytest.raises(UserError, match=f"steady was begun {what}|steady was {what}") as raised:
+            build.rebase(made.home, "steady", epoch, way, repair_share=share, told=_quiet)
+        assert raised.value.hint and "--restart to begin anew" in raised.value.hint
+    with pytest.raises(_Killed):
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.0, restart=True, told=_measuring)
+    shelf = Shelf(made.home)
+    steady = shelf.require("steady")
+    again = replace(steady, versions=(steady.versions[0], replace(steady.versions[0], number=2)))
+    with shelf.locked("steady") as folder:
+        (folder / "v2").rename(folder / "v3")
+    shelf.write(replace(again, current=2), 1)
+    with pytest.raises(UserError, match="with another current version") as raised:
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.0, told=_quiet)
+    assert raised.value.details == ("['steady:1'] before, ['steady:2'] now",)
+    shelf.write(again, 1)
+    built = build.rebase(made.home, "steady", None, Transplant(), repair_share=0.0, told=_quiet)
+    assert (built.version.made_of, built.version.parent.epoch) == (("steady:1",), 2)
+    shutil.rmtree(shelf.of("steady"))  # its second version was made up
+
+
 def test_a_rebase_that_fails_its_gate_stays_beside_and_says_why(made: MadeHome, french: Built) -> None:
     (made.home.path / "gates.toml").write_text("gain_kept_min = 5.0\n")
     try:
@@ -254,7 +297,18 @@ def test_derivatives_of_one_base_are_merged_and_measured_on_both(
         build.merge(made.home, "both", ["again", "squares"], (), Transplant(), told=_quiet)
     assert raised.value.hint == "tapestry rebase squares --onto 2 first"
     build.rebase(made.home, "again", 3, Transplant(), repair_share=0.0, told=_quiet)
-    built = build.merge(made.home, "both", ["again", "squares"], (0.5, 0.5), Transplant("ties"), told=_quiet)
+    parts = ["again", "squares"]
+    with pytest.raises(_Killed):
+        build.derive(made.home, "both", _recipe(made, "cpt", own_tokens=4), 2, told=_killing)
+    begun = {path.name for path in (made.home.path / "derivatives" / "both").iterdir()}
+    assert begun == {"lock", "v1", "held-out.jsonl", "tokens.json"}
+    with pytest.raises(UserError, match="both was begun by `derive` and is not finished") as raised:
+        build.merge(made.home, "both", parts, (), Transplant(), told=_quiet)
+    assert raised.value.hint and "--restart to begin anew" in raised.value.hint
+    assert {path.name for path in (made.home.path / "derivatives" / "both").iterdir()} == begun
+    way = Transplant("ties")
+    built = build.merge(made.home, "both", parts, (0.5, 0.5), way, restart=True, told=_quiet)
+    assert built.version.own_tokens == 0 and not (built.folder.parent.parent / "tokens.json").exists()
     assert [one.name for one in built.version.report] == ["again.pairs/loss", "squares.pairs/loss"]
     assert built.version.promoted and built.version.made_of == ("again:2", "squares:2")
 

@@ -25,7 +25,9 @@ from tapestry.node.lineage.uses import events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
-from tapestry.node.sovereign.derivative import Shelf
+from tapestry.node.sovereign.derivative import Parent, Shelf
+from tapestry.node.sovereign.plans import Plan, write_plan
+from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.trainer.brought import read_brought
@@ -116,6 +118,22 @@ def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.
     home.vote.unlink()
     assert holds(home.path) and island.tip(home).epoch == 2
     assert len(list((home.path / "islands").iterdir())) == 1
+
+
+def test_what_was_begun_under_the_name_is_kept_unless_a_person_says_so(made: MadeHome) -> None:
+    home, shelf = made.home, Shelf(made.home)
+    parent = Parent("ab" * 32, "a run", 2, "cd" * 32, "ef" * 32, "01" * 32)
+    with shelf.locked("alone") as folder:
+        write_plan(folder / "v1", Plan(Recipe("cpt", "full", (), own_tokens=9), parent))
+        (folder / "held-out.jsonl").write_text('{"set": "of before", "ids": [1, 2], "labels": [1, 2]}\n')
+        (folder / "tokens.json").write_text('["of before"]')
+    words = ["rejoin", "--home", str(home.path), "--keep", "alone", "--declare", "us, CC0-1.0, open"]
+    run = CliRunner().invoke(cli, words)
+    assert run.exit_code == 2 and "alone was begun by `derive` and is not finished" in run.stderr, run.output
+    assert home.island.exists() and (folder / "tokens.json").exists()
+    rejoin(home, "--restart")
+    version = shelf.require("alone").version()
+    assert [one.name for one in version.report] == ["text/loss"] and version.own_tokens == 0
 
 
 def test_a_home_on_an_island_starts_as_one_or_not_at_all(made: MadeHome) -> None:

@@ -22,6 +22,7 @@ from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.listed import faults as listed_faults
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
@@ -439,7 +440,7 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
     text = told.read_text()
     try:
         told.write_text(text.replace(squares.version.parent.head, "ab" * 32))
-        assert any("its parent is no state of this chain" in fault for fault in faults())
+        assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text(text.replace('"steps": 12', '"steps": 13'))
         assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text(text.replace('\n "digest":', '\n "eigest":').replace(": true", ": false"))
@@ -448,6 +449,31 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
         assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
     finally:
         told.write_text(text)
+
+
+def test_a_derivative_whose_parent_left_the_chain_still_holds_and_a_note_says_where_its_parent_is(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(400)))
+    made = make_home(tmp_path / "home", base_spec(tmp_path / "home", "qwen3"))
+    home = made.home
+    append(home, [parse_declaration("us, CC0-1.0, open", str(tmp_path / "text.txt"), "derive:*")])
+
+    def notes() -> list[str]:
+        proof = verify(home.path, replay=False, told=_quiet)
+        assert proof.faults == []
+        return [note for note in proof.notes if note.startswith("lost")]
+
+    made.advance(3, scale=0.005, checkpoint=True)
+    recipe = Recipe("cpt", "full", (str(tmp_path / "text.txt"),), steps=1)
+    built = build.derive(home, "lost", recipe, None, told=_quiet)
+    assert notes() == []
+    branch = made.leave_fork(1, 3)
+    assert notes() == [f"lost 1: stands on epoch 3 of branches/{branch}, which lost at a fork"]
+    assert leave(home, tmp_path / "out", _quiet).holds
+    shutil.rmtree(home.branches / branch)
+    head = built.version.parent.head[:12]
+    assert notes() == [f"lost 1: stands on epoch 3 (head {head}), of which this home has no record"]
 
 
 @pytest.mark.parametrize(

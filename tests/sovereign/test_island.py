@@ -25,6 +25,7 @@ from tapestry.node.lineage.uses import events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
+from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import Plan, write_plan
 from tapestry.node.sovereign.recipe import Recipe
@@ -100,6 +101,22 @@ def test_the_way_back_keeps_a_derivative_and_the_island_and_puts_the_home_back(
         place.vote.unlink()  # no vote of a node's, and the fault is not ours to test
         assert holds(place.path)
     assert island.tip(Home(kept)).head == heads[1]
+
+
+def test_a_derivative_of_an_island_stands_on_it_after_the_way_back_and_hinders_nothing(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home = made.home
+    append(home, [parse_declaration("us, CC0-1.0, open", str(tmp_path / "text.txt"), "derive:*")])
+    recipe = Recipe("cpt", "full", (str(tmp_path / "text.txt"),), steps=1, sequence_length=32)
+    build.derive(home, "here", recipe, 4, told=_quiet)
+    rejoin(home)
+    home.vote.unlink()  # no vote of a node's
+    (kept,) = (home.path / "islands").iterdir()
+    proof = leave(home, tmp_path / "out", _quiet)
+    assert [note for note in proof.notes if note.startswith("here 1")] == [
+        f"here 1: stands on epoch 4 of islands/{kept.name}, which was made alone"
+    ]
 
 
 def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from tapestry.node.sovereign.derivative import Derivative, Shelf, Transplant
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import release
 from tapestry.node.sovereign.rows import prepare
-from tapestry.node.sovereign.suite import Suite
+from tapestry.node.sovereign.suite import Suite, measured_command
 from tapestry.node.sovereign.training import train
 from tapestry.node.sovereign.withdrawal import withdrawal
 from tapestry.node.spec.declared import Revoked, append, parse_declaration
@@ -331,6 +331,24 @@ def test_a_suite_adds_sets_and_commands_to_the_report(made: MadeHome, squares: B
     (tmp_path / "score.py").write_text("raise SystemExit('no such language')")
     with pytest.raises(UserError, match="the suite's command count: exit 1: no such language"):
         build.evaluate_base(made.home, 2, tmp_path / "suite.toml", told=_quiet)
+
+
+def test_a_suites_command_runs_in_the_folder_of_its_file_wherever_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("home", 1), ("elsewhere", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score.py").write_text(
+            "import json, os, sys\n"
+            f"print(json.dumps({{'value': {value}, 'model': int(os.path.isdir(sys.argv[1]))}}))"
+        )
+    run = f'["{sys.executable}", "score.py", "{{model}}"]'
+    (tmp_path / "home" / "suite.toml").write_text(f'[[command]]\nname = "culture"\nrun = {run}\n')
+    (tmp_path / "elsewhere" / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (command,) = Suite.load(Path("../home/suite.toml")).command
+    figures = {one.name: one.value for one in measured_command(command, Path("model"))}
+    assert figures == {"culture/value": 1, "culture/model": 1}
 
 
 def test_what_is_printed_of_derivatives_is_as_the_schemas_say(

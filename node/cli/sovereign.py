@@ -340,6 +340,8 @@ def _say_built(built: Built) -> None:
     version = built.version
     click.echo(f"{built.derivative.name} {version.number}: {_made(version)}")
     click.echo("\n".join(table(version.report, version.base_report)))
+    for note in built.notes:
+        click.echo(f"note  {note}")
     for reason in version.reasons:
         click.echo(f"gate  {reason}")
     if version.promoted:

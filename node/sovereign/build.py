@@ -72,6 +72,7 @@ from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
 from tapestry.node.spec.declared import require, today_utc
+from tapestry.node.spec.node import sources_for
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 from tapestry.node.trainer.tokenizers.api import TokenizerError
@@ -86,6 +87,7 @@ class Built:
     derivative: Derivative
     version: Version
     folder: Path  # of the model
+    notes: tuple[str, ...] = ()
 
 
 def derive(
@@ -127,6 +129,8 @@ def rebase(
     with _one_line(), shelf.locked(name) as folder:
         derivative = shelf.require(name)
         version = derivative.version()
+        if not version.recipe.data:
+            repair_share = 0.0  # a script brought what an island learnt from
         if repair_share:
             require_extra()
         repair = of_recipe(name, version.recipe) if repair_share else {}
@@ -240,11 +244,11 @@ def keep_island(home: Home, name: str, *, restart: bool = False, told: Told) -> 
         export_home(home, place / "whole", here.epoch, progress=told)
         for extra in ("README.md", "tapestry.json", MANIFEST, LINEAGE):
             remove(place / "whole" / extra)
-        uses = _island_uses(shelf, folder, base, recipe, parent, told)
+        uses, notes = _island_uses(shelf, folder, base, recipe, parent, told)
         (place / "whole").rename(place / "model")
         trained = Trained(0, 0, 0.0)
         write_trained(place / "trained.json", uses, trained)
-        return _finish(home, shelf, Derivative(name, 0, ()), plan, base, told)
+        return replace(_finish(home, shelf, Derivative(name, 0, ()), plan, base, told), notes=notes)
 
 
 def island_recipe(home: Home, parent: Parent) -> Recipe:
@@ -254,13 +258,18 @@ def island_recipe(home: Home, parent: Parent) -> Recipe:
 
 def _island_uses(
     shelf: Shelf, folder: Path, base: Path, recipe: Recipe, parent: Parent, told: Told
-) -> tuple[DataUse, ...]:
-    """What is held out of the island's data, as its training held it out. Nothing, for a script's data."""
+) -> tuple[tuple[DataUse, ...], tuple[str, ...]]:
+    """What is held out of the island's data, as its training held it out, and what to say of it. Nothing, for
+    a script's data, or where they cannot be read any more: what was learnt is kept all the same."""
     if not recipe.data:
-        return ()
-    prepared = _prepared(shelf, folder, base, recipe, parent, length_of(recipe, base), told)
+        return (), ("nothing is held out: a script brought the data",)
+    try:
+        prepared = _prepared(shelf, folder, base, recipe, parent, length_of(recipe, base), told)
+    except UserError as error:
+        told("reading", 0, 1)  # asks once more whether they may be
+        return (), (f"nothing is held out, for the data cannot be read: {error.line}",)
     write_held_out(folder, prepared.held_out)
-    return prepared.uses
+    return prepared.uses, ()
 
 
 def evaluate(
@@ -464,7 +473,8 @@ def _prepared(
     protected = require(shelf.home, paths, purpose, today_utc())
     note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
     text, rows = tokenizers(model)
-    return prepare(recipe, length, text, rows, shelf.cache, told, protected)
+    settings = sources_for(shelf.home, recipe.data)
+    return prepare(recipe, length, text, rows, shelf.cache, told, protected, settings)
 
 
 def _graft(place: Path, model: Path, base: Path, old: Path, plan: Plan, told: Told) -> None:

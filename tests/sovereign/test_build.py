@@ -248,6 +248,17 @@ def test_a_rebase_stands_on_the_new_base_keeps_the_gain_and_both_versions(
     assert built.derivative.version(1) == squares.version
 
 
+def test_what_a_script_brought_is_rebased_without_a_repair(
+    made: MadeHome, squares: Built, french: Built
+) -> None:
+    shelf, one = Shelf(made.home), squares.version
+    shutil.copytree(shelf.of("squares") / "v1", shelf.of("scripts") / "v1")
+    recipe = replace(one.recipe, stage="cpt", data=())
+    shelf.write(Derivative("scripts", 1, (replace(one, how="island", recipe=recipe, data=(), steps=0),)), 1)
+    version = build.rebase(made.home, "scripts", 3, Transplant(), told=_quiet).version
+    assert (version.steps, version.data, version.parent.epoch) == (0, (), 3)
+
+
 def test_a_rebase_that_was_begun_is_not_begun_otherwise_unless_a_person_says_so(made: MadeHome) -> None:
     build.derive(made.home, "steady", _recipe(made, steps=4), 1, told=_quiet)
     with pytest.raises(_Killed):

@@ -119,6 +119,21 @@ def test_a_derivative_of_an_island_stands_on_it_after_the_way_back_and_hinders_n
     ]
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_data_are_held_out_as_node_toml_reads_them_and_what_cannot_be_read_hinders_no_way_back(
+    made: MadeHome, tmp_path: Path, says_so: bool
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes("".join(f"l'été numéro {n} est passé\n" for n in range(400)).encode("latin-1"))
+    if says_so:
+        made.home.node_toml.write_text(f'[[data.source]]\npath = "{text}"\nencoding = "latin-1"\n')
+    said = rejoin(made.home, "--declare", "us, CC0-1.0, open")
+    version = Shelf(made.home).require("alone").version()
+    assert [one.name for one in version.report] == (["text/loss"] if says_so else [])
+    assert ("note  nothing is held out, for the data cannot be read: " in said) is not says_so
+    assert not made.home.island.exists() and version.recipe.data == (str(text),)
+
+
 def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.MonkeyPatch) -> None:
     home, real = made.home, island._exchange
 

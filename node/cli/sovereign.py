@@ -208,8 +208,9 @@ def rebase(
 @home_option
 @click.option("--keep", "name", metavar="NAME", help="What was learnt alone, as a derivative.")
 @click.option("--bring", "brings", is_flag=True, help="What was learnt alone, in the next contribution.")
+@click.option("--restart", is_flag=True, help="Forget a derivative of that name that was not finished.")
 @declare_option
-def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | None) -> None:
+def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, declaration: str | None) -> None:
     """Leave the island: what was learnt alone is kept or brought, the home is as it was before."""
     from tapestry.node.lineage import island
     from tapestry.node.lineage.bring import bring
@@ -234,7 +235,9 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
         with Said() as told:
-            built = None if name is None else build.keep_island(where, name, told=told.update)
+            built = None
+            if name is not None:
+                built = build.keep_island(where, name, restart=restart, told=told.update)
             if brings:
                 bring(where, told.update)
             else:
@@ -263,6 +266,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, declaration: str | 
 @_way
 @_scale
 @_density
+@click.option("--restart", is_flag=True, help="Forget a derivative of that name that was not finished.")
 def merge(
     names: tuple[str, ...],
     into: str,
@@ -271,6 +275,7 @@ def merge(
     way: Any,
     scale: float,
     density: float,
+    restart: bool,
 ) -> int:
     """Join derivatives of one base into one."""
     shares = _weights(weights)
@@ -283,6 +288,7 @@ def merge(
             names,
             shares,
             Transplant(way, scale, density),
+            restart=restart,
             told=told.update,
         )
     _say_built(built)
@@ -334,6 +340,8 @@ def _say_built(built: Built) -> None:
     version = built.version
     click.echo(f"{built.derivative.name} {version.number}: {_made(version)}")
     click.echo("\n".join(table(version.report, version.base_report)))
+    for note in built.notes:
+        click.echo(f"note  {note}")
     for reason in version.reasons:
         click.echo(f"gate  {reason}")
     if version.promoted:

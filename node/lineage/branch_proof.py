@@ -64,11 +64,13 @@ def check_branches(
     spec: RunSpec,
     chain: Followed,
     replay: bool,
+    parents: set[int],
     proof: Proof,
     told: Told,
-) -> None:
-    """Each, newest first: an older one may follow its records."""
-    chains = [chain]
+) -> dict[str, Followed]:
+    """Each, newest first: an older one may follow its records. All chains, by their folder: that of the home
+    is the first, and "". `parents`: epochs of which derivatives need what every chain says."""
+    chains = {"": chain}
     for done, (path, about) in enumerate(on_disk.found):
         told("branches", done, len(on_disk.found))
         name, part = f"branches/{path.name}", Proof("branch", genesis.run_id, spec.name)
@@ -76,13 +78,15 @@ def check_branches(
         if signed is not None and signed.head == about.lost.head:
             proof.notes.append(f"{name}: its records are on the chain: a killed node did not leave them")
             continue
-        found = _Check(path, about, genesis, spec, on_disk, part, told).run(chains, replay)
+        check = _Check(path, about, genesis, spec, on_disk.needed | parents, on_disk.ties, part, told)
+        found = check.run(list(chains.values()), replay)
         if found is not None:
-            chains.append(found)
+            chains[name] = found
         proof.branches += 1
         for fault in part.faults:
             proof.fault(f"{name}/{fault.file}", fault.what, fault.epoch)
         proof.notes += [f"{name}: {note}" for note in part.notes]
+    return chains
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ class _Check:
     about: About
     genesis: Genesis
     spec: RunSpec
-    on_disk: OnDisk
+    needed: set[int]  # epochs, by others than itself
+    ties: frozenset[int]
     proof: Proof
     told: Told
 
@@ -108,10 +113,10 @@ class _Check:
             return None
         follower, before = start
         updates, checkpoints = updates_of(home, proof), checkpoints_of(home, self.genesis, proof)
-        needed = {*updates, *checkpoints, about.lost.epoch, *self.on_disk.needed}
+        needed = {*updates, *checkpoints, about.lost.epoch, *self.needed}
         chain = ToFollow(
             *(home.chain, self.genesis, self.spec, needed, None, self.told),
-            ties=self.on_disk.ties,
+            ties=self.ties,
             start=copied(follower),
             before={epoch: one for epoch, one in before.items() if epoch <= about.since},
         )

@@ -4,8 +4,9 @@
     files   "DIGEST NAME" of each file of the finished versions, and of those that all versions share
 
 Beside the models' own digests, which are of their tensors alone, this finds a changed bit in a config, a
-tokenizer, a recipe, a report or a history. What was written before there were these keys has neither. Whoever
-means to deceive can write both anew: it is the member's own word, and no signature.
+tokenizer, a recipe, a report or a history, and a file beside a model that is not listed. What was written
+before there were these keys has neither. Whoever means to deceive can write both anew: it is the member's own
+word, and no signature.
 
 Must not import torch.
 """
@@ -24,7 +25,9 @@ from tapestry.node.protocol.canon import canonical
 
 NAME = "derivative.json"
 OF_A_VERSION = ("model", "adapters", "report.json", "history.json")  # what stays of it; all else is work
+LOADED = OF_A_VERSION[:2]  # folders: what lies in them is loaded, so nothing else may
 OF_ALL = ("tokens.json", "held-out.jsonl")
+KEYS = {"name", "current", "versions", "form"}
 
 
 def listed(folder: Path, before: Iterable[str], changed: int) -> tuple[str, ...]:
@@ -58,14 +61,26 @@ def faults(folder: Path) -> Iterator[tuple[str, str]]:
     """File and what is wrong with it. Raises OSError, ValueError, KeyError, TypeError."""
     data = (folder / NAME).read_bytes()
     table = json.loads(data)
-    if not table.get("digest"):
+    if "files" not in table and table.keys() == KEYS:
         return
-    if table["digest"] != digest_of(table) or text_of(table) != data:
+    if table.get("digest") != digest_of(table) or text_of(table) != data:
         yield NAME, "it is not what was written"
         return
+    known = set()
     for line in table["files"]:
         digest, _, name = str(line).partition(" ")
+        known.add(name)
         if not (folder / name).is_file():
             yield name, "is missing"
         elif (found := BaseFile.of(folder / name).digest) != digest:
             yield name, f"has the digest {found[:12]}, not {digest[:12]}"
+    for version in table["versions"]:
+        for path in _loaded(folder / f"v{version['number']}"):
+            if (name := path.relative_to(folder).as_posix()) not in known:
+                yield name, "no version has such a file; a loader might take it for what was made"
+
+
+def _loaded(version: Path) -> Iterator[Path]:
+    for name in LOADED:
+        paths = sorted((version / name).rglob("*"))
+        yield from (path for path in paths if path.is_symlink() or not path.is_dir())

@@ -17,8 +17,9 @@ only what the updates and checkpoints on the disk need is remembered.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.branch_proof import branches_of, check_branches
-from tapestry.node.lineage.chain_proof import ToFollow, followed
+from tapestry.node.lineage.chain_proof import Followed, ToFollow, followed
 from tapestry.node.lineage.claims import NAME as CLAIMS
 from tapestry.node.lineage.claims import read_claims
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
-from tapestry.node.lineage.follow import Broken, island_from, read_genesis
+from tapestry.node.lineage.follow import Broken, island_from, read_genesis, read_records
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
@@ -92,7 +93,8 @@ def verify_home(
     checkpoints = checkpoints_of(home, genesis, proof)
     derivatives = _derivatives(home, proof)
     on_disk = branches_of(home, proof)
-    needed = {*updates, *checkpoints, *(one.parent_epoch for one in derivatives), *on_disk.needed}
+    parents = {one.parent_epoch for one in derivatives}
+    needed = {*updates, *checkpoints, *parents, *on_disk.needed}
     begins = island_from(home)
     chain = ToFollow(home.chain, genesis, spec, needed, anchor, told, begins, on_disk.ties)
     run = followed(chain, jobs, proof)
@@ -110,13 +112,13 @@ def verify_home(
     totals = Totals()
     _check_linked(home.egress, counted(home, totals), proof)
     proof.egress_lines, proof.egress_bytes = totals.lines, totals.bytes
-    for one in derivatives:
-        _check_version(home, one, genesis, signed.get(one.parent_epoch), proof)
-        told("derivatives", proof.derivatives, len(derivatives))
     _check_bases(home, proof)
     _check_accusations(home, genesis, spec, crypto, proof)
     _check_descriptions(home, genesis, crypto, proof)
-    check_branches(on_disk, genesis, spec, run, replay, proof, told)
+    chains = check_branches(on_disk, genesis, spec, run, replay, parents, proof, told)
+    for one in derivatives:
+        _check_version(home, one, genesis, chains, proof)
+        told("derivatives", proof.derivatives, len(derivatives))
     if replay:
         check_states(genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
@@ -249,18 +251,16 @@ def _check_bases(home: Home, proof: Proof) -> None:
 
 
 def _check_version(
-    home: Home, version: _Version, genesis: Genesis, parent: Signed | None, proof: Proof
+    home: Home, version: _Version, genesis: Genesis, chains: Mapping[str, Followed], proof: Proof
 ) -> None:
-    """Its model is what was written down, and its parent is a state of this chain."""
+    """Its model is what was written down. A parent that the chain has not is no fault: a better chain may
+    have come."""
     from tapestry.node.trainer.models.refusal import ModelError
     from tapestry.node.trainer.models.weights import weights_digest
 
     proof.derivatives += 1
-    where = f"derivatives/{version.name}/derivative.json"
-    if version.run_id != genesis.run_id:
-        proof.notes.append(f"{version.name} {version.number}: stands on another run, {version.run_id[:12]}")
-    elif parent is None or parent.head != version.parent_head:
-        proof.fault(where, "its parent is no state of this chain", version.parent_epoch)
+    if place := _parent_of(home, version, genesis, chains):
+        proof.notes.append(f"{version.name} {version.number}: stands on {place}")
     try:
         found = weights_digest(home.path / version.folder)
     except (ModelError, OSError, ValueError) as error:
@@ -268,6 +268,22 @@ def _check_version(
         return
     if found != version.digest:
         proof.fault(version.folder, f"its tensors have the digest {found[:12]}, not {version.digest[:12]}")
+
+
+def _parent_of(home: Home, version: _Version, genesis: Genesis, chains: Mapping[str, Followed]) -> str:
+    """Where the records have its parent, in words; "" for the home's own chain."""
+    if version.run_id != genesis.run_id:
+        return f"another run, {version.run_id[:12]}"
+    epoch, head = version.parent_epoch, version.parent_head
+    for folder, chain in chains.items():
+        if epoch in chain.signed and chain.signed[epoch].head == head:
+            return folder and f"epoch {epoch} of {folder}, which lost at a fork"
+    for path in sorted((home.path / "islands").glob("*-*")):
+        with contextlib.suppress(Broken, OSError):
+            records = read_records(Home(path).chain, ReaderCrypto())
+            if any(one.body.epoch == epoch and one.head == head for one in records):
+                return f"epoch {epoch} of islands/{path.name}, which was made alone"
+    return f"epoch {epoch} (head {head[:12]}), of which this home has no record"
 
 
 # --- an export ----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
@@ -53,7 +52,7 @@ from tapestry.node.sovereign.plans import (
     Plan,
     Trained,
     begun,
-    begun_plan,
+    clear,
     copy_beside,
     joined_recipe,
     make_folder_like,
@@ -73,6 +72,7 @@ from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
 from tapestry.node.spec.declared import require, today_utc
+from tapestry.node.spec.node import sources_for
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 from tapestry.node.trainer.tokenizers.api import TokenizerError
@@ -87,6 +87,7 @@ class Built:
     derivative: Derivative
     version: Version
     folder: Path  # of the model
+    notes: tuple[str, ...] = ()
 
 
 def derive(
@@ -101,13 +102,13 @@ def derive(
                 f"there is a derivative {name} already",
                 hint=f"tapestry rebase {name} brings it to a newer base; another name makes another one",
             )
-        plan = begun(folder / "v1", recipe, epoch, restart)
+        plan = begun(folder / "v1", "derive", restart, epoch, recipe=recipe)
         told = asking(home, of_recipe(name, recipe), told)
         if plan is None:
             plan = Plan(recipe, export_base(shelf, home, epoch, told))
             write_plan(folder / "v1", plan)
         base = require_base(shelf, home, plan.parent, told)
-        return _finish(home, shelf, Derivative(name, 0, ()), plan, base, "derive", told)
+        return _finish(home, shelf, Derivative(name, 0, ()), plan, base, told)
 
 
 def rebase(
@@ -122,33 +123,35 @@ def rebase(
 ) -> Built:
     """The current version on a newer base, as a version of its own; current if its gate holds.
 
-    One that was begun otherwise, or is to `restart`, begins anew. Raises UserError.
+    One that was begun goes on, or begins anew to `restart`. Raises UserError.
     """
     shelf = Shelf(home)
     with _one_line(), shelf.locked(name) as folder:
         derivative = shelf.require(name)
         version = derivative.version()
+        if not version.recipe.data:
+            repair_share = 0.0  # a script brought what an island learnt from
         if repair_share:
             require_extra()
         repair = of_recipe(name, version.recipe) if repair_share else {}
         told = asking(home, joined(repair, behind(shelf, name, version)), told)
         place = folder / f"v{derivative.next_number}"
-        plan = None if restart else begun_plan(place)
         steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
-        as_before = plan is not None and (plan.transplant, plan.steps) == (how, steps)
-        if plan is None or not as_before or epoch not in (None, plan.parent.epoch):
-            shutil.rmtree(place, ignore_errors=True)
+        made_of = (f"{name}:{version.number}",)
+        asked = {"made_of": made_of, "transplant": how, "steps": steps}
+        plan = begun(place, "rebase", restart, epoch, "--onto", **asked)
+        if plan is None:
             parent = export_base(shelf, home, epoch, told)
             if parent.head == version.parent.head:
                 raise UserError(f"{name} stands on {parent} already")
-            plan = Plan(version.recipe, parent, (f"{name}:{version.number}",), how, steps=steps)
+            plan = Plan(version.recipe, parent, made_of, how, steps=steps, how="rebase")
             write_plan(place, plan)
         ground = base = require_base(shelf, home, plan.parent, told)
         old = require_base(shelf, home, version.parent, told)
         tokens = kept_tokens(folder)
         base, old = (_extended(place / name, one, tokens) for name, one in (("extended", base), ("old", old)))
         _graft(place, shelf.model(name, version.number), base, old, plan, told)
-        return _finish(home, shelf, derivative, plan, ground, "rebase", told)
+        return _finish(home, shelf, derivative, plan, ground, told)
 
 
 def _steps_behind(shelf: Shelf, version: Version) -> int:
@@ -162,9 +165,17 @@ def _steps_behind(shelf: Shelf, version: Version) -> int:
 
 
 def merge(
-    home: Home, into: str, names: Sequence[str], weights: Sequence[float], how: Transplant, *, told: Told
+    home: Home,
+    into: str,
+    names: Sequence[str],
+    weights: Sequence[float],
+    how: Transplant,
+    *,
+    restart: bool = False,
+    told: Told,
 ) -> Built:
-    """The current versions of several derivatives of one base as one."""
+    """The current versions of several derivatives of one base as one. Made from its beginning, also where one
+    was begun. Raises UserError."""
     shelf = Shelf(home)
     if len(names) < 2 or len(set(names)) != len(names):
         raise UserError("a merge takes two derivatives or more, each once")
@@ -191,9 +202,12 @@ def merge(
                 hint="derive them anew with one --tokens-file",
             )
         place = folder / "v1"
-        shutil.rmtree(place, ignore_errors=True)
+        begun(place, "merge", restart)
+        clear(place)
         made_of = tuple(f"{name}:{version.number}" for name, version in parts)
-        plan = Plan(joined_recipe([version for _, version in parts]), parent, made_of, how, shares)
+        plan = Plan(
+            joined_recipe([version for _, version in parts]), parent, made_of, how, shares, how="merge"
+        )
         write_plan(place, plan)
         ground = require_base(shelf, home, parent, told)
         if tokens[names[0]]:
@@ -204,11 +218,12 @@ def merge(
         graft.merge(base, models, shares, place / "grafted.new", how)
         (place / "grafted.new").rename(place / "grafted")
         write_held_out(folder, merged_held_out(shelf, names))
-        return _finish(home, shelf, Derivative(into, 0, ()), plan, ground, "merge", told)
+        return _finish(home, shelf, Derivative(into, 0, ()), plan, ground, told)
 
 
-def keep_island(home: Home, name: str, *, told: Told) -> Built:
-    """What was learnt on an island as a derivative of the base where it began. Raises UserError."""
+def keep_island(home: Home, name: str, *, restart: bool = False, told: Told) -> Built:
+    """What was learnt on an island as a derivative of the base where it began; made from its beginning, also
+    where that was begun. Raises UserError."""
     shelf = Shelf(home)
     began, here = island.require(home)
     with _one_line(), shelf.locked(name) as folder:
@@ -218,21 +233,22 @@ def keep_island(home: Home, name: str, *, told: Told) -> Built:
                 return Built(found, version, shelf.model(name, version.number))  # a way back that goes on
             raise UserError(f"there is a derivative {name} already: choose another name")
         place = folder / "v1"
-        shutil.rmtree(place, ignore_errors=True)
+        begun(place, "island", restart)
+        clear(place)
         parent = export_base(shelf, Home(home.island), began.epoch, told)
         base = shelf.base(parent)
         recipe = island_recipe(home, parent)
         told = asking(home, of_recipe(name, recipe), told)
-        plan = Plan(recipe, parent)
+        plan = Plan(recipe, parent, how="island")
         write_plan(place, plan)
         export_home(home, place / "whole", here.epoch, progress=told)
         for extra in ("README.md", "tapestry.json", MANIFEST, LINEAGE):
             remove(place / "whole" / extra)
-        uses = _island_uses(shelf, folder, base, recipe, parent, told)
+        uses, notes = _island_uses(shelf, folder, base, recipe, parent, told)
         (place / "whole").rename(place / "model")
         trained = Trained(0, 0, 0.0)
         write_trained(place / "trained.json", uses, trained)
-        return _finish(home, shelf, Derivative(name, 0, ()), plan, base, "island", told)
+        return replace(_finish(home, shelf, Derivative(name, 0, ()), plan, base, told), notes=notes)
 
 
 def island_recipe(home: Home, parent: Parent) -> Recipe:
@@ -242,13 +258,18 @@ def island_recipe(home: Home, parent: Parent) -> Recipe:
 
 def _island_uses(
     shelf: Shelf, folder: Path, base: Path, recipe: Recipe, parent: Parent, told: Told
-) -> tuple[DataUse, ...]:
-    """What is held out of the island's data, as its training held it out. Nothing, for a script's data."""
+) -> tuple[tuple[DataUse, ...], tuple[str, ...]]:
+    """What is held out of the island's data, as its training held it out, and what to say of it. Nothing, for
+    a script's data, or where they cannot be read any more: what was learnt is kept all the same."""
     if not recipe.data:
-        return ()
-    prepared = _prepared(shelf, folder, base, recipe, parent, length_of(recipe, base), told)
+        return (), ("nothing is held out: a script brought the data",)
+    try:
+        prepared = _prepared(shelf, folder, base, recipe, parent, length_of(recipe, base), told)
+    except UserError as error:
+        told("reading", 0, 1)  # asks once more whether they may be
+        return (), (f"nothing is held out, for the data cannot be read: {error.line}",)
     write_held_out(folder, prepared.held_out)
-    return prepared.uses
+    return prepared.uses, ()
 
 
 def evaluate(
@@ -305,9 +326,7 @@ def evaluate_base(
 # --- one version, from its plan to its place on the shelf ---------------------------------------------
 
 
-def _finish(
-    home: Home, shelf: Shelf, derivative: Derivative, plan: Plan, base: Path, how: Any, told: Told
-) -> Built:
+def _finish(home: Home, shelf: Shelf, derivative: Derivative, plan: Plan, base: Path, told: Told) -> Built:
     folder = shelf.of(derivative.name)
     number = derivative.next_number
     place = folder / f"v{number}"
@@ -316,7 +335,7 @@ def _finish(
     bench = bench_of(home, folder, base, model, plan.recipe, None, told)
     version = Version(
         number=number,
-        how=how,
+        how=plan.how,
         parent=plan.parent,
         recipe=plan.recipe,
         made_of=plan.made_of,
@@ -454,7 +473,8 @@ def _prepared(
     protected = require(shelf.home, paths, purpose, today_utc())
     note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
     text, rows = tokenizers(model)
-    return prepare(recipe, length, text, rows, shelf.cache, told, protected)
+    settings = sources_for(shelf.home, recipe.data)
+    return prepare(recipe, length, text, rows, shelf.cache, told, protected, settings)
 
 
 def _graft(place: Path, model: Path, base: Path, old: Path, plan: Plan, told: Told) -> None:

@@ -38,6 +38,7 @@ from tapestry.node.spec.tables import Between, Pattern, TableError, plain, read_
 FORM = 1  # of derivative.json
 FILE_BYTES_MAX = 16 << 20  # guess: a version with 256 sources takes 100 kB
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+How = Literal["derive", "rebase", "merge", "island"]
 HEX = Pattern(r"[0-9a-f]{64}", "64 hex digits")
 
 
@@ -109,7 +110,7 @@ class Version:
     """One finished model."""
 
     number: Annotated[int, Between(1, 1_000_000), "From 1 on."]
-    how: Annotated[Literal["derive", "rebase", "merge", "island"], "Which command made it."]
+    how: Annotated[How, "Which command made it."]
     parent: Annotated[Parent, "What it stands on."]
     recipe: Annotated[Recipe, "Of its training, or of its repair."]
     made_of: Annotated[tuple[str, ...], "Versions that a rebase or a merge took, as NAME:N."]

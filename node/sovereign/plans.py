@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
@@ -18,6 +19,7 @@ from tapestry.node.protocol import strict
 from tapestry.node.sovereign.derivative import (
     PLAIN,
     DataUse,
+    How,
     Parent,
     Shelf,
     Transplant,
@@ -43,6 +45,7 @@ class Plan:
     weights: tuple[float, ...] = ()
     steps: int = 0  # of a repair; 0 with made_of: none
     data: str = ""  # the digest of what was read; empty until it was
+    how: How = "derive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +65,47 @@ def write_trained(path: Path, uses: tuple[DataUse, ...], trained: Trained) -> No
     atomic_write(path, json.dumps(table).encode(), 0o600)
 
 
-def begun(place: Path, recipe: Recipe, epoch: int | None, restart: bool) -> Plan | None:
-    """What a call before this one began. Raises UserError if it was something else."""
+def begun(
+    place: Path, how: How, restart: bool, epoch: int | None = None, flag: str = "--from", **asked: Any
+) -> Plan | None:
+    """What a call before this one began; where there is none, or to `restart`, the place is empty. `asked`:
+    what keys of the plan must be. Raises UserError if something else was begun."""
     plan = None if restart else begun_plan(place)
     if plan is None:  # what lies there is of no plan that is known
-        shutil.rmtree(place, ignore_errors=True)
-        for name in ("held-out.jsonl", "tokens.json"):
-            (place.parent / name).unlink(missing_ok=True)
+        clear(place)
         return None
-    if plan.recipe != recipe:
+    name = place.parent.name
+    if plan.how != how:
         raise UserError(
-            f"{place.parent.name} was begun with another recipe and is not finished",
-            details=differences(plan.recipe, recipe),
-            hint="give the recipe of before to go on, or --restart to begin anew",
+            f"{name} was begun by `{_COMMANDS[plan.how]}` and is not finished",
+            hint="give that command again to go on, or --restart to begin anew; or choose another name",
+        )
+    if key := next((key for key, value in asked.items() if getattr(plan, key) != value), ""):
+        was, now = getattr(plan, key), asked[key]
+        is_recipe = isinstance(was, Recipe)
+        raise UserError(
+            f"{name} was begun with another {_WORDS[key]} and is not finished",
+            details=differences(was, now) if is_recipe else [f"{plain(was)} before, {plain(now)} now"],
+            hint=f"give the {_WORDS[key]} of before to go on, or --restart to begin anew",
         )
     if epoch not in (None, plan.parent.epoch):
         raise UserError(
-            f"{place.parent.name} was begun from {plan.parent} and is not finished",
-            hint="leave out --from to go on, or give --restart to begin anew",
+            f"{name} was begun from {plan.parent} and is not finished",
+            hint=f"leave out {flag} to go on, or give --restart to begin anew",
         )
     return plan
+
+
+_COMMANDS = {"derive": "derive", "rebase": "rebase", "merge": "merge", "island": "rejoin --keep"}
+_WORDS = {"recipe": "recipe", "made_of": "current version", "transplant": "way", "steps": "--repair"}
+
+
+def clear(place: Path) -> None:
+    """Nothing of a version is left; of the first one not what it would share with later ones either."""
+    shutil.rmtree(place, ignore_errors=True)
+    if place.name == "v1":
+        for name in ("held-out.jsonl", "tokens.json"):
+            (place.parent / name).unlink(missing_ok=True)
 
 
 def require_same_data(place: Path, plan: Plan, prepared: Prepared) -> None:
@@ -107,9 +131,18 @@ def begun_plan(place: Path) -> Plan | None:
             tuple(map(float, table["weights"])),
             int(table["steps"]),
             str(table.get("data", "")),  # of an older node: none
+            _how(table),
         )
     except (OSError, *DAMAGE):
         return None  # nothing was begun, or nothing that can be gone on with
+
+
+def _how(table: dict[str, Any]) -> How:
+    """Raises ValueError."""
+    found = next((how for how in get_args(How) if how == table.get("how", "derive")), None)
+    if found is None:
+        raise ValueError("no command makes such a version")
+    return found  # type: ignore[no-any-return]
 
 
 def write_plan(place: Path, plan: Plan) -> None:

@@ -90,11 +90,13 @@ def prepare(
     cache: Path,
     progress: Progress,
     protected: Sequence[Protection] = (),
+    settings: DataSettings | None = None,  # of cpt: how node.toml says that these sources are read
 ) -> Prepared:
     """Raises UserError."""
     try:
         if recipe.stage == "cpt":
-            return _windows(recipe, sequence_length, text_tokenizer, cache, progress, protected)
+            settings = settings or DataSettings(paths=recipe.data)
+            return _windows(recipe, settings, sequence_length, text_tokenizer, cache, progress, protected)
         return _rows(recipe, sequence_length, row_tokenizer, {one.path: one.domains for one in protected})
     except (DataError, DamagedFile) as error:
         raise UserError(str(error)) from error
@@ -107,13 +109,14 @@ def prepare(
 
 def _windows(
     recipe: Recipe,
+    settings: DataSettings,
     length: int,
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress,
     protected: Sequence[Protection],
 ) -> Prepared:
-    settings = resolved_data(DataSettings(paths=recipe.data), "name text with --data")
+    settings = resolved_data(settings, "name text with --data")
     use = Use(length, windows_per_epoch=1, seed=recipe.seed)
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     corpus = open_corpus(

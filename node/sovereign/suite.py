@@ -15,8 +15,8 @@ FILE`.
     run = ["python", "score.py", "{model}"]
     higher_is_better = true
 
-Paths are relative to the suite's file. Commands and task files are the member's own and run as the member: a
-suite that somebody else wrote is a program that somebody else wrote.
+Paths are relative to the suite's file, and commands run in its folder. Commands and task files are the
+member's own and run as the member: a suite that somebody else wrote is a program that somebody else wrote.
 
 Must not import torch or transformers at its top.
 """
@@ -73,6 +73,7 @@ class Command:
     run: Annotated[tuple[str, ...], "The program and its arguments; {model} is the model's folder."]
     higher_is_better: Annotated[bool, "Of all its figures."] = True
     timeout_s: Annotated[float, Between(0.1, 1e6), "After which it has failed."] = 3600.0
+    folder: Annotated[str, "Where it runs: that of the suite's file, whatever is written here."] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class Suite:
             tasks=tuple(
                 replace(one, include=str(folder / one.include) if one.include else "") for one in suite.tasks
             ),
+            command=tuple(replace(one, folder=str(folder)) for one in suite.command),
         )
 
 
@@ -161,9 +163,11 @@ def _task_measures(found: Any) -> Iterator[Measure]:
 
 def measured_command(command: Command, model: Path) -> list[Measure]:
     """What the program printed. Raises UserError if it failed or printed something else."""
-    line = [part.replace("{model}", str(model)) for part in command.run]
+    line = [part.replace("{model}", str(model.absolute())) for part in command.run]
     try:
-        done = subprocess.run(line, capture_output=True, timeout=command.timeout_s, check=False)
+        done = subprocess.run(
+            line, capture_output=True, timeout=command.timeout_s, check=False, cwd=command.folder or None
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _command_failed(command, str(error)) from error
     if done.returncode:

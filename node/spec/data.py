@@ -112,8 +112,9 @@ class Domain:
     command: Annotated[
         tuple[str, ...],
         "A program and its arguments. It gets each text as a line of JSON and answers each with a line: "
-        "1 drops it, 0 keeps it. Anything else ends the start.",
+        "1 drops it, 0 keeps it. Anything else ends the start. It runs in the folder of data.toml.",
     ] = ()
+    folder: Annotated[str, "Where it runs: that of data.toml, whatever is written here."] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,7 @@ class Declared:
             read,
             source=tuple(replace(one, path=_absolute(one.path, home)) for one in read.source),
             revoked=tuple(replace(one, path=_absolute(one.path, home)) for one in read.revoked),
+            domain=tuple(replace(one, folder=str(path.absolute().parent)) for one in read.domain),
         )
         for wrong in read.mistakes():
             raise UserError(f"{path}: {wrong}")

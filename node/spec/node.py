@@ -14,8 +14,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,8 @@ from tapestry.node.spec.data import (
     path_in,
     rebased_data,
     resolved_data,
+    source_of,
+    split_field,
     validation_of,
 )
 from tapestry.node.spec.invitation import Invitation, read_invitation
@@ -258,6 +260,24 @@ def named_sources(home: Home, env: Mapping[str, str]) -> tuple[str, ...]:
     values, _ = _merged([_file_layer(home), _environment_layer(env)])
     data = read_table(NodeToml, values).data
     return (*data.paths, *(one.path for one in data.source), *(one.path for one in data.validation))
+
+
+def sources_for(home: Home, sources: Iterable[str]) -> DataSettings:
+    """The sources, each as `--data` names it, with the encoding and the bounds that node.toml says of them.
+
+    No links are followed: nobody was asked whether what they lead to may be used. Raises UserError.
+    """
+    values, _ = _merged([_file_layer(home)])
+    said = read_table(NodeToml, values).data
+    fields = [(one.path, one.field) if one.field else split_field(one.path) for one in said.source]
+    known = dict(zip(fields, (one.encoding for one in said.source), strict=True))
+    wanted = [source_of(text) for text in sources]
+    return DataSettings(
+        source=tuple(replace(one, encoding=known.get((one.path, one.field), "")) for one in wanted),
+        left_out_max=said.left_out_max,
+        malformed_max=said.malformed_max,
+        allow_doubtful=said.allow_doubtful,
+    )
 
 
 def _file_layer(home: Home) -> _Layer:

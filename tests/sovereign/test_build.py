@@ -22,6 +22,8 @@ from tapestry.node.cli.main import cli
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.leave import leave
+from tapestry.node.lineage.listed import faults as listed_faults
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.verify import verify
 from tapestry.node.sovereign import build
@@ -32,7 +34,7 @@ from tapestry.node.sovereign.derivative import Derivative, Shelf, Transplant
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import release
 from tapestry.node.sovereign.rows import prepare
-from tapestry.node.sovereign.suite import Suite
+from tapestry.node.sovereign.suite import Suite, measured_command
 from tapestry.node.sovereign.training import train
 from tapestry.node.sovereign.withdrawal import withdrawal
 from tapestry.node.spec.declared import Revoked, append, parse_declaration
@@ -42,6 +44,20 @@ from tapestry.node.trainer.models.weights import weights_digest
 
 def _quiet(_what: str, _done: int, _total: int) -> None:
     return None
+
+
+class _Killed(Exception):
+    pass
+
+
+def _killing(what: str, _done: int, _total: int) -> None:
+    if what == "training":
+        raise _Killed
+
+
+def _measuring(what: str, _done: int, _total: int) -> None:
+    if what == "measuring":
+        raise _Killed
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +248,46 @@ def test_a_rebase_stands_on_the_new_base_keeps_the_gain_and_both_versions(
     assert built.derivative.version(1) == squares.version
 
 
+def test_what_a_script_brought_is_rebased_without_a_repair(
+    made: MadeHome, squares: Built, french: Built
+) -> None:
+    shelf, one = Shelf(made.home), squares.version
+    shutil.copytree(shelf.of("squares") / "v1", shelf.of("scripts") / "v1")
+    recipe = replace(one.recipe, stage="cpt", data=())
+    shelf.write(Derivative("scripts", 1, (replace(one, how="island", recipe=recipe, data=(), steps=0),)), 1)
+    version = build.rebase(made.home, "scripts", 3, Transplant(), told=_quiet).version
+    assert (version.steps, version.data, version.parent.epoch) == (0, (), 3)
+
+
+def test_a_rebase_that_was_begun_is_not_begun_otherwise_unless_a_person_says_so(made: MadeHome) -> None:
+    build.derive(made.home, "steady", _recipe(made, steps=4), 1, told=_quiet)
+    with pytest.raises(_Killed):
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.5, told=_killing)
+    for epoch, way, share, what in (
+        (1, Transplant(), 0.5, "begun from epoch 2 of"),
+        (2, Transplant("ties"), 0.5, "with another way"),
+        (2, Transplant(), 0.0, "with another --repair"),
+    ):
+        with pytest.raises(UserError, match=f"steady was begun {what}|steady was {what}") as raised:
+            build.rebase(made.home, "steady", epoch, way, repair_share=share, told=_quiet)
+        assert raised.value.hint and "--restart to begin anew" in raised.value.hint
+    with pytest.raises(_Killed):
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.0, restart=True, told=_measuring)
+    shelf = Shelf(made.home)
+    steady = shelf.require("steady")
+    again = replace(steady, versions=(steady.versions[0], replace(steady.versions[0], number=2)))
+    with shelf.locked("steady") as folder:
+        (folder / "v2").rename(folder / "v3")
+    shelf.write(replace(again, current=2), 1)
+    with pytest.raises(UserError, match="with another current version") as raised:
+        build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.0, told=_quiet)
+    assert raised.value.details == ("['steady:1'] before, ['steady:2'] now",)
+    shelf.write(again, 1)
+    built = build.rebase(made.home, "steady", None, Transplant(), repair_share=0.0, told=_quiet)
+    assert (built.version.made_of, built.version.parent.epoch) == (("steady:1",), 2)
+    shutil.rmtree(shelf.of("steady"))  # its second version was made up
+
+
 def test_a_rebase_that_fails_its_gate_stays_beside_and_says_why(made: MadeHome, french: Built) -> None:
     (made.home.path / "gates.toml").write_text("gain_kept_min = 5.0\n")
     try:
@@ -253,7 +309,18 @@ def test_derivatives_of_one_base_are_merged_and_measured_on_both(
         build.merge(made.home, "both", ["again", "squares"], (), Transplant(), told=_quiet)
     assert raised.value.hint == "tapestry rebase squares --onto 2 first"
     build.rebase(made.home, "again", 3, Transplant(), repair_share=0.0, told=_quiet)
-    built = build.merge(made.home, "both", ["again", "squares"], (0.5, 0.5), Transplant("ties"), told=_quiet)
+    parts = ["again", "squares"]
+    with pytest.raises(_Killed):
+        build.derive(made.home, "both", _recipe(made, "cpt", own_tokens=4), 2, told=_killing)
+    begun = {path.name for path in (made.home.path / "derivatives" / "both").iterdir()}
+    assert begun == {"lock", "v1", "held-out.jsonl", "tokens.json"}
+    with pytest.raises(UserError, match="both was begun by `derive` and is not finished") as raised:
+        build.merge(made.home, "both", parts, (), Transplant(), told=_quiet)
+    assert raised.value.hint and "--restart to begin anew" in raised.value.hint
+    assert {path.name for path in (made.home.path / "derivatives" / "both").iterdir()} == begun
+    way = Transplant("ties")
+    built = build.merge(made.home, "both", parts, (0.5, 0.5), way, restart=True, told=_quiet)
+    assert built.version.own_tokens == 0 and not (built.folder.parent.parent / "tokens.json").exists()
     assert [one.name for one in built.version.report] == ["again.pairs/loss", "squares.pairs/loss"]
     assert built.version.promoted and built.version.made_of == ("again:2", "squares:2")
 
@@ -275,6 +342,24 @@ def test_a_suite_adds_sets_and_commands_to_the_report(made: MadeHome, squares: B
     (tmp_path / "score.py").write_text("raise SystemExit('no such language')")
     with pytest.raises(UserError, match="the suite's command count: exit 1: no such language"):
         build.evaluate_base(made.home, 2, tmp_path / "suite.toml", told=_quiet)
+
+
+def test_a_suites_command_runs_in_the_folder_of_its_file_wherever_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("home", 1), ("elsewhere", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score.py").write_text(
+            "import json, os, sys\n"
+            f"print(json.dumps({{'value': {value}, 'model': int(os.path.isdir(sys.argv[1]))}}))"
+        )
+    run = f'["{sys.executable}", "score.py", "{{model}}"]'
+    (tmp_path / "home" / "suite.toml").write_text(f'[[command]]\nname = "culture"\nrun = {run}\n')
+    (tmp_path / "elsewhere" / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (command,) = Suite.load(Path("../home/suite.toml")).command
+    figures = {one.name: one.value for one in measured_command(command, Path("model"))}
+    assert figures == {"culture/value": 1, "culture/model": 1}
 
 
 def test_what_is_printed_of_derivatives_is_as_the_schemas_say(
@@ -384,13 +469,70 @@ def test_verify_checks_the_derivatives_of_a_home(made: MadeHome, squares: Built)
     text = told.read_text()
     try:
         told.write_text(text.replace(squares.version.parent.head, "ab" * 32))
-        assert any("its parent is no state of this chain" in fault for fault in faults())
+        assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text(text.replace('"steps": 12', '"steps": 13'))
+        assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
+        told.write_text(text.replace('\n "digest":', '\n "eigest":').replace(": true", ": false"))
         assert faults() == ["derivatives/squares/derivative.json: it is not what was written"]
         told.write_text("{}")
         assert any("derivatives/squares/derivative.json: cannot be read" in fault for fault in faults())
     finally:
         told.write_text(text)
+
+
+def test_a_derivative_whose_parent_left_the_chain_still_holds_and_a_note_says_where_its_parent_is(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(400)))
+    made = make_home(tmp_path / "home", base_spec(tmp_path / "home", "qwen3"))
+    home = made.home
+    append(home, [parse_declaration("us, CC0-1.0, open", str(tmp_path / "text.txt"), "derive:*")])
+
+    def notes() -> list[str]:
+        proof = verify(home.path, replay=False, told=_quiet)
+        assert proof.faults == []
+        return [note for note in proof.notes if note.startswith("lost")]
+
+    made.advance(3, scale=0.005, checkpoint=True)
+    recipe = Recipe("cpt", "full", (str(tmp_path / "text.txt"),), steps=1)
+    built = build.derive(home, "lost", recipe, None, told=_quiet)
+    assert notes() == []
+    branch = made.leave_fork(1, 3)
+    assert notes() == [f"lost 1: stands on epoch 3 of branches/{branch}, which lost at a fork"]
+    assert leave(home, tmp_path / "out", _quiet).holds
+    shutil.rmtree(home.branches / branch)
+    head = built.version.parent.head[:12]
+    assert notes() == [f"lost 1: stands on epoch 3 (head {head}), of which this home has no record"]
+
+
+@pytest.mark.parametrize(
+    "name", ["v1/model/adapter_config.json", "v1/model/.more/model.py", "v1/adapters/link"]
+)
+def test_a_file_that_no_version_has_is_found_beside_its_model(
+    made: MadeHome, squares: Built, tmp_path: Path, name: str
+) -> None:
+    folder = made.home.path / "derivatives" / "squares"
+    shutil.copytree(folder, tmp_path / "squares")
+    added = folder / name
+    added.parent.mkdir(exist_ok=True)
+    added.symlink_to(tmp_path) if added.name == "link" else added.write_text("{}")
+    try:
+        (fault,) = verify(made.home.path, replay=False, told=_quiet).faults
+        assert fault.file == f"derivatives/squares/{name}" and "no version has such a file" in fault.what
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "squares", folder)
+
+
+def test_a_derivative_of_an_older_node_has_no_digests_and_a_changed_key_is_none_of_its_own(
+    squares: Built, tmp_path: Path
+) -> None:
+    table = json.loads((squares.folder.parent.parent / "derivative.json").read_text())
+    for gone, what in ((("digest", "files"), []), (("digest",), ["derivative.json"])):
+        (tmp_path / "derivative.json").write_text(
+            json.dumps({k: v for k, v in table.items() if k not in gone})
+        )
+        assert [file for file, _ in listed_faults(tmp_path)] == what
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("squares", "f32"), ("french", "bf16")])

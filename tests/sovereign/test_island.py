@@ -25,7 +25,10 @@ from tapestry.node.lineage.uses import events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
-from tapestry.node.sovereign.derivative import Shelf
+from tapestry.node.sovereign import build
+from tapestry.node.sovereign.derivative import Parent, Shelf
+from tapestry.node.sovereign.plans import Plan, write_plan
+from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.trainer.brought import read_brought
@@ -100,6 +103,37 @@ def test_the_way_back_keeps_a_derivative_and_the_island_and_puts_the_home_back(
     assert island.tip(Home(kept)).head == heads[1]
 
 
+def test_a_derivative_of_an_island_stands_on_it_after_the_way_back_and_hinders_nothing(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home = made.home
+    append(home, [parse_declaration("us, CC0-1.0, open", str(tmp_path / "text.txt"), "derive:*")])
+    recipe = Recipe("cpt", "full", (str(tmp_path / "text.txt"),), steps=1, sequence_length=32)
+    build.derive(home, "here", recipe, 4, told=_quiet)
+    rejoin(home)
+    home.vote.unlink()  # no vote of a node's
+    (kept,) = (home.path / "islands").iterdir()
+    proof = leave(home, tmp_path / "out", _quiet)
+    assert [note for note in proof.notes if note.startswith("here 1")] == [
+        f"here 1: stands on epoch 4 of islands/{kept.name}, which was made alone"
+    ]
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_data_are_held_out_as_node_toml_reads_them_and_what_cannot_be_read_hinders_no_way_back(
+    made: MadeHome, tmp_path: Path, says_so: bool
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes("".join(f"l'été numéro {n} est passé\n" for n in range(400)).encode("latin-1"))
+    if says_so:
+        made.home.node_toml.write_text(f'[[data.source]]\npath = "{text}"\nencoding = "latin-1"\n')
+    said = rejoin(made.home, "--declare", "us, CC0-1.0, open")
+    version = Shelf(made.home).require("alone").version()
+    assert [one.name for one in version.report] == (["text/loss"] if says_so else [])
+    assert ("note  nothing is held out, for the data cannot be read: " in said) is not says_so
+    assert not made.home.island.exists() and version.recipe.data == (str(text),)
+
+
 def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.MonkeyPatch) -> None:
     home, real = made.home, island._exchange
 
@@ -116,6 +150,22 @@ def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.
     home.vote.unlink()
     assert holds(home.path) and island.tip(home).epoch == 2
     assert len(list((home.path / "islands").iterdir())) == 1
+
+
+def test_what_was_begun_under_the_name_is_kept_unless_a_person_says_so(made: MadeHome) -> None:
+    home, shelf = made.home, Shelf(made.home)
+    parent = Parent("ab" * 32, "a run", 2, "cd" * 32, "ef" * 32, "01" * 32)
+    with shelf.locked("alone") as folder:
+        write_plan(folder / "v1", Plan(Recipe("cpt", "full", (), own_tokens=9), parent))
+        (folder / "held-out.jsonl").write_text('{"set": "of before", "ids": [1, 2], "labels": [1, 2]}\n')
+        (folder / "tokens.json").write_text('["of before"]')
+    words = ["rejoin", "--home", str(home.path), "--keep", "alone", "--declare", "us, CC0-1.0, open"]
+    run = CliRunner().invoke(cli, words)
+    assert run.exit_code == 2 and "alone was begun by `derive` and is not finished" in run.stderr, run.output
+    assert home.island.exists() and (folder / "tokens.json").exists()
+    rejoin(home, "--restart")
+    version = shelf.require("alone").version()
+    assert [one.name for one in version.report] == ["text/loss"] and version.own_tokens == 0
 
 
 def test_a_home_on_an_island_starts_as_one_or_not_at_all(made: MadeHome) -> None:

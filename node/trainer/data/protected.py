@@ -51,12 +51,14 @@ def clear(pieces: Iterator[Piece], is_table: bool, judge: Judge, dropped: OnDrop
 
 def digest_of(domains: Sequence[Domain]) -> list[list[object]]:
     """What the ids of a source depend on: a changed rule reads it again, a changed file of a command too."""
-    return [[one.name, list(one.patterns), list(one.command), *_files_of(one.command)] for one in domains]
+    return [[one.name, list(one.patterns), list(one.command), *_files_of(one)] for one in domains]
 
 
-def _files_of(command: Sequence[str]) -> list[list[object]]:
-    """Size and time of change of the program and of each argument that is a file."""
-    paths = [shutil.which(command[0]) or command[0], *command[1:]] if command else []
+def _files_of(domain: Domain) -> list[list[object]]:
+    """Size and time of change of the program and of each argument that is a file, where it runs."""
+    paths = [os.path.join(domain.folder, part) for part in domain.command]
+    if paths and not os.path.dirname(domain.command[0]):
+        paths[0] = shutil.which(domain.command[0]) or paths[0]
     infos = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     return [[path, info.st_size, info.st_mtime_ns] for path, info in infos]
 
@@ -151,7 +153,11 @@ class _Program:
     def _begun(self) -> subprocess.Popen[bytes]:
         try:
             self._process = subprocess.Popen(
-                self.domain.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                self.domain.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                cwd=self.domain.folder or None,
             )
         except OSError as error:
             raise self._failed(f"it cannot be started: {error.strerror}") from error

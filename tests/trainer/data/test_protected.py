@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from trainer.data.kit import LENGTH, documents_of, settings_of, write_jsonl
 
+from tapestry.node.home import Home
 from tapestry.node.spec.data import Domain, Protection
+from tapestry.node.spec.declared import Declared
 from tapestry.node.trainer.data.corpus import Corpus, Use, open_corpus
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.protected import judge_of
@@ -62,6 +64,25 @@ def _program(tmp_path: Path, body: str) -> Domain:
     path = tmp_path / "judge.py"
     path.write_text(f"import json, sys\nfor line in sys.stdin:\n    text = json.loads(line)\n    {body}\n")
     return Domain("secret", (), (sys.executable, "-S", str(path)))
+
+
+def test_a_program_is_found_and_runs_in_the_folder_of_data_toml_wherever_the_node_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    elsewhere = tmp_path / "elsewhere"
+    for folder, answer in ((home.path, "'zebra' in text"), (elsewhere, "False")):
+        folder.mkdir()
+        _program(folder, f"print(int({answer}), flush=True)")
+    run = f'["{sys.executable}", "-S", "judge.py"]'
+    home.data_toml.write_text(f'protected = ["secret"]\n[[domain]]\nname = "secret"\ncommand = {run}\n')
+    monkeypatch.chdir(elsewhere)
+    (domain,) = Declared.load(home).domain
+    path = write_jsonl(tmp_path / "a.jsonl", ["one clean row of text", "a zebra in the row"])
+    cache = tmp_path / "cache"
+    assert documents_of(read(f"{path}:text", cache, domain)) == ["one clean row of text"]
+    _program(home.path, "print(0, flush=True)")
+    assert len(documents_of(read(f"{path}:text", cache, domain))) == 2, "a changed program reads again"
 
 
 def test_a_program_of_the_members_own_judges_each_text(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
-from tapestry.node.spec.data import DataSettings
-from tapestry.node.spec.declared import BASE, NO_LINKS, Beyond, Declared, require, stamp_of, today_utc
+from tapestry.node.spec.data import DataSettings, reals_of
+from tapestry.node.spec.declared import BASE, NO_LINKS, READ, Beyond, Declared, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import linked_out
 
@@ -31,6 +31,7 @@ class DataPermit:
         self._home = home
         self._paths = paths
         self._linked = linked
+        self._reals = reals_of(paths)  # a link may lead elsewhere while this is what is trained on
         self._today = today
         self._seen: object = None
         self._refusal = ""
@@ -49,6 +50,7 @@ class DataPermit:
             return f"{error.line}; training goes on when that is mended"
         try:
             require(self._home, self._paths, BASE, today, self._linked)
+            require(self._home, self._reals, READ, today)
             require_brought(self._home, today)
         except UserError as error:
             return f"{error.line}; start the node again without it"

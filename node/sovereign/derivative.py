@@ -70,6 +70,7 @@ class DataUse:
     examples: Annotated[int, Between(0, 2**53), "Trained on: rows, or windows of text."]
     held_out: Annotated[int, Between(0, 2**53), "Measured on."]
     left_out: Annotated[tuple[str, ...], "What was not used, and why."] = ()
+    real: Annotated[tuple[str, ...], "Where it lay, if it was named by a link."] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def public(version: Version, declared: Declared, sets: Mapping[str, str]) -> Ver
         tuple(replace(one, name=names[one.name]) for one in measures)
         for measures in (version.report, version.base_report)
     )
-    data = tuple(replace(use, source=called(use.source), left_out=()) for use in version.data)
+    data = tuple(replace(use, source=called(use.source), left_out=(), real=()) for use in version.data)
     recipe = replace(
         version.recipe,
         data=tuple(called(one) for one in version.recipe.data),

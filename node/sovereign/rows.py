@@ -32,7 +32,7 @@ from blake3 import blake3
 from tapestry.node.errors import UserError
 from tapestry.node.sovereign.derivative import DataUse
 from tapestry.node.sovereign.recipe import Recipe
-from tapestry.node.spec.data import DataSettings, Domain, Protection, resolved_data
+from tapestry.node.spec.data import DataSettings, Domain, Protection, reals_of, resolved_data
 from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import SourceFile, decoded
@@ -129,6 +129,7 @@ def _windows(
             part.train_windows,
             len(part.held_out),
             _left_out(corpus.summary, part.name),
+            reals_of((source.path,)),
         )
         for source, part in zip(settings.source, corpus.parts, strict=True)
     )
@@ -357,7 +358,8 @@ def _look_through(
         tally.repeated.add(path)
     _files(path, files := Files())
     said = (*tally.lines(), *files.lines()[1:])
-    return DataUse(path, hasher.hexdigest(), trained, len(kept), said), kept, judged
+    use = DataUse(path, hasher.hexdigest(), trained, len(kept), said, reals_of((path,)))
+    return use, kept, judged
 
 
 _NEEDS = {

@@ -13,7 +13,7 @@ from tapestry.node.home import Home
 from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Shelf, Version
 from tapestry.node.sovereign.recipe import Recipe, recipe_paths
-from tapestry.node.spec.declared import Standing
+from tapestry.node.spec.declared import READ, Standing
 
 Uses = dict[str, tuple[str, ...]]  # paths by their purpose
 
@@ -42,7 +42,8 @@ def behind(shelf: Shelf, name: str, version: Version) -> Uses:
         uses = of_recipe(name, version.recipe)
     for part, one in shelf.parts(version):
         uses = joined(uses, behind(shelf, part, one))
-    return uses
+    reals = tuple(path for use in version.data for path in use.real)
+    return joined(uses, {READ: reals}) if reals else uses
 
 
 def joined(one: Uses, other: Uses) -> Uses:

@@ -140,7 +140,7 @@ def _touched(
     first: int | None,
     why: dict[str, str],
 ) -> str:
-    if any(touches(use.source) for use in version.data):
+    if any(touches(path) for use in version.data for path in (use.source, *use.real)):
         return "trained on it"
     if first is not None and version.parent.run_id == run_id and version.parent.epoch >= first:
         return f"stands on epoch {version.parent.epoch} of the base, which holds something of it"

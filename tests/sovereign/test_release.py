@@ -50,7 +50,8 @@ def version(sources: tuple[str, ...], sets: tuple[str, ...]) -> Version:
 
 
 def released(home: Home, one: Version) -> str:
-    """All that others read of it."""
+    """All that others read of it, where its sources are links."""
+    one = replace(one, data=tuple(replace(use, real=(f"/disk/{SECRET}",)) for use in one.data))
     shown = public(one, Declared.load(home), own_sets(Shelf(home), one))
     return json.dumps(plain(shown)) + card(Derivative("ours", 1, (one,)), shown)
 

@@ -64,6 +64,15 @@ def test_a_folder_of_rows_is_read_without_what_is_hidden_and_links_that_lead_out
     assert any(line.startswith("left out, links that lead out of the folder") for line in use.left_out)
 
 
+@pytest.mark.parametrize("stage", ["sft", "cpt"])
+def test_a_source_that_is_a_link_is_kept_by_both_names(tmp_path: Path, tokenizer: Any, stage: str) -> None:
+    (tmp_path / "link.jsonl").symlink_to(_file(tmp_path / "v1.jsonl", _pairs(400)))
+    source = f"{tmp_path}/link.jsonl" + (":completion" if stage == "cpt" else "")
+    recipe = Recipe(stage, "full", (source,))  # type: ignore[arg-type]
+    (use,) = prepare(recipe, 8, ByteTokenizer(), tokenizer, tmp_path / "cache", lambda *_: None).uses
+    assert (use.source, use.real) == (f"{tmp_path}/link.jsonl", (f"{tmp_path}/v1.jsonl",))
+
+
 def test_of_messages_the_last_answer_counts(tmp_path: Path, tokenizer: Any) -> None:
     chat = [
         [

@@ -68,7 +68,7 @@ from tapestry.node.sovereign.plans import (
 )
 from tapestry.node.sovereign.recipe import Recipe, recipe_paths
 from tapestry.node.sovereign.rows import Prepared, prepare
-from tapestry.node.sovereign.standing import asking, behind, joined, of_recipe
+from tapestry.node.sovereign.standing import Uses, asking, begun_with, behind, joined, kept, of_recipe
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
@@ -104,7 +104,8 @@ def derive(
         plan = begun(folder / "v1", recipe, epoch, restart)
         told = asking(home, of_recipe(name, recipe), told)
         if plan is None:
-            plan = Plan(recipe, export_base(shelf, home, epoch, told))
+            uses = kept(of_recipe(name, recipe))
+            plan = Plan(recipe, export_base(shelf, home, epoch, told), uses=uses)
             write_plan(folder / "v1", plan)
         base = require_base(shelf, home, plan.parent, told)
         return _finish(home, shelf, Derivative(name, 0, ()), plan, base, "derive", told)
@@ -131,7 +132,8 @@ def rebase(
         if repair_share:
             require_extra()
         repair = of_recipe(name, version.recipe) if repair_share else {}
-        told = asking(home, joined(repair, behind(shelf, name, version)), told)
+        uses = joined(repair, behind(shelf, name, version))
+        told = asking(home, uses, told)
         place = folder / f"v{derivative.next_number}"
         plan = None if restart else begun_plan(place)
         steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
@@ -141,7 +143,8 @@ def rebase(
             parent = export_base(shelf, home, epoch, told)
             if parent.head == version.parent.head:
                 raise UserError(f"{name} stands on {parent} already")
-            plan = Plan(version.recipe, parent, (f"{name}:{version.number}",), how, steps=steps)
+            made_of = (f"{name}:{version.number}",)
+            plan = Plan(version.recipe, parent, made_of, how, steps=steps, uses=kept(uses))
             write_plan(place, plan)
         ground = base = require_base(shelf, home, plan.parent, told)
         old = require_base(shelf, home, version.parent, told)
@@ -182,8 +185,10 @@ def merge(
                     f"{name} stands on {version.parent}, {parts[0][0]} on {parent}",
                     hint=f"tapestry rebase {name} --onto {parent.epoch} first",
                 )
+        uses: Uses = {}
         for name, version in parts:
-            told = asking(home, behind(shelf, name, version), told)
+            uses = joined(uses, behind(shelf, name, version))
+        told = asking(home, uses, told)
         tokens = {name: kept_tokens(shelf.of(name)) for name in names}
         if len(set(tokens.values())) > 1:
             raise UserError(
@@ -193,7 +198,8 @@ def merge(
         place = folder / "v1"
         shutil.rmtree(place, ignore_errors=True)
         made_of = tuple(f"{name}:{version.number}" for name, version in parts)
-        plan = Plan(joined_recipe([version for _, version in parts]), parent, made_of, how, shares)
+        recipe = joined_recipe([version for _, version in parts])
+        plan = Plan(recipe, parent, made_of, how, shares, uses=kept(uses))
         write_plan(place, plan)
         ground = require_base(shelf, home, parent, told)
         if tokens[names[0]]:
@@ -334,6 +340,7 @@ def _finish(
         reasons=(),
         own_tokens=len(bench.pieces),
         ids_saved=round(bench.ids_saved, 4),
+        uses=kept(begun_with(shelf, derivative.name, plan)),
     )
     verdict = judged(home, version, version_before(shelf, version))
     version = replace(version, promoted=verdict.holds, reasons=verdict.reasons)

@@ -20,6 +20,7 @@ from tapestry.node.sovereign.derivative import (
     DataUse,
     Parent,
     Shelf,
+    SourcesFor,
     Transplant,
     Version,
 )
@@ -43,6 +44,7 @@ class Plan:
     weights: tuple[float, ...] = ()
     steps: int = 0  # of a repair; 0 with made_of: none
     data: str = ""  # the digest of what was read; empty until it was
+    uses: tuple[SourcesFor, ...] = ()  # as in Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ def begun_plan(place: Path) -> Plan | None:
             tuple(map(float, table["weights"])),
             int(table["steps"]),
             str(table.get("data", "")),  # of an older node: none
+            tuple(read_table(SourcesFor, one) for one in table.get("uses", ())),
         )
     except (OSError, *DAMAGE):
         return None  # nothing was begun, or nothing that can be gone on with

@@ -149,7 +149,15 @@ def public(version: Version, declared: Declared, sets: Mapping[str, str]) -> Ver
         tokens_file=os.path.basename(version.recipe.tokens_file),
     )
     reasons = tuple(_shown_reason(one, names) for one in version.reasons)
-    return replace(version, data=data, recipe=recipe, report=report, base_report=base_report, reasons=reasons)
+    return replace(
+        version,
+        data=data,
+        recipe=recipe,
+        report=report,
+        base_report=base_report,
+        reasons=reasons,
+        uses=(),
+    )
 
 
 def _shown_names(version: Version, open_sets: set[str]) -> dict[str, str]:

@@ -27,8 +27,18 @@ from tapestry.node.lineage.uses import (
     spans,
 )
 from tapestry.node.lineage.verify import verify
-from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Parent, Shelf, Version
+from tapestry.node.sovereign.derivative import (
+    PLAIN,
+    DataUse,
+    Derivative,
+    Parent,
+    Shelf,
+    SourcesFor,
+    Version,
+)
+from tapestry.node.sovereign.plans import Plan, write_plan
 from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.standing import behind
 from tapestry.node.sovereign.withdrawal import withdrawal
 from tapestry.node.spec.declared import BASE, Declared, Revoked, append, parse_declaration, require
 from tapestry.node.spec.training import PRESETS
@@ -192,6 +202,88 @@ def test_derivatives_are_touched_by_their_data_their_base_and_their_parts(made: 
     found = dict(withdrawal(made.home, lambda path: path == "/b").derivatives)
     shelf.write(derivative, 1)
     assert found["own:1"] == "trained on it"
+
+
+def test_a_merge_is_named_and_asked_for_when_its_part_was_deleted(made: MadeHome, tmp_path: Path) -> None:
+    """What it was made from stands in itself; of an older node's, in the trainings of the part's name."""
+    home = Home(tmp_path)
+    shelf, parent = Shelf(home), Parent(HEX, "a run", 1, HEX, HEX, HEX)
+    uses = (SourcesFor("derive:law", ("/law",)), SourcesFor("derive:own", ("/own",)))
+    merged = replace(version(parent, "/own", ("own:1", "law:1")), steps=0)
+    note_use(home, "derive:law", ["/law"], "run", 1)
+    for name, one in (
+        ("own", version(parent, "/own", ())),
+        ("both", replace(merged, uses=uses)),
+        ("older", merged),
+        ("after", replace(merged, how="rebase", made_of=("both:1",))),
+    ):
+        (shelf.folder / name).mkdir(parents=True)
+        shelf.write(Derivative(name, 1, (one,)), 1)
+    for name in ("both", "older", "after"):
+        assert behind(shelf, name, shelf.require(name).version()) == {
+            "derive:own": ("/own",),
+            "derive:law": ("/law",),
+        }
+    found = dict(withdrawal(home, lambda path: path == "/law").derivatives)
+    assert found == dict.fromkeys(("both:1", "older:1", "after:1"), "made from it, or measured on it")
+
+
+@pytest.fixture
+def begun(made: MadeHome, tmp_path: Path) -> Home:
+    """Nothing but what was begun: a merge, a rebase, a derivative of a touched base, and one of another."""
+    home = Home(tmp_path / "home")
+    home.create()
+    for name in ("genesis.json", "chain.jsonl", "identity.key"):
+        (home.path / name).write_bytes((made.home.path / name).read_bytes())
+    home.identity_key.chmod(0o600)
+    shelf, run_id = Shelf(home), made.chain.genesis.run_id
+    note_use(home, BASE, ["/base"], run_id, 3)
+    early, late = (Parent(run_id, "a run", epoch, HEX, HEX, HEX) for epoch in (2, 5))
+    (shelf.folder / "own").mkdir(parents=True)
+    shelf.write(Derivative("own", 1, (version(early, "/own", ()),)), 1)
+    recipe = Recipe("cpt", "full", ("/own:text",))
+    for place, plan in (
+        ("own/v2", Plan(recipe, early, ("own:1",), steps=1)),
+        ("mixed/v1", Plan(recipe, early, ("own:1", "gone:1"), uses=(SourcesFor("derive:gone", ("/gone",)),))),
+        ("new/v1", Plan(replace(recipe, data=("/new",)), late)),
+        ("else/v1", Plan(replace(recipe, data=("/else",)), early)),
+    ):
+        (shelf.folder / place).mkdir(parents=True)
+        write_plan(shelf.folder / place, plan)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("/own", {"own:1": "trained on it", "own:2": "delete {}/own/v2", "mixed": "delete {}/mixed"}),
+        ("/gone", {"mixed": "delete {}/mixed"}),
+        ("/new", {"new": "delete {}/new"}),
+        (
+            "/base",
+            {"new": "stands on epoch 5 of the base, which holds something of it; not finished"},
+        ),
+        ("/never", {}),
+    ],
+)
+def test_what_was_begun_and_not_finished_is_named_by_its_plan(
+    begun: Home, source: str, expected: dict[str, str]
+) -> None:
+    found = dict(withdrawal(begun, lambda path: path == source).derivatives)
+    assert found.keys() == expected.keys()
+    assert all(said.format(begun.path / "derivatives") in found[name] for name, said in expected.items())
+
+
+def test_what_cannot_be_read_is_perhaps_touched_and_ends_no_revocation(begun: Home) -> None:
+    shelf = Shelf(begun)
+    (shelf.folder / "own" / "derivative.json").write_text("damaged")
+    (shelf.folder / "else" / "v1" / "plan.json").write_text("damaged")
+    run = revoked(begun, "/base", "--json")
+    assert run.exit_code == 0, run.output
+    found = dict(json.loads(run.stdout)["derivatives"])
+    assert found.keys() == {"own", "own:2", "else", "new"}
+    assert "perhaps touched, for it cannot be read" in found["own"] and "perhaps" in found["own:2"]
+    assert "perhaps touched" in found["else"] and found["new"].startswith("stands on epoch 5")
 
 
 def test_a_source_from_the_beginning_leaves_the_genesis_and_one_never_used_nothing(made: MadeHome) -> None:

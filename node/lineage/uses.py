@@ -283,7 +283,16 @@ def sources_since(home: Home, run_id: str, epoch: int) -> tuple[str, ...]:
     return _used_since(home, run_id, epoch, ("sources",))
 
 
+def read_since(home: Home, run_id: str, epoch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths that starts at this epoch or later read for the base: of sources and of what links in them led
+    to; and where sources lay that were named by a link."""
+    named = _used_since(home, run_id, epoch, ("sources", "linked"))
+    paths = tuple(dict.fromkeys(split_field(one)[0] for one in named))
+    return paths, _used_since(home, run_id, epoch, ("real",))
+
+
 def _used_since(home: Home, run_id: str, epoch: int, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What such starts say under these keys."""
     found: dict[str, None] = {}
     for event in events(home):
         if event["event"] == "used" and event["purpose"] == BASE and event["run_id"] == run_id:

@@ -24,7 +24,7 @@ from tapestry.node.lineage import island
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
-from tapestry.node.lineage.uses import note_use, sources_since
+from tapestry.node.lineage.uses import note_use, read_since, sources_since
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases, require_base
@@ -72,7 +72,7 @@ from tapestry.node.sovereign.standing import Uses, asking, begun_with, behind, j
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
-from tapestry.node.spec.declared import require, today_utc
+from tapestry.node.spec.declared import READ, require, today_utc
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 from tapestry.node.trainer.tokenizers.api import TokenizerError
@@ -228,8 +228,9 @@ def keep_island(home: Home, name: str, *, told: Told) -> Built:
         parent = export_base(shelf, Home(home.island), began.epoch, told)
         base = shelf.base(parent)
         recipe = island_recipe(home, parent)
-        told = asking(home, of_recipe(name, recipe), told)
-        plan = Plan(recipe, parent)
+        reads = _island_reads(home, name, parent)
+        told = asking(home, reads, told)
+        plan = Plan(recipe, parent, uses=kept(reads))
         write_plan(place, plan)
         export_home(home, place / "whole", here.epoch, progress=told)
         for extra in ("README.md", "tapestry.json", MANIFEST, LINEAGE):
@@ -244,6 +245,12 @@ def keep_island(home: Home, name: str, *, told: Told) -> Built:
 def island_recipe(home: Home, parent: Parent) -> Recipe:
     """That of a later repair: the island's data, by the usual rates of continued pre-training."""
     return Recipe("cpt", "full", sources_since(home, parent.run_id, parent.epoch))
+
+
+def _island_reads(home: Home, name: str, parent: Parent) -> Uses:
+    """Its sources and what their links led to, which a repair does not read."""
+    paths, reals = read_since(home, parent.run_id, parent.epoch)
+    return {f"derive:{name}": paths} | ({READ: reals} if reals else {})
 
 
 def _island_uses(

@@ -20,7 +20,7 @@ import click
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.data import is_word, rebased_data, split_field
+from tapestry.node.spec.data import is_word, real_of, reals_of, rebased_data, split_field
 from tapestry.node.spec.declared import (
     BASE,
     FORM,
@@ -178,19 +178,22 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str, force: boo
     place = Home.locate(home, os.environ)
     (path,) = _absolute((source,))
     declared = Declared.load(place)
-    if not any(covers(gone.path, path) for gone in declared.revoked):
+    # A link may lead elsewhere tomorrow: what it leads to today is revoked by its own name, and the link too.
+    real = real_of(path)
+    if not any(gone.path == real_of(gone.path) and covers(gone.path, path) for gone in declared.revoked):
         if not force:
             _require_known(place, declared, source, path)
         at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        append(place, [Revoked(path, at, reason)])
-        note(place, "revoked", path=path, reason=reason)
+        append(place, [Revoked(one, at, reason) for one in dict.fromkeys((real, path))])
+        note(place, "revoked", path=path, real=list(reals_of((path,))), reason=reason)
     removed = _forget_ids(place, path)
     found = withdrawal(place, lambda other: _touches(path, other))
     if as_json:
         said = {"source": path, "removed_bytes": removed} | dataclasses.asdict(found)
         click.echo(json.dumps(said, indent=1))
         return
-    click.echo(f"revoked {path}: it is not read any more, and a running node stops training on it")
+    named = path if path == real else f"{path}, which is {real}"
+    click.echo(f"revoked {named}: it is not read any more, and a running node stops training on it")
     click.echo(f"its text as ids, of the base and of derivatives: {removed} bytes removed")
     click.echo("\n".join(found.lines()))
 

@@ -17,8 +17,7 @@ from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
 from tapestry.node.sovereign.recipe import load_recipe, recipe_paths
-from tapestry.node.spec.data import split_field
-from tapestry.node.spec.declared import BASE, require, today_utc
+from tapestry.node.spec.declared import BASE, READ, require, today_utc
 from tapestry.node.spec.tables import plain
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, decl
     """Leave the island: what was learnt alone is kept or brought, the home is as it was before."""
     from tapestry.node.lineage import island
     from tapestry.node.lineage.bring import bring
-    from tapestry.node.lineage.uses import sources_since
+    from tapestry.node.lineage.uses import read_since
     from tapestry.node.sovereign import build
 
     where = Home.locate(home, os.environ)
@@ -229,9 +228,10 @@ def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, decl
             return
         if name is None and not brings:
             raise click.UsageError("say what becomes of it: --keep NAME, --bring, or both")
-        paths = [split_field(one)[0] for one in sources_since(where, began.run_id, began.epoch)]
+        paths, reals = read_since(where, began.run_id, began.epoch)
         if brings:
             require(where, paths, BASE, today_utc())
+            require(where, reals, READ, today_utc())
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
         with Said() as told:

@@ -2,9 +2,10 @@
 
     {"event": "declared", "at": ..., "path": ..., "declaration": {...}}
     {"event": "used",     "at": ..., "purpose": "base", "run_id": ..., "epoch": 12, "sources": [PATH, ...],
-             "peer": OWN, "island": false, "brings": false, "linked": [PATH, ...]}
+             "peer": OWN, "island": false, "brings": false, "linked": [PATH, ...], "real": [PATH, ...]}
     {"event": "left",     "at": ..., "run_id": ..., "epoch": 9}
-    {"event": "brought",  "at": ..., "run_id": ..., "epoch": 12, "sources": [PATH, ...]}
+    {"event": "brought",  "at": ..., "run_id": ..., "epoch": 12, "sources": [PATH, ...],
+             "real": [PATH, ...]}
     {"event": "rejoined", "at": ..., "run_id": ..., "epoch": 12}
     {"event": "given",    "at": ..., "run_id": ..., "epoch": 14}
     {"event": "restored", "at": ...}
@@ -12,8 +13,8 @@
 
 A use of the base's begins at a start of the node and ends where the next one begins: in between every
 contribution of this member was made from those sources, and perhaps the one after that, which was on its way
-when the node ended. `linked` are files that links led to, out of the sources. A use of a derivative's is one
-training.
+when the node ended. `linked` are files that links led to, out of the sources; `real` is where sources lay
+that were named by a link, which may lead elsewhere today. A use of a derivative's is one training.
 
 A fork that was `left` at an epoch takes what is used back there: the epochs after it are made anew. What was
 learnt on an island from some sources is `brought` by `rejoin --bring`, until the record at which it was
@@ -37,8 +38,8 @@ from tapestry.node.disk.linked import LINE_BYTES_MAX, BrokenLink, Linked, append
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
-from tapestry.node.spec.data import split_field
-from tapestry.node.spec.declared import BASE, require
+from tapestry.node.spec.data import reals_of, split_field
+from tapestry.node.spec.declared import BASE, READ, require
 
 # What an event must say, and of which kind it is; more may stand there.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "given": ("epoch",),
 }
 TEXTS = frozenset({"purpose", "run_id", "peer", "path"})
-LISTS = frozenset({"sources", "linked"})
+LISTS = frozenset({"sources", "linked", "real"})
 
 Touches = Callable[[str], bool]  # whether a source is meant, by its path
 
@@ -93,12 +94,15 @@ def note_use(
     home: Home, purpose: str, sources: Iterable[str], run_id: str, epoch: int, node: Started | None = None
 ) -> None:
     """Sources are about to be read for a purpose, on top of an epoch of a run. Raises UserError."""
+    sources = list(sources)
     said: dict[str, Any] = {}
     if node is not None:
         said = {"peer": node.peer, "island": node.island, "brings": home.brought.exists()}
         said |= {"linked": list(node.linked)} if node.linked else {}
         said |= {"behind": True} if _lost_records(home) else {}
-    note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=list(sources), **said)
+    if real := reals_of(split_field(one)[0] for one in sources):
+        said["real"] = list(real)
+    note(home, "used", purpose=purpose, run_id=run_id, epoch=epoch, sources=sources, **said)
 
 
 def _lost_records(home: Home) -> bool:
@@ -201,7 +205,7 @@ class _Told:
         if self._brought is not None and event.get("brings") is False:  # the file was moved away
             self._closed.append(_ended(self._brought, run_id, epoch))
             self._brought = None
-        if any(map(self._touches, (*event["sources"], *event.get("linked", ())))):
+        if any(map(self._touches, _names_in(event))):
             self._open, self._open_alone = Span(run_id, epoch, None), event.get("island", False)
 
     def _close(self, run_id: str, epoch: int) -> None:
@@ -222,7 +226,7 @@ class _Told:
         self._brought = _from(self._brought, event)
 
     def _brings(self, event: dict[str, Any]) -> None:
-        touched = any(map(self._touches, event["sources"]))
+        touched = any(map(self._touches, _names_in(event)))
         self._brought = Span(event["run_id"], event["epoch"], None) if touched else None
 
     def _rejoined(self, _event: dict[str, Any]) -> None:
@@ -249,18 +253,24 @@ def _from(span: Span | None, left: dict[str, Any]) -> Span | None:
     return replace(span, first=min(span.first, left["epoch"]))
 
 
+def _names_in(event: dict[str, Any]) -> Iterator[str]:
+    """All paths by which it speaks of sources."""
+    for key in sorted(LISTS & event.keys()):
+        yield from event[key]
+
+
 def training_uses(home: Home) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Of derivatives: name and sources of each training that was begun. Raises UserError."""
     for event in events(home):
         if event["event"] == "used" and event["purpose"].startswith("derive:"):
-            yield event["purpose"].removeprefix("derive:"), tuple(event["sources"])
+            yield event["purpose"].removeprefix("derive:"), tuple(_names_in(event))
 
 
 def named(home: Home) -> Iterator[str]:
     """Every source of which an event speaks, as it was named then. Raises UserError."""
     for event in events(home):
-        yield from (event["path"],) if "path" in event else event.get("sources", ())
-        yield from event.get("linked", ())
+        yield from (event["path"],) if "path" in event else ()
+        yield from _names_in(event)
 
 
 def own_ids(home: Home) -> set[str]:
@@ -273,7 +283,16 @@ def sources_since(home: Home, run_id: str, epoch: int) -> tuple[str, ...]:
     return _used_since(home, run_id, epoch, ("sources",))
 
 
+def read_since(home: Home, run_id: str, epoch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths that starts at this epoch or later read for the base: of sources and of what links in them led
+    to; and where sources lay that were named by a link."""
+    named = _used_since(home, run_id, epoch, ("sources", "linked"))
+    paths = tuple(dict.fromkeys(split_field(one)[0] for one in named))
+    return paths, _used_since(home, run_id, epoch, ("real",))
+
+
 def _used_since(home: Home, run_id: str, epoch: int, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What such starts say under these keys."""
     found: dict[str, None] = {}
     for event in events(home):
         if event["event"] == "used" and event["purpose"] == BASE and event["run_id"] == run_id:
@@ -290,7 +309,8 @@ def _used_since(home: Home, run_id: str, epoch: int, keys: tuple[str, ...]) -> t
 def note_brought(home: Home, run_id: str, epoch: int) -> None:
     """What was learnt alone since `epoch` is going to be contributed. Raises UserError."""
     sources = _used_since(home, run_id, epoch, ("sources", "linked"))
-    note(home, "brought", run_id=run_id, epoch=epoch, sources=list(sources))
+    real = _used_since(home, run_id, epoch, ("real",))
+    note(home, "brought", run_id=run_id, epoch=epoch, sources=list(sources), real=list(real))
 
 
 def note_taken_back(home: Home) -> None:
@@ -299,7 +319,8 @@ def note_taken_back(home: Home) -> None:
     try:
         last = next((one for one in reversed([*events(home)]) if one["event"] == "brought"), None)
         if last is not None:
-            note(home, "brought", run_id=last["run_id"], epoch=last["epoch"], sources=last["sources"])
+            said = {key: last[key] for key in ("run_id", "epoch", "sources", "real") if key in last}
+            note(home, "brought", **said)
     except UserError as error:
         raise OSError(error.line) from error
 
@@ -309,12 +330,13 @@ def require_brought(home: Home, today: datetime.date) -> None:
     for the base any more."""
     if not home.brought.exists():
         return
-    sources: list[str] = []
+    brought: dict[str, Any] = {}
     for event in events(home):
         if event["event"] == "brought":
-            sources = event["sources"]
+            brought = event
     try:
-        require(home, [split_field(one)[0] for one in sources], BASE, today)
+        require(home, [split_field(one)[0] for one in brought.get("sources", ())], BASE, today)
+        require(home, brought.get("real", ()), READ, today)
     except UserError as error:
         raise UserError(
             f"{home.brought} was learnt from what may not be used: {error.line}",

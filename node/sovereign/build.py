@@ -23,7 +23,7 @@ from tapestry.node.lineage import island
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
-from tapestry.node.lineage.uses import note_use, sources_since
+from tapestry.node.lineage.uses import note_use, read_since, sources_since
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import transplant as graft
 from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases, require_base
@@ -67,11 +67,11 @@ from tapestry.node.sovereign.plans import (
 )
 from tapestry.node.sovereign.recipe import Recipe, recipe_paths
 from tapestry.node.sovereign.rows import Prepared, prepare
-from tapestry.node.sovereign.standing import asking, behind, joined, of_recipe
+from tapestry.node.sovereign.standing import Uses, asking, begun_with, behind, joined, kept, of_recipe
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
 from tapestry.node.sovereign.training import require_extra, steps_of, train
-from tapestry.node.spec.declared import require, today_utc
+from tapestry.node.spec.declared import READ, require, today_utc
 from tapestry.node.spec.node import sources_for
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
@@ -105,7 +105,8 @@ def derive(
         plan = begun(folder / "v1", "derive", restart, epoch, recipe=recipe)
         told = asking(home, of_recipe(name, recipe), told)
         if plan is None:
-            plan = Plan(recipe, export_base(shelf, home, epoch, told))
+            uses = kept(of_recipe(name, recipe))
+            plan = Plan(recipe, export_base(shelf, home, epoch, told), uses=uses)
             write_plan(folder / "v1", plan)
         base = require_base(shelf, home, plan.parent, told)
         return _finish(home, shelf, Derivative(name, 0, ()), plan, base, told)
@@ -134,7 +135,8 @@ def rebase(
         if repair_share:
             require_extra()
         repair = of_recipe(name, version.recipe) if repair_share else {}
-        told = asking(home, joined(repair, behind(shelf, name, version)), told)
+        uses = joined(repair, behind(shelf, name, version))
+        told = asking(home, uses, told)
         place = folder / f"v{derivative.next_number}"
         steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
         made_of = (f"{name}:{version.number}",)
@@ -144,7 +146,7 @@ def rebase(
             parent = export_base(shelf, home, epoch, told)
             if parent.head == version.parent.head:
                 raise UserError(f"{name} stands on {parent} already")
-            plan = Plan(version.recipe, parent, made_of, how, steps=steps, how="rebase")
+            plan = Plan(version.recipe, parent, made_of, how, steps=steps, uses=kept(uses), how="rebase")
             write_plan(place, plan)
         ground = base = require_base(shelf, home, plan.parent, told)
         old = require_base(shelf, home, version.parent, told)
@@ -193,8 +195,10 @@ def merge(
                     f"{name} stands on {version.parent}, {parts[0][0]} on {parent}",
                     hint=f"tapestry rebase {name} --onto {parent.epoch} first",
                 )
+        uses: Uses = {}
         for name, version in parts:
-            told = asking(home, behind(shelf, name, version), told)
+            uses = joined(uses, behind(shelf, name, version))
+        told = asking(home, uses, told)
         tokens = {name: kept_tokens(shelf.of(name)) for name in names}
         if len(set(tokens.values())) > 1:
             raise UserError(
@@ -205,9 +209,8 @@ def merge(
         begun(place, "merge", restart)
         clear(place)
         made_of = tuple(f"{name}:{version.number}" for name, version in parts)
-        plan = Plan(
-            joined_recipe([version for _, version in parts]), parent, made_of, how, shares, how="merge"
-        )
+        recipe = joined_recipe([version for _, version in parts])
+        plan = Plan(recipe, parent, made_of, how, shares, uses=kept(uses), how="merge")
         write_plan(place, plan)
         ground = require_base(shelf, home, parent, told)
         if tokens[names[0]]:
@@ -238,8 +241,9 @@ def keep_island(home: Home, name: str, *, restart: bool = False, told: Told) -> 
         parent = export_base(shelf, Home(home.island), began.epoch, told)
         base = shelf.base(parent)
         recipe = island_recipe(home, parent)
-        told = asking(home, of_recipe(name, recipe), told)
-        plan = Plan(recipe, parent, how="island")
+        reads = _island_reads(home, name, parent)
+        told = asking(home, reads, told)
+        plan = Plan(recipe, parent, uses=kept(reads), how="island")
         write_plan(place, plan)
         export_home(home, place / "whole", here.epoch, progress=told)
         for extra in ("README.md", "tapestry.json", MANIFEST, LINEAGE):
@@ -254,6 +258,12 @@ def keep_island(home: Home, name: str, *, restart: bool = False, told: Told) -> 
 def island_recipe(home: Home, parent: Parent) -> Recipe:
     """That of a later repair: the island's data, by the usual rates of continued pre-training."""
     return Recipe("cpt", "full", sources_since(home, parent.run_id, parent.epoch))
+
+
+def _island_reads(home: Home, name: str, parent: Parent) -> Uses:
+    """Its sources and what their links led to, which a repair does not read."""
+    paths, reals = read_since(home, parent.run_id, parent.epoch)
+    return {f"derive:{name}": paths} | ({READ: reals} if reals else {})
 
 
 def _island_uses(
@@ -353,6 +363,7 @@ def _finish(home: Home, shelf: Shelf, derivative: Derivative, plan: Plan, base: 
         reasons=(),
         own_tokens=len(bench.pieces),
         ids_saved=round(bench.ids_saved, 4),
+        uses=kept(begun_with(shelf, derivative.name, plan)),
     )
     verdict = judged(home, version, version_before(shelf, version))
     version = replace(version, promoted=verdict.holds, reasons=verdict.reasons)

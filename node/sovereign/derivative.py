@@ -71,6 +71,7 @@ class DataUse:
     examples: Annotated[int, Between(0, 2**53), "Trained on: rows, or windows of text."]
     held_out: Annotated[int, Between(0, 2**53), "Measured on."]
     left_out: Annotated[tuple[str, ...], "What was not used, and why."] = ()
+    real: Annotated[tuple[str, ...], "Where it lay, if it was named by a link."] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,14 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
+class SourcesFor:
+    """What was read for one purpose."""
+
+    purpose: Annotated[str, "derive:NAME; read: where links led when they were read."]
+    sources: Annotated[tuple[str, ...], "Paths."]
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """One finished model."""
 
@@ -130,6 +139,10 @@ class Version:
     ids_saved: Annotated[
         float, Between(-1.0, 1.0), "By own tokens, of the ids that the base takes for what was held out."
     ] = 0.0
+    uses: Annotated[
+        tuple[SourcesFor, ...],
+        "All that it and its parts were made from, or are measured on. Written by an older node: none.",
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from tapestry.node.sovereign.derivative import (
     How,
     Parent,
     Shelf,
+    SourcesFor,
     Transplant,
     Version,
 )
@@ -46,6 +47,7 @@ class Plan:
     steps: int = 0  # of a repair; 0 with made_of: none
     data: str = ""  # the digest of what was read; empty until it was
     how: How = "derive"
+    uses: tuple[SourcesFor, ...] = ()  # as in Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ def begun_plan(place: Path) -> Plan | None:
             int(table["steps"]),
             str(table.get("data", "")),  # of an older node: none
             _how(table),
+            tuple(read_table(SourcesFor, one) for one in table.get("uses", ())),
         )
     except (OSError, *DAMAGE):
         return None  # nothing was begun, or nothing that can be gone on with

@@ -142,14 +142,22 @@ def public(version: Version, declared: Declared, sets: Mapping[str, str]) -> Ver
         tuple(replace(one, name=names[one.name]) for one in measures)
         for measures in (version.report, version.base_report)
     )
-    data = tuple(replace(use, source=called(use.source), left_out=()) for use in version.data)
+    data = tuple(replace(use, source=called(use.source), left_out=(), real=()) for use in version.data)
     recipe = replace(
         version.recipe,
         data=tuple(called(one) for one in version.recipe.data),
         tokens_file=os.path.basename(version.recipe.tokens_file),
     )
     reasons = tuple(_shown_reason(one, names) for one in version.reasons)
-    return replace(version, data=data, recipe=recipe, report=report, base_report=base_report, reasons=reasons)
+    return replace(
+        version,
+        data=data,
+        recipe=recipe,
+        report=report,
+        base_report=base_report,
+        reasons=reasons,
+        uses=(),
+    )
 
 
 def _shown_names(version: Version, open_sets: set[str]) -> dict[str, str]:

@@ -11,8 +11,9 @@ the loss. A row that spells a special token is left out: data must not speak as 
 So is one whose prompt fills the whole sequence. What is left out is counted and named, and more than 1 % of
 malformed rows is refused.
 
-Every k-th row is held out, as `held_out_share` says, and no row that equals one of those is trained on. Two
-passes over the files, bounded memory. Must not import torch or trl.
+Every k-th row is held out, as `held_out_share` says, and no row that equals one of those is trained on. The
+files are read several times, in bounded memory: the first time every row is judged, and what is read later is
+used only where it is what was judged. Must not import torch or trl.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from blake3 import blake3
 from tapestry.node.errors import UserError
 from tapestry.node.sovereign.derivative import DataUse
 from tapestry.node.sovereign.recipe import Recipe
-from tapestry.node.spec.data import DataSettings, Domain, Protection, resolved_data
+from tapestry.node.spec.data import DataSettings, Domain, Protection, reals_of, resolved_data
 from tapestry.node.trainer.data.corpus import Part, Use, open_corpus
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import SourceFile, decoded
@@ -46,6 +48,7 @@ from tapestry.node.trainer.tokenizers.api import Tokenizer
 HELD_OUT_MAX = 1024  # of a source; guess: more would measure no better
 MALFORMED_MAX = 0.01  # as of text: spec/data.py
 LINE_CHARS_MAX = 64 << 20  # guess: a longer line is no row
+BLOCK_ROWS = 64  # read again, compared, then used; guess: 32 bytes are kept for each block
 IGNORED = -100  # the label that counts in no loss, by transformers' convention
 
 Row = dict[str, Any]
@@ -129,6 +132,7 @@ def _windows(
             part.train_windows,
             len(part.held_out),
             _left_out(corpus.summary, part.name),
+            reals_of((source.path,)),
         )
         for source, part in zip(settings.source, corpus.parts, strict=True)
     )
@@ -276,28 +280,58 @@ def _rows(recipe: Recipe, length: int, tokenizer: Any, protected: Mapping[str, S
     uses, held_out, chosen = [], {}, []
     for path, name in zip(recipe.data, _names(recipe.data), strict=True):
         with judge_of(protected.get(path, ())) as judge:
-            use, kept, not_trained_on = _look_through(path, reader, every, judge)
+            use, kept, judged = _look_through(path, reader, every, judge)
         uses.append(use)
         held_out[name] = kept
-        chosen.append((path, not_trained_on))
+        chosen.append(judged)
 
     def rows() -> Iterator[tuple[Row, Example]]:
-        for path, not_trained_on in chosen:
-            for shaped, example in _usable(path, reader, _Tally()):
-                if _row_digest(shaped) not in not_trained_on:
-                    yield _for_trainer(shaped, example), example
+        for judged in chosen:
+            for shaped, example in judged.training(reader):
+                yield _for_trainer(shaped, example), example
 
     return Prepared(rows, sum(use.examples for use in uses), tuple(uses), held_out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A source as the first pass found it."""
+
+    path: str
+    dropped: frozenset[bytes]  # digests of rows that are of a protected domain
+    held_out: frozenset[bytes]
+    marks: tuple[bytes, ...]  # of all rows but the dropped ones up to the end of each block
+
+    def training(self, reader: _Reader) -> Iterator[tuple[Row, Example]]:
+        """What is trained on. Raises UserError before a block is used that is not what was judged."""
+        for block, mark in zip_longest(self._blocks(reader), self.marks):
+            if block is None or mark is None or block[0] != mark:
+                raise UserError(
+                    f"data {self.path} changed while it was read: what nobody has judged is not trained on",
+                    hint="give the command again when nobody writes to it any more",
+                )
+            yield from block[1]
+
+    def _blocks(self, reader: _Reader) -> Iterator[tuple[bytes, list[tuple[Row, Example]]]]:
+        """The mark of each, and its rows without those that are held out."""
+        hasher = blake3()
+        digested = ((_row_digest(row[0]), row) for row in _usable(self.path, reader, _Tally()))
+        clear = ((digest, row) for digest, row in digested if digest not in self.dropped)
+        while block := list(islice(clear, BLOCK_ROWS)):
+            for digest, _ in block:
+                hasher.update(digest)
+            yield hasher.digest(), [row for digest, row in block if digest not in self.held_out]
+
+
 def _look_through(
     path: str, reader: _Reader, every: int, judge: Judge
-) -> tuple[DataUse, list[Example], frozenset[bytes]]:
+) -> tuple[DataUse, list[Example], _Judged]:
     """The first pass: which rows are held out, which are of a protected domain, and what there is."""
     tally, hasher = _Tally(), blake3()
     kept: list[Example] = []
     equal: set[bytes] = set()
     dropped: set[bytes] = set()
+    marks: list[bytes] = []
     count = 0
     for shaped, example in _usable(path, reader, tally):
         digest = _row_digest(shaped)
@@ -310,20 +344,25 @@ def _look_through(
             kept.append(example)
             equal.add(digest)
         count += 1
+        if count % BLOCK_ROWS == 0:
+            marks.append(hasher.digest())
+    if count % BLOCK_ROWS:
+        marks.append(hasher.digest())
     if tally.malformed.count > MALFORMED_MAX * tally.rows:
         raise UserError(
             f"data {path}: {tally.malformed} of {tally.rows} rows without what {reader.stage} needs",
             hint=_NEEDS[reader.stage],
         )
-    left_out = frozenset(equal | dropped)
-    trained = sum(_row_digest(shaped) not in left_out for shaped, _ in _usable(path, reader, _Tally()))
+    judged = _Judged(path, frozenset(dropped), frozenset(equal), tuple(marks))
+    trained = sum(1 for _ in judged.training(reader))
     if not kept or not trained:
         raise UserError(f"data {path}: {count} usable rows: too few to train on some and measure on others")
     for _ in range(count - trained - len(kept)):
         tally.repeated.add(path)
     _files(path, files := Files())
     said = (*tally.lines(), *files.lines()[1:])
-    return DataUse(path, hasher.hexdigest(), trained, len(kept), said), kept, left_out
+    use = DataUse(path, hasher.hexdigest(), trained, len(kept), said, reals_of((path,)))
+    return use, kept, judged
 
 
 _NEEDS = {

@@ -8,12 +8,17 @@ names it (withdrawal.py). Must not import torch or transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from tapestry.node.home import Home
+from tapestry.node.lineage.uses import training_uses
 from tapestry.node.progress import Told
-from tapestry.node.sovereign.derivative import Shelf, Version
+from tapestry.node.sovereign.derivative import Shelf, SourcesFor, Version
 from tapestry.node.sovereign.recipe import Recipe, recipe_paths
-from tapestry.node.spec.declared import Standing
+from tapestry.node.spec.declared import READ, Standing
+
+if TYPE_CHECKING:
+    from tapestry.node.sovereign.plans import Plan
 
 Uses = dict[str, tuple[str, ...]]  # paths by their purpose
 
@@ -36,13 +41,37 @@ def of_recipe(name: str, recipe: Recipe) -> Uses:
 
 
 def behind(shelf: Shelf, name: str, version: Version) -> Uses:
-    """What a version was trained on and is measured on: its own data, and those of what it was made of."""
+    """What a version was trained on and is measured on: its own data, and those of what it was made of.
+    Raises UserError."""
+    uses = begun_with(shelf, name, version)
+    reals = tuple(path for use in version.data for path in use.real)
+    return joined(uses, {READ: reals}) if reals else uses
+
+
+def begun_with(shelf: Shelf, name: str, plan: Version | Plan) -> Uses:
+    """The same, as it was written down when the version was begun; by an older node it was not: then by its
+    parts, and of a part that is gone by the trainings of that name. Raises UserError."""
+    if plan.uses:
+        return {one.purpose: one.sources for one in plan.uses}
     uses: Uses = {}
-    if not version.made_of or version.steps:
-        uses = of_recipe(name, version.recipe)
-    for part, one in shelf.parts(version):
-        uses = joined(uses, behind(shelf, part, one))
+    if not plan.made_of or plan.steps:
+        uses = of_recipe(name, plan.recipe)
+    for made_of in plan.made_of:
+        part, _, number = made_of.partition(":")
+        found = shelf.read(part)
+        one = next((one for one in (found.versions if found else ()) if one.number == int(number)), None)
+        uses = joined(uses, _of_trainings(shelf, part) if one is None else behind(shelf, part, one))
     return uses
+
+
+def _of_trainings(shelf: Shelf, name: str) -> Uses:
+    paths = [path for one, sources in training_uses(shelf.home) for path in sources if one == name]
+    return {f"derive:{name}": tuple(dict.fromkeys(paths))} if paths else {}
+
+
+def kept(uses: Uses) -> tuple[SourcesFor, ...]:
+    """As a plan and a version keep them."""
+    return tuple(SourcesFor(purpose, paths) for purpose, paths in uses.items())
 
 
 def joined(one: Uses, other: Uses) -> Uses:

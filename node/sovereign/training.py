@@ -97,7 +97,9 @@ def device_of() -> str:
 
 
 def _dataset(prepared: Prepared, recipe: Recipe, work: Path) -> Any:
-    """On disk, mapped: the examples need not fit into memory. Made again only if the data are others."""
+    """On disk, mapped: the examples need not fit into memory. Made again only if the data are others.
+
+    Raises UserError if a file has changed since it was judged."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -107,9 +109,14 @@ def _dataset(prepared: Prepared, recipe: Recipe, work: Path) -> Any:
     else:
         ids = datasets.Sequence(datasets.Value("int32"))
         features = datasets.Features({"input_ids": ids, "labels": ids})
-    return datasets.Dataset.from_generator(
-        prepared.train, features=features, cache_dir=str(folder), fingerprint=prepared.digest[:32]
-    )
+    try:
+        return datasets.Dataset.from_generator(
+            prepared.train, features=features, cache_dir=str(folder), fingerprint=prepared.digest[:32]
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def _trainer(

@@ -3,8 +3,8 @@
 The answer to a person who withdraws a consent. Nothing can be taken out of a mean again: what helps is to go
 on from the state before, or to live with it, and this says which state that is. It errs on the side of naming
 too much: every contribution that this member made while the source was in use, every state of the base after
-the first of them, every derivative that stands on one, or was begun and not finished, and what lost at a fork
-and holds one.
+the first of them, every derivative that stands on one, or was begun and not finished, or cannot be read, and
+what lost at a fork and holds one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_records
 from tapestry.node.lineage.log import read_log
 from tapestry.node.lineage.uses import Span, Touches, own_ids, spans, training_uses
-from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
+from tapestry.node.sovereign.derivative import Shelf, Version
+from tapestry.node.sovereign.plans import Plan, begun_plan
+from tapestry.node.sovereign.standing import begun_with, behind
+
+FILE = "derivative.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,10 @@ def withdrawal(home: Home, touches: Touches) -> Withdrawal:
         epoch, head = line.epoch, line.head
     first = records[0][0] if records else None
     shelf = Shelf(home)
-    made = _derivatives(shelf, touches, run_id, first) + _unfinished(shelf, touches)
+    made = _derivatives(shelf, touches, run_id, first)
+    made |= _unfinished(shelf, touches, run_id, first, made)
     branches = _branches(home, own, used, first) if used and home.genesis.exists() else ()
-    return Withdrawal(tuple(records), epoch, before, tuple(made), tuple(branches))
+    return Withdrawal(tuple(records), epoch, before, tuple(sorted(made.items())), tuple(branches))
 
 
 def _own(home: Home) -> set[str] | None:
@@ -109,43 +114,75 @@ def _branches(home: Home, own: set[str] | None, used: list[Span], first: int | N
     return [one.name for one in ways.kept if one.name in since]
 
 
-def _derivatives(shelf: Shelf, touches: Touches, run_id: str, first: int | None) -> list[tuple[str, str]]:
-    """Trained on it, standing on a touched base, or made of one that is; versions come in their order."""
+def _derivatives(shelf: Shelf, touches: Touches, run_id: str, first: int | None) -> dict[str, str]:
+    """Trained on it, standing on a touched base, made of one that is, or not to be read: and why."""
     why: dict[str, str] = {}
-    every = [
-        (one, version) for name in shelf.names() for one in [shelf.require(name)] for version in one.versions
-    ]
+    every: list[tuple[str, Version]] = []
+    for name in shelf.names():
+        try:
+            every += [(name, version) for version in shelf.require(name).versions]
+        except UserError as error:
+            why[name] = f"perhaps touched, for it cannot be read: {error.line}"
     while True:
         known = len(why)
-        for derivative, version in every:
-            name = f"{derivative.name}:{version.number}"
-            if name not in why and (found := _touched(derivative, version, touches, run_id, first, why)):
-                why[name] = found
+        for name, version in every:
+            label = f"{name}:{version.number}"
+            if label not in why and (found := _touched(version, touches, run_id, first, why)):
+                why[label] = found
         if len(why) == known:
-            return sorted(why.items())
-
-
-def _unfinished(shelf: Shelf, touches: Touches) -> list[tuple[str, str]]:
-    """Begun with it, and not finished: its text lies there as ids, and a model that learns from it."""
-    names = {name: None for name, paths in training_uses(shelf.home) if any(map(touches, paths))}
-    begun = [name for name in names if shelf.of(name).is_dir() and shelf.read(name) is None]
-    return [(name, f"begun with it and not finished: delete {shelf.of(name)}") for name in sorted(begun)]
+            break
+    for name, version in every:
+        label = f"{name}:{version.number}"
+        if label not in why and (found := _behind(shelf, name, version, touches)):
+            why[label] = found
+    return why
 
 
 def _touched(
-    derivative: Derivative,
-    version: Version,
-    touches: Touches,
-    run_id: str,
-    first: int | None,
-    why: dict[str, str],
+    one: Version | Plan, touches: Touches, run_id: str, first: int | None, why: dict[str, str]
 ) -> str:
-    if any(touches(use.source) for use in version.data):
+    data = one.data if isinstance(one, Version) else ()
+    if any(touches(path) for use in data for path in (use.source, *use.real)):
         return "trained on it"
-    if first is not None and version.parent.run_id == run_id and version.parent.epoch >= first:
-        return f"stands on epoch {version.parent.epoch} of the base, which holds something of it"
-    touched = [one for one in version.made_of if one in why]
+    if first is not None and one.parent.run_id == run_id and one.parent.epoch >= first:
+        return f"stands on epoch {one.parent.epoch} of the base, which holds something of it"
+    touched = [made_of for made_of in one.made_of if made_of in why]
     return f"made of {', '.join(touched)}" if touched else ""
+
+
+def _behind(shelf: Shelf, name: str, one: Version | Plan, touches: Touches) -> str:
+    """Also where the part that was trained on it is gone."""
+    try:
+        uses = behind(shelf, name, one) if isinstance(one, Version) else begun_with(shelf, name, one)
+        is_touched = any(touches(path) for paths in uses.values() for path in paths)
+    except UserError as error:
+        return f"perhaps touched, for what it was made of cannot be read: {error.line}"
+    return "made from it, or measured on it" if is_touched else ""
+
+
+def _unfinished(
+    shelf: Shelf, touches: Touches, run_id: str, first: int | None, why: dict[str, str]
+) -> dict[str, str]:
+    """Begun with it, and not finished: its text lies there as ids, and a model that learns from it."""
+    found: dict[str, str] = {}
+    for name in sorted({name for name, paths in training_uses(shelf.home) if any(map(touches, paths))}):
+        if shelf.of(name).is_dir() and not (shelf.of(name) / FILE).exists():
+            found[name] = f"begun with it and not finished: delete {shelf.of(name)}"
+    for path in sorted(shelf.folder.glob("*/v*/plan.json")):
+        place, folder = path.parent, path.parent.parent
+        label, doomed = f"{folder.name}:{place.name[1:]}", place
+        if not (folder / FILE).exists():
+            label, doomed = folder.name, folder
+        if label in why or label in found:
+            continue
+        plan = begun_plan(place)
+        if plan is None:
+            found[label] = f"perhaps touched, for {path} cannot be read; not finished: delete {doomed}"
+        elif said := _behind(shelf, folder.name, plan, touches):
+            found[label] = f"begun with it and not finished ({said}): delete {doomed}"
+        elif said := _touched(plan, touches, run_id, first, why):
+            found[label] = f"{said}; not finished: delete {doomed}"
+    return found
 
 
 def _ranges(epochs: list[int]) -> str:

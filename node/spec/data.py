@@ -206,6 +206,16 @@ def is_word(text: str) -> bool:
     return text == "stdlib" or text.startswith(("stdlib:", "hub:"))
 
 
+def real_of(path: str) -> str:
+    """The path without links, as they lead today; a word stays."""
+    return path if is_word(path) else os.path.realpath(path)
+
+
+def reals_of(paths: Iterable[str]) -> tuple[str, ...]:
+    """Of those that are links, or lie behind one: where they are today."""
+    return tuple(dict.fromkeys(real for path in paths if (real := real_of(path)) != path))
+
+
 def _rebased(text: str, base: Path) -> str:
     return text if is_word(text) else str(path_in(base, text))
 

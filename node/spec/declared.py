@@ -30,7 +30,17 @@ from typing import Annotated, Literal, get_args
 from tapestry.node.disk.files import atomic_write, one_at_a_time
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.spec.data import WORD, DataSettings, Domain, Located, Protection, is_word, rebased_data
+from tapestry.node.spec.data import (
+    WORD,
+    DataSettings,
+    Domain,
+    Located,
+    Protection,
+    is_word,
+    real_of,
+    reals_of,
+    rebased_data,
+)
 from tapestry.node.spec.tables import (
     Pattern,
     TableError,
@@ -42,6 +52,7 @@ from tapestry.node.spec.tables import (
 )
 
 BASE = "base"
+READ = "read"  # in place of a purpose, of where a link led when it was read: was it revoked since?
 Mode = Literal["open", "restricted", "local-only", "participant-private"]
 SETTLE_S = 20  # Guess: nobody takes longer to save a file
 PURPOSE = Pattern(r"base|derive:(\*|[A-Za-z0-9_-]{1,64})", 'base, derive:NAME or "derive:*"')
@@ -148,6 +159,8 @@ class Declared:
         for gone in self.revoked:
             if covers(gone.path, path) or covers(path, gone.path):
                 return f"{gone.path} was revoked at {gone.at}"
+        if purpose == READ:
+            return ""
         within = [one.path for one in self.source if one.path != path and covers(path, one.path)]
         for part in dict.fromkeys(within):
             if why := self._refusal_of(self.covering(part), purpose, today):
@@ -169,8 +182,8 @@ class Declared:
     def covering(self, path: str) -> tuple[Declaration, ...]:
         """The declarations that decide about a source: those of the longest path that covers it."""
         found = [one for one in self.source if covers(one.path, path)]
-        longest = max((len(_real(one.path)) for one in found), default=0)
-        return tuple(one for one in found if len(_real(one.path)) == longest)
+        longest = max((len(real_of(one.path)) for one in found), default=0)
+        return tuple(one for one in found if len(real_of(one.path)) == longest)
 
     def may_be_named(self, path: str) -> bool:
         """Outside: not if it is participant-private, or if nobody says any more what it is."""
@@ -246,7 +259,9 @@ def require(
 
 
 class Standing:
-    """`require`, asked again and again: data.toml is read anew only when it, or the day, has changed."""
+    """`require`, asked again and again: data.toml is read anew only when it, or the day, has changed.
+
+    Of links also what they led to at the beginning is asked for: that is what was read."""
 
     def __init__(
         self,
@@ -256,6 +271,8 @@ class Standing:
     ) -> None:
         self._home = home
         self._uses = {purpose: tuple(paths) for purpose, paths in uses.items()}
+        every = [path for paths in self._uses.values() for path in paths]
+        self._uses[READ] = (*self._uses.get(READ, ()), *reals_of(every))
         self._today = today
         self._seen: object = None
 
@@ -371,12 +388,8 @@ def covers(outer: str, inner: str) -> bool:
     """Whether a declaration of `outer` speaks of `inner`."""
     if is_word(outer) or is_word(inner):
         return inner == outer or inner.startswith((f"{outer}:", f"{outer}@"))
-    one, other = _real(outer), _real(inner)
+    one, other = real_of(outer), real_of(inner)
     return other == one or other.startswith(one.rstrip("/") + "/")
-
-
-def _real(path: str) -> str:
-    return path if is_word(path) else os.path.realpath(path)
 
 
 def _is_known(path: str) -> bool:

@@ -21,7 +21,7 @@ from tapestry.node.lineage.bring import Brought, bring
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
-from tapestry.node.lineage.uses import events, note_use, sources_since
+from tapestry.node.lineage.uses import Started, events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
 from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
@@ -29,7 +29,9 @@ from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import Plan, write_plan
 from tapestry.node.sovereign.recipe import Recipe
-from tapestry.node.spec.declared import BASE, append, parse_declaration
+from tapestry.node.sovereign.standing import behind
+from tapestry.node.sovereign.withdrawal import withdrawal
+from tapestry.node.spec.declared import BASE, READ, Revoked, append, parse_declaration
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.trainer.brought import read_brought
 from tapestry.node.trainer.models.weights import weights_digest
@@ -134,6 +136,27 @@ def test_data_are_held_out_as_node_toml_reads_them_and_what_cannot_be_read_hinde
     assert not made.home.island.exists() and version.recipe.data == (str(text),)
 
 
+def test_what_links_led_to_on_the_island_is_declared_for_what_is_kept_and_named_when_it_is_revoked(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home, (text,) = made.home, sources_since(made.home, made.chain.genesis.run_id, 2)
+    led_to = tmp_path / "elsewhere"
+    led_to.mkdir()
+    (tmp_path / "link").symlink_to(text)
+    sources = [str(tmp_path / "link")]
+    append(home, [parse_declaration("us, CC0-1.0, open", str(led_to), BASE)])
+    note_use(home, BASE, sources, made.chain.genesis.run_id, 2, Started("own", True, (str(led_to),)))
+    append(home, [parse_declaration("us, CC0-1.0, open", text, "derive:alone")])
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--keep", "alone"])
+    assert run.exit_code == 2 and f"{led_to} is not declared for derive:alone" in run.stderr, run.output
+    rejoin(home, "--declare", "us, CC0-1.0, open")
+    version = Shelf(home).require("alone").version()
+    read = {"derive:alone": (*sources, str(led_to)), READ: (text,)}
+    assert behind(Shelf(home), "alone", version) == read
+    for source in (str(led_to), text):
+        assert [name for name, _ in withdrawal(home, source.__eq__).derivatives] == ["alone:1"]
+
+
 def test_a_way_back_that_was_killed_goes_on(made: MadeHome, monkeypatch: pytest.MonkeyPatch) -> None:
     home, real = made.home, island._exchange
 
@@ -220,6 +243,19 @@ def test_what_was_learnt_from_data_that_may_no_more_be_used_is_not_brought(made:
     run = CliRunner().invoke(cli, ["rejoin", "--home", str(made.home.path), "--bring"])
     assert run.exit_code == 2 and "is not read" in run.stderr and made.home.island.exists()
     assert not made.home.brought.exists()
+
+
+def test_what_was_learnt_by_a_link_is_not_brought_when_what_it_led_to_then_was_revoked(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home, (text,) = made.home, sources_since(made.home, made.chain.genesis.run_id, 2)
+    (tmp_path / "link").symlink_to(text)
+    append(home, [parse_declaration("us, CC0-1.0, open", str(tmp_path / "link"), BASE)])
+    note_use(home, BASE, [str(tmp_path / "link")], made.chain.genesis.run_id, 2)
+    (tmp_path / "link").unlink()
+    append(home, [Revoked(text, "today")])
+    run = CliRunner().invoke(cli, ["rejoin", "--home", str(home.path), "--bring"])
+    assert run.exit_code == 2 and "was revoked" in run.stderr and made.home.island.exists()
 
 
 def test_it_goes_aside_with_the_first_record_after_the_island_that_names_a_contribution_with_it(

@@ -10,7 +10,16 @@ import pytest
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Measure, Parent, Shelf, Version
+from tapestry.node.sovereign.derivative import (
+    PLAIN,
+    DataUse,
+    Derivative,
+    Measure,
+    Parent,
+    Shelf,
+    SourcesFor,
+    Version,
+)
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.release import card, own_sets, public, release
 from tapestry.node.spec.declared import Declared, append, parse_declaration
@@ -50,7 +59,9 @@ def version(sources: tuple[str, ...], sets: tuple[str, ...]) -> Version:
 
 
 def released(home: Home, one: Version) -> str:
-    """All that others read of it."""
+    """All that others read of it, where its sources are links."""
+    one = replace(one, data=tuple(replace(use, real=(f"/disk/{SECRET}",)) for use in one.data))
+    one = replace(one, uses=(SourcesFor("derive:ours", (f"/disk/{SECRET}",)),))
     shown = public(one, Declared.load(home), own_sets(Shelf(home), one))
     return json.dumps(plain(shown)) + card(Derivative("ours", 1, (one,)), shown)
 

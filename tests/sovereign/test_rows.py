@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from tapestry.node.errors import UserError
 from tapestry.node.sovereign.recipe import Recipe, load_recipe
 from tapestry.node.sovereign.rows import IGNORED, Prepared, prepare
+from tapestry.node.sovereign.training import _dataset
+from tapestry.node.spec.data import Domain, Protection
 from tapestry.node.trainer.data.readers import csv as readers_csv
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
 
@@ -60,6 +62,15 @@ def test_a_folder_of_rows_is_read_without_what_is_hidden_and_links_that_lead_out
     (use,) = _prepared(tokenizer, "sft", str(tmp_path / "rows")).uses
     assert use.examples + use.held_out == 40
     assert any(line.startswith("left out, links that lead out of the folder") for line in use.left_out)
+
+
+@pytest.mark.parametrize("stage", ["sft", "cpt"])
+def test_a_source_that_is_a_link_is_kept_by_both_names(tmp_path: Path, tokenizer: Any, stage: str) -> None:
+    (tmp_path / "link.jsonl").symlink_to(_file(tmp_path / "v1.jsonl", _pairs(400)))
+    source = f"{tmp_path}/link.jsonl" + (":completion" if stage == "cpt" else "")
+    recipe = Recipe(stage, "full", (source,))  # type: ignore[arg-type]
+    (use,) = prepare(recipe, 8, ByteTokenizer(), tokenizer, tmp_path / "cache", lambda *_: None).uses
+    assert (use.source, use.real) == (f"{tmp_path}/link.jsonl", (f"{tmp_path}/v1.jsonl",))
 
 
 def test_of_messages_the_last_answer_counts(tmp_path: Path, tokenizer: Any) -> None:
@@ -124,6 +135,41 @@ def test_what_was_held_out_is_not_trained_on_when_the_file_has_grown_before_it(
     assert shifted and all(one in trained for one in shifted)
     kept = [example for _, example in grown.without(held_out).rows()]
     assert not any(one in kept for one in held_out["a"]) and len(kept) == len(trained) - len(shifted)
+
+
+@pytest.mark.parametrize("row", [5, 40])
+def test_a_row_that_nobody_judged_is_never_trained_on(tmp_path: Path, tokenizer: Any, row: int) -> None:
+    path, secret = tmp_path / "a.jsonl", {"prompt": "the patient Smith ", "completion": "is ill"}
+    health = (Protection(str(path), (Domain("health", ("patient",)),)),)
+    recipe = Recipe("sft", "full", (_file(path, [*_pairs(40), secret]),))
+    prepared = prepare(recipe, 64, ByteTokenizer(), tokenizer, Path("unused"), lambda *_: None, health)
+    assert len([*prepared.train()]) == prepared.examples == 38
+    rows: list[Mapping[str, Any]] = [*_pairs(40), secret]
+    rows.insert(row, {"prompt": "the patient Jones ", "completion": "is ill too"})
+    _file(path, rows)
+    trained = []
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was read"):
+        trained += [tokenizer.decode(one["input_ids"]) for one in prepared.train()]
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was read"):
+        _dataset(prepared, recipe, tmp_path)
+    assert not trained
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 128, 200])
+def test_the_same_rows_are_read_again_and_what_stands_before_a_change_is_still_used(
+    tmp_path: Path, tokenizer: Any, count: int
+) -> None:
+    path = tmp_path / "a.jsonl"
+    prepared = _prepared(tokenizer, "sft", _file(path, _pairs(count)))
+    whole = [*prepared.train()]
+    assert len(whole) == prepared.examples
+    for changed in (_pairs(count)[:-1], [*_pairs(count), {"prompt": "one ", "completion": "more"}]):
+        _file(path, changed)
+        read: list[Any] = []
+        with pytest.raises(UserError, match="changed while it was read"):
+            for one in prepared.train():
+                read.append(one)
+        assert read == whole[: len(read)] and len(read) >= len(whole) - 64
 
 
 def test_a_bad_row_is_counted_and_ends_nothing(

@@ -11,10 +11,10 @@ from sovereign.test_release import version
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.sovereign.derivative import Derivative, Shelf
+from tapestry.node.sovereign.derivative import DataUse, Derivative, Shelf
 from tapestry.node.sovereign.standing import behind
 from tapestry.node.spec import declared
-from tapestry.node.spec.declared import Standing, append, parse_declaration
+from tapestry.node.spec.declared import READ, Revoked, Standing, append, parse_declaration
 
 
 def test_behind_a_version_are_its_own_data_and_those_of_its_parts_each_for_their_own_purpose(
@@ -54,6 +54,31 @@ def test_a_file_that_is_just_being_saved_ends_no_training(
     monkeypatch.setattr(declared.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match="not valid TOML"):
         standing.require()
+
+
+def test_what_a_link_led_to_when_it_was_read_is_asked_for_and_not_what_it_leads_to_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, link = Home(tmp_path / "home"), tmp_path / "current"
+    monkeypatch.setattr(declared.time, "sleep", lambda _: None)
+    link.symlink_to("v1")
+    append(home, [parse_declaration("us, CC0-1.0", str(link), "derive:ours")])
+    standing = Standing(home, {"derive:ours": (str(link),)})
+    standing.require()
+    link.unlink()
+    link.symlink_to("v2")
+    append(home, [Revoked(str(tmp_path / "other"), "today")])
+    standing.require()
+    append(home, [Revoked(str(tmp_path / "v1"), "today")])
+    with pytest.raises(UserError, match="/v1 was revoked"):
+        standing.require()
+
+
+def test_behind_a_version_is_also_where_its_links_led(tmp_path: Path) -> None:
+    shelf = Shelf(Home(tmp_path))
+    trained = version(("/a",), ())
+    trained = replace(trained, data=(DataUse("/a", "ab" * 32, 1, 1, real=("/v1",)),))
+    assert behind(shelf, "one", trained) == {"derive:one": ("/a",), READ: ("/v1",)}
 
 
 def test_a_consent_that_ends_is_noticed_without_the_file_being_changed(tmp_path: Path) -> None:

@@ -16,12 +16,31 @@ from tapestry.node.cli.main import cli
 from tapestry.node.daemon.permit import DataPermit
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.uses import Span, Started, note, note_brought, note_left, note_use, spans
+from tapestry.node.lineage.uses import (
+    Span,
+    Started,
+    note,
+    note_brought,
+    note_left,
+    note_use,
+    require_brought,
+    spans,
+)
 from tapestry.node.lineage.verify import verify
-from tapestry.node.sovereign.derivative import PLAIN, DataUse, Derivative, Parent, Shelf, Version
+from tapestry.node.sovereign.derivative import (
+    PLAIN,
+    DataUse,
+    Derivative,
+    Parent,
+    Shelf,
+    SourcesFor,
+    Version,
+)
+from tapestry.node.sovereign.plans import Plan, write_plan
 from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.standing import behind
 from tapestry.node.sovereign.withdrawal import withdrawal
-from tapestry.node.spec.declared import BASE, Revoked, append, parse_declaration, require
+from tapestry.node.spec.declared import BASE, Declared, Revoked, append, parse_declaration, require
 from tapestry.node.spec.training import PRESETS
 
 HEX = "ab" * 32
@@ -175,6 +194,96 @@ def test_derivatives_are_touched_by_their_data_their_base_and_their_parts(made: 
     assert set(found) == {"late:1", "own:1", "joined:1"}
     assert "stands on epoch 4" in found["late:1"] and found["own:1"] == "trained on it"
     assert found["joined:1"] == "made of own:1"
+    shelf = Shelf(made.home)
+    derivative = shelf.require("own")
+    (one,) = derivative.versions[0].data
+    moved = replace(derivative.versions[0], data=(replace(one, source="/link", real=("/b",)),))
+    shelf.write(replace(derivative, versions=(moved,)), 1)
+    found = dict(withdrawal(made.home, lambda path: path == "/b").derivatives)
+    shelf.write(derivative, 1)
+    assert found["own:1"] == "trained on it"
+
+
+def test_a_merge_is_named_and_asked_for_when_its_part_was_deleted(made: MadeHome, tmp_path: Path) -> None:
+    """What it was made from stands in itself; of an older node's, in the trainings of the part's name."""
+    home = Home(tmp_path)
+    shelf, parent = Shelf(home), Parent(HEX, "a run", 1, HEX, HEX, HEX)
+    uses = (SourcesFor("derive:law", ("/law",)), SourcesFor("derive:own", ("/own",)))
+    merged = replace(version(parent, "/own", ("own:1", "law:1")), steps=0)
+    note_use(home, "derive:law", ["/law"], "run", 1)
+    for name, one in (
+        ("own", version(parent, "/own", ())),
+        ("both", replace(merged, uses=uses)),
+        ("older", merged),
+        ("after", replace(merged, how="rebase", made_of=("both:1",))),
+    ):
+        (shelf.folder / name).mkdir(parents=True)
+        shelf.write(Derivative(name, 1, (one,)), 1)
+    for name in ("both", "older", "after"):
+        assert behind(shelf, name, shelf.require(name).version()) == {
+            "derive:own": ("/own",),
+            "derive:law": ("/law",),
+        }
+    found = dict(withdrawal(home, lambda path: path == "/law").derivatives)
+    assert found == dict.fromkeys(("both:1", "older:1", "after:1"), "made from it, or measured on it")
+
+
+@pytest.fixture
+def begun(made: MadeHome, tmp_path: Path) -> Home:
+    """Nothing but what was begun: a merge, a rebase, a derivative of a touched base, and one of another."""
+    home = Home(tmp_path / "home")
+    home.create()
+    for name in ("genesis.json", "chain.jsonl", "identity.key"):
+        (home.path / name).write_bytes((made.home.path / name).read_bytes())
+    home.identity_key.chmod(0o600)
+    shelf, run_id = Shelf(home), made.chain.genesis.run_id
+    note_use(home, BASE, ["/base"], run_id, 3)
+    early, late = (Parent(run_id, "a run", epoch, HEX, HEX, HEX) for epoch in (2, 5))
+    (shelf.folder / "own").mkdir(parents=True)
+    shelf.write(Derivative("own", 1, (version(early, "/own", ()),)), 1)
+    recipe = Recipe("cpt", "full", ("/own:text",))
+    for place, plan in (
+        ("own/v2", Plan(recipe, early, ("own:1",), steps=1)),
+        ("mixed/v1", Plan(recipe, early, ("own:1", "gone:1"), uses=(SourcesFor("derive:gone", ("/gone",)),))),
+        ("new/v1", Plan(replace(recipe, data=("/new",)), late)),
+        ("else/v1", Plan(replace(recipe, data=("/else",)), early)),
+    ):
+        (shelf.folder / place).mkdir(parents=True)
+        write_plan(shelf.folder / place, plan)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("/own", {"own:1": "trained on it", "own:2": "delete {}/own/v2", "mixed": "delete {}/mixed"}),
+        ("/gone", {"mixed": "delete {}/mixed"}),
+        ("/new", {"new": "delete {}/new"}),
+        (
+            "/base",
+            {"new": "stands on epoch 5 of the base, which holds something of it; not finished"},
+        ),
+        ("/never", {}),
+    ],
+)
+def test_what_was_begun_and_not_finished_is_named_by_its_plan(
+    begun: Home, source: str, expected: dict[str, str]
+) -> None:
+    found = dict(withdrawal(begun, lambda path: path == source).derivatives)
+    assert found.keys() == expected.keys()
+    assert all(said.format(begun.path / "derivatives") in found[name] for name, said in expected.items())
+
+
+def test_what_cannot_be_read_is_perhaps_touched_and_ends_no_revocation(begun: Home) -> None:
+    shelf = Shelf(begun)
+    (shelf.folder / "own" / "derivative.json").write_text("damaged")
+    (shelf.folder / "else" / "v1" / "plan.json").write_text("damaged")
+    run = revoked(begun, "/base", "--json")
+    assert run.exit_code == 0, run.output
+    found = dict(json.loads(run.stdout)["derivatives"])
+    assert found.keys() == {"own", "own:2", "else", "new"}
+    assert "perhaps touched, for it cannot be read" in found["own"] and "perhaps" in found["own:2"]
+    assert "perhaps touched" in found["else"] and found["new"].startswith("stands on epoch 5")
 
 
 def test_a_source_from_the_beginning_leaves_the_genesis_and_one_never_used_nothing(made: MadeHome) -> None:
@@ -262,6 +371,86 @@ def test_a_source_can_be_revoked_before_it_is_ever_used(tmp_path: Path) -> None:
     assert revoked(home, "/new/within").exit_code == 0, "it is revoked already"
     with pytest.raises(UserError, match="/new was revoked"):
         require(home, ["/new"], BASE, datetime.date(2026, 12, 1))
+
+
+@pytest.fixture
+def current(tmp_path: Path) -> Path:
+    """A link, which leads to v1."""
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "v1")
+    return tmp_path / "current"
+
+
+def lead(link: Path, target: str) -> None:
+    link.unlink()
+    link.symlink_to(link.with_name(target))
+
+
+def test_what_was_revoked_by_a_link_stays_so_wherever_the_link_leads_later(
+    tmp_path: Path, current: Path
+) -> None:
+    home, today = Home(tmp_path / "home"), datetime.date(2026, 12, 1)
+    append(home, [parse_declaration("us, CC0-1.0", str(tmp_path), BASE)])
+    run = revoked(home, str(current))
+    assert f"revoked {current}, which is {tmp_path}/v1: " in run.stdout, run.output
+    current.unlink()
+    assert "/v1 was revoked" in Declared.load(home).refusal(f"{tmp_path}/v1", BASE, today)
+    current.symlink_to(tmp_path / "v2")
+    assert "/current was revoked" in Declared.load(home).refusal(str(current), BASE, today)
+    assert revoked(home, str(current)).exit_code == 0
+    current.unlink()
+    assert "/v2 was revoked" in Declared.load(home).refusal(f"{tmp_path}/v2", BASE, today)
+    assert revoked(home, f"{tmp_path}/v1").exit_code == 0 and len(Declared.load(home).revoked) == 4
+
+
+def test_what_was_used_by_a_link_is_named_when_what_it_led_to_is_revoked(
+    made: MadeHome, tmp_path: Path, current: Path
+) -> None:
+    home, run_id = Home(tmp_path / "home"), made.chain.genesis.run_id
+    home.create()
+    for name in ("genesis.json", "chain.jsonl", "identity.key"):
+        (home.path / name).write_bytes((made.home.path / name).read_bytes())
+    home.identity_key.chmod(0o600)
+    note_use(home, BASE, [f"{current}:text"], run_id, 4)
+    note_use(home, "derive:begun", [str(current)], run_id, 0)
+    (Shelf(home).folder / "begun").mkdir(parents=True)
+    lead(current, "v2")
+    run = revoked(home, str(current.with_name("v1")), "--json")
+    assert run.exit_code == 0, run.output
+    told = json.loads(run.stdout)
+    assert [epoch for epoch, _ in told["records"]] == [5, 6]
+    assert [name for name, _ in told["derivatives"]] == ["begun"]
+
+
+def test_what_an_island_learnt_by_a_link_is_not_brought_when_what_it_led_to_is_revoked(
+    tmp_path: Path, current: Path
+) -> None:
+    home, today = Home(tmp_path / "home"), datetime.date(2026, 12, 1)
+    append(home, [parse_declaration("us, CC0-1.0", str(current), BASE)])
+    note_use(home, BASE, [str(current)], "run", 3)
+    note_brought(home, "run", 3)
+    home.brought.touch()
+    lead(current, "v2")
+    require_brought(home, today)
+    v1 = str(current.with_name("v1"))
+    append(home, [Revoked(v1, "today")])
+    with pytest.raises(UserError, match="/v1 was revoked"):
+        require_brought(home, today)
+    assert Span("run", 3, None) in spans(home, lambda path: path == v1)
+
+
+def test_a_running_node_stops_when_what_its_link_led_to_is_revoked_and_not_when_the_link_moves(
+    tmp_path: Path, current: Path
+) -> None:
+    home = Home(tmp_path / "home")
+    append(home, [parse_declaration("us, CC0-1.0", str(current), BASE)])
+    permit = DataPermit(home, (str(current),))
+    lead(current, "v2")
+    home.data_toml.write_text(home.data_toml.read_text() + "# changed\n")
+    assert permit.refusal() == ""
+    append(home, [Revoked(str(current.with_name("v1")), "today")])
+    assert "/v1 was revoked" in permit.refusal()
 
 
 def test_what_node_toml_names_is_known(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tapestry.node.spec.data import reals_of
 from tapestry.node.trainer.data.errors import DamagedFile, DataError
 from tapestry.node.trainer.data.files import Piece, SourceFile
 from tapestry.node.trainer.data.protected import Judge, clear, digest_of, judge_of
@@ -223,7 +224,8 @@ class _Build:
         """Whose ids they are. With follow_links they may be of anywhere: then no path is noted."""
         source = self._listing.source
         path = None if source.follow_links else source.path
-        return {"version": CACHE_VERSION, "owner": self._owner, "path": path}
+        real = list(reals_of((source.path,)))  # a link may lead elsewhere when its source is revoked
+        return {"version": CACHE_VERSION, "owner": self._owner, "path": path, "real": real}
 
     def _tell(self, file: int, chars: int) -> None:
         """Of a packed file nobody knows how far one is in it; by the characters, at most to its end."""
@@ -253,7 +255,11 @@ def forget(cache_dir: Path, touches: Callable[[str], bool]) -> int:
     What another source has is made again when it is read again. A trainer that has a file mapped keeps it
     until it ends, and one that is making it fails. Raises OSError: something is left.
     """
-    found = [path for path, noted in _noted_in(cache_dir) if (p := noted.get("path")) is None or touches(p)]
+    found = []
+    for path, noted in _noted_in(cache_dir):
+        named, real = noted.get("path"), noted.get("real", ())
+        if named is None or touches(named) or any(map(touches, real)):
+            found.append(path)
     return sum(_remove(path) for path in found)
 
 

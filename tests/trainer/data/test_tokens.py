@@ -214,3 +214,12 @@ def test_what_is_forgotten_is_the_named_source_and_whatever_could_hold_it(tmp_pa
     assert b"kept" in np.fromfile(left, np.uint16).astype(np.uint8).tobytes()
     assert len(list(cache.glob("tokens-*"))) == 2, "ids and manifest"
     assert tokens.forget(tmp_path / "none", named.__contains__) == 0
+
+
+def test_what_was_read_by_a_link_is_forgotten_by_the_name_of_what_it_led_to(tmp_path: Path) -> None:
+    (tmp_path / "v1.txt").write_text("gone " * 50)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "v1.txt")
+    corpus_of(settings_of(tmp_path / "link.txt"), tmp_path / "cache")
+    assert tokens.forget(tmp_path / "cache", lambda path: path == f"{tmp_path}/other") == 0
+    assert tokens.forget(tmp_path / "cache", lambda path: path == f"{tmp_path}/v1.txt") > 0
+    assert not list((tmp_path / "cache").glob("tokens-*"))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
-from tapestry.node.spec.data import DataSettings, Located
-from tapestry.node.spec.declared import BASE, Declared, require, stamp_of, today_utc
+from tapestry.node.spec.data import DataSettings, Located, reals_of
+from tapestry.node.spec.declared import BASE, READ, Declared, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import located_in
 
@@ -34,7 +35,10 @@ class DataPermit:
     ) -> None:
         self._home = home
         self._paths = paths
-        self._located = located
+        # Where a source that is a link lay at the start is what was read: asked for is whether it was revoked
+        # since, not a declaration of its own, for the link may lead elsewhere by now.
+        self._reals = reals_of(paths)
+        self._located = [replace(o, real=tuple(r for r in o.real if r not in self._reals)) for o in located]
         self._today = today
         self._seen: object = None
         self._refusal = ""
@@ -53,6 +57,7 @@ class DataPermit:
             return f"{error.line}; training goes on when that is mended"
         try:
             require(self._home, self._paths, BASE, today, self._located)
+            require(self._home, self._reals, READ, today)
             require_brought(self._home, today)
         except UserError as error:
             return f"{error.line}; start the node again without it"

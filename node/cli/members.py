@@ -127,7 +127,11 @@ def invite(name: str, uses: int, expires: str, home: str | None, no_wait: bool) 
     """
     place = Home.locate(home, os.environ)
     invitation, answer = control.invite(place, _named(name), uses, _seconds(expires))
-    is_good, waits_for = _taken_up(place, answer, no_wait)
+    try:
+        is_good, waits_for = _taken_up(place, answer, no_wait)
+    except KeyboardInterrupt:
+        click.echo(invitation.line)  # the change is on its way all the same
+        raise
     click.echo(invitation.line)
     if not is_good:
         click.echo(f"not good yet: {waits_for}", err=True)
@@ -218,12 +222,17 @@ def _taken_up(home: Home, answer: Mapping[str, Any], no_wait: bool) -> tuple[boo
                 "not done: the node has dropped it, for what others asked for or the newest record changed",
                 exit_code=ExitCode.REFUSED,
             )
-        if not pending[0]["enough"]:
+        if not _has_enough(pending[0]):
             signed, needs = pending[0]["signed"], pending[0]["needs"]
             return False, f"{signed} of {needs} have signed; the others run: tapestry approve {name[:8]}"
         if no_wait or time.monotonic() >= until:
             return False, f"asked for; the next record takes it up ({name[:8]} in `tapestry members`)"
         time.sleep(POLL_S)
+
+
+def _has_enough(pending: Mapping[str, Any]) -> bool:
+    """Signatures. A node that was started before an upgrade does not say so."""
+    return bool(pending.get("enough", pending["signed"] >= pending["needs"]))
 
 
 def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
@@ -313,7 +322,7 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         of = short(one["peer"]) if one["peer"] else ""
         what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
         signed = f"{one['signed']} of {one['needs']} signed"
-        lines += _row("pending", what, one["id"][:8], "for the next record" if one["enough"] else signed)
+        lines += _row("pending", what, one["id"][:8], "for the next record" if _has_enough(one) else signed)
     for key, value in table["settings"].items():
         lines += _row("setting", key, "", f"{shown(value)}, in place of the run spec's")
     for peer, why in table["removed"].items():

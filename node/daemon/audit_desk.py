@@ -27,6 +27,7 @@ no record of our chain tells of, is refused: anybody can make such proofs, as ma
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import mmap
 import random
@@ -207,7 +208,9 @@ class AuditDesk:
         self._run_id = auditor.run_id
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self._lies: dict[tuple[int, str], _Lie] = {}  # by epoch and liar
-        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by who is told
+        # By who is told, and what.
+        self._lines: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._back: dict[str, asyncio.Event] = {}  # who is to be told again -> its next link is up
         self._silent: dict[str, None] = {}  # of the newest record's members, who did not answer the last time
         # Of who was asked or told something lately: when it may be again.
         self._open_at: dict[str, float] = {}
@@ -447,7 +450,9 @@ class AuditDesk:
                 _log.info("accusation=not_judged file=%s reason=%r", path.name, str(error))
 
     def on_up(self, peer: str) -> None:
-        """It may have been away when a lie was proven."""
+        """It may have been away when a lie was proven, or behind."""
+        if (back := self._back.pop(peer, None)) is not None:
+            back.set()
         for lie in self._lies.values():
             if self._is_due(lie):
                 self._begin_telling(peer, lie)
@@ -482,15 +487,25 @@ class AuditDesk:
         """Until it has heard, or a link is lost: the next one begins it again."""
         pause_s = TOLD_AGAIN_S
         while not await self._tell_once(peer, lie):
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, TOLD_AGAIN_S_MAX)
+            is_back = await self._comes_back(peer, pause_s)
+            pause_s = TOLD_AGAIN_S if is_back else min(2 * pause_s, TOLD_AGAIN_S_MAX)
             if peer not in self._network.linked or not self._is_due(lie):
                 break
         lie.telling.discard(peer)
 
+    async def _comes_back(self, peer: str, within_s: float) -> bool:
+        """Whether a new link to it is up in that time."""
+        back = self._back.setdefault(peer, asyncio.Event())
+        try:
+            async with asyncio.timeout(within_s):
+                await back.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def _tell_once(self, peer: str, lie: _Lie) -> bool:
         """Whether that is all: it has heard, or there is no file any more."""
-        async with self._line(peer):
+        async with self._line(peer, "accuse"):
             if peer in lie.heard:
                 return True
             try:
@@ -548,12 +563,13 @@ class AuditDesk:
 
     async def _say(self, peer: str, said: list[Any], payload: list[Buffer] | None = None) -> None:
         """Whether it arrived is all the same to us."""
-        async with self._line(peer):
+        async with self._line(peer, "say"):
             await self._say_now(peer, said, payload)
 
-    def _line(self, peer: str) -> asyncio.Lock:
-        """To each peer one thing at a time: it refuses many streams of one, and counts them against it."""
-        return self._lines.setdefault(peer, asyncio.Lock())
+    def _line(self, peer: str, what: str) -> asyncio.Lock:
+        """To each peer one thing of a kind at a time: it refuses many streams of one, and counts them against
+        it. What waits for its place for accusations keeps nothing else from it."""
+        return self._lines.setdefault((peer, what), asyncio.Lock())
 
     async def _say_now(
         self, peer: str, said: list[Any], payload: list[Buffer] | None, patience_s: float = SILENCE_S
@@ -637,7 +653,8 @@ class AuditDesk:
                 self._reporter.refused(peer, "accusation", "it is of nobody's part in our chain")
                 return
         except FalseAccusation as error:
-            await self._write(peer, writer, TAKEN)
+            with contextlib.suppress(TimeoutError, ConnectionError, SwarmError):  # blamed though it hangs up
+                await self._write(peer, writer, TAKEN)
             raise RemoteProtocolError("accusation", str(error)) from None
         await self._write(peer, writer, TAKEN)
 

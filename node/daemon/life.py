@@ -44,7 +44,7 @@ from tapestry.node.daemon.control import Control
 from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
-from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.daemon.permit import DataPermit, led_to
 from tapestry.node.daemon.restored import RESTORED_WAIT_S, chain_of, find_run
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
 from tapestry.node.disk.branches import BranchLimits
@@ -252,8 +252,7 @@ class Daemon:
             keeper, genesis = await open_state(own, agreed, store, loaded, trainer)
             if not config.external:
                 used = (self.home, BASE, sources_of(config.data), genesis.run_id, loaded.epoch)
-                reals = {real: None for one in settings.located for real in one.real if real != one.path}
-                node_says = Started(identity.peer_id, config.island, tuple(reals))
+                node_says = Started(identity.peer_id, config.island, led_to(settings.located))
                 await asyncio.to_thread(note_use, *used, node_says)
             await asyncio.to_thread(egress.begin, genesis.run_id)
             node = await assemble(own, agreed.spec, keeper, trainer)

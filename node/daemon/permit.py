@@ -9,6 +9,7 @@ learnt from data of its own, which are asked for as well.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -62,6 +63,12 @@ class DataPermit:
         except UserError as error:
             return f"{error.line}; start the node again without it"
         return ""
+
+
+def led_to(located: Sequence[Located]) -> tuple[str, ...]:
+    """The places that links in the sources lead to; where a source itself leads, `note_use` keeps."""
+    found = {real: None for one in located for real in one.real if real != os.path.realpath(one.path)}
+    return tuple(found)
 
 
 def located(settings: DataSettings) -> tuple[Located, ...]:

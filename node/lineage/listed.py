@@ -74,8 +74,11 @@ def faults(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, "is missing"
         elif (found := BaseFile.of(folder / name).digest) != digest:
             yield name, f"has the digest {found[:12]}, not {digest[:12]}"
-    for version in table["versions"]:
-        for path in _loaded(folder / f"v{version['number']}"):
+    listed = {name.partition("/")[0] for name in known}
+    for number in (version["number"] for version in table["versions"]):
+        if f"v{number}" not in listed:
+            continue  # an older node made it, which listed no files
+        for path in _loaded(folder / f"v{number}"):
             if (name := path.relative_to(folder).as_posix()) not in known:
                 yield name, "no version has such a file; a loader might take it for what was made"
 

@@ -345,7 +345,8 @@ class Round:
         if state.stage >= Stage.EXCHANGING and roster.ballot == state.ballot:
             same = state.proposal is None and self.exchange.roster == roster
             return None if same else "equivocation"
-        state.roster_ballot = roster.ballot
+        if roster.ballot == state.ballot:
+            state.roster_ballot = roster.ballot
         fault = roster_fault(state, roster)
         if fault is not None:
             return fault
@@ -364,6 +365,7 @@ class Round:
             if not self._goes_along(peer, roster.ballot, now):
                 return None
             self.acceptor.enter(roster.ballot, now)
+            state.roster_ballot = roster.ballot
         if self._decides_alone(peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"

@@ -142,7 +142,9 @@ def begun_plan(place: Path) -> Plan | None:
 
 def _how(table: dict[str, Any]) -> How:
     """Raises ValueError."""
-    found = next((how for how in get_args(How) if how == table.get("how", "derive")), None)
+    parts = len(table["made_of"])  # of a version that an older node began, this tells
+    was = "derive" if not parts else "rebase" if parts == 1 else "merge"
+    found = next((how for how in get_args(How) if how == table.get("how", was)), None)
     if found is None:
         raise ValueError("no command makes such a version")
     return found  # type: ignore[no-any-return]

@@ -567,6 +567,27 @@ def test_who_was_away_when_a_lie_was_proven_is_told_of_it_when_it_comes_back(
     assert not any(desk.said("blamed") or desk.said("refused") for desk in desks.values())
 
 
+def test_who_was_told_in_vain_is_told_at_once_when_a_new_link_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_desk, "prove", lambda *args: None)
+    monkeypatch.setattr(audit_desk, "TOLD_AGAIN_S", 60.0)
+
+    async def scenario(table: Table) -> None:
+        bob, dora = table.desks["bob"], table.desks["dora"]
+        await bob._accuse(proven_to_all_but(table, "dora"), "bob")
+        bob._network.linked, dora._network.linked = PEERS, ()  # type: ignore[misc]
+        bob.on_up("dora")
+        await asyncio.sleep(0.05)
+        assert not dora.said("expel"), "it does not hear us yet"
+        dora._network.linked = PEERS  # type: ignore[misc]
+        bob.on_up("dora")
+        await until(lambda: bool(dora.said("expel")))
+        await table.settle()
+
+    run(scenario, tmp_path)
+
+
 def test_who_comes_back_is_not_told_of_liars_that_are_no_members_or_were_let_in_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

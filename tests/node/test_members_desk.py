@@ -274,7 +274,7 @@ def test_the_table_of_members_is_as_its_schema_says() -> None:
     core = SimpleNamespace(
         roll=replace(
             loop._roll,
-            removed={THIRD.peer_id: "why"},
+            removed={"ef" * 26: "why"},
             invites={INVITE: Invite("", 1, 0)},
             settings={"train.lr": 0.1, "round.exchange_max_s": "auto"},
         ),

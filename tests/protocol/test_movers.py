@@ -222,13 +222,22 @@ def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
     assert (round_.state.progress_at > at) == counts
 
 
-@pytest.mark.parametrize("peers", [3, 4])
-def test_a_leader_that_tells_half_another_roster_costs_some_stalls_and_a_change_of_leader(peers):
-    """In its round they go on with it once for each other elector, and then give up on it by their clock."""
+@pytest.mark.parametrize(("peers", "calls"), [(3, True), (4, True), (3, False)])
+def test_a_leader_that_tells_half_another_roster_costs_some_stalls_and_a_change_of_leader(peers, calls):
+    """In its round they go on with it once for each other elector, and then give up on it by their clock.
+    Whether it calls them to its next ballot, or sends that one's roster at once."""
     world = swarm(peers)
     world.splitters.name = "p1"
+    honest = world.send
+
+    def send(sender, to, message, bulk=False):
+        if calls or sender.name != "p1" or not isinstance(message, Call):
+            honest(sender, to, message, bulk)
+
+    world.send = send
     stall_s, longest = world.rules.stall_s, 0.0
     for _ in range(40):
         goal = world.epoch() + 1
         longest = max(longest, world.until(lambda goal=goal: world.epoch() >= goal, 120.0))
     assert stall_s < longest < ((peers - 1) + 2 + 1) * (stall_s + 1.0)
+    assert all(n.core.ctx.movers.accounts["p1"].vain == FREE for n in nodes(world) if n.name != "p1")

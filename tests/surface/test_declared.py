@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tapestry.node.cli.main import cli
-from tapestry.node.daemon.permit import DataPermit
+from tapestry.node.daemon.permit import DataPermit, led_to
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -190,6 +190,19 @@ def test_a_source_that_was_a_link_is_asked_about_where_it_was_read(home: Home, t
     source.symlink_to(second)
     append(home, [Revoked(str(first), "today")])
     assert "v1 was revoked" in permit.refusal()
+
+
+def test_where_a_source_itself_leads_is_none_of_the_places_that_its_links_lead_to(tmp_path: Path) -> None:
+    inside, outside, source = tmp_path / "v1", tmp_path / "elsewhere", tmp_path / "current"
+    for folder in (inside, outside):
+        folder.mkdir()
+    source.symlink_to(inside)
+    (outside / "a.txt").write_text("text")
+    (inside / "link").symlink_to(outside)
+    settings = DataSettings(source=(SourceSettings(str(source), name="current", follow_links=True),))
+    located = located_in(settings)
+    assert located[0].real == (str(inside), str(outside))
+    assert led_to(located) == (str(outside),)
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:

@@ -22,7 +22,14 @@ from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
-from tapestry.node.protocol.members import KINDS, NAME_CHARS_MAX, OF_NOBODY, USES_MAX, WHY_CHARS_MAX
+from tapestry.node.protocol.members import (
+    KINDS,
+    NAME_CHARS_MAX,
+    OF_NOBODY,
+    USES_MAX,
+    WHY_CHARS_MAX,
+    has_expired,
+)
 from tapestry.node.protocol.settings import SETTINGS, shown
 from tapestry.node.surface import control
 from tapestry.node.trainer.data.tally import numbered
@@ -313,10 +320,8 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         waits_s = max(0, int(time.time() - one["since"]))
         lines += _row("applicant", one["name"], short(one["peer"]), f"waits for {waits_s} s")
     for one in table["invites"]:
-        is_over = 0 < one["expires_at"] < time.time()
-        lines += _row(
-            "invite", one["name"], short(one["key"]), "expired" if is_over else f"{one['uses']} left"
-        )
+        left = "expired" if has_expired(one["expires_at"], time.time()) else f"{one['uses']} left"
+        lines += _row("invite", one["name"], short(one["key"]), left)
     for one in table["pending"]:
         value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
         of = short(one["peer"]) if one["peer"] else ""

@@ -108,9 +108,7 @@ SILENT_S = 2.0  # Guess: who did not answer the last time; else it holds up the 
 OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
-HEARD_S = (
-    240.0  # that we wait for the other's place for accusations, and its word. Guess: behind three others
-)
+HEARD_S = 240.0  # that we wait for a place for accusations, and the other's word. Guess: behind three others
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits
 ACCUSATION_BYTES_MAX = 64 << 20  # Guess: 128 members' shards of 512 KiB
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from tapestry.dht.identity import public_key_of
 from tapestry.node.daemon.desk import Loop
-from tapestry.node.net.admission import Reception, has_expired, who_admits
+from tapestry.node.net.admission import Reception, who_admits
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import Crypto, peer_field
@@ -31,6 +31,7 @@ from tapestry.node.protocol.members import (
     change_fault,
     change_id,
     enough_signed,
+    has_expired,
     needed,
     read_rollback,
     rollback_value,
@@ -135,7 +136,7 @@ class MembersDesk:
     def _expired(self) -> list[str]:
         """Their keys, sorted."""
         now = self._clock()
-        return sorted(key for key, invite in self.roll.invites.items() if has_expired(invite, now))
+        return sorted(key for key, invite in self.roll.invites.items() if has_expired(invite.expires_at, now))
 
     def in_time(self, changes: Sequence[Change]) -> tuple[Change, ...]:
         """Of what a peer tells of, all but the admissions that rest on an invitation that has expired. What

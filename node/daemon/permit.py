@@ -9,14 +9,13 @@ learnt from data of its own, which are asked for as well.
 from __future__ import annotations
 
 import datetime
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import require_brought
-from tapestry.node.spec.data import DataSettings, Located, reals_of
+from tapestry.node.spec.data import DataSettings, Located, real_of, reals_of
 from tapestry.node.spec.declared import BASE, READ, Declared, require, stamp_of, today_utc
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.sources import located_in
@@ -65,10 +64,9 @@ class DataPermit:
         return ""
 
 
-def led_to(located: Sequence[Located]) -> tuple[str, ...]:
+def led_to(places: Iterable[Located]) -> tuple[str, ...]:
     """The places that links in the sources lead to; where a source itself leads, `note_use` keeps."""
-    found = {real: None for one in located for real in one.real if real != os.path.realpath(one.path)}
-    return tuple(found)
+    return tuple(dict.fromkeys(r for one in places for r in one.real if r != real_of(one.path)))
 
 
 def located(settings: DataSettings) -> tuple[Located, ...]:

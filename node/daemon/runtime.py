@@ -71,9 +71,7 @@ class Runtime:
         self._brought = brought
         self._network = network
         self.reporter = reporter
-        self.done = (
-            asyncio.Event()
-        )  # the state has come as far as this node was to go, or `ends` says why not
+        self.done = asyncio.Event()  # the state is as far as this node was to go, or `ends` says why not
         self.ends: UserError | None = None  # it was removed, and is to end
         self._goal = goal
         self.trainer = TrainerDesk(self, trainer, averaging, reporter, goal, auditor.own, self._offer)

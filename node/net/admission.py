@@ -45,10 +45,10 @@ from tapestry.node.protocol.members import (
     NAME_CHARS_MAX,
     WHY_CHARS_MAX,
     Change,
-    Invite,
     Roll,
     change_from,
     change_to_list,
+    has_expired,
     needed,
 )
 
@@ -165,7 +165,7 @@ class Reception:
             return "the invitation holds from the next record on"
         if not invites:
             return "the invitation is not known here, or was used up or taken back"
-        if all(has_expired(invite, self._clock()) for invite in invites):
+        if all(has_expired(invite.expires_at, self._clock()) for invite in invites):
             return "the invitation has expired"
         return self._submit(change)
 
@@ -175,11 +175,6 @@ class Reception:
         if len(self._applicants) >= APPLICANTS_MAX:
             del self._applicants[next(iter(self._applicants))]
         self._applicants[peer] = Applicant(peer, name, known.since if known is not None else now, now)
-
-
-def has_expired(invite: Invite, now: float) -> bool:
-    """`now`: Unix time."""
-    return 0 < invite.expires_at < now
 
 
 def who_admits(roll: Roll) -> str:

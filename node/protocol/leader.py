@@ -137,15 +137,13 @@ class Leader:
             light = len(contributors) - count
             besides = f", {light} that weigh nothing" if light else ""
             return f"{count} contributions{besides}, the run asks for {least}"
-        if self._may_come(now):
-            late = [p for p in self._expected(now) if p not in state.ready]
+        if late := self._awaited(now):
             return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
         return None
 
     def waited_for(self, now: float) -> tuple[str, ...]:
         """Who is not ready yet, of those that the roster waits for: for people."""
-        ready = self.state.ready
-        return tuple(sorted(p for p in self._expected(now) if p not in ready)[:WAITING_MAX])
+        return tuple(sorted(self._not_ready(now))[:WAITING_MAX])
 
     def gather_until(self) -> float:
         """Until when we wait for the live ones that are not ready."""
@@ -227,7 +225,7 @@ class Leader:
     def _pardon(self, now: float) -> None:
         """Where too many were left out to make a round, and nobody else may yet be ready, start over with all
         of them; if that is enough, without those whose contribution a majority refused."""
-        if not self.excluded or self._may_come(now):
+        if not self.excluded or self._awaited(now):
             return
         ready = self.state.ready
         count, need = len(self._weighing(self._contributors(now))), self.ctx.contributors_min()
@@ -238,10 +236,12 @@ class Leader:
         elif count < need <= count + len(able):
             self.excluded.clear()
 
-    def _may_come(self, now: float) -> bool:
-        """Whether somebody whom the roster waits for is not ready, and the time for it is not over."""
-        ready = self.state.ready
-        return now < self.gather_until() and any(p not in ready for p in self._expected(now))
+    def _awaited(self, now: float) -> list[str]:
+        """Whom the roster waits for; nobody, once the time for it is over."""
+        return self._not_ready(now) if now < self.gather_until() else []
+
+    def _not_ready(self, now: float) -> list[str]:
+        return [p for p in self._expected(now) if p not in self.state.ready]
 
     def _expected(self, now: float) -> list[str]:
         """Who may yet be ready: all at our head, the electors that were in the round before just now, and who
@@ -282,7 +282,7 @@ class Leader:
         """Who contributes, and the other electors as voters."""
         state, ctx = self.state, self.ctx
         self.acceptor.send_ready(now)  # again: whom we hear has changed since
-        self.late.update(dict.fromkeys(p for p in self._expected(now) if p not in state.ready))
+        self.late.update(dict.fromkeys(self._not_ready(now)))
         electors = {p for p in state.electorate if p in state.ready and ctx.heard(p, now)}
         seated, able = self._seat(electors, now)
         voters = electors.union(

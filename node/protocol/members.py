@@ -86,6 +86,11 @@ class Invite:
     expires_at: int  # Unix time; 0: never. Judged when it is used, not when a record is read
 
 
+def has_expired(expires_at: int, now: float) -> bool:
+    """Of an invitation. `now`: Unix time."""
+    return 0 < expires_at < now
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One change of the roll, with the signatures that ask for it."""

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
+from tapestry.node.lineage.listed import NAME as FILE
 from tapestry.node.lineage.listed import digest_of, listed, text_of
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.spec.tables import Between, Pattern, TableError, plain, read_table
@@ -217,7 +218,7 @@ class Shelf:
 
     def read(self, name: str) -> Derivative | None:
         """None if no version of it was finished. Raises UserError for a file that is not ours."""
-        path = self.of(name) / "derivative.json"
+        path = self.of(name) / FILE
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -251,7 +252,7 @@ class Shelf:
         folder = self.of(derivative.name)
         derivative = replace(derivative, files=listed(folder, derivative.files, changed), digest="")
         derivative = replace(derivative, digest=digest_of(plain(derivative)))
-        atomic_write(folder / "derivative.json", text_of(plain(derivative)), 0o600)
+        atomic_write(folder / FILE, text_of(plain(derivative)), 0o600)
         return derivative
 
     @contextmanager

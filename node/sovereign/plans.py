@@ -144,10 +144,10 @@ def _how(table: dict[str, Any]) -> How:
     """Raises ValueError."""
     parts = len(table["made_of"])  # of a version that an older node began, this tells
     was = "derive" if not parts else "rebase" if parts == 1 else "merge"
-    found = next((how for how in get_args(How) if how == table.get("how", was)), None)
+    found: How | None = next((how for how in get_args(How) if how == table.get("how", was)), None)
     if found is None:
         raise ValueError("no command makes such a version")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def write_plan(place: Path, plan: Plan) -> None:

@@ -17,13 +17,12 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.branches import Ways
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_records
+from tapestry.node.lineage.listed import NAME as FILE
 from tapestry.node.lineage.log import read_log
 from tapestry.node.lineage.uses import Span, Touches, own_ids, spans, training_uses
 from tapestry.node.sovereign.derivative import Shelf, Version
 from tapestry.node.sovereign.plans import Plan, begun_plan
 from tapestry.node.sovereign.standing import begun_with, behind
-
-FILE = "derivative.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *("not_member", "weights", "behind", "changes", "unsigned_change", "void", "done", "member"),
     *("no_member", "invites", "charter", "proposals", "rollback"),
     # daemon/network_desk.py: an admission by an invitation whose time is over
-    *("expired",),
+    "expired",
     # protocol/round.py and exchange.py: messages of a round
     *(
         "not_leader",

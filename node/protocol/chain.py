@@ -54,6 +54,7 @@ from tapestry.node.protocol.record import record_to_dict as record_to_dict
 from tapestry.node.protocol.record import wire_bytes as wire_bytes
 from tapestry.node.protocol.settings import Settings
 
+ELECTORATE_MIN = 3  # two of three go on without the third, whoever that is
 RECENT = 256  # records of a chain with a past that stay in memory. Guess: 7 MB of 64 members
 PAGE = 256  # records that are read at a time
 
@@ -104,6 +105,7 @@ class Place(NamedTuple):
     electorate: tuple[str, ...]
     roll: Roll
     standing: Standing
+    seats: frozenset[tuple[str, str]] = frozenset()  # (peer, life) of all that the record names
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -133,8 +135,27 @@ def next_place(at: Place, record: Record) -> Place:
     """Where the chain is after a checked record."""
     body = record.body
     roll = at.roll.after(body.epoch, at.head, body.changes, [(m.peer, m.weight) for m in body.members])
-    electorate = roll.voters([m.peer for m in body.members])
-    return Place(body.epoch, record.head, electorate, roll, _next_standing(at, body, electorate, roll))
+    electorate, kept = _next_electorate(at, body, roll)
+    seats = frozenset([(m.peer, m.life) for m in body.members]) | {s for s in at.seats if s[0] in kept}
+    standing = _next_standing(at, body, electorate, roll)
+    return Place(body.epoch, record.head, electorate, roll, standing, seats)
+
+
+def _next_electorate(at: Place, body: Body, roll: Roll) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who decides what follows `body`, sorted: its members that may vote, and who else stays.
+
+    An electorate of ELECTORATE_MIN or more does not fall below it by who is named: electors that are members
+    still stay beside them, named or not. So in a run that had three no one elector is ever needed, or enough,
+    whoever leads; and the vote of one that is back counts. An island, whose record is forced, is decided by
+    those who are on it. docs/decisions/024-three-electors.md
+    """
+    named = roll.voters([m.peer for m in body.members])
+    lacking = min(ELECTORATE_MIN, len(at.electorate)) - len(named)
+    if body.forced or lacking <= 0:
+        return named, ()
+    left_out = [p for p in roll.voters(at.electorate) if p not in named]
+    kept = tuple(left_out[:lacking])
+    return tuple(sorted({*named, *kept})), kept
 
 
 def _next_standing(at: Place, body: Body, electorate: tuple[str, ...], roll: Roll) -> Standing:
@@ -174,7 +195,7 @@ def is_majority(peers: Iterable[str], electorate: Sequence[str]) -> bool:
 def waits(at: Place, on_quorum_loss: str) -> bool:
     """Whether nobody may go on after `at` without a quorum. `auto`: where three or more decide, or did."""
     if on_quorum_loss == "auto":
-        return len(at.electorate) >= 3 or len(at.standing.electorate) >= 3
+        return len(at.electorate) >= ELECTORATE_MIN or len(at.standing.electorate) >= ELECTORATE_MIN
     return on_quorum_loss == "wait"
 
 

@@ -283,7 +283,10 @@ class Core:
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             round_.count_deliveries(contributors, now)
-            self.ctx.count_missed(round_.epoch, round_.head, contributors, round_.lead.late)
+            late = round_.lead.late.keys() | (
+                round_.state.shut_out.keys() - {m.peer for m in record.body.members}
+            )
+            self.ctx.count_missed(round_.epoch, round_.head, contributors, late)
             fetched = round_.acceptor.fetched.get(record.head, ())
             audit = audit_of(self.ctx, round_.state.at.roll, round_.exchange, record, fetched)
             if audit is not None:
@@ -320,7 +323,7 @@ class Core:
         return ""
 
     def _forgot_votes(self) -> bool:
-        """Whether the head's record names us from before our disk was lost: we may have voted after it.
+        """Whether the electorate has us from before our disk was lost: we may have voted after its record.
 
         A disk that was set back, alone, goes on all the same: nobody is there whom a second vote could reach,
         and its records name it as the disk that it is now.
@@ -330,8 +333,7 @@ class Core:
             return False
         if chain.epoch == 0:
             return self.ctx.me == chain.genesis.founder and not self.founded_here
-        members = chain.records[-1].body.members
-        return any(m.peer == self.ctx.me and m.life != self.life for m in members)
+        return any(peer == self.ctx.me and life != self.life for peer, life in chain.place.seats)
 
     # --- local causes --------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ GATE = "gate"  # why one's contribution is left out, and not its vote
 GONE = "gone"
 EXCUSED = (GATE, GONE)  # left out for nothing that it failed to deliver
 STALLED = "stalled"  # why who holds a round up is left out
+SPLIT = "split"  # why the next ballot is opened: the votes of this one are for different values
 WAITING_NAMED = 3  # peers named in a reason
 
 
@@ -255,7 +256,8 @@ class Leader:
             live.append(ctx.me)
         # An elector is waited for all the same: it votes, whether its contribution comes or not.
         wanted = [p for p in live if p in state.electorate or not ctx.undelivered(p, state.epoch)]
-        return [p for p in wanted if p not in self.excluded and not self._has_gone_on(p)]
+        out = self.excluded.keys() | state.pretenders.keys()
+        return [p for p in wanted if p not in out and not self._has_gone_on(p)]
 
     def _has_gone_on(self, peer: str) -> bool:
         """To a higher ballot of this round: for ours it cannot get ready any more."""
@@ -414,12 +416,25 @@ class Leader:
         spoilt = state.exchange.spoilt() if state.proposal is None else []
         if spoilt:
             self.exclude(spoilt, "unusable", now)
+        elif self._is_split(now):
+            self.exclude([], SPLIT, now)
         elif now - state.progress_at >= rules.stall_s:
             if state.proposal is not None:
                 self.unserved.update(dict.fromkeys(p for p in state.proposal.holders if p != self.ctx.me))
                 self.exclude([], STALLED, now)
                 return
             self.exclude(self._who_holds_up(), STALLED, now)
+
+    def _is_split(self, now: float) -> bool:
+        """Whether no value of this ballot can have a quorum any more: a reducer has told members different
+        sums. The next leader proposes one of the values."""
+        state, accepts = self.state, self.state.accepts
+        if state.accepted_at is not None or state.forced:
+            return False
+        heads = [accepts[p].body_head for p in state.voters if p in accepts]
+        most = max((heads.count(head) for head in dict.fromkeys(heads)), default=0)
+        open_ = sum(p not in accepts and self.ctx.heard(p, now) for p in state.voters)
+        return most + open_ < min(state.need, len(heads) + open_)
 
     def _who_holds_up(self) -> list[str]:
         """All contributors that most reducers wait for, now or earlier in the round; else the one that blame

@@ -8,6 +8,10 @@ ballot without it. That costs no liveness: who gives up on a leader by its own c
 no quorum is left in our ballot every word counts again. Each REPAID records of ballots that someone took us
 to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
+Nor may anybody lead every round: each ballot of a round has another leader by lot, and who is asked to decide
+what a record carries is changed by that. Whoever takes us to a ballot that it leads itself gets nothing back
+for the record, but what leading is worth.
+
 A leader may go on to later ballots of its own: once for each other elector, which it may have to leave out,
 and OWN_MORE times where it has named no roster. Beyond that it is not heeded in this round, and that counts.
 So does a round in which it went on, and another led the ballot that was decided: perhaps its rosters stalled.
@@ -63,11 +67,11 @@ class Movers:
             self._strike(peer)
 
     def end_round(self, ballot: int | None, leader: str, peers: Container[str]) -> None:
-        """The round is over: decided in `ballot`, which `leader` led, or left (None). Who is not in the table
-        of peers is forgotten."""
+        """The round is over: decided in `ballot`, which `leader` led, or left (None): then it was not in vain
+        to take us there, for who led it not itself. Who is not in the table of peers is forgotten."""
         if ballot is not None:
             mover = self.moved.get(ballot, "")
-            if mover in self.accounts:
+            if mover in self.accounts and mover != leader:
                 self.accounts[mover].vain -= 1
             for peer in self.accounts.keys() & {mover, leader}:
                 self._credit(peer)

@@ -24,7 +24,7 @@ gate.py (whether a result is good enough), exchange.py (the shards). They share 
 from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
-from tapestry.node.protocol.audit import UNPROVEN, names_few
+from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.chain import Behind, Place, Record, accept_message
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
@@ -41,6 +41,7 @@ from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import EXCUSED, WAITING_NAMED, Leader
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
+from tapestry.node.protocol.narrow import is_followed, note_own
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
@@ -48,7 +49,7 @@ from tapestry.node.protocol.watch import Watch
 
 __all__ = ["Outcome", "Round"]
 
-NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
+NARROW = "narrow"  # why a roster is not followed: narrow.py
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
@@ -366,31 +367,12 @@ class Round:
                 return None
             self.acceptor.enter(roster.ballot, now)
             state.roster_ballot = roster.ballot
-        if self._decides_alone(peer, roster, now):
+        if not is_followed(state, peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
-
-    def _decides_alone(self, leader: str, roster: Roster, now: float) -> bool:
-        """Whether this roster names few (audit.py), leaves out some that counted in the record before, and no
-        other leader of this round has done so; nor we, when it was on us.
-
-        Of few contributions the mean is what they are, whatever its rule: a leader that could name itself
-        alone would set the state to what it likes. If only few have something to give, a second one sees it.
-        Where we hear no quorum of the electors, as at the rim of a star, nobody but this leader could lead.
-        """
-        electorate, state = self.electorate, self.state
-        if roster.forced or self.ctx.me not in electorate or not names_few(roster.members):
-            return False
-        named = {m.peer for m in roster.members if m.weight}
-        if named.issuperset(state.before.intersection(electorate)):
-            return False
-        if sum(self.ctx.heard(p, now) for p in state.voters) < state.need:
-            return False
-        state.narrowed[leader] = None
-        return len(state.narrowed) < 2
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state
@@ -490,8 +472,8 @@ class Round:
         """Take part in phase 2 of this ballot."""
         if isinstance(value, Roster):
             self._note_named(value)
-            if self.state.leading and names_few(value.members):
-                self.state.narrowed[self.ctx.me] = None
+            if self.state.leading:
+                note_own(self.state, value)
             self.acceptor.follow(value, now)
         else:
             self._voted(self.acceptor.follow_proposal(value, now), now)

@@ -151,10 +151,9 @@ class Watch:
     def _roster_overdue(self, leader: str, now: float) -> bool:
         """A quorum has been ready for all to see, for longer than any leader may wait."""
         state, ctx = self.state, self.ctx
-        if ctx.stage_at(leader, state.epoch, state.head) > Stage.READY:
+        if self._exchanges(leader, now):
             state.quorum_ready_at = None  # it has sent one; that we are not in it is no fault
-            if state.leader_claims_at is None:
-                state.leader_claims_at = now
+            assert state.leader_claims_at is not None
             return now - state.leader_claims_at >= ctx.pace.exchange_max_s() + ctx.pace.leaders_wait_s()
         ready = sum(
             p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.voters
@@ -166,6 +165,21 @@ class Watch:
             state.quorum_ready_at = now
             ctx.pace.quorum_ready(now)
         return now - state.quorum_ready_at >= ctx.pace.leaders_wait_s()
+
+    def _exchanges(self, leader: str, now: float) -> bool:
+        """Whether the leader is past its roster: it says so, and as many electors as a roster names beside it
+        say the same, which they have stall_s to do. Else it is a leader that has sent none."""
+        state, ctx = self.state, self.ctx
+        if ctx.stage_at(leader, state.epoch, state.head) <= Stage.READY:
+            return False
+        if state.leader_claims_at is None:
+            state.leader_claims_at = now
+        others = [p for p in state.voters if p not in (leader, ctx.me)]
+        borne_out = sum(ctx.stage_at(p, state.epoch, state.head) > Stage.READY for p in others)
+        if borne_out >= state.need - 1 or now - state.leader_claims_at < ctx.rules.stall_s:
+            return True
+        state.pretenders[leader] = None
+        return False
 
     def _ready_count(self, now: float) -> int:
         """Those who could be averaged: we, and who of the others is ready."""

@@ -479,7 +479,10 @@ class Ground:
         if self.is_open:
             newcomers = [m.peer for m in body.members if m.weight and m.peer not in new.members]
             new._count([p for p in newcomers if p not in new.removed])
-        new.electorate = tuple(m.peer for m in body.members if m.peer in new.members)
+        named = [m.peer for m in body.members if m.peer in new.members]
+        stay = sorted(p for p in self.electorate if p in new.members and p not in named)
+        room = 0 if body.forced else max(0, min(3, len(self.electorate)) - len(named))
+        new.electorate = tuple(sorted([*named, *stay[:room]]))
         self._stand(new, body)
         return new
 

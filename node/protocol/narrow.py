@@ -1,0 +1,82 @@
+"""Whether a roster is one leader's choice where others have a say: who it leaves out that a follower hears.
+
+A quorum's worth of names is all that consensus asks of a roster. Two things follow from it that no single
+leader may decide. Of few contributions the mean is what they are, whatever its rule: a leader that could name
+itself alone would set the state to what it likes. And who is named decides the next round: a leader that
+could name a bare quorum each time would shrink the electorate to itself and one other in a few records, and
+then hold all others up for good, or worse.
+
+So a follower does not follow the first such roster of a round. It goes on to the next ballot, whose leader
+sees for itself who is there; and once more leaders do the same than may lie, it is how things are: perhaps
+only few have something to give, or all but we have lost the same line. That costs a ballot where a pair does
+not hear each other, and no more.
+
+An opinion of this node, by which nothing is decided but what it votes for. Pure.
+"""
+
+from __future__ import annotations
+
+from tapestry.node.protocol.audit import names_few
+from tapestry.node.protocol.messages import Roster, Stage
+from tapestry.node.protocol.round_state import RoundState
+
+FEW, LEFT_OUT = "few", "left out"  # what is narrow in a roster
+LEADERS_MIN = 2  # that have to agree, however few electors there are
+
+
+def is_followed(state: RoundState, leader: str, roster: Roster, now: float) -> bool:
+    """Whether this follower goes by the roster: nothing in it is narrow, or enough leaders of this round have
+    found the same; we among them, if it was on us.
+
+    Where we hear no quorum of the electors, as at the rim of a star, nobody but this leader could lead.
+    """
+    if roster.forced or state.ctx.me not in state.electorate:
+        return True
+    if sum(state.ctx.heard(p, now) for p in state.voters) < state.need:
+        return True
+    missing = left_out(state, roster, now)
+    state.shut_out.update(dict.fromkeys(missing))
+    found = [what for what, is_so in ((FEW, _counts_few(state, roster)), (LEFT_OUT, bool(missing))) if is_so]
+    for what in found:
+        state.narrowed.setdefault(what, {})[leader] = None
+    return all(len(state.narrowed[what]) >= leaders_needed(len(state.electorate)) for what in found)
+
+
+def note_own(state: RoundState, roster: Roster) -> None:
+    """What this leader had to do itself."""
+    named = {m.peer for m in roster.members}
+    for what, is_so in ((FEW, names_few(roster.members)), (LEFT_OUT, not named.issuperset(state.electorate))):
+        if is_so:
+            state.narrowed.setdefault(what, {})[state.ctx.me] = None
+
+
+def leaders_needed(electors: int) -> int:
+    """So many leaders of one round are not all liars, if fewer than a third of the electors are."""
+    return max(LEADERS_MIN, (electors - 1) // 3 + 1)
+
+
+def _counts_few(state: RoundState, roster: Roster) -> bool:
+    """Few contributions, without some that counted in the record before."""
+    named = {m.peer for m in roster.members if m.weight}
+    return names_few(roster.members) and not named.issuperset(state.before.intersection(state.electorate))
+
+
+def left_out(state: RoundState, roster: Roster, now: float) -> list[str]:
+    """Electors that an honest leader would have named, as far as we hear: every elector that is ready is
+    named, if only as a voter, and who is not ready yet is waited for. Not one that says it is there and was
+    in no record for many rounds, or that led a ballot of this round and only pretended to: so whoever only
+    says something costs the others less and less."""
+    named = {m.peer for m in roster.members}
+    missing = [p for p in state.electorate if p not in named and p not in state.pretenders]
+    return [p for p in missing if state.ctx.deserves(p) and _is_there(state, p, roster.ballot, now)]
+
+
+def _is_there(state: RoundState, peer: str, ballot: int, now: float) -> bool:
+    ctx = state.ctx
+    if not ctx.heard(peer, now) or not ctx.is_within(peer, state.epoch, state.head, ballot):
+        return False
+    if ctx.stage_at(peer, state.epoch, state.head) >= Stage.READY:
+        return True
+    since = state.quorum_ready_at
+    patient = since is not None and now - since >= ctx.pace.straggler_wait_s() / 2  # its clock began before
+    return not patient

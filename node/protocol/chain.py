@@ -150,8 +150,8 @@ def _next_electorate(at: Place, body: Body, roll: Roll) -> tuple[tuple[str, ...]
     those who are on it. docs/decisions/024-three-electors.md
     """
     named = roll.voters([m.peer for m in body.members])
-    lacking = min(ELECTORATE_MIN, len(at.electorate)) - len(named)
-    if body.forced or lacking <= 0:
+    lacking = ELECTORATE_MIN - len(named)
+    if body.forced or lacking <= 0 or len(at.electorate) < ELECTORATE_MIN:
         return named, ()
     left_out = [p for p in roll.voters(at.electorate) if p not in named]
     kept = tuple(left_out[:lacking])

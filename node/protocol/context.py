@@ -58,6 +58,9 @@ class Context:
     )  # peers that a record of late names as contributor
     deliveries: Deliveries = field(default_factory=Deliveries)
     leaves: dict[str, Leave] = field(default_factory=dict)  # member -> the last that it signed
+    without: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # elector -> epoch in which a leader left it out
     movers: Movers = field(default_factory=Movers)
     pace: Pace = field(init=False)
 
@@ -73,6 +76,8 @@ class Context:
         if roll.settings != self.roll.settings:
             self.rules = self.pace.rules = settled(self.given, roll.settings)
         self.roll = roll
+        for peer in [p for p in self.without if p not in roll.members]:
+            del self.without[peer]
 
     def contributors_min(self) -> int:
         """No round starts with fewer contributions: `min_members`.

@@ -140,7 +140,18 @@ class Leader:
             return f"{count} contributions{besides}, the run asks for {least}"
         if late := self._awaited(now):
             return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
+        if late := self._may_yet_vote(now):
+            return f"{len(late)} left out, that may vote: {', '.join(late[:WAITING_NAMED])}"
         return None
+
+    def _may_yet_vote(self, now: float) -> list[str]:
+        """Electors whose contribution is left out, and who have a moment to say that they vote in this
+        ballot: who is not named is no elector of the next round."""
+        state, ctx = self.state, self.ctx
+        if state.forced or now >= state.entered_at + ctx.rules.resend_s:
+            return []
+        out = [p for p in state.electorate if p in self.excluded and p not in state.ready]
+        return [p for p in out if ctx.heard(p, now) and not self._has_gone_on(p)]
 
     def waited_for(self, now: float) -> tuple[str, ...]:
         """Who is not ready yet, of those that the roster waits for: for people."""

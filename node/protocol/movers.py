@@ -8,9 +8,9 @@ ballot without it. That costs no liveness: who gives up on a leader by its own c
 no quorum is left in our ballot every word counts again. Each REPAID records of ballots that someone took us
 to, or led, take back one: whoever is struck off for a bad line is in again by leading when it is its turn.
 
-Nor may anybody lead every round: each ballot of a round has another leader by lot, and who is asked to decide
-what a record carries is changed by that. Whoever takes us to a ballot that it leads itself gets nothing back
-for the record, but what leading is worth.
+Nor may anybody lead every round, for who leads says what a record carries: each ballot has its leader by lot.
+Whoever takes us to a ballot of its own in haste, while the leader before had time left by our clock, gets
+nothing back for the record but what leading is worth.
 
 A leader may go on to later ballots of its own: once for each other elector, which it may have to leave out,
 and OWN_MORE times where it has named no roster. Beyond that it is not heeded in this round, and that counts.
@@ -40,7 +40,8 @@ class Movers:
 
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
-        self.moved: dict[int, str] = {}  # ballot of this round -> who took us there
+        # ballot of this round -> who took us there, and whether in haste
+        self.moved: dict[int, tuple[str, bool]] = {}
         # leader -> ballots of its own that it left for another of its own in this round
         self.named: dict[str, int] = {}  # with a roster
         self.unnamed: dict[str, int] = {}  # without one
@@ -60,18 +61,18 @@ class Movers:
         account = self.accounts.get(peer)
         return peer not in self.spent and (account is None or account.vain < FREE)
 
-    def count(self, peer: str, ballot: int) -> None:
+    def count(self, peer: str, ballot: int, hasty: bool) -> None:
         """Its word takes us to `ballot`, or would: in vain, if no record comes of it. Once for a ballot."""
-        if self.moved.get(ballot) != peer:
-            self.moved[ballot] = peer
+        if self.moved.get(ballot, ("", False))[0] != peer:
+            self.moved[ballot] = peer, hasty
             self._strike(peer)
 
     def end_round(self, ballot: int | None, leader: str, peers: Container[str]) -> None:
-        """The round is over: decided in `ballot`, which `leader` led, or left (None): then it was not in vain
-        to take us there, for who led it not itself. Who is not in the table of peers is forgotten."""
+        """The round is over: decided in `ballot`, which `leader` led, or left (None). Who is not in the table
+        of peers is forgotten."""
         if ballot is not None:
-            mover = self.moved.get(ballot, "")
-            if mover in self.accounts and mover != leader:
+            mover, hasty = self.moved.get(ballot, ("", False))
+            if mover in self.accounts and not (hasty and mover == leader):
                 self.accounts[mover].vain -= 1
             for peer in self.accounts.keys() & {mover, leader}:
                 self._credit(peer)

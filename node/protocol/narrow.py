@@ -20,38 +20,54 @@ from tapestry.node.protocol.audit import names_few
 from tapestry.node.protocol.messages import Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
 
-FEW, LEFT_OUT = "few", "left out"  # what is narrow in a roster
 LEADERS_MIN = 2  # that have to agree, however few electors there are
+LATELY = 16  # rounds for which it is remembered whom a leader left out. Guess
 
 
 def is_followed(state: RoundState, leader: str, roster: Roster, now: float) -> bool:
-    """Whether this follower goes by the roster: nothing in it is narrow, or enough leaders of this round have
-    found the same; we among them, if it was on us.
+    """Whether this follower goes by the roster: nothing in it is narrow; or enough leaders of this round had
+    to do the same, or to do without the same electors of late; we among them, when it was on us.
 
     Where we hear no quorum of the electors, as at the rim of a star, nobody but this leader could lead.
     """
-    if roster.forced or state.ctx.me not in state.electorate:
+    ctx = state.ctx
+    if roster.forced or ctx.me not in state.electorate:
         return True
-    if sum(state.ctx.heard(p, now) for p in state.voters) < state.need:
+    if sum(ctx.heard(p, now) for p in state.voters) < state.need:
         return True
-    missing = left_out(state, roster, now)
-    state.shut_out.update(dict.fromkeys(missing))
-    found = [what for what, is_so in ((FEW, _counts_few(state, roster)), (LEFT_OUT, bool(missing))) if is_so]
-    for what in found:
-        state.narrowed.setdefault(what, {})[leader] = None
-    return all(len(state.narrowed[what]) >= leaders_needed(len(state.electorate)) for what in found)
+    need = leaders_needed(len(state.electorate))
+    agreed = True
+    if missing := left_out(state, roster, now):
+        state.shut_out.update(dict.fromkeys(missing))
+        state.leave_out[leader] = None
+        without = [len(_leaders_without(state, peer, leader)) for peer in missing]
+        agreed = len(state.leave_out) >= need or min(without) >= need
+    if _counts_few(state, roster):
+        state.narrowed[leader] = None
+        agreed = agreed and len(state.narrowed) >= need
+    return agreed
 
 
 def note_own(state: RoundState, roster: Roster) -> None:
     """What this leader had to do itself."""
     named = {m.peer for m in roster.members}
-    for what, is_so in ((FEW, names_few(roster.members)), (LEFT_OUT, not named.issuperset(state.electorate))):
-        if is_so:
-            state.narrowed.setdefault(what, {})[state.ctx.me] = None
+    for peer in state.electorate:
+        if peer not in named:
+            state.leave_out[state.ctx.me] = None
+            _leaders_without(state, peer, state.ctx.me)
+    if names_few(roster.members):
+        state.narrowed[state.ctx.me] = None
+
+
+def _leaders_without(state: RoundState, peer: str, leader: str) -> list[str]:
+    """Who did without `peer` lately, `leader` among them from now on."""
+    known = state.ctx.without.setdefault(peer, {})
+    known[leader] = state.epoch
+    return [p for p, epoch in known.items() if epoch + LATELY > state.epoch]
 
 
 def leaders_needed(electors: int) -> int:
-    """So many leaders of one round are not all liars, if fewer than a third of the electors are."""
+    """So many leaders are not all liars, if fewer than a third of the electors are."""
     return max(LEADERS_MIN, (electors - 1) // 3 + 1)
 
 

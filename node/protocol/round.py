@@ -259,7 +259,7 @@ class Round:
         own = peer == state.leader == state.leader_of(ballot)
         if own and movers.may_go_on(peer, state.roster_ballot == state.ballot, len(self.electorate)):
             return True
-        movers.count(peer, ballot)
+        movers.count(peer, ballot, self.watch.has_time_left(now))
         return not own
 
     def _quorum_with_us(self, without: str, now: float) -> bool:

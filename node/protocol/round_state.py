@@ -65,8 +65,9 @@ class RoundState:
         self.accepted_at: float | None = None  # when a quorum had accepted
         self.roster_ballot = -1  # the last in which its leader sent us a roster, fit to be followed or not
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
-        self.narrowed: dict[str, dict[str, None]] = {}  # what was narrow, and whose rosters: narrow.py
-        self.shut_out: dict[str, None] = {}  # whom they left out
+        self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
+        self.leave_out: dict[str, None] = {}  # leaders that left out electors whom we hear
+        self.shut_out: dict[str, None] = {}  # whom they left out: narrow.py
         self.pretenders: dict[str, None] = {}  # leaders that said they exchange, and nobody else did
         # the gate, of this round
         self.refused = ""  # head of the body that we refused last

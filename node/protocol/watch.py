@@ -148,6 +148,14 @@ class Watch:
             return "no_progress"
         return None
 
+    def has_time_left(self, now: float) -> bool:
+        """Whether this ballot's leader is well within the time that it has, as far as we know."""
+        state, ctx = self.state, self.ctx
+        if state.stage >= Stage.EXCHANGING:
+            return now - state.progress_at < ctx.rules.stall_s / 2
+        since = state.quorum_ready_at
+        return since is None or now - since < ctx.pace.leaders_wait_s() / 2
+
     def _roster_overdue(self, leader: str, now: float) -> bool:
         """A quorum has been ready for all to see, for longer than any leader may wait."""
         state, ctx = self.state, self.ctx

@@ -481,7 +481,7 @@ class Ground:
             new._count([p for p in newcomers if p not in new.removed])
         named = [m.peer for m in body.members if m.peer in new.members]
         stay = sorted(p for p in self.electorate if p in new.members and p not in named)
-        room = 0 if body.forced else max(0, min(3, len(self.electorate)) - len(named))
+        room = 0 if body.forced or len(self.electorate) < 3 else max(0, 3 - len(named))
         new.electorate = tuple(sorted([*named, *stay[:room]]))
         self._stand(new, body)
         return new

@@ -28,6 +28,7 @@ MODULES = (
     "draws",
     "equivocators",
     "faults",
+    "forgers",
     "gates",
     "invariants",
     "inventors",

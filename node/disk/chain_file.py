@@ -50,8 +50,9 @@ from tapestry.node.protocol.chain import (
     walk,
 )
 from tapestry.node.protocol.places import place_from_dict, place_to_dict
-from tapestry.node.protocol.strict import table
+from tapestry.node.protocol.strict import integer, table
 
+MARKS_VERSION = 2  # of a mark's text: marks of another are made again of the chain
 EVERY = 1024  # epochs between marks. Guess: 0.2 s of reading at a start, 1 kB a mark of 3 members
 NEAR_EVERY, NEAR_COUNT = 64, 16  # places of the newest epochs that stay in memory, for who opens the chain
 LINE_BYTES_MAX = 16 << 20  # as in lineage/follow.py
@@ -223,6 +224,7 @@ class ChainFile:
         os.fsync(self._index.fd)
         line = seal(
             {
+                "version": MARKS_VERSION,
                 "end": self._end,
                 "index": _index_digest(self._index, self._count - self._every, self._every),
                 "place": place_to_dict(self._point.place),
@@ -435,8 +437,9 @@ class Mark:
 
 def _mark_of(line: bytes) -> Mark:
     """Raises ValueError."""
-    value = table(unseal(line.removesuffix(b"\n")), ("end", "index", "place", "tokens"), "a mark")
-    return Mark(**value)
+    fields = table(unseal(line.removesuffix(b"\n")), ("version", "end", "index", "place", "tokens"), "a mark")
+    integer(fields["version"], MARKS_VERSION, MARKS_VERSION, "version")
+    return Mark(**{name: value for name, value in fields.items() if name != "version"})
 
 
 def line_of(record: Record) -> bytes:

@@ -57,6 +57,7 @@ from tapestry.node.protocol.chain import (
     Chain,
     Crypto,
     Genesis,
+    OtherVersion,
     Record,
     body_from_dict,
     body_to_dict,
@@ -157,6 +158,13 @@ class Store:
             return genesis_from_dict(json.loads(path.read_bytes()), self.crypto)
         except FileNotFoundError:
             return None
+        except OtherVersion as error:
+            raise UserError(
+                f"{path}: {error}",
+                exit_code=ExitCode.REFUSED,
+                hint="start this home with the version of tapestry that made it; to go on with this one, "
+                "`tapestry export` with that version and found a new run with `init --base`",
+            ) from error
         except (ValueError, OSError) as error:
             if not is_damage(error):
                 raise

@@ -49,6 +49,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.record import SIGNATURE_CHARS_MAX
 
 SHARDS_MAX = 1 << 20  # of one vector: 2**40 parameters in the smallest useful shards
 LOCATOR_MAX = 128  # entries of a GetRecords: two per doubling of the epoch, with room
@@ -245,6 +246,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "life": (_same, _hex(0, 32)),
         "unheard": (_same, _PEERS),
         "refused": (_same, _hex(0, 64)),
+        "seat": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
     Roster: {
@@ -272,7 +274,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "body_head": (_same, _HEAD),
         "result": (_same, _hex(64)),
         "agreement": (agreement_to_list, agreement_from),
-        "signature": (_same, _text(256)),
+        "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Refuse: {
         "epoch": (_same, _EPOCH),
@@ -281,7 +283,11 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "body_head": (_same, _HEAD),
         "worse": (_same, _worse),
     },
-    Leave: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "signature": (_same, _text(256))},
+    Leave: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
+    },
     Commit: {"record": (chain.record_to_dict, _any)},
     Need: {
         "epoch": (_same, _EPOCH),
@@ -305,7 +311,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "ballot": (_same, _BALLOT),
         "shard": (_same, _SHARD),
         "sums": (sums_to_list, _sums),
-        "signature": (_same, _text(256)),
+        "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
 }
 _NOT_IN_HEADER = {"blob", "digest"}  # the payload, and what the receiver computes of it

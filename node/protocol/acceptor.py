@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.chain import Body, accept_message, head_of
+from tapestry.node.protocol.chain import Body, accept_message, head_of, seat_message
 from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
@@ -22,6 +22,7 @@ class Acceptor:
     def __init__(self, state: RoundState) -> None:
         self.state = state
         self.ctx = state.ctx
+        self.seat = ""  # our signature of this round's seat, made when it is first told
         self.holder_index = 0
         self.fetching = ""  # head of the update that was asked for; "" if none is out
         self.fetched: dict[str, tuple[SignedMean, ...]] = {}  # head of the value fetched last -> who made it
@@ -61,6 +62,8 @@ class Acceptor:
         mine = state.exchange.mine
         if state.stage < Stage.READY:
             state.stage = Stage.READY
+        if not self.seat:
+            self.seat = self.ctx.crypto.sign(seat_message(state.head, state.vote.life))
         ready = Ready(
             state.epoch,
             state.head,
@@ -75,6 +78,7 @@ class Acceptor:
             state.vote.life,
             self.ctx.unheard(state.electorate, now),
             state.refused,
+            self.seat,
         )
         if state.leading:
             state.ready[self.ctx.me] = ready

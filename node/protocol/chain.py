@@ -35,6 +35,7 @@ from tapestry.node.protocol.record import Behind as Behind
 from tapestry.node.protocol.record import Body as Body
 from tapestry.node.protocol.record import Genesis as Genesis
 from tapestry.node.protocol.record import Member as Member
+from tapestry.node.protocol.record import OtherVersion as OtherVersion
 from tapestry.node.protocol.record import Record as Record
 from tapestry.node.protocol.record import accept_message as accept_message
 from tapestry.node.protocol.record import behind_from as behind_from
@@ -51,6 +52,7 @@ from tapestry.node.protocol.record import member_to_list as member_to_list
 from tapestry.node.protocol.record import record_bytes as record_bytes
 from tapestry.node.protocol.record import record_from_dict as record_from_dict
 from tapestry.node.protocol.record import record_to_dict as record_to_dict
+from tapestry.node.protocol.record import seat_message as seat_message
 from tapestry.node.protocol.record import wire_bytes as wire_bytes
 from tapestry.node.protocol.settings import Settings
 
@@ -228,9 +230,28 @@ def body_fault(body: Body, at: Place, max_influence: float, crypto: Crypto) -> s
     weights = voice_weights(roll, [(m.peer, m.tokens) for m in contributors], max_influence)
     if weights != [m.weight for m in contributors]:
         return "weights"
-    return _behind_fault(body.behind, at, crypto) or changes_fault(
+    named_fault = _seats_fault(body, at, crypto) or _behind_fault(body.behind, at, crypto)
+    return named_fault or changes_fault(
         roll, body.epoch, body.changes, [m.peer for m in body.members], crypto
     )
+
+
+def seat_of(at: Place, member: Member, forced: bool, signature: str) -> str:
+    """What stands in its line of an ordinary record after `at`: its seat's signature, unless a contribution
+    says that it takes part and the record before that it has this disk. Of a forced one all members sign."""
+    known = member.weight > 0 and (member.peer, member.life) in at.seats
+    return "" if forced or known else signature
+
+
+def _seats_fault(body: Body, at: Place, crypto: Crypto) -> str | None:
+    """Nobody is named as a voter, or on another disk than in the record before, without its own word."""
+    for member in body.members:
+        if not seat_of(at, member, body.forced, "needed"):
+            if member.seat:
+                return "seat"
+        elif not crypto.verify(member.peer, member.seat, seat_message(at.head, member.life)):
+            return "seat"
+    return None
 
 
 def _behind_fault(behind: Behind | None, at: Place, crypto: Crypto) -> str | None:

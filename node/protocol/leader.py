@@ -7,11 +7,12 @@ round's state, what lasts for the round here: who is left out of the next roster
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
 from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.blame import culprit, debts, silent
-from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum
+from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum, seat_message, seat_of
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
 from tapestry.node.protocol.exchange import assign_reducers
 from tapestry.node.protocol.members import voice_weights
@@ -42,6 +43,7 @@ class Leader:
         self.unpaid: dict[str, dict[str, None]] = {}
         self.doubted: dict[str, None] = {}  # left out because blame ended at them
         self.renewed: dict[str, None] = {}  # changed their contribution after a roster had named it
+        self.seats: dict[str, tuple[str, str]] = {}  # peer -> life and seat that it said, verified
         self.unserved: dict[str, None] = {}  # told of an accepted value that nobody could get from them
         self.close_at: float | None = None  # when stragglers are told; None until a quorum is ready
         self.closing_sent = False
@@ -80,6 +82,16 @@ class Leader:
         )
         self.open_next(now)
 
+    def seat_fault(self, peer: str, ready: Ready) -> str | None:
+        """Of a READY in our ballot: without its sender's word for its disk no roster can name it."""
+        said = ready.life, ready.seat
+        if self.seats.get(peer) == said:
+            return None
+        if not self.ctx.crypto.verify(peer, ready.seat, seat_message(self.state.head, ready.life)):
+            return "seat"
+        self.seats[peer] = said
+        return None
+
     def add_ready(self, peer: str, ready: Ready, now: float) -> None:
         """A checked READY of our ballot."""
         known = self.state.ready.get(peer)
@@ -99,7 +111,7 @@ class Leader:
             self.open_next(now)
 
     def forget_stranger(self, peer: str) -> None:
-        for table in (self.state.ready, self.state.accepts, self.renewed, self.unserved):
+        for table in (self.state.ready, self.state.accepts, self.renewed, self.unserved, self.seats):
             table.pop(peer, None)
 
     # --- phase 1: who is in --------------------------------------------------------------------
@@ -352,10 +364,11 @@ class Leader:
             named = list(weight_of)
 
     def _member(self, peer: str, weight: int) -> Member:
-        ready = self.state.ready[peer]
-        if not weight:
-            return Member(peer, 0, "", ready.life)
-        return Member(peer, weight, ready.contribution, ready.life, ready.weight)
+        state, ready = self.state, self.state.ready[peer]
+        member = Member(peer, 0, "", ready.life)
+        if weight:
+            member = Member(peer, weight, ready.contribution, ready.life, ready.weight)
+        return replace(member, seat=seat_of(state.at, member, state.forced, ready.seat))
 
     def _seat(self, electors: set[str], now: float) -> tuple[list[str], list[str]]:
         """Who contributes and who averages: all, if those at odds are needed for min_members."""

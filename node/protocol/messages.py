@@ -73,6 +73,9 @@ class Ready:
     life: str = ""  # as in Member
     unheard: tuple[str, ...] = ()  # electors and linked peers that the sender does not hear now
     refused: str = ""  # head of the body that the sender refused last in this round (gate.py)
+    seat: str = (
+        ""  # signature of seat_message(head, life): so a leader can prove who takes part, on which disk
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ def place_to_dict(place: Place) -> dict[str, Any]:
         "signers": list(standing.signers),
         "voice": standing.voice,
         "since": standing.since,
+        "seats": [list(pair) for pair in sorted(place.seats)],
     }
 
 
@@ -43,7 +44,8 @@ def place_from_dict(raw: Mapping[str, Any]) -> Place:
         raw["voice"],
         raw["since"],
     )
-    return Place(raw["epoch"], raw["head"], electorate, roll, standing)
+    seats = frozenset([(peer, life) for peer, life in raw["seats"]])
+    return Place(raw["epoch"], raw["head"], electorate, roll, standing, seats)
 
 
 def _roll_to_dict(roll: Roll) -> dict[str, Any]:

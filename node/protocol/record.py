@@ -48,7 +48,21 @@ from tapestry.node.protocol.members import (
 from tapestry.node.protocol.strict import Malformed, boolean, hexadecimal, integer, sequence, table, text
 
 BALLOT_MAX = 2**53  # out of a liar's reach: see BALLOT_STEP_MAX in round.py
-VERSION = 2  # of bodies and of the genesis: 1 knew no members
+VERSION = 3  # of bodies and of the genesis: 1 knew no members, 2 no seats
+SIGNATURE_CHARS_MAX = 256
+SEAT_BYTES = 136  # of a seat's signature in msgpack, at most
+
+_GENESIS = b"tapestry genesis v3\0"
+
+
+class OtherVersion(InvalidRecord):
+    """A genesis of another version than this one reads: nothing of its run can be read here."""
+
+    def __init__(self, found: int) -> None:
+        super().__init__(
+            "version",
+            f"the run is of version {found} of the chain, and this version of tapestry reads {VERSION} only",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,7 @@ class Member:
     contribution: str  # its name, 64 hex digits: commitment.py; "" if none
     life: str = ""  # 32 hex digits, drawn with the disk that its votes are on: see Vote
     tokens: int = 0  # that it says it trained on
+    seat: str = ""  # its own signature (`seat_message`), where chain.py asks for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +196,7 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 
 def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
     """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
-    return 512 + 192 * member_count + 192 * signature_count + changes_bytes
+    return 512 + (192 + SEAT_BYTES) * member_count + 192 * signature_count + changes_bytes
 
 
 def record_bytes(record: Record) -> int:
@@ -189,7 +204,9 @@ def record_bytes(record: Record) -> int:
     body = record.body
     signatures = len(record.signatures) + (len(body.behind.signatures) if body.behind is not None else 0)
     signatures += 2 * (record.handover is not None)  # it is that long
-    return wire_bytes(len(body.members), signatures, sum(change_bytes(c) for c in body.changes))
+    bare = sum(not m.seat for m in body.members)
+    changes_bytes = sum(change_bytes(c) for c in body.changes)
+    return wire_bytes(len(body.members), signatures, changes_bytes) - SEAT_BYTES * bare
 
 
 def changes_from(raw: Any) -> tuple[Change, ...]:
@@ -233,7 +250,7 @@ def _record_from(raw: Any, crypto: Crypto) -> Record:
 
 def _handover_from(raw: Any) -> Handover:
     peer, head, signature = sequence(raw, 3, "handover", 3)
-    signed = text(signature, 256, "signature", 1)
+    signed = text(signature, SIGNATURE_CHARS_MAX, "signature", 1)
     return Handover(peer_field(peer, "peer"), hexadecimal(head, (64,), "head"), signed)
 
 
@@ -242,13 +259,16 @@ def genesis_to_dict(genesis: Genesis) -> dict[str, Any]:
 
 
 def genesis_from_dict(raw: Any, crypto: Crypto) -> Genesis:
-    """Strict, signature checked. Raises InvalidRecord."""
+    """Strict, signature checked. Raises InvalidRecord; OtherVersion for one of another version."""
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if type(version) is int and version != VERSION:
+        raise OtherVersion(version)
     try:
         genesis = _genesis_from(raw)
     except Malformed as error:
         raise InvalidRecord("malformed", str(error)) from None
     core = canonical(_genesis_core(genesis))
-    if not crypto.verify(genesis.founder, genesis.signature, b"tapestry genesis v2\0" + core):
+    if not crypto.verify(genesis.founder, genesis.signature, _GENESIS + core):
         raise InvalidRecord("signature", "the genesis is not signed by the founder it names")
     return replace(genesis, run_id=crypto.digest(core))
 
@@ -270,7 +290,7 @@ def _genesis_from(raw: Any) -> Genesis:
         params=integer(fields["params"], 1, 2**40, "params"),
         nonce=hexadecimal(fields["nonce"], (32,), "nonce"),
         run_id="",
-        signature=text(fields["signature"], 256, "signature", 1),
+        signature=text(fields["signature"], SIGNATURE_CHARS_MAX, "signature", 1),
         charter=charter_of(fields["charter"], len(founders)),
         founders=founders,
     )
@@ -292,7 +312,7 @@ def found(
     named = tuple(dict.fromkeys([founder, *founders]))
     genesis = Genesis(spec, founder, state_digest, schema, params, nonce, "", "", charter, named)
     core = canonical(_genesis_core(genesis))
-    signature = crypto.sign(b"tapestry genesis v2\0" + core)
+    signature = crypto.sign(_GENESIS + core)
     return replace(genesis, run_id=crypto.digest(core), signature=signature)
 
 
@@ -324,6 +344,11 @@ def accept_message(head: str, ballot: int) -> bytes:
     return b"tapestry accept v1\0%s\0%d" % (head.encode(), ballot)
 
 
+def seat_message(head: str, life: str) -> bytes:
+    """What a READY signs: the sender takes part in the round from `head`, and its votes lie on this disk."""
+    return b"tapestry seat v1\0%s\0%s" % (head.encode(), life.encode())
+
+
 # --- fields -----------------------------------------------------------------------------------------
 
 
@@ -336,15 +361,16 @@ def member_from(raw: Any) -> Member:
 
 
 def _member_from(raw: Any) -> Member:
-    peer, weight, contribution, life, tokens = sequence(raw, 5, "a member", 5)
+    peer, weight, contribution, life, tokens, seat = sequence(raw, 6, "a member", 6)
     integer(weight, 0, WEIGHT_MAX, "weight")
     integer(tokens, 0, WEIGHT_MAX, "tokens")
     if (weight == 0) != (contribution == ""):
         raise Malformed("a member has weight and contribution or neither")
     hexadecimal(contribution, (0, 64), "contribution")
     hexadecimal(life, (0, 32), "life")
-    return Member(peer_field(peer, "peer"), weight, contribution, sys.intern(life), tokens)
+    text(seat, SIGNATURE_CHARS_MAX, "seat")
+    return Member(peer_field(peer, "peer"), weight, contribution, sys.intern(life), tokens, seat)
 
 
 def member_to_list(member: Member) -> list[Any]:
-    return [member.peer, member.weight, member.contribution, member.life, member.tokens]
+    return [member.peer, member.weight, member.contribution, member.life, member.tokens, member.seat]

@@ -293,7 +293,7 @@ class Round:
             return None
         if not ready.forced and state.leader_of(ready.ballot) != self.ctx.me:
             return "not_leader"
-        fault = ready_fault(state, peer, ready)
+        fault = ready_fault(state, peer, ready) or self.lead.seat_fault(peer, ready)
         if fault is not None:
             return fault
         if ready.ballot < max(state.ballot, state.lead_from):

@@ -22,7 +22,7 @@ def ready_fault(state: RoundState, peer: str, ready: Ready) -> str | None:
     if (ready.accepted is None) != (ready.accepted_ballot < 0) or ready.accepted_ballot > ready.ballot:
         return "malformed"
     try:
-        member_from((peer, ready.weight, ready.contribution, ready.life, ready.weight))
+        member_from((peer, ready.weight, ready.contribution, ready.life, ready.weight, ready.seat))
     except InvalidRecord as e:
         return e.reason
     return value_fault(state, ready.accepted) if ready.accepted is not None else None

@@ -7,8 +7,9 @@ G3 no silent fallback: a state advances only by the update that its record names
 mean: every shard scales each contribution down as `clipped` says, by the sizes of what was averaged. So 1e30
    counts for no more than 1.5 times the median, whoever reduced it and after whatever loss.
 G4/consensus: without forced records there is one record for an epoch after a head; a vote never goes back.
-G8 members decide: only members, by signed changes, are in a record, and only their signatures count; what a
-   majority of the last full electorate signed is left for nothing less.
+G8 members decide: only members, by signed changes, are in a record, and only their signatures count; nobody
+   is named as a voter, or on another disk, without its own word; what a majority of the last full electorate
+   signed is left for nothing less.
 audit: whoever signed a wrong mean that is looked at is found, and nobody else is.
 G9 voice is policy: what a contribution weighs follows from the roll.
 rollback: a record that carries one makes a state that was there before, as long ago as the rules allow and
@@ -235,6 +236,7 @@ class Invariants:
                 self.fail(node, f"G8: record {body.epoch} bears a change with a false signature")
             if not ground.allows(change.kind, change.peer, [p for p, _ in change.signatures]):
                 self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
+        self._check_seats(node, body, ground)
         for fault in ground.back_faults(body):
             self.fail(node, f"rollback: record {body.epoch} {fault}")
         influence = ground.influence or self.world.rules.max_influence
@@ -247,6 +249,18 @@ class Invariants:
             voice = {"equal": 1, "fixed": members[m.peer]}.get(ground.voice, 0)
             if m.weight and m.weight != (voice * UNIT if voice else m.tokens):
                 self.fail(node, f"G9: {m.peer} weighs {m.weight}, its voice is {voice}, tokens {m.tokens}")
+
+    def _check_seats(self, node: Node, body: Body, ground: Ground) -> None:
+        """G8: who is named has said so, and on which disk its votes lie: by its own signature, but for who
+        contributes and is named on that disk already; or, of a forced record, by that of the record."""
+        for m in body.members:
+            if body.forced or (m.weight and (m.peer, m.life) in ground.named):
+                if m.seat:
+                    self.fail(node, f"G8: record {body.epoch} bears a word of {m.peer} that it needs not")
+                continue
+            word = b"tapestry seat v1\0" + body.prev.encode() + b"\0" + m.life.encode()
+            if not node.crypto.verify(m.peer, m.seat, word):
+                self.fail(node, f"G8: record {body.epoch} names {m.peer} on {m.life[:8]} without its word")
 
     def _contributions(self, record: Record) -> set[str]:
         body = record.body
@@ -417,6 +431,7 @@ class Ground:
         self.open_share = charter.open_share / 10**6
         self.influence = 0.0  # that a record has set; 0: the spec's
         self.settings: dict[str, str] = {}  # all that records have set, as they say it
+        self.named: frozenset[tuple[str, str]] = frozenset()  # peers, and the disk that each has
         self.counted: dict[str, int] = {}
         self.removed: frozenset[str] = frozenset()
         self.full, self.since = 0, 0
@@ -474,6 +489,7 @@ class Ground:
     def after(self, body: Body, head: str) -> Ground:
         new = self._copy()
         self._line_on(new, body, head)
+        new.named = frozenset([(m.peer, m.life) for m in body.members])
         for change in body.changes:
             new._apply(change.kind, change.peer, change.value)
         if self.is_open:

@@ -248,10 +248,11 @@ class Node:
     def do_send(self, out: ev.Send) -> None:
         if self.world.usurpers.keeps_back(self, out.message):
             return
-        self.world.autocrats.says(self, out.message)
-        self.world.invariants.on_send(self, out.message)
-        self.world.send(self, out.peer, out.message)
-        second = self.world.equivocators.second_vote(self, out.message)
+        message = self.world.forgers.says(self, out.message)
+        self.world.autocrats.says(self, message)
+        self.world.invariants.on_send(self, message)
+        self.world.send(self, out.peer, message)
+        second = self.world.equivocators.second_vote(self, message)
         if second is not None:
             self.world.send(self, out.peer, second)
 

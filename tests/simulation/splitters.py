@@ -41,7 +41,9 @@ class Splitters:
         if sender.name != self.name or not isinstance(message, Roster) or message.forced:
             return message
         others = [m.peer for m in message.members if m.peer != self.name]
-        return another(message, to) if to in others[::2] else message
+        round_ = sender.core.round if sender.core is not None else None
+        seats = {p: r.seat for p, r in round_.state.ready.items()} if round_ is not None else {}
+        return another(message, to, seats) if to in others[::2] else message
 
     def begins(self, sender: Node, receiver: Node, way_s: float) -> None:
         """A frame of bulk is on its way: its receiver sees that bytes come."""
@@ -51,11 +53,14 @@ class Splitters:
             self.world.later(way_s, receiver, ev.BulkProgress(sender.name))
 
 
-def another(roster: Roster, to: str) -> Roster:
-    """One that `to` may follow as well."""
+def another(roster: Roster, to: str, seats: dict[str, str]) -> Roster:
+    """One that `to` may follow as well. `seats`: what the others have signed."""
     if roster.epoch % 2:
         count = len(roster.members)
         return replace(roster, reducers=tuple((index + 1) % count for index in roster.reducers))
     dropped = next((m for m in roster.members if m.weight and m.peer != to), None)
-    members = tuple(Member(m.peer, 0, "", m.life) if m is dropped else m for m in roster.members)
+    members = tuple(
+        Member(m.peer, 0, "", m.life, seat=seats.get(m.peer, "")) if m is dropped else m
+        for m in roster.members
+    )
     return replace(roster, members=members)

@@ -22,6 +22,7 @@ from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.equivocators import Equivocators
 from simulation.faults import Chaos, Faults
+from simulation.forgers import Forgers
 from simulation.gates import GateWorld
 from simulation.invariants import Invariants
 from simulation.inventors import Inventors
@@ -44,7 +45,7 @@ __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]
 
 SETTLE_S = 90.0  # after the network has healed: all nodes at one head, two epochs on. Virtual
 SURVIVE_S = 25.0  # after a reducer's death: two epochs on. Detection, two rounds of up to 7 s, some ballots
-GATED_S = 60.0  # the same where a gate has rounds made again, up to four times each
+GATED_S = 60.0  # the same where a gate has rounds made again, up to four times each, or a liar may lead them
 COMPUTED: dict[str, Any] = dict.fromkeys(
     ("straggler_wait_s", "closing_grace_s", "quorum_loss_s", "exchange_max_s")
 )  # each node computes its own: protocol/pace.py
@@ -169,6 +170,7 @@ class World:
         self.mutes = Mutes(self, faults is None and not is_slow and not self.gates.on, names)
         self.autocrats = Autocrats(self, faults is None and not is_slow, names)
         self.splitters = Splitters(self, faults is None and not is_slow, names)
+        self.forgers = Forgers(self, faults is None and not is_slow, names)
         self.stops = Stops(self, faults is None)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
@@ -263,11 +265,10 @@ class World:
         dead.crash()
         goal, killed_at = self.furthest + 2, self.now
         living = [n for n in self.nodes.values() if n is not dead]
+        slow = self.gates.on or self.mutes.names or self.splitters.name or self.forgers.name
+        until = killed_at + (GATED_S if slow else SURVIVE_S) * self.stretch
         while not self._are_at(goal, living):
-            if (
-                self.now
-                > killed_at + (GATED_S if self.gates.on or self.mutes.names else SURVIVE_S) * self.stretch
-            ):
+            if self.now > until:
                 text = f"G4: {dead.name} died, and epoch {goal} was not reached in time"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
@@ -402,7 +403,7 @@ class World:
     def send(self, sender: Node, to: str, message: Message, bulk: bool = False) -> None:
         receiver = self.nodes.get(to)  # None: the stranger that tells lies
         self.messages += 1
-        message = self.autocrats.hears(to, message)
+        message = self.forgers.hears(sender.name, to, self.autocrats.hears(to, message))
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
         way_s = self.way_s(sender.name, to)

@@ -45,6 +45,7 @@ from tapestry.node.protocol.messages import (
     Refuse,
     Result,
     Roster,
+    Seat,
     Shard,
     Stage,
     Status,
@@ -286,6 +287,12 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
     Leave: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
+        "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
+    },
+    Seat: {
+        "epoch": (_same, _EPOCH),
+        "head": (_same, _HEAD),
+        "life": (_same, _hex(0, 32)),
         "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Commit: {"record": (chain.record_to_dict, _any)},

@@ -60,11 +60,13 @@ from tapestry.node.protocol.messages import (
     Refuse,
     Result,
     Roster,
+    Seat,
     Shard,
     Stage,
     Status,
 )
 from tapestry.node.protocol.proposals import Proposals
+from tapestry.node.protocol.record import seat_message
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot
@@ -217,6 +219,7 @@ class Core:
             self.told = news
             self.heartbeat_at = now + self.ctx.rules.heartbeat_s
             self.ctx.broadcast(self._status())
+            self._ask_for_seat()
             if self.ctx.proposals.pending and now >= self.changes_at:
                 self.changes_at = now + CHANGES_AGAIN * self.ctx.rules.heartbeat_s
                 self._tell_changes(list(self.ctx.proposals.pending.values()))
@@ -321,6 +324,14 @@ class Core:
         if self._forgot_votes():
             return "our disk was lost: no vote before the next record"
         return ""
+
+    def _ask_for_seat(self) -> None:
+        """An electorate of three keeps an elector that no record names: a record that does without us may
+        never come."""
+        ctx, place = self.ctx, self.chain.place
+        if self.round is None and self.sync.at_head and ctx.me in place.electorate and self._forgot_votes():
+            signature = ctx.crypto.sign(seat_message(place.head, self.life))
+            ctx.broadcast(Seat(place.epoch, place.head, self.life, signature))
 
     def _forgot_votes(self) -> bool:
         """Whether the electorate has us from before our disk was lost: we may have voted after its record.
@@ -545,6 +556,8 @@ class Core:
             return round_.on_propose(peer, message, now)
         if isinstance(message, Call):
             return round_.on_call(peer, message, now)
+        if isinstance(message, Seat):
+            return round_.lead.on_seat(peer, message)
         assert isinstance(message, Closing)
         return round_.on_closing(peer, message, now)
 

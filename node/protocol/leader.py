@@ -16,7 +16,17 @@ from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum, 
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
 from tapestry.node.protocol.exchange import assign_reducers
 from tapestry.node.protocol.members import voice_weights
-from tapestry.node.protocol.messages import WAITING_MAX, Accept, Call, Closing, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.messages import (
+    WAITING_MAX,
+    Accept,
+    Call,
+    Closing,
+    Propose,
+    Ready,
+    Roster,
+    Seat,
+    Stage,
+)
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.validity import roster_fault
@@ -90,6 +100,16 @@ class Leader:
         if not self.ctx.crypto.verify(peer, ready.seat, seat_message(self.state.head, ready.life)):
             return "seat"
         self.seats[peer] = said
+        return None
+
+    def on_seat(self, peer: str, seat: Seat) -> str | None:
+        """An elector on a new disk asks to be named as a voter."""
+        state = self.state
+        if peer not in state.electorate or state.standing_by.get(peer) == seat:
+            return None
+        if not self.ctx.crypto.verify(peer, seat.signature, seat_message(state.head, seat.life)):
+            return "seat"
+        state.standing_by[peer] = seat
         return None
 
     def add_ready(self, peer: str, ready: Ready, now: float) -> None:
@@ -313,7 +333,9 @@ class Leader:
         voters = electors.union(
             p for p, why in self.excluded.items() if why == GATE and self._may_vote(p, now)
         )
-        members = tuple([self._member(p, w) for p, w in self._weights(voters, seated) if w or p in voters])
+        named = [self._member(p, w) for p, w in self._weights(voters, seated) if w or p in voters]
+        named += [Member(p, 0, "", s.life, seat=s.signature) for p, s in self._standing_by(now)]
+        members = tuple(sorted(named, key=lambda m: m.peer))
         reducers = assign_reducers(members, ctx.rules.shard_count, state.exchange.roster, able)
         roster = Roster(
             state.epoch,
@@ -338,6 +360,12 @@ class Leader:
             if member.peer != ctx.me:
                 ctx.send(member.peer, roster)
         return roster
+
+    def _standing_by(self, now: float) -> list[tuple[str, Seat]]:
+        """Who takes no part and is to vote in the next round; of a forced record all members sign."""
+        state = self.state
+        asking = [] if state.forced else [*state.standing_by.items()]
+        return [(p, seat) for p, seat in asking if p not in state.ready and self.ctx.heard(p, now)]
 
     def _may_vote(self, peer: str, now: float) -> bool:
         """Whether who does not contribute can be named all the same, and so votes in the next round."""

@@ -147,6 +147,17 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Seat:
+    """The sender's disk was lost, and it takes no part in the round from `head`: it may have voted there. It
+    asks to be named with the disk that it has now, to vote in the next one."""
+
+    epoch: int
+    head: str
+    life: str
+    signature: str  # as `seat` in READY
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     record: Record
 
@@ -222,6 +233,7 @@ Control = (
     | Accept
     | Refuse
     | Leave
+    | Seat
     | Commit
     | Need
     | GetRecords

@@ -13,7 +13,7 @@ from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.handover import ELECTORS, Handover
-from tapestry.node.protocol.messages import Accept, Propose, Ready, Stage
+from tapestry.node.protocol.messages import Accept, Propose, Ready, Seat, Stage
 
 
 class Outcome(Enum):
@@ -60,6 +60,7 @@ class RoundState:
         self.decided: Record | None = None
         # the leader's tables, of this ballot
         self.ready: dict[str, Ready] = {}
+        self.standing_by: dict[str, Seat] = {}  # electors that take no part, and ask to be named
         self.accepts: dict[str, Accept] = {}
         self.refusals: dict[str, float] = {}  # who refused the result, and by how much it is too bad to them
         self.accepted_at: float | None = None  # when a quorum had accepted
@@ -127,7 +128,8 @@ class RoundState:
         if self.proposal is not None:
             return [p for p in self.ready if p != self.ctx.me]
         roster = self.exchange.roster
-        return [] if roster is None else [m.peer for m in roster.members if m.peer != self.ctx.me]
+        out = {self.ctx.me, *self.standing_by}
+        return [] if roster is None else [m.peer for m in roster.members if m.peer not in out]
 
     def accusations(self) -> dict[str, tuple[str, ...]]:
         """Who waits for whom in this ballot's exchange, as each says itself."""

@@ -50,6 +50,7 @@ CONTROL = [
     messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
     messages.Refuse(6, HEAD, 2, HEAD, 0.25),
     messages.Leave(6, HEAD, "ef" * 64),
+    messages.Seat(6, HEAD, "cd" * 16, "ef" * 64),
     messages.Commit(RECORD),
     messages.Need(6, HEAD, 2, "", (0, 3)),
     messages.GetRecords(((6, HEAD), (0, HEAD))),

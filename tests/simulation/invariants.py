@@ -499,6 +499,7 @@ class Ground:
         stay = sorted(p for p in self.electorate if p in new.members and p not in named)
         room = 0 if body.forced or len(self.electorate) < 3 else max(0, 3 - len(named))
         new.electorate = tuple(sorted([*named, *stay[:room]]))
+        new.named = new.named | {(p, life) for p, life in self.named if p in stay[:room]}
         self._stand(new, body)
         return new
 

@@ -26,6 +26,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
 from tapestry.node.protocol import members as members_module
 from tapestry.node.protocol import proposals as proposals_module
+from tapestry.node.protocol import round as round_module
 from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol import validity as validity_module
 from tapestry.node.protocol import watch as watch_module
@@ -613,4 +614,22 @@ def heeds_every_word() -> list[Patch]:
 
 @plant("a leader that names itself alone is followed", 60)
 def one_leader_decides() -> list[Patch]:
-    return [(Round, "_decides_alone", lambda self, leader, roster, now: False)]
+    return [(round_module, "is_followed", lambda state, leader, roster, now: True)]
+
+
+@plant("an electorate is whom the last record names, however few", 7)
+def electorate_of_few() -> list[Patch]:
+    def named(at: Any, body: Any, roll: Any) -> Any:
+        return roll.voters([m.peer for m in body.members]), ()
+
+    return [(chain_module, "_next_electorate", named)]
+
+
+@plant("an elector whose disk was lost votes, if the last record does not name it", 7)
+def kept_elector_votes() -> list[Patch]:
+    def forgot(self: Any) -> bool:
+        chain = self.chain
+        members = chain.records[-1].body.members if chain.epoch else ()
+        return any(m.peer == self.ctx.me and m.life != self.life for m in members)
+
+    return [(Core, "_forgot_votes", forgot)]

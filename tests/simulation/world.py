@@ -29,6 +29,7 @@ from simulation.inventors import Inventors
 from simulation.mutes import Floods, Mutes
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
+from simulation.shrinkers import Shrinkers
 from simulation.splitters import Splitters
 from simulation.stops import Stops
 from simulation.usurpers import Usurpers
@@ -171,6 +172,7 @@ class World:
         self.autocrats = Autocrats(self, faults is None and not is_slow, names)
         self.splitters = Splitters(self, faults is None and not is_slow, names)
         self.forgers = Forgers(self, faults is None and not is_slow, names)
+        self.shrinkers = Shrinkers(self, faults is None and not is_slow and not self.mutes.names, names)
         self.stops = Stops(self, faults is None)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
@@ -228,6 +230,7 @@ class World:
         self.rollbacks.plan()
         self.backups.plan()
         self.usurpers.plan()
+        self.shrinkers.plan()
         self.stops.plan()
         self.gates.plan()
         while self.heap and self.now < self.fault_s and self.furthest < self.epochs:
@@ -405,6 +408,8 @@ class World:
         self.messages += 1
         message = self.forgers.hears(sender.name, to, self.autocrats.hears(to, message))
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
+            return
+        if self.shrinkers.ignores(sender, to, message):
             return
         way_s = self.way_s(sender.name, to)
         message = self.splitters.says(sender, to, message)

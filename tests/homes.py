@@ -19,7 +19,17 @@ from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.chain import (
+    Body,
+    Chain,
+    Member,
+    Record,
+    accept_message,
+    found,
+    head_of,
+    seat_message,
+    seat_of,
+)
 from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.spec.run import MembersSpec, RunSpec, new_spec
 from tapestry.node.spec.training import (
@@ -116,6 +126,12 @@ class MadeHome:
             Member(one.peer_id, 300 - 100 * index, f"{epoch:062x}{index:02x}", "", 300 - 100 * index)
             for index, one in enumerate(identities)
         )
+        forced = 2 * len(identities) <= len(self.chain.place.electorate)
+        word = seat_message(self.chain.head, "")
+        members = tuple(
+            replace(m, seat=seat_of(self.chain.place, m, forced, NodeCrypto(one).sign(word)))
+            for m, one in zip(members, identities, strict=True)
+        )
         body = Body(
             self.chain.genesis.run_id,
             epoch,
@@ -123,7 +139,7 @@ class MadeHome:
             self.state.digest(),
             tuple(sorted(members, key=lambda member: member.peer)),
             result_digest(payloads),
-            forced=2 * len(identities) <= len(self.chain.place.electorate),
+            forced=forced,
             changes=changes,
         )
         crypto = NodeCrypto(self.identities[0])

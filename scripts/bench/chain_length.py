@@ -39,12 +39,13 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tapestry.dht.identity import Identity
-from tapestry.node.disk.chain_file import EVERY
+from tapestry.node.disk.chain_file import EVERY, MARKS_VERSION
 from tapestry.node.disk.files import seal
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto, ReaderCrypto
 from tapestry.node.protocol.canon import canonical, quorum
 from tapestry.node.protocol.chain import (
+    VERSION,
     Genesis,
     Place,
     Standing,
@@ -52,6 +53,7 @@ from tapestry.node.protocol.chain import (
     found,
     genesis_place,
     genesis_to_dict,
+    seat_message,
 )
 from tapestry.node.protocol.members import UNIT
 from tapestry.node.protocol.places import place_to_dict
@@ -61,6 +63,7 @@ from tapestry.node.spec.training import PRESETS
 PAGE_RECORDS = 64  # RECORDS_MAX of node/protocol/messages.py
 PARAMS = 48_448  # of preset nano
 WRITE_BYTES = 1 << 22
+LIFE = "1f" * 16  # of every member's disk
 
 Sign = Callable[[int, bytes], str]  # member's number, message
 
@@ -221,9 +224,11 @@ class _Index:
         self._block.append(struct.pack("<Q32s", end, bytes.fromhex(head)))
         if len(self._block) == EVERY:
             standing = Standing(epoch, self._peers, self._roll, (), 0, 0)
-            place = place_to_dict(Place(epoch, head, self._peers, self._roll, standing))
+            seats = frozenset([(peer, LIFE) for peer in self._peers])
+            place = place_to_dict(Place(epoch, head, self._peers, self._roll, standing, seats))
             digest = blake3(b"".join(self._block)).hexdigest()
-            mark = {"end": end, "index": digest, "place": place, "tokens": epoch * self._tokens}
+            mark = {"version": MARKS_VERSION, "end": end, "index": digest, "place": place}
+            mark["tokens"] = epoch * self._tokens
             self._marks.write(seal(mark) + b"\n")
             self._index.write(b"".join(self._block))
             self._block.clear()
@@ -249,15 +254,18 @@ def _lines(
     Written as text, since to make the records of a year by the modules that check them would take hours; that
     it is their very text, each reader compares.
     """
-    life, result, state, head = "1f" * 16, "e5" * 32, "0d" * 32, genesis.run_id
+    result, state, head = "e5" * 32, "0d" * 32, genesis.run_id
     for epoch in range(1, count + 1):
+        word = seat_message(head, LIFE)
+        seats = [sign(n, word) if epoch == 1 else "" for n in range(len(peers))]
         named = ",".join(
-            f'["{peer}",{UNIT},"{epoch:056x}{n:08x}","{life}",{1000 + n}]' for n, peer in enumerate(peers)
+            f'["{peer}",{UNIT},"{epoch:056x}{n:08x}","{LIFE}",{1000 + n},"{seats[n]}"]'
+            for n, peer in enumerate(peers)
         )
         body = (
             f'{{"agreement":[1000000,1000000,1000000],"behind":[],"changes":[],"epoch":{epoch},"forced":false,'
             f'"members":[{named}],"prev":"{head}","result":"{result}","run_id":"{genesis.run_id}",'
-            f'"state_digest":"{state}","version":2}}'
+            f'"state_digest":"{state}","version":{VERSION}}}'
         )
         head = blake3(body.encode()).hexdigest()
         message = accept_message(head, 0)

@@ -14,31 +14,41 @@ from liars import lying
 from liars.seen import Seen, refused_fault
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
-from tapestry.node.protocol.messages import Control, Roster
+from tapestry.node.protocol.leader import Leader
+from tapestry.node.protocol.messages import Control, Ready, Roster
 
 STALL_S = 5.0
 NOTICED_S = 2.0  # what it takes to see that a stall is over, to be ready again, and to hear so
 
 
 def lie() -> None:
-    honest = Context.send
+    honest, add_ready = Context.send, Leader.add_ready
+    seats: dict[str, str] = {}  # what the others have signed in this round
+
+    def remember(self: Leader, peer: str, ready: Ready, now: float) -> None:
+        seats[peer] = ready.seat
+        add_ready(self, peer, ready, now)
 
     def send(self: Context, peer: str, message: Control) -> None:
         if isinstance(message, Roster) and lying.now():
             others = [m.peer for m in message.members if m.peer != self.me]
             if peer in others[::2]:
-                message = _another(message, peer)
+                message = _another(message, peer, seats)
         honest(self, peer, message)
 
     Context.send = send  # type: ignore[method-assign]
+    Leader.add_ready = remember  # type: ignore[method-assign]
 
 
-def _another(roster: Roster, to: str) -> Roster:
+def _another(roster: Roster, to: str, seats: dict[str, str]) -> Roster:
     if roster.epoch % 2:
         count = len(roster.members)
         return replace(roster, reducers=tuple((index + 1) % count for index in roster.reducers))
-    dropped = next((m for m in roster.members if m.weight and m.peer != to), None)
-    members = tuple(Member(m.peer, 0, "", m.life) if m is dropped else m for m in roster.members)
+    able = [m for m in roster.members if m.weight and m.peer != to and m.peer in seats]
+    dropped = able[0] if able else None
+    members = tuple(
+        Member(m.peer, 0, "", m.life, seat=seats[m.peer]) if m is dropped else m for m in roster.members
+    )
     return replace(roster, members=members)
 
 

@@ -33,7 +33,7 @@ CRYPTO = FakeCrypto()
 PEER = f"12D3KooW{7:044}"
 READER = Reader(CRYPTO)
 SUMS = ShardSums((4.0, 0.5), 1.0, (2.0, 0.25), (-1.0, 1e-9), 0.5, 7, 2)
-MEMBERS = (chain.Member("a", 5, TOKEN, "", 7), chain.Member("b", 0, ""))
+MEMBERS = (chain.Member("a", 5, TOKEN, "", 7), chain.Member("b", 0, "", LIFE, seat="ef" * 64))
 CHANGE = members.Change("admit", "c", "Carla", 70, "cd" * 16, (("a", "00"),))
 BEHIND = chain.Behind(1, (("a", "00"),))
 BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD, changes=(CHANGE,), behind=BEHIND)
@@ -43,7 +43,7 @@ CONTROL = [
     messages.Status(6, HEAD, 6, "training", messages.Stage.READY, 2, 9, ("a", "b")),
     messages.Call(6, HEAD, 2, True),
     messages.Ready(6, HEAD, 2, False, HEAD, TOKEN, 12, 1.5, 1, BODY),
-    messages.Ready(6, HEAD, 2, False, HEAD, "", 0, 0.0, -1, None),
+    messages.Ready(6, HEAD, 2, False, HEAD, "", 0, 0.0, -1, None, LIFE, seat="ef" * 64),
     messages.Closing(6, HEAD, 2),
     messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1), (CHANGE,), BEHIND),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
@@ -122,16 +122,17 @@ def test_random_values_in_a_known_message_never_crash(value):
             assert error.reason
 
 
+@pytest.mark.parametrize("seat", ["ef" * 64, ""])
 @pytest.mark.parametrize(("count", "signers"), [(1, 1), (4, 3), (64, 64), (64, 128), (1024, 1024)])
-def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers):
+def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers, seat):
     peers = [f"12D3KooW{i:044}" for i in range(max(count, signers))]
     most = chain.WEIGHT_MAX
-    named = tuple(chain.Member(p, most, TOKEN, LIFE, most) for p in peers[:count])
+    named = tuple(chain.Member(p, most, TOKEN, LIFE, most, seat) for p in peers[:count])
     body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
     signatures = tuple((p, "ef" * 64) for p in peers[:signers])
     record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
     header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
-    reckoned = chain.wire_bytes(count, signers, 0)
+    reckoned = chain.wire_bytes(count, signers, 0) if seat else chain.record_bytes(record)
     assert 0.8 * reckoned < len(header) <= reckoned
 
 

@@ -56,8 +56,13 @@ def signed(body: c.Body, signers, ballot: int = 0) -> c.Record:
     return c.Record(body, head, ballot, tuple((p, SimCrypto(p).sign(message)) for p in sorted(signers)))
 
 
+def seat_of(peer: str, head: str = PREV, life: str = "") -> str:
+    return SimCrypto(peer).sign(c.seat_message(head, life))
+
+
 def body_of(members, forced=False, weight=1, prev=PREV) -> c.Body:
-    named = tuple(c.Member(p, m.UNIT * weight, "ab" * 32, "", 7) for p in sorted(members))
+    seats = {p: "" if forced else seat_of(p, prev) for p in members}
+    named = tuple(c.Member(p, m.UNIT * weight, "ab" * 32, "", 7, seats[p]) for p in sorted(members))
     return c.Body(digest(b"run"), 1, prev, digest(b"state"), named, digest(b"result"), forced)
 
 
@@ -110,6 +115,20 @@ def test_a_tampered_genesis_is_refused():
             c.genesis_from_dict({**raw, field: value}, CRYPTO)
 
 
+@pytest.mark.parametrize("version", [c.VERSION - 1, c.VERSION + 1])
+def test_a_genesis_of_another_version_is_told_in_one_line(version):
+    genesis = c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
+    raw = {**c.genesis_to_dict(genesis), "version": version}
+    with pytest.raises(
+        c.OtherVersion, match=rf"^the run is of version {version} of the chain, and .* {c.VERSION} only$"
+    ):
+        c.genesis_from_dict(raw, CRYPTO)
+    for version in (True, "3", None):
+        with pytest.raises(c.InvalidRecord) as caught:
+            c.genesis_from_dict({**raw, "version": version}, CRYPTO)
+        assert caught.value.reason == "malformed"
+
+
 # --- decisions --------------------------------------------------------------------------------------
 
 
@@ -139,6 +158,46 @@ def test_what_makes_a_record_valid(members, signers, forced, reason):
         with pytest.raises(c.InvalidRecord) as refused:
             c.check_record(record, place("abcd"), CRYPTO)
         assert refused.value.reason == reason
+
+
+VOTER, OWN = c.Member("b", 0, "", "11"), c.Member("c", m.UNIT, "ab" * 32, "", 7)
+
+
+@pytest.mark.parametrize(
+    ("line", "seats", "is_good"),
+    [
+        (dataclasses.replace(VOTER, seat=seat_of("b", life="11")), "", True),
+        (dataclasses.replace(VOTER, seat=seat_of("b", life="11")), "11", True),  # a voter's each time
+        (VOTER, "11", False),
+        (dataclasses.replace(VOTER, seat=seat_of("a", life="11")), "", False),
+        (dataclasses.replace(VOTER, seat=seat_of("b", life="22")), "", False),
+        (dataclasses.replace(VOTER, seat=seat_of("b", digest(b"other"), "11")), "", False),
+        (dataclasses.replace(OWN, seat=seat_of("c")), None, True),
+        (OWN, None, False),
+        (OWN, "", True),
+        (dataclasses.replace(OWN, seat=seat_of("c")), "", False),  # one text for one value
+        (OWN, "11", False),  # another disk than the record before says
+    ],
+)
+def test_nobody_is_named_on_a_disk_without_its_own_word(line, seats, is_good):
+    """`seats`: the life under which the record before names it; None: it does not."""
+    lines = {p.peer: p for p in (*body_of("abc").members, line)}
+    body = dataclasses.replace(body_of("abc"), members=tuple(lines[p] for p in "abc"))
+    known = frozenset() if seats is None else frozenset({(line.peer, seats)})
+    at = place("abc")._replace(seats=known)
+    assert c.body_fault(body, at, 1.0, CRYPTO) == (None if is_good else "seat")
+    bare = tuple(dataclasses.replace(one, seat="") for one in body.members)
+    forced = dataclasses.replace(body, members=bare, forced=True)
+    assert c.body_fault(forced, at, 1.0, CRYPTO) is None
+    if line.seat:
+        assert c.body_fault(dataclasses.replace(body, forced=True), at, 1.0, CRYPTO) == "seat"
+
+
+def test_a_place_knows_whom_its_record_names_and_on_which_disk():
+    at = place("abc")
+    members = (*body_of("ab").members, c.Member("d", 0, "", "11", seat="any"))
+    record = signed(dataclasses.replace(body_of("ab"), members=members), "abc")
+    assert c.next_place(at, record).seats == {("a", ""), ("b", ""), ("d", "11")}
 
 
 def test_signatures_of_another_ballot_or_head_are_none():

@@ -176,7 +176,8 @@ def test_a_leave_that_another_signed_is_refused_and_one_of_a_stranger():
 
 
 def lone_record(signers=("a",), leaver="b", head="ab" * 32, forced=False, electors=("a", "b")):
-    members = (c.Member("a", UNIT, "cd" * 32, "", 1),)
+    seat = "" if forced else SimCrypto("a").sign(c.seat_message("ab" * 32, ""))
+    members = (c.Member("a", UNIT, "cd" * 32, "", 1, seat),)
     at = c.Place(3, "ab" * 32, electors, ROLL, c.Standing(3, electors, ROLL, (), 0, 0))
     body = c.Body("ef" * 32, 4, "ab" * 32, "12" * 32, members, "34" * 32, forced)
     record = signed(body, signers)

@@ -1,9 +1,12 @@
 """Whose word takes a node to a higher ballot: what an elector can do with it, and what it costs a run."""
 
+from dataclasses import replace
+
 import pytest
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.chain import seat_message, seat_of
 from tapestry.node.protocol.messages import Call, Closing, Member, Roster, Stage, Status
 from tapestry.node.protocol.movers import FREE, OWN_MORE, REPAID, Movers
 from tapestry.node.protocol.round import NARROW, Round
@@ -131,16 +134,11 @@ def alone(world: World, leader: str) -> Roster:
     members = []
     for node in nodes(world)[:3]:
         mine = node.core.round.exchange.mine
-        lone = node.name == leader
-        members.append(
-            Member(
-                node.name,
-                mine.weight if lone else 0,
-                mine.contribution if lone else "",
-                node.disk.life,
-                mine.weight if lone else 0,
-            )
-        )
+        member = Member(node.name, 0, "", node.disk.life)
+        if node.name == leader:
+            member = replace(member, weight=mine.weight, contribution=mine.contribution, tokens=mine.weight)
+        said = node.crypto.sign(seat_message(round_.head, node.disk.life))
+        members.append(replace(member, seat=seat_of(round_.state.at, member, False, said)))
     state = round_.state
     reducers = tuple(i for i, m in enumerate(members) if m.peer != leader)[:1] * 3
     return Roster(
@@ -213,7 +211,8 @@ def test_who_gets_on_in_another_ballot_hides_no_stall_of_ours(ahead, counts):
     world.until(
         lambda: all(n.core.round and n.core.round.stage == Stage.EXCHANGING for n in nodes(world)), 60
     )
-    node, other = nodes(world)[:2]
+    node = next(n for n in nodes(world) if not n.core.round.exchange.owing())  # it averages nothing
+    other = next(n for n in nodes(world) if n is not node)
     round_ = node.core.round
     at, ballot = round_.state.progress_at, round_.ballot + ahead
     status = Status(round_.epoch, round_.head, round_.epoch, "x", Stage.EXCHANGING, ballot, 10**6, ())

@@ -317,12 +317,12 @@ def island_counts_as_full() -> list[Patch]:
     return [(chain_module, "_next_standing", full)]
 
 
-@plant("whoever is named has a seat, whether it said so or not", 0)
+@plant("whoever is named has a seat, whether it said so or not", 3)
 def seats_unchecked() -> list[Patch]:
     return [(chain_module, "_seats_fault", lambda *args: None)]
 
 
-@plant("a leader names whoever says READY, with a word that holds or without", 0)
+@plant("a leader names whoever says READY, with a word that holds or without", 126)
 def ready_seats_unchecked() -> list[Patch]:
     return [(Leader, "seat_fault", lambda self, peer, ready: None)]
 

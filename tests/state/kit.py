@@ -8,7 +8,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,17 @@ from tapestry.node.disk.checkpoints import Checkpoints
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.chain import (
+    Body,
+    Chain,
+    Member,
+    Record,
+    accept_message,
+    found,
+    head_of,
+    seat_message,
+    seat_of,
+)
 from tapestry.node.protocol.members import UNIT, Change, change_message, rollback_value
 from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
@@ -119,12 +129,14 @@ class Run:
         return [codec.encode(torch.randn(s.n, generator=self.rng)) for s in self.state.arithmetic.shards]
 
     def next_record(self, payloads: list[Tensor], changes: tuple[Change, ...] = ()) -> Record:
+        member = Member(IDENTITY.peer_id, UNIT, "c0" * 32, "", 7)
+        word = CRYPTO.sign(seat_message(self.chain.head, ""))
         body = Body(
             run_id=self.chain.genesis.run_id,
             epoch=self.chain.epoch + 1,
             prev=self.chain.head,
             state_digest=self.digest,
-            members=(Member(IDENTITY.peer_id, UNIT, "c0" * 32, "", 7),),
+            members=(replace(member, seat=seat_of(self.chain.place, member, False, word)),),
             result=result_digest(payloads),
             changes=changes,
         )

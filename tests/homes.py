@@ -19,7 +19,16 @@ from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.chain import (
+    Body,
+    Chain,
+    Member,
+    Record,
+    accept_message,
+    draw_message,
+    found,
+    head_of,
+)
 from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.spec.run import MembersSpec, RunSpec, new_spec
 from tapestry.node.spec.training import (
@@ -128,9 +137,11 @@ class MadeHome:
         )
         crypto = NodeCrypto(self.identities[0])
         head = head_of(body, crypto)
-        message = accept_message(head, 0)
-        signatures = [(one.peer_id, NodeCrypto(one).sign(message)) for one in identities]
-        record = Record(body, head, 0, tuple(sorted(signatures)))
+        votes, draws = (
+            tuple(sorted((one.peer_id, NodeCrypto(one).sign(message)) for one in identities))
+            for message in (accept_message(head, 0), draw_message(head))
+        )
+        record = Record(body, head, 0, votes, None, draws)
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)
         self.chain.append(record)

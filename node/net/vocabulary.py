@@ -273,6 +273,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "result": (_same, _hex(64)),
         "agreement": (agreement_to_list, agreement_from),
         "signature": (_same, _text(256)),
+        "draw": (_same, _text(256)),
     },
     Refuse: {
         "epoch": (_same, _EPOCH),

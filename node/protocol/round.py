@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import UNPROVEN, names_few
-from tapestry.node.protocol.chain import Behind, Place, Record, accept_message
+from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, draw_message
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
 from tapestry.node.protocol.events import (
@@ -427,6 +427,8 @@ class Round:
             self._accuse_of_two(peer, known, accept)
             return "equivocation"
         if known is None:
+            if not self.ctx.crypto.verify(peer, accept.draw, draw_message(accept.body_head)):
+                return "draw"
             state.accepts[peer] = accept
             state.refusals.pop(peer, None)
             self.exchange.progress += 1

@@ -22,7 +22,16 @@ from tapestry.node.disk.checkpoints import Checkpoints
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, found, head_of
+from tapestry.node.protocol.chain import (
+    Body,
+    Chain,
+    Member,
+    Record,
+    accept_message,
+    draw_message,
+    found,
+    head_of,
+)
 from tapestry.node.protocol.members import UNIT, Change, change_message, rollback_value
 from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
@@ -129,8 +138,8 @@ class Run:
             changes=changes,
         )
         head = head_of(body, CRYPTO)
-        signature = CRYPTO.sign(accept_message(head, 0))
-        return Record(body, head, 0, ((IDENTITY.peer_id, signature),))
+        vote, draw = CRYPTO.sign(accept_message(head, 0)), CRYPTO.sign(draw_message(head))
+        return Record(body, head, 0, ((IDENTITY.peer_id, vote),), None, ((IDENTITY.peer_id, draw),))
 
     def save(self) -> Path:
         return self.checkpoints.save(self.state, self.digest).path

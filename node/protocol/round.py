@@ -49,6 +49,7 @@ from tapestry.node.protocol.watch import Watch
 __all__ = ["Outcome", "Round"]
 
 NARROW = "narrow"  # why a roster is not followed: it names few, and only one leader says so
+UNHEEDED = "unheeded"  # why not either: its leader was told of an accepted value, and has not proposed it
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
@@ -369,6 +370,9 @@ class Round:
         if self._decides_alone(peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
+        if self._leaves_accepted(peer, roster, now):
+            self._next_ballot(now, UNHEEDED)
+            return "unheeded"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
@@ -392,6 +396,23 @@ class Round:
         state.narrowed[leader] = None
         return len(state.narrowed) < 2
 
+    def _leaves_accepted(self, leader: str, roster: Roster, now: float) -> bool:
+        """Whether this leader makes another value of a round in which we accepted one, has not tried that one
+        long enough to find that nobody gives it, and no other leader does the same.
+
+        Whom a roster names has told it so in READY. Another value has another head, and so other draws: a
+        leader could lie, see who would look at it, and begin anew. With a gate it may have to (leader.py).
+        """
+        state = self.state
+        if state.vote.accepted is None or roster.forced or self.ctx.rules.gate_margin is not None:
+            return False
+        if self.ctx.me not in state.voters:
+            return False
+        if now - state.proposed.get(leader, now) >= self.ctx.rules.stall_s / 2:
+            return False
+        state.unheeding[leader] = None
+        return len(state.unheeding) < 2
+
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state
         if propose.ballot < state.ballot or state.forced or self._out_of_reach(propose.ballot, now):
@@ -411,6 +432,8 @@ class Round:
             if not self._goes_along(peer, propose.ballot, now):
                 return None
             self.acceptor.enter(propose.ballot, now)
+        if propose.body == state.vote.accepted:
+            state.proposed.setdefault(peer, now)
         self.acceptor.promise()
         self._follow(propose, now)
         return None

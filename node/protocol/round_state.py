@@ -66,6 +66,8 @@ class RoundState:
         self.roster_ballot = -1  # the last in which its leader sent us a roster, fit to be followed or not
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
         self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
+        self.proposed: dict[str, float] = {}  # leaders that proposed what we had accepted, and when first
+        self.unheeding: dict[str, None] = {}  # leaders that named others anew where we had accepted a value
         # the gate, of this round
         self.refused = ""  # head of the body that we refused last
         self.furthest: dict[str, str] = {}  # head of a result -> whose contribution differs most in it

@@ -41,6 +41,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *(
         "not_leader",
         "narrow",
+        "unheeded",
         "not_reducer",
         "not_elector",
         "roster",

@@ -14,8 +14,9 @@ from tapestry.node.protocol import chain as c
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import due_shards, looks_at
 from tapestry.node.protocol.core import Core
-from tapestry.node.protocol.leader import Leader
+from tapestry.node.protocol.leader import GATE, Leader
 from tapestry.node.protocol.messages import Accept, Commit, Records, Stage
+from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import Sync
 
@@ -45,13 +46,14 @@ def goes_on(world: World, epochs: int = 3, limit_s: float = 60.0) -> None:
 # --- drawing again ----------------------------------------------------------------------------------
 
 
-def led(redraws: bool, for_s: float) -> tuple[dict[str, bool], int]:
+def led(redraws: bool, for_s: float, anew: bool = False) -> tuple[dict[str, bool], int]:
     """Rounds that the liar decides: head -> whether somebody looks at a shard of its own. With `redraws` it
-    decides when nobody does, or in the last of its ballots; how many it gave up for that is told beside."""
+    decides when nobody does, or in the last of its ballots; how many it gave up for that is told beside. With
+    `anew` it proposes no value again, but names a contributor less, so that there is another head."""
     world = swarm(shard_count=SHARDS, audit_share=SHARE)
     decided: dict[str, bool] = {}
     tries: dict[str, int] = {}
-    try_commit = Leader.try_commit
+    try_commit, accepted = Leader.try_commit, Leader._accepted
 
     def is_drawn(record: c.Record) -> bool:
         core = world.nodes[LIAR].core
@@ -65,13 +67,18 @@ def led(redraws: bool, for_s: float) -> tuple[dict[str, bool], int]:
         record = self.state.decided
         if record is None or self.ctx.me != LIAR:
             return
-        decided[record.head] = is_drawn(record)
-        if redraws and decided[record.head] and tries.get(record.head, 0) < REDRAWS_MAX:
-            tries[record.head] = tries.get(record.head, 0) + 1
+        prev = record.body.prev
+        decided[prev] = is_drawn(record)
+        if redraws and decided[prev] and tries.get(prev, 0) < REDRAWS_MAX:
+            tries[prev] = tries.get(prev, 0) + 1
             self.state.decided = None
+            self.excluded = {f"p{tries[prev] % 3}": GATE} if anew else {}
             self.open_next(now)
 
-    with patch.object(Leader, "try_commit", again):
+    def proposes(self: Leader) -> c.Body | None:
+        return None if anew and self.ctx.me == LIAR else accepted(self)
+
+    with patch.object(Leader, "try_commit", again), patch.object(Leader, "_accepted", proposes):
         until = world.now + for_s
         world.until(lambda: world.now >= until, for_s + 5.0)
     return decided, sum(tries.values())
@@ -90,6 +97,17 @@ def test_a_leader_whose_lie_is_drawn_cannot_have_it_drawn_again():
     with planted("draws_by_ballot"), patch("simulation.invariants.Invariants._check_draws"):
         free, _ = led(redraws=True, for_s=60.0)
     assert share(free) < share(honest) / 1.5  # so much a draw by ballots would give away
+
+
+def test_a_leader_that_makes_another_value_instead_is_not_followed():
+    """Before: in 4 of 13 rounds."""
+    honest, _ = led(redraws=False, for_s=100.0)
+    again, redraws = led(redraws=True, for_s=100.0, anew=True)
+    assert len(again) > 5 and redraws
+    assert share(again) >= share(honest) / 1.5
+    with patch.object(Round, "_leaves_accepted", lambda self, leader, roster, now: False):
+        free, _ = led(redraws=True, for_s=100.0, anew=True)
+    assert share(free) < share(honest) / 1.5
 
 
 def test_a_vote_with_a_false_draw_is_refused():

@@ -125,7 +125,7 @@ class FakeNode:
         prev = RUN_ID if epoch == 1 else _digest((self.shared / f"{epoch - 1}.json").read_text())
         members = tuple(Member(f"peer{number}", 100, "ab" * 32) for number in self._alive())
         body = Body(RUN_ID, epoch, prev, _state_digest(epoch - 1), members, "cd" * 32)
-        return seal({"body": body_to_dict(body), "ballot": 0, "signatures": []}).decode()
+        return seal({"body": body_to_dict(body), "ballot": 0, "signatures": [], "draws": []}).decode()
 
     def _follow(self) -> None:
         """Copy what is committed into our own chain, then show it."""

@@ -25,6 +25,7 @@ from tapestry.node.protocol.chain import (
     Member,
     Record,
     accept_message,
+    draw_message,
     found,
     head_of,
     seat_message,
@@ -144,9 +145,11 @@ class MadeHome:
         )
         crypto = NodeCrypto(self.identities[0])
         head = head_of(body, crypto)
-        message = accept_message(head, 0)
-        signatures = [(one.peer_id, NodeCrypto(one).sign(message)) for one in identities]
-        record = Record(body, head, 0, tuple(sorted(signatures)))
+        votes, draws = (
+            tuple(sorted((one.peer_id, NodeCrypto(one).sign(message)) for one in identities))
+            for message in (accept_message(head, 0), draw_message(head))
+        )
+        record = Record(body, head, 0, votes, None, draws)
         self.store.write_update(epoch, head, payloads)
         self.store.append_record(record)
         self.chain.append(record)

@@ -276,6 +276,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "result": (_same, _hex(64)),
         "agreement": (agreement_to_list, agreement_from),
         "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
+        "draw": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Refuse: {
         "epoch": (_same, _EPOCH),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.chain import Body, accept_message, head_of, seat_message
+from tapestry.node.protocol.chain import Body, accept_message, draw_message, head_of, seat_message
 from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
 from tapestry.node.protocol.round_state import RoundState
@@ -179,9 +179,9 @@ class Acceptor:
             self.ctx.send(self.state.leader, self._vote_for(body, self.state.accepted_head))
 
     def _vote_for(self, body: Body, head: str) -> Accept:
-        state = self.state
-        signature = self.ctx.crypto.sign(accept_message(head, state.ballot))
-        return Accept(state.epoch, state.head, state.ballot, head, body.result, body.agreement, signature)
+        state, sign = self.state, self.ctx.crypto.sign
+        vote, draw = sign(accept_message(head, state.ballot)), sign(draw_message(head))
+        return Accept(state.epoch, state.head, state.ballot, head, body.result, body.agreement, vote, draw)
 
 
 def body_of(state: RoundState, roster: Roster, result: str, agreement: Agreement) -> Body:

@@ -5,9 +5,10 @@ A reducer could send everybody the same wrong mean, and all would hold the same 
     committed   a contribution's name is the root of a tree over its shards (commitment.py): who has the name
                 can check any one shard of it, and nobody can show another shard under that name
     signed      a reducer signs the digest of the mean it made, with the head and the inputs it made it of
-    drawn       what each voter looks at follows from its own signature of the record, which nobody else knows
-                before it has voted: a reducer that sends its mean last knows the head, and could choose among
-                many, but not what is drawn (RFC 8032: one message has one signature)
+    drawn       what each voter looks at follows from its own signature of the record's head (draw_message),
+                which nobody else knows before it has voted: a reducer that sends its mean last knows the
+                head, and could choose among many, but not what is drawn (RFC 8032: one message has one
+                signature). Votes have a ballot in them, which a leader chooses, and draw nothing
     audited     the auditor asks the contributors for their shards of those, averages them again, and
                 compares; of whom it gets nothing it asks the reducer, and then another auditor tries
     carried     a result that a member accepted and others lack comes with its signatures (`means_fault`): so
@@ -58,7 +59,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What the signatures of a record draw, as one member sees it."""
+    """What a record draws, as one member sees it."""
 
     orders: tuple[Order, ...]  # those that this node looks at
     seconds: tuple[Order, ...] = ()  # and those that it looks at if it is asked to, by who cannot
@@ -103,14 +104,15 @@ def means_fault(body: Body, means: Sequence[SignedMean], shard_count: int, crypt
 
 
 def looks_at(
-    auditor: str, signatures: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
+    auditor: str, draws: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
 ) -> tuple[int, ...]:
-    """The shards that one of those who signed a record averages again, drawn by its own signature.
+    """The shards that one of those who signed a record averages again, by its own draw. `draws`: Record's.
 
-    All of them together look at about `share` of the shards. Sorted; nothing if it did not sign, or alone.
+    All of them together look at about `share` of the shards. Sorted; nothing if it did not sign, or alone, or
+    if its draw was false ("").
     """
-    own, others = dict(signatures).get(auditor), len(signatures) - 1
-    if own is None or not others:
+    own, others = dict(draws).get(auditor), len(draws) - 1
+    if not own or not others:
         return ()
     expected = min(share / others, 1.0) * shard_count
     lots = [
@@ -121,10 +123,10 @@ def looks_at(
 
 
 def due_shards(
-    signatures: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
+    draws: Sequence[tuple[str, str]], shard_count: int, share: float, crypto: Crypto
 ) -> tuple[int, ...]:
     """What somebody looks at: these are kept."""
-    found = (looks_at(peer, signatures, shard_count, share, crypto) for peer, _ in signatures)
+    found = (looks_at(peer, draws, shard_count, share, crypto) for peer, _ in draws)
     return tuple(sorted(set().union(*found)))
 
 
@@ -138,11 +140,11 @@ def second_auditor(
 
 def draw(me: str, record: Record, means: Sequence[SignedMean], share: float, crypto: Crypto) -> Draw:
     """What `me` looks at of this record, and what it looks at if it is asked to. `means`: of every shard."""
-    signatures, count = record.signatures, len(means)
+    draws, count = record.draws, len(means)
     peers = [m.peer for m in record.body.members]
     orders, seconds = [], []
-    for auditor, _ in signatures:
-        for shard in looks_at(auditor, signatures, count, share, crypto):
+    for auditor, _ in draws:
+        for shard in looks_at(auditor, draws, count, share, crypto):
             reducer = means[shard].reducer
             if auditor == me != reducer:
                 orders.append(Order(shard, *means[shard]))

@@ -43,6 +43,7 @@ from tapestry.node.protocol.record import behind_to_list as behind_to_list
 from tapestry.node.protocol.record import body_from_dict as body_from_dict
 from tapestry.node.protocol.record import body_to_dict as body_to_dict
 from tapestry.node.protocol.record import changes_from as changes_from
+from tapestry.node.protocol.record import draw_message as draw_message
 from tapestry.node.protocol.record import found as found
 from tapestry.node.protocol.record import genesis_from_dict as genesis_from_dict
 from tapestry.node.protocol.record import genesis_to_dict as genesis_to_dict
@@ -274,7 +275,8 @@ def check_record(
     An ordinary record needs one ballot's signatures of a quorum, and its members must hold a quorum too, so
     that electorates overlap from round to round; of two electors one may have left (handover.py). A forced
     one needs the signature of every member it names, one of the electorate among them, and a run that lets an
-    island go on. Only members sign anything.
+    island go on. Only members sign anything. Of the draws only the form is checked: who audits the record
+    checks their signatures (`false_draws`), so that history costs one signature a voter.
     """
     body, electorate = record.body, at.electorate
     fault = body_fault(body, at, max_influence, crypto)
@@ -302,10 +304,18 @@ def check_record(
             raise InvalidRecord("unsigned", f"record {body.epoch}: {count} signed, need {need}")
     if not signers <= members.union(electorate):
         raise InvalidRecord("unsigned", f"record {body.epoch} is signed by a stranger")
+    if [peer for peer, _ in record.draws] != [peer for peer, _ in record.signatures]:
+        raise InvalidRecord("draw", f"record {body.epoch} has not one draw for each of its signatures")
     message = accept_message(record.head, record.ballot)
     for peer, signature in record.signatures:
         if not crypto.verify(peer, signature, message):
             raise InvalidRecord("signature", f"record {body.epoch}: bad signature of {peer}")
+
+
+def false_draws(record: Record, crypto: Crypto) -> tuple[str, ...]:
+    """Whose draw in `record` is not theirs: none in one that an honest leader made."""
+    message = draw_message(record.head)
+    return tuple([p for p, signature in record.draws if not crypto.verify(p, signature, message)])
 
 
 class Past(Protocol):

@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tapestry.node.protocol.chain import Chain, Crypto, InvalidRecord, Record, Tip, behind_of, next_place
+from tapestry.node.protocol.chain import (
+    Chain,
+    Crypto,
+    InvalidRecord,
+    Record,
+    Tip,
+    behind_of,
+    false_draws,
+    next_place,
+)
 from tapestry.node.protocol.context import Context, PeerView
 from tapestry.node.protocol.drawn import audit_of
 from tapestry.node.protocol.events import (
@@ -291,7 +300,8 @@ class Core:
             )
             self.ctx.count_missed(round_.epoch, round_.head, contributors, late)
             fetched = round_.acceptor.fetched.get(record.head, ())
-            audit = audit_of(self.ctx, round_.state.at.roll, round_.exchange, record, fetched)
+            drawn = self.sync.with_true_draws(record)
+            audit = audit_of(self.ctx, round_.state.at.roll, round_.exchange, drawn, fetched)
             if audit is not None:
                 self.ctx.emit(audit)
         self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
@@ -637,6 +647,8 @@ class Core:
             self.sync.check_next(record)
         except InvalidRecord as e:
             return e.reason
+        if false_draws(record, self.ctx.crypto):
+            return "draw"
         if body.forced and self.sync.holds_back(
             next_place(self.chain.place, record), now, votes=not self._stands_by()
         ):
@@ -646,7 +658,8 @@ class Core:
 
     def on_records(self, peer: str, message: Records, now: float) -> str | None:
         head = self.chain.head
-        added = self.sync.on_records(peer, message, now, votes=not self._stands_by())
+        in_round, votes = self.round is not None, not self._stands_by()
+        added = self.sync.on_records(peer, message, now, votes, in_round)
         if self.chain.head != head and added:
             extends = added[0].body.prev == head
             self._end_round(added[0] if extends else None, now)

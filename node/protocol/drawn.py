@@ -1,4 +1,4 @@
-"""What the signatures of a record draw of its round, at this node: what to keep, what to look at.
+"""What a record draws of its round, at this node: what to keep, what to look at.
 
 Kept are the shards of our own contribution that are drawn, whether or not we had the whole result when the
 record came: who is late is audited as well. And of the shards that we averaged ourselves, everybody's inputs:
@@ -34,7 +34,7 @@ def audit_of(
     `fetched`: who made the record's result, where we got it from a member that had accepted it.
     """
     body, share = record.body, share_of(roll, ctx.rules)
-    due = due_shards(record.signatures, ctx.rules.shard_count, share, ctx.crypto) if share else ()
+    due = due_shards(record.draws, ctx.rules.shard_count, share, ctx.crypto) if share else ()
     if not due:
         return None
     kept = [*_own(ctx, exchange, record, due), *_averaged(ctx, exchange, record, due)]

@@ -362,7 +362,7 @@ class ExchangeBegan:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A record was made: what its signatures draw of what we have (drawn.py). Before EndRound."""
+    """A record was made: what it draws of what we have (drawn.py). Before EndRound."""
 
     record: Record
     digests: tuple[str, ...]  # of the result's shards; () if we do not have it, and then there are no orders

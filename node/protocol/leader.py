@@ -568,8 +568,9 @@ class Leader:
                 return
             named = {m.peer for m in body.members} | set(state.electorate)
             signatures = tuple((p, votes[p].signature) for p in sorted(votes) if p in named)
-            alone = commit_gap(body, votes, state.electorate) is not None
-            state.decided = Record(body, head, state.ballot, signatures, state.handover if alone else None)
+            draws = tuple((p, votes[p].draw) for p, _ in signatures)
+            left = state.handover if commit_gap(body, votes, state.electorate) is not None else None
+            state.decided = Record(body, head, state.ballot, signatures, left, draws)
             return
 
     def named_by(self, head: str, votes: dict[str, Accept]) -> Body | None:

@@ -123,7 +123,8 @@ class Accept:
     body_head: str  # of the body that is accepted: record epoch + 1
     result: str  # its result digest and
     agreement: Agreement  # figures, so that a leader who lacks the result can name the body
-    signature: str
+    signature: str  # of record.accept_message
+    draw: str  # of record.draw_message: the same in every ballot
 
 
 @dataclass(frozen=True, slots=True)

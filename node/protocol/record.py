@@ -7,6 +7,9 @@ A signature covers the head *and the ballot*. Without the ballot, accepts of one
 be added up to a quorum that no ballot ever had (Lamport, "Paxos Made Simple", 2001, section 2.2: a value is
 chosen when a majority accepted *one proposal*, number included).
 
+Beside its vote a voter signs the head alone: its *draw*, which decides the shards that it audits. It has no
+ballot in it, so that a leader which proposes one value in two ballots gets the same draws (decision 014).
+
 A body carries the digest of state e, the state *before* its update: every member has had a whole epoch to
 compute it, so it costs nothing on the critical path, and a member whose arithmetic went astray is found
 before it contributes (docs/decisions/001-state-digest.md).
@@ -110,6 +113,7 @@ class Record:
     ballot: int
     signatures: tuple[tuple[str, str], ...]  # (peer, signature), sorted by peer
     handover: Handover | None = None  # in the place of a second vote
+    draws: tuple[tuple[str, str], ...] = ()  # (peer, signature of draw_message), one for each of `signatures`
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,19 +194,24 @@ def record_to_dict(record: Record) -> dict[str, Any]:
         "body": body_to_dict(record.body),
         "ballot": record.ballot,
         "signatures": [list(pair) for pair in record.signatures],
+        "draws": [list(pair) for pair in record.draws],
         **handover,
     }
 
 
 def wire_bytes(member_count: int, signature_count: int, changes_bytes: int = CHANGES_BYTES_MAX) -> int:
-    """No record with so many takes more in msgpack: `record_to_dict` of the longest values."""
+    """No record with so many takes more in msgpack: `record_to_dict` of the longest values.
+
+    `signature_count`: votes and draws, of this record and of the one before.
+    """
     return 512 + (192 + SEAT_BYTES) * member_count + 192 * signature_count + changes_bytes
 
 
 def record_bytes(record: Record) -> int:
     """No less than what `record` takes in msgpack."""
     body = record.body
-    signatures = len(record.signatures) + (len(body.behind.signatures) if body.behind is not None else 0)
+    signatures = len(record.signatures) + len(record.draws)
+    signatures += len(body.behind.signatures) if body.behind is not None else 0
     signatures += 2 * (record.handover is not None)  # it is that long
     bare = sum(not m.seat for m in body.members)
     changes_bytes = sum(change_bytes(c) for c in body.changes)
@@ -240,12 +249,13 @@ def record_from_dict(raw: Any, crypto: Crypto) -> Record:
 
 def _record_from(raw: Any, crypto: Crypto) -> Record:
     handed = isinstance(raw, dict) and "handover" in raw
-    fields = table(raw, ("body", "ballot", "signatures", *(("handover",) if handed else ())), "record")
+    names = ("body", "ballot", "signatures", "draws")
+    fields = table(raw, (*names, *(("handover",) if handed else ())), "record")
     body = _body_from(fields["body"])
-    signatures = pairs_from(fields["signatures"], "signatures")
+    signatures, draws = pairs_from(fields["signatures"], "signatures"), pairs_from(fields["draws"], "draws")
     ballot = integer(fields["ballot"], 0, BALLOT_MAX, "ballot")
     handover = _handover_from(fields["handover"]) if handed else None
-    return Record(body, sys.intern(head_of(body, crypto)), ballot, signatures, handover)
+    return Record(body, sys.intern(head_of(body, crypto)), ballot, signatures, handover, draws)
 
 
 def _handover_from(raw: Any) -> Handover:
@@ -347,6 +357,11 @@ def accept_message(head: str, ballot: int) -> bytes:
 def seat_message(head: str, life: str) -> bytes:
     """What a READY signs: the sender takes part in the round from `head`, and its votes lie on this disk."""
     return b"tapestry seat v1\0%s\0%s" % (head.encode(), life.encode())
+
+
+def draw_message(head: str) -> bytes:
+    """What else an ACCEPT signs, in any ballot: which shards its sender audits follows from it."""
+    return b"tapestry draw v1\0" + head.encode()
 
 
 # --- fields -----------------------------------------------------------------------------------------

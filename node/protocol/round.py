@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import UNPROVEN
-from tapestry.node.protocol.chain import Behind, Place, Record, accept_message
+from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, draw_message
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
 from tapestry.node.protocol.events import (
@@ -50,6 +50,7 @@ from tapestry.node.protocol.watch import Watch
 __all__ = ["Outcome", "Round"]
 
 NARROW = "narrow"  # why a roster is not followed: narrow.py
+UNHEEDED = "unheeded"  # why not either: its leader was told of an accepted value, and has not proposed it
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
@@ -370,9 +371,29 @@ class Round:
         if not is_followed(state, peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
+        if self._leaves_accepted(peer, roster, now):
+            self._next_ballot(now, UNHEEDED)
+            return "unheeded"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
+
+    def _leaves_accepted(self, leader: str, roster: Roster, now: float) -> bool:
+        """Whether this leader makes another value of a round in which we accepted one, has not tried that one
+        long enough to find that nobody gives it, and no other leader does the same.
+
+        Whom a roster names has told it so in READY. Another value has another head, and so other draws: a
+        leader could lie, see who would look at it, and begin anew. With a gate it may have to (leader.py).
+        """
+        state = self.state
+        if state.vote.accepted is None or roster.forced or self.ctx.rules.gate_margin is not None:
+            return False
+        if self.ctx.me not in state.voters:
+            return False
+        if now - state.proposed.get(leader, now) >= self.ctx.rules.stall_s / 2:
+            return False
+        state.unheeding[leader] = None
+        return len(state.unheeding) < 2
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state
@@ -393,6 +414,8 @@ class Round:
             if not self._goes_along(peer, propose.ballot, now):
                 return None
             self.acceptor.enter(propose.ballot, now)
+        if propose.body == state.vote.accepted:
+            state.proposed.setdefault(peer, now)
         self.acceptor.promise()
         self._follow(propose, now)
         return None
@@ -409,6 +432,8 @@ class Round:
             self._accuse_of_two(peer, known, accept)
             return "equivocation"
         if known is None:
+            if not self.ctx.crypto.verify(peer, accept.draw, draw_message(accept.body_head)):
+                return "draw"
             state.accepts[peer] = accept
             state.refusals.pop(peer, None)
             self.exchange.progress += 1

@@ -70,6 +70,8 @@ class RoundState:
         self.leave_out: dict[str, None] = {}  # leaders that left out electors whom we hear
         self.shut_out: dict[str, None] = {}  # whom they left out: narrow.py
         self.pretenders: dict[str, None] = {}  # leaders that said they exchange, and nobody else did
+        self.proposed: dict[str, float] = {}  # leaders that proposed what we had accepted, and when first
+        self.unheeding: dict[str, None] = {}  # leaders that named others anew where we had accepted a value
         # the gate, of this round
         self.refused = ""  # head of the body that we refused last
         self.furthest: dict[str, str] = {}  # head of a result -> whose contribution differs most in it

@@ -15,7 +15,7 @@ gave something else is named and left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tapestry.node.protocol.chain import (
     Chain,
@@ -23,6 +23,7 @@ from tapestry.node.protocol.chain import (
     Place,
     Record,
     check_record,
+    false_draws,
     is_majority,
     next_place,
     record_bytes,
@@ -98,6 +99,8 @@ class Sync:
         self.branches: dict[str, Branch] = {}
         self.stuck_since: float | None = None  # since when nobody has given what we lack
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
+        # the record of our own round that was told with false draws, by its head, and since when
+        self.misdrawn: tuple[str, float] = ("", 0.0)
 
     @property
     def at_head(self) -> bool:
@@ -176,6 +179,27 @@ class Sync:
         status = view.status
         return status is None or self.chain.head_at(status.epoch) == status.head
 
+    def _holds_out(self, record: Record, now: float) -> bool:
+        """Whether a record of our own round, given by RECORDS, has to wait for true draws: else a leader
+        could tell contributors other draws than auditors, and they would keep what nobody looks at.
+
+        Who gives it may have been given it so, and is not refused. Those who voted for it decide it again,
+        with their draws, unless nobody but us is left at its head: so it is taken as it is after a time.
+        """
+        if not false_draws(record, self.ctx.crypto):
+            return False
+        if self.misdrawn[0] != record.head:
+            self.misdrawn = record.head, now
+            self.ctx.emit(Note(f"record={record.body.epoch} misdrawn={record.head}"))
+        return now - self.misdrawn[1] < self.ctx.pace.quorum_loss_s()
+
+    def with_true_draws(self, record: Record) -> Record:
+        """A record that we have taken, without what is false of its draws: that draws nothing."""
+        if self.misdrawn[0] != record.head:
+            return record
+        false = false_draws(record, self.ctx.crypto)
+        return replace(record, draws=tuple([(p, "" if p in false else draw) for p, draw in record.draws]))
+
     def on_get_records(self, peer: str, message: GetRecords) -> None:
         for epoch, head in message.known:
             if 0 <= epoch <= self.chain.epoch and self.chain.head_at(epoch) == head:
@@ -208,10 +232,13 @@ class Sync:
         for proof in found_in(ours[0], record, self.ctx.crypto) if ours else ():
             self.ctx.emit(Equivocated(proof))
 
-    def on_records(self, peer: str, message: Records, now: float, votes: bool) -> list[Record] | None:
+    def on_records(
+        self, peer: str, message: Records, now: float, votes: bool, in_round: bool
+    ) -> list[Record] | None:
         """Check what came. Returns the records that became part of the chain; None if it was refused.
 
-        `votes`: as `holds_back` has it. Raises nothing; the caller ends the round if the head moved.
+        `votes`: as `holds_back` has it. `in_round`: whether we are in one from our head. Raises nothing; the
+        caller ends the round if the head moved.
         """
         branch = self.branches.get(peer)
         if branch is not None and message.records and self._had(branch, message):
@@ -255,9 +282,10 @@ class Sync:
             self.branches.pop(peer, None)
             return None
         if records and place is not None and place.tip.beats(self.chain.tip):
-            if self.holds_back(place, now, votes):
+            of_round = in_round and common == self.chain.epoch
+            if self.holds_back(place, now, votes) or (of_round and self._holds_out(records[0], now)):
                 self.branches.pop(peer, None)
-                self.asked_at[peer] = now  # it is asked again when that quorum has had its time
+                self.asked_at[peer] = now  # it is asked again after a while
                 return []
             self.branches.clear()  # they are of forks from a chain that is ours no more
             added = self._switch(common, records)

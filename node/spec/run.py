@@ -501,7 +501,8 @@ def _checked(spec: RunSpec) -> RunSpec:
             "must not be larger"
         )
     members = min(spec.limits.max_peers, MEMBERS_MAX)
-    record_bytes = wire_bytes(members, 3 * members)  # by the electorate before as well, and `behind`
+    votes = 2 * members  # by the electorate before as well
+    record_bytes = wire_bytes(members, 2 * votes + members)  # with as many draws, and `behind`
     if spec.limits.max_control_frame_bytes < record_bytes:
         raise TableError(
             f"limits.max_control_frame_bytes: {spec.limits.max_control_frame_bytes} with limits.max_peers = "

@@ -31,7 +31,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *("forged", "stale", "oversized", "foreign", "malformed", "future"),
     # protocol/chain.py and sync.py: records
     *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record", "forced", "final"),
-    *("handover", "seat"),
+    *("handover", "seat", "draw"),
     # protocol/members.py and proposals.py: who belongs to the run, and what changes that
     *("not_member", "weights", "behind", "changes", "unsigned_change", "void", "done", "member"),
     *("no_member", "invites", "charter", "proposals", "rollback"),
@@ -41,6 +41,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
     *(
         "not_leader",
         "narrow",
+        "unheeded",
         "not_reducer",
         "not_elector",
         "roster",

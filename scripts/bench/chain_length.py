@@ -50,6 +50,7 @@ from tapestry.node.protocol.chain import (
     Place,
     Standing,
     accept_message,
+    draw_message,
     found,
     genesis_place,
     genesis_to_dict,
@@ -268,10 +269,12 @@ def _lines(
             f'"state_digest":"{state}","version":{VERSION}}}'
         )
         head = blake3(body.encode()).hexdigest()
-        message = accept_message(head, 0)
         signers = [founder] if epoch == 1 else range(quorum(len(peers)))
-        signatures = ",".join(f'["{peers[n]}","{sign(n, message)}"]' for n in signers)
-        value = f'{{"ballot":0,"body":{body},"signatures":[{signatures}]}}'.encode()
+        votes, draws = (
+            ",".join(f'["{peers[n]}","{sign(n, message)}"]' for n in signers)
+            for message in (accept_message(head, 0), draw_message(head))
+        )
+        value = f'{{"ballot":0,"body":{body},"draws":[{draws}],"signatures":[{votes}]}}'.encode()
         yield head, b'{"digest":"%s","value":%s}\n' % (blake3(value).hexdigest().encode(), value)
 
 

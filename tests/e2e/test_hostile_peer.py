@@ -23,7 +23,7 @@ from tapestry.compression.shards import shard_bounds
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol.agreement import ALIKE
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.protocol.chain import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.messages import (
     Accept,
     Commit,
@@ -107,14 +107,15 @@ async def forged_votes(enemy: Enemy) -> None:
         body = Body(enemy.run_id, epoch + 1, head, status["state_digest"], (Member(me, 1, TOKEN),), "ab" * 32)
         new_head = head_of(body, enemy.crypto)
         signature = enemy.crypto.sign(accept_message(new_head, 0))
-        record = Record(body, new_head, 0, ((me, signature),))
-        stolen = Record(body, new_head, 0, ((enemy.victim, signature),))
+        draw = enemy.crypto.sign(draw_message(new_head))
+        record = Record(body, new_head, 0, ((me, signature),), None, ((me, draw),))
+        stolen = Record(body, new_head, 0, ((enemy.victim, signature),), None, ((enemy.victim, draw),))
         await enemy.open(
             "control",
             said(
                 Ready(epoch, head, 0, False, "00" * 32, TOKEN, 2**40, 1.0, -1, None),
-                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, signature),
-                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, "00"),
+                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, signature, draw),
+                Accept(epoch, head, 0, new_head, "ab" * 32, ALIKE, "00", draw),
                 Commit(record),
                 Commit(stolen),
                 Records(epoch, (record,)),

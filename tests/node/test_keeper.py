@@ -19,7 +19,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.uses import note_use, spans
 from tapestry.node.net.transfer import TransferLimits
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, head_of
+from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
 from tapestry.node.protocol.members import Change, change_message, rollback_value
@@ -76,8 +76,9 @@ class Run:
             changes=tuple([self.signed(chain.genesis.run_id, change) for change in changes]),
         )
         head = head_of(body, self.crypto)
-        signature = self.crypto.sign(accept_message(head, 0))
-        record = Record(body, head, 0, ((self.identity.peer_id, signature),))
+        signature, draw = (self.crypto.sign(said) for said in (accept_message(head, 0), draw_message(head)))
+        me = self.identity.peer_id
+        record = Record(body, head, 0, ((me, signature),), None, ((me, draw),))
         chain.check(record, self.crypto)
         keeper.write_update(body.epoch, head, [*map(ResultPayload, payloads)], ())
         keeper.append_record(record)

@@ -37,7 +37,9 @@ MEMBERS = (chain.Member("a", 5, TOKEN, "", 7), chain.Member("b", 0, "", LIFE, se
 CHANGE = members.Change("admit", "c", "Carla", 70, "cd" * 16, (("a", "00"),))
 BEHIND = chain.Behind(1, (("a", "00"),))
 BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD, changes=(CHANGE,), behind=BEHIND)
-RECORD = chain.Record(BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")))
+RECORD = chain.Record(
+    BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")), None, (("a", "22"), ("b", "33"))
+)
 
 CONTROL = [
     messages.Status(6, HEAD, 6, "training", messages.Stage.READY, 2, 9, ("a", "b")),
@@ -47,7 +49,7 @@ CONTROL = [
     messages.Closing(6, HEAD, 2),
     messages.Roster(6, HEAD, 2, False, HEAD, MEMBERS, (0, 1, 1), (CHANGE,), BEHIND),
     messages.Propose(6, HEAD, 2, BODY, ("a",)),
-    messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa"),
+    messages.Accept(6, HEAD, 2, HEAD, HEAD, Agreement(-5, 6, 7), "aa", "bb"),
     messages.Refuse(6, HEAD, 2, HEAD, 0.25),
     messages.Leave(6, HEAD, "ef" * 64),
     messages.Seat(6, HEAD, "cd" * 16, "ef" * 64),
@@ -130,9 +132,9 @@ def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers, seat):
     named = tuple(chain.Member(p, most, TOKEN, LIFE, most, seat) for p in peers[:count])
     body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
     signatures = tuple((p, "ef" * 64) for p in peers[:signers])
-    record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures)
+    record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures, None, signatures)
     header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
-    reckoned = chain.wire_bytes(count, signers, 0) if seat else chain.record_bytes(record)
+    reckoned = chain.wire_bytes(count, 2 * signers, 0) if seat else chain.record_bytes(record)
     assert 0.8 * reckoned < len(header) <= reckoned
 
 

@@ -18,6 +18,7 @@ from tapestry.node.protocol.chain import (
     Member,
     Record,
     accept_message,
+    draw_message,
     head_of,
 )
 from tapestry.node.protocol.core import Core
@@ -85,7 +86,8 @@ def forced_record(core: Core, signer: str, weight: int = WEIGHT_MAX) -> Record:
         True,
     )
     head = head_of(body, crypto)
-    return Record(body, head, 1, ((signer, crypto.sign(accept_message(head, 1))),))
+    vote, draw = crypto.sign(accept_message(head, 1)), crypto.sign(draw_message(head))
+    return Record(body, head, 1, ((signer, vote),), None, ((signer, draw),))
 
 
 # --- records ----------------------------------------------------------------------------------------
@@ -516,7 +518,8 @@ def test_a_thousand_identities_leave_the_tables_bounded():
             round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, "", 0, 0.0, -1, None
         )
         node.feed(ev.Received(peer, ready))
-        node.feed(ev.Received(peer, Accept(round_.epoch, round_.head, round_.ballot, HEX, HEX, ALIKE, HEX)))
+        vote = Accept(round_.epoch, round_.head, round_.ballot, HEX, HEX, ALIKE, HEX, HEX)
+        node.feed(ev.Received(peer, vote))
         if i % 2:
             node.feed(ev.PeerDown(peer))
     tables = (

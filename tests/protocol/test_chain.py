@@ -52,8 +52,11 @@ def bodies(draw):
 
 def signed(body: c.Body, signers, ballot: int = 0) -> c.Record:
     head = c.head_of(body, CRYPTO)
-    message = c.accept_message(head, ballot)
-    return c.Record(body, head, ballot, tuple((p, SimCrypto(p).sign(message)) for p in sorted(signers)))
+    vote, draw = (
+        tuple((p, SimCrypto(p).sign(message)) for p in sorted(signers))
+        for message in (c.accept_message(head, ballot), c.draw_message(head))
+    )
+    return c.Record(body, head, ballot, vote, None, draw)
 
 
 def seat_of(peer: str, head: str = PREV, life: str = "") -> str:

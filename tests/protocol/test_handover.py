@@ -82,7 +82,7 @@ def test_who_has_left_and_is_back_does_not_decide_in_the_others_place():
     world.until(lambda: "p1" in state.ready, 20)
     assert state.stage == Stage.TRAINING and state.handover is not None and state.need == 1
     assert stays.core.round.lead._promises(world.now) == 0
-    vote = Accept(state.epoch, state.head, state.ballot, "", "", ALIKE, "")
+    vote = Accept(state.epoch, state.head, state.ballot, "", "", ALIKE, "", "")
     body = lone_record()[0].body
     assert commit_gap(body, {"p1": vote}, state.voters) is not None
     assert commit_gap(body, {"p0": vote}, state.voters) is None
@@ -188,8 +188,11 @@ def lone_record(signers=("a",), leaver="b", head="ab" * 32, forced=False, electo
 def signed(body: c.Body, signers) -> c.Record:
     crypto = SimCrypto("a")
     head = c.head_of(body, crypto)
-    message = c.accept_message(head, 5)
-    return c.Record(body, head, 5, tuple((p, SimCrypto(p).sign(message)) for p in signers))
+    vote, draw = (
+        tuple((p, SimCrypto(p).sign(message)) for p in signers)
+        for message in (c.accept_message(head, 5), c.draw_message(head))
+    )
+    return c.Record(body, head, 5, vote, None, draw)
 
 
 def test_a_record_with_a_leave_is_decided_by_one_of_two():

@@ -10,7 +10,7 @@ from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import sync as sync_module
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
+from tapestry.node.protocol.chain import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.messages import Ready, Records, Roster, Stage, Status
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import BRANCHES_MAX
@@ -200,7 +200,7 @@ def test_who_makes_no_records_meanwhile_comes_to_a_fork_from_far_before_it(page_
     assert few.chain.epoch > 45 and few.chain.head_at(common + 1) == many.chain.head_at(common + 1)
     for _ in range(2 * many.chain.epoch):
         epoch = next(e for e, h in few._locator(names[2]) if many.chain.head_at(e) == h)
-        few.on_records(names[2], Records(epoch, many._page(epoch)), world.now, votes=True)
+        few.on_records(names[2], Records(epoch, many._page(epoch)), world.now, votes=True, in_round=True)
         if few.chain.head == many.chain.head:
             return
     raise AssertionError(f"at {few.chain.epoch}, not at {many.chain.epoch}")
@@ -243,8 +243,9 @@ def test_one_that_tells_of_a_fork_and_never_goes_on_keeps_no_islands_apart(liars
             crypto = SimCrypto(liar)
             member = Member(liar, 1, "a" * 32, "b" * 32)
             body = Body(chain.genesis.run_id, common + 1, head, HEX, (member,), HEX, True)
-            signed = accept_message(head_of(body, crypto), 1)
-            record = Record(body, head_of(body, crypto), 1, ((liar, crypto.sign(signed)),))
+            own = head_of(body, crypto)
+            vote, draw = crypto.sign(accept_message(own, 1)), crypto.sign(draw_message(own))
+            record = Record(body, own, 1, ((liar, vote),), None, ((liar, draw),))
             if liar not in node.core.ctx.peers or not node.core.ctx.peers[liar].up:
                 node.feed(ev.PeerUp(liar))
             status = Status(10**6, HEX, 10**6, "averaging", Stage.AWAY, 0, 0, ())

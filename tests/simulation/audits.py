@@ -106,14 +106,14 @@ class Audits:
         return self.kept.get((source, giver.life), {}).get(head, {}).get(key)
 
     def on_end(self, node: Node, out: ev.EndRound) -> None:
-        """Whoever contributed to a record keeps what its signatures draw of it, also if it heard late."""
+        """Whoever contributed to a record keeps what it draws, also if it heard late."""
         records = node.disk.records
         if not out.counted or out.counted != node.contributed or len(records) <= out.epoch:
             return
         record, rules = records[out.epoch], self.world.rules
         kept = self.kept.get((node.name, node.life), {}).get(record.head, {})
         share = self.world.invariants.audit_share(record)
-        for shard in due_shards(record.signatures, rules.shard_count, share, node.crypto):
+        for shard in due_shards(record.draws, rules.shard_count, share, node.crypto):
             if (node.name, shard) not in kept:
                 self.world.fail(
                     node.name, f"audit: it keeps nothing of shard {shard} of record {out.epoch + 1}"

@@ -20,6 +20,7 @@ from tapestry.node.protocol.chain import (
     Member,
     Record,
     accept_message,
+    draw_message,
     head_of,
 )
 from tapestry.node.protocol.members import UNIT, Change, Charter, Roll, change_id, change_message
@@ -211,7 +212,8 @@ class Consortium:
             body = Body(run_id, at + i + 1, prev, state, members, result, forced, changes=changes)
             head = head_of(body, crypto)
             signatures = tuple((p, crypto.sign(accept_message(head, 0))) for p in named)
-            records.append(Record(body, head, 0, signatures))
+            draws = tuple((p, crypto.sign(draw_message(head))) for p in named)
+            records.append(Record(body, head, 0, signatures, None, draws))
             prev, changes = head, ()
         return records
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulation.draws import choice, hex_digits
 
-from tapestry.node.protocol.chain import accept_message, head_of
+from tapestry.node.protocol.chain import accept_message, draw_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.messages import Accept, Message
 
@@ -44,7 +44,8 @@ class Equivocators:
         other = replace(body, result=hex_digits(self.rng, 64))
         head = head_of(other, node.crypto)
         signature = node.crypto.sign(accept_message(head, message.ballot))
-        return replace(message, body_head=head, result=other.result, signature=signature)
+        draw = node.crypto.sign(draw_message(head))
+        return replace(message, body_head=head, result=other.result, signature=signature, draw=draw)
 
     def on_proof(self, node: Node, proof: Equivocation) -> None:
         """It is who was proven to, and by the checker's own look at it."""

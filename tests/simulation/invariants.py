@@ -10,7 +10,8 @@ G4/consensus: without forced records there is one record for an epoch after a he
 G8 members decide: only members, by signed changes, are in a record, and only their signatures count; nobody
    is named as a voter, or on another disk, without its own word; what a majority of the last full electorate
    signed is left for nothing less.
-audit: whoever signed a wrong mean that is looked at is found, and nobody else is.
+audit: whoever signed a wrong mean that is looked at is found, and nobody else is. What is looked at follows
+   from the head and the signers' keys, whatever the ballot.
 G9 voice is policy: what a contribution weighs follows from the roll.
 rollback: a record that carries one makes a state that was there before, as long ago as the rules allow and
    not undone since; no other record does.
@@ -196,6 +197,7 @@ class Invariants:
             message = accept_message(record.head, record.ballot)
             if not all(node.crypto.verify(peer, signature, message) for peer, signature in record.signatures):
                 self.fail(node, f"G6: record {body.epoch} bears a false signature")
+            self._check_draws(node, record)
             self.verified = record
         mine = {m.contribution for m in body.members if m.weight}
         for earlier in records[-12:-1]:
@@ -205,6 +207,14 @@ class Invariants:
         influence = ground.influence or self.world.rules.max_influence
         if influence * len(weights) > 1 and max(weights) > influence * sum(weights) + 1:
             self.fail(node, f"weight cap: {weights}")
+
+    def _check_draws(self, node: Node, record: Record) -> None:
+        """Each signer's own, by the head alone: so it is the same in whichever ballot that was decided."""
+        if [p for p, _ in record.draws] != [p for p, _ in record.signatures]:
+            self.fail(node, f"audit: record {record.body.epoch} has not one draw for each signature")
+        message = b"tapestry draw v1\0" + record.head.encode()
+        if not all(node.crypto.verify(p, draw, message) for p, draw in record.draws):
+            self.fail(node, f"audit: record {record.body.epoch} bears a false draw")
 
     def _left(self, node: Node, record: Record, electorate: tuple[str, ...]) -> set[str]:
         """Who had left the round, of two electors, as the record bears it."""

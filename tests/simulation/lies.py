@@ -97,16 +97,17 @@ class _Liar:
         """Signed by all whose key the liar has: itself."""
         from simulation.world import SimCrypto, digest
 
-        from tapestry.node.protocol.chain import accept_message, head_of
+        from tapestry.node.protocol.chain import accept_message, draw_message, head_of
 
         body, ballot = self.body(), max(self.ballot(), 0)
         crypto = SimCrypto(STRANGER)
         head = head_of(body, crypto)
-        good = crypto.sign(accept_message(head, ballot))
         signers = sorted({m.peer for m in body.members})
-        return Record(
-            body, head, ballot, tuple((p, good if p == STRANGER else digest(b"?")) for p in signers)
+        votes, draws = (
+            tuple((p, crypto.sign(message) if p == STRANGER else digest(b"?")) for p in signers)
+            for message in (accept_message(head, ballot), draw_message(head))
         )
+        return Record(body, head, ballot, votes, None, draws)
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -172,7 +173,14 @@ class _Liar:
 
     def accept(self) -> Accept:
         return Accept(
-            self.epoch(), self.head(), self.ballot(), self.hex(64), self.hex(64), ALIKE, self.hex(64)
+            self.epoch(),
+            self.head(),
+            self.ballot(),
+            self.hex(64),
+            self.hex(64),
+            ALIKE,
+            self.hex(64),
+            choice(self.rng, ["", self.hex(64)]),
         )
 
     def commit(self) -> Commit:

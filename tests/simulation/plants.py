@@ -560,6 +560,27 @@ def late_keeps_nothing() -> list[Patch]:
     return [(drawn_module, "_own", forget)]
 
 
+@plant("what a voter looks at follows from its vote, and so is drawn anew in each of a leader's ballots", 0)
+def draws_by_ballot() -> list[Patch]:
+    vote_for, on_accept, ballots = Acceptor._vote_for, Round.on_accept, [0]
+
+    def vote(self: Acceptor, *args: Any) -> Any:
+        accept = vote_for(self, *args)
+        return replace(accept, draw=accept.signature)
+
+    def heard(self: Round, peer: str, accept: Any, now: float) -> str | None:
+        ballots[0] = accept.ballot
+        return on_accept(self, peer, accept, now)
+
+    return [
+        (Acceptor, "_vote_for", vote),
+        (Round, "on_accept", heard),
+        (round_module, "draw_message", lambda head: chain_module.accept_message(head, ballots[0])),
+        (core_module, "false_draws", lambda record, crypto: ()),
+        (sync_module, "false_draws", lambda record, crypto: ()),
+    ]
+
+
 @plant("a value that a member says it had accepted is taken without the signatures of those who made it", 13)
 def believes_what_was_accepted() -> list[Patch]:
     return [(Node, "is_proven", lambda self, body, means: True)]

@@ -28,6 +28,7 @@ from tapestry.node.protocol.chain import (
     Member,
     Record,
     accept_message,
+    draw_message,
     found,
     head_of,
     seat_message,
@@ -141,8 +142,8 @@ class Run:
             changes=changes,
         )
         head = head_of(body, CRYPTO)
-        signature = CRYPTO.sign(accept_message(head, 0))
-        return Record(body, head, 0, ((IDENTITY.peer_id, signature),))
+        vote, draw = CRYPTO.sign(accept_message(head, 0)), CRYPTO.sign(draw_message(head))
+        return Record(body, head, 0, ((IDENTITY.peer_id, vote),), None, ((IDENTITY.peer_id, draw),))
 
     def save(self) -> Path:
         return self.checkpoints.save(self.state, self.digest).path

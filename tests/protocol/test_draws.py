@@ -164,7 +164,7 @@ def test_a_leader_that_tells_false_draws_is_not_believed_and_the_round_is_decide
 
 def test_a_record_with_false_draws_is_taken_after_a_time_where_nobody_is_left_to_decide_it_again():
     """All others are further: else this node would never follow. What is false draws nothing."""
-    world = swarm(audit_share=1.0)
+    world = swarm(audit_share=1.0, on_quorum_loss="wait")
     last = world.nodes["p0"]
     world.until(lambda: last.core.round and last.core.round.stage == Stage.TRAINING, 30)
     epoch = last.core.chain.epoch

@@ -252,6 +252,15 @@ def weight_cap_ignored() -> list[Patch]:
     return [(m, "voice_weights", uncapped) for m in (leader_module, chain_module)]
 
 
+@plant("newcomers are cut to their share before the members are capped, and so have more", 80)
+def newcomers_uncapped() -> list[Patch]:
+    def lifted(raw: Any, old: Any, open_share: int, max_influence: float) -> list[int]:
+        shared = members_module._under_cap(raw, old, open_share, max(raw))
+        return members_module.capped_weights(shared, max_influence)
+
+    return [(members_module, "_capped_beside", lifted)]
+
+
 # --- members ----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from tapestry.node.protocol.audit import Order, mean_message
 from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import PersistResult, Vote
-from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, UNIT, Charter, change_message
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, UNIT, Change, Charter, change_message
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 from tapestry.node.protocol.sync import BRANCHES_MAX
 
@@ -221,17 +221,19 @@ class Invariants:
         body, members = record.body, ground.members
         strangers = [m for m in body.members if m.peer not in members]
         if strangers and (
-            not ground.is_open or any(not m.weight or m.peer in ground.removed for m in strangers)
+            not ground.is_open or any(not m.weight or not ground.is_newcomer(m.peer) for m in strangers)
         ):
             self.fail(node, f"G8: record {body.epoch} names {strangers[0].peer}, who is no member")
         if not {p for p, _ in record.signatures} <= {*(m.peer for m in body.members), *ground.electorate}:
             self.fail(node, f"G8: record {body.epoch} bears a stranger's signature")
+        here = ground.copy()  # as the changes before it in this record leave it
         for change in body.changes:
             message = change_message(self.world.genesis.run_id, change)
             if not all(node.crypto.verify(p, s, message) for p, s in change.signatures):
                 self.fail(node, f"G8: record {body.epoch} bears a change with a false signature")
-            if not ground.allows(change.kind, change.peer, [p for p, _ in change.signatures]):
+            if not ground.allows(change, here):
                 self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
+            here.apply(change)
         for fault in ground.back_faults(body):
             self.fail(node, f"rollback: record {body.epoch} {fault}")
         named = [m for m in body.members if m.weight]
@@ -413,6 +415,7 @@ class Ground:
         self.settings: dict[str, str] = {}  # all that records have set, as they say it
         self.counted: dict[str, int] = {}
         self.removed: frozenset[str] = frozenset()
+        self.invites: dict[str, int] = {}  # key -> how often it may still be used
         self.full, self.since = 0, 0
         self.last = self  # the last one that a full electorate signed
         self.behind: set[str] = set()
@@ -463,8 +466,16 @@ class Ground:
         voice = sum((last.members[p] if last.voice == "fixed" else 1) for p in self.behind)
         return self.full, voice, self.since
 
-    def allows(self, kind: str, peer: str, signers: list[str]) -> bool:
-        if kind == "remove" and peer in signers:
+    def is_newcomer(self, peer: str) -> bool:
+        return peer not in self.members and peer not in self.removed and peer not in self.invites
+
+    def allows(self, change: Change, here: Ground) -> bool:
+        """By the rules before the record. `here`: as the changes before this one in it leave things."""
+        signers = [peer for peer, _ in change.signatures]
+        if change.kind == "remove" and change.peer in signers:
+            return True
+        good = [p for p in signers if self.invites.get(p, 0) and here.invites.get(p, 0)]
+        if change.kind == "admit" and good and change.peer not in here.removed:
             return True
         if self.rule == "majority":
             return sum(p in self.members for p in signers) >= majority(len(self.members))
@@ -472,30 +483,38 @@ class Ground:
         return sum(p in self.council for p in signers) >= min(need, len(self.council)) > 0
 
     def after(self, body: Body, head: str) -> Ground:
-        new = self._copy()
+        new = self.copy()
         self._line_on(new, body, head)
         for change in body.changes:
-            new._apply(change.kind, change.peer, change.value)
-        if self.is_open:
-            newcomers = [m.peer for m in body.members if m.weight and m.peer not in new.members]
-            new._count([p for p in newcomers if p not in new.removed])
+            new.apply(change)
+        if new.is_open:
+            new._count([m.peer for m in body.members if m.weight and new.is_newcomer(m.peer)])
         new.electorate = tuple(m.peer for m in body.members if m.peer in new.members)
         self._stand(new, body)
         return new
 
-    def _copy(self) -> Ground:
+    def copy(self) -> Ground:
         """Without where it stands, which is told anew."""
         new = Ground(dict(self.members), list(self.council), self.electorate, Charter(voice=self.voice))
         new.influence, new.settings = self.influence, dict(self.settings)
         new.rule, new.is_open, new.votes_after = self.rule, self.is_open, self.votes_after
         new.open_share, new.counted, new.removed = self.open_share, dict(self.counted), self.removed
+        new.invites = dict(self.invites)
         return new
 
-    def _apply(self, kind: str, peer: str, value: str) -> None:
+    def apply(self, change: Change) -> None:
+        kind, peer, value = change.kind, change.peer, change.value
         if kind == "admit":
             self.members[peer] = 1
             self.removed = self.removed - {peer}
             self.counted.pop(peer, None)
+            for key, _ in change.signatures:
+                if key in self.invites:
+                    self._use(key)
+        elif kind == "invite":
+            self.invites[peer] = int(value.split(" ")[0])
+        elif kind == "remove" and peer in self.invites:
+            del self.invites[peer]
         elif kind == "remove":
             del self.members[peer]
             self.removed = self.removed | {peer}
@@ -503,6 +522,8 @@ class Ground:
         elif kind == "rekey":
             self.members[value] = self.members.pop(peer)
             self.council = [value if p == peer else p for p in self.council]
+            self.removed = (self.removed | {peer}) - {value}
+            self.counted.pop(value, None)
         elif kind == "voice":
             self.members[peer] = int(value)
         elif kind == "set":
@@ -510,8 +531,26 @@ class Ground:
             self.settings[key] = word
             if key == "round.max_influence":
                 self.influence = float(word)
-        elif kind == "charter" and value.startswith("open_share "):
-            self.open_share = int(value[11:]) / 10**6
+        elif kind == "charter":
+            rule, word = value.split(" ", 1)
+            self._reform(rule, word)
+
+    def _use(self, key: str) -> None:
+        self.invites[key] -= 1
+        if not self.invites[key]:
+            del self.invites[key]
+
+    def _reform(self, rule: str, word: str) -> None:
+        if rule == "admission":
+            self.is_open = word == "open"
+        elif rule == "admit_by":
+            self.rule = word
+        elif rule == "voice":
+            self.voice = word
+        elif rule == "open_share":
+            self.open_share = int(word) / 10**6
+        else:
+            self.votes_after = int(word)
 
     def _count(self, newcomers: list[str]) -> None:
         for peer in newcomers:

@@ -50,6 +50,7 @@ USES_MAX = 1_000
 VOICE_MAX = 1_000_000
 NEWCOMERS_MAX = 256  # of an open run, whose contributions are counted
 UNIT = 1 << 20  # what one equal voice weighs: large, so that a share of it is exact enough
+FINE = 1 << 20  # parts of a weight, in which a cap is sought
 ROLLBACK_EPOCHS_MAX = 64  # that a rollback goes back: the roll has so many heads. Guess
 ROLLBACKS_MAX = 256  # in one run. G7
 HEAD_DIGITS = 32  # of a head, hexadecimal, that a rollback names
@@ -443,16 +444,17 @@ def charter_fault(charter: Charter, council_count: int) -> str | None:
 def voice_weights(roll: Roll, contributors: Sequence[tuple[str, int]], max_influence: float) -> list[int]:
     """What each contribution weighs in the mean, of (peer, tokens) in order: all compute it alike.
 
-    By the charter's voice, never by what the sender says it should be; no member above `max_influence`, and
-    an open run's newcomers together at most `open_share`. Without tokens nothing weighs anything, and a
+    By the charter's voice, never by what the sender says it should be; nobody above `max_influence`, and an
+    open run's newcomers together at most `open_share`. Where both cannot be, `open_share` holds: the members
+    weigh the same then, and no newcomer more than a member. Without tokens nothing weighs anything, and a
     newcomer does not where no member contributes.
     """
     max_influence = number_of(roll.settings, "round.max_influence", max_influence)
     raw = [_voice(roll, peer, tokens) for peer, tokens in contributors]
     old = [peer in roll.members for peer, _ in contributors]
-    if not all(old):
-        raw = _share_out(raw, old, roll.charter.open_share)
-    return capped_weights(raw, max_influence)
+    if all(old):
+        return capped_weights(raw, max_influence)
+    return _capped_beside(raw, old, roll.charter.open_share, max_influence)
 
 
 def _voice(roll: Roll, peer: str, tokens: int) -> int:
@@ -464,14 +466,40 @@ def _voice(roll: Roll, peer: str, tokens: int) -> int:
     return UNIT * (seat.voice if seat is not None and roll.charter.voice == "fixed" else 1)
 
 
-def _share_out(raw: list[int], old: list[bool], open_share: int) -> list[int]:
-    """Newcomers cut down, all by one factor, so that they have no more than their share together."""
-    members = sum(w for w, is_old in zip(raw, old) if is_old)  # noqa: B905
-    strangers = sum(raw) - members
-    room = members * open_share // (SHARE - open_share)
-    if strangers <= room:
-        return raw
-    return [w if is_old else w * room // strangers for w, is_old in zip(raw, old)]  # noqa: B905
+def _capped_beside(raw: list[int], old: list[bool], open_share: int, max_influence: float) -> list[int]:
+    """Of members (`old`) and newcomers: by the highest cap for which nobody has more than `max_influence`.
+
+    Whole numbers only. The cap is sought in parts of FINE, so that what is rounded off decides nothing, and
+    counts as kept within a millionth.
+    """
+    over, under = max_influence.as_integer_ratio()
+
+    def is_kept(cap: int) -> bool:
+        weights = _under_cap([w * FINE for w in raw], old, open_share, cap)
+        return max(weights) * under * SHARE <= sum(weights) * over * (SHARE + 1)
+
+    kept, broken = 0, max(raw) * FINE
+    if is_kept(broken):
+        return _under_cap(raw, old, open_share, max(raw))
+    while broken - kept > 1:
+        middle = (kept + broken) // 2
+        if is_kept(middle):
+            kept = middle
+        else:
+            broken = middle
+    smallest = min([w for w, is_old in zip(raw, old, strict=True) if is_old and w])
+    return _under_cap(raw, old, open_share, kept // FINE or smallest)
+
+
+def _under_cap(raw: list[int], old: list[bool], open_share: int, cap: int) -> list[int]:
+    """Members cut to `cap`; newcomers cut down, all by one factor, so that they have no more than their share
+    together, and then to `cap` as well."""
+    members = sum([min(w, cap) for w, is_old in zip(raw, old, strict=True) if is_old])
+    strangers = sum([w for w, is_old in zip(raw, old, strict=True) if not is_old])
+    room = min(strangers, members * open_share // (SHARE - open_share))
+    return [
+        min(cap, w if is_old or not w else w * room // strangers) for w, is_old in zip(raw, old, strict=True)
+    ]
 
 
 def capped_weights(weights: Sequence[int], max_influence: float) -> list[int]:

@@ -1,7 +1,8 @@
 """Who belongs to the world's run: admitted late, removed, re-keyed and refused, by signed changes.
 
 Whatever is drawn, everybody who must follow at the end is a member by then: `restore` admits who is not,
-and asks again until it is so. Strangers do what nobody may do: they fork with their own records, of any
+and asks again until it is so. In some worlds guests come with invitations (guests.py), or the charter changes
+(reforms.py). Strangers do what nobody may do: they fork with their own records, of any
 length and weight; say READY and deliver nothing; train for ever; sign changes that are none of theirs.
 """
 
@@ -11,7 +12,9 @@ import random
 from typing import TYPE_CHECKING
 
 from simulation.draws import choice, hex_digits
+from simulation.guests import Guests
 from simulation.lies import STRANGER
+from simulation.reforms import Reforms
 from simulation.shell import SimCrypto
 
 from tapestry.node.protocol import events as ev
@@ -72,6 +75,8 @@ class Consortium:
         settings = random.Random(f"settings {world.seed}")  # apart: the other worlds stay as they were
         self.settles = drawn and settings.random() < 0.08  # whether settings of the run are changed
         self.settings = settings
+        self.reforms = Reforms(world, drawn)
+        self.guests = Guests(world, drawn)
         self.strangers = drawn and self.rng.random() < 0.4  # whether strangers attack
 
     def plan(self, until_s: float) -> None:
@@ -81,11 +86,18 @@ class Consortium:
             self.world.later(3.0 * self.rng.random(), None, self._attack)
         if self.settles:
             self.world.later(SET_AGAIN_S, None, self._set)
+        self.reforms.plan()
+        self.guests.plan()
 
     # --- members -------------------------------------------------------------------------------
 
     def _nodes(self) -> list[Node]:
         return [n for n in self.world.nodes.values() if n.core is not None and not n.frozen]
+
+    @property
+    def asks_all(self) -> bool:
+        """Whether who belongs to the run and never comes might be missed when it is asked for a signature."""
+        return self.reforms.on or self.world.genesis.charter.admit_by == "majority"
 
     def _change(self) -> None:
         if self.world.healed:
@@ -110,7 +122,7 @@ class Consortium:
             if kind == "charter":
                 peer = ""
             if kind == "admit":  # of somebody who never comes: who must not be needed for anything
-                if roll.charter.admit_by == "majority":
+                if self.asks_all:
                     return
                 peer = f"guest{rng.getrandbits(8)}"
             if kind == "remove" and name == names[0]:
@@ -141,8 +153,7 @@ class Consortium:
 
     def restore(self) -> None:
         """The network is whole: everybody belongs to the run in the end."""
-        chains = [n.core.chain for n in self.world.nodes.values() if n.core is not None]
-        best = max(chains, key=lambda chain: chain.tip)
+        best = self.world.best()
         missing = [name for name in self.world.nodes if name not in best.roll.members]
         pending = [c for n in self._nodes() if n.core for c in n.core.ctx.proposals.pending.values()]
         run_id, done = self.world.genesis.run_id, best.roll.done  # who was removed may hold what is done

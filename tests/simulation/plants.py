@@ -39,6 +39,7 @@ from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.movers import Movers
+from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.sync import Sync
@@ -253,6 +254,15 @@ def weight_cap_ignored() -> list[Patch]:
     return [(m, "voice_weights", uncapped) for m in (leader_module, chain_module)]
 
 
+@plant("newcomers are cut to their share before the members are capped, and so have more", 80)
+def newcomers_uncapped() -> list[Patch]:
+    def lifted(raw: Any, old: Any, open_share: int, max_influence: float) -> list[int]:
+        shared = members_module._under_cap(raw, old, open_share, max(raw))
+        return members_module.capped_weights(shared, max_influence)
+
+    return [(members_module, "_capped_beside", lifted)]
+
+
 # --- members ----------------------------------------------------------------------------------------
 
 
@@ -298,6 +308,45 @@ def changes_unsigned() -> list[Patch]:
         return fault(roll, epoch, change, Credulous())
 
     return [(m, "change_fault", believe) for m in (members_module, proposals_module)]
+
+
+@plant("an invitation is never used up", 83)
+def invitation_never_used_up() -> list[Patch]:
+    applied = members_module._applied
+
+    def endless(roll: Any, change: Any, epoch: int) -> Any:
+        after = applied(roll, change, epoch)
+        return replace(after, invites=roll.invites) if change.kind == "admit" else after
+
+    return [(members_module, "_applied", endless)]
+
+
+@plant("who was removed comes back by an invitation", 75)
+def removed_are_guests() -> list[Patch]:
+    return [(members_module, "admits_guest", lambda roll, change: change.kind == "admit")]
+
+
+@plant("who may ask for changes stays as it was at the start, whatever records make of it", 32)
+def rules_of_the_start() -> list[Patch]:
+    applied = members_module._applied
+
+    def keep(roll: Any, change: Any, epoch: int) -> Any:
+        after = applied(roll, change, epoch)
+        return replace(after, charter=replace(after.charter, admit_by=roll.charter.admit_by))
+
+    return [(members_module, "_applied", keep)]
+
+
+@plant("a change that the next record does not carry is forgotten", 7)
+def change_forgotten() -> list[Patch]:
+    prune = Proposals.prune
+
+    def forget(self: Proposals, *args: Any) -> None:
+        prune(self, *args)
+        self.pending.clear()
+        self.asked_by.clear()
+
+    return [(Proposals, "prune", forget)]
 
 
 @plant("who was removed votes on", 2)

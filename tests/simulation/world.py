@@ -27,6 +27,7 @@ from simulation.gates import GateWorld
 from simulation.invariants import Invariants
 from simulation.inventors import Inventors
 from simulation.mutes import Floods, Mutes
+from simulation.petitions import Petitions
 from simulation.rollbacks import Rollbacks
 from simulation.shell import TICK, Node, SimCrypto, digest
 from simulation.shrinkers import Shrinkers
@@ -36,7 +37,7 @@ from simulation.usurpers import Usurpers
 from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Genesis, found
+from tapestry.node.protocol.chain import Chain, Genesis, found
 from tapestry.node.protocol.core import founding_vote
 from tapestry.node.protocol.members import Charter
 from tapestry.node.protocol.messages import Message, Stage, Status
@@ -52,6 +53,7 @@ COMPUTED: dict[str, Any] = dict.fromkeys(
 )  # each node computes its own: protocol/pace.py
 Happening = ev.Input | Callable[[], object]
 EXAM_EVERY = 3  # seeds, of which one ends with a death
+PETITIONED = 1  # of EXAM_EVERY: it ends with a change that everybody asks for
 FAR_SHARE = 0.1  # of the worlds have one node far from all others
 FAR_S = (0.05, 0.2)  # one way
 LIAR_SHARE = 0.15  # of the worlds have a reducer that lies
@@ -181,6 +183,7 @@ class World:
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
         self.invariants = Invariants(self)
         self.consortium = Consortium(self)
+        self.petitions = Petitions(self)
         self.nodes = {name: Node(self, name) for name in names}
         if self.faults.skew_s:
             for node in self.nodes.values():
@@ -248,6 +251,8 @@ class World:
         self.usurpers.wait_for_the_end(settle_s)
         if self.seed % EXAM_EVERY == 0 and not self.usurpers.names:  # those are needed for a majority then
             self._survive_a_death()
+        if self.seed % EXAM_EVERY == PETITIONED:
+            self.petitions.wait_for_one(settle_s)
 
     def _survive_a_death(self) -> None:
         """G4: a reducer is killed for good in the middle of a round; a majority goes on by itself."""
@@ -305,6 +310,10 @@ class World:
     def epoch(self) -> int:
         """The furthest that any living node has come."""
         return max((n.core.chain.epoch for n in self.nodes.values() if n.core is not None), default=0)
+
+    def best(self) -> Chain:
+        """Of the chains of all living nodes."""
+        return max((n.core.chain for n in self.nodes.values() if n.core is not None), key=lambda c: c.tip)
 
     def cut(self, a: str, b: str, for_s: float = 1e9) -> None:
         """Nothing of what `a` says reaches `b`."""

@@ -66,6 +66,8 @@ class RoundState:
         self.accepted_at: float | None = None  # when a quorum had accepted
         self.roster_ballot = -1  # the last in which its leader sent us a roster, fit to be followed or not
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
+        self.contributions: dict[str, str] = {}  # what the first roster that named somebody named
+        self.renewed: dict[str, str] = {}  # who was named for another one later, and who led then
         self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
         self.leave_out: dict[str, None] = {}  # leaders that left out electors whom we hear
         self.shut_out: dict[str, None] = {}  # whom they left out: narrow.py

@@ -20,6 +20,7 @@ from tapestry.node.protocol.chain import (
     accept_message,
     draw_message,
     head_of,
+    seat_message,
 )
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
@@ -263,7 +264,11 @@ def test_an_accepted_value_that_nobody_serves_costs_a_ballot_not_the_round():
     liar = "p3"
     world.nodes[liar].crash()
     core = nodes(world)[0].core
-    members = tuple(Member(p, 1, "cd" * 16) for p in ("p0", "p1", "p2", "p3"))
+    peers = ("p0", "p1", "p2", "p3")
+
+    def seated(head: str) -> tuple[Member, ...]:
+        seats = {p: SimCrypto(p).sign(seat_message(head, "")) for p in peers}
+        return tuple(Member(p, 1, "cd" * 32, "", 1, seats[p]) for p in peers)
 
     def lie() -> None:
         for node in nodes(world):
@@ -278,9 +283,11 @@ def test_an_accepted_value_that_nobody_serves_costs_a_ballot_not_the_round():
                     round_.epoch + 1,
                     round_.head,
                     round_.state.state_digest,
-                    members,
+                    seated(round_.head),
                     HEX,
                 )
+                life = world.nodes[liar].disk.life
+                seat = SimCrypto(liar).sign(seat_message(round_.head, life))
                 ready = Ready(
                     round_.epoch,
                     round_.head,
@@ -292,6 +299,8 @@ def test_an_accepted_value_that_nobody_serves_costs_a_ballot_not_the_round():
                     0.0,
                     0,
                     body,
+                    life,
+                    seat=seat,
                 )
                 if round_.ballot > 0:
                     node.feed(ev.Received(liar, ready))
@@ -364,9 +373,11 @@ def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
         for node in nodes(world):
             round_ = node.core.round
             if round_ is not None and round_.state.leading and node.name != "p3":
-                token = f"{rng.getrandbits(128):032x}"
+                token = f"{rng.getrandbits(256):064x}"
                 args = (round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, token, 5)
-                node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None)))
+                life = world.nodes["p3"].disk.life
+                seat = SimCrypto("p3").sign(seat_message(round_.head, life))
+                node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None, life, seat=seat)))
         world.later(0.02, None, flap)
 
     flap()

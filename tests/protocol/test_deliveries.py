@@ -175,7 +175,7 @@ def test_whoever_believed_them_would_wait_as_long_as_an_exchange_may_last(monkey
 
 
 def test_a_member_that_is_named_for_another_contribution_later_in_the_round_has_failed_though_it_delivers():
-    """Once a round begins anew for its sake, as for who has restarted: it may take twice as long each time."""
+    """Once a round begins anew for its sake, as for who has restarted: it takes up to twice as long."""
     world = run(5).start_all()
     world.until(lambda: len(world.nodes["p0"].core.chain.place.electorate) == 5, 60)
     named_again = ("p3", "p4")

@@ -222,7 +222,9 @@ class Network:
             relay = Relay(swarm.open_stream, lambda: self.linked, node.admits, throttles, config.relay)
             await swarm.serve(HOP, relay.serve)  # in the place of p2pd's own, also where it refuses
             announced = bool(config.swarm.announce)
-            self._reach = Reach(swarm, self._links, lambda: self._direct, announced, self._place)
+            self._reach = Reach(
+                swarm, self._links, lambda: self._direct, announced, self._place, node.is_member
+            )
             tasks.create_task(self._reach.run())
             await swarm.join_dht(config.run_id, config.peers)
             self.up.set()

@@ -16,12 +16,12 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tapestry.dht.addresses import CIRCUIT, Scope, circuit_address, is_usable, scope
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.reachability import can_dial_us, reserve
+from tapestry.dht.reachability import NotCarried, can_dial_us, reserve
 from tapestry.dht.swarm import Swarm
 
 LOOK_S = 2.0  # Guess: a peer that lost its relay is dialled through another within so long
@@ -31,6 +31,7 @@ ASK_S = 25.0  # for a dial-back: libp2p gives up after 15 s where nothing answer
 RESERVE_S = 5.0
 RENEW_S = 60.0  # Guess: a place is lost with a connection, and a new one looks like the old
 REFUSED_S = 300.0  # Guess: after so long a peer may carry us after all
+MISSED_S = 3 * LOOK_S  # Guess: who gave no answer, or is not linked with us yet, is asked again after so long
 SURE_S = 300.0  # Guess: between two questions once others have answered. libp2p asks every 15 minutes
 JUDGES = 3  # Guess: so many say whether we can be dialled; one that lies is outvoted by two
 SAID_S = (JUDGES + 1) * SURE_S  # how long an answer counts
@@ -110,6 +111,7 @@ class Verdicts:
 class _Place:
     address: str  # of the relay
     renew_at: float
+    until: float  # then it counts as lost
 
 
 class Relays:
@@ -122,9 +124,11 @@ class Relays:
     def due(self, candidates: Mapping[str, str], wanted: bool, now: float) -> dict[str, str]:
         """Whom to ask now, and their addresses: who keeps a place already, and others if it takes more.
 
-        A place at a peer that is no candidate any more is lost.
+        A place at a peer that is no candidate any more is lost, and one that was not renewed in time.
         """
-        self._places = {p: place for p, place in self._places.items() if wanted and p in candidates}
+        self._places = {
+            p: place for p, place in self._places.items() if wanted and p in candidates and now < place.until
+        }
         self._refused = {p: until for p, until in self._refused.items() if now < until}
         if not wanted:
             return {}
@@ -133,11 +137,19 @@ class Relays:
         return {p: candidates[p] for p in (*renewed, *others[: RELAYS_MAX - len(self._places)])}
 
     def granted(self, peer: str, address: str, lifetime_s: float, now: float) -> None:
-        self._places[peer] = _Place(address, now + max(1.0, min(RENEW_S, lifetime_s / 2)))
+        self._places[peer] = _Place(address, now + max(1.0, min(RENEW_S, lifetime_s / 2)), now + lifetime_s)
 
     def refused(self, peer: str, now: float) -> None:
+        """It carries nobody, or not us."""
         self._places.pop(peer, None)
         self._refused[peer] = now + REFUSED_S
+
+    def missed(self, peer: str, now: float) -> None:
+        """No answer, or not yet: its line may be full, it may be new. A place there is kept for its time."""
+        if (place := self._places.get(peer)) is not None:
+            self._places[peer] = replace(place, renew_at=now + MISSED_S)
+        else:
+            self._refused[peer] = now + MISSED_S
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -273,7 +285,10 @@ class Reach:
             place = await reserve(self._swarm.open_stream, peer, RESERVE_S)
         except SwarmError as error:
             _log.debug("relay=refused peer=%s reason=%r", peer[-6:], str(error))
-            self._relays.refused(peer, _now())
+            if isinstance(error, NotCarried) and error.is_final:
+                self._relays.refused(peer, _now())
+            else:
+                self._relays.missed(peer, _now())
         else:
             # Its clock may be wrong: a place lives an hour, and is asked for again long before.
             self._relays.granted(peer, address, RENEW_S * 2, _now())

@@ -11,10 +11,11 @@ import pytest
 
 from tapestry.dht.addresses import CIRCUIT, circuit_address, is_usable, relay_of
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.reachability import AUTONAT
+from tapestry.dht.reachability import AUTONAT, DENIED, PLACE_REFUSED, TOO_MANY, hop_answer
 from tapestry.node.net.reach import (
     ASKED_KEPT,
     LOOK_S,
+    MISSED_S,
     PATIENCE_S,
     REFUSED_S,
     RELAYS_MAX,
@@ -173,6 +174,59 @@ def test_a_place_is_renewed_and_one_lost_or_refused_is_made_good_by_another():
     del four["a"]  # its connection is gone
     assert list(relays.due(four, True, 3.0)) == ["d"] and relays.peers == ("c",)
     assert list(relays.due({"b": "/x"}, True, REFUSED_S)) == ["b"]
+
+
+def test_who_gives_no_answer_keeps_its_place_for_its_time_and_is_asked_again_soon():
+    """One slow answer cost a place, and its peer was not asked for five minutes."""
+    relays, one = Relays(), {"a": at("5.6.7.8", "a")}
+    relays.missed("a", 0.0)
+    assert relays.due(one, True, MISSED_S - 1) == {} and list(relays.due(one, True, MISSED_S)) == ["a"]
+    relays.granted("a", one["a"], 2 * RENEW_S, 10.0)
+    now = 10.0 + RENEW_S
+    while list(relays.due(one, True, now)) == ["a"] and relays.peers:
+        relays.missed("a", now)
+        assert relays.addresses(ID) and relays.due(one, True, now + MISSED_S - 1) == {}
+        now += MISSED_S
+    assert now == 10.0 + 2 * RENEW_S and relays.addresses(ID) == (), "nobody answered for its whole time"
+
+
+class Stream:
+    """What a peer answers on it, if anything; and what is written to it is lost."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.reader = asyncio.StreamReader()
+        self.reader.feed_data(bytes([len(answer)]) + answer if answer else b"")
+        self.reader.feed_eof()
+
+    def write(self, data: bytes) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_asked_again"),
+    [
+        (b"", True),
+        (hop_answer(DENIED), True),
+        (hop_answer(PLACE_REFUSED), False),
+        (hop_answer(TOO_MANY), False),
+    ],
+)
+def test_only_who_refuses_is_left_in_peace(answer: bytes, is_asked_again: bool):
+    """At a new link the relay's own streams may come up after ours: then it says that it does not know us."""
+
+    async def open_stream(*_: object) -> tuple[asyncio.StreamReader, Stream]:
+        stream = Stream(answer)
+        return stream.reader, stream
+
+    async def main() -> None:
+        swarm: Any = SimpleNamespace(peer_id=ID, open_stream=open_stream)
+        reach = Reach(swarm, Peers({}), tuple, False, lambda: None, lambda peer: True)
+        await reach._reserve("a", at("5.6.7.8", "a"))
+        later = asyncio.get_running_loop().time() + MISSED_S + 1
+        assert bool(reach._relays.due({"a": at("5.6.7.8", "a")}, True, later)) == is_asked_again
+
+    asyncio.run(main())
 
 
 def test_who_can_be_dialled_gives_its_places_back():

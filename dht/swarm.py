@@ -101,6 +101,7 @@ class Swarm:
             config.streams_max, config.peer_streams_max
         )
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
+        guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time

@@ -134,6 +134,8 @@ def test_a_swarm_has_the_peer_id_of_its_identity_and_prints_where_it_listens(tmp
             [address] = await alone.swarm.addresses()
             assert re.fullmatch(r"/ip4/127\.0\.0\.1/tcp/[1-9]\d*/p2p/" + alone.swarm.peer_id, address)
             assert await alone.swarm.connected_peers() == ()
+            alone.swarm.is_member = lambda peer: peer == "member"
+            assert [alone.swarm._guard.is_member(peer) for peer in ("member", "stranger")] == [True, False]
             await alone.swarm.close()
             await alone.swarm.close()
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoints, chunk_count
+from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.part import Part, Pieces
 from tapestry.node.net.transfer import (
     CHUNKS_AHEAD,
@@ -160,7 +161,12 @@ class Download:
         """Put what an earlier download left into the state."""
         assert self.part is not None
         for index in [*self.missing]:
-            data = self.part.read(index)
+            try:
+                data = self.part.read(index)
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                continue  # it is asked for again
             if blake3(data).digest() == self._digest_of(index):
                 self._place(index, data)
                 del self.missing[index]
@@ -250,6 +256,7 @@ class _Fetch:
         self._left_part: Part | None = None
         self._download: Download | None = None
         self._part: Part | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # one for each donor
         self._giving: dict[str, _Giving] = {}
         self._free: deque[int] = deque()  # chunks that nobody is asked for
         self._changed = asyncio.Condition()
@@ -259,14 +266,14 @@ class _Fetch:
         checkpoints = self._wanted.checkpoints
         if checkpoints is not None:  # before a donor waits for us
             self._left = await asyncio.to_thread(self._take_up, checkpoints)
-        tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
+        self._tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
         try:
             await self._choose()
-            await self._settle(lambda: self._is_whole or all(task.done() for task in tasks))
+            await self._settle(lambda: self._is_whole or self._nobody_is_asked)
         finally:
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
+            done = await asyncio.gather(*self._tasks, return_exceptions=True)
             for download in (self._left, self._download):
                 if download is not None:
                     await asyncio.to_thread(download.close)
@@ -303,6 +310,11 @@ class _Fetch:
                 part.close()
 
     @property
+    def _nobody_is_asked(self) -> bool:
+        """All donors gave what they have, or failed, or our own disk did."""
+        return all(task.done() for task in self._tasks)
+
+    @property
     def _is_whole(self) -> bool:
         return self._download is not None and not self._download.missing
 
@@ -310,7 +322,7 @@ class _Fetch:
 
     async def _choose(self) -> None:
         """What most donors have, and of that the newest; what was begun before, if somebody has that."""
-        await self._settle(lambda: bool(self._offers) or len(self._faults) == len(self._donors))
+        await self._settle(lambda: bool(self._offers) or self._nobody_is_asked)
         if not self._offers:
             return
         try:

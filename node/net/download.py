@@ -106,6 +106,9 @@ async def fetch_state(
         fetch = _Fetch(asked, wanted, limits, on_bytes, tell)
         try:
             digest = await asyncio.to_thread(fetch.finish) if await fetch.run() else ""
+        except RemoteProtocolError as error:
+            fetch.blame(error)
+            digest = ""
         finally:
             fetch.close()
         if digest:
@@ -283,7 +286,7 @@ class _Fetch:
         return self._is_whole
 
     def finish(self) -> str:
-        """The digest of the whole state; "" if it is not the signed one: all who offered it are told of."""
+        """The digest of the whole state. Raises RemoteProtocolError if it is not the signed one. Blocking."""
         assert self._download is not None
         try:
             with ThreadPoolExecutor(1) as beside:  # the disk writes while the processor hashes
@@ -291,18 +294,22 @@ class _Fetch:
                 digest = self._download.finish()
             if synced is not None:
                 synced.result()
-        except RemoteProtocolError as error:
-            for name, offer in self._offers.items():
-                if offer == self._download.manifest:
-                    self._on_fault(name, error)
+        except RemoteProtocolError:
             if self._part is not None:
                 self._part.drop()
-            return ""
+            raise
         if self._part is not None and self._wanted.checkpoints is not None:
             self._wanted.checkpoints.keep(self._part)
         shares = ",".join(f"{name[-6:]}:{giving.given}" for name, giving in self._giving.items())
         _log.info("state=fetched epoch=%d donors=%s", self._download.manifest.epoch, shares)
         return digest
+
+    def blame(self, error: RemoteProtocolError) -> None:
+        """All who offered the state lied. On the loop, as everything that hears of faults."""
+        assert self._download is not None
+        for name, offer in self._offers.items():
+            if offer == self._download.manifest:
+                self._on_fault(name, error)
 
     def close(self) -> None:
         for part in (self._left_part, self._part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -75,12 +76,15 @@ class Asked:
             wanted = Wanted(2, self.run.chain, self.state, checkpoints, lambda *far: self.told.append(far))
             try:
                 async with asyncio.timeout(FETCH_S):
-                    told = self.faults.__setitem__
-                    return await fetch_state(openers, wanted, self.limits, self._count, told)
+                    return await fetch_state(openers, wanted, self.limits, self._count, self._on_fault)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_fault(self, name: str, error: Exception) -> None:
+        assert threading.current_thread() is threading.main_thread(), "what it changes is the loop's"
+        self.faults[name] = error
 
     def _count(self, direction: str, count: int) -> None:
         self.bytes[direction] += count

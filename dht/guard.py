@@ -7,7 +7,8 @@ number into the routing table and so hide the others from a newcomer. Here:
 - a call has a size and a number of keys that fit its kind, before it is parsed;
 - the sender's DHT id is the one that follows from its peer id, which libp2p has proven, and so is every id
   in an answer. A peer that the operator named may have another: a stock `hivemind-dht` draws its id;
-- calls may use CALLS_SHARE of the loop's time, those of one peer PEER_SHARE: what is above is refused;
+- calls of members may use CALLS_SHARE of the loop's time, those of strangers STRANGERS_SHARE beside it, and
+  those of one peer PEER_SHARE: what is above is refused. A stranger is whoever is no member of the run;
 - an answer has the bounds of what an honest node can say: 60,000 tiny items of one, which hivemind takes
   apart before anything is validated, held the loop for 0.7 s, and a search asks twenty nodes.
 
@@ -40,6 +41,7 @@ NEAREST_MAX = 20  # peers that an answer names for a key; hivemind's bucket_size
 PEER_BYTES_MAX = 64  # of a peer id: an Ed25519 key has 38, a digest of one 34
 FOUND_BYTES_MAX = STORE_BYTES_MAX + KEYS_MAX * NEAREST_MAX * (ID_BYTES + PEER_BYTES_MAX + 8)
 CALLS_SHARE = 0.1  # of the loop's time. Guess: a swarm of 64 uses a thousandth
+STRANGERS_SHARE = CALLS_SHARE / 2  # Guess
 PEER_SHARE = 0.04  # Guess
 BURST_S = 0.2  # Guess: one whole dictionary takes as long
 CALL_COST_S = 0.0005  # what a call costs p2pd, the socket and the loop beside its handler. Guess
@@ -92,7 +94,9 @@ class Guard:
         self._on_refused = on_refused
         self._clock = clock
         self._named: dict[str, None] = {}  # by the operator
-        self._all = Share(CALLS_SHARE, clock())
+        self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
+        self._members = Share(CALLS_SHARE, clock())
+        self._strangers = Share(STRANGERS_SHARE, clock())
         self._shares: dict[str, Share] = {}
         self._new_ids = NEW_IDS_BURST
         self._new_ids_at = clock()
@@ -180,11 +184,15 @@ class Guard:
             share = self._shares[peer] = Share(PEER_SHARE, now)
         if not share.has_room(now):
             raise CallRefused("calls", "more calls to the DHT than a peer has use for")
-        if not self._all.has_room(now):
+        if not self._share_of_all(peer).has_room(now):
             raise CallRefused("busy", "the DHT has more calls than it takes")
 
+    def _share_of_all(self, peer: str) -> Share:
+        """What it has together with all others of its kind."""
+        return self._members if self.is_member(peer) else self._strangers
+
     def _spend(self, peer: str, seconds: float) -> None:
-        self._all.spend(seconds)
+        self._share_of_all(peer).spend(seconds)
         if peer in self._shares:
             self._shares[peer].spend(seconds)
 

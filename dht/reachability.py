@@ -44,7 +44,11 @@ Fields = list[tuple[int, int | bytes]]  # (number, value), in their order
 
 
 class NotCarried(SwarmError):
-    """A peer keeps no place for us; the text says why."""
+    """A peer keeps no place for us; the text says why. `is_final`: nor will it soon, for we are linked."""
+
+    def __init__(self, text: str, is_final: bool = True) -> None:
+        super().__init__(text)
+        self.is_final = is_final
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ def reservation(answer: bytes) -> Reservation:
     fields = _fields(answer)
     status = _number(fields, 5)
     if status != OK:
-        raise NotCarried(f"it keeps no place for us, status {status}")
+        raise NotCarried(f"it keeps no place for us, status {status}", is_final=status != DENIED)
     place, limit = _last(fields, 3, b""), _last(fields, 4, b"")
     if not isinstance(place, bytes) or not isinstance(limit, bytes):
         raise SwarmError("an answer of libp2p is none")

@@ -62,6 +62,9 @@ _CHILD_END_S = 1.0
 # New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
 STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
 _PACES_KEPT = 1024
+# Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
+# milliseconds, so that these are few at a time. Guess
+UNREAD_MAX = 32
 
 
 class Unreachable(SwarmError):
@@ -98,6 +101,7 @@ class Swarm:
             config.streams_max, config.peer_streams_max
         )
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
+        guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
@@ -469,7 +473,7 @@ class Swarm:
         assert task is not None
         self._inbound[task] = None
         try:
-            if len(self._inbound) > self._config.streams_max:
+            if len(self._inbound) > self._config.streams_max + UNREAD_MAX:
                 _log.debug("stream refused reason=too_many limit=%d", self._config.streams_max)
                 self._on_refused("streams")
                 return

@@ -115,7 +115,8 @@ async def _fetch(
     raise UserError(
         f"no peer gave the base's {file.name}: {'; '.join(failures)}",
         exit_code=ExitCode.UNREACHABLE,
-        hint="what has come is kept: start again, or name a directory that has it with --base DIR",
+        hint=f"start again: {folder.part_bytes(file)} of {file.size_bytes} bytes are kept; or name a "
+        "directory that has it with --base DIR",
     )
 
 

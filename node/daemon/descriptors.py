@@ -10,7 +10,9 @@ from __future__ import annotations
 import resource
 
 WANTED = 65_536  # Guess: far above what any node uses
-KEPT = 256  # 64 of the endpoint and as many about to be refused, p2pd's two, files of home, data and trainer
+# 64 of the endpoint and as many about to be refused, 32 streams of which it is not known yet whose they are,
+# p2pd's two, files of home, data and trainer.
+KEPT = 256
 STREAMS_MAX = 1024
 STREAMS_MIN = 64  # Guess: a run of a few members works with it
 

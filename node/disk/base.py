@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from tapestry.node.disk.files import sync_folder, write_file
+from tapestry.node.disk.files import is_damage, sync_folder, write_file
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 
 PIECE_BYTES = 1 << 20  # that a donor sends for one request
@@ -103,11 +103,17 @@ class BaseFolder:
             out.write(data)
 
     def finish(self, file: BaseFile) -> None:
-        """The download is whole: give it its name. Raises BaseError, and drops it, if it is another file."""
+        """The download is whole: give it its name. Raises BaseError if it is another file, and OSError;
+        drops it then, and where the disk lost some of it."""
         part = self.part(file)
         if file.size_bytes == 0:
             part.touch()
-        found = BaseFile.of(part)
+        try:
+            found = BaseFile.of(part)
+        except OSError as error:
+            if is_damage(error):
+                part.unlink()
+            raise
         if (found.size_bytes, found.digest) != (file.size_bytes, file.digest):
             part.unlink()
             raise BaseError(f"{file.name} has the digest {found.digest[:12]}, not {file.digest[:12]}")

@@ -34,6 +34,16 @@ class Bucket:
         self._debt = 0.0
         self._at = now
 
+    def set_rate(self, bytes_per_second: float, now: float) -> None:
+        """From now on; what is owed stays, and so does the burst."""
+        self._pay(now)
+        self._rate = bytes_per_second
+
+    def is_owed(self, now: float) -> bool:
+        """Whether some of what passed is not paid off yet."""
+        self._pay(now)
+        return self._debt > 0.0
+
     def wait_s(self, count: int, now: float) -> float:
         """How long till `count` bytes, at most `piece_bytes`, may pass; 0.0 if now."""
         assert count <= self.piece_bytes, "a piece has to fit under the burst"

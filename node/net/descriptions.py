@@ -96,6 +96,11 @@ def is_heard(roll: Roll, peer: str) -> bool:
     return peer in roll.members or peer in roll.counted
 
 
+def _is_ahead(one: Description, now_s: int) -> bool:
+    """Whether it was said under a clock that is not ours: it is not taken, and what is said later counts."""
+    return one.at > now_s + AHEAD_S
+
+
 class Descriptions:
     """Those that a home knows of one run. One thread at a time."""
 
@@ -127,11 +132,11 @@ class Descriptions:
     def say(self, peer: str, texts: tuple[str, ...], now_s: int) -> bool:
         """What this node's own member says from now on; whether that is news. Raises OSError."""
         self._own = peer
-        known = self._by_peer.get(peer)
-        if (known.texts if known is not None else ()) == texts:
+        known = self._by_peer.get(peer) or Description(peer, -1, ())
+        if known.texts == texts and not _is_ahead(known, now_s):
             return False
         texts = texts[:TEXTS_MAX]
-        mine = Description(peer, max(now_s, known.at + 1 if known is not None else 0), texts)
+        mine = Description(peer, now_s if _is_ahead(known, now_s) else max(now_s, known.at + 1), texts)
         self._by_peer[peer] = replace(mine, signature=self._crypto.sign(mine.message(self._run_id)))
         self._write()
         return True
@@ -142,7 +147,9 @@ class Descriptions:
         news = []
         for one in told:
             known = self._by_peer.get(one.peer)
-            if not is_heard(roll, one.peer) or one.at > now_s + AHEAD_S or (known and known.at >= one.at):
+            if not is_heard(roll, one.peer) or _is_ahead(one, now_s):
+                continue
+            if known is not None and known.at >= one.at and not _is_ahead(known, now_s):
                 continue
             if not self._is_signed(one):
                 raise Malformed(f"a description that {one.peer[-6:]} did not sign")

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, Checkpoints, chunk_count
+from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.part import Part, Pieces
 from tapestry.node.net.transfer import (
     CHUNKS_AHEAD,
@@ -105,6 +106,9 @@ async def fetch_state(
         fetch = _Fetch(asked, wanted, limits, on_bytes, tell)
         try:
             digest = await asyncio.to_thread(fetch.finish) if await fetch.run() else ""
+        except RemoteProtocolError as error:
+            fetch.blame(error)
+            digest = ""
         finally:
             fetch.close()
         if digest:
@@ -160,7 +164,12 @@ class Download:
         """Put what an earlier download left into the state."""
         assert self.part is not None
         for index in [*self.missing]:
-            data = self.part.read(index)
+            try:
+                data = self.part.read(index)
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                continue  # it is asked for again
             if blake3(data).digest() == self._digest_of(index):
                 self._place(index, data)
                 del self.missing[index]
@@ -250,6 +259,7 @@ class _Fetch:
         self._left_part: Part | None = None
         self._download: Download | None = None
         self._part: Part | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # one for each donor
         self._giving: dict[str, _Giving] = {}
         self._free: deque[int] = deque()  # chunks that nobody is asked for
         self._changed = asyncio.Condition()
@@ -259,14 +269,14 @@ class _Fetch:
         checkpoints = self._wanted.checkpoints
         if checkpoints is not None:  # before a donor waits for us
             self._left = await asyncio.to_thread(self._take_up, checkpoints)
-        tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
+        self._tasks = [asyncio.create_task(self._ask(*donor)) for donor in self._donors.items()]
         try:
             await self._choose()
-            await self._settle(lambda: self._is_whole or all(task.done() for task in tasks))
+            await self._settle(lambda: self._is_whole or self._nobody_is_asked)
         finally:
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
+            done = await asyncio.gather(*self._tasks, return_exceptions=True)
             for download in (self._left, self._download):
                 if download is not None:
                     await asyncio.to_thread(download.close)
@@ -276,7 +286,7 @@ class _Fetch:
         return self._is_whole
 
     def finish(self) -> str:
-        """The digest of the whole state; "" if it is not the signed one: all who offered it are told of."""
+        """The digest of the whole state. Raises RemoteProtocolError if it is not the signed one. Blocking."""
         assert self._download is not None
         try:
             with ThreadPoolExecutor(1) as beside:  # the disk writes while the processor hashes
@@ -284,23 +294,32 @@ class _Fetch:
                 digest = self._download.finish()
             if synced is not None:
                 synced.result()
-        except RemoteProtocolError as error:
-            for name, offer in self._offers.items():
-                if offer == self._download.manifest:
-                    self._on_fault(name, error)
+        except RemoteProtocolError:
             if self._part is not None:
                 self._part.drop()
-            return ""
+            raise
         if self._part is not None and self._wanted.checkpoints is not None:
             self._wanted.checkpoints.keep(self._part)
         shares = ",".join(f"{name[-6:]}:{giving.given}" for name, giving in self._giving.items())
         _log.info("state=fetched epoch=%d donors=%s", self._download.manifest.epoch, shares)
         return digest
 
+    def blame(self, error: RemoteProtocolError) -> None:
+        """All who offered the state lied. On the loop, as everything that hears of faults."""
+        assert self._download is not None
+        for name, offer in self._offers.items():
+            if offer == self._download.manifest:
+                self._on_fault(name, error)
+
     def close(self) -> None:
         for part in (self._left_part, self._part):
             if part is not None:
                 part.close()
+
+    @property
+    def _nobody_is_asked(self) -> bool:
+        """All donors gave what they have, or failed, or our own disk did."""
+        return all(task.done() for task in self._tasks)
 
     @property
     def _is_whole(self) -> bool:
@@ -310,7 +329,7 @@ class _Fetch:
 
     async def _choose(self) -> None:
         """What most donors have, and of that the newest; what was begun before, if somebody has that."""
-        await self._settle(lambda: bool(self._offers) or len(self._faults) == len(self._donors))
+        await self._settle(lambda: bool(self._offers) or self._nobody_is_asked)
         if not self._offers:
             return
         try:

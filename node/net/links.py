@@ -55,7 +55,10 @@ PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
 CONTROL_SHARE_ALL = 0.5  # Guess: for those of all; six that flooded us had one and a half loops
 BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
-CONTROL_BYTES_PER_S = 1e6  # of one peer's messages; a quarter of the download cap if that is less. Guess
+# Of one peer's messages; if that is less, its part of a quarter of the download cap, which all who send just
+# now share. Guess
+CONTROL_BYTES_PER_S = 1e6
+SHARED_S = 0.25  # Guess: so often who waits looks how many share
 ANSWERS_BYTES_PER_S = 4e6  # records, to all who ask; a quarter of the upload cap if that is less. Guess
 JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at this rate for JUNK_S_MAX. Guess
 JUNK_S_MAX = 60.0
@@ -306,13 +309,11 @@ class Links:
 
     def _new_peer(self, peer: str) -> _Peer:
         clock = asyncio.get_running_loop().time
-        cap = self._limits.throttles.download.bytes_per_second
-        bytes_per_second = CONTROL_BYTES_PER_S if cap is None else min(CONTROL_BYTES_PER_S, cap / 4)
         return _Peer(
             peer,
             control_pace=Pace(self._control_share, clock),
             bulk_pace=Pace(lambda: BULK_SHARE, clock),
-            control_bytes_in=Bucket(bytes_per_second, clock(), JUNK_S_MAX),
+            control_bytes_in=Bucket(self._control_bytes_per_s(clock()), clock(), JUNK_S_MAX),
             junk=Bucket(JUNK_BYTES_PER_S, clock(), JUNK_S_MAX),
         )
 
@@ -320,6 +321,26 @@ class Links:
         """Of each peer that is there: all together have CONTROL_SHARE_ALL."""
         count = sum(link.is_there for link in self._peers.values())
         return min(CONTROL_SHARE, CONTROL_SHARE_ALL / max(1, count))
+
+    def _control_bytes_per_s(self, now: float) -> float:
+        """What one peer may send of messages: all spend from one cap, so those who send just now share."""
+        cap = self._limits.throttles.download.bytes_per_second
+        if cap is None:
+            return CONTROL_BYTES_PER_S
+        senders = sum(link.control_bytes_in.is_owed(now) for link in self._peers.values())
+        return min(CONTROL_BYTES_PER_S, cap / 4 / max(1, senders))
+
+    async def _paid_control(self, link: _Peer, count: int) -> None:
+        """As `_paid`, at a rate that others' messages lower."""
+        bucket, clock = link.control_bytes_in, asyncio.get_running_loop().time
+        bucket.spend(count, clock())
+        while True:
+            now = clock()
+            bucket.set_rate(self._control_bytes_per_s(now), now)
+            wait_s = bucket.wait_s(0, now)
+            if not wait_s:
+                return
+            await asyncio.sleep(max(min(wait_s, SHARED_S), SLEEP_MIN_S))
 
     def keep(self, peer: str, address: str) -> None:
         """As `want`, for good: this address is tried too, whatever the peer says of itself."""
@@ -645,7 +666,7 @@ class Links:
             with link.control_pace.spending():
                 self._listener.on_message(link.peer, self._reader.control(header))
             await link.control_pace.wait()
-            await _paid(link.control_bytes_in, len(header))
+            await self._paid_control(link, len(header))
 
     async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import random
@@ -36,6 +37,7 @@ from tapestry.dht.swarm import Swarm
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.net.circuits import Kind
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.links import LinkLimits, Links, Listener
 from tapestry.node.net.peer_exchange import PeerExchange
@@ -219,10 +221,13 @@ class Network:
             await swarm.serve(exchange.protocol, exchange.serve)
             tasks.create_task(exchange.run())
             throttles = config.limits.throttles
-            relay = Relay(swarm.open_stream, lambda: self.linked, node.admits, throttles, config.relay)
+            kind_of = functools.partial(caller_kind, node)
+            relay = Relay(swarm.open_stream, lambda: self.linked, kind_of, throttles, config.relay)
             await swarm.serve(HOP, relay.serve)  # in the place of p2pd's own, also where it refuses
             announced = bool(config.swarm.announce)
-            self._reach = Reach(swarm, self._links, lambda: self._direct, announced, self._place)
+            self._reach = Reach(
+                swarm, self._links, lambda: self._direct, announced, self._place, node.is_member
+            )
             tasks.create_task(self._reach.run())
             await swarm.join_dht(config.run_id, config.peers)
             self.up.set()
@@ -409,6 +414,13 @@ class Network:
                     await swarm.meet(new)
                 met_at |= dict.fromkeys(new, now())
             await asyncio.sleep(PRESENCE_LOOK_S)
+
+
+def caller_kind(node: Listener, peer: str) -> Kind:
+    """What a caller is to the relay: in an open run the node admits all the world."""
+    if node.is_member(peer):
+        return Kind.MEMBER
+    return Kind.NEWCOMER if node.admits(peer) else Kind.STRANGER
 
 
 def next_expiry(now: float, before: float) -> float:

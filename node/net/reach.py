@@ -16,12 +16,12 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tapestry.dht.addresses import CIRCUIT, Scope, circuit_address, is_usable, scope
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.reachability import can_dial_us, reserve
+from tapestry.dht.reachability import NotCarried, can_dial_us, reserve
 from tapestry.dht.swarm import Swarm
 
 LOOK_S = 2.0  # Guess: a peer that lost its relay is dialled through another within so long
@@ -31,8 +31,12 @@ ASK_S = 25.0  # for a dial-back: libp2p gives up after 15 s where nothing answer
 RESERVE_S = 5.0
 RENEW_S = 60.0  # Guess: a place is lost with a connection, and a new one looks like the old
 REFUSED_S = 300.0  # Guess: after so long a peer may carry us after all
-SURE_S = 300.0  # Guess: how long an answer counts. libp2p asks every 15 minutes
-UNSURE_S = 30.0  # libp2p answers one peer three times a minute, and all 30 times
+MISSED_S = 3 * LOOK_S  # Guess: who gave no answer, or is not linked with us yet, is asked again after so long
+SURE_S = 300.0  # Guess: between two questions once others have answered. libp2p asks every 15 minutes
+JUDGES = 3  # Guess: so many say whether we can be dialled; one that lies is outvoted by two
+SAID_S = (JUDGES + 1) * SURE_S  # how long an answer counts
+ASKED_KEPT = 256  # Guess: peers whose turn is remembered; more than four times as many as are linked
+UNSURE_S = 30.0  # before that. libp2p answers one peer three times a minute, and all 30 times
 
 _log = logging.getLogger("tapestry.network")
 
@@ -51,17 +55,22 @@ class Linked(Protocol):
 
 
 class Verdicts:
-    """Whether others can dial us, by the word of those who tried. One who got through outweighs the others:
-    it may be that a firewall lets only some pass, but whoever says so falsely says it to its own loss."""
+    """Whether others can dial us, by the word of those who tried: the majority of the newest JUDGES answers.
+
+    A false "no" costs a place at a relay that was not needed, a false "yes" makes a node behind NAT give up
+    what carries it: so of equals the "no" counts, and no peer is asked again before the others were.
+    """
 
     def __init__(self) -> None:
-        self._said: dict[str, tuple[bool, float]] = {}  # peer -> what it said last, and when
-        self._asked_at: dict[str, float] = {}
+        self._said: dict[
+            str, tuple[bool, float]
+        ] = {}  # peer -> what it said last, and when; the oldest first
+        self._asked_at: dict[str, float] = {}  # also of who is not linked now: coming back is no new turn
         self._first_asked_at: float | None = None
 
     def reachable(self, now: float) -> bool | None:
-        said = [yes for yes, at in self._said.values() if now - at < 2 * SURE_S]
-        return any(said) if said else None
+        said = [yes for yes, at in self._said.values() if now - at < SAID_S][-JUDGES:]
+        return 2 * sum(said) > len(said) if said else None
 
     def needs_relay(self, now: float) -> bool:
         """Whether others cannot dial us, or nobody could say for a while after we first asked."""
@@ -71,13 +80,16 @@ class Verdicts:
         return not reachable
 
     def next_to_ask(self, linked: Sequence[str], now: float) -> str | None:
-        """Somebody else each time; seldom once there is an answer."""
-        self._asked_at = {p: at for p, at in self._asked_at.items() if now - at < 2 * SURE_S}
-        self._said = {p: said for p, said in self._said.items() if now - said[1] < 2 * SURE_S}
-        pause_s = UNSURE_S if not self._said else SURE_S
-        if not linked or now - max(self._asked_at.values(), default=-math.inf) < pause_s:
+        """Somebody else each time; seldom once JUDGES were asked, or all there are, and one answered."""
+        self._said = {p: said for p, said in self._said.items() if now - said[1] < SAID_S}
+        judges = sum(now - at < SAID_S for at in self._asked_at.values())
+        is_sure = bool(self._said) and judges >= min(JUDGES, len(linked))
+        last_at = max(self._asked_at.values(), default=-math.inf)
+        if not linked or now - last_at < (SURE_S if is_sure else UNSURE_S):
             return None
         peer = min(linked, key=lambda p: self._asked_at.get(p, -math.inf))
+        if len(self._asked_at) >= ASKED_KEPT:
+            del self._asked_at[min(self._asked_at, key=self._asked_at.__getitem__)]
         self._asked_at[peer] = now
         if self._first_asked_at is None:
             self._first_asked_at = now
@@ -85,6 +97,7 @@ class Verdicts:
 
     def says(self, peer: str, reachable: bool | None, now: float) -> None:
         if reachable is not None:
+            self._said.pop(peer, None)
             self._said[peer] = (reachable, now)
 
     def forget(self) -> None:
@@ -98,6 +111,7 @@ class Verdicts:
 class _Place:
     address: str  # of the relay
     renew_at: float
+    until: float  # then it counts as lost
 
 
 class Relays:
@@ -110,9 +124,11 @@ class Relays:
     def due(self, candidates: Mapping[str, str], wanted: bool, now: float) -> dict[str, str]:
         """Whom to ask now, and their addresses: who keeps a place already, and others if it takes more.
 
-        A place at a peer that is no candidate any more is lost.
+        A place at a peer that is no candidate any more is lost, and one that was not renewed in time.
         """
-        self._places = {p: place for p, place in self._places.items() if wanted and p in candidates}
+        self._places = {
+            p: place for p, place in self._places.items() if wanted and p in candidates and now < place.until
+        }
         self._refused = {p: until for p, until in self._refused.items() if now < until}
         if not wanted:
             return {}
@@ -121,11 +137,19 @@ class Relays:
         return {p: candidates[p] for p in (*renewed, *others[: RELAYS_MAX - len(self._places)])}
 
     def granted(self, peer: str, address: str, lifetime_s: float, now: float) -> None:
-        self._places[peer] = _Place(address, now + max(1.0, min(RENEW_S, lifetime_s / 2)))
+        self._places[peer] = _Place(address, now + max(1.0, min(RENEW_S, lifetime_s / 2)), now + lifetime_s)
 
     def refused(self, peer: str, now: float) -> None:
+        """It carries nobody, or not us."""
         self._places.pop(peer, None)
         self._refused[peer] = now + REFUSED_S
+
+    def missed(self, peer: str, now: float) -> None:
+        """No answer, or not yet: its line may be full, it may be new. A place there is kept for its time."""
+        if (place := self._places.get(peer)) is not None:
+            self._places[peer] = replace(place, renew_at=now + MISSED_S)
+        else:
+            self._refused[peer] = now + MISSED_S
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -175,12 +199,14 @@ class Reach:
         own_addresses: Callable[[], Sequence[str]],  # direct ones
         announced: bool,  # by the operator, who knows where the node is reached
         on_change: Callable[[], None],  # the addresses through relays are others
+        is_member: Callable[[str], bool],  # of the run: in an open one anybody may be linked
     ) -> None:
         self._swarm = swarm
         self._peers = peers
         self._own_addresses = own_addresses
         self._announced = announced
         self._on_change = on_change
+        self._is_member = is_member
         self._verdicts = Verdicts()
         self._relays = Relays()
         self._connections: dict[str, tuple[str, ...]] = {}
@@ -228,7 +254,8 @@ class Reach:
         if max(map(scope, own), default=Scope.LOOPBACK) is Scope.LOOPBACK:
             return  # a trial on one machine
         direct = [peer for peer, route in self.routes.items() if route == "direct"]
-        if peer := self._verdicts.next_to_ask(direct, now):
+        judges = [peer for peer in direct if self._is_member(peer)] or direct
+        if peer := self._verdicts.next_to_ask(judges, now):
             self._start(tasks, f"dial {peer}", self._ask_dial(peer, own))
         reachable = self.reachable
         self._tell(reachable)
@@ -258,7 +285,10 @@ class Reach:
             place = await reserve(self._swarm.open_stream, peer, RESERVE_S)
         except SwarmError as error:
             _log.debug("relay=refused peer=%s reason=%r", peer[-6:], str(error))
-            self._relays.refused(peer, _now())
+            if isinstance(error, NotCarried) and error.is_final:
+                self._relays.refused(peer, _now())
+            else:
+                self._relays.missed(peer, _now())
         else:
             # Its clock may be wrong: a place lives an hour, and is asked for again long before.
             self._relays.granted(peer, address, RENEW_S * 2, _now())

@@ -4,10 +4,10 @@ libp2p's circuit relay 2 (dht/reachability.py has the messages). A guest asks fo
 guest; we open a stream to the guest, tell it who calls, and from then on pass bytes both ways. The two then
 prove to each other who they are and encrypt, inside: we see sizes and times.
 
-Only a linked peer, so a member of this run, gets a place, and only to those with a place is anything carried;
-who calls may be anybody, for a joiner is nobody yet, but strangers have few circuits. What is carried waits
-for the upload cap like bulk, and counts for both caps. Everything has a bound: places, circuits in all and of
-each peer, and how long a side may take nothing.
+Only a linked peer, so one of this run, gets a place, and only to those with a place is anything carried; who
+calls may be anybody, for a joiner is nobody yet, but strangers have few circuits (circuits.py). What is
+carried waits for the upload cap like bulk, and counts for both caps. Everything has a bound: places,
+circuits, and how long a side may take nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
+from typing import Any
 
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.reachability import (
@@ -40,13 +40,11 @@ from tapestry.dht.reachability import (
     stop_status,
     write_message,
 )
+from tapestry.node.net.circuits import Circuits, Kind
+from tapestry.node.net.places import NoPlace
 from tapestry.node.net.throttle import Throttles
 
 PLACES_MAX = 128  # libp2p's
-CIRCUITS_MAX = 256  # Guess: 16 guests that are all linked with each other take 240, one for each end's dial
-PEER_CIRCUITS_MAX = 32  # to or from one peer. Guess
-# Of all who are no members, one each, and the oldest makes room: enough to ask for admission. Guess
-STRANGERS_CIRCUITS_MAX = 16
 PLACE_S = 3600.0  # libp2p's; our guests ask again each minute
 ASK_S = 10.0  # for a question to come, and for a guest to answer
 WRITE_S = 60.0  # Guess: a side that takes nothing for so long has no use for it
@@ -62,19 +60,17 @@ class Relay:
         self,
         open_stream: OpenStream,
         linked: Callable[[], Collection[str]],
-        admits: Callable[[str], bool],  # whether a peer belongs to the run
+        kind_of: Callable[[str], Kind],  # what a caller is here
         throttles: Throttles,
         enabled: bool,
     ) -> None:
         self._open_stream = open_stream
         self._linked = linked
-        self._admits = admits
+        self._kind_of = kind_of
         self._throttles = throttles
         self._enabled = enabled
         self._places: dict[str, float] = {}  # guest -> until when
-        self._circuits: Counter[str] = Counter()  # by peer, of either end
-        # Callers that are no members, with a circuit each: what carries it, the oldest first.
-        self._strangers: dict[str, asyncio.Task[None] | None] = {}
+        self._circuits: Circuits[asyncio.Task[Any]] = Circuits()  # by what carries each
 
     @property
     def guests(self) -> tuple[str, ...]:
@@ -121,34 +117,19 @@ class Relay:
         if guest not in self._places:
             await write_message(writer, hop_answer(NO_PLACE))
             return
-        of_peers = max(self._circuits[caller], self._circuits[guest])
-        if self._circuits.total() >= 2 * CIRCUITS_MAX or of_peers >= PEER_CIRCUITS_MAX:
-            await write_message(writer, hop_answer(TOO_MANY))
-            return
-        is_member = self._admits(caller)
-        if not is_member and caller in self._strangers:
-            await write_message(writer, hop_answer(TOO_MANY))
-            return
-        ends = (caller, guest)
-        self._circuits.update(ends)
         task = asyncio.current_task()
-        if not is_member:
-            self._make_room_for_stranger()
-            self._strangers[caller] = task
+        assert task is not None
+        try:
+            gone = self._circuits.enter(task, caller, guest, self._kind_of(caller))
+        except NoPlace:
+            await write_message(writer, hop_answer(TOO_MANY))
+            return
+        if gone is not None:
+            gone.cancel()
         try:
             await self._carry(caller, guest, reader, writer)
         finally:
-            if self._strangers.get(caller) is task:
-                del self._strangers[caller]
-            self._circuits.subtract(ends)
-            self._circuits = +self._circuits  # without those that have none
-
-    def _make_room_for_stranger(self) -> None:
-        """Who holds a silent circuit open keeps no applicant away."""
-        if len(self._strangers) >= STRANGERS_CIRCUITS_MAX:
-            oldest = self._strangers.pop(next(iter(self._strangers)))
-            if oldest is not None:
-                oldest.cancel()
+            self._circuits.leave(task)
 
     async def _carry(
         self, caller: str, guest: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

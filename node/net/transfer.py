@@ -31,6 +31,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.disk import signed_means
 from tapestry.node.disk.base import PIECE_BYTES, BaseError, BaseFile, BaseFolder
 from tapestry.node.disk.draft import Draft
+from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import (
@@ -71,7 +73,7 @@ DIGEST_BYTES = 32
 OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 OnBytes = Callable[[str, int], None]  # direction ("in" or "out"), count
 
-
+_log = logging.getLogger("tapestry.transfer")
 _fetches = itertools.count()  # names of the drafts of this process
 
 
@@ -186,24 +188,42 @@ async def fetch_file(
     on_bytes: OnBytes,
     told: Told = silent,
 ) -> None:
-    """Get a file of the base, from where an earlier download ended. It has its name only if it is the one."""
-    async with opened(open_stream, limits, on_bytes) as stream:
-        count = -(-file.size_bytes // PIECE_BYTES)
-        begin = folder.part_bytes(file) // PIECE_BYTES
-        await asyncio.to_thread(folder.cut, file, begin * PIECE_BYTES)
-        asked: deque[int] = deque()
-        for index in range(begin, count):
-            told(f"base {file.name} bytes", folder.part_bytes(file), file.size_bytes)
-            await stream.send({"ask": "file", "digest": file.digest, "index": index})
-            asked.append(index)
-            if len(asked) == CHUNKS_AHEAD:
-                await _receive_piece(stream, file, folder, asked.popleft())
-        while asked:
+    """Get a file of the base, from where an earlier download ended. It has its name only if it is the one.
+
+    Where it is another, or cannot be read, what an earlier download left may be false or spoilt: then
+    all of it is asked of this donor, and only what it gave by itself is held against it.
+    """
+    begin = folder.part_bytes(file) // PIECE_BYTES
+    while True:
+        async with opened(open_stream, limits, on_bytes) as stream:
+            await _receive_pieces(stream, file, folder, begin, told)
+        try:
+            await asyncio.to_thread(folder.finish, file)
+            return
+        except BaseError as error:
+            if begin == 0:
+                raise RemoteProtocolError("digest", str(error)) from error
+            why = str(error)
+        except OSError as error:
+            if begin == 0 or not is_damage(error):
+                raise
+            why = str(error)
+        _log.info("base file=%s from=0 reason=%r", file.name, why)
+        begin = 0
+
+
+async def _receive_pieces(stream: Stream, file: BaseFile, folder: BaseFolder, begin: int, told: Told) -> None:
+    """From piece `begin` on, to the end."""
+    await asyncio.to_thread(folder.cut, file, begin * PIECE_BYTES)
+    asked: deque[int] = deque()
+    for index in range(begin, -(-file.size_bytes // PIECE_BYTES)):
+        told(f"base {file.name} bytes", folder.part_bytes(file), file.size_bytes)
+        await stream.send({"ask": "file", "digest": file.digest, "index": index})
+        asked.append(index)
+        if len(asked) == CHUNKS_AHEAD:
             await _receive_piece(stream, file, folder, asked.popleft())
-    try:
-        await asyncio.to_thread(folder.finish, file)
-    except BaseError as error:
-        raise RemoteProtocolError("digest", str(error)) from error
+    while asked:
+        await _receive_piece(stream, file, folder, asked.popleft())
 
 
 async def _receive_piece(stream: Stream, file: BaseFile, folder: BaseFolder, index: int) -> None:

@@ -23,6 +23,7 @@ from tapestry.dht.guard import (
     NEAREST_MAX,
     NEW_IDS_BURST,
     RECORDS_MAX,
+    STRANGERS_SHARE,
     CallRefused,
     Guard,
     id_of,
@@ -206,6 +207,26 @@ def test_one_peer_cannot_use_up_what_there_is_for_all():
         except CallRefused:
             bench.now += 0.002
     bench.call(peer(2), find([KEY]))
+
+
+def test_strangers_use_up_nothing_of_what_there_is_for_members():
+    """Three keys that called within their own share kept all members' records out, as long as they liked."""
+    bench = Bench(cost_s=0.01)
+    member, strangers = peer(0), [peer(number) for number in range(1, 100)]
+    bench.guard.is_member = lambda who: who == member.to_base58()
+    answered = 0
+    while bench.now < 60.0:
+        for stranger in strangers:
+            try:
+                bench.call(stranger, find([KEY]))
+            except CallRefused:
+                bench.now += 0.001
+        if bench.now >= answered:  # once a second
+            bench.call(member, find([KEY]))
+            answered += 1
+    busy_s = (bench.answered - answered) * bench.cost_s
+    assert busy_s <= BURST_S + bench.cost_s + STRANGERS_SHARE * bench.now
+    assert answered >= 60 and member.to_base58() not in dict(bench.refused)
 
 
 class FakeProtocol:

@@ -134,6 +134,8 @@ def test_a_swarm_has_the_peer_id_of_its_identity_and_prints_where_it_listens(tmp
             [address] = await alone.swarm.addresses()
             assert re.fullmatch(r"/ip4/127\.0\.0\.1/tcp/[1-9]\d*/p2p/" + alone.swarm.peer_id, address)
             assert await alone.swarm.connected_peers() == ()
+            alone.swarm.is_member = lambda peer: peer == "member"
+            assert [alone.swarm._guard.is_member(peer) for peer in ("member", "stranger")] == [True, False]
             await alone.swarm.close()
             await alone.swarm.close()
 
@@ -237,6 +239,33 @@ def test_streams_above_the_limit_are_closed_at_once(tmp_path: Path) -> None:
                 writer.close()
             await bob.close()
             assert answers == [b"!", b"!", b""]
+
+    run(main())
+
+
+def test_who_holds_all_streams_makes_room_for_another_member(tmp_path: Path) -> None:
+    """Whose stream it is was not even read when all were taken."""
+
+    async def hold(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"!")
+        await reader.read(-1)
+
+    async def main() -> None:
+        async with members(tmp_path, 2) as [alice, carol]:
+            bob = await Swarm.start(config_in(tmp_path, "bob", streams_max=20))
+            try:
+                await bob.serve(PROTOCOL, hold)
+                held = []
+                for member in [alice] * 21 + [carol]:
+                    await member.swarm.connect_any(bob.peer_id, await bob.addresses(), 5.0)
+                    reader, writer = await member.swarm.open_stream(bob.peer_id, PROTOCOL, 5.0)
+                    held.append((await reader.read(1), reader, writer))
+                assert [answer for answer, _, _ in held] == [b"!"] * 20 + [b"", b"!"]
+                assert await held[19][1].read(1) == b"", "her newest ends"
+                for _, _, writer in held:
+                    writer.close()
+            finally:
+                await bob.close()
 
     run(main())
 

@@ -113,6 +113,14 @@ def test_a_flood_delays_bulk_by_seconds_however_large_it_is():
     assert bucket.wait_s(1, 1.0) == pytest.approx(DEBT_S, abs=0.01)
 
 
+def test_a_rate_that_changes_leaves_what_is_owed():
+    bucket = Bucket(1000.0, 0.0)
+    bucket.spend(int(bucket.burst_bytes) + 1500, 0.0)
+    bucket.set_rate(100.0, 1.0)
+    assert bucket.is_owed(1.0) and bucket.wait_s(0, 1.0) == pytest.approx(5.0)
+    assert not bucket.is_owed(1.0 + (bucket.burst_bytes + 500) / 100.0)
+
+
 def test_a_clock_that_goes_back_gives_nothing_away():
     bucket = Bucket(1000.0, 10.0)
     bucket.spend(int(bucket.burst_bytes), 10.0)

@@ -144,6 +144,20 @@ def test_an_older_word_a_stranger_and_a_clock_far_ahead_are_not_heard(tmp_path: 
     assert other.take(mine.all, roll, 100) == [] and [one.texts for one in other.all] == [("second",)]
 
 
+def test_what_was_said_under_a_clock_far_ahead_is_said_anew_when_the_clock_is_right(tmp_path: Path) -> None:
+    """It was not heard until that time had come, and nothing told its member."""
+    mine, theirs = known(tmp_path, 0), d.Descriptions(tmp_path / "o.json", RUN, NodeCrypto(OWN[1]))
+    ahead = 2_000_000_000
+    mine.say(PEERS[0], ("words",), ahead)
+    assert theirs.take(mine.all, ROLL, ahead) == [PEERS[0]], "its clock was as wrong"
+    assert mine.say(PEERS[0], ("words",), 100) and [one.at for one in mine.all] == [100]
+    assert theirs.take(mine.all, ROLL, 100) == [PEERS[0]] and theirs.all == mine.all
+    mine.say(PEERS[0], ("others",), ahead)
+    assert mine.say(PEERS[0], ("newer",), 200) and [one.at for one in mine.all] == [200]
+    mine.say(PEERS[0], ("taken back later",), ahead)
+    assert mine.say(PEERS[0], (), 300) and [(one.at, one.texts) for one in mine.all] == [(300, ())]
+
+
 def test_who_is_removed_is_forgotten(tmp_path: Path) -> None:
     mine, theirs = known(tmp_path, 0), d.Descriptions(tmp_path / "o.json", RUN, NodeCrypto(OWN[1]))
     theirs.say(PEERS[1], ("words",), 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import selectors
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -19,7 +20,7 @@ from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
 from tapestry.node.net.links import BURST_S, LINK_CURE, LinkLimits, Links, Pace
-from tapestry.node.net.throttle import Throttles
+from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
 from tapestry.node.protocol.agreement import ShardSums
@@ -508,6 +509,42 @@ def test_a_flood_of_messages_is_read_at_the_rate_of_its_sender(monkeypatch):
             await until(lambda: len(bench.heard.messages) > first)
 
     run(main)
+
+
+class Leaping(asyncio.SelectorEventLoop):
+    """A loop whose time passes only while it waits, and then at once."""
+
+    def __init__(self) -> None:
+        self.now, selector = 0.0, selectors.DefaultSelector()
+        super().__init__(selector)
+        select = selector.select
+
+        def leap(timeout: float | None = None) -> Any:
+            self.now += timeout or 0.0
+            return select(0)
+
+        selector.select = leap  # type: ignore[method-assign]
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_messages_of_many_take_a_quarter_of_the_download_cap_together():
+    """Each had a quarter of its own: five peers left bulk nothing."""
+    cap, senders, seconds = 800_000.0, 8, 4.0
+
+    async def main() -> None:
+        async with Bench(peers_max=16, throttles=Throttles(download=Throttle(cap))) as bench:
+            for i in range(senders):
+                bench.stream("control", framed(encode_message(STATUS)) * 10_000, f"12D3KooWPeer{i}")
+            await asyncio.sleep(1.0)  # their bursts
+            before = len(bench.heard.messages)
+            await asyncio.sleep(seconds)
+            passed = (len(bench.heard.messages) - before) * len(encode_message(STATUS))
+            assert passed == pytest.approx(seconds * cap / 4, rel=0.05)
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
 
 
 def test_who_sends_what_cannot_be_used_is_read_slowly_after_it(monkeypatch):

@@ -12,7 +12,15 @@ from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import LIFETIME_S_MAX, Presence, encode
 from tapestry.dht.swarm import Swarm
 from tapestry.node.net import known_peers, network
-from tapestry.node.net.network import PRESENCE_TTL_S, PROBES_MISSED_MAX, Network, next_expiry, with_ports
+from tapestry.node.net.circuits import Kind
+from tapestry.node.net.network import (
+    PRESENCE_TTL_S,
+    PROBES_MISSED_MAX,
+    Network,
+    caller_kind,
+    next_expiry,
+    with_ports,
+)
 
 ID = "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5"
 LOOPBACK, PUBLIC = f"/ip4/127.0.0.1/tcp/4001/p2p/{ID}", f"/ip4/203.0.113.7/tcp/4001/p2p/{ID}"
@@ -162,3 +170,12 @@ def test_a_full_disk_costs_only_the_file_of_known_peers(tmp_path, monkeypatch):
     known = known_peers.KnownPeers(tmp_path / "peers.json")
     known.remember({ID: (LOOPBACK,)})
     assert known.addresses == {ID: (LOOPBACK,)}
+
+
+def test_the_relay_knows_newcomers_of_an_open_run_from_members():
+    """It took whoever the node admits for a member: in an open run all the world."""
+    node: Any = SimpleNamespace(
+        is_member=lambda peer: peer == "member", admits=lambda peer: peer != "stranger"
+    )
+    kinds = [caller_kind(node, peer) for peer in ("member", "newcomer", "stranger")]
+    assert kinds == [Kind.MEMBER, Kind.NEWCOMER, Kind.STRANGER]

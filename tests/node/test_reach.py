@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from tapestry.dht.addresses import CIRCUIT, circuit_address, is_usable, relay_of
+from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.reachability import AUTONAT, DENIED, PLACE_REFUSED, TOO_MANY, hop_answer
 from tapestry.node.net.reach import (
+    ASKED_KEPT,
+    LOOK_S,
+    MISSED_S,
     PATIENCE_S,
     REFUSED_S,
     RELAYS_MAX,
     RENEW_S,
+    SAID_S,
     SURE_S,
     UNSURE_S,
+    Reach,
     Relays,
     Verdicts,
     candidates,
@@ -29,15 +43,72 @@ class Peers:
         self.given: dict[str, tuple[str, ...]] = dict.fromkeys(given, ())
 
 
-def test_one_who_got_through_outweighs_those_who_did_not_and_no_answer_lasts():
+def test_the_newest_three_say_whether_we_can_be_dialled_and_no_answer_lasts():
     verdicts = Verdicts()
     assert verdicts.reachable(0.0) is None
-    verdicts.says("a", False, 0.0)
-    assert verdicts.reachable(0.0) is False
-    verdicts.says("b", True, 1.0)
+    verdicts.says("a", True, 0.0)
+    assert verdicts.reachable(0.0) is True, "the only one who answered"
+    verdicts.says("b", False, 1.0)
+    assert verdicts.reachable(1.0) is False, "one who says yes may lie"
     verdicts.says("c", None, 2.0)
-    assert verdicts.reachable(2.0) is True and verdicts.reachable(2 * SURE_S + 0.5) is True
-    assert verdicts.reachable(2 * SURE_S + 1.0) is None
+    verdicts.says("d", True, 3.0)
+    assert verdicts.reachable(3.0) is True
+    verdicts.says("e", False, 4.0)
+    assert verdicts.reachable(4.0) is False
+    assert verdicts.reachable(SAID_S + 3.5) is False and verdicts.reachable(SAID_S + 4.0) is None
+
+
+def verdicts_among(peers: list[str], liars: list[str], hours: int = 4) -> tuple[Counter[str], float]:
+    """How often each was asked by a node that nobody can dial, and for how long it took itself for one that
+    others can, by the word of the liars. A link that flaps is a new one."""
+    verdicts, asked, misled_s = Verdicts(), Counter[str](), 0.0
+    for tick in range(hours * 1800):
+        now = tick * LOOK_S
+        linked = peers if tick % 100 else peers[1:]
+        if peer := verdicts.next_to_ask(linked, now):
+            asked[peer] += 1
+            verdicts.says(peer, peer in liars, now)
+        misled_s += LOOK_S * bool(verdicts.reachable(now))
+    return asked, misled_s
+
+
+def test_one_false_yes_takes_no_relay_from_a_node_that_nobody_can_dial():
+    """It was asked again and again, every other time, and its word counted for as long as it was linked."""
+    eight = [f"p{n}" for n in range(8)]
+    asked, misled_s = verdicts_among(eight, liars=["p0"])
+    assert len(asked) == 8 and max(asked.values()) - min(asked.values()) <= 1
+    assert misled_s <= UNSURE_S, "until a second one was asked"
+    assert verdicts_among(["p0", "p1"], liars=["p0"])[1] <= UNSURE_S
+
+
+@pytest.mark.parametrize("members", ["2", ""])
+def test_whether_we_can_be_dialled_is_asked_of_members_and_of_others_only_where_there_are_none(members: str):
+    """In an open run anybody may be linked, under as many names as they like."""
+    newcomer, member = ID[:-1] + "1", ID[:-1] + "2"
+    told = {peer: (at("5.6.7.8", peer),) for peer in (newcomer, member)}
+    asked: list[str] = []
+
+    async def open_stream(peer: str, protocol: str, timeout_s: float) -> None:
+        asked.extend([peer] if protocol == AUTONAT else [])
+        raise SwarmError("it is gone")
+
+    async def main() -> None:
+        swarm: Any = SimpleNamespace(peer_id=ID, open_stream=open_stream)
+        own = (at("192.168.1.9", ID),)
+        reach = Reach(swarm, Peers(told), lambda: own, False, lambda: None, lambda peer: peer[-1] in members)
+        reach._connections = told
+        async with asyncio.TaskGroup() as tasks:
+            reach._look(tasks)
+
+    asyncio.run(main())
+    assert asked == [member if members else newcomer]
+
+
+def test_whose_turn_it_is_is_remembered_of_so_many_and_no_more():
+    verdicts = Verdicts()
+    for n in range(2 * ASKED_KEPT):
+        assert verdicts.next_to_ask([f"p{n}"], n * SURE_S)
+    assert len(verdicts._asked_at) == ASKED_KEPT
 
 
 def test_a_relay_is_needed_once_nobody_could_dial_us_or_nobody_said_for_a_while():
@@ -103,6 +174,59 @@ def test_a_place_is_renewed_and_one_lost_or_refused_is_made_good_by_another():
     del four["a"]  # its connection is gone
     assert list(relays.due(four, True, 3.0)) == ["d"] and relays.peers == ("c",)
     assert list(relays.due({"b": "/x"}, True, REFUSED_S)) == ["b"]
+
+
+def test_who_gives_no_answer_keeps_its_place_for_its_time_and_is_asked_again_soon():
+    """One slow answer cost a place, and its peer was not asked for five minutes."""
+    relays, one = Relays(), {"a": at("5.6.7.8", "a")}
+    relays.missed("a", 0.0)
+    assert relays.due(one, True, MISSED_S - 1) == {} and list(relays.due(one, True, MISSED_S)) == ["a"]
+    relays.granted("a", one["a"], 2 * RENEW_S, 10.0)
+    now = 10.0 + RENEW_S
+    while list(relays.due(one, True, now)) == ["a"] and relays.peers:
+        relays.missed("a", now)
+        assert relays.addresses(ID) and relays.due(one, True, now + MISSED_S - 1) == {}
+        now += MISSED_S
+    assert now == 10.0 + 2 * RENEW_S and relays.addresses(ID) == (), "nobody answered for its whole time"
+
+
+class Stream:
+    """What a peer answers on it, if anything; and what is written to it is lost."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.reader = asyncio.StreamReader()
+        self.reader.feed_data(bytes([len(answer)]) + answer if answer else b"")
+        self.reader.feed_eof()
+
+    def write(self, data: bytes) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_asked_again"),
+    [
+        (b"", True),
+        (hop_answer(DENIED), True),
+        (hop_answer(PLACE_REFUSED), False),
+        (hop_answer(TOO_MANY), False),
+    ],
+)
+def test_only_who_refuses_is_left_in_peace(answer: bytes, is_asked_again: bool):
+    """At a new link the relay's own streams may come up after ours: then it says that it does not know us."""
+
+    async def open_stream(*_: object) -> tuple[asyncio.StreamReader, Stream]:
+        stream = Stream(answer)
+        return stream.reader, stream
+
+    async def main() -> None:
+        swarm: Any = SimpleNamespace(peer_id=ID, open_stream=open_stream)
+        reach = Reach(swarm, Peers({}), tuple, False, lambda: None, lambda peer: True)
+        await reach._reserve("a", at("5.6.7.8", "a"))
+        later = asyncio.get_running_loop().time() + MISSED_S + 1
+        assert bool(reach._relays.due({"a": at("5.6.7.8", "a")}, True, later)) == is_asked_again
+
+    asyncio.run(main())
 
 
 def test_who_can_be_dialled_gives_its_places_back():

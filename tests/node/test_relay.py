@@ -33,7 +33,8 @@ from tapestry.dht.reachability import (
 )
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.net import relay as relay_module
-from tapestry.node.net.relay import PEER_CIRCUITS_MAX, STRANGERS_CIRCUITS_MAX, Relay
+from tapestry.node.net.circuits import KIND_CIRCUITS_MAX, PAIR_CIRCUITS_MAX, Kind
+from tapestry.node.net.relay import Relay
 from tapestry.node.net.throttle import Throttle, Throttles
 
 GUEST, CALLER = (f"12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn{n}" for n in "56")
@@ -79,8 +80,20 @@ class Bench:
     def __init__(self, enabled: bool = True, throttles: Throttles | None = None) -> None:
         self.linked, self.inner, self.asked = [GUEST], End(framed(STOP_OK)), ""
         self.members = {GUEST, CALLER, "another"}
-        admits = self.members.__contains__
-        self.relay = Relay(self.open, lambda: self.linked, admits, throttles or Throttles(), enabled)
+        self.relay = Relay(self.open, lambda: self.linked, self.kind_of, throttles or Throttles(), enabled)
+
+    def kind_of(self, peer: str) -> Kind:
+        return Kind.MEMBER if peer in self.members else Kind.STRANGER
+
+    async def holds(self, peer: str) -> asyncio.Task[None]:
+        """A circuit of this peer to the guest that is carried, and silent."""
+        self.inner = End(framed(STOP_OK))
+        end = End(framed(CONNECT))
+        task = asyncio.create_task(self.relay.serve(peer, end.reader, end))  # type: ignore[arg-type]
+        while not end.written:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert end.status == 100
+        return task
 
     async def open(self, peer: str, protocol: str, timeout_s: float) -> Any:
         self.asked = f"{peer} {protocol}"
@@ -155,50 +168,34 @@ def test_strangers_have_one_circuit_each_and_few_together_and_who_holds_one_long
     async def main() -> None:
         bench = Bench()
         await bench.ask(GUEST, RESERVE)
-        bench.members = {GUEST, CALLER}
-        bench.relay._admits = bench.members.__contains__
-        held = []
-        for number in range(STRANGERS_CIRCUITS_MAX):
-            bench.inner = End(framed(STOP_OK))
-            end = End(framed(CONNECT))
-            held.append(asyncio.create_task(bench.relay.serve(f"stranger{LETTERS[number]}", end.reader, end)))  # type: ignore[arg-type]
-            while not end.written:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+        strangers = KIND_CIRCUITS_MAX[Kind.STRANGER]
+        held = [await bench.holds(f"stranger{LETTERS[number]}") for number in range(strangers)]
         assert await bench.ask("strangera", CONNECT) == TOO_MANY
         bench.inner = None  # type: ignore[assignment]
         assert await bench.ask(CALLER, CONNECT) == NOT_REACHED, "a member is tried"
         assert await bench.ask("onemore", CONNECT) == NOT_REACHED, "and so is one more"
         await asyncio.wait(held[:1])
         assert held[0].cancelled() and not any(task.done() for task in held[1:])
-        assert len(bench.relay._strangers) == STRANGERS_CIRCUITS_MAX - 1
+        assert len(bench.relay._circuits) == strangers - 1
         for task in held:
             task.cancel()
         await asyncio.wait(held)
-        assert not bench.relay._circuits and not bench.relay._strangers
+        assert not len(bench.relay._circuits)
 
     run(main())
 
 
-def test_one_peer_has_so_many_circuits_and_no_more():
+def test_one_pair_has_so_many_circuits_and_its_own_oldest_makes_room():
     async def main() -> None:
         bench = Bench()
         await bench.ask(GUEST, RESERVE)
-        held = []
-        for _ in range(PEER_CIRCUITS_MAX):
-            bench.inner = End(framed(STOP_OK))
-            end = End(framed(CONNECT))
-            held.append(asyncio.create_task(bench.relay.serve(CALLER, end.reader, end)))  # type: ignore[arg-type]
-            while not end.written:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        assert await bench.ask("another", CONNECT) == TOO_MANY  # the guest has as many
-        held[0].cancel()
+        held = [await bench.holds(CALLER) for _ in range(PAIR_CIRCUITS_MAX + 1)]
         await asyncio.wait(held[:1])
-        bench.inner = None  # type: ignore[assignment]
-        assert await bench.ask(CALLER, CONNECT) == NOT_REACHED
+        assert held[0].cancelled() and not any(task.done() for task in held[1:])
         for task in held:
             task.cancel()
         await asyncio.wait(held)
-        assert not bench.relay._circuits
+        assert not len(bench.relay._circuits)
 
     run(main())
 
@@ -230,7 +227,10 @@ def test_two_p2pd_meet_through_the_relay_and_it_carries_more_than_p2pds_own_128_
             carrier, guest, caller = swarms
             linked: list[str] = []
             await carrier.serve(
-                HOP, Relay(carrier.open_stream, lambda: linked, linked.__contains__, Throttles(), True).serve
+                HOP,
+                Relay(
+                    carrier.open_stream, lambda: linked, lambda peer: Kind.STRANGER, Throttles(), True
+                ).serve,
             )
             await guest.serve("/tapestry/test/1", echo)
             at_relay = (await carrier.addresses())[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from state.kit import Run
+from state.kit import Run, Stream, stream_pair
 from state.test_transfer import LIMITS, between, no_count
 
 from tapestry.node.disk.base import (
@@ -95,6 +98,48 @@ def test_another_file_in_its_place_is_refused_and_dropped(held: BaseFolder, tmp_
     assert [*mine.folder.iterdir()] == []
 
 
+@pytest.mark.parametrize("left", [PIECE_BYTES, 2 * PIECE_BYTES, len(LARGE)])
+def test_what_an_earlier_donor_poisoned_is_asked_anew_of_an_honest_one(
+    held: BaseFolder, tmp_path: Path, run: Run, left: int
+) -> None:
+    """The honest donor was named, and who asked the liar first at each start never had the file."""
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, bytes(left))  # zeros: a power cut leaves them as well
+    asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+    assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
+
+
+def test_what_the_disk_no_longer_gives_of_an_earlier_download_is_asked_anew(
+    held: BaseFolder, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every start ended with the same error."""
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, LARGE[:PIECE_BYTES])
+    spoilt, of = mine.part(file).stat().st_ino, BaseFile.of
+
+    def reading(path: Path) -> BaseFile:
+        if path.stat().st_ino == spoilt:
+            raise OSError(errno.EIO, "bad sector")
+        return of(path)
+
+    monkeypatch.setattr(BaseFile, "of", reading)
+    os.link(mine.part(file), tmp_path / "the inode is not used again")
+    asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+    assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
+
+
+def test_a_donor_is_named_for_a_false_file_that_it_gave_by_itself(
+    held: BaseFolder, tmp_path: Path, run: Run
+) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    (held.folder / "tokenizer.json").write_bytes(LARGE[:-1] + b"!")
+    mine.append(file, LARGE[:PIECE_BYTES])
+    with pytest.raises(RemoteProtocolError, match=r"tokenizer.json has the digest") as caught:
+        asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+    assert caught.value.reason == "digest"
+    assert [*mine.folder.iterdir()] == []
+
+
 def test_a_donor_without_the_file_says_missing(held: BaseFolder, tmp_path: Path, run: Run) -> None:
     mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
     (held.folder / "tokenizer.json").unlink()
@@ -111,6 +156,22 @@ def test_a_piece_beyond_the_end_is_none(held: BaseFolder, index: int) -> None:
 
 def _serves(run: Run, base: BaseFolder | None) -> Any:
     return Donor(run.chain.genesis, run.store, run.checkpoints, LIMITS, no_count, base).serve
+
+
+async def _streams(serve: Any, fetch: Any) -> None:
+    """As `between`, with a stream for each time that one is opened."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_stream() -> Stream:
+            mine, theirs = await stack.enter_async_context(stream_pair())
+            serving.append(asyncio.create_task(serve(*theirs)))
+            return mine
+
+        serving: list[asyncio.Task[None]] = []
+        try:
+            await fetch(open_stream)
+        finally:
+            await asyncio.gather(*serving)
 
 
 def _fetches(file: BaseFile, folder: BaseFolder) -> Any:

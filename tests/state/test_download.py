@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -74,12 +76,15 @@ class Asked:
             wanted = Wanted(2, self.run.chain, self.state, checkpoints, lambda *far: self.told.append(far))
             try:
                 async with asyncio.timeout(FETCH_S):
-                    told = self.faults.__setitem__
-                    return await fetch_state(openers, wanted, self.limits, self._count, told)
+                    return await fetch_state(openers, wanted, self.limits, self._count, self._on_fault)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_fault(self, name: str, error: Exception) -> None:
+        assert threading.current_thread() is threading.main_thread(), "what it changes is the loop's"
+        self.faults[name] = error
 
     def _count(self, direction: str, count: int) -> None:
         self.bytes[direction] += count
@@ -283,6 +288,66 @@ def test_what_came_before_a_crash_is_not_asked_for_again_and_becomes_the_checkpo
     assert not part.exists() and kept.path.read_bytes() == run.checkpoints.list()[-1].path.read_bytes()
     loaded = run.fresh()
     assert again.load_newest(run.chain, 1, loaded) is not None and loaded.digest() == second.state.digest()
+
+
+class Damaged:
+    """A chain of which the disk no longer gives a record."""
+
+    def __init__(self, chain: Any) -> None:
+        self._chain = chain
+
+    def state_digest_at(self, epoch: int) -> str:
+        raise OSError(errno.EIO, f"record {epoch + 1} is damaged")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chain, name)
+
+
+@pytest.mark.parametrize("donors", ["a", "ab"])
+def test_a_damaged_record_of_our_own_ends_the_fetch_and_names_no_donor(
+    run: Run, monkeypatch: pytest.MonkeyPatch, donors: str
+) -> None:
+    """It waited for good for an offer, and held the state's lock: the node was joining for ever."""
+    monkeypatch.setattr(run, "chain", Damaged(run.chain))
+    asked = Asked(run, PATIENT, **dict.fromkeys(donors, honest(run)))
+    with pytest.raises(OSError, match="is damaged"):
+        asked.fetch()
+    assert not asked.faults
+
+
+def test_a_chunk_that_the_disk_no_longer_gives_is_asked_for_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector ended the node at every start, until somebody deleted the file."""
+    mine = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
+    mine.load()
+    with pytest.raises(DonorFailed):
+        Asked(run, a=after(6.5, "ends", honest(run))).fetch(mine)
+    read = Part.read
+
+    def reading(self: Part, index: int) -> bytes:
+        if index == 2:
+            raise OSError(errno.EIO, "bad sector")
+        return read(self, index)
+
+    monkeypatch.setattr(Part, "read", reading)
+    again = Asked(run, b=honest(run))
+    assert again.is_right(again.fetch(mine))
+    assert again.bytes["in"] < (CHUNKS - 5) * CHUNK_BYTES + 4096
+
+
+def test_a_disk_that_is_gone_is_no_damage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Checkpoints(tmp_path, run.chain.genesis.run_id, 3)
+    mine.load()
+    with pytest.raises(DonorFailed):
+        Asked(run, a=after(6.5, "ends", honest(run))).fetch(mine)
+
+    def reading(self: Part, index: int) -> bytes:
+        raise OSError(errno.ENODEV, "no such device")
+
+    monkeypatch.setattr(Part, "read", reading)
+    with pytest.raises(OSError, match="no such device"):
+        Asked(run, b=honest(run)).fetch(mine)
 
 
 def test_a_window_follows_the_donors_speed() -> None:

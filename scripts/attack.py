@@ -46,6 +46,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -72,6 +73,8 @@ from liars.seen import Seen
 WAIT_S = 120.0
 MEMORY_MAX = 100 << 20  # Guess: what a member may grow under attack
 SETTLE_S = 2.0
+Answer = TypeVar("Answer")
+
 BEGUN, BUSY = "begun", "busy"
 
 
@@ -545,20 +548,26 @@ def measured(name: str, members: list[Node], folder: Path, options: argparse.Nam
     outcome = Outcome(name, calm_s, busy_s, slower(quiet, under), (most - before) / 1e6, banned, {}, [])
     outcome.rounds = len(quiet), len(under)
     outcome.cores = statistics.median(cores[0]), statistics.median(cores[1])
-    outcome.refused = refusals(members[:1])
+    outcome.refused = answered(node, lambda: refusals(members[:1]))
     outcome.faults = faults_of(outcome, members, options.slower_max)
     return outcome
 
 
-def banned_by(node: Node) -> int:
-    """How many peers; an endpoint under attack may close our connection too, and is asked again."""
-    peers: list[dict[str, object]] = []
+def answered(node: Node, ask: Callable[[], Answer]) -> Answer:
+    """What `ask` gets of the endpoint: one under attack may turn us away too, and is asked again."""
+    answers: list[Answer] = []
 
     def asked() -> bool:
-        peers[:] = json.loads(node.get("/peers"))
+        answers.append(ask())
         return True
 
     node.wait("answer", asked, WAIT_S)
+    return answers[0]
+
+
+def banned_by(node: Node) -> int:
+    """How many peers."""
+    peers = answered(node, lambda: json.loads(node.get("/peers")))
     return sum(peer["phase"] == "banned" for peer in peers)
 
 

@@ -10,11 +10,13 @@ NAME is an attack, `strangers` or `liars` for all of a kind. Members of the mode
 **Strangers.** Members (2 unless told otherwise) have their default settings. Who attacks is none, and has no
 link to one: what it says on members' streams is refused at the door. With `--open` the run is open, so that
 it has a link, and is heard; `list` marks the attacks that are worth trying there too. Quiet times and times
-under attack alternate; hostile processes (at low priority, since they share this machine's cores) attack the
-first member. Printed: the median round in either, how much slower it was, what of a core the member's daemon
-took (which says what an attack costs it also where others use the machine; give --nice 0 there, or the attack
-gets no time), its memory, whom it turned away and what it refused. Exit 1 if a round was slower than
---slower-max, a member ended, its memory grew by more than MEMORY_MAX, or its log has a traceback.
+under attack alternate; hostile processes attack the first member. They share this machine's cores, so they
+have a low priority, and in the quiet times runs `busy` in their place, a process of the same priority that
+reaches nobody: what it takes from a round is no attack's doing. Printed: the median round in either, how
+much slower it was, what of a core the member's daemon took (which says what an attack costs it also where
+others use the machine; give --nice 0 there, or the attack gets no time), its memory, whom it turned away and
+what it refused. Exit 1 if a round was slower than --slower-max, a member ended, its memory grew by more than
+MEMORY_MAX, or its log has a traceback.
 
 **Members.** Of four, the last is a real node in whose process scripts/liars changes the product. Each file of
 that folder is an attack, and says what it promises. Printed: whether the honest members are at one head and
@@ -31,6 +33,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -43,6 +46,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -61,6 +65,7 @@ from _members import (
     slower,
     window,
 )
+from _nodes import end_with_parent
 from _run import exit_by_signal, work_folder
 from liars.registry import MODULES, what
 from liars.seen import Seen
@@ -68,7 +73,9 @@ from liars.seen import Seen
 WAIT_S = 120.0
 MEMORY_MAX = 100 << 20  # Guess: what a member may grow under attack
 SETTLE_S = 2.0
-BEGUN = "begun"
+Answer = TypeVar("Answer")
+
+BEGUN, BUSY = "begun", "busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +412,13 @@ class _Stranger:
         await self.swarm._dht.protocol.call_store(peer, [key], [value], [expires_at], [subkey])
 
 
+def _group_like_process(pid: int) -> None:
+    """Gives the session of `pid` the priority of this process: where the kernel groups processes by session
+    (sched(7), autogroup), niceness counts within one only."""
+    with contextlib.suppress(OSError):  # it does not group
+        Path(f"/proc/{pid}/autogroup").write_text(f"{os.nice(0)}")
+
+
 @contextlib.asynccontextmanager
 async def _stranger(target: Target) -> AsyncIterator[_Stranger]:
     from tapestry.dht.identity import Identity
@@ -414,6 +428,8 @@ async def _stranger(target: Target) -> AsyncIterator[_Stranger]:
     key = target.folder / "stranger.key"
     Identity.load_or_create(key)
     swarm = await Swarm.start(SwarmConfig(key, ("/ip4/127.0.0.1/tcp/0",), nat_port_map=False))
+    for child in psutil.Process().children():
+        _group_like_process(child.pid)  # p2pd has a session of its own
     try:
         stranger = _Stranger(swarm, target)
         for name in ("control", "bulk"):
@@ -429,13 +445,23 @@ async def _swallow(peer: str, reader: asyncio.StreamReader, writer: asyncio.Stre
         pass
 
 
-def hostile(name: str, about: str) -> None:
+async def busy(target: Target) -> None:
+    """No attack: a process that takes what the cores leave it, in the quiet times."""
+    target.begin()
+    while True:
+        hashlib.sha256(bytes(1 << 16))
+        await asyncio.sleep(0)
+
+
+def hostile(name: str, about: str, niceness: int) -> None:
     """The process that attacks, until SIGTERM."""
+    os.nice(niceness)
+    _group_like_process(os.getpid())
     table = json.loads(about)
     target = Target(**{**table, "folder": Path(table["folder"])})
 
     async def main() -> None:
-        running = asyncio.ensure_future(ATTACKS[name][1](target))
+        running = asyncio.ensure_future(busy(target) if name == BUSY else ATTACKS[name][1](target))
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
         with contextlib.suppress(asyncio.CancelledError):
             await running
@@ -472,22 +498,14 @@ def attacked(name: str, node: Node, folder: Path, options: argparse.Namespace) -
     target = Target(node.address, about["run_id"], about["http"], options.strength, folder)
     table = json.dumps({**asdict(target), "folder": str(folder)})
     with (folder / "hostile.log").open("ab") as log:
+        command = [sys.executable, "-P", __file__, "--hostile", name, "--about", table]
         process = subprocess.Popen(
-            [
-                "nice",
-                "-n",
-                str(options.nice),
-                sys.executable,
-                "-P",
-                __file__,
-                "--hostile",
-                name,
-                "--about",
-                table,
-            ],
+            [*command, "--nice", str(options.nice)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            preexec_fn=end_with_parent,
+            start_new_session=True,  # whose priority is its own, where the kernel groups by sessions
         )
     try:
         node.wait(f"beginning of {name}", begun.exists, WAIT_S)
@@ -519,7 +537,8 @@ def measured(name: str, members: list[Node], folder: Path, options: argparse.Nam
         cores.append((cpu_s(node) - used_s) / (ended - began))
 
     for _ in range(options.repeat):
-        watch(quiet, cores[0])
+        with attacked(BUSY, node, folder, options):
+            watch(quiet, cores[0])
         with attacked(name, node, folder, options):
             watch(under, cores[1])
             most = max(most, process.memory_info().rss)
@@ -529,20 +548,26 @@ def measured(name: str, members: list[Node], folder: Path, options: argparse.Nam
     outcome = Outcome(name, calm_s, busy_s, slower(quiet, under), (most - before) / 1e6, banned, {}, [])
     outcome.rounds = len(quiet), len(under)
     outcome.cores = statistics.median(cores[0]), statistics.median(cores[1])
-    outcome.refused = refusals(members[:1])
+    outcome.refused = answered(node, lambda: refusals(members[:1]))
     outcome.faults = faults_of(outcome, members, options.slower_max)
     return outcome
 
 
-def banned_by(node: Node) -> int:
-    """How many peers; an endpoint under attack may close our connection too, and is asked again."""
-    peers: list[dict[str, object]] = []
+def answered(node: Node, ask: Callable[[], Answer]) -> Answer:
+    """What `ask` gets of the endpoint: one under attack may turn us away too, and is asked again."""
+    answers: list[Answer] = []
 
     def asked() -> bool:
-        peers[:] = json.loads(node.get("/peers"))
+        answers.append(ask())
         return True
 
     node.wait("answer", asked, WAIT_S)
+    return answers[0]
+
+
+def banned_by(node: Node) -> int:
+    """How many peers."""
+    peers = answered(node, lambda: json.loads(node.get("/peers")))
     return sum(peer["phase"] == "banned" for peer in peers)
 
 
@@ -624,7 +649,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     options = parsed()
     if options.hostile:
-        hostile(options.hostile, options.about)
+        hostile(options.hostile, options.about, options.nice)
         return 0
     if options.names == ["list"]:
         for name, (does, _) in ATTACKS.items():

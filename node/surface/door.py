@@ -6,7 +6,7 @@ or has a deadline, and so many bytes to say what it wants; and the house has a l
 it is full takes the place of the connection that has been silent longest. So one that only holds places
 cannot keep a scraper out.
 
-    listening socket [-> secure.py] -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
+    listening socket (listener.py) -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
 
 Imports asyncio only.
 """
@@ -25,6 +25,8 @@ class DoorLimits:
     connections_max: int = 64  # Guess: a browser takes six, a scraper one
     idle_s: float = 20.0  # to send a request, to take an answer. Guess: above a scrape interval of 15 s
     answer_s: float = 10.0  # to make an answer; nothing here takes long
+    connections_per_s: float = 50.0  # that are taken; the others wait in the kernel. Guess
+    connections_burst: int = 128
     requests_per_s: float = 25.0  # of all together; who asks faster waits. Guess
     requests_burst: int = 50
     request_bytes: int = 1 << 16  # of one request, to its end: a browser sends 2 KiB. Guess
@@ -67,13 +69,20 @@ class Door:
     def leave(self, guest: Guest) -> None:
         self._guests.pop(guest.inner, None)
 
-    async def turn(self) -> None:
-        """Wait until the next request is due: a token bucket, kept as the time of the next one."""
+    async def turn(self) -> bool:
+        """Wait until the next request is due: a token bucket, kept as the time of the next one.
+
+        False at once, and nothing is charged, where more wait than have places here: those are requests of
+        who has left again, and each would keep the next one waiting for its turn all the same.
+        """
         now, every_s = asyncio.get_running_loop().time(), 1.0 / self._limits.requests_per_s
         due_at = max(self._next_at, now - every_s * self._limits.requests_burst)
+        if due_at - now > every_s * self._limits.connections_max:
+            return False
         self._next_at = due_at + every_s
         if due_at > now:
             await self._sleep(due_at - now)
+        return True
 
     @contextlib.contextmanager
     def answering(self, inner: asyncio.BaseProtocol | None) -> Iterator[None]:

@@ -18,7 +18,7 @@ import ipaddress
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,8 +31,8 @@ from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.assets import PREFIX, get_asset, get_page
 from tapestry.node.surface.door import Door, DoorLimits
 from tapestry.node.surface.history import History
+from tapestry.node.surface.listener import Listener, ListenerLimits
 from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
-from tapestry.node.surface.secure import SecureListener, Within
 from tapestry.node.surface.sse import EventStreams
 from tapestry.node.surface.tls import ServerTls
 from tapestry.node.surface.token import Token
@@ -62,15 +62,6 @@ class View(Protocol):
 
     def ready(self) -> tuple[bool, str]:
         """Whether the node has joined and is at the head, and the reason if it is not."""
-
-
-class Listener(Protocol):
-    """asyncio.Server, or SecureListener."""
-
-    @property
-    def sockets(self) -> Sequence[Any]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +98,22 @@ async def start_http(
     await runner.setup()
     assert runner.server is not None
     doors.append(Door(runner.server, limits := limits or DoorLimits()))
-    loop = asyncio.get_running_loop()
     try:
-        listener: Listener
-        if tls is None:
-            listener = await loop.create_server(doors[0], host, port, backlog=BACKLOG)
-        else:
-            within = Within(limits.connections_max, limits.idle_s, BACKLOG)
-            listener = await SecureListener.open(doors[0], host, port, tls.context, within)
+        listener = await Listener.open(
+            doors[0], host, port, _listener_limits(limits), None if tls is None else tls.context
+        )
     except OSError as error:
         await runner.cleanup()
         raise _cannot_listen(host, port, error) from error
     bound_port = int(listener.sockets[0].getsockname()[1])
     scheme = "http" if tls is None else "https"
     return HttpServer(host, bound_port, _url(scheme, host, bound_port), runner, listener)
+
+
+def _listener_limits(limits: DoorLimits) -> ListenerLimits:
+    return ListenerLimits(
+        limits.connections_per_s, limits.connections_burst, limits.connections_max, limits.idle_s, BACKLOG
+    )
 
 
 def _runner(application: web.Application) -> web.AppRunner:
@@ -237,14 +230,17 @@ def _guard(bound_host: str, token: Token | None, doors: list[Door]) -> Middlewar
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         with doors[0].answering(request.protocol):
-            await doors[0].turn()
-            refused = refusal(request)
+            refused = refusal(request) if await doors[0].turn() else _too_many()
             response = await handler(request) if refused is None else refused
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
 
     return guard
+
+
+def _too_many() -> web.Response:
+    return web.Response(text="too many requests; ask again\n", status=503, headers={"Retry-After": "1"})
 
 
 def _host_of(header: str) -> str:

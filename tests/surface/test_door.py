@@ -174,6 +174,41 @@ def test_requests_above_the_rate_wait_for_their_turn() -> None:
     assert waits == pytest.approx([0.1, 0.2], abs=0.05) or waits == pytest.approx([0.0, 0.1, 0.2], abs=0.05)
 
 
+def test_requests_of_who_has_left_again_keep_nobody_waiting() -> None:
+    """Thousands ask and leave: who comes after them is answered within the time of those who have places."""
+    limits = DoorLimits(connections_max=8, requests_per_s=40.0, requests_burst=4, connections_per_s=1e6)
+
+    async def use(server: HttpServer) -> None:
+        for _ in range(300):
+            _, writer = await opened(server)
+            writer.write(ASK)
+            writer.close()
+        await asyncio.sleep(0.05)
+        began = asyncio.get_running_loop().time()
+        answers = [await asked(server)]
+        while answers[-1] != b"HTTP/1.1 200 OK\r\n":
+            assert answers[-1].startswith(b"HTTP/1.1 503")
+            await asyncio.sleep(0.05)
+            answers.append(await asked(server))
+        assert asyncio.get_running_loop().time() - began < 1.5  # 300 turns take 7.5 s
+        assert len(asyncio.all_tasks()) < 40
+
+    with_server(use, limits)
+
+
+def test_connections_are_taken_at_a_rate_and_all_of_them() -> None:
+    limits = DoorLimits(connections_per_s=50.0, connections_burst=5, requests_per_s=1e6)
+
+    async def use(server: HttpServer) -> None:
+        began = asyncio.get_running_loop().time()
+        lines = await asyncio.gather(*(asked(server) for _ in range(25)))
+        assert set(lines) == {b"HTTP/1.1 200 OK\r\n"}
+        assert asyncio.get_running_loop().time() - began > 0.3  # 20 of them at 50 a second
+        assert await asked(server) == b"HTTP/1.1 200 OK\r\n"
+
+    with_server(use, limits)
+
+
 def test_metrics_are_made_once_however_many_ask() -> None:
     metrics = CountedMetrics("0.1.0")
 

@@ -1,0 +1,162 @@
+"""The endpoint's listening sockets: connections are taken at a bounded rate, and may begin with a handshake.
+
+asyncio's own server takes whatever comes, as fast as it comes: two hundred clients that came again as often
+as they were turned away took a third of a core from the loop that makes the rounds, whatever was done with
+them afterwards. Here so many a second are taken; the others wait in the kernel, which costs the loop nothing.
+A TLS handshake has a deadline and a place: the oldest unfinished one makes room for the newest, for idle
+connections would use up the node's file descriptors before door.py sees one of them.
+
+Imports asyncio, socket and ssl only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
+
+AGAIN_S = 1.0  # after an accept that failed for want of descriptors or memory; asyncio waits as long
+
+_log = logging.getLogger("tapestry.http")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerLimits:
+    """What bounds connections before the door sees them."""
+
+    connections_per_s: float
+    connections_burst: int
+    handshakes_max: int
+    handshake_s: float
+    backlog: int  # connections that wait in the kernel
+
+
+class Listener:
+    """Made by `open`; `close` ends it."""
+
+    @classmethod
+    async def open(
+        cls,
+        door: Callable[[], asyncio.Protocol],
+        host: str,
+        port: int,
+        limits: ListenerLimits,
+        context: Callable[[], ssl.SSLContext] | None = None,  # for the next handshake; None: not encrypted
+    ) -> Listener:
+        """On the addresses that `host` stands for, as many of them as this machine has. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        sockets: list[socket.socket] = []
+        lacking: OSError | None = None
+        try:
+            for family, _, _, _, address in dict.fromkeys(found):
+                bound = sockets[0].getsockname()[1] if sockets else port  # where port 0 took a free one
+                try:
+                    sockets.append(_listening(family, (address[0], bound, *address[2:]), limits.backlog))
+                except OSError as error:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    lacking = lacking or error
+            if not sockets:
+                raise lacking or OSError(errno.EADDRNOTAVAIL, "no address")
+        except OSError:
+            for one in sockets:
+                one.close()
+            raise
+        return cls(door, tuple(sockets), limits, context)
+
+    def __init__(
+        self,
+        door: Callable[[], asyncio.Protocol],
+        sockets: tuple[socket.socket, ...],
+        limits: ListenerLimits,
+        context: Callable[[], ssl.SSLContext] | None,
+    ) -> None:
+        self.sockets = sockets
+        self._door = door
+        self._context = context
+        self._limits = limits
+        self._next_at = 0.0  # when the next connection is due, at connections_per_s
+        self._beginning: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._accepting = [self._accepting_at(one) for one in sockets]
+
+    def close(self) -> None:
+        for task in (*self._accepting, *self._beginning):
+            task.cancel()
+
+    def _accepting_at(self, listener: socket.socket) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._accept(listener))
+        task.add_done_callback(lambda _: listener.close())  # also of a task that was ended before it began
+        return task
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._turn()
+            try:
+                guest, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                _log.warning(
+                    "accept=failed %s; tried again in %g s. If it goes on, raise the limit of open "
+                    "files (ulimit -n)",
+                    error.strerror,
+                    AGAIN_S,
+                )
+                await asyncio.sleep(AGAIN_S)
+                continue
+            self._taken()
+            task = asyncio.create_task(self._begin(guest))
+            self._beginning[task] = None
+            task.add_done_callback(lambda done: self._beginning.pop(done, None))
+            if len(self._beginning) > self._limits.handshakes_max:
+                next(iter(self._beginning)).cancel()
+
+    async def _turn(self) -> None:
+        """Wait until one more may be taken: a token bucket, kept as the time of the next one."""
+        wait_s = self._next_at - asyncio.get_running_loop().time()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+
+    def _taken(self) -> None:
+        every_s = 1.0 / self._limits.connections_per_s
+        full_at = asyncio.get_running_loop().time() - every_s * self._limits.connections_burst
+        self._next_at = max(self._next_at, full_at) + every_s
+
+    async def _begin(self, guest: socket.socket) -> None:
+        """A handshake, if there is to be one; then the connection is the door's."""
+        loop = asyncio.get_running_loop()
+        context = None if self._context is None else self._context()
+        handshake_s = None if context is None else self._limits.handshake_s
+        try:
+            await loop.connect_accepted_socket(
+                self._door, guest, ssl=context, ssl_handshake_timeout=handshake_s
+            )
+        except OSError as error:  # ssl's errors are some: no TLS, too late, or gone
+            guest.close()
+            _log.debug("handshake=failed %s", error)
+        except asyncio.CancelledError:
+            guest.close()
+            raise
+
+
+def _listening(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:
+    """Raises OSError."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -14,6 +14,7 @@ import pytest
 from state.kit import CRYPTO, IDENTITY, SCHEMA, flip, unreadable
 
 from tapestry.node.disk.chain_file import ChainFile
+from tapestry.node.disk.files import seal, unseal
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import Body, Chain, Member, Record, found, head_of
 from tapestry.node.protocol.members import UNIT
@@ -108,6 +109,19 @@ def test_a_lost_index_is_made_again(kept: Kept, lost: str) -> None:
         kept.home.chain_marks.unlink()
     kept.agrees()
     assert (kept.home.chain_index.read_bytes(), kept.home.chain_marks.read_bytes()) == (index, marks)
+
+
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_marks_of_another_version_are_made_again(kept: Kept, version: int | None) -> None:
+    lines = kept.home.chain_marks.read_bytes()
+    marks = [unseal(line) for line in lines.splitlines()]
+    for mark in marks:
+        mark["version"] = version
+        if version is None:
+            del mark["version"], mark["place"]["seats"]  # as before there were versions
+    kept.home.chain_marks.write_bytes(b"".join(seal(mark) + b"\n" for mark in marks))
+    kept.agrees()
+    assert kept.home.chain_marks.read_bytes() == lines
 
 
 def test_marks_that_the_disk_no_longer_gives_are_made_again(kept: Kept) -> None:

@@ -22,7 +22,7 @@ from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing, read_upd
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Record, head_of
+from tapestry.node.protocol.chain import Record, canonical, head_of
 from tapestry.node.protocol.events import Vote
 from tapestry.node.spec.run import LimitsSpec
 
@@ -62,6 +62,15 @@ def test_records_go_on_after_a_restart(run: Run) -> None:
 
 
 # --- genesis --------------------------------------------------------------------------------------------
+
+
+def test_a_home_of_another_version_is_told_so_and_nothing_in_it_is_touched(run: Run) -> None:
+    genesis = json.loads(run.home.genesis.read_bytes()) | {"version": 2}
+    run.home.genesis.write_bytes(canonical(genesis) + b"\n")
+    before = {path: path.read_bytes() for path in run.home.path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"\.json: the run is of version 2 of the chain, .* 3 only$"):
+        run.reopened()
+    assert {path: path.read_bytes() for path in run.home.path.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_genesis_is_refused_in_one_line(run: Run) -> None:

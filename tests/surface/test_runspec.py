@@ -125,7 +125,7 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
         ),
         (
             {"name": "x", "limits": {"max_peers": 64, "max_control_frame_bytes": 30_000}},
-            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 115200, ",
+            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 123904, ",
         ),
     ],
 )

@@ -84,13 +84,18 @@ class Desk:
                     await other.streams.serve(name, reader, writer)
             except RemoteProtocolError as error:
                 other.told.append(("blamed", error.reason))
-            except StreamEnded:
-                other.told.append(("ended",))
+            except (StreamEnded, TimeoutError, ConnectionError) as error:
+                other.told.append(("ended", type(error).__name__))
             finally:
                 writer.close()
 
         egress = SimpleNamespace(part=tell("part"), sent=lambda *args: None)
-        metrics = SimpleNamespace(network_bytes=lambda *args: None)
+        self.received_bytes = 0
+
+        def network_bytes(direction: str, kind: str, count: int) -> None:
+            self.received_bytes += count if direction == "received" else 0
+
+        metrics = SimpleNamespace(network_bytes=network_bytes)
         reporter = SimpleNamespace(
             audited=tell("audited"),
             withheld=tell("withheld"),
@@ -106,8 +111,13 @@ class Desk:
         self.rule = ""  # what a record has made of on_lie
         self.taken = ""  # digest of the wrong mean that is in its state
         self.roll = SimpleNamespace(members=dict.fromkeys(PEERS, SimpleNamespace(since=0)), removed={})
+        self.stands = True  # what was made of a state with a wrong mean in it
         members = SimpleNamespace(
-            roll=self.roll, expel=self.expel, roll_back=tell("roll_back"), is_member=lambda peer: True
+            roll=self.roll,
+            expel=self.expel,
+            roll_back=tell("roll_back"),
+            is_member=lambda peer: not peer.startswith("new"),
+            may_be_undone=lambda epoch, head: self.stands,
         )
         self.loop, self.network, self.members = loop, network, members
         shared: Any = loop, network, self.averaging, reporter, auditor, members

@@ -209,7 +209,7 @@ class AuditDesk:
         peers = [m.peer for m in record.body.members]
         second = second_auditor(record.head, shard, order.reducer, self._own, peers, self._crypto)
         if first and second is not None:
-            await self._say(second, ["second", record.head, shard])
+            await self._streams.say(second, ["second", record.head, shard])
 
     async def _compare(
         self, record: Record, order: Order, members: tuple[Member, ...], inputs: list[_Given]
@@ -288,18 +288,13 @@ class AuditDesk:
         finally:
             writer.close()
 
-    async def _say(self, peer: str, said: list[Any]) -> None:
-        """Whether it arrived is all the same to us."""
-        async with self._streams.line(peer, "say"):
-            await self._streams.say(peer, said)
-
     # --- other members' streams ----------------------------------------------------------------
 
     async def on_input(self, request: Request) -> None:
         """Of all together so many are given inputs at a time: the others wait. Raises as serve."""
         peer = request.peer
         match request.said:
-            case [head, shard, of] if not request.payload_bytes:
+            case [head, shard, of]:
                 turn = self._streams.turn_of(peer, "input")
                 async with turn, self._giving.place(peer, request.writer):
                     await self._give(peer, request.writer, head, shard, of)
@@ -309,7 +304,7 @@ class AuditDesk:
     async def on_second(self, request: Request) -> None:
         """Raises RemoteProtocolError."""
         match request.said:
-            case [head, shard] if not request.payload_bytes:
+            case [head, shard]:
                 self._audit_as_second(request.peer, head, shard)
             case _:
                 raise no_such_request()

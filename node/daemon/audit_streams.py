@@ -1,9 +1,9 @@
 """The streams of audits and accusations: one protocol, which two desks of a node share.
 
-A stream carries one request. Its header is a word and what belongs to it, and `requests` says which desk
-answers which word: `input` and `second` are audit_desk.py's, `accuse` is accusation_desk.py's. Here is what
-both keep to, in either direction: how many streams a peer has open and how many are opened to it, that of a
-kind each has one at a time, and that every byte is counted and throttled.
+A stream carries one request: a frame without payload, whose header is a word and what belongs to it.
+`requests` says which desk answers which word: `input` and `second` are audit_desk.py's, `accuse` is
+accusation_desk.py's. Here is what both keep to, in either direction: how many streams a peer has open and how
+many are opened to it, that of a kind each has one at a time, and that every byte is counted and throttled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -50,7 +50,7 @@ _log = logging.getLogger("tapestry.audit")
 
 
 def audit_protocol(run_id: str) -> str:
-    return f"/tapestry/{run_id}/audit/1"
+    return f"/tapestry/{run_id}/audit/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,6 @@ class Request:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     said: list[Any]  # the values after the word, unchecked
-    payload_bytes: int  # that follow the header, unread
 
 
 Answer = Callable[[Request], Awaitable[None]]  # raises as `serve`
@@ -91,6 +90,7 @@ class AuditStreams:
         self.limits = FrameLimits(
             HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX, BYTES_PER_SECOND_MIN, auditor.throttles.download
         )
+        self._of_requests = replace(self.limits, payload_bytes_max=0)
         self.requests: dict[str, Answer] = {}  # by word
         self.streams: Counter[str] = Counter()  # open ones, by peer
         # By peer and what it asks for: it takes no more than one's place.
@@ -116,26 +116,20 @@ class AuditStreams:
         it. What waits for its place for accusations keeps nothing else from it."""
         return self._lines.setdefault((peer, what), asyncio.Lock())
 
-    async def say(
-        self,
-        peer: str,
-        said: list[Any],
-        payload: list[Buffer] | None = None,
-        patience_s: float = SILENCE_S,
-    ) -> bool:
-        """Whether it answered anything."""
-        try:
-            reader, writer = await self.open(peer)
-        except SwarmError:
-            return False
-        try:
-            await self.write(peer, writer, msgpack.packb(said), payload, patience_s)
-            return bool(await asyncio.wait_for(reader.read(1), patience_s))
-        except (TimeoutError, ConnectionError, SwarmError):
-            _log.debug("audit=not_told peer=%s of=%s", peer[-6:], said[0])
-            return False
-        finally:
-            writer.close()
+    async def say(self, peer: str, said: list[Any]) -> None:
+        """Whether it arrived is all the same to us."""
+        async with self.line(peer, "say"):
+            try:
+                reader, writer = await self.open(peer)
+            except SwarmError:
+                return
+            try:
+                await self.write(peer, writer, msgpack.packb(said))
+                await asyncio.wait_for(reader.read(1), SILENCE_S)  # it ends when it was heard
+            except (TimeoutError, ConnectionError, SwarmError):
+                _log.debug("audit=not_told peer=%s of=%s", peer[-6:], said[0])
+            finally:
+                writer.close()
 
     async def write(
         self,
@@ -178,10 +172,10 @@ class AuditStreams:
                 del self.streams[peer]
 
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        header, payload_bytes = await read_header(reader, self.limits, SILENCE_S, SILENCE_S, self.came)
+        header, _ = await read_header(reader, self._of_requests, SILENCE_S, SILENCE_S, self.came)
         match values(header, 4, "request"):
             case [str() as word, *said] if word in self.requests:
-                await self.requests[word](Request(peer, reader, writer, said, payload_bytes))
+                await self.requests[word](Request(peer, reader, writer, said))
             case _:
                 raise no_such_request()
 

@@ -14,8 +14,9 @@ import pytest
 from audit_table import EPOCH, HEAD, PEERS, SHARD, Desk, Table, run
 
 from tapestry.node.daemon import accusation_desk, audit_streams
+from tapestry.node.daemon.accusation_desk import ACCUSED_S, AWAITED_BYTES_PER_SECOND, PROOF
 from tapestry.node.disk.accusations import Accusation, keep, kept
-from tapestry.node.net.wire import FRAME, StreamEnded
+from tapestry.node.net.wire import FRAME, RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.chain import Member, Record
 
 
@@ -42,7 +43,7 @@ def test_a_proof_against_a_key_that_has_no_part_in_the_run_is_refused(
         lie = Accusation(
             *(head, EPOCH, (Member("x", 1, "aa" * 32),), 0, "00" * 32, "x" * 8, "ab" * 64), (((), b"x"),)
         )
-        await table.desks["alice"].streams.say("bob", ["accuse"], [lie.pack()])
+        await bring(table, "alice", "bob", lie)
 
     desk = run(scenario, tmp_path).desks["bob"]
     assert len(kept(tmp_path / "bob")) == len(desk.said("accused")) == of_the_run == bool(proven)
@@ -98,6 +99,11 @@ def test_a_liar_that_had_itself_removed_for_other_lies_does_not_save_the_one_in_
 def lie_of(liar: str, shard: int, digest: str) -> Accusation:
     members = (Member("x", 1, "aa" * 32),)
     return Accusation(HEAD, EPOCH, members, shard, digest, liar, "ab" * 64, (((), b"x"),))
+
+
+async def bring(table: Table, by: str, to: str, lie: Accusation) -> bool:
+    """Whether `to` says that it was judged."""
+    return await table.desks[by].accusations._bring(to, lie.name, lie.pack())
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -164,7 +170,7 @@ def test_who_was_told_in_vain_is_told_at_once_when_a_new_link_is_up(
         bob.accusations.on_up("dora")
         await asyncio.sleep(0.05)
         assert not dora.said("expel"), "it does not hear us yet"
-        dora.network.linked = PEERS  # type: ignore[misc]
+        dora.network.linked = table.desks["carol"].network.linked = PEERS  # type: ignore[misc]
         bob.accusations.on_up("dora")
         await until(lambda: bool(dora.said("expel")))
         await table.settle()
@@ -219,26 +225,37 @@ def test_at_a_start_kept_proofs_against_members_are_judged_again_and_told(
     assert not any(desk.said("blamed") for desk in desks.values())
 
 
-async def dripping(desk: Desk, name: str, payload_bytes: int) -> asyncio.StreamWriter:
-    """A stream of `name` that has begun to accuse somebody at length."""
+async def sending(desk: Desk, peer: str, name: str, payload_bytes: int) -> asyncio.StreamWriter:
+    """A stream of `peer` on which it has said that it brings so much, and begins to."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=theirs)
 
     async def serve() -> None:
         try:
-            await desk.streams.serve(name, reader, writer)
-        except (StreamEnded, ConnectionError):
-            desk.told.append(("dripped", name))
+            await desk.streams.serve(peer, reader, writer)
+        except RemoteProtocolError as error:
+            desk.told.append(("blamed", peer, error.reason))  # type: ignore[arg-type]
+        except (StreamEnded, TimeoutError, ConnectionError):
+            desk.told.append(("dripped", peer))
         finally:
             writer.close()
 
-    desk.network.linked = (*desk.network.linked, name)  # type: ignore[misc]
+    desk.network.linked = (*desk.network.linked, peer)  # type: ignore[misc]
     desk.loop.spawn(serve())
     _, ours_writer = await asyncio.open_connection(sock=ours)
-    header = msgpack.packb(["accuse"])
-    ours_writer.write(FRAME.pack(len(header), payload_bytes) + header + b"x")
+    header = msgpack.packb(["accuse", name, payload_bytes])
+    ours_writer.write(FRAME.pack(len(header), 0) + header)
+    ours_writer.write(FRAME.pack(len(PROOF), payload_bytes) + PROOF)
     await asyncio.sleep(0.02)
     return ours_writer
+
+
+async def dripping(desk: Desk, peer: str, payload_bytes: int) -> asyncio.StreamWriter:
+    """One that has sent a byte, of what it made up."""
+    writer = await sending(desk, peer, f"0-0-{peer}-{'00' * 32}", payload_bytes)
+    writer.write(b"x")
+    await asyncio.sleep(0.02)
+    return writer
 
 
 @pytest.mark.parametrize("payload_bytes", [audit_streams.PAYLOAD_BYTES_MAX, 1000])
@@ -273,7 +290,7 @@ def test_who_drips_accusations_makes_room_for_others(
         carol = table.desks["carol"]
         writers = [await dripping(carol, f"x{number}", payload_bytes) for number in range(6)]
         async with asyncio.timeout(5.0):
-            assert await table.desks["bob"].streams.say("carol", ["accuse"], [lie.pack()], 5.0)
+            assert await bring(table, "bob", "carol", lie)
         assert len(carol.said("accused")) == 1
         assert bool(carol.said("dripped")) is not is_large, "only those in its way"
         for writer in writers:
@@ -326,7 +343,7 @@ def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_blames_nobo
         bob.record = carol.record = newest(EPOCH + 1 - behind)
         lie = lie_of("dora", 0, "11" * 32)
         for peer in ("bob", "carol"):
-            table.desks["alice"].loop.spawn(table.desks["alice"].streams.say(peer, ["accuse"], [lie.pack()]))
+            table.desks["alice"].tasks.append(asyncio.create_task(bring(table, "alice", peer, lie)))
         await asyncio.sleep(0.03)
         bob.record = newest(EPOCH + 1)  # carol does not catch up in time
         await until(lambda: len(carol.said("refused")) > 1)
@@ -336,3 +353,236 @@ def test_who_is_told_of_a_lie_in_a_record_that_it_lacks_waits_for_it_blames_nobo
 
     desks = run(scenario, tmp_path).desks
     assert not any(desk.said("blamed") for desk in desks.values())
+
+
+def large_lie(bytes_min: int = 4096, liar: str = "alice") -> Accusation:
+    """Of a record that all have."""
+    return dataclasses.replace(lie_of(liar, SHARD, "11" * 32), inputs=(((), bytes(bytes_min)),))
+
+
+def all_have_the_record(table: Table) -> None:
+    for desk in table.desks.values():
+        desk.record = Record(dataclasses.replace(table.record.body, prev=HEAD), HEAD, 0, ())
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is told is true."""
+    monkeypatch.setattr(accusation_desk, "prove", lambda *args: None)
+
+
+@pytest.mark.usefixtures("proven")
+def test_of_a_proof_that_many_tell_the_others_send_nothing_while_one_sends_it_and_after(
+    tmp_path: Path,
+) -> None:
+    """A node on a slow line received the same 64 MiB of each that told it."""
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol, lie = table.desks["carol"], large_lie(100_000)
+        packed = lie.pack()
+        carol.network.linked = ("bob", "dora")  # type: ignore[misc]  # it passes it on to nobody else
+        writer = await sending(carol, "x", lie.name, len(packed))
+        writer.write(packed[:50_000])
+        assert not await bring(table, "bob", "carol", lie)
+        writer.write(packed[50_000:])
+        await until(lambda: bool(carol.said("accused")))
+        for by in ("bob", "dora"):
+            assert await bring(table, by, "carol", lie)
+            (known,) = carol.accusations._lies.values()
+            assert by in known.heard
+        assert carol.received_bytes < 1.1 * len(packed)
+        writer.close()
+
+    carol = run(scenario, tmp_path).desks["carol"]
+    assert len(carol.said("accused")) == 1 and not carol.said("blamed") and not carol.said("refused")
+
+
+@pytest.mark.usefixtures("proven")
+@pytest.mark.parametrize("by", ["x", "newcomer"])
+@pytest.mark.parametrize("other_bytes", [0, 1])
+def test_who_claims_what_others_have_keeps_them_from_it_for_a_time_and_once(
+    tmp_path: Path, by: str, other_bytes: int
+) -> None:
+    """Else a liar's accomplice could say that it sends the proof, and drip it or break off, for good."""
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol, lie = table.desks["carol"], large_lie()
+        count = len(lie.pack()) + other_bytes
+        waits = by == "x" and not other_bytes
+
+        async def may_send() -> bool:
+            return carol.accusations._answer_without(accusation_desk._Claim("bob", lie.name, count)) is None
+
+        writer = await sending(carol, by, lie.name, len(lie.pack()))
+        assert await may_send() is not waits
+        carol.clock_s += ACCUSED_S + count / AWAITED_BYTES_PER_SECOND
+        assert await may_send(), "it had its time"
+        writer.close()
+        await until(lambda: bool(carol.said("dripped")))
+        writer = await sending(carol, by, lie.name, len(lie.pack()))
+        assert await may_send(), "it had its chance"
+        assert await bring(table, "bob", "carol", lie)
+        writer.write(b"x")
+        await until(lambda: not carol.streams.streams)
+        assert len(carol.said("dripped")) == 1, "of what is known no more is read"
+        writer.close()
+
+    carol = run(scenario, tmp_path).desks["carol"]
+    assert len(carol.said("accused")) == 1
+
+
+@pytest.mark.parametrize(
+    "said", [["accuse"], ["accuse", "x" * 200, 5], ["accuse", "x", 0], ["accuse", "x", True]]
+)
+def test_a_claim_that_none_can_be_is_malformed(tmp_path: Path, said: list[object]) -> None:
+    async def scenario(table: Table) -> None:
+        await table.desks["bob"].streams.say("carol", said)
+
+    assert run(scenario, tmp_path).desks["carol"].said("blamed") == [("malformed",)]
+
+
+@pytest.mark.usefixtures("proven")
+@pytest.mark.parametrize("wrong", ["name", "count"])
+def test_who_sends_another_proof_than_it_said_is_blamed_and_its_proof_is_not_taken(
+    tmp_path: Path, wrong: str
+) -> None:
+    """The name would hold a place that is another's, and be known though nobody has it."""
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol, lie, other = table.desks["carol"], large_lie(), large_lie(liar="dora")
+        packed = lie.pack()
+        if wrong == "name":
+            await table.desks["bob"].accusations._bring("carol", other.name, packed)
+        else:
+            header = msgpack.packb(["accuse", lie.name, 5])
+            _, writer = await table.desks["bob"].network.open_stream("carol", "", 1.0)
+            writer.write(FRAME.pack(len(header), 0) + header)
+            writer.write(FRAME.pack(len(PROOF), len(packed)) + PROOF + packed)
+            await until(lambda: bool(carol.said("blamed")))
+            writer.close()
+        assert carol.said("blamed") == [("accusation",)] and not carol.said("accused")
+        assert carol.accusations._in_vain == {"bob": False} and not carol.accusations._coming
+        assert await bring(table, "dora", "carol", lie), "what is true is heard all the same"
+
+    assert len(run(scenario, tmp_path).desks["carol"].said("accused")) == 1
+
+
+@pytest.mark.usefixtures("proven")
+def test_a_large_proof_of_a_record_that_is_still_to_come_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who caught up on a slow line got it again and again, and refused it each time."""
+    monkeypatch.setattr(accusation_desk, "LARGE_BYTES_MIN", 4096)
+
+    async def scenario(table: Table) -> None:
+        carol, lie = table.desks["carol"], large_lie()
+        assert not await bring(table, "bob", "carol", lie)
+        assert carol.received_bytes < 200 and not carol.said("refused")
+        all_have_the_record(table)
+        assert await bring(table, "bob", "carol", lie)
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.usefixtures("proven")
+def test_a_large_proof_that_takes_long_but_comes_steadily_is_not_cut_off_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was, after a minute, where others waited: on a slow line it never arrived. Who drips is."""
+    monkeypatch.setattr(accusation_desk, "LARGE_BYTES_MIN", 1000)
+    monkeypatch.setattr(accusation_desk, "ACCUSED_S", 0.5)
+    monkeypatch.setattr(audit_streams, "BYTES_PER_SECOND_MIN", 2000)
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol, slow, quick = table.desks["carol"], large_lie(), large_lie(liar="dora")
+        carol.network.linked = ("bob",)  # type: ignore[misc]
+        packed = slow.pack()
+        writer = await sending(carol, "x", slow.name, len(packed))
+        writer.write(packed[:1500])
+        drips = await dripping(carol, "y", 4096)
+        waiting = asyncio.create_task(bring(table, "bob", "carol", quick))
+        for start in range(1500, len(packed), 100):
+            writer.write(packed[start : start + 100])
+            await asyncio.sleep(0.04)
+        await until(lambda: len(carol.said("accused")) == 2)
+        assert await waiting and carol.said("dripped") == [("y",)]
+        for one in (writer, drips):
+            one.close()
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.usefixtures("proven")
+def test_who_was_cut_off_for_another_may_take_long_the_next_time_and_who_broke_off_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else three keys that drip would see to it that honest ones on slow lines never get done."""
+    monkeypatch.setattr(accusation_desk, "LARGE_BYTES_MIN", 1000)
+    monkeypatch.setattr(accusation_desk, "ACCUSED_S", 0.2)
+    monkeypatch.setattr(accusation_desk, "LARGE_BESIDE_MAX", 0)
+    monkeypatch.setattr(audit_streams, "BYTES_PER_SECOND_MIN", 2000)
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol, lie = table.desks["carol"], large_lie()
+        carol.network.linked = ("bob",)  # type: ignore[misc]
+        slow = await dripping(carol, "x", 1_000_000)
+        slow.write(bytes(10_000))  # it is far ahead of the least speed
+        broken = await dripping(carol, "y", 500)
+        broken.close()
+        assert await bring(table, "bob", "carol", lie)
+        await until(lambda: len(carol.said("dripped")) == 2)
+        assert carol.accusations._in_vain == {"x": True, "y": False}
+        slow.close()
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["rollback", "remove"])
+@pytest.mark.parametrize("stands", [True, False])
+@pytest.mark.usefixtures("proven")
+def test_what_a_removed_liar_left_in_the_state_is_undone_by_who_was_stopped_before_it_could_ask(
+    tmp_path: Path, rule: str, stands: bool
+) -> None:
+    """It may have been removed by hand, or for another lie. Its proof was not looked at again, nor told to
+    whoever may undo it and was away."""
+
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        lie = large_lie()
+        for peer in ("carol", "dora"):
+            desk = table.desks[peer]
+            desk.rule, desk.taken, desk.stands = rule, lie.digest, stands
+            del desk.roll.members["alice"]
+        carol, dora = table.desks["carol"], table.desks["dora"]
+        keep(tmp_path / "carol", lie)
+        carol.network.linked = ()  # type: ignore[misc]
+        await carol.accusations.look_again()
+        asks = rule == "rollback" and stands
+        assert [said[:2] for said in carol.said("roll_back")] == [(EPOCH, HEAD)] * asks
+        assert len(carol.said("accused")) == asks
+        carol.network.linked = PEERS  # type: ignore[misc]
+        carol.accusations.on_up("dora")
+        await table.settle()
+        assert len(dora.said("roll_back")) == asks
+
+    run(scenario, tmp_path)
+
+
+def test_old_proofs_against_who_is_no_member_are_not_read_at_a_start(tmp_path: Path) -> None:
+    async def scenario(table: Table) -> None:
+        all_have_the_record(table)
+        carol = table.desks["carol"]
+        read: list[object] = []
+        carol.loop.compute = lambda function, *args: read.append(function)  # type: ignore[method-assign]
+        carol.record = Record(dataclasses.replace(table.record.body, epoch=EPOCH + 65), HEAD, 0, ())
+        del carol.roll.members["alice"]
+        keep(tmp_path / "carol", large_lie())
+        await carol.accusations.look_again()
+        assert not read
+
+    run(scenario, tmp_path)

@@ -111,7 +111,7 @@ def test_only_the_first_auditor_can_have_a_second_one_look(tmp_path: Path) -> No
     async def scenario(table: Table) -> None:
         table.drawn(table.second, table.own(table.second), second=table.order)
         for peer in (table.other, table.reducer):
-            await table.desks[peer].audits._say(table.second, ["second", HEAD, SHARD])
+            await table.desks[peer].streams.say(table.second, ["second", HEAD, SHARD])
 
     table = run(scenario, tmp_path)
     assert not table.desks[table.second].said("audited")
@@ -272,7 +272,7 @@ def test_whoever_has_much_to_say_to_a_peer_says_it_one_by_one(tmp_path: Path) ->
     """Dozens of proofs against one liar were told at once: the surplus was lost, and the teller banned."""
 
     async def scenario(table: Table) -> None:
-        words = [table.desks["alice"].audits._say("bob", ["second", HEAD, shard]) for shard in range(30)]
+        words = [table.desks["alice"].streams.say("bob", ["second", HEAD, shard]) for shard in range(30)]
         await asyncio.gather(*words)
 
     bob = run(scenario, tmp_path).desks["bob"]
@@ -300,7 +300,7 @@ def test_an_auditor_of_many_shards_opens_no_more_streams_a_second_than_a_peer_le
         monkeypatch.setattr(audit_streams.asyncio, "sleep", sleep)
         for shard in range(int(STREAMS_BURST) // 2):
             await desk.audits._given_by("bob", table.record, shard, member)
-            await desk.audits._say("bob", ["second", HEAD, shard])
+            await desk.streams.say("bob", ["second", HEAD, shard])
         monkeypatch.undo()
 
     run(scenario, tmp_path)

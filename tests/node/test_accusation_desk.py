@@ -544,12 +544,13 @@ def test_who_was_cut_off_for_another_may_take_long_the_next_time_and_who_broke_o
 
 @pytest.mark.parametrize("rule", ["rollback", "remove"])
 @pytest.mark.parametrize("stands", [True, False])
-@pytest.mark.usefixtures("proven")
 def test_what_a_removed_liar_left_in_the_state_is_undone_by_who_was_stopped_before_it_could_ask(
-    tmp_path: Path, rule: str, stands: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, stands: bool
 ) -> None:
     """It may have been removed by hand, or for another lie. Its proof was not looked at again, nor told to
     whoever may undo it and was away."""
+    judged: list[object] = []
+    monkeypatch.setattr(accusation_desk, "prove", lambda *args: judged.append(args))
 
     async def scenario(table: Table) -> None:
         all_have_the_record(table)
@@ -564,7 +565,7 @@ def test_what_a_removed_liar_left_in_the_state_is_undone_by_who_was_stopped_befo
         await carol.accusations.look_again()
         asks = rule == "rollback" and stands
         assert [said[:2] for said in carol.said("roll_back")] == [(EPOCH, HEAD)] * asks
-        assert len(carol.said("accused")) == asks
+        assert len(carol.said("accused")) == len(judged) == asks
         carol.network.linked = PEERS  # type: ignore[misc]
         carol.accusations.on_up("dora")
         await table.settle()

@@ -23,7 +23,7 @@ from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig
 from tapestry.dht.swarm import Swarm
-from tapestry.node.daemon.audit_desk import Auditor
+from tapestry.node.daemon.audit_streams import Auditor
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.base import base_folder
 from tapestry.node.daemon.descriptions_desk import DescriptionsDesk

@@ -256,7 +256,7 @@ class Keeper:
         self.store.prune(self._chain, self._limits, base)
         self.branches.fit()
 
-    # --- what a proof is against (audit_desk.Evidence): for any thread --------------------------
+    # --- what a proof is against (accusation_desk.Evidence): for any thread ---------------------
 
     @property
     def epoch(self) -> int:

@@ -22,6 +22,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import Crypto, peer_field
 from tapestry.node.protocol.members import (
+    HEAD_DIGITS,
     KINDS,
     OF_NOBODY,
     WHY_CHARS_MAX,
@@ -229,6 +230,11 @@ class MembersDesk:
             )
         else:
             self._loop.feed(ev.ChangeAsked(change))
+
+    def may_be_undone(self, epoch: int, head: str) -> bool:
+        """Whether what was made of that state stands, and is not too far back to be undone."""
+        run = self._loop.membership()
+        return why_no_rollback(run.roll, run.epoch + 1, epoch, head[:HEAD_DIGITS]) is None
 
     def expel(self, peer: str, why: str, epoch: int) -> None:
         """Ask for the removal of who did what is proven, of round `epoch`, if this node may.

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from typing import Any
 
 from tapestry.compression.refusals import Refused
-from tapestry.node.daemon.audit_desk import AuditDesk
+from tapestry.node.daemon.accusation_desk import AccusationDesk
+from tapestry.node.daemon.audit_streams import AuditStreams
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.descriptions_desk import DescriptionsDesk
 from tapestry.node.daemon.desk import Loop, Outputs
@@ -50,7 +51,8 @@ class NetworkDesk:
         averaging: Averaging,
         keeper: Keeper,
         reporter: Reporter,
-        audits: AuditDesk,
+        audits: AuditStreams,
+        accusations: AccusationDesk,
         members: MembersDesk,
     ) -> None:
         self._loop = loop
@@ -59,6 +61,7 @@ class NetworkDesk:
         self._admission_protocol = admission_protocol(keeper.run_id)
         self._averaging = averaging
         self._audits = audits
+        self._accusations = accusations
         self._reporter = reporter
         self._state_protocol = state_protocol(keeper.run_id)
         self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
@@ -92,7 +95,7 @@ class NetworkDesk:
 
     def on_up(self, peer: str) -> None:
         self._loop.feed(ev.PeerUp(peer))
-        self._audits.on_up(peer)
+        self._accusations.on_up(peer)
 
     def on_down(self, peer: str) -> None:
         self._loop.feed(ev.PeerDown(peer))

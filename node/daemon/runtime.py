@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tapestry.node.daemon.audit_desk import AuditDesk, Auditor
+from tapestry.node.daemon.accusation_desk import AccusationDesk
+from tapestry.node.daemon.audit_desk import AuditDesk
+from tapestry.node.daemon.audit_streams import Auditor, AuditStreams
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.daemon.descriptions_desk import DescriptionsDesk
 from tapestry.node.daemon.desk import Job, Loop, Outputs
@@ -83,8 +85,15 @@ class Runtime:
             lambda settings, key: why_no_change(keeper.spec, settings, key),
             lambda epoch: keeper.held_back_to(core.chain, epoch),
         )
-        self.audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, keeper)
-        self.network = NetworkDesk(self, network, averaging, keeper, reporter, self.audits, self.members)
+        streams = AuditStreams(self, network, reporter, auditor)
+        self._accusations = AccusationDesk(
+            self, network, averaging, reporter, auditor, self.members, keeper, streams
+        )
+        accuse = self._accusations.accuse
+        audits = AuditDesk(self, network, averaging, reporter, auditor, self.members, streams, accuse)
+        self.network = NetworkDesk(
+            self, network, averaging, keeper, reporter, streams, self._accusations, self.members
+        )
         self.network.words = words(self) if words is not None else None
         self._standing = Standing(self, auditor.own, self.network.standing_at)
         self.disk = DiskDesk(self, keeper, self.trainer, self.network, reporter)
@@ -97,7 +106,7 @@ class Runtime:
             ev.Verdict: lambda out: reporter.refused(out.peer, out.reason, out.text),
             ev.Note: lambda out: reporter.note(out.text),
         }
-        desks = self.trainer, self.disk, self.network, self.audits, self.gate
+        desks = self.trainer, self.disk, self.network, audits, self._accusations, self.gate
         self._execute = _table(*(desk.outputs for desk in desks), self.outputs)
         self._outbox: asyncio.Queue[ev.Output] = asyncio.Queue()
         self._compute = ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
@@ -117,7 +126,7 @@ class Runtime:
                 self._tasks = tasks
                 tasks.create_task(self._execute_all())
                 tasks.create_task(self._probe())
-                tasks.create_task(self.audits.look_again())
+                tasks.create_task(self._accusations.look_again())
                 if self.network.words is not None:  # we are on no island
                     tasks.create_task(self._end_if_removed())
                     tasks.create_task(self._pass_words_on(self.network.words))

@@ -47,6 +47,7 @@ from tapestry.node.state.means import MeanDigest, payload_of
 
 KEPT_MAX = 64  # files in a home: who lied so often is known by now
 KEPT_OF_ONE_MAX = 8  # of one liar, so that it leaves room for proofs against others
+NAME_CHARS_MAX = 128  # an epoch and a shard, the end of a peer id, and a digest
 ID_CHARS = 8  # of a peer id, in a name
 RANK_IN_STATE = 3  # above a member's, whose is 2, one that was removed's, 1, and a stranger's, 0
 SUFFIX = ".accusation"
@@ -192,7 +193,7 @@ def keep(
     if path.exists():
         return "known"
     there = sorted(kept(folder), key=lambda one: one.stat().st_mtime_ns)
-    of_one = [one for one in there if _accused_of(one) == accusation.accused[-ID_CHARS:]]
+    of_one = [one for one in there if _accused_of(one.name) == accusation.accused[-ID_CHARS:]]
     lie = accusation.name.rpartition("-")[0]
     same = [one for one in of_one if one.name.rpartition("-")[0] == lie]
     gone: Path | None = None
@@ -202,8 +203,8 @@ def keep(
         gone = (same or of_one)[0]
     elif len(there) >= KEPT_MAX:
         rank = RANK_IN_STATE if in_state else ranks.get(accusation.accused[-ID_CHARS:], 0)
-        gone = min(there, key=lambda one: ranks.get(_accused_of(one), 0))
-        if ranks.get(_accused_of(gone), 0) >= rank:
+        gone = min(there, key=lambda one: ranks.get(_accused_of(one.name), 0))
+        if ranks.get(_accused_of(gone.name), 0) >= rank:
             return "full"
     atomic_write(path, accusation.pack())
     if gone is not None:
@@ -211,18 +212,23 @@ def keep(
     return "new"
 
 
-def _accused_of(path: Path) -> str:
+def _accused_of(file: str) -> str:
     """The last characters of the peer id of whom a file proves something: see `name` of both kinds."""
-    parts = path.name.split("-")
+    parts = file.split("-")
     return parts[2] if len(parts) > 2 else ""
+
+
+def is_against(file: str, peers: Collection[str]) -> bool:
+    """Whether a file of this name is against one of these, by the ends of their ids."""
+    return _accused_of(file) in {peer[-ID_CHARS:] for peer in peers}
+
+
+def epoch_in(name: str) -> int:
+    """The epoch that the name of a proof, or of its file, begins with: see `name` of both kinds. -1: none."""
+    epoch = name.partition("-")[0]
+    return int(epoch) if epoch.isascii() and epoch.isdecimal() and len(epoch) < 16 else -1
 
 
 def kept(folder: Path) -> list[Path]:
     """The files of all that a home keeps."""
     return sorted(folder.glob(f"*{SUFFIX}"))
-
-
-def kept_against(folder: Path, peers: Collection[str]) -> list[Path]:
-    """Those against one of these, by the ends of their ids."""
-    ends = {peer[-ID_CHARS:] for peer in peers}
-    return [path for path in kept(folder) if _accused_of(path) in ends]

@@ -48,6 +48,8 @@ class FrameLimits:
     payload_bytes_max: int
     bytes_per_second_min: float | None = None  # of a frame that has begun; None: whoever waits sees to it
     throttle: Throttle | None = None  # payloads wait for it; the rest only counts
+    # How far a payload may fall behind that speed at any moment; None: only how long all of it takes counts.
+    behind_s: float | None = None
 
 
 async def read_frame(
@@ -99,7 +101,11 @@ async def read_payload(
     on_bytes: Callable[[int], None] | None = None,
 ) -> bytearray:
     """The rest of a frame. As read_frame."""
-    async with asyncio.timeout(_slowest_s(payload_bytes, limits, silence_s)) as deadline:
+    steadily = limits.behind_s is not None
+    first_s = limits.behind_s if steadily else _slowest_s(payload_bytes, limits, silence_s)
+    async with asyncio.timeout(first_s) as deadline:
+        if steadily:
+            on_bytes = functools.partial(_earn, limits, deadline, on_bytes)
         may_read = (
             functools.partial(_take, limits.throttle, deadline) if limits.throttle is not None else None
         )
@@ -190,6 +196,17 @@ async def _read_exactly(
         if on_bytes is not None:
             on_bytes(len(piece))
     return buffer
+
+
+def _earn(
+    limits: FrameLimits, deadline: asyncio.Timeout, on_bytes: Callable[[int], None] | None, count: int
+) -> None:
+    """What came moves the frame's deadline by the time that it may take at the least speed."""
+    due = deadline.when()
+    if due is not None and limits.bytes_per_second_min is not None:
+        deadline.reschedule(due + count / limits.bytes_per_second_min)
+    if on_bytes is not None:
+        on_bytes(count)
 
 
 async def _take(throttle: Throttle, deadline: asyncio.Timeout, count: int) -> int:

@@ -52,7 +52,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
         "agreement",
         "mean_signature",
     ),
-    # daemon/averaging.py, audit_desk.py
+    # daemon/averaging.py, audit_desk.py, accusation_desk.py
     *("commitment", "missing", "accusation"),
     # compression: frames and payloads; "digest" is a payload that is not the one that was announced
     *("not_finite", "overflow", "length", "count", "shape", "dtype", "scale", "code", "codec"),

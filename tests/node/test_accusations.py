@@ -21,6 +21,8 @@ from tapestry.node.disk.accusations import (
     Accusation,
     FalseAccusation,
     check,
+    epoch_in,
+    is_against,
     keep,
     kept,
     unpack,
@@ -180,3 +182,11 @@ def test_strangers_do_not_keep_proofs_against_members_out(crypto: NodeCrypto, tm
     assert keep(tmp_path, dataclasses.replace(one, reducer="or the memb", epoch=9), ranks) == "new"
     names = " ".join(path.name for path in kept(tmp_path))
     assert len(kept(tmp_path)) == KEPT_MAX and "removed!" in names and "the memb" in names
+
+
+def test_a_files_name_says_of_which_epoch_it_is_and_against_whom(crypto: NodeCrypto) -> None:
+    one = accusation(crypto)
+    assert epoch_in(one.name) == one.epoch and is_against(one.name, ["somebody else", one.reducer])
+    assert not is_against(one.name, ["somebody else"])
+    assert [epoch_in(name) for name in ("", "-1-2", "1" * 30 + "-2", "\N{SUPERSCRIPT TWO}-3")] == [-1] * 4
+    assert not is_against("no proof", ["no proof"])

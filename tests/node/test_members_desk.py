@@ -262,6 +262,8 @@ def test_what_a_proof_asks_for_is_the_same_change_at_everybody() -> None:
         )
         desk.roll_back(3, f"{3:032x}{0:032x}", "a lie")
         desk.roll_back(4, f"{9:032x}{0:032x}", "of another side")
+        may_be = [desk.may_be_undone(e, f"{of:032x}{0:032x}") for e, of in ((3, 3), (4, 9), (5, 5))]
+        assert may_be == [True, False, False], "the last is the newest"
         asked_for.append([one.change for one in loop.fed])
     assert asked_for[0] == asked_for[1] and len(asked_for[0]) == 1
 

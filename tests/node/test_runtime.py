@@ -16,7 +16,7 @@ import pytest
 
 from tapestry.compression.refusals import RefusedPayload, RefusedVector
 from tapestry.node.daemon import network_desk, trainer_desk
-from tapestry.node.daemon.audit_desk import Auditor
+from tapestry.node.daemon.audit_streams import Auditor
 from tapestry.node.daemon.disk_desk import DiskDesk
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Left

@@ -24,7 +24,7 @@ class Stream(SimpleNamespace):
         self.done.set()
 
     async def _hold(self, peer: str, places: WaitingPlaces, seen: list[str]) -> None:
-        async with places.place(peer, self):  # type: ignore[arg-type]
+        async with places.place(peer, self, not peer.endswith("!")):  # type: ignore[arg-type]
             seen.append(peer)
             await self.done.wait()
         seen.append(f"{peer} left")
@@ -42,8 +42,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 10.0))
 
 
-def places(streams_max: int, held_s: float = 60.0) -> WaitingPlaces:
-    return WaitingPlaces(streams_max, held_s, lambda peer: peer.startswith("m"))
+def places(streams_max: int, held_s: float = 60.0, beside_max: int = 0) -> WaitingPlaces:
+    return WaitingPlaces(streams_max, held_s, lambda peer: peer.startswith("m"), beside_max)
 
 
 def test_those_that_wait_come_in_the_order_of_their_coming() -> None:
@@ -100,5 +100,59 @@ def test_who_gives_up_waiting_takes_no_place() -> None:
         third.close()
         await third.task
         assert seen == ["m1", "m1 left", "m3", "m3 left"]
+
+    run(main())
+
+
+def test_who_had_its_time_goes_on_beside_the_places_if_there_is_room_and_else_leaves() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+        one = places(1, held_s=0.1, beside_max=1)
+        first, second, third = await coming(one, seen, "m1", "m2", "m3")
+        await second.task
+        await asyncio.sleep(0.02)
+        assert seen == ["m1", "m2", "m3", "m2 left"] or seen == ["m1", "m2", "m2 left", "m3"]
+        first.close()
+        await first.task
+        (fourth,) = await coming(one, seen, "m4")
+        await asyncio.sleep(0.2)
+        assert seen[-1] == "m4" and "m3 left" not in seen, "there is room again"
+        for stream in (third, fourth):
+            stream.close()
+            await stream.task
+        assert not one._beside and not one._held
+
+    run(main())
+
+
+def test_a_newcomer_beside_the_places_leaves_that_room_to_a_member() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+        one = places(1, held_s=0.1, beside_max=1)
+        newcomer, other = await coming(one, seen, "n1", "n2")
+        await asyncio.sleep(0.2)
+        assert seen == ["n1", "n2"], "both go on"
+        other.close()
+        await other.task
+        first, second = await coming(one, seen, "m1", "m2")
+        await newcomer.task
+        await asyncio.sleep(0.05)
+        assert seen[3] == "m1" and sorted(seen[4:]) == ["m2", "n1 left"], "m1 goes on as well"
+        for stream in (first, second):
+            stream.close()
+            await stream.task
+
+    run(main())
+
+
+def test_who_may_not_go_on_leaves_after_its_time_though_there_is_room() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+        first, second = await coming(places(1, held_s=0.1, beside_max=1), seen, "m1!", "m2")
+        await first.task
+        await asyncio.sleep(0.02)
+        assert sorted(seen[1:]) == ["m1! left", "m2"]
+        second.close()
+        await second.task
 
     run(main())

@@ -87,6 +87,35 @@ def test_a_frame_that_comes_in_drops_has_an_end():
         asyncio.run(run())
 
 
+@pytest.mark.parametrize("steadily", [True, False])
+def test_a_payload_may_take_as_long_as_it_comes_steadily_and_not_fall_behind(steadily):
+    """At 1000 bytes a second all of it may take 1.5 s here, and what stops after a byte has half a second."""
+
+    async def run() -> float:
+        reader = asyncio.StreamReader()
+        limits = FrameLimits(100, 1000, bytes_per_second_min=1000.0, behind_s=0.5)
+        reader.feed_data(FRAME.pack(0, 1000) + b"x")
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
+
+        async def feed() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0.03)
+                reader.feed_data(bytes(50))
+
+        feeding = asyncio.create_task(feed()) if steadily else None
+        try:
+            await read_frame(reader, limits, None, 5.0)
+        except TimeoutError:
+            assert not steadily
+        if feeding is not None:
+            await feeding
+        return loop.time() - began_at
+
+    took_s = asyncio.run(run())
+    assert took_s > 0.5 and (steadily or took_s < 1.5)
+
+
 def test_progress_is_told_for_every_byte():
     counts = []
 

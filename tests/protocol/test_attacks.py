@@ -19,6 +19,7 @@ from tapestry.node.protocol.chain import (
     Record,
     accept_message,
     head_of,
+    seat_message,
 )
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
@@ -362,13 +363,16 @@ def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
         for node in nodes(world):
             round_ = node.core.round
             if round_ is not None and round_.state.leading and node.name != "p3":
-                token = f"{rng.getrandbits(128):032x}"
+                token = f"{rng.getrandbits(256):064x}"
                 args = (round_.epoch, round_.head, round_.ballot, False, round_.state.state_digest, token, 5)
-                node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None)))
+                life = world.nodes["p3"].disk.life
+                seat = SimCrypto("p3").sign(seat_message(round_.head, life))
+                node.feed(ev.Received("p3", Ready(*args, 0.0, -1, None, life, seat=seat)))
         world.later(0.02, None, flap)
 
     flap()
     goes_on(world, epochs=3, limit_s=60)
+    assert not world.refused.get("malformed") and not world.refused.get("seat"), "it is heard"
 
 
 def test_one_unusable_contribution_blames_nobody_else():

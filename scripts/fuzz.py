@@ -62,7 +62,7 @@ from tapestry.node.protocol.members import (
     changes_fault,
     first_roll,
 )
-from tapestry.node.protocol.messages import Closing, GetRecords, Shard, Stage, Status
+from tapestry.node.protocol.messages import Closing, GetRecords, Ready, Roster, Shard, Stage, Status
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.spec.invitation import Invitation, read_invitation
 from tapestry.node.spec.run import RunSpec, preset_spec
@@ -156,12 +156,15 @@ def of_peers() -> dict[str, Target]:
     )
     line = Invitation(f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}", HEX, b"s" * 32).line
     refusals = (InvalidRecord, UserError, ValueError, RecursionError)
+    members = (Member(PEER, 1, HEX, "", 5), Member(OTHER, 0, "", HEX[:32], seat="ab" * 64))
+    said = Ready(3, HEX, 0, False, HEX, HEX, 5, 1.0, -1, None, HEX[:32], seat="ab" * 64)
+    roster = Roster(3, HEX, 0, False, HEX, tuple(sorted(members, key=lambda m: m.peer)), (0,))
     ready = {"ask": "admission", "name": "lab", "admission": change_to_list(_changes()[0])}
     return {
         "control": Target(
             READER.control,
             (RemoteProtocolError,),
-            tuple(map(encode_message, (status, GetRecords(((0, HEX),)), Closing(3, HEX, 0)))),
+            tuple(map(encode_message, (status, GetRecords(((0, HEX),)), Closing(3, HEX, 0), said, roster))),
             MSGPACK,
         ),
         "data": Target(

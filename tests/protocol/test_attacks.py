@@ -382,6 +382,7 @@ def test_a_member_that_changes_its_contribution_again_and_again_is_left_out():
 
     flap()
     goes_on(world, epochs=3, limit_s=60)
+    assert not world.refused.get("malformed") and not world.refused.get("seat"), "it is heard"
 
 
 def test_one_unusable_contribution_blames_nobody_else():

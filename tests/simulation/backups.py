@@ -33,14 +33,13 @@ class Backups:
     def plan(self) -> None:
         """A backup early, and a crash some epochs after it."""
         if self.name:
-            world, node = self.world, self.world.nodes[self.name]
             at = self.rng.uniform(5.0, 20.0)
-            world.later(at, None, self._keep)
-            world.later(
-                at + self.rng.uniform(0.5, 15.0),
-                None,
-                lambda: world.healed or world.chaos.crash_for_a_while(node),
-            )
+            self.world.later(at, None, self._keep)
+            self.world.later(at + self.rng.uniform(0.5, 15.0), None, self._crash)
+
+    def _crash(self) -> None:
+        if not self.world.healed:
+            self.world.chaos.crash_for_a_while(self.world.nodes[self.name])
 
     def _keep(self) -> None:
         disk = self.world.nodes[self.name].disk

@@ -34,8 +34,8 @@ class Petitions:
     @property
     def leaders_lie(self) -> bool:
         """Whether somebody leads that may leave a change out of its rosters, for good."""
-        # TODO(decision 021): ask it of these worlds too, with the bound that holds once followers no longer
-        # heed a leader that calls them to its own ballots, or leaves out a change that they know of.
+        # Not asked of these worlds yet (decision 021): a leader that calls all to its own ballots, and leaves
+        # out a change that they know of, keeps it out for as long as it likes.
         world = self.world
         return bool(
             world.usurpers.names or world.autocrats.name or world.splitters.name or world.inventors.name

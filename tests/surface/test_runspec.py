@@ -125,7 +125,7 @@ DEFAULT = RunSpec.from_dict({"name": "demo"})
         ),
         (
             {"name": "x", "limits": {"max_peers": 64, "max_control_frame_bytes": 30_000}},
-            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 123904, ",
+            "limits.max_control_frame_bytes: 30000 with limits.max_peers = 64; must be at least 148480, ",
         ),
     ],
 )
@@ -283,7 +283,7 @@ def _specs(draw: st.DrawFn) -> RunSpec:
         "mean": draw(st.one_of(*(_section(kind) for kind in get_args(MeanSpec)))),
         "outer": draw(st.one_of(_section(NesterovSpec), _section(AdamWSpec))),
         "round": rounds | {"min_members": min(rounds["min_members"], limits["max_peers"])},
-        "limits": limits | {"max_control_frame_bytes": max(2**20, limits["max_control_frame_bytes"])},
+        "limits": limits | {"max_control_frame_bytes": max(2**21, limits["max_control_frame_bytes"])},
     }
     if table["model"] is llama:
         table["data"] = data | {"tokenizer": "byte"}

@@ -180,7 +180,9 @@ class Invariants:
         if self.world.inventors.is_false(record.head):
             self.fail(node, f"G2: record {body.epoch} has a result that nobody made")
         self.world.autocrats.on_record(record)
-        if body.forced and self.world.rules.on_quorum_loss == "wait":
+        policy = self.world.rules.on_quorum_loss
+        three = max(len(ground.electorate), len(ground.last.electorate)) >= 3
+        if body.forced and (policy == "wait" or (policy == "auto" and three)):
             self.fail(node, "policy: a forced record in a run that waits")
         if body.state_digest != self.state_of.get(body.prev, body.state_digest):
             self.fail(node, f"G1: record {body.epoch} names another state than that of its head")

@@ -134,7 +134,23 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
         cure = "give the node a home on a local disk that this user may write to"
         yield wrong("home", f"{folder} cannot be written and mapped: {why}", cure)
         return
+    if names := _closed_to_us(home):
+        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote them perhaps"
+        yield wrong("home", f"this user cannot read and write {', '.join(names)} in {home.path}", cure)
+        return
     yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
+
+
+def _closed_to_us(home: Home) -> list[str]:
+    """What lies in the home and is another user's. (lost+found is no file of ours.)"""
+    names = sorted(os.listdir(home.path)) if home.path.is_dir() else []
+    return [
+        name
+        for name in names
+        if os.path.exists(home.path / name)  # a link may lead nowhere
+        and not os.access(home.path / name, os.R_OK | os.W_OK)
+        and name != "lost+found"
+    ]
 
 
 def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:

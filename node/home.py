@@ -243,6 +243,11 @@ class Home:
         return self.path / "home.json"
 
     @property
+    def restoring(self) -> Path:
+        """Here while a backup is unpacked into this home: what of it is moved to its place."""
+        return self.path / ".restoring"
+
+    @property
     def stop_request(self) -> Path:
         """What `tapestry stop` leaves for a node that no signal of ours reaches."""
         return self.path / "stop"
@@ -294,7 +299,13 @@ class Home:
             raise self._in_use()
 
     def require_way(self, alone: bool) -> None:
-        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it."""
+        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
+        at all yet."""
+        if self.restoring.exists():
+            raise UserError(
+                f"{self.path} was not restored to its end",
+                hint=f"give `tapestry restore FILE --home {self.path}` again: it begins anew",
+            )
         if alone and not self.genesis.exists():
             raise UserError(f"{self.path} holds no run to go on with alone")
         if not alone and self.island.exists():

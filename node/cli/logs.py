@@ -33,7 +33,7 @@ def log_level(subsystem: str | None, level: str | None, home: str | None) -> Non
         raise  # of another user
     except OSError as error:
         raise UserError(f"cannot use {place.log_levels}: {error.strerror}") from error
-    when = "within a second" if place.holder() is not None else "from the next start on"
+    when = "within a second" if place.is_held() else "from the next start on"
     click.echo(f"{subsystem} says {level} and above, {when}; the log is {place.log}")
 
 

@@ -74,7 +74,8 @@ class EgressLedger:
         try:
             self._file = LinkedFile(home.egress)
         except BrokenLink as error:
-            set_aside(home.egress, str(error))
+            cure = "check the disk, or ask who changed it: what left before is in it, and a new one begins"
+            set_aside(home.egress, str(error), cure)
             self._file = LinkedFile(home.egress)
 
     def begin(self, run_id: str) -> None:

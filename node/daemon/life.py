@@ -98,9 +98,7 @@ class Daemon:
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
         self.notifier = notifier
-        self.view = NodeView(
-            VERSION, self.started_at, config.upload_bytes_per_second, config.download_bytes_per_second
-        )
+        self.view = NodeView(VERSION, config.upload_bytes_per_second, config.download_bytes_per_second)
         self.history = History()
         self.throttles = Throttles(
             Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)

@@ -146,13 +146,16 @@ def test_what_a_killed_node_left_torn_is_cut_and_said(home: Home) -> None:
     assert "10 bytes of an unfinished line cut off" in " ".join(" ".join(lines(read_egress(home))).split())
 
 
-def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(home: Home) -> None:
+def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
     asyncio.run(ledger(home).close())
     home.egress.write_bytes(home.egress.read_bytes().replace(b"10:00", b"11:00"))
     with pytest.raises(UserError, match=r"egress\.jsonl, line 1: not in the form"):
         list(read_egress(home))
     asyncio.run(ledger(home).close())
     assert home.egress.with_name("egress.jsonl.corrupt").exists() and len(list(read_egress(home))) == 1
+    assert "what left before is in it" in caplog.text and "others are asked" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from tapestry.dht.guard import Answer, Guard
 
+_log = logging.getLogger("tapestry.swarm")
 _p2pd_log = logging.getLogger("tapestry.p2pd")
 
 
@@ -169,13 +171,39 @@ def make_socket_folder() -> str:
     return tempfile.mkdtemp(prefix=f"tapestry-{os.getpid()}-", dir="/tmp")
 
 
-def hold_folder(folder: str) -> int:
-    """Lock it while this descriptor, or this process, lives. The lock appears held, or not at all."""
+@contextlib.contextmanager
+def hold_folder(folder: str) -> Iterator[None]:
+    """Lock it until the end of the context, or of this process.
+
+    The file in it for whoever sweeps: that lock appears held, or not at all. The folder itself for
+    systemd-tmpfiles, which on many systems deletes what has lain in /tmp for ten days. It spares sockets that
+    somebody listens on, but not those of a service with PrivateTmp, whose paths are others to it; a locked
+    folder, and all in it, it leaves alone: tmpfiles.d(5).
+    """
     path = os.path.join(folder, _LOCK)
-    descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.rename(path + ".new", path)
-    return descriptor
+    with _locked(path + ".new", os.O_RDWR | os.O_CREAT), contextlib.ExitStack() as held:
+        os.rename(path + ".new", path)
+        try:
+            held.enter_context(_locked(folder, os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:
+            _log.warning(
+                "folder=%s cannot be locked: %s; if something here deletes old files in /tmp, let it leave "
+                "/tmp/tapestry-* alone",
+                folder,
+                error.strerror,
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: str, flags: int) -> Iterator[None]:
+    """Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_left(folder: str) -> bool:

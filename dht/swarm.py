@@ -129,7 +129,7 @@ class Swarm:
             require_free(address)
         async with contextlib.AsyncExitStack() as cleanup:
             folder = make_socket_folder()
-            cleanup.callback(os.close, hold_folder(folder))
+            cleanup.enter_context(hold_folder(folder))
             cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
             swarm: Swarm | None = None
 

@@ -163,6 +163,7 @@ class Swarm:
         return code
 
     def _start(self) -> Daemon:
+        self._home.require_owner()
         if not self._peers and not self._home.genesis.exists():
             self._home.create()
             self._wanted.write_run_toml(self._home.run_toml)

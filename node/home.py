@@ -18,6 +18,8 @@ import errno
 import fcntl
 import json
 import os
+import pwd
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tapestry.node.disk.files import atomic_write
-from tapestry.node.errors import UserError
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol import strict
 
 GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
@@ -241,6 +243,11 @@ class Home:
         return self.path / "home.json"
 
     @property
+    def restoring(self) -> Path:
+        """Here while a backup is unpacked into this home: what of it is moved to its place."""
+        return self.path / ".restoring"
+
+    @property
     def stop_request(self) -> Path:
         """What `tapestry stop` leaves for a node that no signal of ours reaches."""
         return self.path / "stop"
@@ -262,13 +269,43 @@ class Home:
         file.truncate(0)
         return file
 
+    def require_owner(self) -> None:
+        """Raises UserError for root where the home is another user's: that user's node could not read what
+        root writes there, nor start again.
+
+        Whose it is, its key says; the folder itself only while there is none. So root's own node in a folder
+        of another user, as in a container, stays what it was.
+        """
+        if os.geteuid() != 0:
+            return
+        for path in (self.identity_key, self.path):
+            with contextlib.suppress(OSError):
+                owner = os.stat(path).st_uid
+                break
+        else:
+            return  # it is made anew
+        if owner != 0:
+            name = _user_name(owner)
+            raise UserError(
+                f"the home {self.path} belongs to {name}, whose node could not read what root writes there",
+                exit_code=ExitCode.FAILED,
+                hint=f"sudo -u {shlex.quote(name)} tapestry ...; or, if the node is to be root's, "
+                f"chown -R root {self.path}",
+            )
+
     def require_free(self) -> None:
         """Raise what `lock` would raise if a live node has it: for a look before anything is started."""
         if self.is_held():
             raise self._in_use()
 
     def require_way(self, alone: bool) -> None:
-        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it."""
+        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
+        at all yet."""
+        if self.restoring.exists():
+            raise UserError(
+                f"{self.path} was not restored to its end",
+                hint=f"give `tapestry restore FILE --home {self.path}` again: it begins anew",
+            )
         if alone and not self.genesis.exists():
             raise UserError(f"{self.path} holds no run to go on with alone")
         if not alone and self.island.exists():
@@ -471,6 +508,14 @@ class NodeState:
     liveness: Liveness
     pid: int | None  # of the live process: STARTING and RUNNING
     info: NodeInfo | None  # RUNNING, and the dead node's in STALE
+
+
+def _user_name(uid: int) -> str:
+    """As sudo takes it."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 def _user_data_directory() -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import is_word, real_of, reals_of, rebased_data, split_field
@@ -145,7 +145,7 @@ def declare(text: str, sources: tuple[str, ...], home: str | None, purpose: str)
 
     TEXT is OWNER, LICENCE[, MODE][, until YYYY-MM-DD][, consent REFERENCE], or "own".
     """
-    place = Home.locate(home, os.environ)
+    place = home_to_write(home)
     paths = _absolute(sources) or _configured(place)
     for path in paths:
         if not is_word(path) and not os.path.lexists(path):
@@ -175,7 +175,7 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str, force: boo
     from tapestry.node.lineage.uses import note
     from tapestry.node.sovereign.withdrawal import withdrawal
 
-    place = Home.locate(home, os.environ)
+    place = home_to_write(home)
     (path,) = _absolute((source,))
     declared = Declared.load(place)
     # A link may lead elsewhere tomorrow: what it leads to today is revoked by its own name, and the link too.

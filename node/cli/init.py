@@ -11,7 +11,7 @@ from typing import Literal
 
 import click
 
-from tapestry.node.cli.options import examples
+from tapestry.node.cli.options import examples, home_to_write
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -73,7 +73,7 @@ def init(
         raise UserError("--preset, --base and --config exclude each other", hint="name one of them")
     if lora_rank is not None and base is None:
         raise UserError("--lora trains adapters on a base", hint="name it with --base HFDIR")
-    home = Home(directory.expanduser().absolute())
+    home = home_to_write(str(directory))
     for path in (home.run_toml, home.node_toml):
         if os.path.lexists(path):
             raise UserError(f"{path} is there already", hint="choose another DIR, or remove the file")

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from tapestry.node.cli.options import examples, home_option
+from tapestry.node.cli.options import examples, home_option, home_to_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.surface.log_levels import LEVELS, SUBSYSTEMS, USUAL, read_levels, write_level
@@ -18,7 +18,8 @@ from tapestry.node.surface.log_levels import LEVELS, SUBSYSTEMS, USUAL, read_lev
 @home_option
 def log_level(subsystem: str | None, level: str | None, home: str | None) -> None:
     """Set how much SUBSYSTEM says, at once and for later starts; without LEVEL, show what is set."""
-    place = Home.locate(home, os.environ)
+    sets = subsystem is not None and level is not None
+    place = home_to_write(home) if sets else Home.locate(home, os.environ)
     if not place.path.is_dir():
         raise UserError(f"there is no home {place.path}", hint="name it with --home DIR")
     try:
@@ -32,7 +33,7 @@ def log_level(subsystem: str | None, level: str | None, home: str | None) -> Non
         raise  # of another user
     except OSError as error:
         raise UserError(f"cannot use {place.log_levels}: {error.strerror}") from error
-    when = "within a second" if place.holder() is not None else "from the next start on"
+    when = "within a second" if place.is_held() else "from the next start on"
     click.echo(f"{subsystem} says {level} and above, {when}; the log is {place.log}")
 
 

@@ -18,7 +18,7 @@ import click
 from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
-from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
 from tapestry.node.errors import ExitCode, UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
@@ -72,7 +72,7 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
 @home_option
 def own_id(directory: str | None, home: str | None) -> None:
     """The peer id of a home, which is made if there is none: what a founder writes into `founders`."""
-    place = Home.locate(directory or home, os.environ)
+    place = home_to_write(directory or home)
     place.create()
     with as_user_error(IdentityError):
         click.echo(Identity.load_or_create(place.identity_key).peer_id)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import click
+
+from tapestry.node.home import Home
 
 home_option = click.option(
     "--home",
     metavar="DIR",
     help="The node's directory. Default: $TAPESTRY_HOME, then the user data directory.",
 )
+
+
+def home_to_write(flag: str | None) -> Home:
+    """For a command that writes in the home itself. Raises UserError for root in another user's."""
+    home = Home.locate(flag, os.environ)
+    home.require_owner()
+    return home
 
 
 def examples(*commands: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
-from tapestry.node.cli.options import examples, home_option, json_option
+from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
@@ -75,14 +75,13 @@ def derive(
     **flags: Any,
 ) -> None:
     """Make a model of one's own from the base. The same command goes on where it was ended."""
+    where = home_to_write(home)
     recipe = load_recipe(recipe_file, flags)
-    declare_missing(Home.locate(home, os.environ), recipe_paths(recipe), f"derive:{name}", declaration)
+    declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
     from tapestry.node.sovereign import build
 
     with Said() as told:
-        built = build.derive(
-            Home.locate(home, os.environ), name, recipe, epoch, restart=restart, told=told.update
-        )
+        built = build.derive(where, name, recipe, epoch, restart=restart, told=told.update)
     _say_built(built)
 
 
@@ -109,7 +108,7 @@ def evaluate(
     from tapestry.node.sovereign import build
     from tapestry.node.sovereign.suite import table
 
-    where = Home.locate(home, os.environ)
+    where = home_to_write(home)
     if name == "base":
         with Said() as told:
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
@@ -173,7 +172,7 @@ def rebase(
     from tapestry.node.sovereign import build
     from tapestry.node.sovereign.watch import watch
 
-    where = Home.locate(home, os.environ)
+    where = home_to_write(home)
 
     def rebased() -> int:
         with Said() as told:
@@ -216,7 +215,7 @@ def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, decl
     from tapestry.node.lineage.uses import read_since
     from tapestry.node.sovereign import build
 
-    where = Home.locate(home, os.environ)
+    where = home_to_write(home)
     island.require(where)
     with where.lock():
         began, here = island.require(where)
@@ -283,7 +282,7 @@ def merge(
 
     with Said() as told:
         built = build.merge(
-            Home.locate(home, os.environ),
+            home_to_write(home),
             into,
             names,
             shares,

@@ -17,7 +17,7 @@ import click
 
 from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.look import ask_node
-from tapestry.node.cli.options import examples, home_option
+from tapestry.node.cli.options import examples, home_option, home_to_write
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
@@ -100,7 +100,7 @@ def start(home: str | None, detach: bool, declaration: str | None, **flags: Any)
     signal.signal(signal.SIGTERM, _end_early)
     if not detach and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _end_early)
-    place = Home.locate(home, os.environ)
+    place = home_to_write(home)
     config = NodeConfig.resolve(place, flags, os.environ)
     _check_early(config, declaration)
     if detach:

@@ -36,6 +36,7 @@ from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
 from tapestry.node.daemon.life import refuse_ourselves
 from tapestry.node.disk.home_mark import require_original
 from tapestry.node.disk.store import read_vote
+from tapestry.node.disk.use import disk_use
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
@@ -104,13 +105,13 @@ async def examine(config: NodeConfig, tell: Callable[[Finding], None], told: Tol
     peer = await visit(config, tuple(parse_peer(text) for text in config.peers), held)
     if peer.run is not None and not found:
         found.append(peer.run)
-    look("memory", look_at_memory(found[0] if found else None, free_memory_bytes()))
-    look("the disk", look_at_disk(config.home, found[0] if found else None))
+    look("memory", look_at_memory(found[0] if found else None, free_memory_bytes(), held))
+    look("the disk", look_at_disk(config.home, found[0] if found else None, held))
     look("the device", look_at_device(config.device))
     look("ports", look_at_ports(config, held))
     look("the peer", peer.findings)
     if found:
-        look("whether it could join", look_at_join(config, found[0], peer.run))
+        look("whether it could join", look_at_join(config, found[0], peer.run, held))
     return ok
 
 
@@ -134,7 +135,23 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
         cure = "give the node a home on a local disk that this user may write to"
         yield wrong("home", f"{folder} cannot be written and mapped: {why}", cure)
         return
+    if names := _closed_to_us(home):
+        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote them perhaps"
+        yield wrong("home", f"this user cannot read and write {', '.join(names)} in {home.path}", cure)
+        return
     yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
+
+
+def _closed_to_us(home: Home) -> list[str]:
+    """What lies in the home and is another user's. (lost+found is no file of ours.)"""
+    names = sorted(os.listdir(home.path)) if home.path.is_dir() else []
+    return [
+        name
+        for name in names
+        if os.path.exists(home.path / name)  # a link may lead nowhere
+        and not os.access(home.path / name, os.R_OK | os.W_OK)
+        and name != "lost+found"
+    ]
 
 
 def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
@@ -244,7 +261,11 @@ def look_at_limits() -> Iterator[Finding]:
     yield passed("limits", f"{limit} file descriptors, /dev/shm can be written")
 
 
-def look_at_memory(run: Run | None, free_bytes: int) -> Iterator[Finding]:
+def look_at_memory(run: Run | None, free_bytes: int, held: bool) -> Iterator[Finding]:
+    """A running node has what it needs already."""
+    if held:
+        yield passed("memory", f"{size(free_bytes)} are free beside the node that runs here")
+        return
     if run is None:
         yield unknown("memory", f"{size(free_bytes)} are free; no run is known to compare it with")
         return
@@ -258,7 +279,7 @@ def look_at_memory(run: Run | None, free_bytes: int) -> Iterator[Finding]:
         yield passed("memory", text)
 
 
-def look_at_disk(home: Home, run: Run | None) -> Iterator[Finding]:
+def look_at_disk(home: Home, run: Run | None, held: bool) -> Iterator[Finding]:
     """Room and speed, against what the model needs."""
     folder = home.path if home.path.is_dir() else _existing_parent(home.path)
     free = shutil.disk_usage(folder).free
@@ -273,15 +294,22 @@ def look_at_disk(home: Home, run: Run | None) -> Iterator[Finding]:
     elif run is None:
         yield unknown("disk", f"{text}; no run is known to compare it with")
     else:
-        yield _judged_disk(run, free, bytes_per_s, text)
+        state = STATE_BYTES * run.trained if held else 0  # in files without a name: disk/scratch.py
+        use = disk_use(home)
+        yield _judged_disk(run, free, (use["checkpoints"] + state, use["updates"]), bytes_per_s, text)
 
 
-def _judged_disk(run: Run, free: int, bytes_per_s: float, text: str) -> Finding:
+def _judged_disk(run: Run, free: int, lies: tuple[int, int], bytes_per_s: float, text: str) -> Finding:
+    """`lies`: bytes of states and of updates that the home has already."""
     limits, update = run.spec.limits, PAYLOAD_BYTES * run.trained
-    needed = int(STATE_BYTES * run.trained * (limits.checkpoints_kept + 2) + 2 * update)
+    states, updates = STATE_BYTES * run.trained * (limits.checkpoints_kept + 2), int(2 * update)
+    needed = states + updates
+    there = min(lies[0], states) + min(lies[1], updates)
     most = needed + limits.updates_kept_bytes
-    text += f"; {size(needed)} needed, with all updates up to {size(most)}"
-    if needed > free:
+    text += (
+        f"; {size(needed)} needed, of which the home has {size(there)}, with all updates up to {size(most)}"
+    )
+    if needed - there > free:
         return wrong("disk", text, "make room, or give the node a --home on a larger disk")
     update_s = update / bytes_per_s
     if update_s > run.spec.round.stall_s:
@@ -377,13 +405,13 @@ def find_run(config: NodeConfig, found: list[Run]) -> Iterator[Finding]:
         )
 
 
-def look_at_join(config: NodeConfig, ours: Run, theirs: Run | None) -> Iterator[Finding]:
-    """Whether this node could be in the peer's run."""
+def look_at_join(config: NodeConfig, ours: Run, theirs: Run | None, held: bool) -> Iterator[Finding]:
+    """Whether this node could be in the peer's run; one that runs has memory and disk for its own already."""
     if theirs is None:
         return
-    machine = Machine(
-        free_memory_bytes(), shutil.disk_usage(_existing_parent(config.home.path)).free, config.max_params
-    )
+    free = shutil.disk_usage(_existing_parent(config.home.path)).free
+    memory = sys.maxsize if held else free_memory_bytes()
+    machine = Machine(memory, free + disk_use(config.home)["checkpoints"], config.max_params)
     fault = size_fault(theirs.spec, theirs.trained, machine)
     differences = diff(ours.spec, theirs.spec) if not ours.run_id else []
     if config.run_id is not None and config.run_id != theirs.run_id:

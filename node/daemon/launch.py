@@ -35,6 +35,8 @@ def run(config: NodeConfig) -> int:
     try:
         config.home.create()
         with config.home.lock():
+            # Meant for a node before us. What comes from now on is for us, and heeded as soon as we can look.
+            config.home.stop_request.unlink(missing_ok=True)
             _keep_log(log, config)
             _claim(config)
             code: int = uvloop.run(_run(config, log, notifier))

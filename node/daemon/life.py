@@ -98,9 +98,7 @@ class Daemon:
         self.started_at = time.time()
         self.metrics = Metrics(VERSION)
         self.notifier = notifier
-        self.view = NodeView(
-            VERSION, self.started_at, config.upload_bytes_per_second, config.download_bytes_per_second
-        )
+        self.view = NodeView(VERSION, config.upload_bytes_per_second, config.download_bytes_per_second)
         self.history = History()
         self.throttles = Throttles(
             Throttle(config.upload_bytes_per_second), Throttle(config.download_bytes_per_second)
@@ -164,15 +162,16 @@ class Daemon:
                 loop.add_signal_handler(number, on_signal)
 
     def _heed_stop_requests(self) -> None:
-        """From `tapestry stop` in another container, whose signals do not reach us."""
+        """From `tapestry stop` in another container, whose signals do not reach us. One may be there since
+        this process took the home (launch.py)."""
         loop, path = asyncio.get_running_loop(), self.home.stop_request
-        path.unlink(missing_ok=True)  # meant for one before us
 
         def look() -> None:  # in the log's thread, each second
             if os.path.lexists(path):
                 path.unlink(missing_ok=True)
                 loop.call_soon_threadsafe(self.stop.set)
 
+        look()
         self.live.every_second(look)
 
     async def _run(self) -> None:

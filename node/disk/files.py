@@ -111,13 +111,9 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, why: str) -> None:
-    """Rename a damaged file to *.corrupt: out of the way, but not lost to whoever wants to look."""
-    _log.warning(
-        "damaged file set aside path=%s.corrupt reason=%r; check the disk: the others are asked for it",
-        path,
-        why,
-    )
+def set_aside(path: Path, why: str, cure: str = "check the disk: the others are asked for it") -> None:
+    """Rename a file of no use to *.corrupt: out of the way, but not lost to whoever wants to look."""
+    _log.warning("file set aside path=%s.corrupt reason=%r; %s", path, why, cure)
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, path.with_name(path.name + ".corrupt"))
 

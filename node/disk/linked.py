@@ -112,11 +112,14 @@ class LinkedFile:
     def _rotate(self) -> None:
         """The file gets the next number; whoever reads meanwhile sees the same lines."""
         os.fsync(self._fd)
+        new = self._path.with_name(self._path.name + ".new")
+        fd = _opened(new)  # before anything is changed: there may be no room, or too many are open
         older = _older_files(self._path)
         number = _number_of(older[-1]) + 1 if older else 1
         os.rename(self._path, self._path.with_name(f"{self._path.stem}-{number:06d}{self._path.suffix}"))
+        os.rename(new, self._path)
         self.close()
-        self._fd = _opened(self._path)
+        self._fd = fd
 
 
 def append_once(path: Path, value: Any) -> int:

@@ -20,6 +20,7 @@ KINDS = (
     "cache",
     "derivatives",
     "logs",
+    "egress",
     "other",
 )
 _FOLDERS = ("updates", "checkpoints", "branches", "base", "trainer", "cache", "derivatives")
@@ -52,6 +53,8 @@ def _kind_of(name: str) -> str:
         return name
     if name.startswith(("chain.jsonl", "chain.index", "chain.marks")):
         return "chain"
+    if name.startswith("egress"):
+        return "egress"
     return "logs" if name.startswith(("node.log", "node.out", "history.jsonl", "tensorboard")) else "other"
 
 

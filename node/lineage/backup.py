@@ -24,7 +24,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-from tapestry.node.disk.files import sync_folder
+from tapestry.node.disk.files import atomic_write, seal, sync_folder, unseal
 from tapestry.node.disk.home_mark import new_mark, read_mark, write_mark
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
@@ -47,6 +47,8 @@ EXTRAS = (
     ".gitignore",
 )
 TOP = "tapestry-home"  # the folder in the archive
+UNPACKED = ".restore"  # in the home, while it is restored
+OURS = ("lock", ".restoring", UNPACKED)  # no backup has them
 
 
 def backup(home: Home, out: Path, told: Told) -> Proof:
@@ -78,29 +80,103 @@ def backup(home: Home, out: Path, told: Told) -> Proof:
 
 
 def restore(archive: Path, home: Home, told: Told) -> Proof:
-    """Make `home` of a backup, checked, or nothing. Raises UserError."""
-    if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
-        raise UserError(
-            f"{home.path} is there already", hint="move it away, or restore to another --home DIR"
-        )
-    staging = home.path.with_name(f".{home.path.name}.restore-{os.getpid()}")
-    with _folder(staging, f"cannot restore {archive} to {home.path}") as folder:
-        _extract(archive, folder, told)
-        copy = Home(folder / TOP)
-        if not copy.genesis.is_file():
-            raise UserError(f"{archive} is no backup of a home", hint="`tapestry backup OUT` makes one")
-        proof = _checked(copy, archive, "nothing was restored", told)
-        for of in (copy, Home(copy.island)):
-            of.vote.unlink(missing_ok=True)
-        mark = read_mark(copy) or new_mark(home)
-        write_mark(copy, replace(mark, restored_at=datetime.now(UTC).isoformat(timespec="seconds")))
-        note(copy, "restored")
-        copy.path.chmod(0o700)
-        with contextlib.suppress(FileNotFoundError):
-            home.path.rmdir()
-        os.replace(copy.path, home.path)
-        sync_folder(home.path.parent)
+    """Make `home` of a backup, checked, or nothing. Raises UserError.
+
+    The folder may be there, as a user's home or a mount: with dot files and lost+found, and nothing else.
+    All is unpacked and checked in a folder within, and then moved up. Until that is done HOME/.restoring says
+    what is to be moved, and no node starts: after a kill another `restore` takes back what was moved, and
+    begins anew.
+    """
+    with _as_user_error(f"cannot restore {archive} to {home.path}"):
+        home.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            home.path.mkdir(mode=0o700)
+            is_new = True
+        except FileExistsError:
+            is_new = False
+            if not home.path.is_dir():
+                raise _is_there(home) from None
+        with home.lock():
+            _take_back(home)
+            if not is_new:
+                _require_empty(home)
+            try:
+                return _restored(archive, home, told)
+            except BaseException:
+                _take_back(home)
+                if is_new:
+                    shutil.rmtree(home.path)
+                raise
+
+
+def _restored(archive: Path, home: Home, told: Told) -> Proof:
+    """With the home's lock held. Raises UserError, OSError."""
+    _plan(home, [])
+    folder = home.path / UNPACKED
+    folder.mkdir(mode=0o700)
+    _extract(archive, folder, told)
+    copy = Home(folder / TOP)
+    if not copy.genesis.is_file():
+        raise UserError(f"{archive} is no backup of a home", hint="`tapestry backup OUT` makes one")
+    proof = _checked(copy, archive, "nothing was restored", told)
+    for of in (copy, Home(copy.island)):
+        of.vote.unlink(missing_ok=True)
+    mark = read_mark(copy) or new_mark(home)
+    write_mark(copy, replace(mark, restored_at=datetime.now(UTC).isoformat(timespec="seconds")))
+    note(copy, "restored")
+    with contextlib.suppress(OSError):  # a mount may be another user's
+        home.path.chmod(0o700)
+    told("writing to the disk", 0, 1)
+    os.sync()
+    names = sorted(os.listdir(copy.path), key=lambda name: name == home.genesis.name)  # it makes it a home
+    _plan(home, names)
+    for name in names:
+        os.replace(copy.path / name, home.path / name)
+    sync_folder(home.path)
+    shutil.rmtree(folder)
+    home.restoring.unlink()
+    sync_folder(home.path)
     return proof
+
+
+def _plan(home: Home, names: list[str]) -> None:
+    """What is to be moved up from now on."""
+    atomic_write(home.restoring, seal(names), 0o600)
+
+
+def _take_back(home: Home) -> None:
+    """What a `restore` that did not come to its end has left. Raises UserError, OSError."""
+    if not home.restoring.exists():
+        return
+    try:
+        names = unseal(home.restoring.read_bytes())
+    except ValueError as error:
+        hint = f"remove what `restore` left in {home.path} by hand, and give it again"
+        raise UserError(f"{home.restoring} is damaged: {error}", hint=hint) from error
+    for name in names:
+        if not os.path.lexists(home.path / UNPACKED / TOP / name):  # it was moved
+            _remove(home.path / name)
+    _plan(home, [])
+    _remove(home.path / UNPACKED)
+    home.restoring.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _require_empty(home: Home) -> None:
+    """But for what a new user's home and a new file system have, and the lock."""
+    others = (home.lock_file.name, "lost+found")
+    if any(not name.startswith(".") and name not in others for name in os.listdir(home.path)):
+        raise _is_there(home)
+
+
+def _is_there(home: Home) -> UserError:
+    return UserError(f"{home.path} is there already", hint="move it away, or restore to another --home DIR")
 
 
 def _extract(archive: Path, folder: Path, told: Told) -> None:
@@ -128,7 +204,7 @@ def _noted(member: tarfile.TarInfo, written: Callable[[int], None]) -> tarfile.T
 def _is_ours(member: tarfile.TarInfo) -> bool:
     """Whether a home can hold it. Of links: `base` of an island alone, to the home's (island.py)."""
     parts = PurePosixPath(member.name).parts
-    if parts[:1] != (TOP,) or ".." in parts:
+    if parts[:1] != (TOP,) or ".." in parts or parts[1:] in [(name,) for name in OURS]:
         return False
     if member.issym():
         is_island = parts[1:-1] == ("island",) or (len(parts) == 4 and parts[1] == "islands")
@@ -168,15 +244,22 @@ def _checked(copy: Home, source: Path, else_: str, told: Told) -> Proof:
 @contextmanager
 def _folder(path: Path, failure: str) -> Iterator[Path]:
     """A folder that is gone afterwards. Raises UserError for an OSError in it."""
+    with _as_user_error(failure):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _as_user_error(failure: str) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700)
-        yield path
+        yield
     except OSError as error:
         raise UserError(
             f"{failure}: {error.strerror or error}",
             exit_code=ExitCode.FAILED,
             hint="is there room, and may this user write there?",
         ) from error
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

@@ -4,8 +4,9 @@
     {"kind": "contribution", "at": ..., "bytes": 812344, "receivers": {PEER: bytes, ...}, "rule": "roster",
      "parts": [[epoch, digest], ...], "more_parts": 0}
 
-A line tells of FLUSH_S seconds at most. `bytes` are those of frames with their headers, as the metric
-tapestry_network_bytes_total counts them; what libp2p and TCP put around them is not counted by either.
+A line tells of two seconds at most, of control ten minutes (daemon/egress.py). `bytes` are those of frames
+with their headers, as the metric tapestry_network_bytes_total counts them; what libp2p and TCP put around
+them is not counted by either.
 
     kind          parts                                                 rule
     contribution  epoch, its name, which proves each of its shards      roster: shards go to their reducers
@@ -47,7 +48,7 @@ INDENT = " " * 22  # under the second column
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """One line: what left within a few seconds, of one kind."""
+    """One line: what left since the line before, of one kind."""
 
     at: str
     kind: str

@@ -320,7 +320,7 @@ def read_history(path: Path, run_id: str) -> list[Entry]:
     except OSError:
         return []
     if _json(first).get("run_id") != run_id:
-        set_aside(path, "a history of another run")
+        set_aside(path, "a history of another run", "nothing is to be done: the page begins anew")
         return []
     return [entry for entry in map(_entry, lines) if entry is not None]
 

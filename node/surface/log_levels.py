@@ -91,10 +91,14 @@ class WatchedLevels:
         try:
             levels = read_levels(self._path)
         except (ValueError, OSError) as error:
+            is_foreign = isinstance(error, PermissionError)
             _log.warning(
-                "levels=not_read path=%s reason=%r next='tapestry log-level' once the file is removed",
+                "levels=not_read path=%s reason=%r next=%r",
                 self._path,
                 str(error),
+                "give it to this node's user: chown, as root"
+                if is_foreign
+                else "remove it, and set them again",
             )
             return
         for subsystem in sorted(levels.keys() | self._levels.keys()):

@@ -82,8 +82,8 @@ class ServerTls:
             context.load_cert_chain(self._cert, self._key, password=_no_password)
             with self._cert.open("rb") as file:
                 shown = _certificates(file.read(CERT_BYTES_MAX))
-            if os.stat(self._key).st_mode & 0o077:
-                _log.warning("http_key=%s can be read by other users of this machine; chmod 600", self._key)
+            if os.stat(self._key).st_mode & 0o007:  # by a group is how its user gets it
+                _log.warning("http_key=%s can be read by other users of this machine; chmod o= it", self._key)
         except ssl.SSLError as error:
             why = (error.reason or str(error)).lower().replace("_", " ")
             raise UserError(

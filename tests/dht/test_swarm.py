@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -334,6 +335,28 @@ def test_a_start_that_fails_or_is_cancelled_leaves_nothing(
         assert len(folders) == 2 and not any(exists(folder) for folder in folders)
 
     run(main())
+
+
+def test_the_folder_of_its_sockets_is_locked_until_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd-tmpfiles deletes it after ten days otherwise: p2pd.py, hold_folder."""
+    folder = tempfile.mkdtemp(prefix="tapestry-", dir="/tmp")
+    looker = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    monkeypatch.setattr(swarm_module, "make_socket_folder", lambda: folder)
+
+    async def main() -> None:
+        swarm = await Swarm.start(config_in(tmp_path, "a"))
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(looker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            await swarm.close()
+        fcntl.flock(looker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not exists(folder)
+
+    run(main())
+    os.close(looker)
 
 
 def test_members_see_each_others_presence_through_one_entry(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from homes import MadeHome, base_spec, make_home
@@ -14,6 +17,7 @@ from tapestry.node.disk.files import seal
 from tapestry.node.disk.home_mark import claim, read_mark
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage import backup as backup_module
 from tapestry.node.lineage import island
 from tapestry.node.lineage.backup import backup, restore
 from tapestry.node.lineage.verify import verify
@@ -107,6 +111,112 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_what_fails(made: MadeHome
     assert sorted(os.listdir(tmp_path)) == ["backup.tar", "m"]
 
 
+@pytest.fixture
+def archive(made: MadeHome, tmp_path: Path) -> Path:
+    backup(made.home, tmp_path / "m" / "backup.tar", _quiet)
+    return tmp_path / "m" / "backup.tar"
+
+
+def _new_users_home(path: Path) -> Home:
+    """As `useradd --create-home` makes it, on a file system of its own."""
+    (path / "lost+found").mkdir(parents=True)
+    (path / ".config").mkdir()
+    (path / ".bashrc").write_text("theirs")
+    return Home(path)
+
+
+def test_a_backup_is_restored_to_the_home_of_a_new_user_or_a_mount(archive: Path, tmp_path: Path) -> None:
+    """The folder above it may be root's, and another file system: nothing is made there."""
+    home = _new_users_home(tmp_path / "var" / "tapestry")
+    before, beside = set(os.listdir(home.path)), set()
+    restore(archive, home, lambda *_: beside.update(os.listdir(home.path.parent)))
+    assert beside == {"tapestry"} and verify(home.path, told=_quiet).holds
+    assert before < set(os.listdir(home.path)) and (home.path / ".bashrc").read_text() == "theirs"
+    assert not home.restoring.exists() and home.path.stat().st_mode & 0o777 == 0o700
+    home.require_way(alone=False)
+
+
+def test_what_cannot_be_restored_leaves_a_home_that_was_there_as_it_was(
+    made: MadeHome, tmp_path: Path
+) -> None:
+    home = _new_users_home(tmp_path / "home")
+    before = sorted(os.listdir(home.path))
+    bad = _archive(tmp_path / "x.tar", _member("tapestry-home/a"))
+    with pytest.raises(UserError, match="is no backup"):
+        restore(bad, home, _quiet)
+    assert sorted(set(os.listdir(home.path)) - {"lock"}) == before
+    home.node_toml.write_text("threads = 1")
+    with pytest.raises(UserError, match="is there already"):
+        restore(bad, home, _quiet)
+    with home.lock(), pytest.raises(UserError, match="is in use"):
+        restore(bad, home, _quiet)
+    assert home.node_toml.read_text() == "threads = 1"
+
+
+class Killed(BaseException):
+    """What happens after it does not happen."""
+
+
+def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the so-manieth time that something is named anew or removed."""
+    left = iter(range(step, -1, -1))
+
+    def patched(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
+
+        def killing(*args: Any, **named: Any) -> Any:
+            if next(left, 0) == 0:
+                monkeypatch.setattr(backup_module, "_take_back", lambda home: None)
+                raise Killed
+            return real(*args, **named)
+
+        monkeypatch.setattr(module, name, killing)
+
+    patched(os, "replace")
+    patched(os, "sync")
+    patched(shutil, "rmtree")
+
+
+def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = _new_users_home(tmp_path / "home")
+    restore(archive, home, _quiet)
+    whole, halves, was_killed = set(os.listdir(home.path)), 0, True
+    for step in range(100):
+        home = _new_users_home(tmp_path / f"home{step}")
+        with monkeypatch.context() as patch:
+            _kill_at(step, patch)
+            try:
+                restore(archive, home, _quiet)
+                was_killed = False
+            except Killed:
+                halves += home.identity_key.exists() or home.genesis.exists()
+                nothing = {".bashrc", ".config", "lost+found", "lock", ".restoring.tmp"}
+                if set(os.listdir(home.path)) - nothing:
+                    with pytest.raises(UserError, match="was not restored to its end"):
+                        home.require_way(alone=False)
+        if not was_killed:
+            break
+        restore(archive, home, _quiet)
+        home.require_way(alone=False)
+        assert set(os.listdir(home.path)) == whole
+    assert step > 10 and halves > 3 and not was_killed
+
+
+def test_what_somebody_put_into_a_half_restored_home_is_not_taken_away(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = _new_users_home(tmp_path / "home")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_at(4, patch)
+        restore(archive, home, _quiet)
+    home.node_toml.write_text("threads = 1")
+    with pytest.raises(UserError, match="is there already"):
+        restore(archive, home, _quiet)
+    assert home.node_toml.read_text() == "threads = 1"
+
+
 def _archive(path: Path, *members: tarfile.TarInfo) -> Path:
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -134,6 +244,8 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
         _member("tapestry-home/hard", tarfile.LNKTYPE, "/etc/passwd"),
         _member("tapestry-home/pipe", tarfile.FIFOTYPE),
         _member("other/file"),
+        _member("tapestry-home/lock"),
+        _member("tapestry-home/.restoring"),
     ],
     ids=lambda member: member.name,
 )

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import pytest
@@ -114,13 +115,48 @@ def test_memory_and_disk_are_judged_by_the_model(tmp_path: Path) -> None:
     spec = preset_spec("small", "a")
     run = Run(spec, parameters_of(spec), "run.toml")
     enough, little = doctor.PROGRAM_BYTES + 16 * run.trained, doctor.PROGRAM_BYTES
-    assert [f.verdict for f in doctor.look_at_memory(run, enough)] == [Verdict.PASSED]
-    assert [f.verdict for f in doctor.look_at_memory(run, little)] == [Verdict.WRONG]
-    assert [f.verdict for f in doctor.look_at_memory(None, 0)] == [Verdict.UNKNOWN]
-    assert doctor._judged_disk(run, 10**12, 1e8, "").verdict is Verdict.PASSED
-    assert doctor._judged_disk(run, 10**6, 1e8, "").verdict is Verdict.WRONG
-    slow = doctor._judged_disk(run, 10**12, 1e3, "")
+    assert [f.verdict for f in doctor.look_at_memory(run, enough, False)] == [Verdict.PASSED]
+    assert [f.verdict for f in doctor.look_at_memory(run, little, False)] == [Verdict.WRONG]
+    assert [f.verdict for f in doctor.look_at_memory(None, 0, False)] == [Verdict.UNKNOWN]
+    assert doctor._judged_disk(run, 10**12, (0, 0), 1e8, "").verdict is Verdict.PASSED
+    assert doctor._judged_disk(run, 10**6, (0, 0), 1e8, "").verdict is Verdict.WRONG
+    slow = doctor._judged_disk(run, 10**12, (0, 0), 1e3, "")
     assert slow.verdict is Verdict.WRONG and "faster disk" in slow.cure
+
+
+def test_what_a_home_and_its_running_node_have_already_is_not_asked_of_the_machine_again() -> None:
+    spec = preset_spec("small", "a")
+    run = Run(spec, parameters_of(spec), "the home")
+    states, updates = 8 * run.trained * (spec.limits.checkpoints_kept + 2), int(2 * 1.02 * run.trained)
+    half = (states // 2, updates)
+    enough = doctor._judged_disk(run, states - half[0], half, 1e8, "")
+    assert enough.verdict is Verdict.PASSED
+    has = f"{doctor.size(states + updates)} needed, of which the home has {doctor.size(sum(half))}"
+    assert has in enough.text
+    assert doctor._judged_disk(run, states - half[0] - 1, half, 1e8, "").verdict is Verdict.WRONG
+    many = (0, 10**12)  # updates of before make no room for states
+    assert doctor._judged_disk(run, states - 1, many, 1e8, "").verdict is Verdict.WRONG
+    (beside,) = doctor.look_at_memory(run, doctor.PROGRAM_BYTES, True)
+    assert beside.verdict is Verdict.PASSED and "beside the node that runs here" in beside.text
+
+
+def test_a_running_node_and_full_homes_can_be_in_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = preset_spec("nano", "a")
+    run = Run(spec, parameters_of(spec), "the home", "ab")
+    config = NodeConfig.resolve(Home(tmp_path), {"external": True}, {})
+    monkeypatch.setattr(doctor, "free_memory_bytes", lambda: 1)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+
+    def verdict(held: bool) -> Verdict:
+        (finding,) = doctor.look_at_join(config, run, run, held)
+        return finding.verdict
+
+    assert verdict(held=True) is Verdict.WRONG  # no room for a state
+    config.home.checkpoints.mkdir()
+    (config.home.checkpoints / "a").write_bytes(b"x" * 8 * run.trained)
+    assert verdict(held=True) is Verdict.PASSED and verdict(held=False) is Verdict.WRONG
 
 
 def test_a_package_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tapestry.node.cli.main import cli
+from tapestry.node.daemon import egress as egress_module
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.disk.linked import BrokenLink, LinkedFile, read_linked
 from tapestry.node.errors import UserError
@@ -63,6 +64,52 @@ def test_parts_have_a_bound_and_what_did_not_leave_yet_waits(home: Home) -> None
     assert len(result.parts) == PARTS_MAX and result.more_parts == 9
 
 
+def test_heartbeats_have_few_lines_and_the_same_sum(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave each second, for months, also where nothing else happens."""
+    monkeypatch.setattr(egress_module, "FLUSH_S", 0.001)
+    monkeypatch.setattr(egress_module, "CONTROL_S", 0.1)
+
+    async def main() -> None:
+        book = ledger(home)
+        writing = asyncio.create_task(book.run())
+        for _ in range(50):
+            book.sent("control", A, 1)
+            book.sent("result", A, 1)
+            await asyncio.sleep(0.005)
+        writing.cancel()
+        await book.close()
+
+    asyncio.run(main())
+    lines = {kind: [one for one in left(home) if one.kind == kind] for kind in ("control", "result")}
+    assert {kind: sum(one.bytes for one in of) for kind, of in lines.items()} == {"control": 50, "result": 50}
+    assert len(lines["result"]) > 3 * len(lines["control"]) > 0
+
+
+def test_control_that_names_many_records_does_not_wait(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(egress_module, "FLUSH_S", 0.001)
+
+    async def main() -> None:
+        book = ledger(home)
+        writing = asyncio.create_task(book.run())
+        book.sent("control", A, 1)
+        for epoch in range(PARTS_MAX - 1):
+            book.part("control", epoch, "x")
+        await asyncio.sleep(0.05)
+        assert left(home) == []
+        book.part("control", PARTS_MAX, "x")
+        for _ in range(500):
+            if left(home):
+                break
+            await asyncio.sleep(0.01)
+        assert len(left(home)) == 1, "before the end"
+        writing.cancel()
+        await book.close()
+
+    asyncio.run(main())
+    (control,) = left(home)
+    assert len(control.parts) == PARTS_MAX and control.more_parts == 0
+
+
 def test_a_full_disk_loses_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     append = LinkedFile.append
     full = True
@@ -99,13 +146,16 @@ def test_what_a_killed_node_left_torn_is_cut_and_said(home: Home) -> None:
     assert "10 bytes of an unfinished line cut off" in " ".join(" ".join(lines(read_egress(home))).split())
 
 
-def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(home: Home) -> None:
+def test_a_ledger_that_was_changed_is_found_and_hinders_no_start(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
     asyncio.run(ledger(home).close())
     home.egress.write_bytes(home.egress.read_bytes().replace(b"10:00", b"11:00"))
     with pytest.raises(UserError, match=r"egress\.jsonl, line 1: not in the form"):
         list(read_egress(home))
     asyncio.run(ledger(home).close())
     assert home.egress.with_name("egress.jsonl.corrupt").exists() and len(list(read_egress(home))) == 1
+    assert "what left before is in it" in caplog.text and "others are asked" not in caplog.text
 
 
 @pytest.mark.parametrize(

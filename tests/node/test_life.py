@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tapestry.node.daemon import assembly, life
+from tapestry.node.daemon import assembly, launch, life
 from tapestry.node.daemon.life import Daemon
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim, read_mark, write_mark
@@ -85,6 +85,29 @@ def test_a_file_that_another_container_leaves_stops_the_node(daemon: Daemon) -> 
 
     assert run(daemon, inside) == 0
     assert not daemon.home.stop_request.exists()
+
+
+def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The imports take seconds, in which nobody looks."""
+    request = daemon.home.stop_request
+    request.touch()
+
+    async def importing(*_: object) -> int:
+        assert not request.exists(), "it was meant for a node before this one"
+        request.touch()
+        return await asyncio.wait_for(daemon.run(), 10)
+
+    async def train() -> None:
+        await asyncio.sleep(3600)
+
+    daemon._run = train  # type: ignore[method-assign]
+    monkeypatch.setattr(launch, "_run", importing)
+    monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
+    monkeypatch.setattr(logs, "TICK_S", 3600.0)
+    assert launch.run(daemon.config) == 0
+    assert not request.exists()
 
 
 def test_a_node_whose_script_is_gone_before_it_is_up_says_so_and_ends(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tapestry.node.disk import linked
 from tapestry.node.disk.linked import (
     BrokenLink,
     Linked,
@@ -54,6 +55,29 @@ def test_no_bit_is_flipped_unseen(tmp_path: Path) -> None:
         if not ends or not ends[-1]:
             missed.append(place)
     assert missed == []
+
+
+def test_where_the_next_file_cannot_be_opened_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, a quota: it goes on as soon as one can be."""
+    path = tmp_path / "a.jsonl"
+    file = LinkedFile(path, 100)
+    file.append([{"n": 0}])
+
+    def refused(path: Path) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linked, "_opened", refused)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Too many open files"):
+                file.append([{"n": 1}])
+    for number in (1, 2):
+        file.append([{"n": number}])
+    file.close()
+    assert values(path) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a-000001.jsonl", "a-000002.jsonl", "a.jsonl"]
 
 
 @pytest.mark.parametrize("lines", [[0, 2], [1, 0, 2], [0, 0, 1, 2]])

@@ -33,7 +33,7 @@ def asked(body: Any, headers: dict[str, str], fault: str = "") -> tuple[int, str
 
     async def main() -> tuple[int, str]:
         door = Admit(Token("the token", Path("http.token")), admit)
-        server = await start_http(NodeView("0", 0.0), Metrics("0"), "127.0.0.1", 0, admit=door)
+        server = await start_http(NodeView("0"), Metrics("0"), "127.0.0.1", 0, admit=door)
         try:
             data = body if isinstance(body, str) else json.dumps(body)
             async with (

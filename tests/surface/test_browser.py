@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from e2e.harness import Node, init
 
+from tapestry.node.surface import sse
 from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import HttpServer, start_http
@@ -321,6 +322,30 @@ def test_what_comes_is_shown_at_once_and_agreement_when_there_is_some(pages: Pag
     )
     page.click("[data-axis=tokens]")
     page.wait_for_selector("#chart-loss .plot[aria-label*='over tokens']", timeout=5000)
+    assert pages.complaints == []
+
+
+def test_a_page_that_stays_open_asks_for_thinned_points(
+    pages: Pages, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "TICK_S", 0.05)  # what has piled up more than 200 high is sent as a new history
+    page = pages.open(served.server.url)
+    streams: list[str] = []
+    page.on("request", lambda request: streams.append(request.url))
+    epoch = 60
+
+    def has_begun_anew() -> list[str]:
+        nonlocal epoch
+        for _ in range(50):
+            epoch += 1
+            served.call(served.history.point, epoch, loss=2.0)
+        page.wait_for_timeout(20)
+        assert epoch < 4000
+        return streams
+
+    _wait("new stream", has_begun_anew)
+    assert epoch > 2000 and streams == [f"{served.server.url}/events"]
+    page.wait_for_selector("#stream.live", state="attached")
     assert pages.complaints == []
 
 

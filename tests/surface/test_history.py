@@ -167,11 +167,12 @@ def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(tmp_path: Pa
     assert [plain(entry)["epoch"] for entry in read_history(path, RUN)] == [2]
 
 
-def test_the_history_of_another_run_is_set_aside(tmp_path: Path) -> None:
+def test_the_history_of_another_run_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "history.jsonl"
     _close(_kept(path))
     assert read_history(path, "ef" * 32) == [] and not path.exists()
     assert (tmp_path / "history.jsonl.corrupt").exists()
+    assert "nothing is to be done" in caplog.text and "damaged" not in caplog.text
 
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

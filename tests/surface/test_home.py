@@ -332,7 +332,14 @@ def test_a_home_of_a_later_version_is_refused_and_a_damaged_mark_says_what_to_do
 
 def test_what_a_home_takes_on_disk_is_told_by_kind(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    for name, count in (("updates/a", 8192), ("cache/x/y", 4096), ("node.log", 4096), ("node.log.1", 4096)):
+    for name, count in (
+        ("updates/a", 8192),
+        ("cache/x/y", 4096),
+        ("node.log", 4096),
+        ("node.log.1", 4096),
+        ("egress.jsonl", 4096),
+        ("egress-000001.jsonl", 4096),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * count)
     (tmp_path / "branches/x/updates").mkdir(parents=True)
@@ -345,6 +352,7 @@ def test_what_a_home_takes_on_disk_is_told_by_kind(tmp_path: Path) -> None:
         "branches": 4096,
         "cache": 4096,
         "logs": 8192,
+        "egress": 8192,
     }
     assert set(use) == set(KINDS) and disk_free(home) > 0
     assert set(disk_use(Home(tmp_path / "none")).values()) == {0}

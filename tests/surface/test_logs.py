@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from tapestry.node.cli.main import cli
+from tapestry.node.home import Home
 from tapestry.node.surface import logs
 from tapestry.node.surface.log_levels import SUBSYSTEMS, WatchedLevels, read_levels, write_level
 from tapestry.node.surface.log_lines import Json, Text
@@ -170,6 +171,10 @@ def test_log_level_writes_shows_and_refuses(tmp_path: Path) -> None:
 
     code, said = run("links", "debug")
     assert code == 0 and said.startswith("links says debug and above, from the next start on; the log is ")
+    home = Home(tmp_path)
+    with home.lock():
+        home.lock_file.write_text("1 1 another-boot another-namespace elsewhere\n")  # in another container
+        assert run("links", "debug")[1].startswith("links says debug and above, within a second; ")
     assert re.search(r"^links +debug ", run()[1], re.MULTILINE)
     assert run("lings", "debug")[0] == 2 and run("links", "loud")[0] == 2
     path = tmp_path / "log-levels.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
 
 def attached() -> NodeView:
     """A view of a node that is in a round, with a peer and one that is banned."""
-    view = NodeView("0.1.0", 0.0)
+    view = NodeView("0.1.0")
     peer = SimpleNamespace(peer_id="a", phase="training", epoch=3, head="ab", same_head=True, heard_s=0.5)
     round_ = SimpleNamespace(
         epoch=3,
@@ -89,13 +90,21 @@ def attached() -> NodeView:
 
 
 def test_status_and_peers_are_as_their_schemas_say() -> None:
-    for view in (NodeView("0.1.0", 0.0), attached()):
+    for view in (NodeView("0.1.0"), attached()):
         assert faults(load("status"), _finite(view.status())) == []
         assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
     us, gone = attached().status()["roll"]
     assert (us["phase"], us["last_epoch"]) == ("training", None)
     assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)
+
+
+def test_a_clock_that_is_set_changes_no_uptime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NTP does on a machine that has no battery for its clock."""
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    view = NodeView("0.1.0")
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)
+    assert 0 <= view.status()["uptime_s"] < 60
 
 
 def test_log_and_doctor_are_as_their_schemas_say() -> None:

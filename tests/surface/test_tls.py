@@ -156,11 +156,20 @@ def test_a_renewal_on_a_full_disk_is_served_and_a_key_that_others_can_read_is_sa
 
     monkeypatch.setattr(tls, "atomic_write", full)
     write_pair(tmp_path / "pair", "b.example.org")
-    key.chmod(0o640)
+    key.chmod(0o604)
     before = served._context
     assert served.context() is not before
     said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(said) == 2 and "other users" in said[0] and "cannot be written" in said[1]
+
+
+def test_a_key_that_is_given_to_the_nodes_user_by_its_group_is_as_it_should_be(
+    home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = write_pair(tmp_path / "pair", "a.example.org")
+    key.chmod(0o640)
+    ServerTls(cert, key, home.http_cert)
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 def test_the_key_of_a_file_that_holds_both_is_not_copied(home: Home, tmp_path: Path) -> None:

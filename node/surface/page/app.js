@@ -10,6 +10,7 @@ import { linked, pill, showEvents, showMembers, showNode, showRecords } from "./
 
 const SILENCE_MS = 6000; // after which the node counts as gone: it speaks each second
 const AGAIN_MS = 3000;
+const POINTS_MAX = 2000; // history.py thins to half as many; a page that stays open for weeks must not grow
 const RECORDS_MAX = 32; // history.py
 const EVENTS_MAX = 200;
 
@@ -56,6 +57,7 @@ function takePoint(point) {
     for (const epoch of page.points.keys()) if (epoch > point.epoch) page.points.delete(epoch);
   }
   page.points.set(point.epoch, point);
+  if (page.points.size > POINTS_MAX) listen(); // a new stream begins with all of them, thinned
   changed("points");
 }
 

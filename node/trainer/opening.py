@@ -64,6 +64,7 @@ def open_training_corpus(settings: WorkerSettings, channel: group.Channel | None
         windows_per_epoch=training.train.batches * training.train.batch_size,
         seed=settings.node_seed,
         attend_across_documents=training.data.attend_across_documents,
+        cursor_path=Path(settings.cursor_path),
     )
     try:
         eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None

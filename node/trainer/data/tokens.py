@@ -49,6 +49,22 @@ class TokenFile:
     key: str
     tokens: np.ndarray  # uint16 or uint32 (count,)
     tally: Tally
+    manifest: Path  # keeps digests that were asked for
+
+    def digest_of(self, count: int, on_part: Callable[[], None]) -> str:
+        """Of the first `count` ids. `on_part` is called as it gets on, and may raise."""
+        noted = _read_json(self.manifest)
+        digests = noted.get("digests", {})
+        if str(count) in digests:
+            return str(digests[str(count)])
+        hasher = hashlib.blake2b(digest_size=16)
+        for start in range(0, count, PART_TOKENS):
+            on_part()
+            hasher.update(np.ascontiguousarray(self.tokens[start : min(start + PART_TOKENS, count)]).data)
+        if noted:
+            with contextlib.suppress(OSError):  # then it is made again
+                write_json(self.manifest, {**noted, "digests": {**digests, str(count): hasher.hexdigest()}})
+        return hasher.hexdigest()
 
 
 # Bytes of files done so far of this source. Called every BATCH_CHARS; may raise to end the work.
@@ -77,7 +93,7 @@ def tokenize(
     except OSError as error:
         raise DataError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
     check(tally)
-    return TokenFile(key, _mapped(build.done_path, build.dtype), tally)
+    return TokenFile(key, _mapped(build.done_path, build.dtype), tally, build.manifest)
 
 
 def source_key(listing: Listing, tokenizer: Tokenizer) -> str:
@@ -119,7 +135,7 @@ class _Build:
     ) -> None:
         self.done_path = cache_dir / f"tokens-{key}.bin"
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self._manifest = cache_dir / f"tokens-{key}.manifest"
+        self.manifest = cache_dir / f"tokens-{key}.manifest"
         self._part = cache_dir / f"tokens-{key}.part"
         self._progress = cache_dir / f"tokens-{key}.progress"
         self._listing = listing
@@ -133,7 +149,7 @@ class _Build:
 
     def finished_tally(self) -> Tally | None:
         """Of a complete file of ids; None where there is none, or one that does not fit its manifest."""
-        manifest = _read_json(self._manifest)
+        manifest = _read_json(self.manifest)
         try:
             if self.done_path.stat().st_size != manifest["tokens"] * self.dtype.itemsize:
                 return None
@@ -165,7 +181,7 @@ class _Build:
                 f"the ids of {self._listing.source.path} were removed while they were made, for a source was "
                 "revoked: start again; tapestry data list says without which"
             ) from None
-        write_json(self._manifest, {**manifest, "tally": tally.to_plain()})
+        write_json(self.manifest, {**manifest, "tally": tally.to_plain()})
         self._progress.unlink(missing_ok=True)
         return tally
 
@@ -242,7 +258,7 @@ class _Build:
         A trainer that has one mapped keeps it until it closes it.
         """
         for path, noted in _noted_in(self.done_path.parent):
-            if path == self._manifest:
+            if path == self.manifest:
                 continue
             if noted.get("version") != CACHE_VERSION or noted.get("owner") == self._owner:
                 with contextlib.suppress(OSError):

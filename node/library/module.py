@@ -126,7 +126,7 @@ class Trained:
                 "swarm.step(loss) comes after loss.backward(), and before zero_grad()",
             )
         if self._sum is None:
-            self._sum = torch.zeros(self.layout.n)
+            self._sum = torch.zeros(self.layout.n, dtype=torch.float32, device="cpu")
         for parameter, start, stop in self._places():
             if parameter.grad is not None:
                 gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad

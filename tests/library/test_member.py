@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def member(connection: socket.socket, settings: WorkerSettings, loop: Loop) -> M
     return made
 
 
-async def next_of(events: asyncio.Queue[Event], kind: type) -> Any:
+async def next_of(events: asyncio.Queue[Event], kind: type | tuple[type, ...]) -> Any:
     while not isinstance(event := await events.get(), kind):
         pass
     return event
@@ -184,6 +185,48 @@ def test_with_gradients_the_mean_of_the_batches_is_handed_in(tmp_path: Path) -> 
 
     between(node, script)
     assert (got["mean"] - 2.0).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("meta", torch.float32)])
+def test_a_scripts_default_device_and_float_type_are_its_own_affair(
+    tmp_path: Path, device: str, dtype: torch.dtype, inner_steps: int
+) -> None:
+    """As `torch.set_default_device("cuda")` and `torch.set_default_dtype(torch.float64)` at its top."""
+    module = make_module()
+    spec = wanted(module, train={"inner_steps": inner_steps}).spec
+    settings = replace(settings_of(spec, tmp_path), residual=True)
+    got: dict[str, Any] = {}
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        await trainer.initialise()
+        trainer.begin(0, "b")
+        if isinstance(await next_of(events, (Contribution, Parted)), Parted):
+            return  # the script says why
+        got["mean"] = decoded(trainer.contribution.clone(), trainer.layout.n)
+        trainer.begin(1, "c")
+
+    def script(connection: socket.socket) -> None:
+        parameters = list(module.parameters())
+        gradients = [torch.ones_like(p) for p in parameters]
+        optimizer = torch.optim.Adagrad(parameters, lr=1.0) if inner_steps else None
+        with torch.device(device):
+            one = member(connection, settings, Loop(Trained(module), optimizer, None))
+            one.wait_for_base(silent)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            if optimizer is not None:
+                optimizer.step()
+            one.step(None, 1, silent)
+            assert one.save(1) == ""
+
+    try:
+        torch.set_default_dtype(dtype)
+        between(node, script)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (got["mean"] - 1.0).abs().max() < 0.01
 
 
 def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:

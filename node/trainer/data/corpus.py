@@ -33,7 +33,7 @@ from tapestry.node.trainer.data.tokens import TokenFile, tokenize
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
 
-# Bytes done, and bytes in all. May raise to end the work.
+# Bytes done, and bytes in all, 0 while that is not known. Called very often; may raise to end the work.
 OnProgress = Callable[[int, int], None]
 
 
@@ -182,7 +182,7 @@ def open_corpus(
 
     Raises DataError.
     """
-    listings = _kept_clear(list_data(settings, located), protected)
+    listings = _kept_clear(list_data(settings, located, lambda: on_progress(0, 0)), protected)
     files = _tokenize_all(settings, listings, tokenizer, cache_dir, on_progress)
     count = len(listings.sources)
     hold_out = not listings.validation

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ class Trained:
         self._module = module
         self._parameters = list(named.values())
         self._sum: Tensor | None = None  # f32 (n,), CPU: of gradients, where these are what is contributed
+
+    @contextmanager
+    def modes_kept(self) -> Iterator[None]:
+        """Each part of the module is in training or evaluation mode afterwards as it was before."""
+        modes = [(part, part.training) for part in self._module.modules()]
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     @property
     def device(self) -> str:

@@ -25,7 +25,16 @@ from tapestry.node.spec.data import NO_DATA
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import ExternalSpec, WorkerSettings
 from tapestry.node.trainer.guest import GREETING, Door, Line, knock
-from tapestry.node.trainer.messages import HEADER, Contribution, Hello, Notice, Progress, Saved, unpack_report
+from tapestry.node.trainer.messages import (
+    HEADER,
+    Contribution,
+    Hello,
+    Notice,
+    Progress,
+    Saved,
+    Validation,
+    unpack_report,
+)
 from tapestry.node.trainer.process import Event, Parted, TrainerProcess
 from tapestry.node.trainer.shared import BUFFERS
 from tapestry.node.trainer.worker import Channel
@@ -227,6 +236,32 @@ def test_a_scripts_default_device_and_float_type_are_its_own_affair(
     finally:
         torch.set_default_dtype(torch.float32)
     assert (got["mean"] - 1.0).abs().max() < 0.01
+
+
+def test_an_evaluation_leaves_each_part_of_the_module_in_the_mode_it_was_in(tmp_path: Path) -> None:
+    """A validation that begins with module.eval() had the rest of the pass trained without dropout."""
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 1}).spec
+    settings = settings_of(spec, tmp_path)
+    modes: list[list[bool]] = []
+
+    def evaluate() -> float:
+        module.eval()
+        return 1.0
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.evaluate(0)
+        trainer.begin(0, "a")
+        await next_of(events, Validation)
+
+    def script(connection: socket.socket) -> None:
+        module[1].eval()  # a batch norm that is to stay as it is
+        optimizer = torch.optim.SGD(module.parameters())
+        member(connection, settings, Loop(Trained(module), optimizer, evaluate)).wait_for_base(silent)
+        modes.append([part.training for part in module.modules()])
+
+    between(node, script)
+    assert modes == [[True, True, False, True]]
 
 
 def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
+from tapestry.node.api import Swarm
 from tapestry.node.library.errors import SwarmError
 from tapestry.node.library.member import Loop, Member
 from tapestry.node.library.module import Trained
@@ -262,6 +265,23 @@ def test_an_evaluation_leaves_each_part_of_the_module_in_the_mode_it_was_in(tmp_
 
     between(node, script)
     assert modes == [[True, True, False, True]]
+
+
+def test_samples_may_be_whole_numbers_of_any_kind_and_nothing_else(tmp_path: Path) -> None:
+    """Of unmasked tokens, counted by numpy or torch; a float ended the conversation with the node."""
+    swarm = Swarm(make_module(), torch.optim.SGD([torch.zeros(1)]), home=tmp_path)
+    told: list[int] = []
+    swarm._daemon = Any  # type: ignore[assignment]
+    swarm._member = SimpleNamespace(  # type: ignore[assignment]
+        step=lambda loss, samples, on_wait: told.append(samples)
+    )
+    for samples in (3, np.int64(3), np.ones(3, bool).sum(), torch.tensor(3), torch.ones(3, 1).bool().sum()):
+        swarm.step(1.0, samples)
+    assert told == [3] * 5 and {type(one) for one in told} == {int}
+    for wrong in (0.5, 3.0, torch.tensor(3.0), torch.ones(3, dtype=torch.int64), "3", 0, np.int64(-1)):
+        with pytest.raises(ValueError, match="samples is"):
+            swarm.step(1.0, wrong)  # type: ignore[arg-type]
+    swarm._daemon = None
 
 
 def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -114,16 +115,23 @@ class Trained:
         self,
         base: Tensor,  # f32 (n,), CPU: what was loaded
     ) -> Write:
-        """The pseudo-gradient, base minus local; to be encoded."""
+        """The pseudo-gradient, base minus local; to be encoded, while the module does not change."""
+        places, offsets = [*self._places()], self.layout.offsets
+        latest = (-1, base)  # a parameter's index, and all of it in one row: a copy, if it does not lie so
 
         @torch.no_grad()
         def write(start: int, stop: int, out: Tensor) -> None:
-            for parameter, first, last in self._places():
+            nonlocal latest
+            index = bisect_right(offsets, start) - 1
+            while index < len(places) and offsets[index] < stop:
+                parameter, first, last = places[index]
                 low, high = max(start, first), min(stop, last)
                 if low < high:
-                    local = parameter.reshape(-1)[low - first : high - first].to("cpu")
+                    latest = latest if latest[0] == index else (index, parameter.reshape(-1))
+                    local = latest[1][low - first : high - first].to("cpu")
                     began = base[low:high].to(local.dtype).to(torch.float32)
                     torch.sub(began, local.to(torch.float32), out=out[low - start : high - start])
+                index += 1
 
         return write
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -282,6 +283,43 @@ def test_samples_may_be_whole_numbers_of_any_kind_and_nothing_else(tmp_path: Pat
         with pytest.raises(ValueError, match="samples is"):
             swarm.step(1.0, wrong)  # type: ignore[arg-type]
     swarm._daemon = None
+
+
+def test_a_piece_of_the_difference_costs_the_same_however_many_parameters_there_are() -> None:
+    """A mixture with thousands of experts went over all of them for every piece, minutes in all."""
+
+    def calls(parameters: int) -> int:
+        module = nn.ParameterList(
+            [nn.Parameter(torch.full((8,), float(index))) for index in range(parameters)]
+        )
+        write = Trained(module).difference(torch.zeros(8 * parameters))
+        start, out, count = 8 * parameters // 2 + 4, torch.empty(12), [0]
+        sys.setprofile(lambda frame, event, argument: count.__setitem__(0, count[0] + 1))
+        try:
+            write(start, start + 12, out)
+        finally:
+            sys.setprofile(None)
+        assert out.tolist() == [-float(index // 8) for index in range(start, start + 12)]
+        return count[0]
+
+    assert calls(400) == calls(40)
+
+
+def test_the_difference_of_any_span_is_that_of_the_whole_whatever_the_parameters() -> None:
+    """Empty ones, single ones, and one that does not lie in a row."""
+    shapes = [(0, 3), (2, 3), (), (0,), (4, 5), (1,), (0,)]
+    module = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    module[4] = nn.Parameter(torch.randn(5, 4).t())
+    trained = Trained(module)
+    n = trained.layout.n
+    base, local = torch.randn(n), torch.empty(n)
+    trained.read(local)
+    write = trained.difference(base)
+    for start in range(n):
+        for stop in range(start + 1, n + 1):
+            out = torch.empty(stop - start)
+            write(start, stop, out)
+            assert torch.equal(out, (base - local)[start:stop])
 
 
 def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:

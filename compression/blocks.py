@@ -13,6 +13,9 @@ Absolute maxima are found by comparing the bits of |x| as integers. That orders 
 puts infinity and NaN above everything finite, is several times faster than torch's aminmax over rows, and
 cannot be led astray by a processor that flushes subnormals.
 
+All of this also runs in a script's process, whose default device and float type may be any: each tensor that
+is made here names its own.
+
 Must not import: anything of ours but refusals; asyncio; anything that does I/O.
 """
 
@@ -154,7 +157,7 @@ class BlockCodec:
         if x.device.type == "cpu":
             return self.encode_pieces(lambda _, start, stop: x[start:stop], x.numel(), out)
         if out is None:
-            out = torch.empty(self.payload_size(x.numel()), dtype=torch.uint8, pin_memory=True)
+            out = torch.empty(self.payload_size(x.numel()), dtype=torch.uint8, device="cpu", pin_memory=True)
         return self.encode_rows(x, 1, out)
 
     def encode_pieces(
@@ -167,9 +170,9 @@ class BlockCodec:
 
         Raises RefusedVector("not_finite"); the contents of `out` are then unspecified.
         """
-        payload = torch.empty(self.payload_size(n), dtype=torch.uint8) if out is None else out
+        payload = torch.empty(self.payload_size(n), dtype=torch.uint8, device="cpu") if out is None else out
         assert payload.dtype == torch.uint8 and payload.shape == (self.payload_size(n),)
-        scales = torch.empty(block_count(n))
+        scales = torch.empty(block_count(n), dtype=torch.float32, device="cpu")
         for index, (start, stop) in enumerate(pieces(n)):
             x = source(index, start, stop)
             self._encode_piece(
@@ -201,8 +204,8 @@ class BlockCodec:
         m = n // rows
         assert m * rows == n and (rows == 1 or m % BLOCK == 0)
         codes = torch.empty(n, dtype=torch.uint8, device=x.device)
-        scales = torch.empty(blocks, device=x.device)
-        scratch = torch.empty(max(BLOCK, min(n, DEVICE_PIECE)), device=x.device)
+        scales = torch.empty(blocks, dtype=x.dtype, device=x.device)
+        scratch = torch.empty(max(BLOCK, min(n, DEVICE_PIECE)), dtype=x.dtype, device=x.device)
         for start, stop in pieces(n, DEVICE_PIECE):
             self._encode_piece(x[start:stop], codes[start:stop], scales[start // BLOCK :], scratch)
         payloads = torch.empty(rows, self.payload_size(m), dtype=torch.uint8, device=x.device)
@@ -219,7 +222,7 @@ class BlockCodec:
     ) -> Tensor:  # f32 (n,)
         """Decode; raise RefusedPayload for what `check` refuses, before anything is allocated."""
         opened = self.open(payload, n)
-        values = torch.empty(n) if out is None else out
+        values = torch.empty(n, dtype=torch.float32, device="cpu") if out is None else out
         _assert_vector(values, n)
         for index, (start, stop) in enumerate(pieces(n)):
             opened.decode_piece(index, values[start:stop])
@@ -316,7 +319,7 @@ def thread_scratch(use: str, n: int) -> Tensor:  # f32 (n,)
     assert n <= PIECE
     scratch: Tensor | None = getattr(_kept, use, None)
     if scratch is None:
-        scratch = torch.empty(PIECE)
+        scratch = torch.empty(PIECE, dtype=torch.float32, device="cpu")
         setattr(_kept, use, scratch)
     return scratch[:n]
 

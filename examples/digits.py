@@ -49,6 +49,7 @@ def main() -> None:
         run={"round": {"min_members": arguments.members}},
         flags=["--listen=/ip4/127.0.0.1/tcp/0"],
     ) as swarm:
+        torch.manual_seed(swarm.epoch)  # started again, it draws other rows than the first time
         if not arguments.peer and arguments.members > 1:
             print(f"the others join with --peer {swarm.invite(arguments.members - 1)}", flush=True)
         while swarm.epoch < arguments.epochs:

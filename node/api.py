@@ -34,13 +34,14 @@ A script that is started again with the same home goes on where the run is.
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -214,20 +215,20 @@ class Swarm:
 
     # --- the loop ------------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float | None = None, samples: int = 1) -> bool:
+    def step(self, loss: Tensor | float | None = None, samples: SupportsIndex = 1) -> bool:
         """After each optimizer.step(), or each backward() with inner_steps=0. Whether there is a new base.
 
-        `loss` is for those who watch. `samples`: what this step was worth, in a unit that all members use.
+        `loss` is for those who watch. `samples`: how many this step was made of, a whole number, also in a
+        tensor or of numpy, in a unit that all members use. It weighs where the run's voice is "tokens".
         At the end of a round it waits for the others, and loads what came of it into the module.
-        Raises SwarmError if the node has gone, or what would be contributed is not finite.
+        Raises SwarmError if the node has gone, or what would be contributed is not finite; ValueError.
         """
         if self._daemon is None:
             raise SwarmError("this swarm is not open", "with Swarm(...) as swarm:")
-        if samples < 1:
-            raise ValueError(f"samples is at least 1, not {samples}")
+        count = _whole(samples)
         value = None if loss is None else float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         try:
-            return self._member.step(value, samples, self._sign_of_life)
+            return self._member.step(value, count, self._sign_of_life)
         except ChannelClosed:
             raise self._failure() from None
 
@@ -289,6 +290,16 @@ class Swarm:
         except SwarmError:
             what = "the node is starting"
         self._tell(f"waiting for {waited_s:.0f} s: {what}")
+
+
+def _whole(samples: SupportsIndex) -> int:
+    try:
+        count = operator.index(samples)
+    except TypeError:
+        raise ValueError(f"samples is a whole number, not {samples!r}: int(...) makes one of it") from None
+    if count < 1:
+        raise ValueError(f"samples is at least 1, not {count}")
+    return count
 
 
 def _write_to_stderr(text: str) -> None:

@@ -25,7 +25,8 @@ CURES = {  # by messages.Failed.reason
     "[training]",
     "diverged": "look at this member's data; where members with other data diverge too, the run's train.lr "
     "is too high",
-    "timeout": "see that the machine is not overloaded or asleep",
+    "timeout": "see that the machine is not overloaded or asleep; set a smaller micro_batch in node.toml's "
+    "[training]",
 }
 UNKNOWN_CURE = "the log has the trainer's last lines; if they do not help, file an issue with them"
 

@@ -59,8 +59,9 @@ class Daemon:
         pid = home.holder()
         if pid is None:
             return None
+        said = home.output.stat().st_size if home.output.exists() else 0  # perhaps by another node, long ago
         try:
-            return cls(home, knock(home.trainer_socket), None, 0)
+            return cls(home, knock(home.trainer_socket), None, said)
         except OSError as error:
             raise SwarmError(
                 f"the node in {home.path} (pid {pid}) takes no scripts: {error.strerror}",

@@ -228,7 +228,8 @@ class Member:
         self._evaluating = None
         if self._loop.evaluate is None:
             return
-        loss = float(self._loop.evaluate())
+        with self._trained.modes_kept():
+            loss = float(self._loop.evaluate())
         if math.isfinite(loss):
             self._channel.send(Validation(epoch, loss, (EVALUATED,), (loss,)))
         else:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,16 @@ class Trained:
         self._module = module
         self._parameters = list(named.values())
         self._sum: Tensor | None = None  # f32 (n,), CPU: of gradients, where these are what is contributed
+
+    @contextmanager
+    def modes_kept(self) -> Iterator[None]:
+        """Each part of the module is in training or evaluation mode afterwards as it was before."""
+        modes = [(part, part.training) for part in self._module.modules()]
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     @property
     def device(self) -> str:
@@ -103,16 +115,23 @@ class Trained:
         self,
         base: Tensor,  # f32 (n,), CPU: what was loaded
     ) -> Write:
-        """The pseudo-gradient, base minus local; to be encoded."""
+        """The pseudo-gradient, base minus local; to be encoded, while the module does not change."""
+        places, offsets = [*self._places()], self.layout.offsets
+        latest = (-1, base)  # a parameter's index, and all of it in one row: a copy, if it does not lie so
 
         @torch.no_grad()
         def write(start: int, stop: int, out: Tensor) -> None:
-            for parameter, first, last in self._places():
+            nonlocal latest
+            index = bisect_right(offsets, start) - 1
+            while index < len(places) and offsets[index] < stop:
+                parameter, first, last = places[index]
                 low, high = max(start, first), min(stop, last)
                 if low < high:
-                    local = parameter.reshape(-1)[low - first : high - first].to("cpu")
+                    latest = latest if latest[0] == index else (index, parameter.reshape(-1))
+                    local = latest[1][low - first : high - first].to("cpu")
                     began = base[low:high].to(local.dtype).to(torch.float32)
                     torch.sub(began, local.to(torch.float32), out=out[low - start : high - start])
+                index += 1
 
         return write
 
@@ -126,7 +145,7 @@ class Trained:
                 "swarm.step(loss) comes after loss.backward(), and before zero_grad()",
             )
         if self._sum is None:
-            self._sum = torch.zeros(self.layout.n)
+            self._sum = torch.zeros(self.layout.n, dtype=torch.float32, device="cpu")
         for parameter, start, stop in self._places():
             if parameter.grad is not None:
                 gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad

@@ -76,7 +76,7 @@ def _tensor(name: str, value: object) -> tuple[str, Tensor | None]:
         return name, None
     for word, (kind, dtype) in NUMBERS.items():
         if type(value) is kind:
-            return f"{name} {word}", torch.tensor(value, dtype=dtype)
+            return f"{name} {word}", torch.tensor(value, dtype=dtype, device="cpu")
     raise StateNotKept(f"its state holds a {type(value).__name__}, which cannot be written without pickle")
 
 

@@ -30,6 +30,7 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not loo
         self.swarm: Swarm | None = None
         self._until_epoch = until_epoch
         self._arguments = arguments
+        self._read = 0  # entries of the Trainer's log
 
     def __enter__(self) -> SwarmCallback:
         return self
@@ -50,6 +51,7 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not loo
             )
         swarm = Swarm(model, optimizer, **self._arguments)
         self.swarm = swarm.open()
+        self._read = len(state.log_history)
         if not swarm.spec.train.inner_steps:
             swarm.close()
             raise SwarmError("a Trainer takes its own steps", "a run with inner_steps above 0")
@@ -59,7 +61,7 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not loo
         if self.swarm is None:
             return control
         samples = args.train_batch_size * args.gradient_accumulation_steps
-        self.swarm.step(_last_loss(state), samples)
+        self.swarm.step(self._new_loss(state), samples)
         if self._until_epoch is not None and self.swarm.epoch >= self._until_epoch:
             control.should_training_stop = True
         return control
@@ -72,8 +74,8 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not loo
         if self.swarm is not None:
             self.swarm.close()
 
-
-def _last_loss(state: Any) -> float | None:
-    """What the Trainer logged last; it tells no other."""
-    losses = [entry["loss"] for entry in state.log_history[-1:] if "loss" in entry]
-    return float(losses[-1]) if losses else None
+    def _new_loss(self, state: Any) -> float | None:
+        """What the Trainer has logged since the step before; it tells no other."""
+        entries, self._read = state.log_history[self._read :], len(state.log_history)
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        return float(losses[-1]) if losses else None

@@ -49,7 +49,7 @@ class Encoder:
         self._keeps = residual
         self._residual: Tensor | None = None  # f32 (n,), CPU, of what counted; None: zeros
         self._pending: tuple[int, Tensor] | None = None  # generation, f32 (n,), CPU; of the newest encoded
-        self._wide = torch.empty(PIECE, dtype=torch.float64)
+        self._wide = torch.empty(PIECE, dtype=torch.float64, device="cpu")
 
     def encode(
         self,
@@ -61,7 +61,7 @@ class Encoder:
 
         Raises RefusedVector("not_finite"); what is in `out` is then unspecified.
         """
-        rest = torch.empty(self._layout.n) if self._keeps else None
+        rest = torch.empty(self._layout.n, dtype=torch.float32, device="cpu") if self._keeps else None
         squares: list[float] = []
         payloads = self._layout.views(out)
         if self._in_pieces:
@@ -124,7 +124,7 @@ class Encoder:
         """All of it where the vector is made."""
         layout = self._layout
         place = slice(layout.shards[first].start, layout.shards[last - 1].stop)
-        x = torch.empty(place.stop - place.start, device=self._device)
+        x = torch.empty(place.stop - place.start, dtype=torch.float32, device=self._device)
         write(place.start, place.stop, x)
         if not mine:
             return

@@ -64,6 +64,7 @@ def open_training_corpus(settings: WorkerSettings, channel: group.Channel | None
         windows_per_epoch=training.train.batches * training.train.batch_size,
         seed=settings.node_seed,
         attend_across_documents=training.data.attend_across_documents,
+        cursor_path=Path(settings.cursor_path),
     )
     try:
         eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
@@ -92,12 +93,12 @@ class TellTokenizing:
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         now_s = time.monotonic()
-        if self._first_bytes is None:
+        if self._first_bytes is None and total_bytes:
             self._first_bytes = done_bytes
         if now_s - self._told_s < TOKENIZING_INTERVAL_S:
             return
         self._told_s = now_s
         if isinstance(self._channel.receive(wait=False), Stop):
             raise ChannelClosed
-        rate = (done_bytes - self._first_bytes) / (now_s - self._began_s)
+        rate = (done_bytes - (self._first_bytes or 0)) / (now_s - self._began_s)
         self._channel.send(Tokenizing(done_bytes, total_bytes, max(0.0, rate)))

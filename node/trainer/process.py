@@ -109,7 +109,10 @@ class ProcessLimits:
     """How long to wait, and how patiently to start again."""
 
     hello_timeout_s: float = 900.0  # from `configure`: imports, and from one sign of tokenizing to the next
-    silence_timeout_s: float | None = 300.0  # longer than any single inner step; None: it may be silent
+    silence_timeout_s: float | None = 300.0  # longer than any single micro-batch; None: it may be silent
+    save_timeout_s: float = (
+        3600.0  # in place of it, until an inner optimizer is written. Guess: 56 GB at 16 MB/s
+    )
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
 
@@ -244,6 +247,7 @@ class TrainerProcess:
         self._afresh = False  # to be told with each begin until something has come of one
         self._closing = False
         self._evaluating: int | None = None
+        self._saves = 0  # that the worker was told, and has not done
         self.aside = Aside()
         self._measures = False  # the worker has data held out, and takes a step aside
         self._initialising: asyncio.Future[None] | None = None
@@ -368,6 +372,8 @@ class TrainerProcess:
 
     def save(self, epoch: int) -> None:
         """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
+        if self._worker is not None and self._worker.attached:
+            self._saves += 1
         self._send(Save(epoch))
 
     async def initialise(self) -> None:
@@ -483,7 +489,7 @@ class TrainerProcess:
             return (GUEST_LEFT if worker.guest else exit_code), output
         finally:
             await worker.close()
-            self._worker = None
+            self._worker, self._saves = None, 0
             self.aside.gone()
 
     async def _hired(self) -> Hired | None:
@@ -512,7 +518,7 @@ class TrainerProcess:
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except TimeoutError:
-            self._failure = Failed("timeout", "the trainer was silent for too long")
+            self._failure = Failed("timeout", self._silent(worker))
         except (MessageError, RefusedLayout) as error:
             self._end_broken(worker, str(error))
             return
@@ -522,6 +528,12 @@ class TrainerProcess:
             worker.deadline = None
         worker.kill()
         self.on_event(self._failure)
+
+    def _silent(self, worker: Hired) -> str:
+        if not worker.attached or self._saves:
+            return "the trainer was silent for too long"
+        limit_s = self._limits.silence_timeout_s
+        return f"the trainer was silent for {limit_s:g} s, which a micro-batch must not take"
 
     def _end_broken(self, worker: Hired, why: str) -> None:
         """It sent what it must not, and is trusted no more."""
@@ -640,6 +652,8 @@ class TrainerProcess:
             self._backoff_s = self._limits.backoff_initial_s
         elif isinstance(report, Validation) and report.epoch == self._evaluating:
             self._evaluating = None
+        elif isinstance(report, Saved):
+            self._saves = max(0, self._saves - 1)
         elif isinstance(report, Failed):
             self._failure = report
 
@@ -661,6 +675,8 @@ class TrainerProcess:
             or self.aside.waiting
         )
         silence_s = self._limits.silence_timeout_s
+        if silence_s is not None and self._saves:
+            silence_s = max(silence_s, self._limits.save_timeout_s)
         now_s = asyncio.get_running_loop().time()
         worker.deadline.reschedule(now_s + silence_s if busy and silence_s is not None else None)
 

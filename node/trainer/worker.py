@@ -177,6 +177,8 @@ class Worker:
             cursor = together.own_copy(cursor)
         self._batch_size = training.train.batch_size  # by the latest Begin
         self._feed = Feed(corpus, self._batch_size, cursor)
+        if together is not None:
+            require_equal_data(together, self._feed.key)
         self._validation = corpus.validation(settings.validation_windows)
         self._trial = Trial(
             corpus.validation(settings.gate_windows) if settings.gate_windows else {},
@@ -428,6 +430,12 @@ class Worker:
                 training.model, weights_folder(settings), training.data.sequence_length, self._initial()
             )
         self._channel.send(Initialised())
+
+
+def require_equal_data(together: group.Group, key: str) -> None:
+    """Each rank opens the data by itself, and a file can grow meanwhile. All raise WorkerFailure."""
+    if len(set(together.each(float(int(key[:12], 16))))) > 1:
+        raise WorkerFailure("data", "the data have changed while the trainer's processes opened them")
 
 
 def load_inner_state(inner: InnerLoop, path: Path, together: group.Group | None) -> tuple[int, str]:

@@ -51,6 +51,24 @@ def home_in(folder: Path) -> Home:
     return home
 
 
+def test_a_script_at_a_standing_node_is_not_told_an_error_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node's output goes elsewhere; in node.out lies what ended another one, weeks ago."""
+    home = home_in(tmp_path)
+    home.output.write_text("error: no data to train on\nhint: name some\n")
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(daemon, "knock", lambda path: ours)
+    with theirs, home.lock():
+        node = Daemon.find(home)
+        assert node is not None
+        assert "no data" not in str(node.failure()) and "has ended" in str(node.failure())
+        with home.output.open("a") as log:
+            log.write("error: the disk is full\n")
+        assert str(node.failure()) == "the disk is full"
+        node.close()
+
+
 def test_to_ask_a_node_that_is_starting_does_not_end_it(tmp_path: Path) -> None:
     child = Child()
     node = node_of(home_in(tmp_path), child)

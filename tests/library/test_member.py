@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.payloads import PayloadLayout
+from tapestry.node.api import Swarm
 from tapestry.node.library.errors import SwarmError
 from tapestry.node.library.member import Loop, Member
 from tapestry.node.library.module import Trained
@@ -24,7 +29,16 @@ from tapestry.node.spec.data import NO_DATA
 from tapestry.node.spec.run import RunSpec, preset_spec, training_spec
 from tapestry.node.spec.training import ExternalSpec, WorkerSettings
 from tapestry.node.trainer.guest import GREETING, Door, Line, knock
-from tapestry.node.trainer.messages import HEADER, Contribution, Hello, Notice, Progress, Saved, unpack_report
+from tapestry.node.trainer.messages import (
+    HEADER,
+    Contribution,
+    Hello,
+    Notice,
+    Progress,
+    Saved,
+    Validation,
+    unpack_report,
+)
 from tapestry.node.trainer.process import Event, Parted, TrainerProcess
 from tapestry.node.trainer.shared import BUFFERS
 from tapestry.node.trainer.worker import Channel
@@ -104,7 +118,7 @@ def member(connection: socket.socket, settings: WorkerSettings, loop: Loop) -> M
     return made
 
 
-async def next_of(events: asyncio.Queue[Event], kind: type) -> Any:
+async def next_of(events: asyncio.Queue[Event], kind: type | tuple[type, ...]) -> Any:
     while not isinstance(event := await events.get(), kind):
         pass
     return event
@@ -184,6 +198,128 @@ def test_with_gradients_the_mean_of_the_batches_is_handed_in(tmp_path: Path) -> 
 
     between(node, script)
     assert (got["mean"] - 2.0).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("meta", torch.float32)])
+def test_a_scripts_default_device_and_float_type_are_its_own_affair(
+    tmp_path: Path, device: str, dtype: torch.dtype, inner_steps: int
+) -> None:
+    """As `torch.set_default_device("cuda")` and `torch.set_default_dtype(torch.float64)` at its top."""
+    module = make_module()
+    spec = wanted(module, train={"inner_steps": inner_steps}).spec
+    settings = replace(settings_of(spec, tmp_path), residual=True)
+    got: dict[str, Any] = {}
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        await trainer.initialise()
+        trainer.begin(0, "b")
+        if isinstance(await next_of(events, (Contribution, Parted)), Parted):
+            return  # the script says why
+        got["mean"] = decoded(trainer.contribution.clone(), trainer.layout.n)
+        trainer.begin(1, "c")
+
+    def script(connection: socket.socket) -> None:
+        parameters = list(module.parameters())
+        gradients = [torch.ones_like(p) for p in parameters]
+        optimizer = torch.optim.Adagrad(parameters, lr=1.0) if inner_steps else None
+        with torch.device(device):
+            one = member(connection, settings, Loop(Trained(module), optimizer, None))
+            one.wait_for_base(silent)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            if optimizer is not None:
+                optimizer.step()
+            one.step(None, 1, silent)
+            assert one.save(1) == ""
+
+    try:
+        torch.set_default_dtype(dtype)
+        between(node, script)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (got["mean"] - 1.0).abs().max() < 0.01
+
+
+def test_an_evaluation_leaves_each_part_of_the_module_in_the_mode_it_was_in(tmp_path: Path) -> None:
+    """A validation that begins with module.eval() had the rest of the pass trained without dropout."""
+    module, spec = make_module(), wanted(make_module(), train={"inner_steps": 1}).spec
+    settings = settings_of(spec, tmp_path)
+    modes: list[list[bool]] = []
+
+    def evaluate() -> float:
+        module.eval()
+        return 1.0
+
+    async def node(trainer: TrainerProcess, events: asyncio.Queue[Event]) -> None:
+        await trainer.configure(settings, events.put_nowait)
+        trainer.evaluate(0)
+        trainer.begin(0, "a")
+        await next_of(events, Validation)
+
+    def script(connection: socket.socket) -> None:
+        module[1].eval()  # a batch norm that is to stay as it is
+        optimizer = torch.optim.SGD(module.parameters())
+        member(connection, settings, Loop(Trained(module), optimizer, evaluate)).wait_for_base(silent)
+        modes.append([part.training for part in module.modules()])
+
+    between(node, script)
+    assert modes == [[True, True, False, True]]
+
+
+def test_samples_may_be_whole_numbers_of_any_kind_and_nothing_else(tmp_path: Path) -> None:
+    """Of unmasked tokens, counted by numpy or torch; a float ended the conversation with the node."""
+    swarm = Swarm(make_module(), torch.optim.SGD([torch.zeros(1)]), home=tmp_path)
+    told: list[int] = []
+    swarm._daemon = Any  # type: ignore[assignment]
+    swarm._member = SimpleNamespace(  # type: ignore[assignment]
+        step=lambda loss, samples, on_wait: told.append(samples)
+    )
+    for samples in (3, np.int64(3), np.ones(3, bool).sum(), torch.tensor(3), torch.ones(3, 1).bool().sum()):
+        swarm.step(1.0, samples)
+    assert told == [3] * 5 and {type(one) for one in told} == {int}
+    for wrong in (0.5, 3.0, torch.tensor(3.0), torch.ones(3, dtype=torch.int64), "3", 0, np.int64(-1)):
+        with pytest.raises(ValueError, match="samples is"):
+            swarm.step(1.0, wrong)  # type: ignore[arg-type]
+    swarm._daemon = None
+
+
+def test_a_piece_of_the_difference_costs_the_same_however_many_parameters_there_are() -> None:
+    """A mixture with thousands of experts went over all of them for every piece, minutes in all."""
+
+    def calls(parameters: int) -> int:
+        module = nn.ParameterList(
+            [nn.Parameter(torch.full((8,), float(index))) for index in range(parameters)]
+        )
+        write = Trained(module).difference(torch.zeros(8 * parameters))
+        start, out, count = 8 * parameters // 2 + 4, torch.empty(12), [0]
+        sys.setprofile(lambda frame, event, argument: count.__setitem__(0, count[0] + 1))
+        try:
+            write(start, start + 12, out)
+        finally:
+            sys.setprofile(None)
+        assert out.tolist() == [-float(index // 8) for index in range(start, start + 12)]
+        return count[0]
+
+    assert calls(400) == calls(40)
+
+
+def test_the_difference_of_any_span_is_that_of_the_whole_whatever_the_parameters() -> None:
+    """Empty ones, single ones, and one that does not lie in a row."""
+    shapes = [(0, 3), (2, 3), (), (0,), (4, 5), (1,), (0,)]
+    module = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    module[4] = nn.Parameter(torch.randn(5, 4).t())
+    trained = Trained(module)
+    n = trained.layout.n
+    base, local = torch.randn(n), torch.empty(n)
+    trained.read(local)
+    write = trained.difference(base)
+    for start in range(n):
+        for stop in range(start + 1, n + 1):
+            out = torch.empty(stop - start)
+            write(start, stop, out)
+            assert torch.equal(out, (base - local)[start:stop])
 
 
 def test_a_closing_round_takes_what_there_is_and_a_superseded_step_is_dropped(tmp_path: Path) -> None:

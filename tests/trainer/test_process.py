@@ -326,10 +326,29 @@ def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_no
         try:
             trainer.begin(4)
             await events.until(Contribution)
-            assert events.of(Failed)[0].reason == "timeout"
+            assert events.of(Failed)[0] == Failed(
+                "timeout", "the trainer was silent for 1 s, which a micro-batch must not take"
+            )
             assert trainer.restarts >= 1  # a machine that is slow enough makes it more
             assert trainer._worker is not None and trainer._worker.deadline is not None
             assert trainer._worker.deadline.when() is None
+        finally:
+            await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_writes_its_inner_optimizer_is_given_longer(fake: Fake) -> None:
+    """A checkpoint asks for it while the next epoch has begun: it was killed in the middle, each time."""
+
+    async def scenario() -> None:
+        trainer, events = await fake.start("saves slowly", dataclasses.replace(QUICK, silence_timeout_s=1.0))
+        try:
+            trainer.save(4)  # takes 2.5 s
+            trainer.begin(4)
+            await events.until(Contribution)
+            assert not events.of(Failed) and trainer.restarts == 0
+            assert trainer._saves == 0
         finally:
             await trainer.stop(DEADLINE_S)
 

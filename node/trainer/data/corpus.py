@@ -5,8 +5,9 @@ A source's ids are cut into windows of L + 1 that overlap by one: L ids to read,
 predict. So every window has targets of its own; fewer than L ids at a source's end are in none. Documents are
 packed: they follow one another, each ended by eos, and a window takes them as they come.
 
-Held out for measuring are windows spread evenly over each source, 2 % of them; or, if the member gives
-validation sets, none of a source and all of those. Either way there is a loss for each set, by its name.
+Held out for measuring are windows spread evenly over each source, 2 % of them (held_out.py); or, if the
+member gives validation sets, none of a source and all of those. Either way there is a loss for each set, by
+its name. How a source goes on that was trained on before, seen.py says.
 
 What is too doubtful to train on is refused with one line (`DataSettings` says the bounds). Must not import
 torch.
@@ -16,23 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from tapestry.node.spec.data import DataSettings, Located, Protection, SourceSettings, resolved_data
 from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.data.held_out import held_out_of, spread_of
 from tapestry.node.trainer.data.order import Position, WindowOrder, shares_of
+from tapestry.node.trainer.data.seen import GoneOn, Seen, Text, go_on, read_known
 from tapestry.node.trainer.data.sources import Listing, Listings, list_data, there_are
 from tapestry.node.trainer.data.tally import Tally, numbered
 from tapestry.node.trainer.data.tokens import TokenFile, tokenize
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
 
-HELD_OUT_DIVISOR = 50  # 2 %
-HELD_OUT_MAX = 4096  # windows of a source; Guess: more would measure no better
-
-# Bytes done, and bytes in all. May raise to end the work.
+# Bytes done, and bytes in all, 0 while that is not known. Called very often; may raise to end the work.
 OnProgress = Callable[[int, int], None]
 
 
@@ -44,6 +45,7 @@ class Use:
     windows_per_epoch: int
     seed: int  # this node's own
     attend_across_documents: bool = True
+    cursor_path: Path | None = None  # says what was seen; None: nothing was, and nobody will ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Part:
         return self.at(numbers + np.searchsorted(before, numbers, side="right"))
 
     def validation(self, count_max: int) -> np.ndarray:  # int64 (n, L + 1)
-        return self.at(_spread(self.held_out, count_max))
+        return self.at(spread_of(self.held_out, self.windows, count_max))
 
     def at(self, windows: np.ndarray) -> np.ndarray:  # int64 (n,) -> int64 (n, L + 1)
         return self.tokens[windows[:, None] * self.length + np.arange(self.length + 1)].astype(np.int64)
@@ -99,7 +101,8 @@ class Corpus:
     parts: tuple[Part, ...]  # training sources
     sets: tuple[Part, ...]  # to measure on; `held_out` of each are its windows
     order: WindowOrder
-    source_keys: tuple[str, ...]
+    seen: tuple[Seen, ...]  # of the training sources
+    absent: tuple[Seen, ...]  # sources that were trained on before, and are not given now
     eos_id: int
     use: Use
     summary: tuple[str, ...]  # lines for people: what was read, left out, doubted
@@ -179,16 +182,18 @@ def open_corpus(
 
     Raises DataError.
     """
-    listings = _kept_clear(list_data(settings, located), protected)
+    listings = _kept_clear(list_data(settings, located, lambda: on_progress(0, 0)), protected)
     files = _tokenize_all(settings, listings, tokenizer, cache_dir, on_progress)
     count = len(listings.sources)
     hold_out = not listings.validation
+    wholes = [_part(listing, file, use) for listing, file in zip(listings.sources, files, strict=False)]
+    gone_on = _go_on(wholes, files, use, hold_out, on_progress)
     parts = tuple(
-        _part(listing, file, use, hold_out)
-        for listing, file in zip(listings.sources, files[:count], strict=True)
+        replace(part, held_out=held_out_of(part.windows, seen.evenly)) if hold_out else part
+        for part, seen in zip(wholes, gone_on.sources, strict=True)
     )
     sets = tuple(
-        _whole(_part(listing, file, use, hold_out=False))
+        _whole(_part(listing, file, use))
         for listing, file in zip(listings.validation, files[count:], strict=True)
     ) or tuple(part for part in parts if len(part.held_out))
     if not sets:
@@ -198,15 +203,15 @@ def open_corpus(
             f"validation window of sequence_length {use.sequence_length} need {needed}: add more text with "
             "--data"
         )
-    order = _order(settings.source, parts, settings.rehearsal_share, use.seed)
+    order = _order(settings.source, gone_on.sources, settings.rehearsal_share)
     warning = _refuse_too_small(settings, parts, order, use)
     summary = [
         line
         for part, file in zip((*parts, *sets[: len(listings.validation)]), files, strict=True)
         for line in _described(part, file.tally)
     ]
-    keys = tuple(file.key for file in files[:count])
-    return Corpus(parts, sets, order, keys, tokenizer.eos_id, use, (*summary, *warning))
+    summary += [*gone_on.lines, *warning]
+    return Corpus(parts, sets, order, gone_on.sources, gone_on.absent, tokenizer.eos_id, use, tuple(summary))
 
 
 def _kept_clear(listings: Listings, protected: Sequence[Protection]) -> Listings:
@@ -266,17 +271,15 @@ def _refuse_malformed(listing: Listing, tally: Tally, settings: DataSettings) ->
         )
 
 
-def _part(listing: Listing, file: TokenFile, use: Use, hold_out: bool) -> Part:
+def _part(listing: Listing, file: TokenFile, use: Use) -> Part:
+    """With nothing held out."""
     whole = Part(listing.source.name, file.tokens, use.sequence_length, np.zeros(0, np.int64))
     if not whole.windows:
         raise DataError(
             f"data {listing.source.path}: {numbered(len(file.tokens), 'token')}, fewer than the "
             f"{use.sequence_length + 1} of one window: add text, or leave it out"
         )
-    if not hold_out or whole.windows < 2:
-        return whole
-    count = min(max(1, whole.windows // HELD_OUT_DIVISOR), HELD_OUT_MAX)
-    return Part(whole.name, whole.tokens, whole.length, _evenly(whole.windows, count))
+    return whole
 
 
 def _whole(part: Part) -> Part:
@@ -284,23 +287,39 @@ def _whole(part: Part) -> Part:
     return Part(part.name, part.tokens, part.length, np.arange(part.windows))
 
 
-def _evenly(count: int, chosen: int) -> np.ndarray:
-    """int64 (chosen,): from each of `chosen` equal stretches of 0 .. count - 1 its middle."""
-    return (2 * np.arange(chosen, dtype=np.int64) + 1) * count // (2 * chosen)
+def _go_on(
+    parts: Sequence[Part], files: Sequence[TokenFile], use: Use, hold_out: bool, on_progress: OnProgress
+) -> GoneOn:
+    """Reads the ids of sources whose digests are not known."""
+
+    def digest_of(file: TokenFile, windows: int) -> str:
+        read = (windows - 1) * use.sequence_length + 1
+        total = sum(file.tally.file_bytes for file in files)
+        return file.digest_of(read, lambda: on_progress(total, total)) if use.cursor_path else ""
+
+    texts = [
+        Text(
+            part.name,
+            file.key,
+            part.windows,
+            hold_out,
+            b"%d/%s" % (use.seed, part.name.encode()),
+            partial(digest_of, file),
+        )
+        for part, file in zip(parts, files, strict=False)
+    ]
+    return go_on(read_known(use.cursor_path), texts)
 
 
-def _spread(windows: np.ndarray, count_max: int) -> np.ndarray:
-    return windows if len(windows) <= count_max else windows[_evenly(len(windows), count_max)]
-
-
-def _order(
-    sources: Sequence[SourceSettings], parts: Sequence[Part], rehearsal_share: float, seed: int
-) -> WindowOrder:
-    counts = tuple(part.train_windows for part in parts)
+def _order(sources: Sequence[SourceSettings], seen: Sequence[Seen], rehearsal_share: float) -> WindowOrder:
+    courses = tuple(one.course for one in seen)
     shares = shares_of(
-        counts, [one.weight for one in sources], [one.rehearsal for one in sources], rehearsal_share
+        tuple(course.count for course in courses),
+        [one.weight for one in sources],
+        [one.rehearsal for one in sources],
+        rehearsal_share,
     )
-    return WindowOrder(counts, shares, tuple(b"%d/%s" % (seed, part.name.encode()) for part in parts))
+    return WindowOrder(courses, shares)
 
 
 def _refuse_too_small(

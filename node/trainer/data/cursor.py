@@ -15,7 +15,8 @@ An epoch's windows are those that follow its beginning, so a beginning is all th
 Nothing needs to be written at a beginning: if the trainer dies after it, the file still says where the last
 finished epoch ended, and that is where the epoch begins again.
 
-When the data change, the sources that stayed go on where they were; the others begin.
+When the data change, each source goes on as seen.py says. Epochs that had begun then begin anew where the
+last finished one ended, for their windows are others.
 
 Must not import torch.
 """
@@ -25,30 +26,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tapestry.node.trainer.data.order import Position, WindowOrder
+from tapestry.node.trainer.data.seen import CURSOR_VERSION, Seen, counts_of, read_cursor
 from tapestry.node.trainer.data.tokens import write_json
 
-CURSOR_VERSION = 1
 EPOCHS_KEPT = 256  # Guess: as many can be rolled back and still begin where they did
-CURSOR_BYTES_MAX = 16 << 20
 
 
 class Cursor:
-    """Beginnings of epochs. `source_keys` name the sources, in the order's order."""
+    """Beginnings of epochs. `sources` are those of the order, as they go on; `absent` is to be remembered."""
 
-    def __init__(self, path: Path, order: WindowOrder, source_keys: Sequence[str]) -> None:
-        """Takes up what the file says; one that is missing or damaged says nothing."""
+    def __init__(
+        self, path: Path, order: WindowOrder, sources: Sequence[Seen], absent: Sequence[Seen] = ()
+    ) -> None:
+        """Takes up what the file says; one that is missing, damaged or of other data says nothing."""
         self._path = path
         self._order = order
-        self._source_keys = list(source_keys)
-        self._key = _key(order, source_keys)
+        self._sources = sources
+        self._absent = absent
+        self._key = _key(order, sources)
         self._starts: dict[int, Position] = {}
         self._ends: dict[int, Position] = {}
-        self._next = order.start()
-        self._load(_read(path))
+        self._next = Position(tuple(one.count for one in sources), order.start().drawn)
+        self._load(read_cursor(path))
 
     def begin(self, epoch: int) -> Position:
         """Where the epoch begins: where it did before, or where the last finished one before it ended."""
@@ -73,6 +77,11 @@ class Cursor:
         write_json(self._path, self._plain())
 
     @property
+    def key(self) -> str:
+        """Equal keys, equal order of the same windows."""
+        return self._key
+
+    @property
     def passes(self) -> float:
         """Over the data, up to the end of the last finished epoch."""
         return self._order.passes(self._next)
@@ -82,7 +91,11 @@ class Cursor:
         return {
             "version": CURSOR_VERSION,
             "key": self._key,
-            "sources": self._source_keys,
+            "sources": [
+                replace(one, count=count).to_plain()
+                for one, count in zip(self._sources, self._next.seen, strict=True)
+            ],
+            "absent": [one.to_plain() for one in self._absent],
             "before": list(self._next.before),
             "next": list(self._next.drawn),
             "epochs": {
@@ -94,50 +107,40 @@ class Cursor:
 
     def _load(self, plain: dict[str, Any]) -> None:
         try:
-            if plain["version"] != CURSOR_VERSION:
+            key = _key_of_version_1(self._order, self._sources) if plain["version"] == 1 else self._key
+            if plain["key"] != key:
                 return
-            before, drawn = _counts(plain["before"]), _counts(plain["next"])
-            if plain["key"] == self._key:
-                position = Position(self._sized(before), self._sized(drawn))
-                epochs = {
-                    int(epoch): [Position(before, self._sized(_counts(one))) for one in both]
-                    for epoch, both in plain["epochs"].items()
-                }
-                self._next = position
-                self._starts = {epoch: start for epoch, (start, _) in epochs.items()}
-                self._ends = {epoch: end for epoch, (_, end) in epochs.items()}
-            else:
-                seen = Position(before, drawn).seen
-                known = dict(zip(plain["sources"], seen, strict=True))
-                nothing = self._order.start().drawn
-                self._next = Position(tuple(int(known.get(key, 0)) for key in self._source_keys), nothing)
+            before = self._sized(plain["before"])
+            if any(count < one.course.began for count, one in zip(before, self._sources, strict=True)):
+                raise ValueError("before the order began")
+            position = Position(before, self._sized(plain["next"]))
+            epochs = {
+                int(epoch): [Position(before, self._sized(one)) for one in both]
+                for epoch, both in plain["epochs"].items()
+            }
+            starts = {epoch: start for epoch, (start, _) in epochs.items()}
+            ends = {epoch: end for epoch, (_, end) in epochs.items()}
         except (ValueError, TypeError, KeyError, AttributeError):
-            self._starts, self._ends, self._next = {}, {}, self._order.start()
+            return
+        self._next, self._starts, self._ends = position, starts, ends
 
-    def _sized(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        if len(counts) != len(self._source_keys):
+    def _sized(self, plain: Any) -> tuple[int, ...]:
+        counts = counts_of(plain)
+        if len(counts) != len(self._sources):
             raise ValueError("of other sources")
         return counts
 
 
-def _key(order: WindowOrder, source_keys: Sequence[str]) -> str:
-    """Equal keys, equal order."""
-    keys = [key.hex() for key in order.keys]
-    value = [list(order.counts), list(order.shares), keys, list(source_keys)]
+def _key(order: WindowOrder, sources: Sequence[Seen]) -> str:
+    courses = [[one.key.hex(), one.sizes, one.start, one.number] for one in order.courses]
+    texts = [[one.windows, one.digest, one.holds_out, one.evenly] for one in sources]
+    return _digest([order.shares, courses, texts])
+
+
+def _key_of_version_1(order: WindowOrder, sources: Sequence[Seen]) -> str:
+    keys = [course.key.hex() for course in order.courses]
+    return _digest([order.counts, order.shares, keys, [one.key for one in sources]])
+
+
+def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _counts(plain: Any) -> tuple[int, ...]:
-    counts = tuple(plain)
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("not counts")
-    return counts
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(CURSOR_BYTES_MAX))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -19,7 +19,7 @@ class Feed:
     def __init__(self, corpus: Corpus, batch_size: int, cursor_path: Path) -> None:
         self._corpus = corpus
         self._batch_size = batch_size
-        self._cursor = Cursor(cursor_path, corpus.order, corpus.source_keys)
+        self._cursor = Cursor(cursor_path, corpus.order, corpus.seen, corpus.absent)
         self._latest: tuple[int, int, Position, Position] | None = (
             None  # epoch, step, its start, what follows
         )
@@ -37,6 +37,11 @@ class Feed:
     def finish(self, epoch: int, steps: int) -> None:
         """The epoch took so many steps. Raises OSError."""
         self._cursor.finish(epoch, steps * self._batch_size)
+
+    @property
+    def key(self) -> str:
+        """Equal keys, equal batches, also of processes that opened the data at different moments."""
+        return self._cursor.key
 
     @property
     def passes(self) -> float:

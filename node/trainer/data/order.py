@@ -1,10 +1,10 @@
 """In which order windows are seen: none twice before all of its source were seen once, for any number of
-epochs.
+epochs, also where the source grows meanwhile.
 
 Each pass over a source is a keyed permutation of its windows: a Feistel network over the next even number
 of bits, walked until it falls inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002,
-section 3). So the whole state of a pass is one counter; nothing is shuffled, stored or remembered, at any
-size.
+section 3). So the whole state of a pass is one counter, and another one for each time that the source has
+grown within the pass; nothing is shuffled or stored, at any size.
 
 Sources are mixed by their weights without chance: the next window comes from the source that is furthest
 behind its share. With weights in proportion to sizes, all sources end their passes at the same time.
@@ -61,6 +61,71 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    """The order of one source's training windows: pass after pass.
+
+    A source that grows within a pass, when `place` windows of it have come, has its new windows mixed with
+    those that have not come: a permutation of the numbers from `place` to `count` - 1 gives for each number
+    either a new window, or the number in whose turn an older window would have come. So each window comes
+    once in the pass, however often the source grows.
+    """
+
+    key: bytes
+    sizes: tuple[tuple[int, int], ...]  # (place in the pass, windows from there on), both rising, from 0 on
+    start: int = 0  # windows that came before this pass
+    number: int = 0  # of this pass
+
+    @classmethod
+    def of(cls, key: bytes, count: int) -> Course:
+        """Of so many windows, from the beginning."""
+        return cls(key, ((0, count),))
+
+    @property
+    def count(self) -> int:
+        """How many windows there are."""
+        return self.sizes[-1][1]
+
+    @property
+    def began(self) -> int:
+        """How many windows had come when it became what it is: it has no earlier numbers."""
+        return self.start + self.sizes[-1][0]
+
+    def windows(
+        self,
+        numbers: np.ndarray,  # int64 (k,): which windows come: the first is 0; from `began` on
+    ) -> np.ndarray:  # int64 (k,)
+        passes, places = np.divmod(numbers - self.start, self.count)
+        windows = np.empty_like(places)
+        for nth in np.unique(passes).tolist():
+            windows[passes == nth] = self._of_pass(nth, places[passes == nth])
+        return windows
+
+    def grown(self, seen: int, count: int) -> Course:
+        """With `count` windows, of which the first are those of now, from the `seen`-th that comes on."""
+        if count == self.count:
+            return self
+        passes, place = divmod(seen - self.start, self.count)
+        sizes = self.sizes if not passes else ((0, self.count),)
+        sizes = (*(one for one in sizes if one[0] < place), (place, count))
+        return Course(self.key, sizes, self.start + passes * self.count, self.number + passes)
+
+    def anew(self, seen: int, count: int) -> Course:
+        """Of other windows, after so many of these: a new pass, in an order of its own."""
+        begun = -(-(seen - self.start) // self.count)
+        return Course(self.key, ((0, count),), seen, self.number + begun)
+
+    def _of_pass(self, nth: int, places: np.ndarray) -> np.ndarray:
+        """Of the `nth` pass after this one; int64 (k,) -> int64 (k,)."""
+        key = self.key + b"/%d" % (self.number + nth)
+        windows = places
+        for growth, (place, count) in reversed([*enumerate(self.sizes if not nth else ((0, self.count),))]):
+            permutation = Permutation(count - place, key + b"/%d" % growth if growth else key)
+            older = windows < count  # all at first; then those that are not new since
+            windows[older] = place + permutation(windows[older] - place)
+        return windows
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """How many windows of each source came before: all there is to remember."""
 
@@ -76,12 +141,16 @@ class Position:
 class WindowOrder:
     """The order of the training windows of several sources."""
 
-    counts: tuple[int, ...]  # windows of each source
+    courses: tuple[Course, ...]  # of each source
     shares: tuple[int, ...]  # how often each is drawn, relative to the others; integers, so that they add up
-    keys: tuple[bytes, ...]  # of each source's permutations
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training windows of each source."""
+        return tuple(course.count for course in self.courses)
 
     def start(self) -> Position:
-        nothing = (0,) * len(self.counts)
+        nothing = (0,) * len(self.courses)
         return Position(nothing, nothing)
 
     def draw(self, position: Position, count: int) -> tuple[list[tuple[int, int]], Position]:
@@ -116,15 +185,12 @@ class WindowOrder:
         return behind.index(max(behind))
 
     def _permuted(self, chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Each number within its pass as the window that stands there."""
+        """Each number as the window that comes then."""
         permuted = list(chosen)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for place, (source, number) in enumerate(chosen):
-            groups.setdefault((source, number // self.counts[source]), []).append(place)
-        for (source, nth_pass), places in groups.items():
-            permutation = Permutation(self.counts[source], self.keys[source] + b"/%d" % nth_pass)
-            numbers = np.array([chosen[place][1] % self.counts[source] for place in places], dtype=np.int64)
-            for place, window in zip(places, permutation(numbers).tolist(), strict=True):
+        for source, course in enumerate(self.courses):
+            places = [place for place, (one, _) in enumerate(chosen) if one == source]
+            numbers = np.array([chosen[place][1] for place in places], dtype=np.int64)
+            for place, window in zip(places, course.windows(numbers).tolist(), strict=True):
                 permuted[place] = (source, window)
         return permuted
 

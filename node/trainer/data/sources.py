@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ ELSEWHERE = "elsewhere than when the node was started, start it again to have th
 LEADS_OUT = "links that lead out of the folder, not followed"
 
 AnySource = SourceSettings | ValidationSettings
+OnFile = Callable[[], None]
 Asked = Mapping[str, tuple[str, ...]]  # the real paths at which a source was asked about, by its path
 
 
@@ -72,18 +73,23 @@ class Listings:
     validation: tuple[Listing, ...]
 
 
-def list_data(settings: DataSettings, located: Iterable[Located] | None = None) -> Listings:
+def list_data(
+    settings: DataSettings,
+    located: Iterable[Located] | None = None,
+    on_file: Callable[[], None] = lambda: None,
+) -> Listings:
     """Every file once: a validation set's files are not trained on. Raises DataError.
 
     `located`: where each source was asked about. What lies elsewhere by now is not opened, and left out.
-    None: whoever calls has nobody to ask.
+    None: whoever calls has nobody to ask. `on_file` is called before each file of a folder is looked at, and
+    may raise: a million of them can take an hour.
     """
     if not settings.source:
         raise DataError("no data given: name files or folders of text with --data, or --data stdlib")
     taken: set[str] = set()
     asked = None if located is None else {one.path: one.real for one in located}
-    validation = tuple(_listing(one, taken, "--validation", asked) for one in settings.validation)
-    sources = tuple(_listing(one, taken, "--data", asked) for one in settings.source)
+    validation = tuple(_listing(one, taken, "--validation", asked, on_file) for one in settings.validation)
+    sources = tuple(_listing(one, taken, "--data", asked, on_file) for one in settings.source)
     for one in [*validation, *sources]:
         _refuse_mostly_left_out(one, settings)
     return Listings(sources, validation)
@@ -153,11 +159,11 @@ def files_below(root: str, tally: Tally) -> list[str]:
     return sorted(_walk(root, False, root, tally))
 
 
-def _listing(source: AnySource, taken: set[str], flag: str, asked: Asked | None) -> Listing:
+def _listing(source: AnySource, taken: set[str], flag: str, asked: Asked | None, on_file: OnFile) -> Listing:
     tally = Tally()
     where = f"{flag} {source.path}"
     try:
-        files = tuple(_once(_files_of(source, tally, where, asked), taken, tally))
+        files = tuple(_once(_files_of(source, tally, where, asked, on_file), taken, tally))
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such file or folder") from None
     except OSError as error:
@@ -193,14 +199,18 @@ def _once(files: Iterator[SourceFile], taken: set[str], tally: Tally) -> Iterato
         yield file
 
 
-def _files_of(source: AnySource, tally: Tally, where: str, asked: Asked | None) -> Iterator[SourceFile]:
+def _files_of(
+    source: AnySource, tally: Tally, where: str, asked: Asked | None, on_file: OnFile
+) -> Iterator[SourceFile]:
     stdlib, on_hub = STDLIB.fullmatch(source.path), HUB.fullmatch(source.path)
     if stdlib:
         return iter(_stdlib_files(where, stdlib))
     if on_hub:
         folder = hub.folder_of(on_hub["id"], on_hub["revision"])
         source = replace(source, follow_links=False)  # its links lead to its own blobs
-        return _folder_files(str(folder), source, tally, str(folder.parent.parent), None, one_split=True)
+        return _folder_files(
+            str(folder), source, tally, str(folder.parent.parent), None, on_file, one_split=True
+        )
     if source.path.startswith(("stdlib:", "hub:")):
         raise DataError(f"{where}: write stdlib:K/N, or hub:OWNER/NAME and perhaps @REVISION")
     mode = os.stat(source.path).st_mode
@@ -209,7 +219,7 @@ def _files_of(source: AnySource, tally: Tally, where: str, asked: Asked | None) 
     if places is not None and not _lies_in(real, places):
         raise DataError(f"{where}: it leads to {real}, {ELSEWHERE}")
     if stat.S_ISDIR(mode):
-        return _folder_files(source.path, source, tally, source.path, places)
+        return _folder_files(source.path, source, tally, source.path, places, on_file)
     if not stat.S_ISREG(mode):
         raise DataError(f"{where}: neither a file nor a folder")
     return iter([replace(_single_file(source, where), real=real)])
@@ -270,12 +280,14 @@ def _folder_files(
     tally: Tally,
     within: str,
     places: Container[str] | None,  # where it was asked about
+    on_file: OnFile,
     one_split: bool = False,
 ) -> Iterator[SourceFile]:
     paths = list(_paths_in(root, source, tally, within))
     if one_split:
         paths = _train_split(root, paths, tally)
     for path in paths:
+        on_file()
         real = os.path.realpath(path)
         if places is not None and not _lies_in(real, places):
             tally.leave_out(ELSEWHERE, path, 0)

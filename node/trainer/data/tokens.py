@@ -4,7 +4,8 @@ Each source has one file of ids, uint16 or uint32 by the vocabulary; every docum
 is a digest of everything that the ids depend on: the tokenizer, how the source is read, and path, size and
 time of each file. The file grows under another name; every PART_TOKENS ids it is synced and its length
 noted together with the place in the text, and a start that finds such a note goes on from there. To find
-the place it reads the text of the current file again, but does not tokenize it, which is what takes time.
+the place it reads, and judges, the text of the current file again, but does not tokenize it, which is what
+takes time.
 
 One process at a time builds in a folder: a lock, which the kernel drops with whoever held it. The files are
 this member's text in another form, so only their owner may read them.
@@ -49,9 +50,26 @@ class TokenFile:
     key: str
     tokens: np.ndarray  # uint16 or uint32 (count,)
     tally: Tally
+    manifest: Path  # keeps digests that were asked for
+
+    def digest_of(self, count: int, on_part: Callable[[], None]) -> str:
+        """Of the first `count` ids. `on_part` is called as it gets on, and may raise."""
+        noted = _read_json(self.manifest)
+        digests = noted.get("digests", {})
+        if str(count) in digests:
+            return str(digests[str(count)])
+        hasher = hashlib.blake2b(digest_size=16)
+        for start in range(0, count, PART_TOKENS):
+            on_part()
+            hasher.update(np.ascontiguousarray(self.tokens[start : min(start + PART_TOKENS, count)]).data)
+        if noted:
+            with contextlib.suppress(OSError):  # then it is made again
+                write_json(self.manifest, {**noted, "digests": {**digests, str(count): hasher.hexdigest()}})
+        return hasher.hexdigest()
 
 
-# Bytes of files done so far of this source. Called every BATCH_CHARS; may raise to end the work.
+# Bytes of files done so far of this source. Called for each piece and whenever a text is judged, also while a
+# start that goes on finds its place; may raise to end the work.
 OnProgress = Callable[[int], None]
 
 
@@ -77,7 +95,7 @@ def tokenize(
     except OSError as error:
         raise DataError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
     check(tally)
-    return TokenFile(key, _mapped(build.done_path, build.dtype), tally)
+    return TokenFile(key, _mapped(build.done_path, build.dtype), tally, build.manifest)
 
 
 def source_key(listing: Listing, tokenizer: Tokenizer) -> str:
@@ -119,7 +137,7 @@ class _Build:
     ) -> None:
         self.done_path = cache_dir / f"tokens-{key}.bin"
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self._manifest = cache_dir / f"tokens-{key}.manifest"
+        self.manifest = cache_dir / f"tokens-{key}.manifest"
         self._part = cache_dir / f"tokens-{key}.part"
         self._progress = cache_dir / f"tokens-{key}.progress"
         self._listing = listing
@@ -129,11 +147,12 @@ class _Build:
         self._check = check
         self._eos = np.array([tokenizer.eos_id], dtype=self.dtype)
         self._done_bytes = 0  # of whole files
+        self._told_bytes = 0
         self._noted = 0  # tokens
 
     def finished_tally(self) -> Tally | None:
         """Of a complete file of ids; None where there is none, or one that does not fit its manifest."""
-        manifest = _read_json(self._manifest)
+        manifest = _read_json(self.manifest)
         try:
             if self.done_path.stat().st_size != manifest["tokens"] * self.dtype.itemsize:
                 return None
@@ -146,11 +165,17 @@ class _Build:
         self._note(replace(place, tally=place.tally or tally.to_plain()))
         with (
             open(os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as out,
-            judge_of(self._listing.domains) as judge,
+            judge_of(self._listing.domains) as judged,
         ):
+
+            def judge(text: str) -> str:
+                self._on_progress(self._told_bytes)  # a program may need a second for each text
+                return judged(text)
+
             out.truncate(place.tokens * self.dtype.itemsize)
             out.seek(0, os.SEEK_END)
             for number, file in enumerate(self._listing.files):
+                self._told_bytes = self._done_bytes
                 if number >= place.file:
                     place = self._write_file(
                         replace(place, file=number, tally=tally.to_plain()), tally, out, judge
@@ -165,7 +190,7 @@ class _Build:
                 f"the ids of {self._listing.source.path} were removed while they were made, for a source was "
                 "revoked: start again; tapestry data list says without which"
             ) from None
-        write_json(self._manifest, {**manifest, "tally": tally.to_plain()})
+        write_json(self.manifest, {**manifest, "tally": tally.to_plain()})
         self._progress.unlink(missing_ok=True)
         return tally
 
@@ -184,9 +209,11 @@ class _Build:
     def _write_file(self, place: _Place, tally: Tally, out: BinaryIO, judge: Judge) -> _Place:
         """The rest of one file, from the place on; the place at its end."""
         batch: list[Piece] = []
-        chars = seen_chars = pieces = 0
+        chars = seen_chars = pieces = 0  # of the batch; of the file
         for piece in _clear_pieces(self._listing, place.file, tally, judge):
             pieces += 1
+            seen_chars += len(piece[0])
+            self._tell(place.file, seen_chars)
             _count(piece, tally, self._listing.files[place.file].path)
             if pieces <= place.pieces:
                 continue
@@ -194,12 +221,9 @@ class _Build:
             chars += len(piece[0])
             if chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
                 place = self._write_batch(replace(place, pieces=pieces), batch, out)
-                seen_chars += chars
-                self._tell(place.file, seen_chars)
                 self._check_on_the_way(tally)
                 batch, chars = [], 0
         place = self._write_batch(replace(place, pieces=pieces), batch, out)
-        self._tell(place.file, seen_chars + chars)
         return replace(place, file=place.file + 1, pieces=0)
 
     def _write_batch(self, place: _Place, batch: list[Piece], out: BinaryIO) -> _Place:
@@ -229,7 +253,8 @@ class _Build:
 
     def _tell(self, file: int, chars: int) -> None:
         """Of a packed file nobody knows how far one is in it; by the characters, at most to its end."""
-        self._on_progress(self._done_bytes + min(chars, self._listing.files[file].size_bytes))
+        self._told_bytes = self._done_bytes + min(chars, self._listing.files[file].size_bytes)
+        self._on_progress(self._told_bytes)
 
     def _check_on_the_way(self, tally: Tally) -> None:
         """A hundred gigabytes without the field are not read to their end. Not for the first few rows."""
@@ -242,7 +267,7 @@ class _Build:
         A trainer that has one mapped keeps it until it closes it.
         """
         for path, noted in _noted_in(self.done_path.parent):
-            if path == self._manifest:
+            if path == self.manifest:
                 continue
             if noted.get("version") != CACHE_VERSION or noted.get("owner") == self._owner:
                 with contextlib.suppress(OSError):

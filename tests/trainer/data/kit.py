@@ -27,8 +27,9 @@ def corpus_of(
     tokenizer: Tokenizer | None = None,
     windows_per_epoch: int = 1,
     attend: bool = True,
+    cursor: Path | None = None,
 ) -> Corpus:
-    use = Use(LENGTH, windows_per_epoch, seed=7, attend_across_documents=attend)
+    use = Use(LENGTH, windows_per_epoch, 7, attend, cursor)
     return open_corpus(settings, tokenizer or ByteTokenizer(), cache, use)
 
 

@@ -13,15 +13,28 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tapestry.node.trainer.data import cursor as cursor_module
 from tapestry.node.trainer.data import tokens
 from tapestry.node.trainer.data.cursor import Cursor
-from tapestry.node.trainer.data.order import Position, WindowOrder
+from tapestry.node.trainer.data.order import Course, Position, WindowOrder
+from tapestry.node.trainer.data.seen import Seen, Text, go_on, read_known
 
-ORDER = WindowOrder((50, 7), (50, 7), (b"a", b"b"))
-KEYS = ("first", "second")
+WINDOWS = {"first": 50, "second": 7}
+ORDER = WindowOrder((Course.of(b"first", 50), Course.of(b"second", 7)), (50, 7))
 BATCH = 4
 
 
-def _cursor(folder: Path, order: WindowOrder = ORDER, keys: tuple[str, ...] = KEYS) -> Cursor:
-    return Cursor(folder / "trainer" / "cursor.json", order, keys)
+def _cursor(folder: Path, **windows: int) -> Cursor:
+    """Of sources with so many windows each, as they go on."""
+    path = folder / "trainer" / "cursor.json"
+    texts = [_text(name, count) for name, count in (windows or WINDOWS).items()]
+    gone_on = go_on(read_known(path), texts)
+    return Cursor(path, _order(gone_on.sources), gone_on.sources, gone_on.absent)
+
+
+def _text(name: str, windows: int) -> Text:
+    return Text(name, f"{name} {windows}", windows, False, name.encode(), lambda count: f"{name} {count}")
+
+
+def _order(sources: tuple[Seen, ...]) -> WindowOrder:
+    return WindowOrder(tuple(one.course for one in sources), tuple(one.course.count for one in sources))
 
 
 def test_epochs_follow_one_another_across_a_restart(tmp_path: Path) -> None:
@@ -69,15 +82,34 @@ def test_a_source_that_stays_goes_on_and_a_new_one_begins(tmp_path: Path) -> Non
     one.begin(0)
     one.finish(0, 30)
     seen = ORDER.advance(ORDER.start(), 30).seen
-    grown = WindowOrder((7, 90), (7, 90), (b"b", b"c"))
-    other = _cursor(tmp_path, grown, ("second", "third"))
+    other = _cursor(tmp_path, second=7, third=90)
     assert other.begin(1) == Position((seen[1], 0), (0, 0))
     other.finish(1, 10)
-    assert _cursor(tmp_path, grown, ("second", "third")).begin(1) == Position((seen[1], 0), (0, 0))
+    assert _cursor(tmp_path, second=7, third=90).begin(1) == Position((seen[1], 0), (0, 0))
+
+
+def test_a_source_that_was_left_out_for_a_while_goes_on(tmp_path: Path) -> None:
+    one = _cursor(tmp_path)
+    one.begin(0)
+    one.finish(0, 30)
+    seen = ORDER.advance(ORDER.start(), 30).seen
+    for epoch in (1, 2):
+        without = _cursor(tmp_path, second=7)
+        without.begin(epoch)
+        without.finish(epoch, 3)
+    assert _cursor(tmp_path).begin(3) == Position((seen[0], seen[1] + 6), (0, 0))
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[]", b"{", b'{"version": 1}', b'{"version": 1, "key": 5, "before": [0], "next": ["x"]}']
+    "damage",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"version": 1}',
+        b'{"version": 1, "key": 5, "before": [0], "next": ["x"]}',
+        b'{"version": 2, "sources": [{"sizes": []}]}',
+    ],
 )
 def test_a_damaged_file_says_nothing(tmp_path: Path, damage: bytes) -> None:
     one = _cursor(tmp_path)
@@ -96,7 +128,7 @@ def test_the_file_is_private_small_and_bounded(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "trainer" / "cursor.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(json.loads(path.read_text())["epochs"]) == ["16", "17", "18", "19"]
-    assert path.stat().st_size < 600
+    assert path.stat().st_size < 1000
 
 
 class Life(RuleBasedStateMachine):

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapestry.node.trainer.data.order import Permutation, WindowOrder, shares_of
+from tapestry.node.trainer.data.order import Course, Permutation, WindowOrder, shares_of
 
 
 def _order(counts: list[int], weights: list[float] | None = None) -> WindowOrder:
     weights = weights or [1.0] * len(counts)
     shares = shares_of(counts, weights, [False] * len(counts), 0.0)
-    return WindowOrder(tuple(counts), shares, tuple(b"key %d" % i for i in range(len(counts))))
+    return WindowOrder(
+        tuple(Course.of(b"key %d" % index, count) for index, count in enumerate(counts)), shares
+    )
 
 
 @settings(deadline=None)
@@ -84,11 +86,50 @@ def test_with_weights_each_source_is_still_seen_whole_before_any_of_it_twice(
 def test_weights_say_how_often_and_rehearsal_how_large_a_share() -> None:
     counts = [100, 100, 1000]
     assert shares_of(counts, [1.0, 1.0, 1.0], [False] * 3, 0.0) == tuple(counts)
-    order = WindowOrder(
-        tuple(counts), shares_of(counts, [1.0, 2.0, 1.0], [False, False, True], 0.1), (b"a", b"b", b"c")
-    )
+    order = WindowOrder(_order(counts).courses, shares_of(counts, [1.0, 2.0, 1.0], [False, False, True], 0.1))
     drawn, _ = order.draw(order.start(), 1000)
     assert Counter(source for source, _ in drawn) == {0: 300, 1: 600, 2: 100}
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 90), st.integers(0, 40)), max_size=6))
+def test_in_a_pass_each_window_comes_once_however_often_the_source_grows(
+    count: int, growths: list[tuple[int | None, int]]
+) -> None:
+    course, seen = Course.of(b"key", count), 0
+    passes: dict[int, list[int]] = {}
+    for drawn, more in [*growths, (None, 0)]:
+        if drawn is None:
+            drawn = -(seen - course.start) % course.count  # to the end of a pass
+        numbers = np.arange(seen, seen + drawn)
+        for number, window in zip(numbers.tolist(), course.windows(numbers).tolist(), strict=True):
+            passes.setdefault(course.number + (number - course.start) // course.count, []).append(window)
+        seen += drawn
+        course = course.grown(seen, course.count + more)
+    assert list(passes) == list(range(len(passes)))
+    assert all(len(set(windows)) == len(windows) for windows in passes.values())
+    assert all(sorted(windows) == list(range(len(windows))) for windows in passes.values())
+
+
+def test_a_source_that_grew_gives_in_the_pass_just_what_had_not_come() -> None:
+    course = Course.of(b"key", 1000)
+    first = course.windows(np.arange(400)).tolist()
+    course = course.grown(400, 1050)
+    second = course.windows(np.arange(400, 500)).tolist()
+    course = course.grown(500, 1300)
+    third = course.windows(np.arange(500, 1300)).tolist()
+    assert sorted([*first, *second, *third]) == list(range(1300))
+    assert 2 <= sum(window >= 1000 for window in second) <= 30  # mixed in: 100 * 50 / 650 are to be expected
+    assert course.windows(np.arange(500, 1300)[300:310]).tolist() == third[300:310]
+
+
+def test_an_order_that_begins_anew_is_another_one() -> None:
+    course = Course.of(b"key", 100)
+    orders = [course.windows(np.arange(20)).tolist()]
+    for seen in (20, 40):
+        course = course.anew(seen, 100)
+        orders.append(course.windows(np.arange(seen, seen + 20)).tolist())
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_nothing_cannot_be_permuted() -> None:

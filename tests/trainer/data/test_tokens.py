@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from trainer.data.kit import LENGTH, corpus_of, documents_of, settings_of, write_jsonl
 
+from tapestry.node.spec.data import Domain, Protection
 from tapestry.node.trainer.data import files, tokens
 from tapestry.node.trainer.data.corpus import Use, open_corpus
 from tapestry.node.trainer.data.errors import DataError
@@ -92,6 +93,43 @@ def test_a_killed_tokenization_goes_on_where_its_last_part_ended(
     assert resumed.summary == whole.summary  # rows are not counted twice
     assert second.chars <= max(total - dies_after, 0) + 64 + 3 * 48  # a part, and what a batch holds
     assert sorted(path.suffix for path in (tmp_path / "cache").glob("tokens-*")) == [".bin", ".manifest"]
+
+
+def test_a_start_that_finds_its_place_shows_life_at_every_text_that_is_judged(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that needs 20 ms a text judges again what is in the ids already: that may take longer than a
+    silent trainer is waited for."""
+    path = write_jsonl(tmp_path / "a.jsonl", [f"some text {number}" for number in range(60)])
+    settings, cache, use = settings_of(f"{path}:text"), tmp_path / "cache", Use(LENGTH, 1, seed=7)
+    protected = [Protection(settings.source[0].path, (Domain("health", ("some",)),))]  # all of it is dropped
+    with pytest.raises(Killed):
+        corpus_of(settings, cache, Counting(600))
+    life: list[str] = []
+
+    class Watching(ByteTokenizer):
+        def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+            life.append("tokenized")
+            return super().encode_batch(texts)
+
+    def shown(done: int, total: int) -> None:
+        life.append("shown")
+
+    open_corpus(settings, Watching(), cache, use, shown)
+    assert life.index("tokenized") >= 40
+    life.clear()
+    with pytest.raises(DataError, match="fewer than"):
+        open_corpus(settings, Watching(), cache, use, shown, protected)
+    assert life.count("shown") >= 2 * 60
+
+
+def test_a_folder_shows_life_at_each_of_its_files_before_any_is_read(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.bin").write_bytes(b"\0")
+    (tmp_path / "a.txt").write_text("text")
+    shown: list[int] = []
+    list_data(settings_of(tmp_path, left_out_max=1.0), on_file=lambda: shown.append(1))
+    assert len(shown) == 11
 
 
 def test_progress_rises_to_all_the_bytes(tmp_path: Path, small_parts: None) -> None:

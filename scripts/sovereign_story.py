@@ -31,6 +31,8 @@ TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
 WAIT_S = 900.0  # for the base to come so far, on a machine that others use
 COMMAND_S = 900.0
 PAIRS = 800
+PROMPT_BYTES = 20  # of the 31 ids that nano reads: the rest is the completion's
+HELD_OUT_SHARE = 0.25  # 200 pairs: with few of them chance alone decides about 95 %
 
 
 class Failed(Exception):
@@ -68,8 +70,10 @@ def _tell(place: Path, homes: Sequence[Path], epochs: int, steps: int) -> None:
         f"three members have made {epochs} epochs, each from its own text: {', '.join(t.name for t in texts)}"
     )
     pairs = _pairs(texts[0], place)
+    recipe_file = place / "recipe.toml"
+    recipe_file.write_text(f"held_out_share = {HELD_OUT_SHARE}\n")
     recipe = ("--stage", "sft", "--method", "full", "--data", pairs, "--steps", steps, "--lr", "1e-3")
-    recipe += ("--declare", DECLARATION)
+    recipe += ("--recipe", recipe_file, "--declare", DECLARATION)
     derive_s, _ = _timed("derive", "ours", "--home", ours, *recipe)
     _until(ours, _epoch(ours) + epochs)
     rebase_s, said = _timed("rebase", "ours", "--home", ours, check=False)
@@ -109,14 +113,13 @@ def _found(homes: Sequence[Path], texts: Sequence[Text]) -> None:
 
 
 def _pairs(text: Text, place: Path) -> Path:
-    """Two lines of the member's own code as the prompt, and the next one: how such code goes on."""
+    """A short line of the member's own code as the prompt, and the next one: how such code goes on."""
     rows = []
     for path in sorted(text.folder.rglob("*")):
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        for start in range(0, len(lines) - 3, 3):
-            prompt, completion = "\n".join(lines[start : start + 2]) + "\n", lines[start + 2]
-            if len(prompt) + len(completion) < 100:
-                rows.append({"prompt": prompt, "completion": completion})
+        for line, following in zip(lines[::2], lines[1::2], strict=False):
+            if len(line.encode()) < PROMPT_BYTES:
+                rows.append({"prompt": line + "\n", "completion": following})
     out = place / "pairs.jsonl"
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:PAIRS]))
     return out
@@ -129,7 +132,10 @@ def _report(home: Path, derive_s: float, rebase_s: float, said: str) -> bool:
     old, new = ours["versions"]
     base, before, after = (side["value"] for side in _losses(old, new))
     kept = (base - after) / (base - before)
-    print(f"held-out loss: old base {base:.4f}, derivative {before:.4f}, rebased {after:.4f}")
+    count = new["report"][0]["count"]
+    print(
+        f"loss on {count} held-out bytes: old base {base:.4f}, derivative {before:.4f}, rebased {after:.4f}"
+    )
     moved = new["parent"]["epoch"] - old["parent"]["epoch"]
     new_base = new["base_report"][0]["value"]
     over = (new_base - after) / (base - before)

@@ -16,7 +16,7 @@ from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
-from tapestry.node.sovereign.recipe import load_recipe, recipe_paths
+from tapestry.node.sovereign.recipe import REPAIR_SHARE, load_recipe, recipe_paths
 from tapestry.node.spec.declared import BASE, READ, require, today_utc
 from tapestry.node.spec.tables import plain
 
@@ -142,7 +142,7 @@ def evaluate(
 @click.option(
     "--repair",
     type=click.FloatRange(0.0, 1.0),
-    default=0.05,
+    default=REPAIR_SHARE,
     show_default=True,
     metavar="SHARE",
     help="Steps of training afterwards, as a share of those it took. 0: none.",

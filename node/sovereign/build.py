@@ -65,7 +65,7 @@ from tapestry.node.sovereign.plans import (
     write_plan,
     write_trained,
 )
-from tapestry.node.sovereign.recipe import Recipe, recipe_paths
+from tapestry.node.sovereign.recipe import REPAIR_SHARE, Recipe, recipe_paths
 from tapestry.node.sovereign.rows import Prepared, prepare
 from tapestry.node.sovereign.standing import Uses, asking, begun_with, behind, joined, kept, of_recipe
 from tapestry.node.sovereign.suite import Suite
@@ -76,8 +76,6 @@ from tapestry.node.spec.node import sources_for
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.weights import weights_digest
 from tapestry.node.trainer.tokenizers.api import TokenizerError
-
-REPAIR_SHARE = 0.05  # of the steps of its first training; guess: DESIGN's bound is 10 % of making it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ def rebase(
         uses = joined(repair, behind(shelf, name, version))
         told = asking(home, uses, told)
         place = folder / f"v{derivative.next_number}"
-        steps = max(1, round(repair_share * _steps_behind(shelf, version))) if repair_share else 0
+        steps = max(1, int(repair_share * _steps_behind(shelf, version))) if repair_share else 0
         made_of = (f"{name}:{version.number}",)
         asked = {"made_of": made_of, "transplant": how, "steps": steps}
         plan = begun(place, "rebase", restart, epoch, "--onto", **asked)
@@ -468,7 +466,8 @@ def _train_on(
     out.mkdir()
     steps = plan.steps or steps_of(plan.recipe, prepared.examples)
     start, spent = _rows_first(place, start, prepared, plan, length, rows, told)
-    trained = spent + train(start, prepared, plan.recipe, length, place / "work", out, told, steps)
+    work, is_repair = place / "work", bool(plan.steps)
+    trained = spent + train(start, prepared, plan.recipe, length, work, out, told, steps, is_repair=is_repair)
     for path in sorted(out.iterdir()):
         remove(place / path.name)
         path.rename(place / path.name)

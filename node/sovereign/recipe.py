@@ -31,6 +31,11 @@ _LR: dict[tuple[str, str], float] = {
 }
 
 
+# Of a rebase, as a share of the steps of its first training: as many as stay below a tenth of making it again
+# (docs/learning.md, "What a repair needs").
+REPAIR_SHARE = 0.09
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One stage of training on a base."""

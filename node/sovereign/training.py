@@ -56,6 +56,7 @@ def train(
     progress: Told,
     steps: int = 0,  # 0: as the recipe says; a repair is shorter
     rows: Sequence[int] = (),  # of own tokens: train these rows alone
+    is_repair: bool = False,  # of a model that is almost there
 ) -> Trained:
     """Train and write the model. Raises UserError; on Ctrl-C what was saved stays in `work`."""
     require_extra()
@@ -67,7 +68,8 @@ def train(
     with _quietly():
         model = load_base(base, torch.float32)
         dataset = _dataset(prepared, recipe, work)
-        trainer = _trainer(model, dataset, base, recipe, rows, sequence_length, work, total)
+        common = _common(recipe, sequence_length, work, total, is_repair)
+        trainer = _trainer(model, dataset, base, recipe, rows, common)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_teller(progress, total, clock))
         try:
@@ -125,9 +127,7 @@ def _trainer(
     base: Path,
     recipe: Recipe,
     rows: Sequence[int],
-    length: int,
-    work: Path,
-    total: int,
+    common: dict[str, Any],
 ) -> Any:
     import trl
     from transformers import AutoTokenizer
@@ -141,9 +141,8 @@ def _trainer(
             "transformers", (), "", 1, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha
         )
         peft_config = lora_config(model, settings)
-    common = _common(recipe, length, work, total)
     if rows:
-        common["weight_decay"] = 0.0  # it would change the other rows
+        common = common | {"weight_decay": 0.0}  # it would change the other rows
     if recipe.stage == "dpo":
         return trl.DPOTrainer(
             model,
@@ -183,8 +182,12 @@ def _train_rows_alone(model: Any, rows: Sequence[int]) -> None:
         hooked.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
 
 
-def _common(recipe: Recipe, length: int, work: Path, total: int) -> dict[str, Any]:
-    """What both trainers are told. Nothing is reported anywhere: no tracker, no hub."""
+def _common(recipe: Recipe, length: int, work: Path, total: int, is_repair: bool) -> dict[str, Any]:
+    """What both trainers are told. Nothing is reported anywhere: no tracker, no hub.
+
+    A first training's rate rises and falls by a cosine. A repair's stays at the highest of that: with so few
+    steps, half of what they could do is lost under a cosine (docs/learning.md, "What a repair needs").
+    """
     bf16 = recipe.precision == "bf16" or (
         recipe.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )
@@ -195,8 +198,8 @@ def _common(recipe: Recipe, length: int, work: Path, total: int) -> dict[str, An
         "gradient_accumulation_steps": recipe.accumulation,
         "max_steps": total,
         "learning_rate": recipe.learning_rate,
-        "warmup_steps": int(recipe.warmup_share * total),
-        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0 if is_repair else int(recipe.warmup_share * total),
+        "lr_scheduler_type": "constant" if is_repair else "cosine",
         "weight_decay": recipe.weight_decay,
         "bf16": bf16,
         "gradient_checkpointing": recipe.gradient_checkpointing,

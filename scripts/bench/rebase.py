@@ -46,7 +46,7 @@ from tapestry.compression.reduce import reduce_shard
 from tapestry.node.lineage.adopt import adopt
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
-from tapestry.node.sovereign.recipe import Recipe
+from tapestry.node.sovereign.recipe import REPAIR_SHARE, Recipe
 from tapestry.node.spec.declared import append, parse_declaration
 from tapestry.node.spec.recipe import recipe as as_init_writes
 from tapestry.node.spec.run import RunSpec
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="windows of its step")
     parser.add_argument("--own-bytes", type=int, default=500_000, help="text of a derivative")
     parser.add_argument(
-        "--rebases", nargs="+", default=["task:0", f"task:{build.REPAIR_SHARE}"], metavar="WAY:REPAIR"
+        "--rebases", nargs="+", default=["task:0", f"task:{REPAIR_SHARE}"], metavar="WAY:REPAIR"
     )
     parser.add_argument("--folder", help="where homes are made: 5 GB; default: the temporary folder")
     parser.add_argument("--json", type=Path)

@@ -240,12 +240,30 @@ def test_a_rebase_stands_on_the_new_base_keeps_the_gain_and_both_versions(
 ) -> None:
     with pytest.raises(UserError, match=r"stands on epoch 2 of a run .* already"):
         build.rebase(made.home, "squares", 2, Transplant(), told=_quiet)
-    built = build.rebase(made.home, "squares", None, Transplant(), repair_share=0.1, told=_quiet)
+    built = build.rebase(made.home, "squares", None, Transplant(), told=_quiet)
     version = built.version
     assert (version.number, version.parent.epoch, version.steps) == (2, made.chain.epoch, 1)
     assert version.promoted and any("of the gain of the version before" in line for line in version.reasons)
     assert squares.folder.exists() and built.derivative.current == 2
     assert built.derivative.version(1) == squares.version
+
+
+def test_a_repair_stays_at_the_highest_rate_of_the_first_training(made: MadeHome) -> None:
+    """Of adapters as well. Of a cosine of a few steps the last ones would do nothing."""
+    build.derive(made.home, "level", replace(_recipe(made, "cpt"), method="lora"), 1, told=_quiet)
+    build.rebase(made.home, "level", 2, Transplant(), repair_share=1.0, told=_quiet)
+    folder = Shelf(made.home).of("level")
+    first, repair = (
+        [
+            line["learning_rate"]
+            for line in json.loads((folder / v / "history.json").read_bytes())
+            if "loss" in line
+        ]
+        for v in ("v1", "v2")
+    )
+    assert len(first) == len(repair) == 1  # of step 10 of 12
+    assert first[0] < 1e-3 and repair == [3e-3]
+    shutil.rmtree(folder)
 
 
 def test_what_a_script_brought_is_rebased_without_a_repair(

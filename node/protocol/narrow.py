@@ -9,7 +9,7 @@ then hold all others up for good, or worse.
 So a follower does not follow the first such roster of a round. It goes on to the next ballot, whose leader
 sees for itself who is there; and once more leaders do the same than may lie, it is how things are: perhaps
 only few have something to give, or all but we have lost the same line. That costs a ballot where a pair does
-not hear each other, and no more.
+not hear each other, and no more. The same holds for a leader that makes another value where one was accepted.
 
 An opinion of this node, by which nothing is decided but what it votes for. Pure.
 """
@@ -46,6 +46,23 @@ def is_followed(state: RoundState, leader: str, roster: Roster, now: float) -> b
         state.narrowed[leader] = None
         agreed = agreed and len(state.narrowed) >= need
     return agreed
+
+
+def leaves_accepted(state: RoundState, leader: str, roster: Roster, now: float) -> bool:
+    """Whether this leader makes another value of a round in which we accepted one, has not tried that one
+    long enough to find that nobody gives it, and no other leader does the same.
+
+    Whom a roster names has told it so in READY. Another value has another head, and so other draws: a
+    leader could lie, see who would look at it, and begin anew. With a gate it may have to (leader.py).
+    """
+    if state.vote.accepted is None or roster.forced or state.ctx.rules.gate_margin is not None:
+        return False
+    if state.ctx.me not in state.voters:
+        return False
+    if now - state.proposed.get(leader, now) >= state.ctx.rules.stall_s / 2:
+        return False
+    state.unheeding[leader] = None
+    return len(state.unheeding) < 2
 
 
 def note_own(state: RoundState, roster: Roster) -> None:

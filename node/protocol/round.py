@@ -41,7 +41,7 @@ from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import EXCUSED, WAITING_NAMED, Leader
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
-from tapestry.node.protocol.narrow import is_followed, note_own
+from tapestry.node.protocol.narrow import is_followed, leaves_accepted, note_own
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
@@ -374,29 +374,12 @@ class Round:
         if not is_followed(state, peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
-        if self._leaves_accepted(peer, roster, now):
+        if leaves_accepted(state, peer, roster, now):
             self._next_ballot(now, UNHEEDED)
             return "unheeded"
         self.acceptor.promise()
         self._follow(roster, now)
         return None
-
-    def _leaves_accepted(self, leader: str, roster: Roster, now: float) -> bool:
-        """Whether this leader makes another value of a round in which we accepted one, has not tried that one
-        long enough to find that nobody gives it, and no other leader does the same.
-
-        Whom a roster names has told it so in READY. Another value has another head, and so other draws: a
-        leader could lie, see who would look at it, and begin anew. With a gate it may have to (leader.py).
-        """
-        state = self.state
-        if state.vote.accepted is None or roster.forced or self.ctx.rules.gate_margin is not None:
-            return False
-        if self.ctx.me not in state.voters:
-            return False
-        if now - state.proposed.get(leader, now) >= self.ctx.rules.stall_s / 2:
-            return False
-        state.unheeding[leader] = None
-        return len(state.unheeding) < 2
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state

@@ -16,7 +16,6 @@ from tapestry.node.protocol.audit import due_shards, looks_at
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.leader import GATE, Leader
 from tapestry.node.protocol.messages import Accept, Commit, Records, Stage
-from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import Sync
 
@@ -105,7 +104,7 @@ def test_a_leader_that_makes_another_value_instead_is_not_followed():
     again, redraws = led(redraws=True, for_s=100.0, anew=True)
     assert len(again) > 5 and redraws
     assert share(again) >= share(honest) / 1.5
-    with patch.object(Round, "_leaves_accepted", lambda self, leader, roster, now: False):
+    with patch("tapestry.node.protocol.round.leaves_accepted", lambda *_: False):
         free, _ = led(redraws=True, for_s=100.0, anew=True)
     assert share(free) < share(honest) / 1.5
 

@@ -70,7 +70,15 @@ class Usurpers:
             or node.name not in round_.electorate
         ):
             return False
-        nodes = [self.world.nodes[p] for p in round_.electorate if p not in self.names]
+        world = self.world
+        lie = {
+            world.autocrats.name,
+            world.splitters.name,
+            world.forgers.name,
+            world.shrinkers.name,
+            *self.names,
+        }
+        nodes = [world.nodes[p] for p in round_.electorate if p not in lie]
         others = [n.core for n in nodes if n.astray != round_.head]  # whose state is wrong has no say here
         there = [c for c in others if c is not None and c.round is not None and c.round.head == round_.head]
         return len(there) >= quorum(len(round_.electorate))

@@ -103,7 +103,7 @@ def commit_before_accept() -> list[Patch]:
     return [(leader_module, "commit_gap", lambda body, votes, electorate: None)]
 
 
-@plant("a vote that comes twice counts twice", 2)
+@plant("a vote that comes twice counts twice", 4)
 def sender_counted_twice() -> list[Patch]:
     counted: dict[tuple[str, str, int], int] = {}
     on_accept = Round.on_accept
@@ -178,7 +178,7 @@ def forced_displaces_vote() -> list[Patch]:
     return [(Acceptor, "accept", displace)]
 
 
-@plant("a member that lost its disk votes at once", 61)
+@plant("a member that lost its disk votes at once", 8)
 def lost_disk_votes() -> list[Patch]:
     return [(Core, "_forgot_votes", lambda self: False)]
 
@@ -188,12 +188,12 @@ def restored_as_it_was() -> list[Patch]:
     return [(Backups, "forget_vote", lambda self, node: None)]
 
 
-@plant("a restored home that met another elector goes on as if it were alone", 500)
+@plant("a restored home that met another elector goes on as if it were alone", 632)
 def restored_goes_on() -> list[Patch]:
     return [(Core, "_meet", lambda self, peer, now: None)]
 
 
-@plant("a member that lost records votes at once", 60)
+@plant("a member that lost records votes at once", 17)
 def lost_records_vote() -> list[Patch]:
     return [(Core, "_stands_by", Core._forgot_votes)]
 
@@ -326,7 +326,7 @@ def removed_are_guests() -> list[Patch]:
     return [(members_module, "admits_guest", lambda roll, change: change.kind == "admit")]
 
 
-@plant("who may ask for changes stays as it was at the start, whatever records make of it", 32)
+@plant("who may ask for changes stays as it was at the start, whatever records make of it", 60)
 def rules_of_the_start() -> list[Patch]:
     applied = members_module._applied
 
@@ -366,7 +366,7 @@ def island_counts_as_full() -> list[Patch]:
     return [(chain_module, "_next_standing", full)]
 
 
-@plant("whoever is named has a seat, whether it said so or not", 3)
+@plant("whoever is named has a seat, whether it said so or not", 52)
 def seats_unchecked() -> list[Patch]:
     return [(chain_module, "_seats_fault", lambda *args: None)]
 
@@ -379,7 +379,7 @@ def ready_seats_unchecked() -> list[Patch]:
 # --- shards -----------------------------------------------------------------------------------------
 
 
-@plant("a shard of an older contribution is taken for the newer one's", 12)
+@plant("a shard of an older contribution is taken for the newer one's", 4)
 def stale_contribution_accepted() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -413,7 +413,7 @@ def roster_order_not_fixed() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", unordered)]
 
 
-@plant("results of other members are kept for the next roster", 22)
+@plant("results of other members are kept for the next roster", 10)
 def mixture_of_members() -> list[Patch]:
     start = Exchange.start
 
@@ -425,7 +425,7 @@ def mixture_of_members() -> list[Patch]:
     return [(Exchange, "start", keep)]
 
 
-@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 190)
+@plant("a mean stays when its shard moves to another reducer, whose signature it has not", 49)
 def mean_of_another_kept() -> list[Patch]:
     start = Exchange.start
 
@@ -487,7 +487,7 @@ def clipped_by_the_mean_norm() -> list[Patch]:
 # --- members that give nothing ----------------------------------------------------------------------
 
 
-@plant("a reducer is left out before those that most reducers wait for", 18)
+@plant("a reducer is left out before those that most reducers wait for", 99)
 def most_reducers_not_heeded() -> list[Patch]:
     return [(m, "silent", lambda waiting, reducers, me: []) for m in (leader_module, watch_module)]
 
@@ -591,7 +591,7 @@ def residual_kept() -> list[Patch]:
     return [(shell_module, "EXECUTE", {**EXECUTE, ev.Rollback: keep})]
 
 
-@plant("members sign for a state that their disks no longer have", 36)
+@plant("members sign for a state that their disks no longer have", 51)
 def signs_for_what_is_gone() -> list[Patch]:
     return [(Rollbacks, "leads_to", lambda self, node, chain, epoch: 0 <= epoch <= chain.epoch)]
 
@@ -677,7 +677,7 @@ def refused_and_accepted() -> list[Patch]:
 # --- what a leader, or whoever would be one, can do alone --------------------------------------------
 
 
-@plant("every elector's word takes everybody to a higher ballot", 1)
+@plant("every elector's word takes everybody to a higher ballot", 22)
 def heeds_every_word() -> list[Patch]:
     return [(Movers, "is_heeded", lambda self, peer: True)]
 
@@ -687,7 +687,7 @@ def one_leader_decides() -> list[Patch]:
     return [(round_module, "is_followed", lambda state, leader, roster, now: True)]
 
 
-@plant("an electorate is whom the last record names, however few", 7)
+@plant("an electorate is whom the last record names, however few", 1)
 def electorate_of_few() -> list[Patch]:
     def named(at: Any, body: Any, roll: Any) -> Any:
         return roll.voters([m.peer for m in body.members]), ()
@@ -695,7 +695,7 @@ def electorate_of_few() -> list[Patch]:
     return [(chain_module, "_next_electorate", named)]
 
 
-@plant("an elector whose disk was lost votes, if the last record does not name it", 7)
+@plant("an elector whose disk was lost votes, if the last record does not name it", 312)
 def kept_elector_votes() -> list[Patch]:
     def forgot(self: Any) -> bool:
         chain = self.chain

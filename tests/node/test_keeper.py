@@ -19,7 +19,17 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.uses import note_use, spans
 from tapestry.node.net.transfer import TransferLimits
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, accept_message, draw_message, head_of
+from tapestry.node.protocol.chain import (
+    Body,
+    Chain,
+    Member,
+    Record,
+    accept_message,
+    draw_message,
+    head_of,
+    seat_message,
+    seat_of,
+)
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import Tick
 from tapestry.node.protocol.members import Change, change_message, rollback_value
@@ -65,7 +75,9 @@ class Run:
         codec = keeper.state.arithmetic.codec
         x = torch.randn(N, generator=torch.Generator().manual_seed(seed))
         payloads = [codec.encode(x)]
-        members = (Member(self.identity.peer_id, 1, f"{seed:064x}", "", 1),)
+        line = Member(self.identity.peer_id, 1, f"{seed:064x}", "", 1)
+        word = self.crypto.sign(seat_message(chain.head, ""))
+        members = (dataclasses.replace(line, seat=seat_of(chain.place, line, False, word)),)
         body = Body(
             chain.genesis.run_id,
             chain.epoch + 1,

@@ -152,7 +152,7 @@ def ballot_led_twice() -> list[Patch]:
     return [(RoundState, "__init__", forgetful)]
 
 
-@plant("a new leader makes a new value, whatever was accepted", 85)
+@plant("a new leader makes a new value, whatever was accepted", 47)
 def accepted_value_ignored() -> list[Patch]:
     trusted = Leader._trusted
 

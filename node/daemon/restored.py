@@ -62,7 +62,7 @@ async def find_run(
     """Returns when somebody was met, and then the home is an ordinary one, or `wait_s` are over. Raises
     UserError, OSError."""
     vote = read_vote(home)
-    named = {m.life for r in chain.records[-1:] for m in r.body.members if m.peer == swarm.peer_id}
+    named = {life for peer, life in chain.place.seats if peer == swarm.peer_id}
     if vote is not None and vote.life in named:
         write_mark(home, replace(mark, restored_at=""))
         return

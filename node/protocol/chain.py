@@ -58,6 +58,7 @@ from tapestry.node.protocol.record import wire_bytes as wire_bytes
 from tapestry.node.protocol.settings import Settings
 
 ELECTORATE_MIN = 3  # two of three go on without the third, whoever that is
+UNNAMED_MAX = 64  # records in a row that need not name one that stays. Guess: enough to mend a machine
 RECENT = 256  # records of a chain with a past that stay in memory. Guess: 7 MB of 64 members
 PAGE = 256  # records that are read at a time
 
@@ -108,6 +109,7 @@ class Place(NamedTuple):
     electorate: tuple[str, ...]
     roll: Roll
     standing: Standing
+    unnamed: tuple[tuple[str, int], ...] = ()  # electors that stay, and how many records did not name them
     seats: frozenset[tuple[str, str]] = frozenset()  # (peer, life) of all that the record names
 
     @property
@@ -138,27 +140,32 @@ def next_place(at: Place, record: Record) -> Place:
     """Where the chain is after a checked record."""
     body = record.body
     roll = at.roll.after(body.epoch, at.head, body.changes, [(m.peer, m.weight) for m in body.members])
-    electorate, kept = _next_electorate(at, body, roll)
-    seats = frozenset([(m.peer, m.life) for m in body.members]) | {s for s in at.seats if s[0] in kept}
+    electorate, unnamed = _next_electorate(at, body, roll)
+    stay = {peer for peer, _ in unnamed}
+    seats = frozenset([(m.peer, m.life) for m in body.members]) | {s for s in at.seats if s[0] in stay}
     standing = _next_standing(at, body, electorate, roll)
-    return Place(body.epoch, record.head, electorate, roll, standing, seats)
+    return Place(body.epoch, record.head, electorate, roll, standing, unnamed, seats)
 
 
-def _next_electorate(at: Place, body: Body, roll: Roll) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Who decides what follows `body`, sorted: its members that may vote, and who else stays.
+def _next_electorate(
+    at: Place, body: Body, roll: Roll
+) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
+    """Who decides what follows `body`, sorted: its members that may vote, and who else stays, `unnamed`.
 
     An electorate of ELECTORATE_MIN or more does not fall below it by who is named: electors that are members
     still stay beside them, named or not. So in a run that had three no one elector is ever needed, or enough,
-    whoever leads; and the vote of one that is back counts. An island, whose record is forced, is decided by
-    those who are on it. docs/decisions/024-three-electors.md
+    whoever leads; and the vote of one that is back counts. Who is gone for UNNAMED_MAX records is no elector.
+    An island, whose record is forced, is decided by those who are on it.
+    docs/decisions/024-three-electors.md
     """
     named = roll.voters([m.peer for m in body.members])
     lacking = ELECTORATE_MIN - len(named)
     if body.forced or lacking <= 0 or len(at.electorate) < ELECTORATE_MIN:
         return named, ()
-    left_out = [p for p in roll.voters(at.electorate) if p not in named]
-    kept = tuple(left_out[:lacking])
-    return tuple(sorted({*named, *kept})), kept
+    so_far = dict(at.unnamed)
+    left_out = [(p, so_far.get(p, 0) + 1) for p in roll.voters(at.electorate) if p not in named]
+    unnamed = tuple([(p, count) for p, count in left_out if count <= UNNAMED_MAX][:lacking])
+    return tuple(sorted({*named, *[p for p, _ in unnamed]})), unnamed
 
 
 def _next_standing(at: Place, body: Body, electorate: tuple[str, ...], roll: Roll) -> Standing:

@@ -146,11 +146,9 @@ class Context:
         named: Mapping[str, str],
         contributors: Container[str],
         excused: Container[str],
-        renewed: Mapping[str, str],
         now: float,
     ) -> None:
-        """The round of `epoch` was decided: who was named by a roster (and whose), and is not in the record;
-        or was `renewed`: another contribution of it is.
+        """The round of `epoch` was decided: who was named by a roster (and whose), and is not in the record.
 
         Who is not heard now has gone, which costs no stall.
         """
@@ -160,7 +158,6 @@ class Context:
             for p, leader in named.items()
             if p not in contributors and p not in excused and self.heard(p, now)
         }
-        failed |= {self._account(p): leader for p, leader in renewed.items() if p in contributors}
         for key in delivered:
             if key not in failed:
                 self.deliveries.succeeded(key)

@@ -295,9 +295,8 @@ class Core:
         if record is not None:
             contributors = {m.peer for m in record.body.members if m.weight}
             round_.count_deliveries(contributors, now)
-            late = round_.lead.late.keys() | (
-                round_.state.shut_out.keys() - {m.peer for m in record.body.members}
-            )
+            named = {m.peer for m in record.body.members}
+            late = round_.lead.late.keys() | (round_.state.shut_out.keys() - named)
             self.ctx.count_missed(round_.epoch, round_.head, contributors, late)
             fetched = round_.acceptor.fetched.get(record.head, ())
             drawn = self.sync.with_true_draws(record)

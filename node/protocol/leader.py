@@ -60,6 +60,7 @@ class Leader:
         self.made_again: dict[str, None] = {}  # heads of results that a majority refused
         self.worse = math.nan  # the median of what those who refused said last
         self.impossible = -1, ""  # in which ballot no roster could be made, and why, as it was told last
+        self.was_split = False  # a ballot of ours, by votes for different values
         self.late: dict[str, None] = {}  # waited for in vain, when a roster was sent
 
     # --- ballots of ours -----------------------------------------------------------------------
@@ -281,8 +282,12 @@ class Leader:
             self.excluded.clear()
 
     def _awaited(self, now: float) -> list[str]:
-        """Whom the roster waits for; nobody, once the time for it is over."""
-        return self._not_ready(now) if now < self.gather_until() else []
+        """Whom the roster waits for; nobody, once the time for it is over. Who was left out in an earlier
+        ballot, and is said to be there, has a moment to get ready."""
+        state = self.state
+        late = self._not_ready(now) if now < self.gather_until() else []
+        in_time = now < state.entered_at + self.ctx.rules.resend_s
+        return [p for p in late if in_time or p not in state.shut_out]
 
     def _not_ready(self, now: float) -> list[str]:
         return [p for p in self._expected(now) if p not in self.state.ready]
@@ -468,7 +473,8 @@ class Leader:
         spoilt = state.exchange.spoilt() if state.proposal is None else []
         if spoilt:
             self.exclude(spoilt, "unusable", now)
-        elif self._is_split(now):
+        elif not self.was_split and self._is_split(now):
+            self.was_split = True
             self.exclude([], SPLIT, now)
         elif now - state.progress_at >= rules.stall_s:
             if state.proposal is not None:

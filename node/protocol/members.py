@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from tapestry.node.protocol.canon import (
@@ -454,7 +455,7 @@ def voice_weights(roll: Roll, contributors: Sequence[tuple[str, int]], max_influ
     old = [peer in roll.members for peer, _ in contributors]
     if all(old):
         return capped_weights(raw, max_influence)
-    return _capped_beside(raw, old, roll.charter.open_share, max_influence)
+    return list(_capped_beside(tuple(raw), tuple(old), roll.charter.open_share, max_influence))
 
 
 def _voice(roll: Roll, peer: str, tokens: int) -> int:
@@ -466,7 +467,10 @@ def _voice(roll: Roll, peer: str, tokens: int) -> int:
     return UNIT * (seat.voice if seat is not None and roll.charter.voice == "fixed" else 1)
 
 
-def _capped_beside(raw: list[int], old: list[bool], open_share: int, max_influence: float) -> list[int]:
+@lru_cache(maxsize=32)  # a leader asks at every message, and of 320 contributions it takes 15 ms
+def _capped_beside(
+    raw: tuple[int, ...], old: tuple[bool, ...], open_share: int, max_influence: float
+) -> list[int]:
     """Of members (`old`) and newcomers: by the highest cap for which nobody has more than `max_influence`.
 
     Whole numbers only. The cap is sought in parts of FINE, so that what is rounded off decides nothing, and
@@ -491,7 +495,7 @@ def _capped_beside(raw: list[int], old: list[bool], open_share: int, max_influen
     return _under_cap(raw, old, open_share, kept // FINE or smallest)
 
 
-def _under_cap(raw: list[int], old: list[bool], open_share: int, cap: int) -> list[int]:
+def _under_cap(raw: Sequence[int], old: Sequence[bool], open_share: int, cap: int) -> list[int]:
     """Members cut to `cap`; newcomers cut down, all by one factor, so that they have no more than their share
     together, and then to `cap` as well."""
     members = sum([min(w, cap) for w, is_old in zip(raw, old, strict=True) if is_old])

@@ -45,6 +45,7 @@ class Movers:
         # leader -> ballots of its own that it left for another of its own in this round
         self.named: dict[str, int] = {}  # with a roster
         self.unnamed: dict[str, int] = {}  # without one
+        self.excused: dict[str, bool] = {}  # leaders that gave up an accepted value in this round
         self.spent: dict[str, None] = {}  # leaders that went on more often than that in this round
 
     def may_go_on(self, leader: str, named: bool, electors: int) -> bool:
@@ -60,6 +61,13 @@ class Movers:
     def is_heeded(self, peer: str) -> bool:
         account = self.accounts.get(peer)
         return peer not in self.spent and (account is None or account.vain < FREE)
+
+    def is_excused(self, leader: str) -> bool:
+        """Whether a leader may give up a value that we accepted, in this round. It is a move in vain."""
+        if leader not in self.excused:
+            self.excused[leader] = self.is_heeded(leader)
+            self._strike(leader)
+        return self.excused[leader]
 
     def count(self, peer: str, ballot: int, hasty: bool) -> None:
         """Its word takes us to `ballot`, or would: in vain, if no record comes of it. Once for a ballot."""
@@ -82,6 +90,7 @@ class Movers:
         self.named.clear()
         self.unnamed.clear()
         self.spent.clear()
+        self.excused.clear()
         for peer in [p for p in self.accounts if p not in peers]:
             del self.accounts[peer]
 

@@ -28,6 +28,7 @@ def place_to_dict(place: Place) -> dict[str, Any]:
         "signers": list(standing.signers),
         "voice": standing.voice,
         "since": standing.since,
+        "unnamed": [list(pair) for pair in place.unnamed],
         "seats": [list(pair) for pair in sorted(place.seats)],
     }
 
@@ -45,7 +46,8 @@ def place_from_dict(raw: Mapping[str, Any]) -> Place:
         raw["since"],
     )
     seats = frozenset([(peer, life) for peer, life in raw["seats"]])
-    return Place(raw["epoch"], raw["head"], electorate, roll, standing, seats)
+    unnamed = tuple([(peer, count) for peer, count in raw["unnamed"]])
+    return Place(raw["epoch"], raw["head"], electorate, roll, standing, unnamed, seats)
 
 
 def _roll_to_dict(roll: Roll) -> dict[str, Any]:

@@ -178,13 +178,10 @@ class Round:
         return wakeup_at
 
     def count_deliveries(self, contributors: set[str], now: float) -> None:
-        """The round was decided: remember who was named and gave nothing, or not what it was named for, which
-        begins the exchange anew; and not who was gone or gated."""
+        """The round was decided: remember who was named and gave nothing, and not who was gone or gated."""
         gated = self.state.furthest.values()
         excused = {p for p, why in self.lead.excluded.items() if why in EXCUSED}.union(gated)
-        self.ctx.count_deliveries(
-            self.epoch, self.state.named, contributors, excused, self.state.renewed, now
-        )
+        self.ctx.count_deliveries(self.epoch, self.state.named, contributors, excused, now)
 
     # --- local causes --------------------------------------------------------------------------
 
@@ -484,7 +481,7 @@ class Round:
         if isinstance(value, Roster):
             self._note_named(value)
             if self.state.leading:
-                note_own(self.state, value)
+                note_own(self.state, value, now)
             self.acceptor.follow(value, now)
         else:
             self._voted(self.acceptor.follow_proposal(value, now), now)
@@ -493,11 +490,8 @@ class Round:
     def _note_named(self, roster: Roster) -> None:
         """Of peers that we know: a leader may invent names."""
         state, ctx = self.state, self.ctx
-        known = [m for m in roster.members if m.weight and (m.peer in ctx.peers or m.peer == ctx.me)]
-        for member in known:
-            if state.contributions.setdefault(member.peer, member.contribution) != member.contribution:
-                state.renewed[member.peer] = state.leader
-        state.named.update(dict.fromkeys([m.peer for m in known], state.leader))
+        known = [m.peer for m in roster.members if m.weight and (m.peer in ctx.peers or m.peer == ctx.me)]
+        state.named.update(dict.fromkeys(known, state.leader))
 
     def _voted(self, fault: str | None, now: float) -> None:
         """We accepted a value, or found that the leader has had our vote for another."""

@@ -66,8 +66,6 @@ class RoundState:
         self.accepted_at: float | None = None  # when a quorum had accepted
         self.roster_ballot = -1  # the last in which its leader sent us a roster, fit to be followed or not
         self.named: dict[str, str] = {}  # contributor of a roster of this round -> who led
-        self.contributions: dict[str, str] = {}  # what the first roster that named somebody named
-        self.renewed: dict[str, str] = {}  # who was named for another one later, and who led then
         self.narrowed: dict[str, None] = {}  # leaders that named few where more contributed before
         self.leave_out: dict[str, None] = {}  # leaders that left out electors whom we hear
         self.shut_out: dict[str, None] = {}  # whom they left out: narrow.py
@@ -132,7 +130,7 @@ class RoundState:
         if self.proposal is not None:
             return [p for p in self.ready if p != self.ctx.me]
         roster = self.exchange.roster
-        out = {self.ctx.me, *self.standing_by}
+        out = {self.ctx.me, *(self.standing_by.keys() - self.ready.keys())}
         return [] if roster is None else [m.peer for m in roster.members if m.peer not in out]
 
     def accusations(self) -> dict[str, tuple[str, ...]]:

@@ -133,7 +133,7 @@ class Watch:
             return None
         leader = state.leader
         view = self.ctx.peers.get(leader)
-        gone = not self.ctx.heard(leader, now)
+        gone = not self.ctx.heard(leader, now) or self.ctx.leaving(leader)
         at_head = view is not None and view.stage_at(state.epoch, state.head) != Stage.AWAY
         if not at_head and not state.forced and state.handover is not None and state.handover.peer == leader:
             return "leader_left"

@@ -1,15 +1,11 @@
 """Peers that say READY and give nothing: what they cost a run, and how one is in again."""
 
-from unittest.mock import patch
-
 import pytest
 from simulation.consortium import Consortium
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.deliveries import DELIVERED_AGAIN, FAILURES_MAX, Deliveries
-from tapestry.node.protocol.messages import Roster
-from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.watch import Watch
 
@@ -172,23 +168,3 @@ def test_whoever_believed_them_would_wait_as_long_as_an_exchange_may_last(monkey
     monkeypatch.setattr(Watch, "_believed", lambda self, said: True)
     with pytest.raises(AssertionError):
         test_members_that_give_nothing_cost_ever_fewer_rounds_a_stall_whatever_they_say(7, 1, True)
-
-
-def test_a_member_that_is_named_for_another_contribution_later_in_the_round_has_failed_though_it_delivers():
-    """Once a round begins anew for its sake, as for who has restarted: it takes up to twice as long."""
-    world = run(5).start_all()
-    world.until(lambda: len(world.nodes["p0"].core.chain.place.electorate) == 5, 60)
-    named_again = ("p3", "p4")
-    note_named = Round._note_named
-
-    def another(self: Round, roster: Roster) -> None:
-        """As if the roster before had named another contribution of it."""
-        self.state.contributions.update(dict.fromkeys(named_again, "ab" * 32))
-        note_named(self, roster)
-
-    with patch.object(Round, "_note_named", another):
-        epochs_s(world, 12)
-    late = world.nodes["p0"].core.chain.records[-8:]
-    assert sum(any(m.peer in named_again and m.weight for m in r.body.members) for r in late) <= 4
-    accounts = world.nodes["p0"].core.ctx.deliveries.accounts
-    assert set(accounts) == set(named_again) and min(a.failures for a in accounts.values()) >= 2

@@ -9,13 +9,15 @@ import pytest
 from simulation.shell import Disk, SimCrypto
 from simulation.world import Faults, World
 
+from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.leader import Leader
-from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.members import Change, Seat
 from tapestry.node.protocol.messages import Call, Commit, Result, Stage, Status
+from tapestry.node.protocol.movers import FREE, Movers
 from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.rules import Rules
 
@@ -239,3 +241,46 @@ def test_sums_that_differ_for_each_member_cost_no_stall(monkeypatch):
     world.send = send
     lengths = epochs_s(world, 15)
     assert lies and max(lengths) < world.rules.stall_s
+
+
+def test_who_is_gone_for_many_records_is_no_elector_any_more():
+    """Else a lost disk, or a stop, of one of the two that are left would hold the run for good."""
+    at, electors = chain.genesis_place(World(7, peers=1, faults=Faults()).genesis), ("a", "b", "c")
+    seats = {peer: Seat(peer, 1, 0) for peer in electors}
+    at = at._replace(electorate=electors, roll=dataclasses.replace(at.roll, members=seats))
+    line = Member("a", 1, "ab" * 32), Member("b", 1, "cd" * 32)
+    for count in range(chain.UNNAMED_MAX + 1):
+        assert at.electorate == electors and dict(at.unnamed).get("c", 0) == count
+        body = Body(at.roll.run_id, at.epoch + 1, at.head, "0" * 64, line, "ee" * 32)
+        at = chain.next_place(at, Record(body, f"{count:064x}", 0, ()))
+    assert at.electorate == ("a", "b") and not at.unnamed
+    assert {peer for peer, _ in at.seats} == {"a", "b"}
+
+
+def test_an_elector_that_is_linked_and_at_no_head_is_no_leader_to_wait_for():
+    world = swarm(3, stall_s=5.0, on_quorum_loss="auto")
+    away, status_of = world.nodes["p2"], Core._status
+
+    def status(self: Core) -> Status:
+        return dataclasses.replace(status_of(self), stage=Stage.AWAY)
+
+    away.core._status = status.__get__(away.core)
+    honest = world.send
+
+    def send(sender, to, message, bulk=False):
+        if sender is not away or isinstance(message, Status):
+            honest(sender, to, message, bulk)
+
+    world.send = send
+    epochs_s(world, 2)
+    lengths = epochs_s(world, 20)
+    assert max(lengths) < 4.0
+    assert "p2" in world.nodes["p0"].core.chain.place.electorate
+
+
+def test_a_leader_may_give_up_a_value_that_was_accepted_some_times_only():
+    movers = Movers()
+    for _ in range(FREE):
+        assert movers.is_excused("x") and movers.is_excused("x"), "once in a round"
+        movers.end_round(3, "y", {"x": None})
+    assert not movers.is_excused("x")

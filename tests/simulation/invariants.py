@@ -439,6 +439,7 @@ class Ground:
         self.open_share = charter.open_share / 10**6
         self.influence = 0.0  # that a record has set; 0: the spec's
         self.settings: dict[str, str] = {}  # all that records have set, as they say it
+        self.gone: dict[str, int] = {}  # electors -> records in a row that do not name them
         self.named: frozenset[tuple[str, str]] = frozenset()  # peers, and the disk that each has
         self.counted: dict[str, int] = {}
         self.removed: frozenset[str] = frozenset()
@@ -518,7 +519,8 @@ class Ground:
         if new.is_open:
             new._count([m.peer for m in body.members if m.weight and new.is_newcomer(m.peer)])
         named = [m.peer for m in body.members if m.peer in new.members]
-        stay = sorted(p for p in self.electorate if p in new.members and p not in named)
+        new.gone = {p: self.gone.get(p, 0) + 1 for p in self.electorate if p not in named}
+        stay = sorted(p for p, records in new.gone.items() if p in new.members and records <= 64)
         room = 0 if body.forced or len(self.electorate) < 3 else max(0, 3 - len(named))
         new.electorate = tuple(sorted([*named, *stay[:room]]))
         new.named = new.named | {(p, life) for p, life in self.named if p in stay[:room]}

@@ -128,7 +128,7 @@ def strangers_vote() -> list[Patch]:
     return [(leader_module, "commit_gap", gap)]
 
 
-@plant("a lower ballot is followed after a higher one was promised", 24)
+@plant("a lower ballot is followed after a higher one was promised", 23)
 def promise_not_kept() -> list[Patch]:
     on_roster = Round.on_roster
 
@@ -188,7 +188,7 @@ def restored_as_it_was() -> list[Patch]:
     return [(Backups, "forget_vote", lambda self, node: None)]
 
 
-@plant("a restored home that met another elector goes on as if it were alone", 632)
+@plant("a restored home that met another elector goes on as if it were alone", 846)
 def restored_goes_on() -> list[Patch]:
     return [(Core, "_meet", lambda self, peer, now: None)]
 
@@ -222,7 +222,7 @@ def electorate_grows_by_itself() -> list[Patch]:
     return [(RoundState, "__init__", grow)]
 
 
-@plant("a run that waits for its quorum forces records all the same", 18)
+@plant("a run that waits for its quorum forces records all the same", 6)
 def forces_though_told_to_wait() -> list[Patch]:
     due, accepts = Watch.force_due, Watch.accepts_force
 
@@ -366,7 +366,7 @@ def island_counts_as_full() -> list[Patch]:
     return [(chain_module, "_next_standing", full)]
 
 
-@plant("whoever is named has a seat, whether it said so or not", 52)
+@plant("whoever is named has a seat, whether it said so or not", 42)
 def seats_unchecked() -> list[Patch]:
     return [(chain_module, "_seats_fault", lambda *args: None)]
 

@@ -101,6 +101,7 @@ def test_who_was_removed_while_it_was_off_ends_with_the_reason_when_it_is_back(t
             done = tapestry("remove", peer, "--why", "sent noise", "--home", founder.home)
             assert done.returncode == 0, done.stderr
             founder.wait("two less one", lambda: founder.electorate() == 1)
+            assert "handed_over_by=" in (founder.home / "node.log").read_text(), "of two, who stops leaves it"
             second.start()
             assert second.process is not None and second.process.wait(DEADLINE_S) == 4, second.tail()
             assert "this node was removed from the run: sent noise" in second.tail()

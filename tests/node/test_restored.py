@@ -77,9 +77,9 @@ def look(
     monkeypatch.setattr(restored, "LOOK_S", 0.01)
     genesis = SimpleNamespace(run_id="ours")
     swarm: Any = FakeSwarm(reachable, listed, silent)
-    place = SimpleNamespace(epoch=7, electorate=electors, standing=SimpleNamespace(electorate=electors))
-    body = SimpleNamespace(members=[SimpleNamespace(peer="us", life=life) for life in lives])
-    chain: Any = SimpleNamespace(place=place, records=[SimpleNamespace(body=body)])
+    standing, seats = SimpleNamespace(electorate=electors), frozenset([("us", life) for life in lives])
+    place = SimpleNamespace(epoch=7, electorate=electors, standing=standing, seats=seats)
+    chain: Any = SimpleNamespace(place=place)
 
     async def find() -> None:
         async with asyncio.timeout(5):

@@ -20,6 +20,7 @@ import json
 import os
 import pwd
 import shlex
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -273,25 +274,32 @@ class Home:
         """Raises UserError for root where the home is another user's: that user's node could not read what
         root writes there, nor start again.
 
-        Whose it is, its key says; the folder itself only while there is none. So root's own node in a folder
-        of another user, as in a container, stays what it was.
+        Whose it is, its key says; the folder itself only while there is none, and if it is not empty. So
+        root's own node in a folder of another user, as in a container, stays what it was. Where the file
+        system gives root's files to that user too, as some do, all is well.
         """
         if os.geteuid() != 0:
             return
-        for path in (self.identity_key, self.path):
-            with contextlib.suppress(OSError):
-                owner = os.stat(path).st_uid
-                break
-        else:
-            return  # it is made anew
-        if owner != 0:
+        owner = 0
+        with contextlib.suppress(OSError):
+            if any(self.path.iterdir()):
+                key = self.identity_key
+                owner = os.stat(key if key.exists() else self.path).st_uid
+        if owner not in (0, self._owner_of_new_files()):
             name = _user_name(owner)
             raise UserError(
                 f"the home {self.path} belongs to {name}, whose node could not read what root writes there",
-                exit_code=ExitCode.FAILED,
+                exit_code=ExitCode.REFUSED,
                 hint=f"sudo -u {shlex.quote(name)} tapestry ...; or, if the node is to be root's, "
                 f"chown -R root {self.path}",
             )
+
+    def _owner_of_new_files(self) -> int:
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.path) as file:
+                return os.fstat(file.fileno()).st_uid
+        except OSError:
+            return os.geteuid()
 
     def require_free(self) -> None:
         """Raise what `lock` would raise if a live node has it: for a look before anything is started."""

@@ -25,6 +25,7 @@ from tapestry.node.lineage.egress import KINDS, PARTS_MAX, RULES, Left, Started
 
 FLUSH_S = 2.0  # guess: what a SIGKILL may leave unwritten
 CONTROL_S = 600.0  # guess: 64 members' heartbeats take 0.6 MB a day so, 170 MB with a line each FLUSH_S
+RECEIVERS_FULL = 1024  # of control; then a line is written sooner: one holds RECEIVERS_MAX. Guess
 
 _log = logging.getLogger("tapestry.node")
 
@@ -98,7 +99,9 @@ class EgressLedger:
         while True:
             await asyncio.sleep(FLUSH_S)
             waited_s += FLUSH_S
-            if waited_s >= CONTROL_S or len(self._windows["control"].parts) == PARTS_MAX:
+            control = self._windows["control"]
+            full = len(control.parts) == PARTS_MAX or len(control.receivers) >= RECEIVERS_FULL
+            if waited_s >= CONTROL_S or full:
                 waited_s = 0.0
                 await self.flush()
             else:
@@ -106,22 +109,22 @@ class EgressLedger:
 
     async def flush(self, kinds: Iterable[str] = KINDS, sync: bool = False) -> None:
         """A line for each kind of which something left. Without bytes its parts wait for them."""
-        taken = {kind: self._windows[kind] for kind in kinds if self._windows[kind].receivers}
-        at = self._clock()
-        lines = [window.left(at, kind).value() for kind, window in taken.items()]
-        self._windows |= {kind: _Window() for kind in taken}
-        try:
-            await asyncio.to_thread(self._append, lines, sync)
-        except OSError as error:
-            self._take_back(taken)
-            if not self._failing:
-                reason = error.strerror or os.strerror(error.errno or 0)
-                _log.error("egress=not_written reason=%r; it is written once the disk takes it", reason)
-            self._failing = True
-            return
-        if self._failing:
-            self._failing = False
+        at, failed = self._clock(), ""
+        for kind in kinds:  # each by itself: what one holds keeps no other from being written
+            window = self._windows[kind]
+            if not window.receivers:
+                continue
+            self._windows[kind] = _Window()
+            try:
+                await asyncio.to_thread(self._append, [window.left(at, kind).value()], sync)
+            except OSError as error:
+                self._take_back({kind: window})
+                failed = error.strerror or os.strerror(error.errno or 0)
+        if failed and not self._failing:
+            _log.error("egress=not_written reason=%r; it is written once the disk takes it", failed)
+        if self._failing and not failed:
             _log.info("egress=written again")
+        self._failing = bool(failed)
 
     def _append(self, lines: list[Any], sync: bool) -> None:
         """A flush that was cancelled may still be writing."""

@@ -230,7 +230,11 @@ def _guard(bound_host: str, token: Token | None, doors: list[Door]) -> Middlewar
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         with doors[0].answering(request.protocol):
-            refused = refusal(request) if await doors[0].turn() else _too_many()
+            refused = refusal(request)
+            if refused is None and not await doors[0].turn():
+                refused = _too_many()
+            if refused is not None:  # each costs a connection, and those are taken at a rate
+                refused.force_close()
             response = await handler(request) if refused is None else refused
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"

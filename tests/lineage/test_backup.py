@@ -136,6 +136,17 @@ def test_a_backup_is_restored_to_the_home_of_a_new_user_or_a_mount(archive: Path
     home.require_way(alone=False)
 
 
+def test_a_folder_that_is_no_home_is_not_touched(archive: Path, tmp_path: Path) -> None:
+    """Not even by the lock, which is a file of that name."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "lock").write_text("mine")
+    (folder / "notes").touch()
+    with pytest.raises(UserError, match="there already"):
+        restore(archive, Home(folder), lambda *_: None)
+    assert sorted(os.listdir(folder)) == ["lock", "notes"] and (folder / "lock").read_text() == "mine"
+
+
 def test_what_cannot_be_restored_leaves_a_home_that_was_there_as_it_was(
     made: MadeHome, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from pathlib import Path
 
@@ -83,6 +84,41 @@ def test_heartbeats_have_few_lines_and_the_same_sum(home: Home, monkeypatch: pyt
     lines = {kind: [one for one in left(home) if one.kind == kind] for kind in ("control", "result")}
     assert {kind: sum(one.bytes for one in of) for kind, of in lines.items()} == {"control": 50, "result": 50}
     assert len(lines["result"]) > 3 * len(lines["control"]) > 0
+
+
+def test_control_to_very_many_does_not_wait(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an open run anybody may ask, under one name after the other, and a line holds so many receivers."""
+    monkeypatch.setattr(egress_module, "FLUSH_S", 0.001)
+
+    async def main() -> None:
+        book = ledger(home)
+        writing = asyncio.create_task(book.run())
+        for index in range(3 * egress_module.RECEIVERS_FULL):
+            book.sent("control", f"{index:052}", 1)
+            if index % 100 == 0:
+                await asyncio.sleep(0.005)
+        writing.cancel()
+        await book.close()
+
+    asyncio.run(main())
+    of = [one for one in left(home) if one.kind == "control"]
+    assert len(of) >= 2 and sum(one.bytes for one in of) == 3 * egress_module.RECEIVERS_FULL
+
+
+def test_a_line_that_cannot_be_written_keeps_no_other_kind_back(home: Home) -> None:
+    book = ledger(home)
+    append = book._append
+
+    def failing(lines: list[dict[str, object]], sync: bool) -> None:
+        if lines[0]["kind"] == "control":
+            raise OSError(errno.EFBIG, "too long")
+        append(lines, sync)
+
+    book._append = failing  # type: ignore[method-assign]
+    book.sent("control", A, 1)
+    book.sent("result", A, 2)
+    asyncio.run(book.flush())
+    assert [one.kind for one in left(home)] == ["result"]
 
 
 def test_control_that_names_many_records_does_not_wait(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,12 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A home that is not root's, for whoever runs as root."""
     home = Home(tmp_path / "home")
     home.path.mkdir()
+    home.identity_key.touch()
     if os.getuid() == 0:
-        os.chown(home.path, NOBODY, NOBODY)
+        for path in (home.path, home.identity_key):
+            os.chown(path, NOBODY, NOBODY)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(Home, "_owner_of_new_files", lambda self: 0)
     return home
 
 
@@ -84,9 +87,9 @@ def _given(words: list[str], home: Home, out: Path) -> list[str]:
 def test_root_is_told_to_act_as_the_user_whose_home_it_is(theirs: Home, words: list[str]) -> None:
     result = CliRunner().invoke(cli, _given(words, theirs, theirs.path))
     assert (
-        result.exit_code == ExitCode.FAILED and "whose node could not read what root writes" in result.stderr
+        result.exit_code == ExitCode.REFUSED and "whose node could not read what root writes" in result.stderr
     )
-    assert "hint: sudo -u " in result.stderr and list(theirs.path.iterdir()) == []
+    assert "hint: sudo -u " in result.stderr and list(theirs.path.iterdir()) == [theirs.identity_key]
 
 
 def test_others_and_homes_that_are_not_there_yet_are_nobody_elses(
@@ -102,12 +105,24 @@ def test_others_and_homes_that_are_not_there_yet_are_nobody_elses(
 @pytest.mark.skipif(os.getuid() != 0, reason="needs files of root's and of others")
 def test_a_node_of_root_in_a_folder_of_another_user_goes_on(theirs: Home) -> None:
     """As in a container with a folder of the host's."""
+    theirs.identity_key.unlink()
+    theirs.require_owner()
     theirs.identity_key.touch()
+    (theirs.path / "run.toml").touch()
     theirs.require_owner()
     os.chown(theirs.identity_key, 99_999, 0)
     with pytest.raises(UserError, match="belongs to #99999") as caught:
         theirs.require_owner()
     assert "sudo -u '#99999' tapestry" in (caught.value.hint or "")
+
+
+def test_where_the_file_system_gives_roots_files_to_their_owner_root_may_write(
+    theirs: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS may, and folders of the host in a virtual machine."""
+    owner = theirs.identity_key.stat().st_uid
+    monkeypatch.setattr(Home, "_owner_of_new_files", lambda self: owner)
+    theirs.require_owner()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs files of others")

@@ -196,6 +196,33 @@ def test_requests_of_who_has_left_again_keep_nobody_waiting() -> None:
     with_server(use, limits)
 
 
+def test_who_is_refused_loses_its_connection_and_takes_nobodys_turn() -> None:
+    """A refusal is charged to nobody; so it costs a connection, of which so many a second are taken."""
+    limits = DoorLimits(requests_per_s=1.0, requests_burst=1, connections_max=2)
+
+    async def use(server: HttpServer) -> None:
+        for _ in range(5):
+            answer = await all_of(server, ASK.replace(b"127.0.0.1", b"elsewhere") * 2)
+            assert answer.startswith(b"HTTP/1.1 403") and answer.count(b"HTTP/1.1") == 1
+        assert await asked(server) == b"HTTP/1.1 200 OK\r\n"
+        for _ in range(5):
+            _, writer = await opened(server)
+            writer.write(ASK)
+            await asyncio.sleep(0.02)
+            writer.close()
+        answer = await all_of(server, ASK * 2)
+        assert answer.startswith(b"HTTP/1.1 503") and answer.count(b"HTTP/1.1") == 1
+
+    async def all_of(server: HttpServer, request: bytes) -> bytes:
+        reader, writer = await opened(server)
+        writer.write(request)
+        answer = await reader.read(-1)
+        writer.close()
+        return answer
+
+    with_server(use, limits)
+
+
 def test_connections_are_taken_at_a_rate_and_all_of_them() -> None:
     limits = DoorLimits(connections_per_s=50.0, connections_burst=5, requests_per_s=1e6)
 

@@ -118,7 +118,7 @@ class EgressLedger:
             try:
                 await asyncio.to_thread(self._append, [window.left(at, kind).value()], sync)
             except OSError as error:
-                self._take_back({kind: window})
+                self._take_back(kind, window)
                 failed = error.strerror or os.strerror(error.errno or 0)
         if failed and not self._failing:
             _log.error("egress=not_written reason=%r; it is written once the disk takes it", failed)
@@ -135,11 +135,10 @@ class EgressLedger:
         await self.flush(sync=True)
         self._file.close()
 
-    def _take_back(self, taken: dict[str, _Window]) -> None:
-        for kind, window in taken.items():
-            since = self._windows[kind]
-            self._windows[kind] = window
-            for peer, count in since.receivers.items():
-                self.sent(kind, peer, count)
-            for epoch, digest in since.parts:
-                self.part(kind, epoch, digest)
+    def _take_back(self, kind: str, window: _Window) -> None:
+        since = self._windows[kind]
+        self._windows[kind] = window
+        for peer, count in since.receivers.items():
+            self.sent(kind, peer, count)
+        for epoch, digest in since.parts:
+            self.part(kind, epoch, digest)

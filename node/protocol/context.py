@@ -58,9 +58,8 @@ class Context:
     )  # peers that a record of late names as contributor
     deliveries: Deliveries = field(default_factory=Deliveries)
     leaves: dict[str, Leave] = field(default_factory=dict)  # member -> the last that it signed
-    without: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # elector -> epoch in which a leader left it out
+    # elector -> leader that left it out -> the epoch in which it did so last
+    without: dict[str, dict[str, int]] = field(default_factory=dict)
     movers: Movers = field(default_factory=Movers)
     pace: Pace = field(init=False)
 

@@ -93,25 +93,23 @@ class Leader:
         )
         self.open_next(now)
 
-    def seat_fault(self, peer: str, ready: Ready) -> str | None:
-        """Of a READY in our ballot: without its sender's word for its disk no roster can name it."""
-        said = ready.life, ready.seat
-        if self.seats.get(peer) == said:
+    def seat_fault(self, peer: str, life: str, seat: str) -> str | None:
+        """Without its sender's word for its disk no roster can name it. Verified once."""
+        if self.seats.get(peer) == (life, seat):
             return None
-        if not self.ctx.crypto.verify(peer, ready.seat, seat_message(self.state.head, ready.life)):
+        if not self.ctx.crypto.verify(peer, seat, seat_message(self.state.head, life)):
             return "seat"
-        self.seats[peer] = said
+        self.seats[peer] = life, seat
         return None
 
     def on_seat(self, peer: str, seat: Seat) -> str | None:
         """An elector on a new disk asks to be named as a voter."""
-        state = self.state
-        if peer not in state.electorate or state.standing_by.get(peer) == seat:
+        if peer not in self.state.electorate:
             return None
-        if not self.ctx.crypto.verify(peer, seat.signature, seat_message(state.head, seat.life)):
-            return "seat"
-        state.standing_by[peer] = seat
-        return None
+        fault = self.seat_fault(peer, seat.life, seat.signature)
+        if fault is None:
+            self.state.standing_by[peer] = seat
+        return fault
 
     def add_ready(self, peer: str, ready: Ready, now: float) -> None:
         """A checked READY of our ballot."""
@@ -369,8 +367,10 @@ class Leader:
     def _standing_by(self, now: float) -> list[tuple[str, Seat]]:
         """Who takes no part and is to vote in the next round; of a forced record all members sign."""
         state = self.state
-        asking = [] if state.forced else [*state.standing_by.items()]
-        return [(p, seat) for p, seat in asking if p not in state.ready and self.ctx.heard(p, now)]
+        if state.forced:
+            return []
+        asking = [(p, seat) for p, seat in state.standing_by.items() if p not in state.ready]
+        return [(p, seat) for p, seat in asking if self.ctx.heard(p, now)]
 
     def _may_vote(self, peer: str, now: float) -> bool:
         """Whether who does not contribute can be named all the same, and so votes in the next round."""

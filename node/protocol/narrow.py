@@ -63,7 +63,7 @@ def leaves_accepted(state: RoundState, leader: str, roster: Roster, now: float) 
     if has_tried and state.ctx.movers.is_excused(leader):
         return False
     state.unheeding[leader] = None
-    return len(state.unheeding) < 2
+    return len(state.unheeding) < LEADERS
 
 
 def note_own(state: RoundState, roster: Roster, now: float) -> None:

@@ -294,7 +294,7 @@ class Round:
             return None
         if not ready.forced and state.leader_of(ready.ballot) != self.ctx.me:
             return "not_leader"
-        fault = ready_fault(state, peer, ready) or self.lead.seat_fault(peer, ready)
+        fault = ready_fault(state, peer, ready) or self.lead.seat_fault(peer, ready.life, ready.seat)
         if fault is not None:
             return fault
         if ready.ballot < max(state.ballot, state.lead_from):

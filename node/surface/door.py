@@ -8,7 +8,7 @@ cannot keep a scraper out.
 
     listening socket (listener.py) -> Door() -> Guest -> aiohttp's protocol -> guard (http.py) -> handler
 
-Imports asyncio only.
+Of the project it imports turns.py only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
+
+from tapestry.node.surface.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Door:
         self._guests: dict[
             asyncio.BaseProtocol, Guest
         ] = {}  # by aiohttp's protocol; the longest silent first
-        self._next_at = 0.0  # when the next request is due, at requests_per_s
+        self._turns = Turns(limits.requests_per_s, limits.requests_burst)
 
     def __call__(self) -> Guest:
         inner = self._make_inner()
@@ -70,18 +72,18 @@ class Door:
         self._guests.pop(guest.inner, None)
 
     async def turn(self) -> bool:
-        """Wait until the next request is due: a token bucket, kept as the time of the next one.
+        """Wait until the next request is due.
 
         False at once, and nothing is charged, where more wait than have places here: those are requests of
         who has left again, and each would keep the next one waiting for its turn all the same.
         """
-        now, every_s = asyncio.get_running_loop().time(), 1.0 / self._limits.requests_per_s
-        due_at = max(self._next_at, now - every_s * self._limits.requests_burst)
-        if due_at - now > every_s * self._limits.connections_max:
+        now = asyncio.get_running_loop().time()
+        wait_s = self._turns.wait_s(now)
+        if wait_s > self._turns.every_s * self._limits.connections_max:
             return False
-        self._next_at = due_at + every_s
-        if due_at > now:
-            await self._sleep(due_at - now)
+        self._turns.take(now)
+        if wait_s > 0:
+            await self._sleep(wait_s)
         return True
 
     @contextlib.contextmanager

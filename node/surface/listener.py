@@ -6,7 +6,7 @@ them afterwards. Here so many a second are taken; the others wait in the kernel,
 A TLS handshake has a deadline and a place: the oldest unfinished one makes room for the newest, for idle
 connections would use up the node's file descriptors before door.py sees one of them.
 
-Imports asyncio, socket and ssl only.
+Of the project it imports turns.py only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from tapestry.node.surface.turns import Turns
 
 if TYPE_CHECKING:
     import ssl
@@ -83,7 +85,7 @@ class Listener:
         self._door = door
         self._context = context
         self._limits = limits
-        self._next_at = 0.0  # when the next connection is due, at connections_per_s
+        self._turns = Turns(limits.connections_per_s, limits.connections_burst)
         self._beginning: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._accepting = [self._accepting_at(one) for one in sockets]
 
@@ -99,7 +101,8 @@ class Listener:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._turn()
+            if (wait_s := self._turns.wait_s(loop.time())) > 0:
+                await asyncio.sleep(wait_s)
             try:
                 guest, _ = await loop.sock_accept(listener)
             except OSError as error:
@@ -111,23 +114,12 @@ class Listener:
                 )
                 await asyncio.sleep(AGAIN_S)
                 continue
-            self._taken()
+            self._turns.take(loop.time())
             task = asyncio.create_task(self._begin(guest))
             self._beginning[task] = None
             task.add_done_callback(lambda done: self._beginning.pop(done, None))
             if len(self._beginning) > self._limits.handshakes_max:
                 next(iter(self._beginning)).cancel()
-
-    async def _turn(self) -> None:
-        """Wait until one more may be taken: a token bucket, kept as the time of the next one."""
-        wait_s = self._next_at - asyncio.get_running_loop().time()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
-
-    def _taken(self) -> None:
-        every_s = 1.0 / self._limits.connections_per_s
-        full_at = asyncio.get_running_loop().time() - every_s * self._limits.connections_burst
-        self._next_at = max(self._next_at, full_at) + every_s
 
     async def _begin(self, guest: socket.socket) -> None:
         """A handshake, if there is to be one; then the connection is the door's."""

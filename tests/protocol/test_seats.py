@@ -142,7 +142,7 @@ def test_a_leader_looks_again_at_another_word_of_the_same_peer():
     round_ = node.core.round
     peer, ready = next((p, r) for p, r in round_.state.ready.items() if p != node.name)
     assert isinstance(ready, Ready)
-    assert round_.lead.seat_fault(peer, ready) is None
+    assert round_.lead.seat_fault(peer, ready.life, ready.seat) is None
     for wrong in (replace(ready, seat="ab" * 32), replace(ready, life="12" * 16), replace(ready, seat="")):
         assert round_.on_ready(peer, wrong, world.now) == "seat"
     assert round_.state.ready[peer] == ready

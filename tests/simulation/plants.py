@@ -373,7 +373,7 @@ def seats_unchecked() -> list[Patch]:
 
 @plant("a leader names whoever says READY, with a word that holds or without", 126)
 def ready_seats_unchecked() -> list[Patch]:
-    return [(Leader, "seat_fault", lambda self, peer, ready: None)]
+    return [(Leader, "seat_fault", lambda *args: None)]
 
 
 # --- shards -----------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ ANSWERS_BYTES_PER_S = 4e6  # records, to all who ask; a quarter of the upload ca
 JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at this rate for JUNK_S_MAX. Guess
 JUNK_S_MAX = 60.0
 BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
+FAREWELL_S = 1.0  # Guess: for what was sent to who is removed before its link ends, above all why
 STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
 LINK_CURE = "tried again by itself; see that this peer runs, and that its address is right"
 TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
@@ -158,7 +159,7 @@ class _Peer:
     seen_at: float = 0.0
     up: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    control: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    control: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)  # None: it is dismissed
     bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
     busy_since: float = 0.0  # since then some bulk has always waited
     busy_bytes: int = 0  # that went out meanwhile
@@ -353,10 +354,18 @@ class Links:
         return self._given
 
     def check_members(self) -> None:
-        """The roll has changed: end the links of who is a member no more."""
+        """The roll has changed: end the links of who is a member no more, once they have what was sent to
+        them before: the record that removes them."""
         for link in list(self._peers.values()):
-            if not self._listener.admits(link.peer):
-                self._end(link, "not_member", "it is a member no more")
+            if not link.up:
+                self._dismiss(link)
+            elif not self._listener.admits(link.peer):
+                link.control.put_nowait(None)
+                asyncio.get_running_loop().call_later(FAREWELL_S, self._dismiss, link)
+
+    def _dismiss(self, link: _Peer) -> None:
+        if not self._listener.admits(link.peer):  # it may be back
+            self._end(link, "not_member", "it is a member no more")
 
     @property
     def wanted(self) -> list[str]:
@@ -579,6 +588,11 @@ class Links:
     async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         while True:
             header = await link.control.get()
+            if header is None:
+                self._dismiss(link)
+                if not link.up:
+                    return link.why_broken
+                continue
             link.control_bytes -= len(header)
             parts = frame_parts(header)
             why = await self._write(link.peer, writer, parts, "control")

@@ -420,6 +420,45 @@ def test_answers_that_are_not_taken_end_the_link_at_once_and_up_and_down_alterna
     run(main)
 
 
+def test_who_is_removed_is_sent_what_it_was_told_before_and_then_nothing():
+    async def main() -> None:
+        async with Bench() as bench:
+            await bench.linked()
+            told = [Status(epoch, "cd" * 32, 3, "training", Stage.TRAINING, 0, 0, ()) for epoch in range(3)]
+            for message in told:
+                bench.links.send_control(PEER, message)
+            bench.heard.removed.add(PEER)
+            bench.links.check_members()
+            bench.links.send_control(PEER, STATUS)
+            await until(lambda: "down" in bench.heard.ups)
+            assert bench.swarm.opened[0][1].written == b"".join(framed(encode_message(m)) for m in told)
+            assert bench.heard.refused == {"not_member": 1}
+            await until(lambda: not bench.links.wanted)
+            assert bench.heard.ups == ["up", "down"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_who_is_removed_and_takes_nothing_is_waited_for_no_longer_than_that(monkeypatch, is_back):
+    monkeypatch.setattr(links_module, "FAREWELL_S", 0.05)
+
+    async def main() -> None:
+        async with Bench(FakeSwarm(takes=False)) as bench:
+            await bench.linked()
+            bench.links.send_control(PEER, STATUS)
+            bench.heard.removed.add(PEER)
+            bench.links.check_members()
+            await turns()
+            assert bench.heard.ups == ["up"]
+            if is_back:
+                bench.heard.removed.clear()
+            await asyncio.sleep(0.1)
+            assert bench.heard.ups == (["up"] if is_back else ["up", "down"])
+
+    run(main)
+
+
 def test_a_stream_that_broke_before_we_wrote_is_no_error_of_ours():
     async def main() -> None:
         async with Bench() as bench:

@@ -18,6 +18,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,12 +111,14 @@ class Change:
         return replace(self, signatures=tuple(sorted(pairs.items())))
 
 
+@functools.lru_cache(maxsize=256)  # asked for at each message that tells of it
 def change_message(run_id: str, change: Change) -> bytes:
     """What those who ask for a change sign."""
     core = [run_id, change.kind, change.peer, change.value, change.until, change.nonce]
     return b"tapestry change v1\0" + canonical(core)
 
 
+@functools.lru_cache(maxsize=256)
 def change_id(run_id: str, change: Change) -> str:
     """Its name: 32 hex digits."""
     return hashlib.blake2b(change_message(run_id, change), digest_size=16).hexdigest()

@@ -119,6 +119,7 @@ class TapestryPeer:
         table["members"] |= {"admission": "open", "open_votes_after": 1}
         table["round"].update(stall_s=30.0, exchange_max_s=ROUND_S, straggler_wait_s=60.0)
         table["round"].update(options["round"])
+        table["audit"].update(options["audit"])
         spec = RunSpec.from_dict(table)
         n = options["params"]
         state = TimedState(torch.zeros(n), "00" * 32, Arithmetic.of(spec, n), 0, "")
@@ -205,7 +206,8 @@ class TapestryPeer:
             for line in self.metrics.render().decode().splitlines()
             if line.startswith("tapestry_loop_lag_seconds_bucket") or "loop_lag_seconds_count" in line
         ]
-        return {"state_digest": self.state.digest(), "loop_lag": lag}
+        sent = dict(self.metrics.bytes_by_kind("sent"))
+        return {"state_digest": self.state.digest(), "loop_lag": lag, "sent_by_kind": sent}
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -456,18 +458,18 @@ async def _serve(options: dict[str, Any], answers: int) -> None:
         command = json.loads(line)
         if command["do"] == "ready":
             await peer.ready()
-            answer({"base_bytes": _rss_peak_bytes()["own"]})
+            answer({"base_bytes": _rss_peak_bytes()["own"], "run_cpu_s": sum(_cpu_s().values())})
         elif command["do"] == "round":
             before = _cpu_s()
             times = await peer.round(command["start_at"])
             answer(times | {"cpu_s": {part: used - before[part] for part, used in _cpu_s().items()}})
         elif command["do"] == "result":
-            peak = _rss_peak_bytes()  # before the result is decoded for this question
+            peak, used_s = _rss_peak_bytes(), sum(_cpu_s().values())  # before it is decoded for this question
             result = await asyncio.to_thread(peer.result)
             path = Path(options["folder"]) / f"result-{options['system']}-{options['peer']}.f32"
             result.numpy().tofile(path)
             error = await asyncio.to_thread(error_of, result, options["peers"])
-            answer({"path": str(path), "error": error, "rss": peak} | peer.extra())
+            answer({"path": str(path), "error": error, "rss": peak, "run_cpu_s": used_s} | peer.extra())
         elif command["do"] == "end":
             break
     await peer.close()

@@ -3,6 +3,7 @@
     .venv/bin/python -P scripts/bench_averaging.py --compare hivemind,gloo
     .venv/bin/python -P scripts/bench_averaging.py --link 100mbit --compare hivemind,gloo
     .venv/bin/python -P scripts/bench_averaging.py --peers 2 --params 100000000 --link 1gbit
+    .venv/bin/python -P scripts/bench_averaging.py --compare tapestry:0     what audits cost
 
 Every peer is a process (with p2pd, where the system has one); with --link each has a network namespace of its
 own and `tbf` limits what it sends; without, all share the loopback of one namespace, or the machine's own
@@ -13,6 +14,9 @@ What is timed, for each system from float32 in to float32 out:
   tapestry   the whole round of a node, with all that makes it safe: encode, READY and ROSTER, exchange,
              result and votes on disk (fsync), ACCEPT and COMMIT, record on disk, decode, outer step taken.
              Only the trainer is a stand-in. `mean_s`: when the last peer had the whole mean, encoded.
+             tapestry:SHARE has that share of audits, and plain tapestry the run spec's default. What is
+             audited after a round is not in its time: `sent_by_kind` and `run_cpu_s` are of all rounds and
+             what lay between, of all peers together.
   hivemind   DecentralizedAverager with Uniform8BitQuantization (:float16, :float32 with those compressions),
              without its matchmaking: from `allow_allreduce` to the result.
   gloo       torch.distributed.all_reduce and the division, float32, not encrypted.
@@ -57,7 +61,7 @@ def main() -> None:
     parser.add_argument("--params", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--link", help="100mbit, 1gbit: what each peer may send")
-    parser.add_argument("--compare", default="", help="hivemind, hivemind:float16, hivemind:float32, gloo")
+    parser.add_argument("--compare", default="", help="hivemind, hivemind:float16, hivemind:float32, gloo, tapestry:0.2")
     parser.add_argument("--shard-elements", type=int, default=0, help="the run spec's default unless given")
     parser.add_argument("--codec", default="int8-block")
     parser.add_argument("--without-tapestry", action="store_true")
@@ -101,8 +105,9 @@ class System:
 
     def __init__(self, name: str, arguments: argparse.Namespace, folder: Path, net: Net | None) -> None:
         self.name = name
-        self.kind, _, codec = name.partition(":")
-        self.codec = {"tapestry": "tapestry", "hivemind": codec or "8bit", "gloo": "float32"}[self.kind]
+        self.kind, _, variant = name.partition(":")
+        self.codec = {"tapestry": "tapestry", "hivemind": variant or "8bit", "gloo": "float32"}[self.kind]
+        self.audit_share = float(variant) if self.kind == "tapestry" and variant else None
         self.arguments = arguments
         self.folder = folder / name
         self.net = net
@@ -111,6 +116,7 @@ class System:
         self.sent: list[float] = []
         self.cpu: list[dict[str, float]] = []
         self.base: list[int] = []
+        self.run_cpu_s = 0.0  # when the first round that counts began
         self.processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> System:
@@ -148,6 +154,7 @@ class System:
                 "interface": interface,
                 "shard_elements": self.arguments.shard_elements or default_shard(),
                 "round": {},
+                "audit": {} if self.audit_share is None else {"share": self.audit_share},
             }
             self.processes.append(
                 subprocess.Popen(
@@ -176,8 +183,10 @@ class System:
             yield json.loads(line)
 
     def round(self, warm_up: bool) -> None:
-        base = [answer["base_bytes"] for answer in self.ask(do="ready")]
-        self.base = self.base or base
+        ready = self.ask(do="ready")
+        self.base = self.base or [answer["base_bytes"] for answer in ready]
+        if warm_up or not self.run_cpu_s:
+            self.run_cpu_s = sum(answer["run_cpu_s"] for answer in ready)
         sent = self.sent_bytes()
         with self.first():
             start_at = time.monotonic() + START_IN_S
@@ -240,6 +249,7 @@ class System:
             )
             / params,
             "cpu_s": statistics.median(sum(used.values()) for used in self.cpu),
+            "run_cpu_s": sum(answer["run_cpu_s"] for answer in last) - self.run_cpu_s,
             "cpu_parts_s": {p: statistics.mean(used[p] for used in self.cpu) for p in self.cpu[0]},
         }
         if link_bps:
@@ -252,6 +262,8 @@ class System:
         if "state_digest" in last[0]:
             report["states"] = len({answer["state_digest"] for answer in last})
             report["loop_lag"] = last[0]["loop_lag"]
+            kinds = last[0]["sent_by_kind"]
+            report["sent_by_kind"] = {kind: sum(each["sent_by_kind"][kind] for each in last) for kind in kinds}
         return report
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--params", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--link", help="100mbit, 1gbit: what each peer may send")
-    parser.add_argument("--compare", default="", help="hivemind, hivemind:float16, hivemind:float32, gloo, tapestry:0.2")
+    parser.add_argument("--compare", default="", help="hivemind[:float16 | :float32], gloo, tapestry:SHARE")
     parser.add_argument("--shard-elements", type=int, default=0, help="the run spec's default unless given")
     parser.add_argument("--codec", default="int8-block")
     parser.add_argument("--without-tapestry", action="store_true")
@@ -262,8 +262,8 @@ class System:
         if "state_digest" in last[0]:
             report["states"] = len({answer["state_digest"] for answer in last})
             report["loop_lag"] = last[0]["loop_lag"]
-            kinds = last[0]["sent_by_kind"]
-            report["sent_by_kind"] = {kind: sum(each["sent_by_kind"][kind] for each in last) for kind in kinds}
+            sent = [answer["sent_by_kind"] for answer in last]
+            report["sent_by_kind"] = {kind: sum(each[kind] for each in sent) for kind in sent[0]}
         return report
 
 

@@ -1,4 +1,4 @@
-"""A derivative by preferences (dpo) of a small base, and what lm-eval says of it where that is installed."""
+"""A derivative by preferences (dpo) of a small base, and what lm-eval says of it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,6 @@ def choosy(made: MadeHome) -> Built:
 @pytest.fixture
 def suite(made: MadeHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One task of lm-eval: the questions that were trained on, and the base's answers to choose from."""
-    pytest.importorskip("lm_eval", reason="lm-eval is the extra `evaluate`")
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

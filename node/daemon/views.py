@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tapestry.node.daemon.egress import Egress, Unwritten
+from tapestry.node.daemon.likeness_watch import CURE, LikenessWatch
 from tapestry.node.daemon.loss_watch import LossWatch
 from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
@@ -249,6 +250,7 @@ class Reporter:
         self.training = TrainingView()
         self.coming = Coming(live.show)
         self._losses = LossWatch()
+        self._likeness = LikenessWatch()
         self.clock = PhaseClock(metrics)
         self.leaving = False  # rounds that end from now on are no news
         self._settings: Settings = {}  # in force, as told
@@ -299,6 +301,15 @@ class Reporter:
             tuple(
                 {"peer": peer, "name": self._names.name(peer), "count": count}
                 for peer, count in self._withheld.most_common(ACCUSED_SHOWN)
+            ),
+            tuple(
+                {
+                    "peer": peer,
+                    "name": self._names.name(peer),
+                    "cosine": round(one.cosine, 3),
+                    "others": round(one.others, 3),
+                }
+                for peer, one in sorted(self._likeness.unlike.items())
             ),
             tuple({"peer": one.peer, "name": one.name, "since": one.since} for one in applicants),
             self._names.name,
@@ -388,8 +399,25 @@ class Reporter:
             self._history.point(out.epoch + 1, round_s=seconds, phases=phases)
         if not self.leaving:
             self._story.round_ended(out.epoch, out.outcome, seconds, now)
+        if out.likeness:
+            self._compared(out.epoch + 1, dict(out.likeness))
         if out.outcome != "committed" and not self.leaving:
             _log.warning("round=%s epoch=%d; %s", out.outcome, out.epoch, OUTCOMES[out.outcome])
+
+    def _compared(self, epoch: int, cosines: Mapping[str, float]) -> None:
+        """How like the others' mean each contribution to record `epoch` was."""
+        from_now_on, no_more = self._likeness.seen(cosines, self._names.knows)
+        for peer in from_now_on:
+            one = self._likeness.unlike[peer]
+            _log.warning(
+                "unlike=%s epoch=%d cosine=%.3f others=%.3f; %s",
+                *(peer[-6:], epoch, one.cosine, one.others, CURE),
+            )
+            self._story.unlike(
+                peer, f"cosine {one.cosine:.2f} to their mean, theirs {one.others:.2f}: {CURE}"
+            )
+        for peer in no_more:
+            _log.info("alike=%s epoch=%d its contributions are like the others' again", peer[-6:], epoch)
 
     def committed(self, record: Record, tokens: int) -> None:
         """A record that is on disk now; behind the chain up to it are so many tokens."""

@@ -52,6 +52,7 @@ from tapestry.node.protocol.events import (
     Vote,
 )
 from tapestry.node.protocol.handover import ELECTORS, leave_message
+from tapestry.node.protocol.likeness import likeness_in
 from tapestry.node.protocol.members import CHANGES_MAX, Change, change_message
 from tapestry.node.protocol.messages import (
     Accept,
@@ -303,7 +304,8 @@ class Core:
             audit = audit_of(self.ctx, round_.state.at.roll, round_.exchange, drawn, fetched)
             if audit is not None:
                 self.ctx.emit(audit)
-        self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch)))
+        likeness = likeness_in(round_.exchange, record.body.result) if record is not None else ()
+        self.ctx.emit(EndRound(round_.epoch, outcome.value, self._counted(round_.epoch), likeness))
         self.round = None
 
     def _counted(self, epoch: int) -> str:

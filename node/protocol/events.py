@@ -385,6 +385,7 @@ class EndRound:
     epoch: int
     outcome: str  # committed | aborted | missed | forced
     counted: str  # our contribution that the record names; "" if none
+    likeness: tuple[tuple[str, float], ...] = ()  # of its contributors, if we have the result: likeness.py
 
 
 @dataclass(frozen=True, slots=True)

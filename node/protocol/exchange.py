@@ -253,6 +253,18 @@ class Exchange:
         """What the sums of all shards come to."""
         return agreement([self.results[s].sums for s in range(len(self.results))], self._weights())
 
+    def sums_by_reducer(self) -> dict[str, list[ShardSums]]:
+        """Of a whole result: what each reducer says of the shards that it averaged."""
+        found: dict[str, list[ShardSums]] = {}
+        for shard in range(len(self.results)):
+            found.setdefault(self._reducer(shard), []).append(self.results[shard].sums)
+        return found
+
+    def contributors(self) -> list[Member]:
+        """The roster's, in its order."""
+        members = self.roster.members if self.roster is not None else ()
+        return [m for m in members if m.weight]
+
     def averages(self, shard: int) -> bool:
         """Whether the newest roster makes us its reducer."""
         return self.roster is not None and self._reducer(shard) == self.ctx.me
@@ -346,9 +358,7 @@ class Exchange:
         return self.roster.members[self.roster.reducers[shard]].peer
 
     def _weights(self) -> list[int]:
-        """Of the roster's contributors, in its order."""
-        members = self.roster.members if self.roster is not None else ()
-        return [m.weight for m in members if m.weight]
+        return [m.weight for m in self.contributors()]
 
     def _wanted(self, peer: str) -> str | None:
         """The contribution of `peer` that the roster names."""

@@ -153,15 +153,10 @@ class Gate:
 
 def furthest_of(state: RoundState) -> str:
     """The contributor whose contribution differs most from the others', as most reducers' sums have it."""
-    exchange = state.exchange
-    assert exchange.roster is not None
-    roster = exchange.roster
-    members = [m for m in roster.members if m.weight]
-    of_reducer: dict[str, list[ShardSums]] = {}
-    for shard, reducer in enumerate(roster.reducers):
-        of_reducer.setdefault(roster.members[reducer].peer, []).append(exchange.results[shard].sums)
+    members = state.exchange.contributors()
     weights = [m.weight for m in members]
-    said = {reducer: shares(distances(sums, weights)) for reducer, sums in of_reducer.items()}
+    by_reducer = state.exchange.sums_by_reducer()
+    said = {reducer: shares(distances(sums, weights)) for reducer, sums in by_reducer.items()}
     return furthest(said, [m.peer for m in members])
 
 

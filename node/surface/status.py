@@ -69,6 +69,7 @@ class Shown:
     trainer_trouble: str  # why the trainer does not contribute; "" if it does
     accused: tuple[dict[str, str | int], ...] = ()  # peer, name, epoch, shard of lies that were proven
     withheld: tuple[dict[str, str | int], ...] = ()  # peer, name, count: what it did not give our audits
+    unlike: tuple[dict[str, str | float], ...] = ()  # peer, name, cosine, others: whose contributions are
     applicants: tuple[dict[str, Any], ...] = ()  # peer, name, since of those who wait to be admitted
     name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
     last_contributions: Mapping[str, int] = field(default_factory=dict)  # peer -> epoch, where it is known
@@ -146,6 +147,7 @@ class NodeView:
             "branches": [],
             "accused": [],
             "withheld": [],
+            "unlike": [],
             "members": 0,
             "roll": [],
             "settings": {},
@@ -189,6 +191,7 @@ class NodeView:
             "branches": list(shown.branches),
             "accused": list(shown.accused),
             "withheld": list(shown.withheld),
+            "unlike": list(shown.unlike),
             "members": len(core.roll.members),
             "roll": _roll(shown),
             "settings": dict(core.roll.settings),

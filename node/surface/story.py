@@ -81,6 +81,10 @@ class Story:
             "warning",
         )
 
+    def unlike(self, peer: str, text: str) -> None:
+        """Its contributions, for several rounds."""
+        self._history.tell(f"{self._name_of(peer)}'s contributions are unlike all others: {text}", "warning")
+
     def gate(self, round_: int, outcome: str, worse: float, peer: str) -> None:
         """What came of measuring a result: protocol/events.py, Gated."""
         made, by = f"round {round_}", f"by {worse:.4f}"

@@ -72,6 +72,7 @@ def attached() -> NodeView:
         dropped_weight=0,
         accused=({"peer": "c", "name": "C", "epoch": 3, "shard": 1, "what": "signed a wrong mean"},),
         withheld=({"peer": "c", "name": "", "count": 2},),
+        unlike=({"peer": "c", "name": "", "cosine": 0.1, "others": 0.9},),
         branches=("00000003-" + "ab" * 8,),
         applicants=({"peer": "d", "name": "D", "since": 1.5},),
         traffic=NO_TRAFFIC,

@@ -58,6 +58,9 @@ BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above a
 # Of one peer's messages; if that is less, its part of a quarter of the download cap, which all who send just
 # now share. Guess
 CONTROL_BYTES_PER_S = 1e6
+# Whoever else sends, of a member's: a roster or a page of records is read within stall_s, and its heartbeats
+# after it. As state transfers take of a donor; half of that quarter at the lowest cap. Guess
+MEMBER_BYTES_PER_S = 16 * 1024
 SHARED_S = 0.25  # Guess: so often who waits looks how many share
 ANSWERS_BYTES_PER_S = 4e6  # records, to all who ask; a quarter of the upload cap if that is less. Guess
 JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at this rate for JUNK_S_MAX. Guess
@@ -314,7 +317,7 @@ class Links:
             peer,
             control_pace=Pace(self._control_share, clock),
             bulk_pace=Pace(lambda: BULK_SHARE, clock),
-            control_bytes_in=Bucket(self._control_bytes_per_s(clock()), clock(), JUNK_S_MAX),
+            control_bytes_in=Bucket(self._control_bytes_per_s(1), clock(), JUNK_S_MAX),
             junk=Bucket(JUNK_BYTES_PER_S, clock(), JUNK_S_MAX),
         )
 
@@ -323,21 +326,27 @@ class Links:
         count = sum(link.is_there for link in self._peers.values())
         return min(CONTROL_SHARE, CONTROL_SHARE_ALL / max(1, count))
 
-    def _control_bytes_per_s(self, now: float) -> float:
-        """What one peer may send of messages: all spend from one cap, so those who send just now share."""
+    def _control_bytes_per_s(self, senders: int) -> float:
+        """What one of so many may send of messages: all spend from one cap."""
         cap = self._limits.throttles.download.bytes_per_second
-        if cap is None:
-            return CONTROL_BYTES_PER_S
-        senders = sum(link.control_bytes_in.is_owed(now) for link in self._peers.values())
-        return min(CONTROL_BYTES_PER_S, cap / 4 / max(1, senders))
+        return CONTROL_BYTES_PER_S if cap is None else min(CONTROL_BYTES_PER_S, cap / 4 / senders)
 
-    async def _paid_control(self, link: _Peer, count: int) -> None:
-        """As `_paid`, at a rate that others' messages lower."""
+    async def _control_is_paid(self, link: _Peer) -> None:
+        """Wait till the peer's messages are paid off, at a rate that those of others lower.
+
+        Others count while they owe anything at all. So a heartbeat counts for its milliseconds, which leaves
+        on average what max-min fairness does: the share of who wants more is what the others leave. If only
+        those counted who are made to wait, who sends just below its rate would count for nothing, and four
+        such peers would take the whole cap.
+        """
         bucket, clock = link.control_bytes_in, asyncio.get_running_loop().time
-        bucket.spend(count, clock())
         while True:
             now = clock()
-            bucket.set_rate(self._control_bytes_per_s(now), now)
+            senders = sum(other.control_bytes_in.is_owed(now) for other in self._peers.values())
+            rate = self._control_bytes_per_s(max(1, senders))
+            if rate < MEMBER_BYTES_PER_S and self._listener.is_member(link.peer):
+                rate = min(MEMBER_BYTES_PER_S, self._control_bytes_per_s(1))
+            bucket.set_rate(rate, now)
             wait_s = bucket.wait_s(0, now)
             if not wait_s:
                 return
@@ -674,13 +683,15 @@ class Links:
     async def _read_control(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle = self._limits.throttles.download  # counts, and makes nobody wait: there is no payload
         limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN, throttle)
+        clock = asyncio.get_running_loop().time
         while True:
+            await link.control_pace.wait()
+            await self._control_is_paid(link)  # also what it sent on a stream before this one
             header, _ = await self._frame(reader, limits, None)
+            link.control_bytes_in.spend(len(header), clock())
             self._listener.on_bytes("received", "control", len(header), link.peer)
             with link.control_pace.spending():
                 self._listener.on_message(link.peer, self._reader.control(header))
-            await link.control_pace.wait()
-            await self._paid_control(link, len(header))
 
     async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max
@@ -697,13 +708,14 @@ class Links:
                 self._listener.on_bulk_progress(link.peer)
 
         while True:
+            await link.bulk_pace.wait()
+            await _paid(link.junk)  # also what it sent on a stream before this one
             header, payload = await self._frame(reader, limits, on_bytes)
             with link.bulk_pace.spending():
                 usable = self._on_data(link.peer, header, payload, waiting)
             waiting = 0
-            await link.bulk_pace.wait()
             if not usable:
-                await _paid(link.junk, len(payload))
+                link.junk.spend(len(payload), loop.time())
 
     async def _frame(
         self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
@@ -725,11 +737,9 @@ class Links:
         return True
 
 
-async def _paid(bucket: Bucket, count: int) -> None:
-    """These bytes are the sender's: what it owes is paid off before more is read of it."""
-    clock = asyncio.get_running_loop().time
-    bucket.spend(count, clock())
-    if wait_s := bucket.wait_s(0, clock()):
+async def _paid(bucket: Bucket) -> None:
+    """What a sender owes is paid off before more is read of it."""
+    if wait_s := bucket.wait_s(0, asyncio.get_running_loop().time()):
         await asyncio.sleep(max(wait_s, SLEEP_MIN_S))
 
 

@@ -19,7 +19,7 @@ from tapestry.dht.swarm import Unreachable
 from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
-from tapestry.node.net.links import BURST_S, LINK_CURE, LinkLimits, Links, Pace
+from tapestry.node.net.links import BURST_S, LINK_CURE, MEMBER_BYTES_PER_S, LinkLimits, Links, Pace
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
@@ -581,6 +581,80 @@ def test_messages_of_many_take_a_quarter_of_the_download_cap_together():
             await asyncio.sleep(seconds)
             passed = (len(bench.heard.messages) - before) * len(encode_message(STATUS))
             assert passed == pytest.approx(seconds * cap / 4, rel=0.05)
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
+def test_who_sends_just_below_its_rate_counts_as_who_sends():
+    """If only those counted who are made to wait, four such peers would take the whole cap."""
+    cap, senders, seconds = 100_000.0, 4, 8.0
+    message = framed(encode_message(STATUS))
+
+    async def main() -> None:
+        async with Bench(peers_max=16, throttles=Throttles(download=Throttle(cap))) as bench:
+            readers = [asyncio.StreamReader(limit=1 << 20) for _ in range(senders)]
+            bench.heard.strangers.update(f"12D3KooWPeer{i}" for i in range(senders))
+            for i, reader in enumerate(readers):
+                serving = bench.swarm.handlers["control"](f"12D3KooWPeer{i}", reader, FakeWriter())
+                bench.streams.append(asyncio.create_task(serving))
+            for _ in range(round(seconds / 0.01)):
+                for reader in readers:
+                    reader.feed_data(message * round(0.95 * cap / 4 * 0.01 / len(encode_message(STATUS))))
+                await asyncio.sleep(0.01)
+            passed = len(bench.heard.messages) * len(encode_message(STATUS))
+            assert passed < 1.2 * seconds * cap / 4
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
+def test_a_member_is_read_in_time_however_many_others_flood():
+    """It had a sixty-fourth of a quarter of the cap: its heartbeats came after its page, too late."""
+    page = framed(encode_message(STATUS)) * (20_000 // len(encode_message(STATUS)))
+
+    async def main() -> None:
+        async with Bench(peers_max=64, throttles=Throttles(download=Throttle(1e6))) as bench:
+            flood = framed(encode_message(STATUS)) * 10_000
+            bench.heard.strangers.update(f"12D3KooWStranger{i}" for i in range(60))
+            for stranger in bench.heard.strangers:
+                bench.stream("control", flood, stranger)
+            await asyncio.sleep(1.0)
+            counts, hear = Counter[str](), bench.heard.on_message
+
+            def on_message(peer: str, message: Any) -> None:
+                counts[peer] += len(encode_message(message))
+                hear(peer, message)
+
+            bench.heard.on_message = on_message  # type: ignore[method-assign]
+            bench.stream("control", page * 10, PEER)
+            await asyncio.sleep(0.2)
+            assert counts[PEER] >= 20_000, "what comes at once is read at once, though others flood already"
+            counts.clear()
+            await asyncio.sleep(4.0)
+            assert counts.pop(PEER) == pytest.approx(4.0 * MEMBER_BYTES_PER_S, rel=0.1)
+            assert sum(counts.values()) <= 1.05 * 4.0 * 1e6 / 4
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("name", ["control", "bulk"])
+def test_a_stream_that_is_opened_anew_is_read_once_the_one_before_it_is_paid(monkeypatch, name):
+    """Its first frame was read at once: who opened one after the other paid for none."""
+    monkeypatch.setattr(links_module, "CONTROL_BYTES_PER_S", 1000.0)
+    monkeypatch.setattr(links_module, "JUNK_BYTES_PER_S", 1000.0)
+    junk = framed(encode_message(Shard(3, "cd" * 32, 0, None)), bytes(PAYLOAD_BYTES - 1))
+    status = framed(encode_message(STATUS))
+    frame, count = (status, 50 * PAYLOAD_BYTES // len(status)) if name == "control" else (junk, 50)
+
+    async def main() -> None:
+        async with Bench() as bench:
+            for _ in range(count):
+                bench.stream(name, frame)
+                await asyncio.sleep(0.01)
+            heard = bench.heard.unusable + len(bench.heard.messages)
+            assert 1 <= heard * len(frame) <= 8192 + 1000 * (0.02 * count) + len(frame)
 
     with asyncio.Runner(loop_factory=Leaping) as runner:
         runner.run(main())

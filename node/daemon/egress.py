@@ -4,7 +4,8 @@ On the loop a few additions a frame: `sent` counts bytes for a receiver, `part` 
 FLUSH_S a line for each kind goes to the file, in a thread; of control, which leaves each second also where
 nothing else happens, every CONTROL_S. A SIGKILL costs what was not yet flushed; a torn line is cut by the
 next start, which says so. A disk that is full loses nothing while the node runs: the
-counts stay, and go into a later line.
+counts stay, and go into later lines. Of no kind are more than RECEIVERS_HELD receivers kept apart meanwhile:
+what goes to further ones is counted for a receiver without a name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tapestry.node.disk.files import set_aside
@@ -25,7 +26,9 @@ from tapestry.node.lineage.egress import KINDS, PARTS_MAX, RULES, Left, Started
 
 FLUSH_S = 2.0  # guess: what a SIGKILL may leave unwritten
 CONTROL_S = 600.0  # guess: 64 members' heartbeats take 0.6 MB a day so, 170 MB with a line each FLUSH_S
-RECEIVERS_FULL = 1024  # of control; then a line is written sooner: one holds RECEIVERS_MAX. Guess
+RECEIVERS_FULL = 1024  # of control; then it is written sooner. And of a line, which may hold RECEIVERS_MAX
+RECEIVERS_HELD = 1 << 16  # of one kind: 64 such lines of 70 kB, where the disk takes none. Guess
+OTHERS = ""  # the receiver of what is told of nobody by name
 
 _log = logging.getLogger("tapestry.node")
 
@@ -54,9 +57,13 @@ class _Window:
     parts: dict[tuple[int, str], None] = field(default_factory=dict)
     more_parts: int = 0
 
-    def left(self, at: str, kind: str) -> Left:
-        total = sum(self.receivers.values())
-        return Left(at, kind, total, dict(self.receivers), RULES[kind], tuple(self.parts), self.more_parts)
+    def lines(self, at: str, kind: str) -> list[Any]:
+        """One line for each RECEIVERS_FULL receivers; the first has the parts."""
+        receivers = list(self.receivers.items())
+        pages = [receivers[one : one + RECEIVERS_FULL] for one in range(0, len(receivers), RECEIVERS_FULL)]
+        lines = [Left(at, kind, sum(n for _, n in page), dict(page), RULES[kind], (), 0) for page in pages]
+        lines[0] = replace(lines[0], parts=tuple(self.parts), more_parts=self.more_parts)
+        return [line.value() for line in lines]
 
 
 def now_utc() -> str:
@@ -85,6 +92,8 @@ class EgressLedger:
 
     def sent(self, kind: str, peer: str, count: int) -> None:
         receivers = self._windows[kind].receivers
+        if len(receivers) >= RECEIVERS_HELD and peer not in receivers:
+            peer = OTHERS
         receivers[peer] = receivers.get(peer, 0) + count
 
     def part(self, kind: str, epoch: int, digest: str) -> None:
@@ -108,7 +117,7 @@ class EgressLedger:
                 await self.flush([kind for kind in KINDS if kind != "control"])
 
     async def flush(self, kinds: Iterable[str] = KINDS, sync: bool = False) -> None:
-        """A line for each kind of which something left. Without bytes its parts wait for them."""
+        """Lines for each kind of which something left. Without bytes its parts wait for them."""
         at, failed = self._clock(), ""
         for kind in kinds:  # each by itself: what one holds keeps no other from being written
             window = self._windows[kind]
@@ -116,7 +125,7 @@ class EgressLedger:
                 continue
             self._windows[kind] = _Window()
             try:
-                await asyncio.to_thread(self._append, [window.left(at, kind).value()], sync)
+                await asyncio.to_thread(self._append, window.lines(at, kind), sync)
             except OSError as error:
                 self._take_back(kind, window)
                 failed = error.strerror or os.strerror(error.errno or 0)
@@ -142,3 +151,4 @@ class EgressLedger:
             self.sent(kind, peer, count)
         for epoch, digest in since.parts:
             self.part(kind, epoch, digest)
+        window.more_parts += since.more_parts

@@ -4,7 +4,8 @@ A base is a Hugging Face directory. A run takes of it the files that `FILE_NAMES
 its spec by size and blake3 digest (`TransformersSpec.files`): so every member holds the same bytes, whoever
 it had them from. A file is written under another name and gets its own when its digest was right; what is
 here under its own name is therefore whole. A download that broke off leaves `NAME.part`, and goes on from
-there.
+there. Where it led to another file, nobody knows which piece of it was false: it is kept as it was before,
+and a second one, `NAME.anew`, begins from nothing. Whichever leads to the right file first ends both.
 
 Blocking; any thread. Must not import torch, transformers or asyncio.
 """
@@ -24,7 +25,7 @@ from tapestry.node.disk.files import is_damage, sync_folder, write_file
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 
 PIECE_BYTES = 1 << 20  # that a donor sends for one request
-PART = ".part"
+PART, ANEW = ".part", ".anew"
 _READ_BYTES = 8 << 20
 
 
@@ -83,29 +84,29 @@ class BaseFolder:
                     copy_file(path, self.folder / file.name)
         return self.missing()
 
-    def part(self, file: BaseFile) -> Path:
-        """Where a file lies while it comes."""
-        return self.folder / (file.name + PART)
+    def part(self, file: BaseFile, end: str = PART) -> Path:
+        """Where a file lies while it comes; `end` is PART or ANEW."""
+        return self.folder / (file.name + end)
 
-    def part_bytes(self, file: BaseFile) -> int:
+    def part_bytes(self, file: BaseFile, end: str = PART) -> int:
         """How much of a file an earlier download left here."""
-        return min(self._size(file.name + PART) or 0, file.size_bytes)
+        return min(self._size(file.name + end) or 0, file.size_bytes)
 
-    def cut(self, file: BaseFile, size_bytes: int) -> None:
+    def cut(self, file: BaseFile, end: str, size_bytes: int) -> None:
         """Keep so much of an earlier download. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            os.truncate(self.part(file), size_bytes)
+            os.truncate(self.part(file, end), size_bytes)
 
-    def append(self, file: BaseFile, data: bytes | bytearray) -> None:
+    def append(self, file: BaseFile, data: bytes | bytearray, end: str = PART) -> None:
         """The next bytes of a download. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.part(file).open("ab") as out:
+        with self.part(file, end).open("ab") as out:
             out.write(data)
 
-    def finish(self, file: BaseFile) -> None:
-        """The download is whole: give it its name. Raises BaseError if it is another file, and OSError;
-        drops it then, and where the disk lost some of it."""
-        part = self.part(file)
+    def finish(self, file: BaseFile, end: str = PART, keep_bytes: int = 0) -> None:
+        """The download is whole: give it its name. Raises BaseError if it is another file: then so much of
+        it is kept. Raises OSError; where the disk lost some of it nothing is kept."""
+        part = self.part(file, end)
         if file.size_bytes == 0:
             part.touch()
         try:
@@ -115,11 +116,16 @@ class BaseFolder:
                 part.unlink()
             raise
         if (found.size_bytes, found.digest) != (file.size_bytes, file.digest):
-            part.unlink()
+            if keep_bytes:
+                self.cut(file, end, keep_bytes)
+            else:
+                part.unlink()
             raise BaseError(f"{file.name} has the digest {found.digest[:12]}, not {file.digest[:12]}")
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, self.folder / file.name)
+        for other in (PART, ANEW):
+            self.part(file, other).unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def piece(self, digest: str, index: int) -> bytes | None:

@@ -6,8 +6,8 @@ I.371, annex A, with the emission interval 1/rate and the tolerance burst/rate.
 Every byte adds to the debt, which the rate pays off. Bulk asks first, and waits until its piece fits under
 the burst; control never asks, and what it spends bulk waits for. So at the moment a bulk piece is let
 through, what has passed in any t seconds up to then is at most burst + rate * t, control included. Nothing is
-saved up beyond the burst: an idle hour buys no flood. And no more is owed than DEBT_S of the rate: who floods
-us with what we did not ask for would else stop our bulk for long after.
+saved up beyond the burst: an idle hour buys no flood. And no more is owed than DEBT_S of the rate, of today's
+where it changes: who floods us with what we did not ask for would else stop our bulk for long after.
 
 Pure: `now` comes in, how long to wait comes out. Imports nothing.
 """
@@ -29,15 +29,16 @@ class Bucket:
     def __init__(self, bytes_per_second: float, now: float, debt_s: float = DEBT_S) -> None:
         self.piece_bytes = int(min(max(PIECE_S * bytes_per_second, PIECE_BYTES_MIN), PIECE_BYTES_MAX))
         self.burst_bytes = max(BURST_S * bytes_per_second, 2.0 * self.piece_bytes)
-        self.debt_bytes_max = self.burst_bytes + debt_s * bytes_per_second
+        self._debt_s = debt_s
         self._rate = bytes_per_second
         self._debt = 0.0
         self._at = now
 
     def set_rate(self, bytes_per_second: float, now: float) -> None:
-        """From now on; what is owed stays, and so does the burst."""
+        """From now on. The burst stays, and what is owed, as far as `debt_s` of this rate pay for it."""
         self._pay(now)
         self._rate = bytes_per_second
+        self._debt = min(self._debt, self._debt_bytes_max)
 
     def is_owed(self, now: float) -> bool:
         """Whether some of what passed is not paid off yet."""
@@ -54,7 +55,11 @@ class Bucket:
     def spend(self, count: int, now: float) -> None:
         """`count` bytes pass now, allowed or not."""
         self._pay(now)
-        self._debt = min(self._debt + count, max(self._debt, self.debt_bytes_max))
+        self._debt = min(self._debt + count, self._debt_bytes_max)
+
+    @property
+    def _debt_bytes_max(self) -> float:
+        return self.burst_bytes + self._debt_s * self._rate
 
     def _pay(self, now: float) -> None:
         self._debt = max(0.0, self._debt - self._rate * max(0.0, now - self._at))

@@ -8,9 +8,8 @@ keeps its streams open: that is for the core to notice, which hears no heartbeat
 
 Every frame is limited before it is read, every queue has an end, and every write has a deadline: a peer that
 does not take what we send loses its link, and gets it back when it dials or when we try again. Of the streams
-of one kind that a peer opens only the newest is read, and no peer gets more than a share of the loop's time:
-whoever sends faster than that waits, and the others do not. Bulk keeps within the node's bandwidth caps
-(throttle.py); control counts for them and never waits.
+of one kind that a peer opens only the newest is read, and no peer is read faster than its share (shares.py).
+Bulk keeps within the node's bandwidth caps (throttle.py); control counts for them and never waits.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,10 +28,10 @@ from tapestry.compression.refusals import Refused
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX
 from tapestry.dht.swarm import Swarm, Unreachable
-from tapestry.node.net.bucket import Bucket
 from tapestry.node.net.dials import Dials
 from tapestry.node.net.repeats import Repeats
-from tapestry.node.net.throttle import SLEEP_MIN_S, Throttles
+from tapestry.node.net.shares import STREAM_COST_S, Share, Shares
+from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import (
     FrameLimits,
@@ -52,19 +51,7 @@ WIDEN_BYTES_PER_S = (
     25e6  # what one stream carries at 670 ms. Below it something else is the bound, as a cap is
 )
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
-CONTROL_SHARE = 0.25  # Guess: of the loop's time, for one peer's messages and our answers to them
-CONTROL_SHARE_ALL = 0.5  # Guess: for those of all; six that flooded us had one and a half loops
-BULK_SHARE = 0.5  # Guess: checking a shard runs at GB/s, so this is far above any network
-# Of one peer's messages; if that is less, its part of a quarter of the download cap, which all who send just
-# now share. Guess
-CONTROL_BYTES_PER_S = 1e6
-SHARED_S = 0.25  # Guess: so often who waits looks how many share
-ANSWERS_BYTES_PER_S = 4e6  # records, to all who ask; a quarter of the upload cap if that is less. Guess
-JUNK_BYTES_PER_S = 64 * 1024  # who sends payloads that are refused is read at this rate for JUNK_S_MAX. Guess
-JUNK_S_MAX = 60.0
-BURST_S = 0.25  # Guess: of the loop's time; a round's messages cost milliseconds
 FAREWELL_S = 1.0  # Guess: for what was sent to who is removed before its link ends, above all why
-STREAM_COST_S = 0.002  # Guess: what a stream costs us and p2pd to open
 LINK_CURE = "tried again by itself; see that this peer runs, and that its address is right"
 TELL_AGAIN_S = 3600.0  # Guess: that a given peer cannot be reached
 BYTES_PER_SECOND_MIN = 1024  # of a frame that has begun. Guess: who is slower can be in no round
@@ -112,49 +99,12 @@ class LinkLimits:
     throttles: Throttles = field(default_factory=Throttles)  # the node's, which its state transfers share
 
 
-class Pace:
-    """How long a peer may occupy the loop: a burst, and a share of the time that passes."""
-
-    def __init__(self, share: Callable[[], float], clock: Callable[[], float]) -> None:
-        self._share = share
-        self._clock = clock
-        self._spent_s = 0.0
-        self._at = clock()
-
-    @contextlib.contextmanager
-    def spending(self) -> Iterator[None]:
-        """What is done inside counts."""
-        began_at = self._clock()
-        try:
-            yield
-        finally:
-            self.spend(self._clock() - began_at)
-
-    def spend(self, seconds: float) -> None:
-        self._spent_s += seconds
-
-    def pause_s(self) -> float:
-        """How long to wait before the next message is read."""
-        now = self._clock()
-        share = self._share()
-        self._spent_s = max(0.0, self._spent_s - share * (now - self._at))
-        self._at = now
-        return max(0.0, self._spent_s - BURST_S) / share
-
-    async def wait(self) -> None:
-        """At least one turn for everybody else: a full buffer is thousands of messages."""
-        await asyncio.sleep(self.pause_s())
-
-
 @dataclass(slots=True)
 class _Peer:
     """What we know of one peer, and its two queues."""
 
     peer: str
-    control_pace: Pace
-    bulk_pace: Pace
-    control_bytes_in: Bucket  # what it may send us
-    junk: Bucket  # what it sent that was refused
+    share: Share
     addresses: tuple[str, ...] = ()
     seen_at: float = 0.0
     up: bool = False
@@ -171,8 +121,7 @@ class _Peer:
     inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk ... -> its reader
     proven: bool = False  # it was here or was reached: not only a hint
     hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
-    answers_at: float = 0.0  # when its next question is answered
-    held: Records | None = None  # the answer to that
+    held: Records | None = None  # the answer to its next question, till that is due
     is_displaced: bool = False  # a member has its place
 
     @property
@@ -230,6 +179,7 @@ class Links:
         self._listener = listener
         self._limits = limits
         self._peers: dict[str, _Peer] = {}
+        self._shares = Shares(limits.throttles, listener.is_member, self._count_there)
         self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
         self._failures = Repeats(TELL_AGAIN_S)
         self.dials = Dials()
@@ -267,7 +217,7 @@ class Links:
             if peer not in self._given and not self._has_room_for(peer):
                 self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
                 return
-            known = self._peers[peer] = self._new_peer(peer)
+            known = self._peers[peer] = _Peer(peer, self._shares.begin(peer))
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
         if hint and not known.up:
             fresh = dict.fromkeys(a for a in addresses if a not in known.addresses)
@@ -308,40 +258,8 @@ class Links:
         if link.up:
             self._break(link, reason, why)
 
-    def _new_peer(self, peer: str) -> _Peer:
-        clock = asyncio.get_running_loop().time
-        return _Peer(
-            peer,
-            control_pace=Pace(self._control_share, clock),
-            bulk_pace=Pace(lambda: BULK_SHARE, clock),
-            control_bytes_in=Bucket(self._control_bytes_per_s(clock()), clock(), JUNK_S_MAX),
-            junk=Bucket(JUNK_BYTES_PER_S, clock(), JUNK_S_MAX),
-        )
-
-    def _control_share(self) -> float:
-        """Of each peer that is there: all together have CONTROL_SHARE_ALL."""
-        count = sum(link.is_there for link in self._peers.values())
-        return min(CONTROL_SHARE, CONTROL_SHARE_ALL / max(1, count))
-
-    def _control_bytes_per_s(self, now: float) -> float:
-        """What one peer may send of messages: all spend from one cap, so those who send just now share."""
-        cap = self._limits.throttles.download.bytes_per_second
-        if cap is None:
-            return CONTROL_BYTES_PER_S
-        senders = sum(link.control_bytes_in.is_owed(now) for link in self._peers.values())
-        return min(CONTROL_BYTES_PER_S, cap / 4 / max(1, senders))
-
-    async def _paid_control(self, link: _Peer, count: int) -> None:
-        """As `_paid`, at a rate that others' messages lower."""
-        bucket, clock = link.control_bytes_in, asyncio.get_running_loop().time
-        bucket.spend(count, clock())
-        while True:
-            now = clock()
-            bucket.set_rate(self._control_bytes_per_s(now), now)
-            wait_s = bucket.wait_s(0, now)
-            if not wait_s:
-                return
-            await asyncio.sleep(max(min(wait_s, SHARED_S), SLEEP_MIN_S))
+    def _count_there(self) -> int:
+        return sum(link.is_there for link in self._peers.values())
 
     def keep(self, peer: str, address: str) -> None:
         """As `want`, for good: this address is tried too, whatever the peer says of itself."""
@@ -375,7 +293,7 @@ class Links:
     @property
     def full(self) -> bool:
         """Whether peers_max are there: whom we only try to reach takes nobody's place."""
-        return sum(p.is_there for p in self._peers.values()) >= self._limits.peers_max
+        return self._count_there() >= self._limits.peers_max
 
     @property
     def linked(self) -> list[str]:
@@ -392,13 +310,13 @@ class Links:
         if link is None or not link.up:
             return
         now = asyncio.get_running_loop().time()
-        if isinstance(message, Records) and now < link.answers_at:
-            self._hold(link, message, link.answers_at - now)  # it asks faster than it may
+        if isinstance(message, Records) and now < link.share.answers_at:
+            self._hold(link, message, link.share.answers_at - now)  # it asks faster than it may
             return
-        with link.control_pace.spending():
+        with link.share.control_pace.spending():
             header = encode_message(message)
         if isinstance(message, Records):
-            link.answers_at = now + len(header) / self._answers_bytes_per_s(now)
+            self._shares.answered(link.share, len(header))
         bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
         full = link.control.qsize() >= self._limits.queue_frames_max
         if full or link.control_bytes + len(header) > bytes_max:
@@ -417,12 +335,6 @@ class Links:
         answer, link.held = link.held, None
         if answer is not None and self._peers.get(link.peer) is link:
             self.send_control(link.peer, answer)
-
-    def _answers_bytes_per_s(self, now: float) -> float:
-        """One peer's part of what answers may take: those who asked of late share it."""
-        cap = self._limits.throttles.upload.bytes_per_second
-        asking = sum(now < link.answers_at for link in self._peers.values())
-        return (ANSWERS_BYTES_PER_S if cap is None else min(ANSWERS_BYTES_PER_S, cap / 4)) / (1 + asking)
 
     def send_bulk(self, peer: str, message: Shard | Result, kind: str, payload: list[Buffer]) -> None:
         """Queue a shard, unless the same one waits in the queue already. `kind` is for the metrics."""
@@ -492,6 +404,7 @@ class Links:
                 backoff_s = min(2 * backoff_s, limits.backoff_max_s)
         finally:
             del self._peers[link.peer]
+            self._shares.end(link.peer)
 
     async def _dial(self, link: _Peer) -> None:
         """Connect where it is said to be; what nobody has proven, within the budget. Raises Unreachable."""
@@ -657,8 +570,8 @@ class Links:
         link.inbound[name] = task
         self._displace(link)
         try:
-            link.control_pace.spend(STREAM_COST_S)
-            await link.control_pace.wait()
+            link.share.control_pace.spend(STREAM_COST_S)
+            await link.share.control_pace.wait()
             await read(link, reader)
         except RemoteProtocolError as error:
             self._listener.on_refused(peer, error.reason, str(error))
@@ -674,13 +587,15 @@ class Links:
     async def _read_control(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle = self._limits.throttles.download  # counts, and makes nobody wait: there is no payload
         limits = FrameLimits(self._limits.control_bytes_max, 0, BYTES_PER_SECOND_MIN, throttle)
+        share, clock = link.share, asyncio.get_running_loop().time
         while True:
+            await share.control_pace.wait()
+            await self._shares.control_is_paid(share)
             header, _ = await self._frame(reader, limits, None)
+            share.control_bytes_in.spend(len(header), clock())
             self._listener.on_bytes("received", "control", len(header), link.peer)
-            with link.control_pace.spending():
+            with share.control_pace.spending():
                 self._listener.on_message(link.peer, self._reader.control(header))
-            await link.control_pace.wait()
-            await self._paid_control(link, len(header))
 
     async def _read_bulk(self, link: _Peer, reader: asyncio.StreamReader) -> None:
         throttle, payload_bytes_max = self._limits.throttles.download, self._limits.payload_bytes_max
@@ -697,13 +612,14 @@ class Links:
                 self._listener.on_bulk_progress(link.peer)
 
         while True:
+            await link.share.bulk_pace.wait()
+            await self._shares.junk_is_paid(link.share)
             header, payload = await self._frame(reader, limits, on_bytes)
-            with link.bulk_pace.spending():
+            with link.share.bulk_pace.spending():
                 usable = self._on_data(link.peer, header, payload, waiting)
             waiting = 0
-            await link.bulk_pace.wait()
             if not usable:
-                await _paid(link.junk, len(payload))
+                link.share.junk.spend(len(payload), loop.time())
 
     async def _frame(
         self, reader: asyncio.StreamReader, limits: FrameLimits, on_bytes: Callable[[int], None] | None
@@ -723,14 +639,6 @@ class Links:
             return False
         self._listener.on_message(peer, self._reader.data(header, blob, digest))
         return True
-
-
-async def _paid(bucket: Bucket, count: int) -> None:
-    """These bytes are the sender's: what it owes is paid off before more is read of it."""
-    clock = asyncio.get_running_loop().time
-    bucket.spend(count, clock())
-    if wait_s := bucket.wait_s(0, clock()):
-        await asyncio.sleep(max(wait_s, SLEEP_MIN_S))
 
 
 async def _ended(reader: asyncio.StreamReader) -> str:

@@ -58,10 +58,13 @@ class Verdicts:
     """Whether others can dial us, by the word of those who tried: the majority of the newest JUDGES answers.
 
     A false "no" costs a place at a relay that was not needed, a false "yes" makes a node behind NAT give up
-    what carries it: so of equals the "no" counts, and no peer is asked again before the others were.
+    what carries it: so of equals the "no" counts, and no peer is asked again before the others were. Where
+    there are fewer members than JUDGES a "yes" takes all: a lone member may lie, and the others can be
+    anybody.
     """
 
     def __init__(self) -> None:
+        self._takes_all = False
         self._said: dict[
             str, tuple[bool, float]
         ] = {}  # peer -> what it said last, and when; the oldest first
@@ -70,7 +73,9 @@ class Verdicts:
 
     def reachable(self, now: float) -> bool | None:
         said = [yes for yes, at in self._said.values() if now - at < SAID_S][-JUDGES:]
-        return 2 * sum(said) > len(said) if said else None
+        if not said:
+            return None
+        return all(said) if self._takes_all else 2 * sum(said) > len(said)
 
     def needs_relay(self, now: float) -> bool:
         """Whether others cannot dial us, or nobody could say for a while after we first asked."""
@@ -79,15 +84,19 @@ class Verdicts:
             return self._first_asked_at is not None and now - self._first_asked_at >= PATIENCE_S
         return not reachable
 
-    def next_to_ask(self, linked: Sequence[str], now: float) -> str | None:
-        """Somebody else each time; seldom once JUDGES were asked, or all there are, and one answered."""
+    def next_to_ask(self, judges: Sequence[str], takes_all: bool, now: float) -> str | None:
+        """Somebody else each time; seldom once JUDGES were asked, or all there are, and one answered.
+
+        `takes_all`: from now on a "yes" takes all of the newest answers, not most.
+        """
+        self._takes_all = takes_all
         self._said = {p: said for p, said in self._said.items() if now - said[1] < SAID_S}
-        judges = sum(now - at < SAID_S for at in self._asked_at.values())
-        is_sure = bool(self._said) and judges >= min(JUDGES, len(linked))
+        asked = sum(now - at < SAID_S for at in self._asked_at.values())
+        is_sure = bool(self._said) and asked >= min(JUDGES, len(judges))
         last_at = max(self._asked_at.values(), default=-math.inf)
-        if not linked or now - last_at < (SURE_S if is_sure else UNSURE_S):
+        if not judges or now - last_at < (SURE_S if is_sure else UNSURE_S):
             return None
-        peer = min(linked, key=lambda p: self._asked_at.get(p, -math.inf))
+        peer = min(judges, key=lambda p: self._asked_at.get(p, -math.inf))
         if len(self._asked_at) >= ASKED_KEPT:
             del self._asked_at[min(self._asked_at, key=self._asked_at.__getitem__)]
         self._asked_at[peer] = now
@@ -158,6 +167,18 @@ class Relays:
     def addresses(self, own_id: str) -> tuple[str, ...]:
         """Where others find us through them."""
         return tuple(circuit_address(place.address, own_id) for place in self._places.values())
+
+
+def judges_of(direct: Sequence[str], is_member: Callable[[str], bool]) -> tuple[list[str], bool]:
+    """Of the peers with a direct connection, in the order in which they were linked: those to ask whether
+    others can dial us, and whether it takes all of them.
+
+    Members, for in an open run anybody may be linked, under as many names as they like. Where they are fewer
+    than JUDGES others are asked beside them, lest one member decide.
+    """
+    members = [peer for peer in direct if is_member(peer)]
+    others = [peer for peer in direct if peer not in members]
+    return [*members, *others[: max(0, JUDGES - len(members))]], len(members) < JUDGES
 
 
 def candidates(
@@ -254,8 +275,8 @@ class Reach:
         if max(map(scope, own), default=Scope.LOOPBACK) is Scope.LOOPBACK:
             return  # a trial on one machine
         direct = [peer for peer, route in self.routes.items() if route == "direct"]
-        judges = [peer for peer in direct if self._is_member(peer)] or direct
-        if peer := self._verdicts.next_to_ask(judges, now):
+        judges, takes_all = judges_of(direct, self._is_member)
+        if peer := self._verdicts.next_to_ask(judges, takes_all, now):
             self._start(tasks, f"dial {peer}", self._ask_dial(peer, own))
         reachable = self.reachable
         self._tell(reachable)

@@ -120,19 +120,24 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         try:
-            gone = self._circuits.enter(task, caller, guest, self._kind_of(caller))
+            gone = self._circuits.enter(task, caller, guest, self._kind_of(caller), _now())
         except NoPlace:
             await write_message(writer, hop_answer(TOO_MANY))
             return
         if gone is not None:
             gone.cancel()
         try:
-            await self._carry(caller, guest, reader, writer)
+            await self._carry(caller, guest, reader, writer, lambda: self._circuits.heard(task, _now()))
         finally:
             self._circuits.leave(task)
 
     async def _carry(
-        self, caller: str, guest: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        caller: str,
+        guest: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_heard: Callable[[], None],  # the guest says something
     ) -> None:
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -148,8 +153,8 @@ class Relay:
                 return
             _log.debug("relay=carries from=%s to=%s", caller[-6:], guest[-6:])
             ways = [
-                asyncio.create_task(self._pass(reader, inner_writer)),
-                asyncio.create_task(self._pass(inner_reader, writer)),
+                asyncio.create_task(self._pass(reader, inner_writer, lambda: None)),
+                asyncio.create_task(self._pass(inner_reader, writer, on_heard)),
             ]
             try:  # the end of one way is the end of both: p2pd's streams have no half
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -158,11 +163,14 @@ class Relay:
                     way.cancel()
                 await asyncio.wait(ways)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_piece: Callable[[], None]
+    ) -> None:
         """Until one side ends or takes nothing."""
         with contextlib.suppress(OSError, TimeoutError):
             while piece := await reader.read(PIECE_BYTES):
                 self._throttles.download.spend(len(piece))
+                on_piece()
                 view = memoryview(piece)
                 while view:
                     count = await self._throttles.upload.take(len(view))

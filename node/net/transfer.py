@@ -44,7 +44,7 @@ from torch import Tensor
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.disk import signed_means
-from tapestry.node.disk.base import PIECE_BYTES, BaseError, BaseFile, BaseFolder
+from tapestry.node.disk.base import ANEW, PART, PIECE_BYTES, BaseError, BaseFile, BaseFolder
 from tapestry.node.disk.draft import Draft
 from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, result_digest
@@ -190,15 +190,17 @@ async def fetch_file(
 ) -> None:
     """Get a file of the base, from where an earlier download ended. It has its name only if it is the one.
 
-    Where it is another, or cannot be read, what an earlier download left may be false or spoilt: then
-    all of it is asked of this donor, and only what it gave by itself is held against it.
+    Where it is another, what an earlier donor gave may be false, or what this one gave of the rest. So what
+    was there before is kept, and all is asked of this donor, beside it (disk/base.py, ANEW): only what a
+    donor gave by itself is held against it, and no donor destroys what one before it gave.
     """
-    begin = folder.part_bytes(file) // PIECE_BYTES
+    end, begin = PART, folder.part_bytes(file) // PIECE_BYTES
     while True:
         async with opened(open_stream, limits, on_bytes) as stream:
-            await _receive_pieces(stream, file, folder, begin, told)
+            await _receive_pieces(stream, file, folder, end, begin, told)
+        keep_bytes = begin * PIECE_BYTES if end == PART else 0
         try:
-            await asyncio.to_thread(folder.finish, file)
+            await asyncio.to_thread(folder.finish, file, end, keep_bytes)
             return
         except BaseError as error:
             if begin == 0:
@@ -208,30 +210,34 @@ async def fetch_file(
             if begin == 0 or not is_damage(error):
                 raise
             why = str(error)
-        _log.info("base file=%s from=0 reason=%r", file.name, why)
-        begin = 0
+        begin = folder.part_bytes(file, ANEW) // PIECE_BYTES if end == PART else 0
+        end = ANEW
+        _log.info("base file=%s anew from=%d reason=%r", file.name, begin, why)
 
 
-async def _receive_pieces(stream: Stream, file: BaseFile, folder: BaseFolder, begin: int, told: Told) -> None:
-    """From piece `begin` on, to the end."""
-    await asyncio.to_thread(folder.cut, file, begin * PIECE_BYTES)
+async def _receive_pieces(
+    stream: Stream, file: BaseFile, folder: BaseFolder, end: str, begin: int, told: Told
+) -> None:
+    """From piece `begin` on, to the last."""
+    await asyncio.to_thread(folder.cut, file, end, begin * PIECE_BYTES)
     asked: deque[int] = deque()
     for index in range(begin, -(-file.size_bytes // PIECE_BYTES)):
-        told(f"base {file.name} bytes", folder.part_bytes(file), file.size_bytes)
+        told(f"base {file.name} bytes", folder.part_bytes(file, end), file.size_bytes)
         await stream.send({"ask": "file", "digest": file.digest, "index": index})
         asked.append(index)
         if len(asked) == CHUNKS_AHEAD:
-            await _receive_piece(stream, file, folder, asked.popleft())
+            await asyncio.to_thread(folder.append, file, await _piece(stream, file, asked.popleft()), end)
     while asked:
-        await _receive_piece(stream, file, folder, asked.popleft())
+        await asyncio.to_thread(folder.append, file, await _piece(stream, file, asked.popleft()), end)
 
 
-async def _receive_piece(stream: Stream, file: BaseFile, folder: BaseFolder, index: int) -> None:
+async def _piece(stream: Stream, file: BaseFile, index: int) -> bytearray:
+    """The answer to the oldest question."""
     size = min(PIECE_BYTES, file.size_bytes - index * PIECE_BYTES)
     answer, data = await stream.answer("piece", {"index": int}, REQUEST_BYTES_MAX, size)
     if answer["index"] != index or len(data) != size:
         raise RemoteProtocolError("malformed", f"{len(data)} bytes in place of piece {index} of {file.name}")
-    await asyncio.to_thread(folder.append, file, data)
+    return data
 
 
 async def _receive_shard(stream: Stream, arithmetic: Arithmetic, index: int) -> Tensor:

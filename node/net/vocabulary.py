@@ -4,7 +4,7 @@ A header is a msgpack array: the message's name, then its fields in the order of
 sends is data until it has passed here; what passes is a value that the core may take at its word, as far as
 types and bounds go.
 
-The payload of SHARD and RESULT is not looked at here (node/links.py checks it with the run's codec).
+The payload of SHARD and RESULT is not looked at here (net/links.py checks it with the run's codec).
 """
 
 from __future__ import annotations

@@ -114,11 +114,22 @@ def test_a_flood_delays_bulk_by_seconds_however_large_it_is():
 
 
 def test_a_rate_that_changes_leaves_what_is_owed():
-    bucket = Bucket(1000.0, 0.0)
+    bucket = Bucket(1000.0, 0.0, debt_s=60.0)
     bucket.spend(int(bucket.burst_bytes) + 1500, 0.0)
     bucket.set_rate(100.0, 1.0)
     assert bucket.is_owed(1.0) and bucket.wait_s(0, 1.0) == pytest.approx(5.0)
     assert not bucket.is_owed(1.0 + (bucket.burst_bytes + 500) / 100.0)
+
+
+def test_a_debt_is_paid_off_in_its_time_also_at_a_rate_that_fell():
+    """A link that owed a minute was not read for an hour once 63 others sent as well."""
+    bucket = Bucket(64_000.0, 0.0, debt_s=60.0)
+    bucket.spend(10**9, 0.0)
+    assert bucket.wait_s(0, 0.0) == pytest.approx(60.0)
+    bucket.set_rate(1000.0, 0.0)
+    assert bucket.wait_s(0, 0.0) == pytest.approx(60.0)
+    bucket.spend(10**9, 30.0)
+    assert bucket.wait_s(0, 30.0) == pytest.approx(60.0)
 
 
 def test_a_clock_that_goes_back_gives_nothing_away():

@@ -16,7 +16,16 @@ from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.disk.linked import BrokenLink, LinkedFile, read_linked
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.egress import PARTS_MAX, Left, Started, Totals, counted, lines, read_egress
+from tapestry.node.lineage.egress import (
+    PARTS_MAX,
+    RECEIVERS_MAX,
+    Left,
+    Started,
+    Totals,
+    counted,
+    lines,
+    read_egress,
+)
 
 RUN = "ab" * 32
 A, B = "12D3KooWa", "12D3KooWb"
@@ -105,6 +114,35 @@ def test_control_to_very_many_does_not_wait(home: Home, monkeypatch: pytest.Monk
     assert len(of) >= 2 and sum(one.bytes for one in of) == 3 * egress_module.RECEIVERS_FULL
 
 
+def test_what_left_to_more_than_a_line_holds_has_several_lines_that_are_read(home: Home) -> None:
+    """A disk that took nothing for long: every reader refused the line, or it was too long to be written."""
+    count = 2 * RECEIVERS_MAX + 9
+    book = ledger(home)
+    for index in range(count):
+        book.sent("control", f"12D3KooW{index:044}", 2)
+    for epoch in range(PARTS_MAX + 1):
+        book.part("control", epoch, "x")
+    asyncio.run(book.close())
+    of = left(home)
+    assert sum(one.bytes for one in of) == 2 * count
+    assert len({peer for one in of for peer in one.receivers}) == count
+    assert max(len(one.receivers) for one in of) == egress_module.RECEIVERS_FULL
+    assert [len(one.parts) for one in of] == [PARTS_MAX] + [0] * (len(of) - 1)
+    assert sum(one.more_parts for one in of) == 1
+
+
+def test_while_the_disk_takes_nothing_no_more_than_so_many_receivers_are_held(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(egress_module, "RECEIVERS_HELD", 3)
+    book = ledger(home)
+    for index in range(9):
+        book.sent("state", f"peer{index % 6}", 1)
+    asyncio.run(book.close())
+    (state,) = left(home)
+    assert state.receivers == {"peer0": 2, "peer1": 2, "peer2": 2, "": 3} and state.bytes == 9
+
+
 def test_a_line_that_cannot_be_written_keeps_no_other_kind_back(home: Home) -> None:
     book = ledger(home)
     append = book._append
@@ -169,6 +207,27 @@ def test_a_full_disk_loses_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(main())
     (state,) = left(home)
     assert (state.bytes, [epoch for epoch, _ in state.parts]) == (3, [1, 2])
+
+
+def test_parts_that_come_while_a_line_fails_are_counted(home: Home) -> None:
+    async def main() -> None:
+        book = ledger(home)
+        append = book._append
+
+        def failing(lines: list[dict[str, object]], sync: bool) -> None:
+            for epoch in range(PARTS_MAX + 9):
+                book.part("state", epoch, "d")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        book._append = failing  # type: ignore[method-assign]
+        book.sent("state", A, 1)
+        await book.flush()
+        book._append = append  # type: ignore[method-assign]
+        await book.close()
+
+    asyncio.run(main())
+    (state,) = left(home)
+    assert len(state.parts) == PARTS_MAX and state.more_parts == 9
 
 
 def test_what_a_killed_node_left_torn_is_cut_and_said(home: Home) -> None:

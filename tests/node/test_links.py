@@ -19,7 +19,9 @@ from tapestry.dht.swarm import Unreachable
 from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
-from tapestry.node.net.links import BURST_S, LINK_CURE, LinkLimits, Links, Pace
+from tapestry.node.net import shares as shares_module
+from tapestry.node.net.links import LINK_CURE, LinkLimits, Links
+from tapestry.node.net.shares import BURST_S, MEMBER_BYTES_PER_S, Pace
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import FRAME, frame_parts
@@ -393,11 +395,11 @@ def test_a_flood_gets_its_share_of_the_loop_and_no_more():
 def test_a_peer_that_costs_more_than_its_burst_waits_and_others_do_not(monkeypatch):
     async def main() -> None:
         async with Bench() as bench:
-            monkeypatch.setattr(links_module, "BURST_S", -1000.0)
+            monkeypatch.setattr(shares_module, "BURST_S", -1000.0)
             bench.stream("control", framed(encode_message(STATUS)))
             await turns()
             assert not bench.heard.messages
-            monkeypatch.setattr(links_module, "BURST_S", BURST_S)
+            monkeypatch.setattr(shares_module, "BURST_S", BURST_S)
             bench.stream("control", framed(encode_message(STATUS)), peer="12D3KooWOther")
             await until(lambda: bench.heard.messages)
 
@@ -502,7 +504,7 @@ def test_answers_to_who_asks_for_records_again_and_again_are_bounded(monkeypatch
     """23 MB of questions were answered with 571 MB."""
 
     async def main() -> None:
-        monkeypatch.setattr(links_module, "ANSWERS_BYTES_PER_S", 1000.0)
+        monkeypatch.setattr(shares_module, "ANSWERS_BYTES_PER_S", 1000.0)
         async with Bench() as bench:
             await bench.linked()
             for _ in range(1000):
@@ -521,7 +523,7 @@ def test_an_answer_that_is_asked_for_early_comes_when_its_time_has_come(monkeypa
 
     async def main() -> None:
         first, second, third = (Records(epoch, ()) for epoch in range(3))
-        monkeypatch.setattr(links_module, "ANSWERS_BYTES_PER_S", 10 * len(encode_message(first)))
+        monkeypatch.setattr(shares_module, "ANSWERS_BYTES_PER_S", 10 * len(encode_message(first)))
         async with Bench() as bench:
             await bench.linked()
             began_s = asyncio.get_running_loop().time()
@@ -537,7 +539,7 @@ def test_an_answer_that_is_asked_for_early_comes_when_its_time_has_come(monkeypa
 
 def test_a_flood_of_messages_is_read_at_the_rate_of_its_sender(monkeypatch):
     async def main() -> None:
-        monkeypatch.setattr(links_module, "CONTROL_BYTES_PER_S", 1000.0)
+        monkeypatch.setattr(shares_module, "CONTROL_BYTES_PER_S", 1000.0)
         async with Bench() as bench:
             bench.stream("control", framed(encode_message(STATUS)) * 5000)
             await until(lambda: bench.heard.messages)
@@ -586,9 +588,83 @@ def test_messages_of_many_take_a_quarter_of_the_download_cap_together():
         runner.run(main())
 
 
+def test_who_sends_just_below_its_rate_counts_as_who_sends():
+    """If only those counted who are made to wait, four such peers would take the whole cap."""
+    cap, senders, seconds = 100_000.0, 4, 8.0
+    message = framed(encode_message(STATUS))
+
+    async def main() -> None:
+        async with Bench(peers_max=16, throttles=Throttles(download=Throttle(cap))) as bench:
+            readers = [asyncio.StreamReader(limit=1 << 20) for _ in range(senders)]
+            bench.heard.strangers.update(f"12D3KooWPeer{i}" for i in range(senders))
+            for i, reader in enumerate(readers):
+                serving = bench.swarm.handlers["control"](f"12D3KooWPeer{i}", reader, FakeWriter())
+                bench.streams.append(asyncio.create_task(serving))
+            for _ in range(round(seconds / 0.01)):
+                for reader in readers:
+                    reader.feed_data(message * round(0.95 * cap / 4 * 0.01 / len(encode_message(STATUS))))
+                await asyncio.sleep(0.01)
+            passed = len(bench.heard.messages) * len(encode_message(STATUS))
+            assert passed < 1.2 * seconds * cap / 4
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
+def test_a_member_is_read_in_time_however_many_others_flood():
+    """It had a sixty-fourth of a quarter of the cap: its heartbeats came after its page, too late."""
+    page = framed(encode_message(STATUS)) * (20_000 // len(encode_message(STATUS)))
+
+    async def main() -> None:
+        async with Bench(peers_max=64, throttles=Throttles(download=Throttle(1e6))) as bench:
+            flood = framed(encode_message(STATUS)) * 10_000
+            bench.heard.strangers.update(f"12D3KooWStranger{i}" for i in range(60))
+            for stranger in bench.heard.strangers:
+                bench.stream("control", flood, stranger)
+            await asyncio.sleep(1.0)
+            counts, hear = Counter[str](), bench.heard.on_message
+
+            def on_message(peer: str, message: Any) -> None:
+                counts[peer] += len(encode_message(message))
+                hear(peer, message)
+
+            bench.heard.on_message = on_message  # type: ignore[method-assign]
+            bench.stream("control", page * 10, PEER)
+            await asyncio.sleep(0.2)
+            assert counts[PEER] >= 20_000, "what comes at once is read at once, though others flood already"
+            counts.clear()
+            await asyncio.sleep(4.0)
+            assert counts.pop(PEER) == pytest.approx(4.0 * MEMBER_BYTES_PER_S, rel=0.1)
+            assert sum(counts.values()) <= 1.05 * 4.0 * 1e6 / 4
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("name", ["control", "bulk"])
+def test_a_stream_that_is_opened_anew_is_read_once_the_one_before_it_is_paid(monkeypatch, name):
+    """Its first frame was read at once: who opened one after the other paid for none."""
+    monkeypatch.setattr(shares_module, "CONTROL_BYTES_PER_S", 1000.0)
+    monkeypatch.setattr(shares_module, "JUNK_BYTES_PER_S", 1000.0)
+    junk = framed(encode_message(Shard(3, "cd" * 32, 0, None)), bytes(PAYLOAD_BYTES - 1))
+    status = framed(encode_message(STATUS))
+    frame, count = (status, 50 * PAYLOAD_BYTES // len(status)) if name == "control" else (junk, 50)
+
+    async def main() -> None:
+        async with Bench() as bench:
+            for _ in range(count):
+                bench.stream(name, frame)
+                await asyncio.sleep(0.01)
+            heard = bench.heard.unusable + len(bench.heard.messages)
+            assert 1 <= heard * len(frame) <= 8192 + 1000 * (0.02 * count) + len(frame)
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
 def test_who_sends_what_cannot_be_used_is_read_slowly_after_it(monkeypatch):
     async def main() -> None:
-        monkeypatch.setattr(links_module, "JUNK_BYTES_PER_S", 1000.0)
+        monkeypatch.setattr(shares_module, "JUNK_BYTES_PER_S", 1000.0)
         async with Bench() as bench:
             junk = framed(encode_message(Shard(3, "cd" * 32, 0, None)), b"junk" * (PAYLOAD_BYTES // 4 - 1))
             bench.stream("bulk", junk * 200)
@@ -605,7 +681,7 @@ def test_all_peers_together_get_half_of_the_loop():
             for i in range(10):
                 bench.stream("control", framed(encode_message(STATUS)), f"12D3KooWPeer{i}")
             await until(lambda: len(bench.heard.messages) == 10)
-            assert bench.links._control_share() == pytest.approx(0.05)
+            assert bench.links._shares.control_share() == pytest.approx(0.05)
 
     run(main)
 

@@ -12,6 +12,7 @@ import pytest
 from tapestry.dht.addresses import CIRCUIT, circuit_address, is_usable, relay_of
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.reachability import AUTONAT, DENIED, PLACE_REFUSED, TOO_MANY, hop_answer
+from tapestry.node.net import reach as reach_module
 from tapestry.node.net.reach import (
     ASKED_KEPT,
     LOOK_S,
@@ -27,6 +28,7 @@ from tapestry.node.net.reach import (
     Relays,
     Verdicts,
     candidates,
+    judges_of,
     routes_of,
 )
 
@@ -65,7 +67,7 @@ def verdicts_among(peers: list[str], liars: list[str], hours: int = 4) -> tuple[
     for tick in range(hours * 1800):
         now = tick * LOOK_S
         linked = peers if tick % 100 else peers[1:]
-        if peer := verdicts.next_to_ask(linked, now):
+        if peer := verdicts.next_to_ask(linked, False, now):
             asked[peer] += 1
             verdicts.says(peer, peer in liars, now)
         misled_s += LOOK_S * bool(verdicts.reachable(now))
@@ -81,40 +83,65 @@ def test_one_false_yes_takes_no_relay_from_a_node_that_nobody_can_dial():
     assert verdicts_among(["p0", "p1"], liars=["p0"])[1] <= UNSURE_S
 
 
-@pytest.mark.parametrize("members", ["2", ""])
-def test_whether_we_can_be_dialled_is_asked_of_members_and_of_others_only_where_there_are_none(members: str):
-    """In an open run anybody may be linked, under as many names as they like."""
-    newcomer, member = ID[:-1] + "1", ID[:-1] + "2"
-    told = {peer: (at("5.6.7.8", peer),) for peer in (newcomer, member)}
+@pytest.mark.parametrize(
+    ("members", "judges"),
+    [
+        ("34567", ["3", "4", "5", "6", "7"]),
+        ("234", ["2", "3", "4"]),
+        ("5", ["5", "1", "2"]),
+        ("", ["1", "2", "3"]),
+    ],
+)
+def test_whether_we_can_be_dialled_is_asked_of_members_and_of_others_where_they_are_few(
+    members: str, judges: list[str]
+):
+    """In an open run anybody may be linked, under many names; and where one member is, it alone may lie."""
+    told = {ID[:-1] + name: (at("5.6.7.8", ID[:-1] + name),) for name in "1234567"}
     asked: list[str] = []
 
     async def open_stream(peer: str, protocol: str, timeout_s: float) -> None:
-        asked.extend([peer] if protocol == AUTONAT else [])
+        asked.extend([peer[-1]] if protocol == AUTONAT else [])
         raise SwarmError("it is gone")
 
-    async def main() -> None:
+    async def main(monkeypatch: pytest.MonkeyPatch) -> None:
         swarm: Any = SimpleNamespace(peer_id=ID, open_stream=open_stream)
-        own = (at("192.168.1.9", ID),)
+        own, now = (at("192.168.1.9", ID),), 0.0
+        monkeypatch.setattr(reach_module, "_now", lambda: now)
         reach = Reach(swarm, Peers(told), lambda: own, False, lambda: None, lambda peer: peer[-1] in members)
         reach._connections = told
-        async with asyncio.TaskGroup() as tasks:
-            reach._look(tasks)
+        for _ in range(2 * len(judges)):
+            async with asyncio.TaskGroup() as tasks:
+                reach._look(tasks)
+            now += SURE_S
 
-    asyncio.run(main())
-    assert asked == [member if members else newcomer]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(main(monkeypatch))
+    assert asked == 2 * judges
+
+
+@pytest.mark.parametrize("liars", [["m"], ["a", "b"]])
+def test_neither_a_lone_member_nor_those_that_anybody_can_be_take_the_relays_of_a_node(liars: list[str]):
+    """A lone member was the only one asked; and beside it two free keys would be the majority."""
+    direct, verdicts, misled_s = ["a", "b", "c", "m"], Verdicts(), 0.0
+    for tick in range(1800):
+        now = tick * LOOK_S
+        if peer := verdicts.next_to_ask(*judges_of(direct, lambda one: one == "m"), now):
+            verdicts.says(peer, peer in liars, now)
+        misled_s += LOOK_S * bool(verdicts.reachable(now))
+    assert misled_s <= UNSURE_S, "until a second one was asked"
 
 
 def test_whose_turn_it_is_is_remembered_of_so_many_and_no_more():
     verdicts = Verdicts()
     for n in range(2 * ASKED_KEPT):
-        assert verdicts.next_to_ask([f"p{n}"], n * SURE_S)
+        assert verdicts.next_to_ask([f"p{n}"], False, n * SURE_S)
     assert len(verdicts._asked_at) == ASKED_KEPT
 
 
 def test_a_relay_is_needed_once_nobody_could_dial_us_or_nobody_said_for_a_while():
     verdicts = Verdicts()
     assert not verdicts.needs_relay(1000.0), "nobody could be asked yet"
-    verdicts.next_to_ask(["a"], 1000.0)
+    verdicts.next_to_ask(["a"], False, 1000.0)
     assert not verdicts.needs_relay(1000.0 + PATIENCE_S - 1)
     assert verdicts.needs_relay(1000.0 + PATIENCE_S)
     verdicts.says("a", True, 1001.0)
@@ -128,14 +155,14 @@ def test_a_relay_is_needed_once_nobody_could_dial_us_or_nobody_said_for_a_while(
 def test_peers_are_asked_in_turn_soon_until_one_answers_and_seldom_after():
     verdicts, asked = Verdicts(), []
     for second in range(int(UNSURE_S) * 3):
-        if peer := verdicts.next_to_ask(["a", "b"], float(second)):
+        if peer := verdicts.next_to_ask(["a", "b"], False, float(second)):
             asked.append((second, peer))
     assert asked == [(0, "a"), (30, "b"), (60, "a")]
     verdicts.says("a", False, 75.0)
-    assert verdicts.next_to_ask(["a", "b"], 60.0 + SURE_S - 1) is None
-    assert verdicts.next_to_ask(["a", "b"], 60.0 + SURE_S) == "b"
+    assert verdicts.next_to_ask(["a", "b"], False, 60.0 + SURE_S - 1) is None
+    assert verdicts.next_to_ask(["a", "b"], False, 60.0 + SURE_S) == "b"
     verdicts.forget()  # the node has moved
-    assert verdicts.reachable(360.0) is None and verdicts.next_to_ask(["a"], 360.0) == "a"
+    assert verdicts.reachable(360.0) is None and verdicts.next_to_ask(["a"], False, 360.0) == "a"
 
 
 def test_only_peers_that_others_can_dial_as_we_did_may_carry_us_and_the_public_come_first():

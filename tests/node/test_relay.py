@@ -32,6 +32,7 @@ from tapestry.dht.reachability import (
     stop_status,
 )
 from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.node.net import circuits as circuits_module
 from tapestry.node.net import relay as relay_module
 from tapestry.node.net.circuits import KIND_CIRCUITS_MAX, PAIR_CIRCUITS_MAX, Kind
 from tapestry.node.net.relay import Relay
@@ -162,8 +163,9 @@ def test_bytes_pass_both_ways_until_one_side_ends_and_are_counted_for_the_caps()
     run(main())
 
 
-def test_strangers_have_one_circuit_each_and_few_together_and_who_holds_one_longest_makes_room():
+def test_strangers_have_one_circuit_each_and_few_together_and_who_holds_one_longest_makes_room(monkeypatch):
     """Sixteen keys with silent circuits kept every applicant away from who is behind a relay."""
+    monkeypatch.setattr(circuits_module, "FIRST_S", 0.0)
 
     async def main() -> None:
         bench = Bench()
@@ -181,6 +183,30 @@ def test_strangers_have_one_circuit_each_and_few_together_and_who_holds_one_long
             task.cancel()
         await asyncio.wait(held)
         assert not len(bench.relay._circuits)
+
+    run(main())
+
+
+def test_a_circuit_on_which_the_guest_speaks_is_not_cut_for_one_more_stranger(monkeypatch):
+    monkeypatch.setattr(circuits_module, "FIRST_S", 0.0)
+
+    async def main() -> None:
+        bench = Bench()
+        await bench.ask(GUEST, RESERVE)
+        held, inner = [], []
+        for number in range(KIND_CIRCUITS_MAX[Kind.STRANGER]):
+            held.append(await bench.holds(f"stranger{LETTERS[number]}"))
+            inner.append(bench.inner)
+        inner[0].reader.feed_data(b"hello")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        bench.inner = None  # type: ignore[assignment]
+        assert await bench.ask("onemore", CONNECT) == NOT_REACHED
+        await asyncio.wait(held[1:2])
+        assert held[1].cancelled() and not held[0].done()
+        for task in held:
+            task.cancel()
+        await asyncio.wait(held)
 
     run(main())
 

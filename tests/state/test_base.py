@@ -76,16 +76,9 @@ def test_a_file_comes_from_a_donor_to_the_byte(held: BaseFolder, tmp_path: Path,
 def test_a_download_goes_on_where_it_broke_off(held: BaseFolder, tmp_path: Path, run: Run) -> None:
     mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
     mine.append(file, LARGE[: PIECE_BYTES + 5])  # a piece, and some of the next
-    asked: list[int] = []
-
-    class Watched(BaseFolder):
-        def piece(self, digest: str, index: int) -> bytes | None:
-            asked.append(index)
-            return super().piece(digest, index)
-
-    watched = Watched(held.folder, [*held.files.values()])
-    between(_serves(run, watched), _fetches(file, mine))
-    assert asked == [1, 2]
+    donor = Asked(held.folder, [*held.files.values()])
+    between(_serves(run, donor), _fetches(file, mine))
+    assert donor.asked == [1, 2]
     assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
 
 
@@ -106,6 +99,7 @@ def test_what_an_earlier_donor_poisoned_is_asked_anew_of_an_honest_one(
     mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
     mine.append(file, bytes(left))  # zeros: a power cut leaves them as well
     asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+    assert [path.name for path in mine.folder.iterdir()] == ["tokenizer.json"]
     assert (mine.folder / "tokenizer.json").read_bytes() == LARGE
 
 
@@ -137,7 +131,56 @@ def test_a_donor_is_named_for_a_false_file_that_it_gave_by_itself(
     with pytest.raises(RemoteProtocolError, match=r"tokenizer.json has the digest") as caught:
         asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
     assert caught.value.reason == "digest"
-    assert [*mine.folder.iterdir()] == []
+    assert mine.part(file).read_bytes() == LARGE[:PIECE_BYTES], "which an earlier donor gave"
+    assert len([*mine.folder.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("gives", [3, 2])
+def test_a_false_end_does_not_destroy_what_the_donor_before_gave(
+    held: BaseFolder, tmp_path: Path, run: Run, gives: int
+) -> None:
+    """The honest donor broke off, and the next one gave a false last piece: all began again, of that one."""
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, LARGE[: 2 * PIECE_BYTES])
+    honest = Asked(held.folder, [*held.files.values()])
+    liar = Asked(tmp_path / "liar", [*held.files.values()], gives)
+    liar.append(file, bytes(len(LARGE)))
+    os.rename(liar.part(file), liar.folder / file.name)
+    with pytest.raises(RemoteProtocolError if gives == 3 else DonorFailed):
+        asyncio.run(_streams(_serves(run, liar), _fetches(file, mine)))
+    assert liar.asked == [2, 0, 1, 2]
+    asyncio.run(_streams(_serves(run, honest), _fetches(file, mine)))
+    assert honest.asked == [2]
+    assert [path.name for path in mine.folder.iterdir()] == [file.name]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+def test_what_honest_donors_give_beside_a_false_beginning_adds_up(
+    held: BaseFolder, tmp_path: Path, run: Run
+) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, bytes(2 * PIECE_BYTES))
+    breaks_off = Asked(held.folder, [*held.files.values()], gives=2)
+    with pytest.raises(DonorFailed):
+        asyncio.run(_streams(_serves(run, breaks_off), _fetches(file, mine)))
+    honest = Asked(held.folder, [*held.files.values()])
+    asyncio.run(_streams(_serves(run, honest), _fetches(file, mine)))
+    assert (breaks_off.asked, honest.asked) == ([2, 0, 1, 2], [2, 2])
+    assert [path.name for path in mine.folder.iterdir()] == [file.name]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+class Asked(BaseFolder):
+    """Knows what it was asked for; of the whole file it gives so many pieces."""
+
+    def __init__(self, folder: Path, files: list[BaseFile], gives: int = 3) -> None:
+        super().__init__(folder, files)
+        self.asked: list[int] = []
+        self.gives = gives
+
+    def piece(self, digest: str, index: int) -> bytes | None:
+        self.asked.append(index)
+        return super().piece(digest, index) if index < self.gives or 0 not in self.asked else None
 
 
 def test_a_donor_without_the_file_says_missing(held: BaseFolder, tmp_path: Path, run: Run) -> None:

@@ -62,6 +62,7 @@ _CHILD_END_S = 1.0
 # New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
 STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
 _PACES_KEPT = 1024
+_LACKS_KEPT = 256  # Guess: a peer lacks a few, and nobody has so many peers of another version
 # Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
 # milliseconds, so that these are few at a time. Guess
 UNREAD_MAX = 32
@@ -103,6 +104,7 @@ class Swarm:
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
+        self._lacks: dict[tuple[str, str], float] = {}
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
         self._run_id = ""
@@ -296,8 +298,19 @@ class Swarm:
         except TimeoutError:
             raise Unreachable("timeout", f"peer {short(peer_id)}: no answer in {timeout_s:g} s") from None
         except _Refused as error:
-            raise _unreachable(f"peer {short(peer_id)}", str(error), timeout_s) from None
+            failure = _unreachable(f"peer {short(peer_id)}", str(error), timeout_s)
+            if failure.reason == "unsupported":
+                self._lacks[peer_id, protocol] = self._now()
+                if len(self._lacks) > _LACKS_KEPT:
+                    del self._lacks[next(iter(self._lacks))]
+            raise failure from None
+        self._lacks.pop((peer_id, protocol), None)
         return reader, writer
+
+    def lacks(self) -> dict[tuple[str, str], float]:
+        """Peer and protocol that it did not serve when a stream was last opened to it -> when that was, by
+        the loop's clock. A node that is starting serves little, for a while."""
+        return dict(self._lacks)
 
     async def join_dht(
         self, run_id: str, peers: Sequence[PeerAddress] = (), *, timeout_s: float = 30.0

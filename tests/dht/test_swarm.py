@@ -296,6 +296,11 @@ def test_why_a_peer_is_unreachable_is_said_in_one_line(tmp_path: Path) -> None:
             await alice.swarm.connect(await bob.address(), 5.0)
             with pytest.raises(Unreachable, match="does not serve this protocol"):
                 await alice.swarm.open_stream(bob.swarm.peer_id, "/tapestry/unknown/1", 5.0)
+            assert list(alice.swarm.lacks()) == [(bob.swarm.peer_id, "/tapestry/unknown/1")]
+            await bob.swarm.serve("/tapestry/unknown/1", echo)
+            _, writer = await alice.swarm.open_stream(bob.swarm.peer_id, "/tapestry/unknown/1", 5.0)
+            writer.close()
+            assert alice.swarm.lacks() == {}
 
     run(main())
 

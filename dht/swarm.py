@@ -48,6 +48,7 @@ from tapestry.dht.p2pd import (
 )
 from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
+from tapestry.dht.reachability import HOP
 
 _log = logging.getLogger("tapestry.swarm")
 
@@ -148,6 +149,7 @@ class Swarm:
             )
             cleanup.callback(server.close)
             cleanup.push_async_callback(swarm._end_inbound)
+            await swarm.serve(HOP, _carry_nobody)
             swarm._cleanup = cleanup.pop_all()
         return swarm
 
@@ -267,8 +269,11 @@ class Swarm:
         `peer_id` is what libp2p's handshake proved. The stream is closed when the handler ends; what it
         raises is logged and stays its own affair.
         """
-        assert protocol not in self._handlers, f"{protocol} is served already"
+        known = self._handlers.get(protocol)
+        assert known is None or known is _carry_nobody, f"{protocol} is served already"
         self._handlers[protocol] = handler
+        if known is not None:  # p2pd hands these streams to us already
+            return
         # hivemind's Multiaddr: py-multiaddr 0.2 drops the leading '/' of a path, and p2pd finds no socket.
         listener = HivemindMultiaddr(f"/unix{self._streams_path}").to_bytes()
         request = _request("STREAM_HANDLER")
@@ -554,6 +559,11 @@ class Swarm:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+
+
+async def _carry_nobody(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """In the place of p2pd's own relay, which carries all the world whatever it is told, until the node's
+    relay takes it: who waits to be admitted may wait for days."""
 
 
 class _Bucket:

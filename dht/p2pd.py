@@ -69,7 +69,8 @@ class _P2pd(P2P):  # type: ignore[misc]  # hivemind is untyped
     def _make_process_args(cls, *args: Any, **kwargs: Any) -> list[str]:
         if not cls.config.serve_kademlia:
             kwargs = {key: value for key, value in kwargs.items() if key != "dhtServer"}
-        kwargs["relayService"] = False  # node/net/relay.py
+        # It carries others all the same, by libp2p's own limits: swarm.py answers in its place.
+        kwargs["relayService"] = False
         daemon_args = P2P._make_process_args(*args, **kwargs)
         return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, str(os.getpid()), *daemon_args]
 

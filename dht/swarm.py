@@ -48,6 +48,7 @@ from tapestry.dht.p2pd import (
 )
 from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
+from tapestry.dht.reachability import HOP
 
 _log = logging.getLogger("tapestry.swarm")
 
@@ -62,6 +63,7 @@ _CHILD_END_S = 1.0
 # New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
 STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
 _PACES_KEPT = 1024
+_LACKS_KEPT = 256  # Guess: a peer lacks a few, and nobody has so many peers of another version
 # Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
 # milliseconds, so that these are few at a time. Guess
 UNREAD_MAX = 32
@@ -103,6 +105,7 @@ class Swarm:
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
+        self._lacks: dict[tuple[str, str], float] = {}
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
         self._run_id = ""
@@ -146,6 +149,7 @@ class Swarm:
             )
             cleanup.callback(server.close)
             cleanup.push_async_callback(swarm._end_inbound)
+            await swarm.serve(HOP, _carry_nobody)
             swarm._cleanup = cleanup.pop_all()
         return swarm
 
@@ -265,8 +269,11 @@ class Swarm:
         `peer_id` is what libp2p's handshake proved. The stream is closed when the handler ends; what it
         raises is logged and stays its own affair.
         """
-        assert protocol not in self._handlers, f"{protocol} is served already"
+        known = self._handlers.get(protocol)
+        assert known is None or known is _carry_nobody, f"{protocol} is served already"
         self._handlers[protocol] = handler
+        if known is not None:  # p2pd hands these streams to us already
+            return
         # hivemind's Multiaddr: py-multiaddr 0.2 drops the leading '/' of a path, and p2pd finds no socket.
         listener = HivemindMultiaddr(f"/unix{self._streams_path}").to_bytes()
         request = _request("STREAM_HANDLER")
@@ -296,8 +303,19 @@ class Swarm:
         except TimeoutError:
             raise Unreachable("timeout", f"peer {short(peer_id)}: no answer in {timeout_s:g} s") from None
         except _Refused as error:
-            raise _unreachable(f"peer {short(peer_id)}", str(error), timeout_s) from None
+            failure = _unreachable(f"peer {short(peer_id)}", str(error), timeout_s)
+            if failure.reason == "unsupported":
+                self._lacks[peer_id, protocol] = self._now()
+                if len(self._lacks) > _LACKS_KEPT:
+                    del self._lacks[next(iter(self._lacks))]
+            raise failure from None
+        self._lacks.pop((peer_id, protocol), None)
         return reader, writer
+
+    def lacks(self) -> dict[tuple[str, str], float]:
+        """Peer and protocol that it did not serve when a stream was last opened to it -> when that was, by
+        the loop's clock. A node that is starting serves little, for a while."""
+        return dict(self._lacks)
 
     async def join_dht(
         self, run_id: str, peers: Sequence[PeerAddress] = (), *, timeout_s: float = 30.0
@@ -541,6 +559,11 @@ class Swarm:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+
+
+async def _carry_nobody(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """In the place of p2pd's own relay, which carries all the world whatever it is told, until the node's
+    relay takes it: who waits to be admitted may wait for days."""
 
 
 class _Bucket:

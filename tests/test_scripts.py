@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,27 @@ def test_every_module_that_a_script_imports_is_there() -> None:
             first = [name.partition(".")[0] for name in names]
             missing += [(script.name, name) for name in first if name not in known and not find_spec(name)]
     assert missing == []
+
+
+@pytest.mark.parametrize("browser", [None, "chromium", "google-chrome"])
+def test_tests_of_the_page_are_run_or_said_to_be_left_out(tmp_path: Path, browser: str | None) -> None:
+    """scripts/test with a Python that only says what it is asked for."""
+    bins = tmp_path / "bin", tmp_path / ".venv" / "bin"
+    for folder in (*bins, tmp_path / "scripts"):
+        folder.mkdir(parents=True)
+    for tool in ("dirname", "nice"):
+        (bins[0] / tool).symlink_to(shutil.which(tool) or "")
+    for program in (bins[1] / "python", bins[1] / "ruff", *([bins[0] / browser] if browser else [])):
+        program.write_text('#!/bin/sh\necho "asked: $*"\n')
+        program.chmod(0o755)
+    (tmp_path / "scripts" / "_env.sh").write_text(f"root={tmp_path}\nvenv=$root/.venv\n")
+    script = shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
+    bash = shutil.which("bash") or ""
+    done = subprocess.run([bash, script], env={"PATH": str(bins[0])}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = "-m browser tests/surface/test_browser.py" in done.stdout
+    left_out = "# browser: left out, there is no chromium" in done.stdout
+    assert (asked, left_out) == (bool(browser), not browser), done.stdout
 
 
 # ---- the quickstart as a process ---------------------------------------------------------------------

@@ -56,7 +56,8 @@ def peers(home: str | None, as_json: bool) -> None:
         return
     if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
         raise UserError("the node's /peers is not a list of tables", exit_code=ExitCode.FAILED)
-    for line in _table([_in_short(row) for row in answer]) if answer else ["no peers"]:
+    versions = any(row.get("same_version") is False for row in answer)
+    for line in _table([_in_short(row, versions) for row in answer]) if answer else ["no peers"]:
         click.echo(line)
 
 
@@ -72,8 +73,8 @@ def _beside(name: str, value: str, width: int) -> Iterator[str]:
         yield from wrapped(ids_cut(value), begin, " " * len(begin))
 
 
-def _in_short(peer: dict[str, object]) -> dict[str, object]:
-    """What of a peer fits on a line of 80 columns; --json has the rest."""
+def _in_short(peer: dict[str, object], versions: bool) -> dict[str, object]:
+    """What of a peer fits on a line of 80 columns; --json has the rest. `versions`: not all are ours."""
     row = {key: peer.get(key) for key in ("phase", "epoch")}
     addresses = peer.get("addresses")
     first = addresses[0] if isinstance(addresses, list) and addresses else None
@@ -81,6 +82,7 @@ def _in_short(peer: dict[str, object]) -> dict[str, object]:
     return {
         "peer": who(str(peer.get("peer_id", "-")), str(peer.get("name") or "")),
         **row,
+        **({"version": peer.get("version")} if versions else {}),
         "head": None if same is None else "same" if same else "other",
         "heard": f"{heard:.1f} s" if isinstance(heard, float) else None,
         "way": None if relayed is None else "relayed" if relayed else "direct",

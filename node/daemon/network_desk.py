@@ -21,6 +21,7 @@ from tapestry.node.daemon.desk import Loop, Outputs
 from tapestry.node.daemon.egress import Egress
 from tapestry.node.daemon.keeper import Keeper
 from tapestry.node.daemon.members_desk import MembersDesk
+from tapestry.node.daemon.versions_desk import VersionsDesk
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.admission import Answer, admission_protocol, ask_once
 from tapestry.node.net.checkup import CHECKUP_PROTOCOL, Checkup
@@ -64,7 +65,9 @@ class NetworkDesk:
         self._accusations = accusations
         self._reporter = reporter
         self._state_protocol = state_protocol(keeper.run_id)
-        self._checkup = Checkup(keeper.run_id, version("tapestry-node"), network.hosts_of)
+        own_version = version("tapestry-node")
+        self._checkup = Checkup(keeper.run_id, own_version, network.hosts_of)
+        self.versions = VersionsDesk(own_version, keeper.run_id)
         self.words: DescriptionsDesk | None = None  # where members' descriptions are passed on
         self._epoch_told = -2
         self._means: dict[tuple[str, int, int], str] = {}  # digests of this round's means, for the ledger
@@ -94,10 +97,12 @@ class NetworkDesk:
         return self._members.is_member(peer)
 
     def on_up(self, peer: str) -> None:
+        self.versions.forget(peer)
         self._loop.feed(ev.PeerUp(peer))
         self._accusations.on_up(peer)
 
     def on_down(self, peer: str) -> None:
+        self.versions.forget(peer)
         self._loop.feed(ev.PeerDown(peer))
 
     def on_message(self, peer: str, message: Control | Shard | Result) -> None:
@@ -113,11 +118,11 @@ class NetworkDesk:
         self._loop.feed(ev.BulkProgress(peer))
 
     def on_unusable(self, peer: str, reason: str, text: str) -> None:
-        self._reporter.log_refusal(peer, reason, text)
+        self._reporter.log_refusal(peer, reason, text + self.versions.beside(peer))
         self._loop.feed(ev.PeerRefused(peer, reason))
 
     def on_refused(self, peer: str, reason: str, text: str) -> None:
-        self._reporter.refused(peer, reason, text)
+        self._reporter.refused(peer, reason, text + self.versions.beside(peer))
 
     def on_bytes(self, direction: str, kind: str, count: int, peer: str) -> None:
         self._reporter.metrics.network_bytes(direction, kind, count)

@@ -130,6 +130,7 @@ class Runtime:
                 if self.network.words is not None:  # we are on no island
                     tasks.create_task(self._end_if_removed())
                     tasks.create_task(self._pass_words_on(self.network.words))
+                    tasks.create_task(self._compare_versions())
                 self.feed(ev.Tick())
                 await self._broken
         finally:
@@ -230,11 +231,15 @@ class Runtime:
     def show(self) -> Shown:
         """What /status shows."""
         where, waiting = self._network.where(), self.members.reception.applicants
-        return self.reporter.show(self.snapshot(), where, waiting)
+        return self.reporter.show(self.snapshot(), where, waiting, self.network.versions.known)
 
     async def _pass_words_on(self, words: DescriptionsDesk) -> None:
         desk = self.network
         await words.run(lambda: self._network.linked, desk.linked_opener, desk.on_words, desk.on_refused)
+
+    async def _compare_versions(self) -> None:
+        network, desk = self._network, self.network
+        await desk.versions.run(lambda: network.linked, network.lacks, desk.is_member, desk.linked_opener)
 
     async def _end_if_removed(self) -> None:
         self.ends = await self._standing.watch()

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from tapestry.node.daemon.egress import Egress, Unwritten
 from tapestry.node.daemon.likeness_watch import CURE, LikenessWatch
@@ -272,7 +273,13 @@ class Reporter:
         by_kind = self.metrics.bytes_by_kind
         return Traffic.of(by_kind("sent"), by_kind("received"), self.float32_ratio)
 
-    def show(self, core: Snapshot, where: Where, applicants: Sequence[Applicant] = ()) -> Shown:
+    def show(
+        self,
+        core: Snapshot,
+        where: Where,
+        applicants: Sequence[Applicant] = (),
+        versions: Mapping[str, str] = MappingProxyType({}),  # of peers, where they are known
+    ) -> Shown:
         """What /status shows."""
         self.meet(core)
         training, dropped = self.training, self._dropped
@@ -315,6 +322,7 @@ class Reporter:
             self._names.name,
             self._history.last_contributions,
             self._losses.trouble,
+            versions,
         )
 
     # --- of the trainer ------------------------------------------------------------------------

@@ -309,6 +309,10 @@ class Network:
         except SwarmError:
             return ()
 
+    def lacks(self) -> dict[tuple[str, str], float]:
+        """As Swarm.lacks; nothing while there is none."""
+        return self._swarm.lacks() if self._swarm is not None else {}
+
     def bans(self) -> tuple[Ban, ...]:
         """Who is turned away at this moment."""
         return self._swarm.bans() if self._swarm is not None else ()

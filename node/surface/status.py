@@ -74,6 +74,7 @@ class Shown:
     name_of: Callable[[str], str] = lambda peer: ""  # peer -> its name in the roll, fit to be shown
     last_contributions: Mapping[str, int] = field(default_factory=dict)  # peer -> epoch, where it is known
     loss_trouble: str = ""  # its losses say that something is wrong, and what to do; "" if not
+    versions: Mapping[str, str] = field(default_factory=dict)  # linked peer -> its version, where it is known
 
 
 class NodeView:
@@ -217,6 +218,8 @@ class NodeView:
                 "same_head": peer.same_head,
                 "heard_s": round(peer.heard_s, 1),
                 "relayed": _relayed(shown.routes.get(peer.peer_id)),
+                "version": shown.versions.get(peer.peer_id, ""),
+                "same_version": _same(shown.versions.get(peer.peer_id), self._version),
                 "addresses": list(self._addresses_of(peer.peer_id)),
             }
             for peer in shown.core.peers
@@ -261,6 +264,11 @@ def _roll(shown: Shown) -> list[dict[str, Any]]:
 def _relayed(route: str | None) -> bool | None:
     """None: there is no connection at this moment."""
     return None if route is None else route == "relayed"
+
+
+def _same(version: str | None, own: str) -> bool | None:
+    """None: the peer has not said it."""
+    return None if version is None else version == own
 
 
 def _round(shown: RoundSnapshot | None) -> dict[str, Any] | None:

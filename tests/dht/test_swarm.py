@@ -32,6 +32,7 @@ from tapestry.dht.guard import id_of
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
+from tapestry.dht.reachability import HOP
 from tapestry.dht.swarm import Swarm, Unreachable
 
 pytestmark = pytest.mark.e2e
@@ -221,6 +222,42 @@ def test_a_handler_that_fails_closes_its_stream_and_harms_no_other(
     assert "stream handler failed" in caplog.text and "a bug" in caplog.text
 
 
+def test_p2pd_serves_neither_its_own_kademlia_nor_its_own_relay(tmp_path: Path) -> None:
+    """Nobody needs them: one keeps whatever record anybody gives it, the other carries whoever asks."""
+
+    async def serves_kademlia(asking: Swarm, peer: Swarm) -> bool:
+        await asking.connect_any(peer.peer_id, await peer.addresses(), 5.0)
+        try:
+            _, writer = await asking.open_stream(peer.peer_id, "/ipfs/kad/1.0.0", 5.0)
+        except Unreachable as error:
+            assert error.reason == "unsupported"
+            return False
+        writer.close()
+        return True
+
+    async def asked_for_a_place(asking: Swarm, peer: Swarm) -> bytes:
+        reader, writer = await asking.open_stream(peer.peer_id, HOP, 5.0)
+        writer.write(b"\x02\x08\x00")  # reserve
+        answer = await reader.read(-1)
+        writer.close()
+        return answer
+
+    async def ours(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"ours")
+
+    async def main() -> None:
+        async with members(tmp_path, 2) as [alice, bob]:
+            assert not await serves_kademlia(alice.swarm, bob.swarm)
+            assert await asked_for_a_place(alice.swarm, bob.swarm) == b""
+            await bob.swarm.serve(HOP, ours)
+            assert await asked_for_a_place(alice.swarm, bob.swarm) == b"ours"
+            carol = await Swarm.start(config_in(tmp_path, "carol", serve_kademlia=True))
+            assert await serves_kademlia(alice.swarm, carol), "asked for, it is there"
+            await carol.close()
+
+    run(main())
+
+
 def test_streams_above_the_limit_are_closed_at_once(tmp_path: Path) -> None:
     async def hold(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"!")
@@ -296,6 +333,11 @@ def test_why_a_peer_is_unreachable_is_said_in_one_line(tmp_path: Path) -> None:
             await alice.swarm.connect(await bob.address(), 5.0)
             with pytest.raises(Unreachable, match="does not serve this protocol"):
                 await alice.swarm.open_stream(bob.swarm.peer_id, "/tapestry/unknown/1", 5.0)
+            assert list(alice.swarm.lacks()) == [(bob.swarm.peer_id, "/tapestry/unknown/1")]
+            await bob.swarm.serve("/tapestry/unknown/1", echo)
+            _, writer = await alice.swarm.open_stream(bob.swarm.peer_id, "/tapestry/unknown/1", 5.0)
+            writer.close()
+            assert alice.swarm.lacks() == {}
 
     run(main())
 

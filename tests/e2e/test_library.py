@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.harness import environment, tapestry
+from e2e.harness import LOOPBACK, TAPESTRY, environment, tapestry
+
+from tapestry.node.home import Home
 
 pytestmark = pytest.mark.e2e
 
@@ -118,12 +122,55 @@ def test_the_node_of_a_script_that_is_killed_while_it_joins_ends_in_good_order(t
     assert "Traceback" not in log + (home / "node.out").read_text()
 
 
-@pytest.mark.long
-def test_the_other_examples_run(tmp_path: Path) -> None:
+def test_two_members_average_gradients(tmp_path: Path) -> None:
     digests = re.findall("epoch 5, digest ([0-9a-f]{16})", finish(start(EXAMPLES / "two_on_one_machine.py")))
     assert len(digests) == 2 and len(set(digests)) == 1
+
+
+def test_scripts_come_and_go_and_the_node_stays(tmp_path: Path) -> None:
+    """`start --external`: a node of its own, which each script finds by its home."""
+    home, out = tmp_path / "a", tmp_path / "node.out"
+    train = (EXAMPLES / "digits.py", "--home", home, "--members", 1)
+    finish(start(*train, "--epochs", 1))  # founds the run, and takes its own node along
+    with out.open("wb") as said:
+        node = subprocess.Popen(
+            [*TAPESTRY, "start", "--home", str(home), "--external", *LOOPBACK],
+            stdout=said,
+            stderr=said,
+            env=environment(),
+        )
+    try:
+        wait_until(lambda: Home(home).trainer_socket.exists())
+        for before, epochs in ((1, 2), (2, 4)):
+            said_by = finish(start(*train, "--epochs", epochs))
+            seen = [int(epoch) for epoch in re.findall("^epoch ([0-9]+)", said_by, re.MULTILINE)]
+            assert seen[-1] == epochs and min(seen) >= before, "it goes on from the node's state"
+            assert node.poll() is None, out.read_text()
+            wait_until(lambda: "no script trains here" in out.read_text())
+            status = json.loads(tapestry("status", "--home", home, "--json").stdout)
+            assert status["epoch"] >= epochs and status["phase"] != "stopped"
+            assert status["state_digest"] in said_by, "the node holds what the script trained"
+        assert tapestry("stop", "--home", home).returncode == 0
+        assert node.wait(DEADLINE_S) == 0, out.read_text()
+    finally:
+        node.kill()
+        node.wait()
+    assert "Traceback" not in out.read_text()
+
+
+@pytest.mark.long
+def test_the_other_examples_run(tmp_path: Path) -> None:
     assert "epoch 2 after" in finish(start(EXAMPLES / "hf_trainer.py", tmp_path / "t"))
     assert "epoch 2 after" in finish(start(EXAMPLES / "lightning_trainer.py", tmp_path / "l"))
     out = finish(start(EXAMPLES / "notebook.py", tmp_path / "n", tmp_path / "loss.png"))
     assert "the node ended with exit code 0" in out
     assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: extra sovereign")
+def test_trls_trainer_is_a_member(tmp_path: Path) -> None:
+    out = finish(start(EXAMPLES / "trl_trainer.py", tmp_path / "a"))
+    assert "epoch 2 after 10 steps" in out, "two rounds of five of its steps"
+    records = tapestry("log", "--home", tmp_path / "a", "--json").stdout.splitlines()
+    assert len(records) == 2

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from bases import edit_json, make_base
+from numpy_llama import logits
 from torch import Tensor, nn
 
 from tapestry.dht.identity import Identity
@@ -73,6 +74,32 @@ def test_a_preset_is_exported_with_all_its_numbers(preset: Made, tmp_path: Path)
     numbers = ("rms_norm_eps", "rope_parameters", "rope_theta", "hidden_act", "head_dim", "attention_bias")
     assert [name for name in numbers if name not in config] == []
     assert config["dtype"] == "float32" and config["rope_theta"] == 10_000.0
+
+
+def test_a_preset_is_read_by_what_is_not_transformers(preset: Made, tmp_path: Path) -> None:
+    export_home(preset.home, tmp_path / "out", None)
+    _same_logits(tmp_path / "out", preset.model())
+
+
+@pytest.mark.parametrize(("family", "rank"), [("llama", 0), ("llama", 4), ("qwen2", 0), ("qwen3", 0)])
+def test_a_base_is_read_by_what_is_not_transformers(tmp_path: Path, family: str, rank: int) -> None:
+    made = _home(tmp_path / "home", _base_spec(tmp_path / "home", family, lora_rank=rank))
+    export_home(made.home, tmp_path / "out", None)
+    _same_logits(tmp_path / "out", made.model())
+
+
+def test_the_reader_that_is_not_transformers_sees_a_wrong_number(preset: Made, tmp_path: Path) -> None:
+    export_home(preset.home, tmp_path / "out", None)
+    for changed in ({"rope_theta": 500_000.0}, {"rms_norm_eps": 0.1}):
+        edit_json(tmp_path / "out" / "config.json", lambda table, changed=changed: table.update(changed))
+        with pytest.raises(AssertionError):
+            _same_logits(tmp_path / "out", preset.model())
+
+
+def _same_logits(folder: Path, model: nn.Module) -> None:
+    """Of numpy in f64, from the files alone, and of the model in f32."""
+    wanted, found = _logits(model).double().numpy(), logits(folder, IDS.numpy())
+    assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt-neox", "mixtral", "mamba"])

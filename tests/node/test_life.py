@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import io
 import json
+import os
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +89,36 @@ def test_a_file_that_another_container_leaves_stops_the_node(daemon: Daemon) -> 
 
     assert run(daemon, inside) == 0
     assert not daemon.home.stop_request.exists()
+
+
+def test_a_shared_memory_that_is_full_at_the_imports_is_one_line(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hivemind makes locks there while it is imported: it was a traceback of its own."""
+
+    class Full:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == life.__name__:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stopped: list[float] = []
+
+    async def stop(timeout_s: float) -> None:
+        stopped.append(timeout_s)
+
+    nothing = SimpleNamespace(
+        submodules_only=lambda package: None, spare_torch=lambda: None, lasting=contextlib.nullcontext
+    )
+    monkeypatch.setattr(launch, "imports", nothing)
+    monkeypatch.delitem(sys.modules, life.__name__)
+    monkeypatch.delattr(sys.modules["tapestry.node.daemon"], "life")
+    monkeypatch.setattr(sys, "meta_path", [Full(), *sys.meta_path])
+    trainer: Any = SimpleNamespace(stop=stop)
+    log: Any = None
+    with pytest.raises(UserError, match=r"No space left on device, most likely of /dev/shm") as caught:
+        asyncio.run(launch._run_with(trainer, daemon.config, log, Heard()))
+    assert caught.value.exit_code == ExitCode.FAILED and "df /dev/shm" in str(caught.value.hint)
+    assert stopped == [0]
 
 
 def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(

@@ -63,6 +63,25 @@ def all_at(world: World, epoch: int, limit_s: float) -> float:
     return world.until(lambda: all(n.core.chain.epoch >= epoch for n in alive(world)), limit_s)
 
 
+def test_the_one_shard_of_a_small_model_is_averaged_by_another_member_in_most_rounds():
+    """By lot: else one member, which might lie, would average all of the model in every round."""
+    world = not_started(0)
+    world.rules = replace(world.rules, shard_count=1)
+    world.start_all()
+    reducers: dict[int, str] = {}  # by the round's epoch
+
+    def looked() -> bool:
+        for state in (one.state for one in rounds(world)):
+            roster = state.exchange.roster
+            if roster is not None and len(roster.members) == 5:
+                reducers[roster.epoch] = roster.members[roster.reducers[0]].peer
+        return len(reducers) >= 30
+
+    world.until(looked, 30 * EPOCH_S)
+    counts = Counter(reducers.values())
+    assert len(counts) == 5 and max(counts.values()) <= 15, counts
+
+
 @pytest.mark.parametrize("stage", [Stage.READY, Stage.EXCHANGING, Stage.ACCEPTED])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_survivors_commit_the_round_in_which_a_member_was_killed(seed, stage):

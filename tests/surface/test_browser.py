@@ -156,6 +156,8 @@ class GivenView:
                 "head": "",
                 "same_head": True,
                 "heard_s": 0.4,
+                "version": "0.2.0",
+                "same_version": peer != PEERS[1],
                 "addresses": [address],
             }
             for peer, phase, epoch, address in (
@@ -271,6 +273,7 @@ def test_what_it_says_is_what_is(pages: Pages, served: Served) -> None:
         "10.0.0.8:4001" in rows[PEERS[1]] and "direct" in rows[PEERS[1]] and "at the head" in rows[PEERS[1]]
     )
     assert "relayed" in rows[PEERS[2]] and "2 epochs" in rows[PEERS[2]]
+    assert ["version 0.2.0" in rows[peer] for peer in PEERS[:3]] == [False, True, False]
     assert all(word in rows[PEERS[3]] for word in ("not heard", "epoch 59", "lab-lima"))
     assert all(word in rows[PEERS[4]] for word in ("not heard", "epoch 12", NAMES[4]))
     assert _text(page, "#members-note") == "3 of 5 are here" and _text(page, "#tile-members .value") == "5"

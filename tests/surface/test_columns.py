@@ -83,11 +83,14 @@ def test_peers_with_names_and_long_addresses(name: str) -> None:
         "same_head": True,
         "heard_s": 123.4,
         "relayed": True,
+        "version": "0.2.0rc1",
         "addresses": ["/ip6/2001:db8:85a3:8d3:1319:8a2e:370:7348/udp/4001/quic-v1", ADDRESS],
     }
     banned = {"peer_id": PEERS[1], "phase": "banned", "why": "sent what nobody asked for, again and again"}
-    text = fits(look._table([look._in_short(one) for one in (peer, banned)]))
-    assert f"…{PEERS[0][-6:]}" in text and name[:5] in text
+    for versions in (False, True):
+        text = fits(look._table([look._in_short(one, versions) for one in (peer, banned)]))
+        assert f"…{PEERS[0][-6:]}" in text and name[:5] in text
+        assert ("0.2.0rc1" in text) is versions
 
 
 def test_members_applicants_and_all_that_waits() -> None:

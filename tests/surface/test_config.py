@@ -11,9 +11,13 @@ import pytest
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.sovereign.gates import Gates
+from tapestry.node.sovereign.recipe import load_recipe
 from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
+from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.invitation import Invitation
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig, NodeToml
+from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.spec.tables import read_table
 
 PEER = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWSahP5pFRCEfaziPEba7urXGeif6T1y8jmodzdFUvzBHj"
@@ -43,6 +47,28 @@ def test_flags_override_the_environment_which_overrides_node_toml_which_override
     assert _resolve(tmp_path, env).http_port == 2
     config = _resolve(tmp_path, env, http="127.0.0.1:3")
     assert (config.http_port, config.device, config.threads, config.log_format) == (3, "cpu", 3, "json")
+
+
+def test_a_byte_order_mark_before_any_of_our_files_is_no_mistake(tmp_path: Path) -> None:
+    """Editors on Windows write one."""
+
+    def written(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8-sig")
+        assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+        return path
+
+    written("node.toml", "threads = 3\n")
+    assert _resolve(tmp_path).threads == 3
+    spec = preset_spec("nano", "Tiếng Việt")
+    assert RunSpec.load(written("run.toml", spec.to_toml())) == spec
+    source = '[[source]]\npath = "/corpus"\nowner = "the library"\nlicence = "CC-BY-4.0"\nmode = "open"\n'
+    source += 'purposes = ["base"]\n'
+    written("data.toml", source)
+    assert [one.owner for one in Declared.load(Home(tmp_path)).source] == ["the library"]
+    assert Gates.load(written("gates.toml", "gain_kept_min = 0.5\n")).gain_kept_min == 0.5
+    recipe = written("recipe.toml", 'stage = "sft"\nmethod = "lora"\ndata = ["x.jsonl"]\n')
+    assert load_recipe(recipe, {}).stage == "sft"
 
 
 def test_an_empty_variable_and_a_flag_that_is_not_given_say_nothing(tmp_path: Path) -> None:

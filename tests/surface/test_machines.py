@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from e2e.harness import LOOPBACK, TAPESTRY, tapestry
 
 from tapestry.dht.identity import Identity
 from tapestry.node.disk import files
@@ -81,6 +83,22 @@ def test_sigterm_while_a_node_starts_ends_it_though_nothing_else_would(
     process.send_signal(signal.SIGTERM)
     with process.stdout:
         assert process.wait(10) == 0
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a /dev/shm of its own")
+@pytest.mark.parametrize("mount", ["-o size=4k", "-o ro"], ids=["full", "read-only"])
+def test_a_node_without_shared_memory_ends_in_one_line(tmp_path: Path, mount: str) -> None:
+    home = Home(tmp_path / "home")
+    made = tapestry("init", home.path, "--name", "x", "--preset", "nano")
+    assert made.returncode == 0, made.stderr
+    start = shlex.join([*TAPESTRY, "start", f"--home={home.path}", "--data=stdlib:1/3", *LOOPBACK])
+    script = f"mount -t tmpfs {mount} tmpfs /dev/shm && {{ cat /dev/zero > /dev/shm/x; exec {start}; }}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert done.returncode == 1 and len(said) == 2, done.stderr
+    assert "most likely of /dev/shm" in said[0] and "df /dev/shm" in said[1]
+    assert "Traceback" not in done.stderr + home.log.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of hivemind, at import

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
-import queue
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from collector import Collector
 
 from tapestry.node.errors import UserError
 from tapestry.node.surface.metrics import Metrics
@@ -21,38 +18,6 @@ from tapestry.node.surface.otel import ENDPOINTS, EXPORTER, INTERVAL, About, _in
 
 ABOUT = About("0.1.0", "12D3KooWhanoi1")
 SAMPLE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? (\S+)$")
-
-
-class Collector:
-    """Keeps what is sent to /v1/metrics."""
-
-    def __init__(self) -> None:
-        self.requests: queue.Queue[Any] = queue.Queue()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as service
-
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    body = gzip.decompress(body)
-                outer.requests.put((self.path, service.ExportMetricsServiceRequest.FromString(body)))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self._thread = threading.Thread(target=self.server.serve_forever)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self._thread.join(10)
 
 
 @pytest.fixture

@@ -80,6 +80,7 @@ def attached() -> NodeView:
         reachable=True,
         relays=(),
         routes={"a": "direct"},
+        versions={"a": "0.2.0"},
         last_contributions={"gone": 2},
         name_of=lambda peer: {"a": "lab-hanoi"}.get(peer, ""),
     )
@@ -95,6 +96,7 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
         assert faults(load("status"), _finite(view.status())) == []
         assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
+    assert [attached().peers()[0][key] for key in ("version", "same_version")] == ["0.2.0", False]
     us, gone = attached().status()["roll"]
     assert (us["phase"], us["last_epoch"]) == ("training", None)
     assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)

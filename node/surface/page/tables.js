@@ -48,7 +48,7 @@ function members(now, records) {
   }
   for (const peer of peers) {
     const behind = peer.epoch === null ? null : Math.max(0, status.epoch - peer.epoch);
-    put(peer.peer_id, { name: peer.name, phase: peer.phase || "linked", behind, address: best(peer.addresses), relayed: relayed(peer) });
+    put(peer.peer_id, { name: peer.name, phase: peer.phase || "linked", behind, address: best(peer.addresses), relayed: relayed(peer), version: peer.same_version === false ? peer.version : "" });
   }
   if (status.peer_id) {
     put(status.peer_id, { name: status.name, own: true, phase: status.phase, behind: 0, address: best(status.addresses) });
@@ -73,6 +73,7 @@ function memberRow(row) {
   const who = el("td", { class: "who", title: row.peer }, el("span", { text: row.name || shortId(row.peer) }));
   if (row.own) who.append(el("span", { class: "tag", text: "this node" }));
   else if (row.name) who.append(" ", el("small", { class: "mono", text: shortId(row.peer) }));
+  if (row.version) who.append(el("span", { class: "tag", text: `version ${row.version}` }));
   const behind = row.behind === null || row.behind === undefined ? "–" : row.behind ? `${number(row.behind)} ${row.behind === 1 ? "epoch" : "epochs"}` : "at the head";
   const address = el("td", { "data-label": "Address" });
   if (row.address) {

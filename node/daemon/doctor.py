@@ -70,6 +70,11 @@ TRAINING_BYTES = 16  # of a trained parameter: itself, gradient, two moments of 
 PROGRAM_BYTES = 3 << 29  # node and trainer with torch loaded, measured: 1.3 GB together
 CLOCK_WARN_S = 5.0  # Guess: NTP keeps a machine within milliseconds
 _PORT = re.compile(r"/tcp/([0-9]+)")
+# What the node writes in: folders, and files that grow. Others it reads, or replaces as a whole.
+_WRITTEN = re.compile(
+    r"accusations|branches|cache|checkpoints|derivatives|islands?|state|tensorboard|trainer|updates"
+    r"|lock|\..+\.lock|chain\.(index|jsonl|marks)|(data-events|egress|history)\.jsonl|node\.(log|out)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +140,26 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
         cure = "give the node a home on a local disk that this user may write to"
         yield wrong("home", f"{folder} cannot be written and mapped: {why}", cure)
         return
-    if names := _closed_to_us(home):
-        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote them perhaps"
-        yield wrong("home", f"this user cannot read and write {', '.join(names)} in {home.path}", cure)
+    if closed := _closed_to_us(home):
+        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote there perhaps"
+        yield wrong("home", f"this user cannot {', '.join(closed)} in {home.path}", cure)
         return
     yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
 
 
 def _closed_to_us(home: Home) -> list[str]:
-    """What lies in the home and is another user's. (lost+found is no file of ours.)"""
-    names = sorted(os.listdir(home.path)) if home.path.is_dir() else []
-    return [
-        name
-        for name in names
-        if os.path.exists(home.path / name)  # a link may lead nowhere
-        and not os.access(home.path / name, os.R_OK | os.W_OK)
-        and name != "lost+found"
-    ]
+    """What this user cannot do there, as "write chain.jsonl". (lost+found is no file of ours.)"""
+    names = set(os.listdir(home.path)) - {"lost+found"} if home.path.is_dir() else set()
+    closed = []
+    for name in sorted(names):
+        path = home.path / name
+        if not path.exists():  # a link may lead nowhere
+            continue
+        if not os.access(path, os.R_OK):
+            closed.append(f"read {name}")
+        elif _WRITTEN.fullmatch(name) and not os.access(path, os.W_OK):
+            closed.append(f"write {name}")
+    return closed
 
 
 def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:

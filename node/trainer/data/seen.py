@@ -155,7 +155,8 @@ def go_on(known: Known, texts: Sequence[Text]) -> GoneOn:
     """Each text with what is known of it."""
     left = list(known.sources)
     found: dict[int, tuple[Seen, str]] = {}
-    for matches, goes_on in ((_same_files, _kept), (_same_text, _kept), (_moved, _kept), (_same_name, _anew)):
+    ways = ((_same_files, _kept), (_same_source, _kept), (_moved, _kept), (_same_name, _anew))
+    for matches, goes_on in ways:
         for index, text in enumerate(texts):
             one = next((one for one in left if matches(one, text)), None) if index not in found else None
             if one is not None:
@@ -166,15 +167,18 @@ def go_on(known: Known, texts: Sequence[Text]) -> GoneOn:
     return GoneOn(tuple(seen for seen, _ in every), tuple(left[:SOURCES_MAX]), lines)
 
 
-def _same_files(one: Seen, text: Text) -> bool:
-    """Ids that were made again may be others: a program may judge otherwise."""
-    return one.key == text.key and one.windows <= text.windows
-
-
 def _same_text(one: Seen, text: Text) -> bool:
     """Perhaps with more at its end."""
-    same_name = one.name == text.name and one.windows <= text.windows
-    return same_name and text.digest_of(one.windows) == one.digest
+    return one.windows <= text.windows and text.digest_of(one.windows) == one.digest
+
+
+def _same_files(one: Seen, text: Text) -> bool:
+    """Their ids may have been made again, and be others: a program may judge otherwise."""
+    return one.key == text.key and _same_text(one, text)
+
+
+def _same_source(one: Seen, text: Text) -> bool:
+    return one.name == text.name and _same_text(one, text)
 
 
 def _moved(one: Seen, text: Text) -> bool:

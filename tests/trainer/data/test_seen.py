@@ -193,6 +193,20 @@ def test_text_that_changed_elsewhere_begins_anew_in_another_order_and_says_so(ho
         assert len(set(firsts[one]) & set(firsts[other])) < 60  # of 80; 22 are to be expected by chance
 
 
+@pytest.mark.parametrize("windows", [200, 300, 400])
+def test_ids_that_were_made_again_and_are_others_begin_anew(windows: int) -> None:
+    """Of the same files: a program that judges domains may answer otherwise. With fewer windows the
+    trainer died of an IndexError again and again; with others it went on as if they were the same."""
+
+    def text(windows: int, judged: str) -> Text:
+        return Text("a", "key", windows, True, b"7/a", lambda count: f"{judged} {count}")
+
+    (seen,) = go_on(Known(), [text(300, "before")]).sources
+    gone_on = go_on(Known((replace(seen, count=80),)), [text(windows, "now")])
+    assert gone_on.sources[0].course == seen.course.anew(80, text(windows, "now").training_windows)
+    assert "its text has changed other than at its end" in gone_on.lines[0]
+
+
 def test_validation_sets_that_are_given_later_begin_an_order_anew(home: Home, data: Path) -> None:
     home.open(data)
     home.train(20)

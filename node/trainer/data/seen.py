@@ -107,7 +107,8 @@ class Seen:
 class Known:
     """What cursor.json says of sources."""
 
-    sources: tuple[Seen, ...] = ()  # those of then, and those that were left out then
+    sources: tuple[Seen, ...] = ()  # those of then
+    absent: tuple[Seen, ...] = ()  # those that were left out then
     damaged: bool = False  # or of another version
 
 
@@ -138,7 +139,8 @@ def read_known(path: Path | None) -> Known:
     try:
         if plain["version"] != CURSOR_VERSION:
             raise ValueError("of another version")
-        return Known(tuple(Seen.from_plain(one) for one in (*plain["sources"], *plain["absent"])))
+        sources, absent = (tuple(map(Seen.from_plain, plain[name])) for name in ("sources", "absent"))
+        return Known(sources, absent)
     except (ValueError, TypeError, LookupError, AttributeError):
         return Known(damaged=True)
 
@@ -153,10 +155,14 @@ def counts_of(plain: Iterable[Any]) -> tuple[int, ...]:
 
 def go_on(known: Known, texts: Sequence[Text]) -> GoneOn:
     """Each text with what is known of it."""
-    left = list(known.sources)
+
+    def moved_and_grown(one: Seen, text: Text) -> bool:
+        return one in known.sources and _moved(one, text)  # for each absent one a long text would be read
+
+    left = [*known.sources, *known.absent]
     found: dict[int, tuple[Seen, str]] = {}
-    ways = ((_same_files, _kept), (_same_source, _kept), (_moved, _kept), (_same_name, _anew))
-    for matches, goes_on in ways:
+    kept = (_same_files, _same_source, _moved_whole, moved_and_grown)
+    for matches, goes_on in (*((one, _kept) for one in kept), (_same_name, _anew)):
         for index, text in enumerate(texts):
             one = next((one for one in left if matches(one, text)), None) if index not in found else None
             if one is not None:
@@ -183,7 +189,11 @@ def _same_source(one: Seen, text: Text) -> bool:
 
 def _moved(one: Seen, text: Text) -> bool:
     """Under another name. Of a single window there is only one id to know it by."""
-    return one.windows == text.windows > 1 and text.digest_of(one.windows) == one.digest
+    return one.windows > 1 and _same_text(one, text)
+
+
+def _moved_whole(one: Seen, text: Text) -> bool:
+    return one.windows == text.windows and _moved(one, text)
 
 
 def _same_name(one: Seen, text: Text) -> bool:

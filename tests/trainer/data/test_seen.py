@@ -118,6 +118,37 @@ def test_data_that_were_moved_or_renamed_go_on(home: Home, data: Path, tmp_path:
     _whole_pass(home, trained)
 
 
+def test_data_that_were_moved_and_grew_meanwhile_go_on(home: Home, data: Path, tmp_path: Path) -> None:
+    """A folder that is mounted elsewhere, with the text of today in it."""
+    home.open(data)
+    trained = home.train(20)
+    data.unlink()
+    grown = write_jsonl(tmp_path / "b.jsonl", _texts(0, WINDOWS + 50))
+    assert home.open(grown) == ("data b: 50 windows were added at its end; it goes on after 80 windows",)
+    _whole_pass(home, trained)
+
+
+def test_what_moved_as_it_was_goes_before_what_may_have_grown_and_what_was_left_out_is_not_looked_for() -> (
+    None
+):
+    read: list[int] = []
+
+    def text(name: str, windows: int) -> Text:
+        def digest_of(count: int) -> str:
+            read.append(count)
+            return str(count)
+
+        return Text(name, name, windows, True, name.encode(), digest_of)
+
+    short, long, old = go_on(Known(), [text("short", 100), text("long", 200), text("old", 50)]).sources
+    (seen,) = go_on(Known((short, long), (old,)), [text("moved", 200)]).sources
+    assert seen.course == long.course
+    (seen,) = go_on(Known((long, short), (old,)), [text("moved", 150)]).sources
+    assert seen.course.key == short.course.key
+    read.clear()
+    assert go_on(Known((), (old,)), [text("moved", 150)]).absent == (old,) and read == [150]
+
+
 @settings(deadline=None, max_examples=8)
 @given(growths=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 130)), min_size=1, max_size=4))
 def test_data_that_grow_at_their_end_go_on(

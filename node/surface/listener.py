@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     import ssl
 
 AGAIN_S = 1.0  # after an accept that failed for want of descriptors or memory; asyncio waits as long
+# What accept(2) says of the one connection that it would have taken, and not of the next.
+OF_ONE_GUEST = frozenset(
+    {
+        *(errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.ENONET, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM, errno.EPROTO),
+    }
+)
 
 _log = logging.getLogger("tapestry.http")
 
@@ -106,6 +113,9 @@ class Listener:
             try:
                 guest, _ = await loop.sock_accept(listener)
             except OSError as error:
+                if error.errno in OF_ONE_GUEST:
+                    self._turns.take(loop.time())
+                    continue
                 _log.warning(
                     "accept=failed %s; tried again in %g s. If it goes on, raise the limit of open "
                     "files (ulimit -n)",

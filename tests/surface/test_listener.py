@@ -1,0 +1,67 @@
+"""Whatever goes wrong with one guest, the listener takes the next."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from tapestry.node.surface import listener as listener_module
+from tapestry.node.surface.listener import Listener, ListenerLimits
+
+LIMITS = ListenerLimits(
+    connections_per_s=20.0, connections_burst=5, handshakes_max=4, handshake_s=5.0, backlog=8
+)
+
+
+class Greeter(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(b"come in")
+        transport.close()
+
+
+async def listening(context: Callable[[], None] | None = None) -> Listener:
+    return await Listener.open(Greeter, "127.0.0.1", 0, LIMITS, context)  # type: ignore[arg-type]
+
+
+async def said_to_a_guest(listener: Listener) -> bytes:
+    """b"" if it is shown the door."""
+    reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("why", [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EMFILE])
+def test_a_guest_that_is_gone_stops_nothing_and_a_lack_of_files_is_said(
+    why: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Linux tells errors of the new connection as errors of accept: each stopped all for a second."""
+    is_ours = why == errno.EMFILE
+    monkeypatch.setattr(listener_module, "AGAIN_S", 0.01 if is_ours else 60.0)
+
+    async def main() -> None:
+        loop, failures = asyncio.get_running_loop(), [OSError(why, "no")] * 12
+        accept = loop.sock_accept
+
+        async def sock_accept(one: socket.socket) -> tuple[socket.socket, object]:
+            if failures:
+                raise failures.pop()
+            return await accept(one)
+
+        monkeypatch.setattr(loop, "sock_accept", sock_accept)
+        listener, began_s = await listening(), loop.time()
+        async with asyncio.timeout(10.0):
+            assert await said_to_a_guest(listener) == b"come in"
+        assert is_ours or loop.time() - began_s > 0.2, "what fails at once takes turns too"
+        listener.close()
+
+    with caplog.at_level(logging.WARNING, "tapestry.http"):
+        asyncio.run(main())
+    assert len(caplog.records) == (12 if is_ours else 0)

@@ -133,16 +133,18 @@ class Listener:
 
     async def _begin(self, guest: socket.socket) -> None:
         """A handshake, if there is to be one; then the connection is the door's."""
-        loop = asyncio.get_running_loop()
-        context = None if self._context is None else self._context()
-        handshake_s = None if context is None else self._limits.handshake_s
         try:
-            await loop.connect_accepted_socket(
+            context = None if self._context is None else self._context()
+            handshake_s = None if context is None else self._limits.handshake_s
+            await asyncio.get_running_loop().connect_accepted_socket(
                 self._door, guest, ssl=context, ssl_handshake_timeout=handshake_s
             )
         except OSError as error:  # ssl's errors are some: no TLS, too late, or gone
             guest.close()
             _log.debug("handshake=failed %s", error)
+        except Exception:
+            guest.close()
+            _log.exception("handshake=failed")
         except asyncio.CancelledError:
             guest.close()
             raise

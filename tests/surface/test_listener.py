@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -25,8 +26,16 @@ class Greeter(asyncio.Protocol):
         transport.close()
 
 
-async def listening(context: Callable[[], None] | None = None) -> Listener:
-    return await Listener.open(Greeter, "127.0.0.1", 0, LIMITS, context)  # type: ignore[arg-type]
+@contextlib.asynccontextmanager
+async def listening(context: Callable[[], None] | None = None) -> AsyncIterator[Listener]:
+    """For 10 seconds at most."""
+    listener = await Listener.open(Greeter, "127.0.0.1", 0, LIMITS, context)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10.0):
+            yield listener
+    finally:
+        listener.close()
+        await asyncio.sleep(0.01)  # its tasks end
 
 
 async def said_to_a_guest(listener: Listener) -> bytes:
@@ -56,12 +65,32 @@ def test_a_guest_that_is_gone_stops_nothing_and_a_lack_of_files_is_said(
             return await accept(one)
 
         monkeypatch.setattr(loop, "sock_accept", sock_accept)
-        listener, began_s = await listening(), loop.time()
-        async with asyncio.timeout(10.0):
+        async with listening() as listener:
+            began_s = loop.time()
             assert await said_to_a_guest(listener) == b"come in"
-        assert is_ours or loop.time() - began_s > 0.2, "what fails at once takes turns too"
-        listener.close()
+            assert is_ours or loop.time() - began_s > 0.2, "what fails at once takes turns too"
 
     with caplog.at_level(logging.WARNING, "tapestry.http"):
         asyncio.run(main())
     assert len(caplog.records) == (12 if is_ours else 0)
+
+
+def test_a_certificate_that_breaks_something_closes_the_connection_and_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The socket was left to the garbage collector, and the error to whoever reads of unretrieved ones."""
+    broken = [True]
+
+    def context() -> None:
+        if broken.pop():
+            raise ValueError("no such certificate")
+
+    async def main() -> None:
+        async with listening(context) as listener:
+            assert await said_to_a_guest(listener) == b""
+            broken.append(False)
+            assert await said_to_a_guest(listener) == b"come in"
+
+    asyncio.run(main())
+    (record,) = caplog.records
+    assert record.name == "tapestry.http" and record.exc_info is not None

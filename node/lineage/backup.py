@@ -103,16 +103,18 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
             if not is_new:
                 _require_empty(home)
             try:
-                return _restored(archive, home, told)
+                proof = _restored(archive, home, told)
             except BaseException:
                 _take_back(home)
                 if is_new:
                     shutil.rmtree(home.path)
                 raise
+            shutil.rmtree(home.path / UNPACKED, ignore_errors=True)  # it is empty
+            return proof
 
 
 def _restored(archive: Path, home: Home, told: Told) -> Proof:
-    """With the home's lock held. Raises UserError, OSError."""
+    """With the home's lock held; the folder that all came from is left. Raises UserError, OSError."""
     _plan(home, [])
     folder = home.path / UNPACKED
     folder.mkdir(mode=0o700)
@@ -135,7 +137,6 @@ def _restored(archive: Path, home: Home, told: Told) -> Proof:
     for name in names:
         os.replace(copy.path / name, home.path / name)
     sync_folder(home.path)
-    shutil.rmtree(folder)
     home.restoring.unlink()
     sync_folder(home.path)
     return proof

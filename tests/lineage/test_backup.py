@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -186,33 +187,37 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patched(os, "replace")
     patched(os, "sync")
     patched(shutil, "rmtree")
+    patched(Path, "unlink")
 
 
 def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_again(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Or it leaves one that is whole."""
     home = _new_users_home(tmp_path / "home")
     restore(archive, home, _quiet)
-    whole, halves, was_killed = set(os.listdir(home.path)), 0, True
+    whole, halves, wholes = set(os.listdir(home.path)), 0, 0
     for step in range(100):
         home = _new_users_home(tmp_path / f"home{step}")
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
             _kill_at(step, patch)
-            try:
-                restore(archive, home, _quiet)
-                was_killed = False
-            except Killed:
-                halves += home.identity_key.exists() or home.genesis.exists()
-                nothing = {".bashrc", ".config", "lost+found", "lock", ".restoring.tmp"}
-                if set(os.listdir(home.path)) - nothing:
-                    with pytest.raises(UserError, match="was not restored to its end"):
-                        home.require_way(alone=False)
-        if not was_killed:
+            restore(archive, home, _quiet)
             break
-        restore(archive, home, _quiet)
+        left = set(os.listdir(home.path)) - {".bashrc", ".config", "lost+found", "lock", ".restoring.tmp"}
+        if home.restoring.exists():
+            halves += home.identity_key.exists() or home.genesis.exists()
+            with pytest.raises(UserError, match="was not restored to its end"):
+                home.require_way(alone=False)
+        elif left:
+            wholes += 1
+            assert verify(home.path, told=_quiet).holds
+            with pytest.raises(UserError, match="is there already"):
+                restore(archive, home, _quiet)
+        if not home.genesis.exists() or home.restoring.exists():
+            restore(archive, home, _quiet)
         home.require_way(alone=False)
-        assert set(os.listdir(home.path)) == whole
-    assert step > 10 and halves > 3 and not was_killed
+        assert set(os.listdir(home.path)) - {".restore"} == whole
+    assert step > 10 and halves > 3 and wholes > 0
 
 
 def test_what_somebody_put_into_a_half_restored_home_is_not_taken_away(

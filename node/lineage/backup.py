@@ -109,7 +109,7 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
                 if is_new:
                     shutil.rmtree(home.path)
                 raise
-            shutil.rmtree(home.path / UNPACKED, ignore_errors=True)  # it is empty
+            shutil.rmtree(home.path / UNPACKED, ignore_errors=True)
             return proof
 
 
@@ -132,7 +132,9 @@ def _restored(archive: Path, home: Home, told: Told) -> Proof:
         home.path.chmod(0o700)
     told("writing to the disk", 0, 1)
     os.sync()
-    names = sorted(os.listdir(copy.path), key=lambda name: name == home.genesis.name)  # it makes it a home
+    there = os.listdir(home.path)  # a user's .gitignore stays
+    names = [name for name in os.listdir(copy.path) if name not in there]
+    names.sort(key=lambda name: name == home.genesis.name)  # it makes it a home
     _plan(home, names)
     for name in names:
         os.replace(copy.path / name, home.path / name)

@@ -36,6 +36,7 @@ def made(tmp_path: Path) -> MadeHome:
     made.advance(3, checkpoint=True)
     made.home.peers.write_text("{}")
     made.home.log.write_text("a log")
+    (made.home.path / ".gitignore").write_text("ours")
     made.home.vote.write_bytes(seal({"life": "of the disk that is backed up"}) + b"\n")
     claim(made.home)
     return made
@@ -122,7 +123,8 @@ def _new_users_home(path: Path) -> Home:
     """As `useradd --create-home` makes it, on a file system of its own."""
     (path / "lost+found").mkdir(parents=True)
     (path / ".config").mkdir()
-    (path / ".bashrc").write_text("theirs")
+    for name in (".bashrc", ".gitignore"):
+        (path / name).write_text("theirs")
     return Home(path)
 
 
@@ -132,7 +134,8 @@ def test_a_backup_is_restored_to_the_home_of_a_new_user_or_a_mount(archive: Path
     before, beside = set(os.listdir(home.path)), set()
     restore(archive, home, lambda *_: beside.update(os.listdir(home.path.parent)))
     assert beside == {"tapestry"} and verify(home.path, told=_quiet).holds
-    assert before < set(os.listdir(home.path)) and (home.path / ".bashrc").read_text() == "theirs"
+    assert before < set(os.listdir(home.path))
+    assert all((home.path / name).read_text() == "theirs" for name in (".bashrc", ".gitignore"))
     assert not home.restoring.exists() and home.path.stat().st_mode & 0o777 == 0o700
     home.require_way(alone=False)
 
@@ -195,6 +198,7 @@ def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_a
 ) -> None:
     """Or it leaves one that is whole."""
     home = _new_users_home(tmp_path / "home")
+    before = set(os.listdir(home.path))
     restore(archive, home, _quiet)
     whole, halves, wholes = set(os.listdir(home.path)), 0, 0
     for step in range(100):
@@ -203,7 +207,7 @@ def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_a
             _kill_at(step, patch)
             restore(archive, home, _quiet)
             break
-        left = set(os.listdir(home.path)) - {".bashrc", ".config", "lost+found", "lock", ".restoring.tmp"}
+        left = set(os.listdir(home.path)) - before - {"lock", ".restoring.tmp"}
         if home.restoring.exists():
             halves += home.identity_key.exists() or home.genesis.exists()
             with pytest.raises(UserError, match="was not restored to its end"):
@@ -217,6 +221,7 @@ def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_a
             restore(archive, home, _quiet)
         home.require_way(alone=False)
         assert set(os.listdir(home.path)) - {".restore"} == whole
+        assert (home.path / ".gitignore").read_text() == "theirs"
     assert step > 10 and halves > 3 and wholes > 0
 
 

@@ -48,7 +48,6 @@ EXTRAS = (
 )
 TOP = "tapestry-home"  # the folder in the archive
 UNPACKED = ".restore"  # in the home, while it is restored
-OURS = ("lock", ".restoring", UNPACKED)  # no backup has them
 
 
 def backup(home: Home, out: Path, told: Told) -> Proof:
@@ -209,7 +208,9 @@ def _noted(member: tarfile.TarInfo, written: Callable[[int], None]) -> tarfile.T
 def _is_ours(member: tarfile.TarInfo) -> bool:
     """Whether a home can hold it. Of links: `base` of an island alone, to the home's (island.py)."""
     parts = PurePosixPath(member.name).parts
-    if parts[:1] != (TOP,) or ".." in parts or parts[1:] in [(name,) for name in OURS]:
+    if parts[:1] != (TOP,) or ".." in parts or parts[1:] == ("lock",):
+        return False
+    if parts[1:] and parts[1].startswith(".") and parts[1] not in EXTRAS:  # .ssh, where a user lives
         return False
     if member.issym():
         is_island = parts[1:-1] == ("island",) or (len(parts) == 4 and parts[1] == "islands")

@@ -267,6 +267,8 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
         _member("other/file"),
         _member("tapestry-home/lock"),
         _member("tapestry-home/.restoring"),
+        _member("tapestry-home/.ssh/authorized_keys"),
+        _member("tapestry-home/.restore", tarfile.DIRTYPE),
     ],
     ids=lambda member: member.name,
 )
@@ -274,7 +276,7 @@ def test_an_archive_that_is_no_backup_writes_nothing(tmp_path: Path, member: tar
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
     archive = _archive(inside / "x.tar", _member("tapestry-home", tarfile.DIRTYPE), member)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="it holds"):
         restore(archive, Home(inside / "home"), _quiet)
     assert os.listdir(inside) == ["x.tar"] and os.listdir(tmp_path) == ["a"]
 

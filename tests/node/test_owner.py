@@ -92,6 +92,17 @@ def test_root_is_told_to_act_as_the_user_whose_home_it_is(theirs: Home, words: l
     assert "hint: sudo -u " in result.stderr and list(theirs.path.iterdir()) == [theirs.identity_key]
 
 
+@pytest.mark.parametrize("name", sorted(WRITING.keys() - {"restore"}))
+def test_a_home_that_is_not_restored_to_its_end_gets_no_files_of_others(tmp_path: Path, name: str) -> None:
+    """`id` made a key there, and the next `restore` said that the home is there already."""
+    home = Home(tmp_path / "home")
+    home.path.mkdir()
+    home.restoring.touch()
+    result = CliRunner().invoke(cli, _given(WRITING[name], home, tmp_path))
+    assert result.exit_code == ExitCode.USAGE and "was not restored to its end" in result.stderr
+    assert list(home.path.iterdir()) == [home.restoring]
+
+
 def test_others_and_homes_that_are_not_there_yet_are_nobody_elses(
     theirs: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -417,9 +417,11 @@ def look_at_join(config: NodeConfig, ours: Run, theirs: Run | None, held: bool) 
     """Whether this node could be in the peer's run; one that runs has memory and disk for its own already."""
     if theirs is None:
         return
-    free = shutil.disk_usage(_existing_parent(config.home.path)).free
-    memory = sys.maxsize if held else free_memory_bytes()
-    machine = Machine(memory, free + disk_use(config.home)["checkpoints"], config.max_params)
+    memory = disk = sys.maxsize
+    if not held:
+        free = shutil.disk_usage(_existing_parent(config.home.path)).free
+        memory, disk = free_memory_bytes(), free + disk_use(config.home)["checkpoints"]
+    machine = Machine(memory, disk, config.max_params)
     fault = size_fault(theirs.spec, theirs.trained, machine)
     differences = diff(ours.spec, theirs.spec) if not ours.run_id else []
     if config.run_id is not None and config.run_id != theirs.run_id:

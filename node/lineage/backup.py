@@ -95,12 +95,11 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
             is_new = False
             if not home.path.is_dir():
                 raise _is_there(home) from None
-        if not (is_new or home.restoring.exists() or home.is_held()):
+        if not (home.restoring.exists() or home.is_held()):
             _require_empty(home)  # before the lock, which is a file: this folder may be another's
         with home.lock():
             _take_back(home)
-            if not is_new:
-                _require_empty(home)
+            _require_empty(home)
             try:
                 proof = _restored(archive, home, told)
             except BaseException:

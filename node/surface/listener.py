@@ -17,6 +17,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tapestry.node.surface.turns import Turns
@@ -127,7 +128,7 @@ class Listener:
             self._turns.take(loop.time())
             task = asyncio.create_task(self._begin(guest))
             self._beginning[task] = None
-            task.add_done_callback(lambda done: self._beginning.pop(done, None))
+            task.add_done_callback(partial(self._begun, guest))
             if len(self._beginning) > self._limits.handshakes_max:
                 next(iter(self._beginning)).cancel()
 
@@ -145,9 +146,11 @@ class Listener:
         except Exception:
             guest.close()
             _log.exception("handshake=failed")
-        except asyncio.CancelledError:
+
+    def _begun(self, guest: socket.socket, task: asyncio.Task[None]) -> None:
+        del self._beginning[task]
+        if task.cancelled():  # perhaps before it began
             guest.close()
-            raise
 
 
 def _listening(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:

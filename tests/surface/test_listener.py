@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
+import gc
 import logging
 import socket
+import warnings
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -27,9 +30,11 @@ class Greeter(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def listening(context: Callable[[], None] | None = None) -> AsyncIterator[Listener]:
+async def listening(
+    context: Callable[[], None] | None = None, limits: ListenerLimits = LIMITS
+) -> AsyncIterator[Listener]:
     """For 10 seconds at most."""
-    listener = await Listener.open(Greeter, "127.0.0.1", 0, LIMITS, context)  # type: ignore[arg-type]
+    listener = await Listener.open(Greeter, "127.0.0.1", 0, limits, context)  # type: ignore[arg-type]
     try:
         async with asyncio.timeout(10.0):
             yield listener
@@ -94,3 +99,22 @@ def test_a_certificate_that_breaks_something_closes_the_connection_and_is_said_o
     asyncio.run(main())
     (record,) = caplog.records
     assert record.name == "tapestry.http" and record.exc_info is not None
+
+
+def test_guests_that_come_all_at_once_are_shown_the_door_or_let_in_and_none_is_left_open() -> None:
+    """Of them some were to make room before their own turn had begun, and lay there."""
+
+    async def main() -> None:
+        async with listening(limits=dataclasses.replace(LIMITS, handshakes_max=1)) as listener:
+            guests = [socket.create_connection(listener.sockets[0].getsockname()) for _ in range(5)]
+            readers = [(await asyncio.open_connection(sock=guest)) for guest in guests]
+            said = [await reader.read() for reader, _ in readers]
+            assert said.count(b"") > 0 and said.count(b"come in") > 0
+            for _, writer in readers:
+                writer.close()
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+        asyncio.run(main())
+        gc.collect()
+    assert [str(one.message) for one in warned] == []

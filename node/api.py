@@ -165,6 +165,7 @@ class Swarm:
 
     def _start(self) -> Daemon:
         self._home.require_owner()
+        self._home.require_restored()
         if not self._peers and not self._home.genesis.exists():
             self._home.create()
             self._wanted.write_run_toml(self._home.run_toml)

@@ -306,14 +306,19 @@ class Home:
         if self.is_held():
             raise self._in_use()
 
-    def require_way(self, alone: bool) -> None:
-        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
-        at all yet."""
+    def require_restored(self) -> None:
+        """Raises UserError where a backup is not restored to its end: `restore`, which is to be given again,
+        refuses where others have written."""
         if self.restoring.exists():
             raise UserError(
                 f"{self.path} was not restored to its end",
                 hint=f"give `tapestry restore FILE --home {self.path}` again: it begins anew",
             )
+
+    def require_way(self, alone: bool) -> None:
+        """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
+        at all yet."""
+        self.require_restored()
         if alone and not self.genesis.exists():
             raise UserError(f"{self.path} holds no run to go on with alone")
         if not alone and self.island.exists():

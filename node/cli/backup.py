@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tapestry.node.cli.options import examples, home_option, home_to_write
+from tapestry.node.cli.options import examples, home_option
 from tapestry.node.cli.said import Said
 from tapestry.node.home import Home
 
@@ -41,7 +41,8 @@ def restore(archive: Path, home: str | None) -> None:
     from tapestry.node.lineage.backup import restore as read
 
     os.umask(0o077)
-    place = home_to_write(home)
+    place = Home.locate(home, os.environ)
+    place.require_owner()
     with Said() as said:
         proof = read(archive, place, said.update)
     click.echo(f"restored {place.path}: epoch {proof.epoch} of {proof.run_name}")

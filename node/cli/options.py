@@ -16,9 +16,11 @@ home_option = click.option(
 
 
 def home_to_write(flag: str | None) -> Home:
-    """For a command that writes in the home itself. Raises UserError for root in another user's."""
+    """For a command that writes in the home itself. Raises UserError for root in another user's home, and for
+    one that is not restored to its end."""
     home = Home.locate(flag, os.environ)
     home.require_owner()
+    home.require_restored()
     return home
 
 

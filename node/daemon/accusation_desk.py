@@ -11,7 +11,8 @@ and is answered: `taken`, which was judged already; `later`, which another sends
 do not have yet; or `send`. Who then sends what has another name is refused. A member that sends keeps others
 from it for a time that follows from the size, and once it did so for nothing, never again: so of a proof
 that liars want to keep out, each of their keys delays the honest ones once. Who sends steadily is not cut
-off for another, as far as there is room beside the places (net/waiting.py), unless it let us down before.
+off for another, as far as there is room beside the places (net/waiting.py), unless it let us down there
+before: for a while who broke off, which an honest one's line may, and for good who sent what proves nothing.
 
 What a peer brings we check ourselves. Where the run has it so, who may remove members signs the liar's
 removal, and a rollback to the state before the lie, if the wrong mean is in the state. What does not prove
@@ -27,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import mmap
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -83,6 +85,7 @@ LATE_TRIES, LATE_S = 10, 0.5  # Guess: for the record that an accusation is of
 ACCUSED_S = 60.0  # then who accuses makes room for who waits. Guess
 LARGE_BYTES_MIN = int(ACCUSED_S) * BYTES_PER_SECOND_MIN  # those from here on have one place of their own, and
 LARGE_BESIDE_MAX = 2  # so many that take longer go on: 192 MiB in all. Guess
+BROKE_OFF_S = 12 * 3600.0  # beside the places: the largest at the least speed takes a tenth of it. Guess
 AWAITED_BYTES_PER_SECOND = 128 * 1024  # of who sends what others have too; else one of them may. Guess
 HEARD_S = 240.0  # that we wait for a place for accusations, and the other's word. Guess: behind three others
 
@@ -166,8 +169,8 @@ class AccusationDesk:
         self._accused_at_length = WaitingPlaces(1, ACCUSED_S, members.is_member, LARGE_BESIDE_MAX)
         self._limits = replace(streams.limits, behind_s=ACCUSED_S)
         self._coming: dict[str, _Claim] = {}  # by name: of who sends it, and others need not
-        # Members that we waited for, and what they said did not come -> whether it was we who cut them off.
-        self._in_vain: dict[str, bool] = {}
+        # Members whose claim came to nothing -> when they may go on beside the places.
+        self._in_vain: dict[str, float] = {}
         self._told: OrderedDict[str, None] = OrderedDict()  # names of accusations that were judged
         self._lies: dict[tuple[int, str], _Lie] = {}  # by epoch and liar
         self._back: dict[str, asyncio.Event] = {}  # who is to be told again -> its next link is up
@@ -399,7 +402,7 @@ class AccusationDesk:
         async with self._streams.turn_of(claim.peer, "accuse"):
             if await self._needs_none(claim, request.writer):
                 return
-            goes_on = self._in_vain.get(claim.peer, True)
+            goes_on = self._in_vain.get(claim.peer, 0.0) <= self._loop.now()
             async with places.place(claim.peer, request.writer, goes_on) as held:
                 if not await self._needs_none(claim, request.writer):  # another brought it meanwhile
                     await self._receive(claim, request, held)
@@ -428,16 +431,21 @@ class AccusationDesk:
         if is_member and peer not in self._in_vain:
             claim.until = self._loop.now() + ACCUSED_S + claim.count / AWAITED_BYTES_PER_SECOND
             self._coming[claim.name] = claim
+        again_at = self._in_vain.get(peer, 0.0)
         try:
             await self._streams.write(peer, request.writer, SEND)
             await self._judge(claim, await self._proof(claim, request.reader), request.writer)
         except _KnownMeanwhile:
             self._has_heard(claim)
+        except RemoteProtocolError:
+            again_at = math.inf
+            raise
         finally:
             if self._coming.get(claim.name) is claim:
                 del self._coming[claim.name]
             if is_member and claim.name not in self._told:
-                self._in_vain[peer] = held.is_cut and self._in_vain.get(peer, True)
+                again_at = max(again_at, self._loop.now() + BROKE_OFF_S if held.is_beside else 0.0)
+                self._in_vain[peer] = again_at
                 while len(self._in_vain) > TOLD_MAX:
                     del self._in_vain[next(iter(self._in_vain))]
 

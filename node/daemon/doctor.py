@@ -70,6 +70,11 @@ TRAINING_BYTES = 16  # of a trained parameter: itself, gradient, two moments of 
 PROGRAM_BYTES = 3 << 29  # node and trainer with torch loaded, measured: 1.3 GB together
 CLOCK_WARN_S = 5.0  # Guess: NTP keeps a machine within milliseconds
 _PORT = re.compile(r"/tcp/([0-9]+)")
+# What the node writes in: folders, and files that grow. Others it reads, or replaces as a whole.
+_WRITTEN = re.compile(
+    r"accusations|branches|cache|checkpoints|derivatives|islands?|state|tensorboard|trainer|updates"
+    r"|lock|\..+\.lock|chain\.(index|jsonl|marks)|(data-events|egress|history)\.jsonl|node\.(log|out)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
     except UserError as error:
         yield wrong("home", error.line, error.hint or "")
         return
-    folder = home.path if home.path.is_dir() else _existing_parent(home.path)
+    folder = _existing_parent(home.path)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(4096)
@@ -135,23 +140,26 @@ def look_at_home(home: Home, held: bool) -> Iterator[Finding]:
         cure = "give the node a home on a local disk that this user may write to"
         yield wrong("home", f"{folder} cannot be written and mapped: {why}", cure)
         return
-    if names := _closed_to_us(home):
-        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote them perhaps"
-        yield wrong("home", f"this user cannot read and write {', '.join(names)} in {home.path}", cure)
+    if closed := _closed_to_us(home):
+        cure = f"sudo chown -R USER: {home.path}, with the user of the node; root wrote there perhaps"
+        yield wrong("home", f"this user cannot {', '.join(closed)} in {home.path}", cure)
         return
     yield passed("home", f"{home.path}{', a node runs in it' if held else ''}")
 
 
 def _closed_to_us(home: Home) -> list[str]:
-    """What lies in the home and is another user's. (lost+found is no file of ours.)"""
-    names = sorted(os.listdir(home.path)) if home.path.is_dir() else []
-    return [
-        name
-        for name in names
-        if os.path.exists(home.path / name)  # a link may lead nowhere
-        and not os.access(home.path / name, os.R_OK | os.W_OK)
-        and name != "lost+found"
-    ]
+    """What this user cannot do there, as "write chain.jsonl". (lost+found is no file of ours.)"""
+    names = set(os.listdir(home.path)) - {"lost+found"} if home.path.is_dir() else set()
+    closed = []
+    for name in sorted(names):
+        path = home.path / name
+        if not path.exists():  # a link may lead nowhere
+            continue
+        if not os.access(path, os.R_OK):
+            closed.append(f"read {name}")
+        elif _WRITTEN.fullmatch(name) and not os.access(path, os.W_OK):
+            closed.append(f"write {name}")
+    return closed
 
 
 def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
@@ -167,19 +175,18 @@ def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
     ):
         try:
             read()
+            continue
         except UserError as error:
-            faults += 1
-            yield wrong("files", error.line, error.hint or f"tapestry verify {home.path}")
+            text, cure = error.line, error.hint or f"tapestry verify {home.path}"
         except IdentityError as error:
-            faults += 1
-            yield wrong("files", str(error), "what the line says; a lost key is in your backup")
+            text, cure = str(error), "what the line says; a lost key is in your backup"
         except BroughtError as error:
-            faults += 1
-            yield wrong("files", str(error), "move it away to go on without; the island lies in islands/")
+            text, cure = str(error), "move it away to go on without; the island lies in islands/"
         except OSError as error:
-            faults += 1
+            text = f"{error.filename}: {error.strerror}"
             cure = "files of the home are for the user of the node"
-            yield wrong("files", f"{error.filename}: {error.strerror}", cure)
+        faults += 1
+        yield wrong("files", text, cure)
     if not faults:
         yield passed("files", "key, token, vote and certificate can be used, where there are any")
 
@@ -281,7 +288,7 @@ def look_at_memory(run: Run | None, free_bytes: int, held: bool) -> Iterator[Fin
 
 def look_at_disk(home: Home, run: Run | None, held: bool) -> Iterator[Finding]:
     """Room and speed, against what the model needs."""
-    folder = home.path if home.path.is_dir() else _existing_parent(home.path)
+    folder = _existing_parent(home.path)
     free = shutil.disk_usage(folder).free
     try:
         bytes_per_s, sync_s = _disk_speed(folder, min(TRIAL_BYTES, free // 4))
@@ -325,16 +332,11 @@ def look_at_device(device: str) -> Iterator[Finding]:
 
     there = torch.cuda.is_available()
     if device.startswith("cuda") and not there:
-        built = torch.version.cuda
-        why = (
-            f"torch is built for CUDA {built} and finds no device"
-            if built
-            else "this torch is built for CPUs"
-        )
-        cure = "see that nvidia-smi works and is as new as that; or --device cpu"
-        yield wrong(
-            "device", f"{device}: {why}", cure if built else "install a torch with CUDA, or --device cpu"
-        )
+        why, cure = "this torch is built for CPUs", "install a torch with CUDA, or --device cpu"
+        if built := torch.version.cuda:
+            why = f"torch is built for CUDA {built} and finds no device"
+            cure = "see that nvidia-smi works and is as new as that; or --device cpu"
+        yield wrong("device", f"{device}: {why}", cure)
         return
     for index in (int(number) for number in re.findall(r"\d+", device)):
         if index >= torch.cuda.device_count():
@@ -409,9 +411,11 @@ def look_at_join(config: NodeConfig, ours: Run, theirs: Run | None, held: bool) 
     """Whether this node could be in the peer's run; one that runs has memory and disk for its own already."""
     if theirs is None:
         return
-    free = shutil.disk_usage(_existing_parent(config.home.path)).free
-    memory = sys.maxsize if held else free_memory_bytes()
-    machine = Machine(memory, free + disk_use(config.home)["checkpoints"], config.max_params)
+    memory = disk = sys.maxsize
+    if not held:
+        free = shutil.disk_usage(_existing_parent(config.home.path)).free
+        memory, disk = free_memory_bytes(), free + disk_use(config.home)["checkpoints"]
+    machine = Machine(memory, disk, config.max_params)
     fault = size_fault(theirs.spec, theirs.trained, machine)
     differences = diff(ours.spec, theirs.spec) if not ours.run_id else []
     if config.run_id is not None and config.run_id != theirs.run_id:
@@ -449,10 +453,9 @@ async def visit(config: NodeConfig, peers: Sequence[PeerAddress], held: bool) ->
         key = Path(folder) / "key"
         Identity.load_or_create(key)
         listen = ("/ip4/0.0.0.0/tcp/0",) if held else config.listen
-        base = swarm_config(config)
-        swarm_settings = SwarmConfig(identity_path=key, listen=listen, nat_port_map=base.nat_port_map)
+        nat_port_map = swarm_config(config).nat_port_map
         try:
-            swarm = await Swarm.start(swarm_settings)
+            swarm = await Swarm.start(SwarmConfig(key, listen, nat_port_map=nat_port_map))
         except (SwarmError, IdentityError) as error:
             return Visit((wrong("p2pd", str(error), "see the lines above on ports and limits"),))
         try:
@@ -485,8 +488,8 @@ async def _ask_first(swarm: Swarm, peers: Sequence[PeerAddress], held: bool) -> 
 
 async def _check_up(swarm: Swarm, peer_id: str, held: bool) -> list[Finding]:
     """Its clock, its version, and whether it can dial back."""
-    ports = [int(p) for address in await swarm.addresses() for p in _PORT.findall(address)[:1]]
-    ports = list(dict.fromkeys(ports))[:PORTS_MAX]
+    found = [int(port) for address in await swarm.addresses() for port in _PORT.findall(address)[:1]]
+    ports = list(dict.fromkeys(found))[:PORTS_MAX]
     try:
         reader, writer = await swarm.open_stream(peer_id, CHECKUP_PROTOCOL, ASK_S)
         with contextlib.closing(writer):

@@ -48,7 +48,6 @@ EXTRAS = (
 )
 TOP = "tapestry-home"  # the folder in the archive
 UNPACKED = ".restore"  # in the home, while it is restored
-OURS = ("lock", ".restoring", UNPACKED)  # no backup has them
 
 
 def backup(home: Home, out: Path, told: Told) -> Proof:
@@ -96,23 +95,24 @@ def restore(archive: Path, home: Home, told: Told) -> Proof:
             is_new = False
             if not home.path.is_dir():
                 raise _is_there(home) from None
-        if not (is_new or home.restoring.exists() or home.is_held()):
+        if not (home.restoring.exists() or home.is_held()):
             _require_empty(home)  # before the lock, which is a file: this folder may be another's
         with home.lock():
             _take_back(home)
-            if not is_new:
-                _require_empty(home)
+            _require_empty(home)
             try:
-                return _restored(archive, home, told)
+                proof = _restored(archive, home, told)
             except BaseException:
                 _take_back(home)
                 if is_new:
                     shutil.rmtree(home.path)
                 raise
+            shutil.rmtree(home.path / UNPACKED, ignore_errors=True)
+            return proof
 
 
 def _restored(archive: Path, home: Home, told: Told) -> Proof:
-    """With the home's lock held. Raises UserError, OSError."""
+    """With the home's lock held; the folder that all came from is left. Raises UserError, OSError."""
     _plan(home, [])
     folder = home.path / UNPACKED
     folder.mkdir(mode=0o700)
@@ -130,12 +130,13 @@ def _restored(archive: Path, home: Home, told: Told) -> Proof:
         home.path.chmod(0o700)
     told("writing to the disk", 0, 1)
     os.sync()
-    names = sorted(os.listdir(copy.path), key=lambda name: name == home.genesis.name)  # it makes it a home
+    there = os.listdir(home.path)  # a user's .gitignore stays
+    names = [name for name in os.listdir(copy.path) if name not in there]
+    names.sort(key=lambda name: name == home.genesis.name)  # it makes it a home
     _plan(home, names)
     for name in names:
         os.replace(copy.path / name, home.path / name)
     sync_folder(home.path)
-    shutil.rmtree(folder)
     home.restoring.unlink()
     sync_folder(home.path)
     return proof
@@ -206,7 +207,9 @@ def _noted(member: tarfile.TarInfo, written: Callable[[int], None]) -> tarfile.T
 def _is_ours(member: tarfile.TarInfo) -> bool:
     """Whether a home can hold it. Of links: `base` of an island alone, to the home's (island.py)."""
     parts = PurePosixPath(member.name).parts
-    if parts[:1] != (TOP,) or ".." in parts or parts[1:] in [(name,) for name in OURS]:
+    if parts[:1] != (TOP,) or ".." in parts or parts[1:] == ("lock",):
+        return False
+    if parts[1:] and parts[1].startswith(".") and parts[1] not in EXTRAS:  # .ssh, where a user lives
         return False
     if member.issym():
         is_island = parts[1:-1] == ("island",) or (len(parts) == 4 and parts[1] == "islands")

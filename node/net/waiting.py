@@ -25,7 +25,7 @@ class Held:
     at: float  # of the loop's clock: since when
     is_member: bool
     goes_on: bool  # beside the places, after its time
-    is_cut: bool = False  # its stream was closed for another's sake
+    is_beside: bool = False
 
 
 class WaitingPlaces:
@@ -91,13 +91,11 @@ class WaitingPlaces:
             self._cut(newcomer)
         if held.goes_on and len(self._beside) < self._beside_max:
             self._leave(writer)
-            self._beside[writer] = held
+            self._beside[writer], held.is_beside = held, True
         else:
             self._cut(writer)
 
     def _cut(self, writer: asyncio.StreamWriter) -> None:
-        held = self._held.get(writer) or self._beside[writer]
-        held.is_cut = True
         self._leave(writer)
         writer.close()
 

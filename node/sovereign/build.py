@@ -60,6 +60,7 @@ from tapestry.node.sovereign.plans import (
     read_held_out,
     read_trained,
     remove,
+    repair_steps,
     require_same_data,
     write_held_out,
     write_plan,
@@ -136,10 +137,11 @@ def rebase(
         uses = joined(repair, behind(shelf, name, version))
         told = asking(home, uses, told)
         place = folder / f"v{derivative.next_number}"
-        steps = max(1, int(repair_share * _steps_behind(shelf, version))) if repair_share else 0
+        steps_behind = _steps_behind(shelf, version)
+        steps = repair_steps(repair_share, steps_behind)
         made_of = (f"{name}:{version.number}",)
         asked = {"made_of": made_of, "transplant": how, "steps": steps}
-        plan = begun(place, "rebase", restart, epoch, "--onto", **asked)
+        plan = begun(place, "rebase", restart, epoch, "--onto", steps_behind, **asked)
         if plan is None:
             parent = export_base(shelf, home, epoch, told)
             if parent.head == version.parent.head:

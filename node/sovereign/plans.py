@@ -68,7 +68,13 @@ def write_trained(path: Path, uses: tuple[DataUse, ...], trained: Trained) -> No
 
 
 def begun(
-    place: Path, how: How, restart: bool, epoch: int | None = None, flag: str = "--from", **asked: Any
+    place: Path,
+    how: How,
+    restart: bool,
+    epoch: int | None = None,
+    flag: str = "--from",
+    steps_behind: int = 0,  # of what is repaired
+    **asked: Any,
 ) -> Plan | None:
     """What a call before this one began; where there is none, or to `restart`, the place is empty. `asked`:
     what keys of the plan must be. Raises UserError if something else was begun."""
@@ -85,10 +91,13 @@ def begun(
     if key := next((key for key, value in asked.items() if getattr(plan, key) != value), ""):
         was, now = getattr(plan, key), asked[key]
         is_recipe = isinstance(was, Recipe)
+        before = f"the {_WORDS[key]} of before"
+        if key == "steps":  # the default may have been another
+            before = f"--repair {repair_share(was, steps_behind)}"
         raise UserError(
             f"{name} was begun with another {_WORDS[key]} and is not finished",
             details=differences(was, now) if is_recipe else [f"{plain(was)} before, {plain(now)} now"],
-            hint=f"give the {_WORDS[key]} of before to go on, or --restart to begin anew",
+            hint=f"give {before} to go on, or --restart to begin anew",
         )
     if epoch not in (None, plan.parent.epoch):
         raise UserError(
@@ -100,6 +109,22 @@ def begun(
 
 _COMMANDS = {"derive": "derive", "rebase": "rebase", "merge": "merge", "island": "rejoin --keep"}
 _WORDS = {"recipe": "recipe", "made_of": "current version", "transplant": "way", "steps": "--repair"}
+
+
+def repair_steps(share: float, behind: int) -> int:
+    """Of a repair that is so much of the `behind` steps of training behind it."""
+    return max(1, int(share * behind)) if share else 0
+
+
+def repair_share(steps: int, behind: int) -> str:
+    """The shortest --repair that gives so many steps."""
+    if not steps or not behind:
+        return "0" if not steps else "1"
+    for digits in range(1, 10):
+        share = -(-steps * 10**digits // behind) / 10**digits  # rounded up
+        if repair_steps(share, behind) == steps:
+            return f"{share:.{digits}f}"
+    return str((steps + 0.5) / behind)
 
 
 def clear(place: Path) -> None:

@@ -17,6 +17,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tapestry.node.surface.turns import Turns
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     import ssl
 
 AGAIN_S = 1.0  # after an accept that failed for want of descriptors or memory; asyncio waits as long
+# What accept(2) says of the one connection that it would have taken, and not of the next.
+OF_ONE_GUEST = frozenset(
+    {
+        *(errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.ENONET, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM, errno.EPROTO),
+    }
+)
 
 _log = logging.getLogger("tapestry.http")
 
@@ -106,6 +114,9 @@ class Listener:
             try:
                 guest, _ = await loop.sock_accept(listener)
             except OSError as error:
+                if error.errno in OF_ONE_GUEST:
+                    self._turns.take(loop.time())
+                    continue
                 _log.warning(
                     "accept=failed %s; tried again in %g s. If it goes on, raise the limit of open "
                     "files (ulimit -n)",
@@ -117,25 +128,29 @@ class Listener:
             self._turns.take(loop.time())
             task = asyncio.create_task(self._begin(guest))
             self._beginning[task] = None
-            task.add_done_callback(lambda done: self._beginning.pop(done, None))
+            task.add_done_callback(partial(self._begun, guest))
             if len(self._beginning) > self._limits.handshakes_max:
                 next(iter(self._beginning)).cancel()
 
     async def _begin(self, guest: socket.socket) -> None:
         """A handshake, if there is to be one; then the connection is the door's."""
-        loop = asyncio.get_running_loop()
-        context = None if self._context is None else self._context()
-        handshake_s = None if context is None else self._limits.handshake_s
         try:
-            await loop.connect_accepted_socket(
+            context = None if self._context is None else self._context()
+            handshake_s = None if context is None else self._limits.handshake_s
+            await asyncio.get_running_loop().connect_accepted_socket(
                 self._door, guest, ssl=context, ssl_handshake_timeout=handshake_s
             )
         except OSError as error:  # ssl's errors are some: no TLS, too late, or gone
             guest.close()
             _log.debug("handshake=failed %s", error)
-        except asyncio.CancelledError:
+        except Exception:
             guest.close()
-            raise
+            _log.exception("handshake=failed")
+
+    def _begun(self, guest: socket.socket, task: asyncio.Task[None]) -> None:
+        del self._beginning[task]
+        if task.cancelled():  # perhaps before it began
+            guest.close()
 
 
 def _listening(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -35,6 +36,7 @@ def made(tmp_path: Path) -> MadeHome:
     made.advance(3, checkpoint=True)
     made.home.peers.write_text("{}")
     made.home.log.write_text("a log")
+    (made.home.path / ".gitignore").write_text("ours")
     made.home.vote.write_bytes(seal({"life": "of the disk that is backed up"}) + b"\n")
     claim(made.home)
     return made
@@ -121,7 +123,8 @@ def _new_users_home(path: Path) -> Home:
     """As `useradd --create-home` makes it, on a file system of its own."""
     (path / "lost+found").mkdir(parents=True)
     (path / ".config").mkdir()
-    (path / ".bashrc").write_text("theirs")
+    for name in (".bashrc", ".gitignore"):
+        (path / name).write_text("theirs")
     return Home(path)
 
 
@@ -131,7 +134,8 @@ def test_a_backup_is_restored_to_the_home_of_a_new_user_or_a_mount(archive: Path
     before, beside = set(os.listdir(home.path)), set()
     restore(archive, home, lambda *_: beside.update(os.listdir(home.path.parent)))
     assert beside == {"tapestry"} and verify(home.path, told=_quiet).holds
-    assert before < set(os.listdir(home.path)) and (home.path / ".bashrc").read_text() == "theirs"
+    assert before < set(os.listdir(home.path))
+    assert all((home.path / name).read_text() == "theirs" for name in (".bashrc", ".gitignore"))
     assert not home.restoring.exists() and home.path.stat().st_mode & 0o777 == 0o700
     home.require_way(alone=False)
 
@@ -186,33 +190,39 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patched(os, "replace")
     patched(os, "sync")
     patched(shutil, "rmtree")
+    patched(Path, "unlink")
 
 
 def test_a_restore_that_is_killed_leaves_no_home_that_looks_whole_and_is_given_again(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Or it leaves one that is whole."""
     home = _new_users_home(tmp_path / "home")
+    before = set(os.listdir(home.path))
     restore(archive, home, _quiet)
-    whole, halves, was_killed = set(os.listdir(home.path)), 0, True
+    whole, halves, wholes = set(os.listdir(home.path)), 0, 0
     for step in range(100):
         home = _new_users_home(tmp_path / f"home{step}")
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
             _kill_at(step, patch)
-            try:
-                restore(archive, home, _quiet)
-                was_killed = False
-            except Killed:
-                halves += home.identity_key.exists() or home.genesis.exists()
-                nothing = {".bashrc", ".config", "lost+found", "lock", ".restoring.tmp"}
-                if set(os.listdir(home.path)) - nothing:
-                    with pytest.raises(UserError, match="was not restored to its end"):
-                        home.require_way(alone=False)
-        if not was_killed:
+            restore(archive, home, _quiet)
             break
-        restore(archive, home, _quiet)
+        left = set(os.listdir(home.path)) - before - {"lock", ".restoring.tmp"}
+        if home.restoring.exists():
+            halves += home.identity_key.exists() or home.genesis.exists()
+            with pytest.raises(UserError, match="was not restored to its end"):
+                home.require_way(alone=False)
+        elif left:
+            wholes += 1
+            assert verify(home.path, told=_quiet).holds
+            with pytest.raises(UserError, match="is there already"):
+                restore(archive, home, _quiet)
+        if not home.genesis.exists() or home.restoring.exists():
+            restore(archive, home, _quiet)
         home.require_way(alone=False)
-        assert set(os.listdir(home.path)) == whole
-    assert step > 10 and halves > 3 and not was_killed
+        assert set(os.listdir(home.path)) - {".restore"} == whole
+        assert (home.path / ".gitignore").read_text() == "theirs"
+    assert step > 10 and halves > 3 and wholes > 0
 
 
 def test_what_somebody_put_into_a_half_restored_home_is_not_taken_away(
@@ -257,6 +267,8 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
         _member("other/file"),
         _member("tapestry-home/lock"),
         _member("tapestry-home/.restoring"),
+        _member("tapestry-home/.ssh/authorized_keys"),
+        _member("tapestry-home/.restore", tarfile.DIRTYPE),
     ],
     ids=lambda member: member.name,
 )
@@ -264,7 +276,7 @@ def test_an_archive_that_is_no_backup_writes_nothing(tmp_path: Path, member: tar
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
     archive = _archive(inside / "x.tar", _member("tapestry-home", tarfile.DIRTYPE), member)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="it holds"):
         restore(archive, Home(inside / "home"), _quiet)
     assert os.listdir(inside) == ["x.tar"] and os.listdir(tmp_path) == ["a"]
 

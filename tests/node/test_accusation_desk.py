@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -464,7 +465,7 @@ def test_who_sends_another_proof_than_it_said_is_blamed_and_its_proof_is_not_tak
             await until(lambda: bool(carol.said("blamed")))
             writer.close()
         assert carol.said("blamed") == [("accusation",)] and not carol.said("accused")
-        assert carol.accusations._in_vain == {"bob": False} and not carol.accusations._coming
+        assert carol.accusations._in_vain == {"bob": math.inf} and not carol.accusations._coming
         assert await bring(table, "dora", "carol", lie), "what is true is heard all the same"
 
     assert len(run(scenario, tmp_path).desks["carol"].said("accused")) == 1
@@ -517,13 +518,15 @@ def test_a_large_proof_that_takes_long_but_comes_steadily_is_not_cut_off_for_ano
 
 
 @pytest.mark.usefixtures("proven")
-def test_who_was_cut_off_for_another_may_take_long_the_next_time_and_who_broke_off_may_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("room_beside", [True, False])
+def test_who_broke_off_beside_the_places_may_not_take_long_again_for_a_while_and_others_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_beside: bool
 ) -> None:
-    """Else three keys that drip would see to it that honest ones on slow lines never get done."""
+    """Three keys that drip would see to it that honest ones on slow lines never get done. And whose line
+    broke once, in its place, never got done."""
     monkeypatch.setattr(accusation_desk, "LARGE_BYTES_MIN", 1000)
     monkeypatch.setattr(accusation_desk, "ACCUSED_S", 0.2)
-    monkeypatch.setattr(accusation_desk, "LARGE_BESIDE_MAX", 0)
+    monkeypatch.setattr(accusation_desk, "LARGE_BESIDE_MAX", int(room_beside))
     monkeypatch.setattr(audit_streams, "BYTES_PER_SECOND_MIN", 2000)
 
     async def scenario(table: Table) -> None:
@@ -535,9 +538,21 @@ def test_who_was_cut_off_for_another_may_take_long_the_next_time_and_who_broke_o
         broken = await dripping(carol, "y", 500)
         broken.close()
         assert await bring(table, "bob", "carol", lie)
+        slow.close()  # if it was not cut off
         await until(lambda: len(carol.said("dripped")) == 2)
-        assert carol.accusations._in_vain == {"x": True, "y": False}
-        slow.close()
+        again_at = accusation_desk.BROKE_OFF_S if room_beside else 0.0
+        assert carol.accusations._in_vain == {"x": again_at, "y": 0.0}
+
+        async def goes_on(peer: str) -> bool:
+            writer = await dripping(carol, peer, 5000)
+            (held,) = carol.accusations._accused_at_length._held.values()
+            writer.close()
+            await until(lambda: not carol.streams.streams)
+            return held.goes_on
+
+        assert await goes_on("x") is not room_beside and await goes_on("y")
+        carol.clock_s += accusation_desk.BROKE_OFF_S
+        assert await goes_on("x")
 
     run(scenario, tmp_path)
 

@@ -92,6 +92,17 @@ def test_root_is_told_to_act_as_the_user_whose_home_it_is(theirs: Home, words: l
     assert "hint: sudo -u " in result.stderr and list(theirs.path.iterdir()) == [theirs.identity_key]
 
 
+@pytest.mark.parametrize("name", sorted(WRITING.keys() - {"restore"}))
+def test_a_home_that_is_not_restored_to_its_end_gets_no_files_of_others(tmp_path: Path, name: str) -> None:
+    """`id` made a key there, and the next `restore` said that the home is there already."""
+    home = Home(tmp_path / "home")
+    home.path.mkdir()
+    home.restoring.touch()
+    result = CliRunner().invoke(cli, _given(WRITING[name], home, tmp_path))
+    assert result.exit_code == ExitCode.USAGE and "was not restored to its end" in result.stderr
+    assert list(home.path.iterdir()) == [home.restoring]
+
+
 def test_others_and_homes_that_are_not_there_yet_are_nobody_elses(
     theirs: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,12 +150,39 @@ def test_what_reads_as_root_leaves_no_file_of_roots(tmp_path: Path) -> None:
         assert of_root == [], name
 
 
-def test_doctor_names_what_another_user_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = Home(tmp_path)
-    for name in ("data.toml", "node.toml", "lost+found"):
-        (tmp_path / name).touch()
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, how: path.name == "node.toml" and access(path, how))
+@pytest.mark.parametrize(
+    ("closed", "why"),
+    [
+        ({}, ""),
+        # What somebody else manages, and the node only reads
+        ({"node.toml": 0o444, "run.toml": 0o444, "identity.key": 0o400, "http.key": 0o440}, ""),
+        ({"texts": 0o555, "linked": 0o555, "base": 0o555, "lost+found": 0, "egress-000001.jsonl": 0o400}, ""),
+        ({"data.toml": 0}, "read data.toml"),
+        ({"identity.key": 0o200, "chain.jsonl": 0o444}, "write chain.jsonl, read identity.key"),
+        ({"updates": 0o555, "state": 0o555}, "write state, write updates"),
+        ({"lock": 0o444, ".data.toml.lock": 0o444}, "write .data.toml.lock, write lock"),
+    ],
+)
+def test_doctor_names_what_another_user_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: dict[str, int], why: str
+) -> None:
+    home = Home(tmp_path / "home")
+    home.path.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (home.path / "linked").symlink_to(tmp_path / "elsewhere")
+    (home.path / "leads-nowhere").symlink_to(tmp_path / "none")
+    for name in ("texts", "base", "lost+found", "updates", "state"):
+        (home.path / name).mkdir()
+    for name in closed:
+        if not (home.path / name).exists():
+            (home.path / name).touch()
+
+    def access(path: Path, how: int) -> bool:  # root may do everything: the modes tell
+        return closed.get(path.name, 0o600) >> 6 & how == how
+
+    monkeypatch.setattr(os, "access", access)
     (finding,) = doctor.look_at_home(home, False)
-    assert finding.verdict is Verdict.WRONG and "cannot read and write data.toml in " in finding.text
-    assert finding.cure.startswith("sudo chown -R USER: ")
+    assert (finding.verdict is Verdict.WRONG) is bool(why)
+    if why:
+        assert finding.text == f"this user cannot {why} in {home.path}"
+        assert finding.cure.startswith("sudo chown -R USER: ")

@@ -286,9 +286,11 @@ def test_a_rebase_that_was_begun_is_not_begun_otherwise_unless_a_person_says_so(
         (2, Transplant("ties"), 0.5, "with another way"),
         (2, Transplant(), 0.0, "with another --repair"),
     ):
+        before = "give --repair 0.5 to go on" if not share else ""
         with pytest.raises(UserError, match=f"steady was begun {what}|steady was {what}") as raised:
             build.rebase(made.home, "steady", epoch, way, repair_share=share, told=_quiet)
         assert raised.value.hint and "--restart to begin anew" in raised.value.hint
+        assert before in raised.value.hint
     with pytest.raises(_Killed):
         build.rebase(made.home, "steady", 2, Transplant(), repair_share=0.0, restart=True, told=_measuring)
     shelf = Shelf(made.home)

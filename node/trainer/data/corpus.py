@@ -188,10 +188,7 @@ def open_corpus(
     hold_out = not listings.validation
     wholes = [_part(listing, file, use) for listing, file in zip(listings.sources, files, strict=False)]
     gone_on = _go_on(wholes, files, use, hold_out, on_progress)
-    parts = tuple(
-        replace(part, held_out=held_out_of(part.windows, seen.evenly)) if hold_out else part
-        for part, seen in zip(wholes, gone_on.sources, strict=True)
-    )
+    parts = tuple(replace(part, held_out=held_out_of(part.windows)) if hold_out else part for part in wholes)
     sets = tuple(
         _whole(_part(listing, file, use))
         for listing, file in zip(listings.validation, files[count:], strict=True)

@@ -107,8 +107,7 @@ class Cursor:
 
     def _load(self, plain: dict[str, Any]) -> None:
         try:
-            key = _key_of_version_1(self._order, self._sources) if plain["version"] == 1 else self._key
-            if plain["key"] != key:
+            if plain["version"] != CURSOR_VERSION or plain["key"] != self._key:
                 return
             before = self._sized(plain["before"])
             if any(count < one.course.began for count, one in zip(before, self._sources, strict=True)):
@@ -133,14 +132,6 @@ class Cursor:
 
 def _key(order: WindowOrder, sources: Sequence[Seen]) -> str:
     courses = [[one.key.hex(), one.sizes, one.start, one.number] for one in order.courses]
-    texts = [[one.windows, one.digest, one.holds_out, one.evenly] for one in sources]
-    return _digest([order.shares, courses, texts])
-
-
-def _key_of_version_1(order: WindowOrder, sources: Sequence[Seen]) -> str:
-    keys = [course.key.hex() for course in order.courses]
-    return _digest([order.counts, order.shares, keys, [one.key for one in sources]])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+    texts = [[one.windows, one.digest, one.holds_out] for one in sources]
+    value = json.dumps([order.shares, courses, texts])
+    return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()

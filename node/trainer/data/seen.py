@@ -44,9 +44,10 @@ class Text:
     order_key: bytes
     digest_of: Callable[[int], str]  # of the ids of the first so many windows but the last
 
-    def training_windows(self, evenly: int) -> int:
-        """How many are not held out; `evenly` as in held_out_of."""
-        return self.windows - (len(held_out_of(self.windows, evenly)) if self.holds_out else 0)
+    @property
+    def training_windows(self) -> int:
+        """How many are not held out."""
+        return self.windows - (len(held_out_of(self.windows)) if self.holds_out else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,6 @@ class Seen:
     windows: int
     digest: str
     holds_out: bool
-    evenly: int  # as in held_out_of
     course: Course
     count: int = 0  # windows that have come
 
@@ -71,7 +71,6 @@ class Seen:
             "windows": self.windows,
             "digest": self.digest,
             "holds_out": self.holds_out,
-            "evenly": self.evenly,
             "order": course.key.decode("utf-8", "surrogateescape"),
             "sizes": [list(one) for one in course.sizes],
             "start": course.start,
@@ -92,11 +91,10 @@ class Seen:
             plain["windows"],
             str(plain["digest"]),
             bool(plain["holds_out"]),
-            plain["evenly"],
             course,
             plain["count"],
         )
-        counts_of((seen.windows, seen.evenly, course.start, course.number, seen.count))
+        counts_of((seen.windows, course.start, course.number, seen.count))
         places, counts = zip((-1, 0), *(counts_of(one) for one in sizes), strict=True)
         if places[1] or not _rises(places) or not _rises(counts) or places[-1] >= counts[-1]:
             raise ValueError("no course")
@@ -109,9 +107,9 @@ class Seen:
 class Known:
     """What cursor.json says of sources."""
 
-    sources: tuple[Seen, ...] = ()  # those of then, and those that were left out then
-    counts: tuple[tuple[str, int], ...] = ()  # of version 1: keys of files of ids, windows that had come
-    damaged: bool = False
+    sources: tuple[Seen, ...] = ()  # those of then
+    absent: tuple[Seen, ...] = ()  # those that were left out then
+    damaged: bool = False  # or of another version
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +132,15 @@ def read_cursor(path: Path) -> dict[str, Any]:
 
 
 def read_known(path: Path | None) -> Known:
-    """What cursor.json says of sources; one that is damaged says nothing."""
+    """What cursor.json says of sources; one that is damaged, or of another version, says nothing."""
     if path is None or not path.exists():
         return Known()
     plain = read_cursor(path)
     try:
-        if plain["version"] == 1:
-            drawn = zip(counts_of(plain["before"]), counts_of(plain["next"]), strict=True)
-            keys = map(str, plain["sources"])
-            return Known(counts=tuple(zip(keys, (a + b for a, b in drawn), strict=True)))
         if plain["version"] != CURSOR_VERSION:
             raise ValueError("of another version")
-        return Known(tuple(Seen.from_plain(one) for one in (*plain["sources"], *plain["absent"])))
+        sources, absent = (tuple(map(Seen.from_plain, plain[name])) for name in ("sources", "absent"))
+        return Known(sources, absent)
     except (ValueError, TypeError, LookupError, AttributeError):
         return Known(damaged=True)
 
@@ -160,11 +155,14 @@ def counts_of(plain: Iterable[Any]) -> tuple[int, ...]:
 
 def go_on(known: Known, texts: Sequence[Text]) -> GoneOn:
     """Each text with what is known of it."""
-    if known.counts:
-        return _from_version_1(dict(known.counts), texts)
-    left = list(known.sources)
+
+    def moved_and_grown(one: Seen, text: Text) -> bool:
+        return one in known.sources and _moved(one, text)  # for each absent one a long text would be read
+
+    left = [*known.sources, *known.absent]
     found: dict[int, tuple[Seen, str]] = {}
-    for matches, goes_on in ((_same_files, _kept), (_same_text, _kept), (_moved, _kept), (_same_name, _anew)):
+    kept = (_same_files, _same_source, _moved_whole, moved_and_grown)
+    for matches, goes_on in (*((one, _kept) for one in kept), (_same_name, _anew)):
         for index, text in enumerate(texts):
             one = next((one for one in left if matches(one, text)), None) if index not in found else None
             if one is not None:
@@ -175,20 +173,27 @@ def go_on(known: Known, texts: Sequence[Text]) -> GoneOn:
     return GoneOn(tuple(seen for seen, _ in every), tuple(left[:SOURCES_MAX]), lines)
 
 
-def _same_files(one: Seen, text: Text) -> bool:
-    """Ids that were made again may be others: a program may judge otherwise."""
-    return one.key == text.key and one.windows <= text.windows
-
-
 def _same_text(one: Seen, text: Text) -> bool:
     """Perhaps with more at its end."""
-    same_name = one.name == text.name and one.windows <= text.windows
-    return same_name and text.digest_of(one.windows) == one.digest
+    return one.windows <= text.windows and text.digest_of(one.windows) == one.digest
+
+
+def _same_files(one: Seen, text: Text) -> bool:
+    """Their ids may have been made again, and be others: a program may judge otherwise."""
+    return one.key == text.key and _same_text(one, text)
+
+
+def _same_source(one: Seen, text: Text) -> bool:
+    return one.name == text.name and _same_text(one, text)
 
 
 def _moved(one: Seen, text: Text) -> bool:
     """Under another name. Of a single window there is only one id to know it by."""
-    return one.windows == text.windows > 1 and text.digest_of(one.windows) == one.digest
+    return one.windows > 1 and _same_text(one, text)
+
+
+def _moved_whole(one: Seen, text: Text) -> bool:
+    return one.windows == text.windows and _moved(one, text)
 
 
 def _same_name(one: Seen, text: Text) -> bool:
@@ -202,17 +207,17 @@ def _kept(one: Seen, text: Text) -> tuple[Seen, str]:
     after = f"it goes on after {one.count} windows"
     course, line = one.course, "" if one.key == text.key else f"the same text in other files; {after}"
     if text.windows > one.windows:
-        course = one.course.grown(one.count, text.training_windows(one.evenly))
+        course = one.course.grown(one.count, text.training_windows)
         line = f"{text.windows - one.windows} windows were added at its end; {after}"
         if len(course.sizes) > GROWTHS_MAX:
             course = one.course.anew(one.count, course.count)
             line = f"it has grown more than {GROWTHS_MAX} times within one pass, and begins another one"
-    seen = _of(text, course, one.evenly)
+    seen = _of(text, course)
     return replace(seen, count=one.count), line if one.count else ""
 
 
 def _anew(one: Seen, text: Text, why: str = "its text has changed other than at its end") -> tuple[Seen, str]:
-    seen = _of(text, one.course.anew(one.count, text.training_windows(0)), 0)
+    seen = _of(text, one.course.anew(one.count, text.training_windows))
     return replace(seen, count=one.count), _begins_anew(text, why) if one.count else ""
 
 
@@ -224,32 +229,15 @@ def _begins_anew(text: Text, why: str) -> str:
 
 
 def _begun(text: Text) -> Seen:
-    return _of(text, Course.of(text.order_key, text.training_windows(0)), 0)
+    return _of(text, Course.of(text.order_key, text.training_windows))
 
 
 def _unknown(known: Known, text: Text) -> str:
-    return _begins_anew(text, "cursor.json is damaged") if known.damaged else ""
+    return _begins_anew(text, "cursor.json is damaged, or of another version") if known.damaged else ""
 
 
-def _of(text: Text, course: Course, evenly: int) -> Seen:
-    digest = text.digest_of(text.windows)
-    return Seen(text.name, text.key, text.windows, digest, text.holds_out, evenly, course)
-
-
-def _from_version_1(counts: dict[str, int], texts: Sequence[Text]) -> GoneOn:
-    """It knew sources by their files alone, and held out of them by their lengths."""
-    sources, lines = [], []
-    for text in texts:
-        evenly = text.windows if text.holds_out else 0
-        seen = _of(text, Course.of(text.order_key, text.training_windows(evenly)), evenly)
-        if text.key in counts:
-            sources.append(replace(seen, count=counts[text.key]))
-        else:  # a new one; or one that has changed, in an order that it has not had
-            passes = max(counts.values()) // seen.course.count
-            sources.append(replace(seen, course=replace(seen.course, number=passes + 1)))
-            why = "new, or changed since an older version of this program trained on it"
-            lines.append(f"data {text.name}: {_begins_anew(text, why)}")
-    return GoneOn(tuple(sources), (), tuple(lines))
+def _of(text: Text, course: Course) -> Seen:
+    return Seen(text.name, text.key, text.windows, text.digest_of(text.windows), text.holds_out, course)
 
 
 def _rises(values: Sequence[int]) -> bool:

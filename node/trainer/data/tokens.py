@@ -54,17 +54,18 @@ class TokenFile:
 
     def digest_of(self, count: int, on_part: Callable[[], None]) -> str:
         """Of the first `count` ids. `on_part` is called as it gets on, and may raise."""
-        noted = _read_json(self.manifest)
-        digests = noted.get("digests", {})
-        if str(count) in digests:
-            return str(digests[str(count)])
+        name = str(count)
+        digests = _read_json(self.manifest).get("digests", {})
+        if name in digests:
+            return str(digests[name])
         hasher = hashlib.blake2b(digest_size=16)
         for start in range(0, count, PART_TOKENS):
             on_part()
             hasher.update(np.ascontiguousarray(self.tokens[start : min(start + PART_TOKENS, count)]).data)
-        if noted:
+        if noted := _read_json(self.manifest):  # the source may have been revoked meanwhile
+            noted["digests"] = {**noted.get("digests", {}), name: hasher.hexdigest()}
             with contextlib.suppress(OSError):  # then it is made again
-                write_json(self.manifest, {**noted, "digests": {**digests, str(count): hasher.hexdigest()}})
+                write_json(self.manifest, noted)
         return hasher.hexdigest()
 
 

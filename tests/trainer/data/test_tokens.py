@@ -261,3 +261,12 @@ def test_what_was_read_by_a_link_is_forgotten_by_the_name_of_what_it_led_to(tmp_
     assert tokens.forget(tmp_path / "cache", lambda path: path == f"{tmp_path}/other") == 0
     assert tokens.forget(tmp_path / "cache", lambda path: path == f"{tmp_path}/v1.txt") > 0
     assert not list((tmp_path / "cache").glob("tokens-*"))
+
+
+def test_a_digest_that_is_made_while_its_source_is_revoked_brings_no_note_of_it_back(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("gone " * 50)
+    listing = list_data(settings_of(tmp_path / "a.txt")).sources[0]
+    file = tokenize(listing, ByteTokenizer(), tmp_path / "cache", lambda done: None, lambda tally: None)
+    revoke = lambda: tokens.forget(tmp_path / "cache", lambda path: True)  # noqa: E731
+    assert len(file.digest_of(100, revoke)) == 32
+    assert not list((tmp_path / "cache").glob("tokens-*"))

@@ -15,13 +15,16 @@ from flips import files_below, flipped
 from homes import MadeHome, base_spec, make_home
 
 from tapestry.node.disk.files import atomic_write, seal
+from tapestry.node.disk.linked import append_once
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage import export
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.egress import Started
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.huggingface import FILE_BYTES_MAX, Form
+from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.log import lines, newest, read_log
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.proof import Proof
@@ -177,6 +180,26 @@ def test_without_its_oldest_updates_it_is_replayed_from_a_later_checkpoint(copy:
         path.unlink()
     proof = _verify(copy.path)
     assert proof.holds and (proof.replayed_from, proof.replayed_to) == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["egress.jsonl", "data-events.jsonl"])
+def test_a_ledger_whose_last_newline_was_flipped_does_not_hold_and_one_that_was_torn_does(
+    copy: Home, tmp_path: Path, name: str
+) -> None:
+    path = copy.path / name
+    for _ in range(2):
+        append_once(path, Started("2026-11-29T00:00:00Z", "ab" * 32, 0).value())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    proof = _verify(copy.path)
+    assert proof.holds and proof.notes == [
+        f"{name}: its last line is not finished: a node writes it, or was killed"
+    ]
+    path.write_bytes(whole[:-1] + b"\x0b")
+    (fault,) = _verify(copy.path).faults
+    assert str(fault) == f"{name}: line 2: it ends with another byte than a newline"
+    with pytest.raises(UserError, match="does not hold, and nothing was written"):
+        leave(copy, tmp_path / "out", _quiet)
 
 
 # ---- anchors and the log -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from tapestry.node.cli.main import cli
 from tapestry.node.errors import ExitCode
+from tapestry.node.lineage.egress import KINDS, RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,3 +88,15 @@ def headings(page: Path) -> set[str]:
 def test_every_exit_code_is_in_the_tables_of_operating_md() -> None:
     table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/operating.md").read_text(), re.MULTILINE)
     assert [int(code) for code in table] == [int(code) for code in ExitCode]
+
+
+def test_every_decision_is_headed_by_the_number_of_its_file() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    wrong = [page.name for page in pages if not page.read_text().startswith(f"# {page.name[:3]}: ")]
+    assert len(pages) > 20 and wrong == []
+
+
+def test_every_kind_of_traffic_is_in_the_table_of_lineage_md_with_its_rule() -> None:
+    _, _, section = (ROOT / "docs/lineage.md").read_text().partition("## What left the node\n")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+)`", section.partition("\n## ")[0], re.MULTILINE)
+    assert dict(rows) == RULES and tuple(RULES) == KINDS

@@ -7,8 +7,9 @@ digest from time to time sees that too. A file that has grown to `file_bytes_max
 (egress-000001.jsonl) and a new one begins, whose first line links to the old one's last: the chain goes on.
 
 A line is written with one call. A process that is killed in the middle leaves a torn last line: the next
-opening cuts it off and says so in the log, and the caller in a line of its own. Only the owner may read the
-files. One writer at a time: whoever holds the home's lock, or `append_once`'s own.
+opening cuts it off and says so in the log, and the caller in a line of its own. A line that is whole but for
+its newline's byte is not torn: no write ends so, and it is as broken as any other. Only the owner may read
+the files. One writer at a time: whoever holds the home's lock, or `append_once`'s own.
 
 Knows nothing of what the values mean. Must not import torch.
 """
@@ -148,6 +149,7 @@ def read_linked(path: Path) -> Iterator[Linked | Tail]:
                 if not line.endswith(b"\n"):
                     if file != path:
                         raise BrokenLink(file.name, expected, "it ends in the middle of a line")
+                    _require_torn(file.name, line)
                     yield Tail(file.name, len(line))
                     return
                 found = _parsed(file.name, line, expected)
@@ -165,11 +167,13 @@ def _check_follows(found: Linked, before: Linked | None) -> None:
 
 
 def copy_linked(path: Path, folder: Path) -> None:
-    """All files, as far as their lines are whole, beside a writer too. Raises OSError."""
+    """All files but for a torn last line, beside a writer too. What is broken is copied as it is, so that
+    whoever checks the copy finds it. Raises OSError."""
     for file in [*_older_files(path), *([path] if path.exists() else [])]:
         with file.open("rb") as source, open(_opened(folder / file.name), "wb") as target:
-            while (line := source.readline(LINE_BYTES_MAX)).endswith(b"\n"):
-                target.write(line)
+            while line := source.readline(LINE_BYTES_MAX):
+                if line.endswith(b"\n") or _with_another_end(file.name, line):
+                    target.write(line)
 
 
 def last_line(path: Path) -> Linked | None:
@@ -203,6 +207,23 @@ def _parsed(file: str, line: bytes, expected: int) -> Linked:
     return Linked(file, raw["number"], raw["link"], raw["value"], digest)
 
 
+def _with_another_end(file: str, line: bytes) -> Linked | None:
+    """A line that is whole but for its newline's byte. A write that was cut off is shorter, or has zeros
+    where the disk had nothing yet."""
+    if line.endswith(b"\0"):
+        return None
+    try:
+        return _parsed(file, line[:-1] + b"\n", 0)
+    except BrokenLink:
+        return None
+
+
+def _require_torn(file: str, line: bytes) -> None:
+    """Of a last line without a newline. Raises BrokenLink."""
+    if found := _with_another_end(file, line):
+        raise BrokenLink(file, found.number, "it ends with another byte than a newline")
+
+
 def _older_files(path: Path) -> list[Path]:
     """The full ones, oldest first."""
     found = [one for one in path.parent.glob(f"{path.stem}-*{path.suffix}") if _number_of(one)]
@@ -215,15 +236,17 @@ def _number_of(path: Path) -> int:
 
 
 def _cut_torn(path: Path) -> int:
-    """Cut a last line that is not whole off; how many bytes it had."""
+    """Cut a last line that is not whole off; how many bytes it had. Raises BrokenLink, OSError."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return 0
     with path.open("r+b") as file:
         file.seek(max(0, size - LINE_BYTES_MAX))
-        torn = len(file.read().rpartition(b"\n")[2])
+        line = file.read().rpartition(b"\n")[2]
+        torn = len(line)
         if torn:
+            _require_torn(path.name, line)
             file.truncate(size - torn)
             os.fsync(file.fileno())
             _log.warning(

@@ -4,6 +4,9 @@ It only reads: the home may be read-only, its disk full, its identity key elsewh
 a snapshot of the home (links to the files that never change, a copy of the chain) lies beside OUT for as long
 as it takes, and so do the vectors of the state, as mapped files: the state need not fit into memory. A file
 that the live node prunes meanwhile is met by another snapshot.
+
+A record signs the state before it, so nobody has signed the head's yet. What is written unless an epoch is
+asked for is therefore the newest state that was signed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -39,6 +43,7 @@ from tapestry.node.lineage.huggingface import (
     silent,
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
+from tapestry.node.lineage.provable import unprovable
 from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.chain import Chain, makers, records_from
 from tapestry.node.spec.declared import Declared, published
@@ -49,10 +54,23 @@ from tapestry.node.trainer.models.pretrained import CONFIG, licence_of
 from tapestry.node.trainer.models.refusal import ModelError
 
 TRIES = 3  # Guess: a live node prunes once an epoch; two in a row are bad luck
+HEAD: Literal["head"] = "head"  # in place of an epoch
+
+Wanted = int | Literal["head"] | None  # None: the newest epoch whose state was signed
 
 
 @dataclass(frozen=True, slots=True)
-class _Restored:
+class Written:
+    """What an export holds."""
+
+    epoch: int
+    newest: int  # epoch of the run's newest record in that home
+    signed: bool  # its state, by the genesis or by a record
+    unprovable: str  # why `verify` cannot prove its tensors from the export alone; "" if it can
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
     """A state, and what it is a state of."""
 
     spec: RunSpec
@@ -60,20 +78,23 @@ class _Restored:
     flat: Tensor  # f32 (n,), a mapped file
     lineage: Lineage
     source: Home  # a snapshot, as long as the export takes
+    chain: Chain
 
 
 def export_home(
     home: Home,
     out: Path,
-    epoch: int | None,
+    epoch: Wanted,
     *,
     dtype: str = "f32",
     adapters: bool = False,
     progress: Progress = silent,
-) -> None:
-    """Write the state of `epoch` (None: the newest on disk) to `out`. Raises UserError.
+) -> Written:
+    """Write the state of `epoch` to `out`. Raises UserError.
 
-    `dtype` f32 or bf16, of the weights. `adapters`: those of a LoRA run alone, not merged into the base.
+    None is the newest epoch whose state was signed, but never 0 where the run is further, and the newest on
+    the disk where that cannot be made any more. HEAD is the newest on the disk. `dtype` f32 or bf16, of the
+    weights. `adapters`: those of a LoRA run alone, not merged into the base.
     """
     form = Form(DTYPES[dtype], adapters)
     if not home.genesis.exists():
@@ -81,7 +102,7 @@ def export_home(
     try:
         require_free(out)
         with beside(out) as scratch:
-            restored = _restore(home, scratch, epoch, progress)
+            restored = restore(home, scratch, epoch, progress)
             base = base_folder(home, restored.spec)
             export_model(
                 out,
@@ -97,6 +118,7 @@ def export_home(
                 progress=progress,
                 finish=lambda folder: _carry(restored, base, folder),
             )
+            return _written(restored, form)
     except ExportError as error:
         raise UserError(str(error)) from error
     except ModelError as error:
@@ -118,7 +140,15 @@ def _form(spec: RunSpec, form: Form) -> str:
     return "merged" if isinstance(spec.model, TransformersSpec) and spec.model.lora_rank else "whole"
 
 
-def _carry(restored: _Restored, base: Path | None, folder: Path) -> None:
+def _written(restored: Restored, form: Form) -> Written:
+    epoch = restored.lineage.epoch
+    signed = restored.chain.state_digest_at(epoch) is not None
+    table = described(restored.layout, _form(restored.spec, form), form.dtype)
+    why = unprovable(table["form"], table["dtype"], epoch, signed)
+    return Written(epoch, restored.chain.epoch, signed, why)
+
+
+def _carry(restored: Restored, base: Path | None, folder: Path) -> None:
     """The genesis, the records up to the one that signs this state, and the base's config, of which that of
     the export was made; then the manifest of it all."""
     (folder / LINEAGE).mkdir()
@@ -148,17 +178,33 @@ def beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -> _Restored:
-    """Raises UserError if the home no longer holds what makes the epoch."""
+def newest_signed(chain: Chain) -> int:
+    """The newest epoch whose state was signed; the head of a run of one epoch, which has nothing below but
+    what it began from."""
+    if chain.epoch <= 1 or chain.state_digest_at(chain.epoch) is not None:  # an earlier state again
+        return chain.epoch
+    return chain.epoch - 1
+
+
+def _wanted(chain: Chain, epoch: Wanted, last: bool) -> int:
+    if isinstance(epoch, int):
+        return epoch
+    return chain.epoch if epoch == HEAD or last else newest_signed(chain)
+
+
+def restore(home: Home, scratch: Path, epoch: Wanted, progress: Progress) -> Restored:
+    """Its vectors, and a snapshot of the home, lie in `scratch`. Raises UserError if the home no longer holds
+    what makes the epoch."""
     reached = "nothing"
-    wanted = epoch
+    wanted = 0
     for attempt in range(TRIES):
+        last = attempt == TRIES - 1
         folder = scratch / f"home-{attempt}"
         run = open_run(snapshot(home, folder), ReaderCrypto())
         if run is None:
             raise UserError(f"{home.path} holds no run to export")
         chain, spec = run.chain, run.spec
-        wanted = chain.epoch if epoch is None else epoch
+        wanted = _wanted(chain, epoch, last)
         if wanted > chain.epoch:
             raise UserError(f"there is no epoch {wanted} yet: the run is at {chain.epoch} in {home.path}")
         progress("restoring", 0, 1)
@@ -167,11 +213,12 @@ def _restore(home: Home, scratch: Path, epoch: int | None, progress: Progress) -
         state = bare_state(spec, params, layout.schema_hash, chain.genesis.run_id, folder)
         restored = run.restore(state, wanted)
         progress("restoring", 1, 1)
-        if restored is not None and (epoch is None or restored.epoch == epoch):
+        enough = epoch == HEAD or (epoch is None and last)  # that the disk leads to
+        if restored is not None and (enough or restored.epoch == wanted):
             lineage = replace(
                 _lineage(home, spec, chain, restored), vectors=tuple(state.vector_digests().items())
             )
-            return _Restored(spec, layout, state.params, lineage, Home(folder))
+            return Restored(spec, layout, state.params, lineage, Home(folder), chain)
         reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
         shutil.rmtree(folder)
     raise UserError(

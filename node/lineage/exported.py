@@ -4,7 +4,8 @@ A state's digest is made of one digest for each of its vectors (state/model.py).
 and the layout, whose hash the genesis signs. So whoever has the export alone puts its tensors in the layout's
 order, hashes them, and joins that with the buffers' digests into the digest that a record signed.
 
-Only numbers that were written as they are can be checked: f32, the whole model or adapters apart.
+Only numbers that were written as they are can be checked so: f32, the whole model or adapters apart
+(provable.py; against.py compares others with a state that was signed).
 
 What is compared must be what a loader takes. So an export has no other file than those that `export`
 writes, its config makes a model of the signed layout, and its weights hold that model's tensors and nothing
@@ -13,7 +14,7 @@ else: transformers would load another set of weights, an adapter or an untied ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tapestry.compression.shards import Layout
 from tapestry.node.lineage.huggingface import ADAPTER_CONFIG, ADAPTERS
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
+from tapestry.node.lineage.provable import FLOAT32
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.spec.training import ModelSpec, TransformersSpec
 from tapestry.node.trainer.models.lora import saved_names
@@ -45,10 +47,6 @@ from tapestry.node.trainer.models.weights import load_base
 
 PIECE = 1 << 22  # elements: 16 MiB
 FORMS = ("whole", "adapters", "merged")  # the last two are of a LoRA run
-
-
-class Unprovable(Exception):
-    """Nothing is known to be wrong, but nothing can be compared; one line that says why and what can be."""
 
 
 def described(layout: Layout, form: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -89,9 +87,9 @@ def foreign_tensors(folder: Path) -> list[str]:
     return sorted(set(StoredWeights.find(folder).tensors) - set(known))
 
 
-def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis, model: ModelSpec) -> str:
+def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis, model: ModelSpec) -> str | None:
     """Of the exported tensors in the layout's order, after there is found to be nothing else that a loader
-    would take. Raises Unprovable; else ModelError, ValueError."""
+    would take; None where they are not the state's own numbers. Raises ModelError, ValueError."""
     layout = Layout.from_named((str(name), shape) for name, shape in table["layout"])
     if layout.schema_hash != genesis.schema:
         raise ValueError("its layout is not the run's")
@@ -103,14 +101,8 @@ def params_digest(folder: Path, table: Mapping[str, Any], genesis: Genesis, mode
     else:
         _require_nothing_else(folder, layout if table["form"] == "whole" else None)
         tensors = _in_order(folder, layout, model)
-    if table["dtype"] != "float32":
-        raise Unprovable(
-            "its weights were rounded: an export with --dtype f32 can be compared with the records"
-        )
-    if table["form"] == "merged":
-        raise Unprovable(
-            "its adapters were added to the base: export --adapters can be compared with the records"
-        )
+    if table["dtype"] != FLOAT32 or table["form"] == "merged":
+        return None
     hasher = blake3()
     for tensor in tensors:
         flat = tensor.reshape(-1)
@@ -164,8 +156,3 @@ def _f32(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 def _converted(folder: Path) -> Callable[[str], Tensor]:
     tensors = {name: tensor.detach() for name, tensor in kept_tensors(load_base(folder, torch.float32))}
     return tensors.__getitem__
-
-
-def vectors_of(names: Sequence[str], digests: Sequence[str]) -> dict[str, str]:
-    """For tapestry.json."""
-    return dict(zip(names, digests, strict=True))

@@ -157,10 +157,18 @@ def _write_model(folder: Path, what: Exported, progress: Progress) -> None:
     for name, content in json_files(what.spec, what.sequence_length, what.base, what.form).items():
         _write_json(folder / name, content)
     _copy_base_files(folder, what.base)
+    write_shards(folder, sources_of(what), what.form.file_bytes_max, progress)
+
+
+def sources_of(what: Exported) -> list[Source]:
+    """The tensors of its weights, as they are stored. Raises ModelError, OSError."""
+    if what.form.adapters_apart:
+        names = lora.saved_names(what.layout)
+        views = {names[name]: view for name, view in what.layout.views(what.flat).items()}
+        return _sources(views, what.form.dtype)
     with meta_device():
         frame = registry.build(what.spec, what.base, what.sequence_length)
-    sources = _adapted_sources(what, frame) if _is_lora(what.spec) else _whole_sources(what, frame)
-    write_shards(folder, sources, what.form.file_bytes_max, progress)
+    return _adapted_sources(what, frame) if _is_lora(what.spec) else _whole_sources(what, frame)
 
 
 def _is_lora(spec: ModelSpec) -> bool:
@@ -262,9 +270,7 @@ def _write_adapters(folder: Path, what: Exported) -> None:
         raise ExportError("this run trains all parameters: it has no adapters to write apart")
     for name, content in json_files(what.spec, what.sequence_length, what.base, what.form).items():
         _write_json(folder / name, content)
-    names = lora.saved_names(what.layout)
-    views = {names[name]: view for name, view in what.layout.views(what.flat).items()}
-    write_weights(folder / ADAPTERS, _sources(views, what.form.dtype))
+    write_weights(folder / ADAPTERS, sources_of(what))
     _copy_base_files(folder, what.base)
 
 

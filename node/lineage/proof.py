@@ -46,6 +46,8 @@ class Proof:
     egress_bytes: int = 0
     replayed_from: int | None = None
     replayed_to: int | None = None
+    proven: bool | None = None  # the tensors of an export, by what members signed; None of a home
+    unproven: str = ""  # why not, and what to do
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -8,8 +8,9 @@ the run was rolled back, the replay goes by the records too: the state is the ea
 was undone is not made once more.
 
 An export: every file against its manifest; the records that it carries, from the genesis on; and its tensors,
-which must have the digest that the record after them signed. What cannot be proven (rounded weights, merged
-adapters, a state at the head, which nobody had signed yet) is said in a note, and is no fault.
+which must have the digest that the record after them signed. Where signatures do not reach its tensors
+(rounded weights, merged adapters, a state at the head, which nobody had signed yet, a derivative) that is no
+fault, but they are not `proven`; of the first and the third `against` can prove them (against.py).
 
 It streams: one record, one piece of an update and one state in mapped files are held at a time; of the chain
 only what the updates and checkpoints on the disk need is remembered.
@@ -46,6 +47,7 @@ from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, updates_of
 from tapestry.node.lineage.proof import Proof, Signed
+from tapestry.node.lineage.provable import unprovable
 from tapestry.node.lineage.replay import check_states
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
@@ -57,19 +59,32 @@ from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of
 from tapestry.node.state.model import state_digest_of
+from tapestry.node.trainer.data.tally import numbered
 
 CONFIG = "config.json"
 WRITTEN_ANEW = (CONFIG, "README.md", WEIGHTS)  # of a base's files, by an export
 
 
 def verify(
-    path: Path, *, anchor: Anchor | None = None, replay: bool = True, jobs: int = 1, told: Told
+    path: Path,
+    *,
+    anchor: Anchor | None = None,
+    against: Path | None = None,
+    replay: bool = True,
+    jobs: int = 1,
+    told: Told,
 ) -> Proof:
-    """Of a home or an export. `jobs`: processes that check a long chain's signatures. Raises UserError if
-    `path` is neither."""
+    """Of a home or an export. `jobs`: processes that check a long chain's signatures. `against`: a home or an
+    export with which an export's tensors are compared, if signatures do not reach them. Raises UserError if
+    `path` or `against` is neither."""
     if (path / MANIFEST).is_file():
-        return verify_export(path, anchor=anchor, jobs=jobs, told=told)
+        return verify_export(path, anchor=anchor, against=against, jobs=jobs, told=told)
     if (path / "genesis.json").is_file():
+        if against is not None:
+            raise UserError(
+                f"--against is for exports, and {path} is a home: it is replayed by itself",
+                hint=f"tapestry verify {path}",
+            )
         return verify_home(Home(path), anchor=anchor, replay=replay, jobs=jobs, told=told)
     raise UserError(f"{path} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}")
 
@@ -289,9 +304,11 @@ def _parent_of(home: Home, version: _Version, genesis: Genesis, chains: Mapping[
 # --- an export ----------------------------------------------------------------------------------------
 
 
-def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, told: Told) -> Proof:
+def verify_export(
+    folder: Path, *, anchor: Anchor | None = None, against: Path | None = None, jobs: int = 1, told: Told
+) -> Proof:
     """Every file, the records that it carries, and its tensors."""
-    proof = Proof("export")
+    proof = Proof("export", proven=False)
     told("files", 0, 1)
     for name, what in check_manifest(folder):
         proof.fault(name, what)
@@ -337,6 +354,10 @@ def verify_export(folder: Path, *, anchor: Anchor | None = None, jobs: int = 1, 
         return proof
     check_files(folder, table, spec, proof)
     _check_tensors(folder, table, genesis, spec, said, proof, told)
+    if against is not None and proof.unproven and table["form"] != "merged":
+        from tapestry.node.lineage.against import compare
+
+        compare(folder, table, against, verify(against, jobs=jobs, told=told), proof, told)
     return proof
 
 
@@ -379,7 +400,7 @@ def _check_tensors(
     told: Told,
 ) -> None:
     """The digest of the exported tensors, joined with those of the outer buffers, is what was signed."""
-    from tapestry.node.lineage.exported import Unprovable, params_digest
+    from tapestry.node.lineage.exported import params_digest
     from tapestry.node.lineage.huggingface import ADAPTERS
     from tapestry.node.trainer.models.refusal import ModelError
 
@@ -387,25 +408,23 @@ def _check_tensors(
     vectors = dict(table["vectors"])
     if state_digest_of(genesis.schema, genesis.params, vectors) != table["state_digest"]:
         proof.fault(CLAIMS, "its digests do not make its state digest", epoch)
-    if said.state is None:
-        proof.notes.append(f"the state at epoch {epoch} was the head's: nobody had signed it at the export")
-    elif said.state != table["state_digest"]:
+    if said.state not in (None, table["state_digest"]):
         proof.fault(CLAIMS, "another state digest than the record after it signed", epoch)
     told("tensors", 0, 1)
     weights = ADAPTERS if table["form"] == "adapters" else WEIGHTS
     try:
         found = params_digest(folder, table, genesis, spec.model)
-    except Unprovable as reason:
-        proof.notes.append(str(reason))
-        return
     except ModelError as error:
         proof.fault(weights, str(error), epoch)
         return
     except (ValueError, KeyError) as error:
         proof.fault(CLAIMS, str(error), epoch)
         return
-    if found != vectors.get("params"):
+    if found not in (None, vectors.get("params")):
         proof.fault(weights, "its tensors are not those of the signed state", epoch)
+    if proof.holds:
+        proof.unproven = unprovable(table["form"], table["dtype"], epoch, said.state is not None)
+        proof.proven = not proof.unproven
 
 
 def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None:
@@ -432,7 +451,7 @@ def _check_derivative(folder: Path, table: dict[str, Any], proof: Proof) -> None
         proof.fault("model.safetensors", f"has the digest {found[:12]}, not {table['weights'][:12]}")
     if table["dtype"] == "f32" and found != version["digest"]:
         proof.fault(CLAIMS, "names another model than it carries")
-    proof.notes.append("what a derivative says of its parent and its making is its maker's word, not signed")
+    proof.unproven = "what a derivative says of its parent and its making is its maker's word, not signed"
 
 
 def lines(proof: Proof) -> Iterator[str]:
@@ -460,3 +479,15 @@ def lines(proof: Proof) -> Iterator[str]:
         yield f"note  {note}"
     for fault in proof.faults:
         yield f"FAULT {fault}"
+    yield _verdict(proof)
+
+
+def _verdict(proof: Proof) -> str:
+    """The last line: nobody should take what is not proven for what is."""
+    if proof.faults:
+        return f"it does not hold: {numbered(len(proof.faults), 'fault')}"
+    if proof.proven is None:
+        return "it holds"
+    if proof.proven:
+        return "it holds, tensors proven: they are what the members signed"
+    return f"no file is damaged, but tensors NOT proven: {proof.unproven}"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.export import export_home
+from tapestry.node.lineage.export import HEAD, export_home
 from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import begun_plan
@@ -28,10 +28,10 @@ LOCK = "lock"  # its name in .bases
 
 
 def export_base(shelf: Shelf, home: Home, epoch: int | None, told: Told) -> Parent:
-    """The shared base at an epoch, in .bases; one that is there already is taken."""
+    """The shared base at an epoch (None: the head), in .bases; one that is there already is taken."""
     with bases_in_use(shelf), tempfile.TemporaryDirectory(prefix="new.", dir=_folder(shelf)) as scratch:
         new = Path(scratch) / "base"
-        export_home(home, new, epoch, progress=told)
+        export_home(home, new, HEAD if epoch is None else epoch, progress=told)
         lineage = json.loads((new / "tapestry.json").read_bytes())
         names = ("run_id", "run_name", "epoch", "head", "state_digest")
         parent = Parent(**{name: lineage[name] for name in names}, weights=weights_digest(new))

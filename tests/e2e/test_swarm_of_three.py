@@ -122,6 +122,7 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
 
     out = tmp_path / "model"
     assert tapestry("export", out, "--home", founder.home).returncode == 0
+    assert "tensors proven" in tapestry("verify", out).stdout
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
     assert "- Letters of two centuries (of the archive, CC-BY-4.0)" in (out / "README.md").read_text()
 

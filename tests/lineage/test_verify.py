@@ -11,24 +11,35 @@ from pathlib import Path
 
 import pytest
 from bases import FAMILIES, edit_json
+from blake3 import blake3
+from click.testing import CliRunner
 from flips import files_below, flipped
 from homes import MadeHome, base_spec, make_home
+from safetensors.torch import load_file
 
+from tapestry.node.cli.main import cli
 from tapestry.node.disk.files import atomic_write, seal
+from tapestry.node.disk.linked import append_once
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage import export
 from tapestry.node.lineage.anchor import Anchor
-from tapestry.node.lineage.crypto import NodeCrypto
+from tapestry.node.lineage.crypto import NodeCrypto, ReaderCrypto
+from tapestry.node.lineage.egress import Started
 from tapestry.node.lineage.export import export_home
-from tapestry.node.lineage.huggingface import FILE_BYTES_MAX, Form
+from tapestry.node.lineage.follow import read_genesis
+from tapestry.node.lineage.huggingface import FILE_BYTES_MAX, Form, json_text
+from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.log import lines, newest, read_log
 from tapestry.node.lineage.manifest import write_manifest
 from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.verify import lines as proof_lines
 from tapestry.node.lineage.verify import verify
 from tapestry.node.net.descriptions import Descriptions, pack
 from tapestry.node.protocol.chain import record_to_dict
 from tapestry.node.spec.training import PRESETS
+from tapestry.node.state.model import state_digest_of
+from tapestry.node.trainer.models.stored import Source, write_weights
 
 FLIPS = 160  # scripts/flip_bits.py makes a thousand
 
@@ -179,6 +190,26 @@ def test_without_its_oldest_updates_it_is_replayed_from_a_later_checkpoint(copy:
     assert proof.holds and (proof.replayed_from, proof.replayed_to) == (2, 5)
 
 
+@pytest.mark.parametrize("name", ["egress.jsonl", "data-events.jsonl"])
+def test_a_ledger_whose_last_newline_was_flipped_does_not_hold_and_one_that_was_torn_does(
+    copy: Home, tmp_path: Path, name: str
+) -> None:
+    path = copy.path / name
+    for _ in range(2):
+        append_once(path, Started("2026-11-29T00:00:00Z", "ab" * 32, 0).value())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    proof = _verify(copy.path)
+    assert proof.holds and proof.notes == [
+        f"{name}: its last line is not finished: a node writes it, or was killed"
+    ]
+    path.write_bytes(whole[:-1] + b"\x0b")
+    (fault,) = _verify(copy.path).faults
+    assert str(fault) == f"{name}: line 2: it ends with another byte than a newline"
+    with pytest.raises(UserError, match="does not hold, and nothing was written"):
+        leave(copy, tmp_path / "out", _quiet)
+
+
 # ---- anchors and the log -----------------------------------------------------------------------------
 
 
@@ -221,6 +252,7 @@ def test_the_log_says_who_had_which_share_and_when(made: MadeHome) -> None:
 def test_whoever_has_only_the_export_can_check_its_tensors(exported: Path, made: MadeHome) -> None:
     proof = _verify(exported)
     assert proof.holds and proof.notes == [] and proof.records == 5
+    assert proof.proven and _last_line(proof) == "it holds, tensors proven: they are what the members signed"
     table = json.loads((exported / "tapestry.json").read_text())
     assert table["state_digest"] == made.chain.state_digest_at(4)
 
@@ -439,12 +471,141 @@ def test_with_a_manifest_that_was_made_again_it_is_found_but_in_the_card_and_in_
     assert _missed(out, files, forge=True) == []
 
 
-def test_what_cannot_be_proven_is_said(made: MadeHome, tmp_path: Path) -> None:
-    export_home(made.home, tmp_path / "head", None)
-    assert "nobody had signed it" in _verify(tmp_path / "head").notes[0]
-    export_home(made.home, tmp_path / "half", 4, dtype="bf16")
-    proof = _verify(tmp_path / "half")
-    assert proof.holds and "were rounded" in proof.notes[0]
+def _last_line(proof: Proof) -> str:
+    return [*proof_lines(proof)][-1]
+
+
+def _says(*words: object) -> tuple[int, str]:
+    """Exit code and last line."""
+    run = CliRunner().invoke(cli, [str(word) for word in words])
+    return run.exit_code, run.stdout.splitlines()[-1]
+
+
+def _forge(out: Path, *, digests: bool) -> None:
+    """Other numbers, with a manifest that fits them; `digests`: those of tapestry.json, too."""
+    weights = out / "model.safetensors"
+    tensors = load_file(weights)
+    for tensor in tensors.values():
+        tensor += 0.5
+    layout = [name for name, _ in json.loads((out / "tapestry.json").read_bytes())["layout"]]
+    write_weights(
+        weights.with_suffix(".new"), [Source(n, tuple(t.shape), t.dtype, t.clone) for n, t in tensors.items()]
+    )
+    weights.with_suffix(".new").rename(weights)
+    digest = blake3(b"".join(tensors[name].float().numpy().tobytes() for name in layout)).hexdigest()
+    if digests:
+        table = json.loads((out / "tapestry.json").read_bytes())
+        vectors = {**dict(table["vectors"]), "params": digest}
+        genesis, _ = read_genesis(out / "lineage" / "genesis.json", ReaderCrypto())
+        table["vectors"] = [list(pair) for pair in vectors.items()]
+        table["state_digest"] = state_digest_of(genesis.schema, genesis.params, vectors)
+        (out / "tapestry.json").write_bytes(json_text(table))
+    write_manifest(out)
+
+
+def test_what_is_exported_by_default_is_proven_by_signatures(made: MadeHome, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = CliRunner().invoke(cli, ["export", str(out), "--home", str(made.home.path)])
+    assert run.exit_code == 0 and run.stdout.splitlines() == [
+        f"wrote {out}: epoch 4, the newest whose state members have signed; the head, 5, is --epoch head",
+        "tapestry verify proves its tensors by what members signed",
+    ]
+    assert _says("verify", out) == (0, "it holds, tensors proven: they are what the members signed")
+    for digests, what in ((False, "tensors are not those"), (True, "another state digest than the record")):
+        _forge(out, digests=digests)
+        assert _says("verify", out) == (1, "it does not hold: 1 fault")
+        assert what in _verify(out).faults[0].what
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (("--epoch", "head"), "epoch 5 was the head, whose state nobody had signed yet"),
+        (("--dtype", "bf16"), "they were rounded to bfloat16"),
+        (("--epoch", "head", "--dtype", "bf16"), "epoch 5 was the head"),
+    ],
+    ids=["head", "bf16", "both"],
+)
+def test_what_signatures_do_not_reach_is_not_taken_for_proven_and_a_home_proves_it(
+    made: MadeHome, tmp_path: Path, how: tuple[str, ...], why: str
+) -> None:
+    out, home = tmp_path / "out", made.home.path
+    run = CliRunner().invoke(cli, ["export", str(out), "--home", str(home), *how])
+    assert run.exit_code == 0 and f"are NOT proven: {why}" in run.stdout
+    code, last = _says("verify", out)
+    assert code == 1 and last.startswith(f"no file is damaged, but tensors NOT proven: {why}")
+    assert _says("verify", out, "--allow-unproven") == (0, last)
+    told = json.loads(CliRunner().invoke(cli, ["verify", str(out), "--json"]).stdout)
+    assert (told["holds"], told["proven"]) == (True, False) and told["unproven"].startswith(why)
+    assert _says("verify", out, "--against", home) == (
+        0,
+        "it holds, tensors proven: they are what the members signed",
+    )
+    _forge(out, digests="head" in how)  # which nobody can tell from the export alone
+    assert _says("verify", out)[0] == 1 and _verify(out).holds
+    code, last = _says("verify", out, "--against", home)
+    assert code == 1 and last.startswith("it does not hold: ")
+    (first, *_) = _verify(out, against=home).faults
+    assert first.file in ("tapestry.json", "model.safetensors") and str(home) in first.what
+
+
+def test_a_rounded_export_is_proven_by_one_in_f32_of_the_same_epoch(
+    made: MadeHome, exported: Path, tmp_path: Path
+) -> None:
+    half, head = tmp_path / "half", tmp_path / "head"
+    export_home(made.home, half, None, dtype="bf16")
+    proof = _verify(half, against=exported)
+    assert proof.proven and proof.unproven == ""
+    assert proof.notes == [f"its tensors were compared with those of {exported}, which are proven"]
+    export_home(made.home, head, "head")
+    export_home(made.home, tmp_path / "three", 3)
+    for other, why in ((head, "they are not proven in it either"), (tmp_path / "three", "of another state")):
+        proof = _verify(half, against=other)
+        assert proof.holds and not proof.proven and why in proof.unproven
+    (weights,) = half.glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    write_manifest(half)
+    assert _verify(half).holds and not _verify(half).proven
+    (fault,) = _verify(half, against=exported).faults
+    assert fault.file == "model.safetensors" and fault.what.endswith(f"is not that of {exported}, rounded")
+
+
+def test_a_home_that_does_not_hold_or_is_of_another_run_proves_nothing(
+    made: MadeHome, copy: Home, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_home(made.home, out, None, dtype="bf16")
+    (path,) = copy.updates.glob("00000003-*")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    other = make_home(tmp_path / "other", PRESETS["nano"].model)
+    other.advance(5)
+    for home, why in ((copy.path, "does not hold itself"), (other.home.path, "is of the run")):
+        proof = _verify(out, against=home)
+        assert proof.holds and proof.proven is False and why in proof.unproven
+    with pytest.raises(UserError, match="--against is for exports"):
+        _verify(made.home.path, against=out)
+
+
+def test_a_head_that_no_replay_leads_to_proves_nothing(made: MadeHome, copy: Home, tmp_path: Path) -> None:
+    """Only its checkpoint is there, and nobody has signed that."""
+    export_home(made.home, tmp_path / "head", "head")
+    for path in [*copy.updates.iterdir(), *copy.checkpoints.glob("0000000[0-4]-*")]:
+        path.unlink()
+    proof = _verify(tmp_path / "head", against=copy.path)
+    assert (
+        proof.holds and not proof.proven and "nothing in it leads to the state of epoch 5" in proof.unproven
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_rounded_weights_of_tied_and_of_mixed_models_are_compared_too(tmp_path: Path, family: str) -> None:
+    made = make_home(tmp_path / "home", base_spec(tmp_path / "home", family))
+    made.advance(2)
+    export_home(made.home, tmp_path / "half", None, dtype="bf16")
+    export_home(made.home, tmp_path / "whole", None)
+    for other in ("home", "whole"):
+        assert _verify(tmp_path / "half", against=tmp_path / other).proven
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -469,14 +630,59 @@ def test_adapters_apart_are_checked_and_merged_ones_say_how(tmp_path: Path) -> N
     made.advance(2)
     export_home(made.home, tmp_path / "apart", 1, adapters=True)
     proof = _verify(tmp_path / "apart")
-    assert proof.holds and proof.notes == []
+    assert proof.holds and proof.notes == [] and proof.proven
+    export_home(made.home, tmp_path / "half", 1, dtype="bf16", adapters=True)
+    assert not _verify(tmp_path / "half").proven
+    for other in ("apart", "home"):
+        assert _verify(tmp_path / "half", against=tmp_path / other).proven
     export_home(made.home, tmp_path / "merged", 1)
-    assert "export --adapters can be compared" in _verify(tmp_path / "merged").notes[0]
+    for against in (None, tmp_path / "home"):
+        proof = _verify(tmp_path / "merged", against=against)
+        assert proof.holds and not proof.proven and "with --adapters can be proven" in proof.unproven
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a home with a run nor an export"):
         _verify(tmp_path)
+
+
+# ---- which epoch is exported ----
+
+
+def test_of_a_run_of_one_epoch_the_head_is_exported_and_of_one_of_none_what_it_began_from(
+    tmp_path: Path,
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(0, checkpoint=True)
+    written = export_home(made.home, tmp_path / "none", None)
+    assert (written.epoch, written.signed, written.unprovable) == (0, True, "")
+    assert _verify(tmp_path / "none").proven, "the founder signed it in the genesis"
+    made.advance(1)
+    code, last = _says("export", tmp_path / "one", "--home", made.home.path)
+    assert code == 0 and "NOT proven: epoch 1 was the head" in last
+    assert _verify(tmp_path / "one").epoch == 1
+
+
+def test_a_home_that_does_not_lead_to_what_was_signed_exports_the_newest_that_it_has(
+    copy: Home, tmp_path: Path
+) -> None:
+    for path in [*copy.updates.iterdir(), *copy.checkpoints.glob("0000000[0-4]-*")]:
+        path.unlink()
+    run = CliRunner().invoke(cli, ["export", str(tmp_path / "out"), "--home", str(copy.path)])
+    assert "epoch 5, the head, for this home does not lead to the one below" in run.stdout
+    assert "NOT proven: epoch 5 was the head" in run.stdout
+
+
+def test_after_a_rollback_the_state_that_it_went_back_to_is_exported_not_what_it_undid(
+    tmp_path: Path,
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(4, checkpoint=True)
+    made.roll_back(2, "xyz lied in epoch 3")
+    written = export_home(made.home, tmp_path / "out", None)
+    table = json.loads((tmp_path / "out" / "tapestry.json").read_bytes())
+    assert (written.epoch, table["state_digest"]) == (5, made.chain.state_digest_at(2))
+    assert _verify(tmp_path / "out").proven
 
 
 # ---- rolled back -------------------------------------------------------------------------------------
@@ -500,7 +706,7 @@ def test_a_run_that_was_rolled_back_is_proven_logged_and_exported_by_the_path_to
     told = [line.strip() for line in lines(read_log(made.home, None))]
     assert "epoch 5: the state is that of epoch 2 again, because xyz lied in epoch 3" in told
     export_home(made.home, tmp_path / "out", 5)
-    assert _verify(tmp_path / "out").holds
+    assert _verify(tmp_path / "out").proven
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["epoch"] == 5 and table["state_digest"] == made.chain.state_digest_at(2) != undone
     founder = made.identities[0].peer_id

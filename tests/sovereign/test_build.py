@@ -415,6 +415,11 @@ def test_a_release_has_a_card_that_names_parent_recipe_and_figures_and_no_paths(
     table = json.loads((tmp_path / "out" / "tapestry.json").read_text())
     assert table["weights"] == weights_digest(tmp_path / "out")
     assert verify(tmp_path / "out", told=_quiet).holds
+    said = [
+        CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), *how]) for how in ([], ["--allow-unproven"])
+    ]
+    assert [one.exit_code for one in said] == [1, 0]
+    assert "NOT proven: what a derivative says" in said[0].stdout.splitlines()[-1]
     for run_id, words in ((squares.version.parent.run_id, "with it"), ("ab" * 32, "of the run abababababab")):
         (fault,) = verify(tmp_path / "out", anchor=Anchor(run_id, 1, "cd" * 32, 0, ()), told=_quiet).faults
         assert fault.file == "anchor" and fault.what.endswith(words), "it held, whatever was published"

@@ -47,14 +47,42 @@ def test_no_bit_is_flipped_unseen(tmp_path: Path) -> None:
     data = path.read_bytes()
     missed = []
     for place in range(len(data)):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        try:
-            ends = [isinstance(line, Tail) for line in read_linked(path)]
-        except BrokenLink:
-            continue
-        if not ends or not ends[-1]:
-            missed.append(place)
+        for bit in range(8):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            try:
+                list(read_linked(path))
+            except BrokenLink:
+                continue
+            missed.append((place, bit))
     assert missed == []
+
+
+def test_wherever_an_append_was_cut_off_it_is_torn_and_not_broken(tmp_path: Path) -> None:
+    """Also right before its newline, and where a disk had room for it, but not yet its bytes."""
+    path = tmp_path / "a.jsonl"
+    write(path, 2)
+    data = path.read_bytes()
+    begins = data.index(b"\n") + 1
+    for end in range(begins + 1, len(data)):
+        for zeros in (b"", b"\0" * (len(data) - end)):
+            path.write_bytes(data[:end] + zeros)
+            assert list(read_linked(path))[1:] == [Tail("a.jsonl", end + len(zeros) - begins)]
+    file = LinkedFile(path)
+    file.close()
+    assert file.torn_bytes == len(data) - begins and path.read_bytes() == data[:begins]
+
+
+def test_a_last_newline_that_was_flipped_is_neither_cut_off_nor_left_out_of_a_copy(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, 2)
+    data = path.read_bytes()
+    path.write_bytes(flipped := data[:-1] + b"\x0b")
+    with pytest.raises(BrokenLink, match="line 2: it ends with another byte"):
+        LinkedFile(path)
+    assert path.read_bytes() == flipped
+    (tmp_path / "copy").mkdir()
+    copy_linked(path, tmp_path / "copy")
+    assert (tmp_path / "copy" / "a.jsonl").read_bytes() == flipped
 
 
 def test_where_the_next_file_cannot_be_opened_nothing_is_lost(

@@ -92,9 +92,10 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             raise calls.outcome
         return int(calls.outcome)
 
-    def export_home(home: Home, out: Path, epoch: int | None, **form: object) -> None:
+    def export_home(home: Home, out: Path, epoch: int | str | None, **form: object) -> object:
         form.pop("progress")
         calls.exported, calls.form = (home, out, epoch), form
+        return types.SimpleNamespace(epoch=7, newest=9, signed=True, unprovable="")
 
     for package, name, function in (
         (daemon_package, "launch", run),
@@ -319,8 +320,13 @@ def test_a_mistake_is_found_before_the_daemon_is_imported(
 
 def test_export_hands_home_out_and_epoch_to_the_daemon(tmp_path: Path, daemon: types.SimpleNamespace) -> None:
     result = _run("export", "model", "--home", str(tmp_path), "--epoch", "7")
-    assert (result.exit_code, result.stdout) == (0, "wrote model\n")
+    proves = "tapestry verify proves its tensors by what members signed"
+    assert (result.exit_code, result.stdout) == (0, f"wrote model: epoch 7\n{proves}\n")
     assert daemon.exported == (Home(tmp_path), Path("model"), 7)
+    assert _run("export", "model", "--home", str(tmp_path), "--epoch", "head").exit_code == 0
+    assert daemon.exported == (Home(tmp_path), Path("model"), "head")
+    for wrong in ("-1", "tail"):
+        assert _run("export", "model", "--home", str(tmp_path), "--epoch", wrong).exit_code == ExitCode.USAGE
 
 
 def test_a_detached_start_prints_what_the_node_prints_and_leaves_it_running(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ def status(home: str | None, as_json: bool) -> None:
     answer.pop("roll", None)  # `tapestry members` shows it
     if isinstance(answer.get("settings"), dict):
         answer["settings"] = {key: shown(value) for key, value in answer["settings"].items()}
+    if isinstance(answer.get("waiting"), dict):
+        answer["waiting"]["since"] = _clock(answer["waiting"].get("since"))
     width = max((len(str(key)) for key in answer), default=0)
     for key, value in answer.items():
         name = printable(str(key))
@@ -58,6 +61,12 @@ def peers(home: str | None, as_json: bool) -> None:
         raise UserError("the node's /peers is not a list of tables", exit_code=ExitCode.FAILED)
     for line in _table([_in_short(row) for row in answer]) if answer else ["no peers"]:
         click.echo(line)
+
+
+def _clock(at: object) -> str:
+    """Unix time as it is here."""
+    known = isinstance(at, int | float)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(at)))) if known else "-"
 
 
 def _beside(name: str, value: str, width: int) -> Iterator[str]:

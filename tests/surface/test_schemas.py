@@ -20,12 +20,14 @@ from tapestry.node.disk.linked import LinkedFile
 from tapestry.node.lineage.egress import Left, Started
 from tapestry.node.lineage.log import Line
 from tapestry.node.protocol.members import Change, Seat
+from tapestry.node.protocol.waits import KINDS, Wait
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
 
+WAIT = Wait("round", "waiting for a", "ends when it speaks", 2.0)
 CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
 
 
@@ -45,7 +47,7 @@ def attached() -> NodeView:
     round_.waiting_on = ("a",)
     agreement = SimpleNamespace(shares=lambda: {"cosine": 0.5})
     core = SimpleNamespace(
-        peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
+        peer_id="us", run_id="r", phase="training", reason="", wait=WAIT, state_epoch=3, state_head="ab"
     )
     core.roll = SimpleNamespace(members={"us": Seat("", 1, 0), "gone": Seat("lab-lima", 1, 7)})
     core.roll.settings = {"train.lr": 0.1, "round.exchange_max_s": "auto"}
@@ -94,6 +96,8 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
         assert faults(load("status"), _finite(view.status())) == []
         assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
+    waiting = load("status")["properties"]["waiting"]["anyOf"][1]
+    assert waiting["properties"]["kind"]["enum"] == list(KINDS)
     us, gone = attached().status()["roll"]
     assert (us["phase"], us["last_epoch"]) == ("training", None)
     assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)

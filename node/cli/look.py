@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -95,6 +96,13 @@ def _in_short(peer: dict[str, object]) -> dict[str, object]:
         "way": None if relayed is None else "relayed" if relayed else "direct",
         "address": peer.get("why") or (str(first).partition("/p2p/")[0] if first else None),
     }
+
+
+def say_if_stopped(home: Home) -> None:
+    """On stderr, beside an answer that is read from the disk."""
+    with contextlib.suppress(PermissionError):  # of another user's home nobody can say
+        if home.genesis.exists() and not home.is_held():
+            click.echo("no node runs in this home: this is what its disk holds", err=True)
 
 
 def stopped(home: Home, what: str) -> Any:

@@ -18,6 +18,7 @@ import click
 from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
+from tapestry.node.cli.look import say_if_stopped
 from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
 from tapestry.node.cli.said import waited_for
 from tapestry.node.errors import ExitCode, UserError, as_user_error, printable
@@ -59,6 +60,7 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({key: value for key, value in table.items() if key != "done"}, indent=2))
         return
+    say_if_stopped(place)
     for line in _lines(table):
         click.echo(line)
 

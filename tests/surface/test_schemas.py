@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,6 +164,23 @@ def test_what_commands_print_of_a_home_is_as_their_schemas_say(made: MadeHome) -
         )
     broken = CliRunner().invoke(cli, ["verify", str(made.home.path / "updates"), "--json"])
     assert broken.exit_code != 0
+
+
+@pytest.mark.parametrize("words", [["log"], ["log", "--branches"], ["log", "--egress"], ["members"]])
+def test_what_is_read_of_a_stopped_home_says_so_beside_the_answer(made: MadeHome, words: list[str]) -> None:
+    stopped = "no node runs in this home: this is what its disk holds\n"
+    run = CliRunner().invoke(cli, [*words, "--home", str(made.home.path)])
+    assert (run.exit_code, run.stderr) == (0, stopped) and stopped not in run.stdout
+    with made.home.lock():
+        assert CliRunner().invoke(cli, [*words, "--home", str(made.home.path)]).stderr == ""
+    for_programs = CliRunner().invoke(cli, [*words, "--json", "--home", str(made.home.path)])
+    assert for_programs.stderr == "" and "no node runs" not in for_programs.stdout
+
+
+def test_an_export_of_a_stopped_home_says_so(made: MadeHome, tmp_path: Path) -> None:
+    run = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "--home", str(made.home.path)])
+    assert run.exit_code == 0, run.output
+    assert "no node runs in this home" in run.stderr and run.stdout == f"wrote {tmp_path / 'model'}\n"
 
 
 def test_what_top_shows_is_as_its_schema_says() -> None:

@@ -44,6 +44,7 @@ NOBODY_TRAINS = "see `trainer_trouble` in the status of each of them"
 
 
 def named(peers: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
     more = f" and {len(peers) - WAITING_NAMED} more" if len(peers) > WAITING_NAMED else ""
     return ", ".join(peers[:WAITING_NAMED]) + more
 

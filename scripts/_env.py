@@ -8,6 +8,7 @@ its sources, not in development mode: what the tests see is what a user gets.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -29,6 +30,7 @@ PROJECT_STAMP = VENV / ".project"
 UNFINISHED = VENV / ".unfinished"  # there while a new .venv is being filled
 PROJECT_FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet")  # errors only
+SAID_EVERY_S = 10.0  # how long an installation goes on so far
 
 
 def main() -> None:
@@ -143,13 +145,31 @@ def _pip(*arguments: object) -> None:
     # Errors only: a second index that lacks a package is no news.
     environment = {key: value for key, value in os.environ.items() if key != "PIP_USER"}
     command = [str(PYTHON), "-I", *PIP, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stdout)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    began_s = time.monotonic()
+    while True:
+        try:
+            said, _ = process.communicate(timeout=SAID_EVERY_S)
+            break
+        except subprocess.TimeoutExpired:  # pip knows neither how much it is nor how fast
+            megabytes = _bytes_in(VENV) / 1e6
+            _say(f"pip {arguments[0]}: {time.monotonic() - began_s:.0f} s, .venv has {megabytes:,.0f} MB")
+    if process.returncode:
+        sys.stderr.write(said)
         _fail(
             f"pip {arguments[0]} failed; its reason is above",
             "what is there is kept: run the same command again",
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    """While files come and go there."""
+    paths = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    count = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            count += path.lstat().st_size
+    return count
 
 
 def _stamp(path: Path) -> str:

@@ -5,7 +5,7 @@
                                     that scrapes them, and every query of every panel: all return numbers
     scripts/check_ops.py --rules    without the nodes
 
-Needs prometheus and promtool (apt install prometheus). Takes under two minutes, and leaves nothing behind.
+Needs prometheus and promtool (apt install prometheus). Takes two or three minutes, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ def begin(nodes: Sequence[Node]) -> None:
     replace_key(first.home / "run.toml", "inner_steps", 30)
     first.start([])
     wait_ready(first)
+    line = first.invitation(uses=len(others))
     for node in others:
         node.make_home_of_joiner()
-        node.start([first.address])
+        node.start([line])
     for node in others:
         wait_ready(node)
 

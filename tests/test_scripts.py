@@ -408,6 +408,19 @@ def test_the_project_is_installed_from_every_file_it_has() -> None:
     assert not any("__pycache__" in name or name.startswith("tests") for name in names)
 
 
+def test_an_installation_says_how_long_it_goes_on_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = _module_from(ROOT / "scripts" / "_env.py")
+    (tmp_path / "a").write_bytes(bytes(2_000_000))
+    for name, value in (("VENV", tmp_path), ("PYTHON", sys.executable), ("SAID_EVERY_S", 0.2)):
+        monkeypatch.setattr(env, name, value)
+    monkeypatch.setattr(env, "PIP", ("-c", "import time; time.sleep(1)"))
+    env._pip("install")
+    said, form = capsys.readouterr().err.splitlines(), re.compile(r"# pip install: \d+ s, .venv has 2 MB")
+    assert len(said) >= 2 and all(map(form.fullmatch, said)), said
+
+
 def test_a_python_that_is_too_old_is_refused_in_one_line(tmp_path: Path) -> None:
     old = tmp_path / "python-old"
     old.write_text("#!/bin/sh\nexit 1\n")

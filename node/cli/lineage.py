@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from tapestry.node.cli.look import say_if_stopped
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError
@@ -66,13 +67,14 @@ def export(
     branch: str | None,
 ) -> None:
     """Write the shared base, or a derivative of it, into OUT as a Hugging Face model."""
+    where = Home.locate(home, os.environ)
+    say_if_stopped(where)
     if derivative is not None:
         if adapters or epoch is not None or branch is not None:
             raise click.UsageError("--epoch, --adapters, --branch: of the base; a derivative has --version")
-        _release(Home.locate(home, os.environ), derivative, number, out, dtype)
+        _release(where, derivative, number, out, dtype)
         return
     with Said() as said:
-        where = Home.locate(home, os.environ)
         if branch is not None:
             from tapestry.node.lineage.export_branch import export_branch
 
@@ -184,13 +186,15 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_b
     """The epochs of a home's chain: when, who with which share, how many bytes, which head."""
     from tapestry.node.lineage.log import lines, read_log
 
+    where = Home.locate(home, os.environ)
+    if not as_json:
+        say_if_stopped(where)
     if as_branches:
-        _log_branches(Home.locate(home, os.environ), as_json)
+        _log_branches(where, as_json)
         return
     if as_egress:
-        _log_egress(Home.locate(home, os.environ), as_json, last)
+        _log_egress(where, as_json, last)
         return
-    where = Home.locate(home, os.environ)
     entries = read_log(where, last, _losses(where))
     if as_json:
         for entry in entries:

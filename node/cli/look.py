@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +36,8 @@ def status(home: str | None, as_json: bool) -> None:
     answer.pop("roll", None)  # `tapestry members` shows it
     if isinstance(answer.get("settings"), dict):
         answer["settings"] = {key: shown(value) for key, value in answer["settings"].items()}
+    if isinstance(answer.get("waiting"), dict):
+        answer["waiting"]["since"] = _clock(answer["waiting"].get("since"))
     width = max((len(str(key)) for key in answer), default=0)
     for key, value in answer.items():
         name = printable(str(key))
@@ -59,6 +63,12 @@ def peers(home: str | None, as_json: bool) -> None:
     versions = any(row.get("same_version") is False for row in answer)
     for line in _table([_in_short(row, versions) for row in answer]) if answer else ["no peers"]:
         click.echo(line)
+
+
+def _clock(at: object) -> str:
+    """Unix time as it is here."""
+    known = isinstance(at, int | float)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(at)))) if known else "-"
 
 
 def _beside(name: str, value: str, width: int) -> Iterator[str]:
@@ -88,6 +98,13 @@ def _in_short(peer: dict[str, object], versions: bool) -> dict[str, object]:
         "way": None if relayed is None else "relayed" if relayed else "direct",
         "address": peer.get("why") or (str(first).partition("/p2p/")[0] if first else None),
     }
+
+
+def say_if_stopped(home: Home) -> None:
+    """On stderr, beside an answer that is read from the disk."""
+    with contextlib.suppress(PermissionError):  # of another user's home nobody can say
+        if home.genesis.exists() and not home.is_held():
+            click.echo("no node runs in this home: this is what its disk holds", err=True)
 
 
 def stopped(home: Home, what: str) -> Any:

@@ -18,7 +18,9 @@ import click
 from rich.cells import cell_len
 
 from tapestry.dht.identity import Identity, IdentityError
+from tapestry.node.cli.look import say_if_stopped
 from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
+from tapestry.node.cli.said import waited_for
 from tapestry.node.errors import ExitCode, UserError, as_user_error, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import NAME_COLUMNS, column, ids_cut, short, wrapped
@@ -58,6 +60,7 @@ def members(directory: str | None, home: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({key: value for key, value in table.items() if key != "done"}, indent=2))
         return
+    say_if_stopped(place)
     for line in _lines(table):
         click.echo(line)
 
@@ -218,6 +221,11 @@ def _wait(home: Home, answer: Mapping[str, Any], done: str, no_wait: bool) -> No
 def _taken_up(home: Home, answer: Mapping[str, Any], no_wait: bool) -> tuple[bool, str]:
     """Whether a record has it, and from when on, or what it waits for. Returns when it is
     clear which, or after WAIT_S. Raises UserError."""
+    with waited_for("waiting for the next record, which makes it good"):
+        return _until_taken_up(home, answer, no_wait)
+
+
+def _until_taken_up(home: Home, answer: Mapping[str, Any], no_wait: bool) -> tuple[bool, str]:
     name, until = answer["id"], time.monotonic() + WAIT_S
     while True:
         table = control.ask(home, {"do": "members"})

@@ -7,9 +7,11 @@ work stays readable.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import click
 from rich.cells import cell_len
@@ -23,9 +25,11 @@ SAID_EVERY_S = 30.0  # where stderr is no terminal
 
 
 class Said:
-    """A context; `update` is a progress.Told, for any thread."""
+    """A context; `update` is a progress.Told, for any thread. `soon`: off a terminal too there is a line
+    after QUIET_S, for what takes seconds and no night."""
 
-    def __init__(self) -> None:
+    def __init__(self, soon: bool = False) -> None:
+        self._soon = soon
         self._progress = Progress()
         self._terminal = sys.stderr.isatty()
         self._lock = threading.Lock()
@@ -54,7 +58,8 @@ class Said:
             self._drawn = 0
 
     def _draw(self) -> None:
-        began_s = said_s = time.monotonic()
+        began_s = time.monotonic()
+        say_at_s = began_s + (QUIET_S if self._soon else SAID_EVERY_S)
         while not self._ended.wait(DRAWN_EVERY_S):
             now_s = time.monotonic()
             if now_s - began_s < QUIET_S:
@@ -64,6 +69,14 @@ class Said:
                 if self._terminal:
                     click.echo("\r" + text + " " * (self._drawn - cell_len(text)), nl=False, err=True)
                     self._drawn = max(self._drawn, cell_len(text))
-                elif text and now_s - said_s >= SAID_EVERY_S:
-                    said_s = now_s
+                elif text and now_s >= say_at_s:
+                    say_at_s = now_s + SAID_EVERY_S
                     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def waited_for(what: str) -> Iterator[None]:
+    """Say what is waited for, and for how long already."""
+    with Said(soon=True) as said:
+        said.update(what, 0, 1)
+        yield

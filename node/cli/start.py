@@ -18,7 +18,7 @@ import click
 from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.look import ask_node
 from tapestry.node.cli.options import examples, home_option, home_to_write
-from tapestry.node.cli.said import Said
+from tapestry.node.cli.said import Said, waited_for
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.spec.data import is_word
@@ -27,6 +27,7 @@ from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import DEVICE
 
 POLL_S = 0.05
+STOPS = "finish its round and save its state"
 
 
 DETACH_WAIT_S = 300.0  # Guess: to join may take the download of a state; after that it goes on unwatched.
@@ -131,7 +132,8 @@ def stop(home: str | None, timeout_s: float) -> None:
         _stop_elsewhere(place, timeout_s)
         return
     try:
-        is_gone = _terminate(pid, timeout_s)
+        with waited_for(f"waiting for the node (pid {pid}) to {STOPS}"):
+            is_gone = _terminate(pid, timeout_s)
     except ProcessLookupError:
         is_gone = True  # it ended by itself just now
     except PermissionError as error:
@@ -176,14 +178,15 @@ def _stop_elsewhere(home: Home, timeout_s: float) -> None:
             hint="stop it where it runs",
         ) from error
     deadline_s = time.monotonic() + timeout_s
-    while home.is_held():
-        if time.monotonic() >= deadline_s:
-            raise UserError(
-                f"the node {where}, has not stopped within {timeout_s:g} s",
-                exit_code=ExitCode.FAILED,
-                hint="stop it where it runs",
-            )
-        time.sleep(POLL_S)
+    with waited_for(f"waiting for the node {where}, to {STOPS}"):
+        while home.is_held():
+            if time.monotonic() >= deadline_s:
+                raise UserError(
+                    f"the node {where}, has not stopped within {timeout_s:g} s",
+                    exit_code=ExitCode.FAILED,
+                    hint="stop it where it runs",
+                )
+            time.sleep(POLL_S)
     click.echo(f"stopped the node {where}")
 
 

@@ -25,6 +25,7 @@ from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.members import LIFETIME_EPOCHS_MAX, NAME_CHARS_MAX, Change, Roll
+from tapestry.node.protocol.waits import Wait
 from tapestry.node.spec.node import NodeConfig
 
 CONNECT_S = 10.0
@@ -40,7 +41,7 @@ async def be_admitted(
     roll: Roll,  # by the records of this home, or the genesis
     swarm: Swarm,
     peers: Sequence[PeerAddress],
-    say: Callable[[str], None],
+    say: Callable[[Wait], None],
 ) -> None:
     """Return once this node may take part; `say` is told what it waits for.
 
@@ -102,7 +103,7 @@ class _NextPeer(Exception):
 class _Applicant:
     """What it is told, and tells."""
 
-    def __init__(self, config: NodeConfig, me: str, say: Callable[[str], None], is_for_one: bool) -> None:
+    def __init__(self, config: NodeConfig, me: str, say: Callable[[Wait], None], is_for_one: bool) -> None:
         self._say = say
         self._is_for_one = is_for_one  # there is no other peer to ask
         self._waits = config.waits
@@ -136,7 +137,7 @@ class _Applicant:
             self.heard[self._peer] = answer
             waits = f"waiting to be admitted by {answer.by}{_because(answer)}; your id {self._me}"
             _log.info("%s", waits)
-            self._say(waits)
+            self._say(Wait("admission", waits, f"ends when who admits runs: tapestry admit {self._me}"))
         self._turn += 1
         if self._turn >= TURN_ANSWERS and not self._is_for_one:
             raise _NextPeer

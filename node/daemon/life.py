@@ -47,6 +47,7 @@ from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, led_to
 from tapestry.node.daemon.restored import RESTORED_WAIT_S, chain_of, find_run
 from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
+from tapestry.node.daemon.waits import WaitTeller
 from tapestry.node.disk.branches import BranchLimits
 from tapestry.node.disk.home_mark import read_mark
 from tapestry.node.disk.store import Store
@@ -60,6 +61,7 @@ from tapestry.node.lineage.uses import Started, note_use
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
+from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
@@ -106,6 +108,7 @@ class Daemon:
         self.stop = asyncio.Event()
         self._stopping_at: float | None = None  # loop time
         self._tokenizing = TokenizingView(live)
+        self._waits = WaitTeller(self.view.wait, self.metrics, self.history)
         self._node: Node | None = None  # once it runs
 
     async def run(self) -> int:
@@ -128,6 +131,7 @@ class Daemon:
         main = asyncio.create_task(self._run())
         stop = asyncio.create_task(self.stop.wait())
         signs = asyncio.create_task(self.notifier.run(self._in_a_line))
+        waits = asyncio.create_task(self._waits.run())
         await asyncio.wait({main, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not main.done():
             self.view.stopping = True
@@ -138,6 +142,7 @@ class Daemon:
             asyncio.get_running_loop().call_later(STOP_S, _give_up_stopping)
             main.cancel()
         stop.cancel()
+        waits.cancel()
         main.add_done_callback(lambda _: signs.cancel())
         with contextlib.suppress(asyncio.CancelledError):
             await main
@@ -217,15 +222,16 @@ class Daemon:
             if agreed.genesis is not None:
                 chain = await asyncio.to_thread(store.chain, agreed.genesis)
                 await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
-                self._wait_for("")
-            coming = Coming(self._wait_for).update
+                self._wait_for(None)
+            coming = Coming(self._wait_for_base).update
             count = self._on_base_bytes
             await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, count, coming)
-            self._wait_for("")
-            _log.info("%s", _waiting_for(config))
+            self._wait_for(_waiting_for(config))
+            _log.info("%s", _waiting_for(config).what)
             stack.push_async_callback(self._stop_trainer)
             settings = worker_settings(config, agreed.spec, identity.peer_id)
             await self._configure_trainer(settings)
+            self._wait_for(None)
             trackers = await asyncio.to_thread(
                 open_trackers, config.trackers, self.home.path, agreed.spec.name, agreed.spec.to_dict()
             )
@@ -340,10 +346,14 @@ class Daemon:
         wait_s = fixed(set_s) or RESTORED_WAIT_S
         await find_run(self.home, mark, genesis, chain, wait_s, swarm, peers, crypto, self._wait_for)
 
-    def _wait_for(self, reason: str) -> None:
-        """What the start waits for, and what ends it, for all who look; "" for nothing any more."""
-        self.view.waiting = reason
-        self.live.show(reason)
+    def _wait_for(self, wait: Wait | None) -> None:
+        """What the start waits for, for all who look; None for nothing any more."""
+        self.view.wait_for(wait)
+        self.live.show("" if wait is None else wait.what)
+
+    def _wait_for_base(self, text: str) -> None:
+        """`text` says how far it is."""
+        self._wait_for(Wait("base", text, "ends by itself when it is here", usual_s=BY_ITSELF_S))
 
     def _is_there(self, epoch: int) -> bool:
         """Whether --until-epoch asks for what this home has already; says so."""
@@ -388,13 +398,15 @@ class Daemon:
                 _log.info("%s", line)
             _log.info("trainer=ready device=%r train_tokens=%d", event.device, event.train_tokens)
         elif isinstance(event, Tokenizing):
-            self._tokenizing.show(event, time.monotonic())
+            text = self._tokenizing.show(event, time.monotonic())
+            if self._node is None:
+                self.view.wait_for(replace(_waiting_for(self.config), what=text))
         elif isinstance(event, Parted) and self.config.script_fd is not None:
             if self._node is None:
                 _log.info("the script that started this node has left, before the node was up")
             self.stop.set()  # we are here for this script alone
         elif isinstance(event, Parted) and self._node is None:
-            _log.info("the script has left; %s", _waiting_for(self.config))
+            _log.info("the script has left; %s", _waiting_for(self.config).what)
         if self._node is not None:
             self._node.runtime.trainer.on_event(event)
 
@@ -459,12 +471,15 @@ def refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
             )
 
 
-def _waiting_for(config: NodeConfig) -> str:
+def _waiting_for(config: NodeConfig) -> Wait:
+    """A trainer that can start."""
     if not config.external:
-        return "starting trainer: it reads the data and builds the model"
+        what = "starting trainer: it reads the data and builds the model"
+        return Wait("trainer", what, "ends by itself when it is ready", usual_s=BY_ITSELF_S)
     if config.script_fd is not None:
-        return "waiting for the script's module"
-    return f"waiting for a script that opens {config.home.path} with tapestry.node.Swarm"
+        return Wait("trainer", "waiting for the script's module", "ends when the script makes its Swarm")
+    what = f"waiting for a script that opens {config.home.path} with tapestry.node.Swarm"
+    return Wait("trainer", what, "ends when one does")
 
 
 def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:

@@ -36,6 +36,7 @@ from tapestry.node.home import Home
 from tapestry.node.net.join import genesis_of
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Place
+from tapestry.node.protocol.waits import Wait
 
 LOOK_S = 5.0  # between two looks
 CONNECT_S = 5.0
@@ -45,7 +46,7 @@ RESTORED_WAIT_S = 120.0  # Guess: of a run that says "auto". A network may come 
 
 _log = logging.getLogger("tapestry.node")
 
-Say = Callable[[str], None]
+Say = Callable[[Wait | None], None]
 
 
 async def find_run(
@@ -74,10 +75,11 @@ async def find_run(
     met = ""
     while not met and time.monotonic() < end_s:
         left_s = end_s - time.monotonic()
-        say(
-            f"restored from a backup ({mark.restored_at}): looks for its run before it trains; if it stays "
-            f"alone, it goes on by itself in {left_s:.0f} s"
+        what = f"restored from a backup ({mark.restored_at}): looks for its run before it trains"
+        ends = (
+            f"ends when it finds another elector; if it stays alone, it goes on by itself in {left_s:.0f} s"
         )
+        say(Wait("run", what, ends))
         began_s = time.monotonic()
         met = await _meet(swarm, genesis.run_id, _known(home, peers), chain.place, crypto)
         if not met:
@@ -90,7 +92,7 @@ async def find_run(
             "home=restored alone after_s=%g; goes on by itself; give --peer if the others are elsewhere",
             wait_s,
         )
-    say("")
+    say(None)
 
 
 def chain_of(home: Home, genesis: Genesis, crypto: Crypto) -> Chain:

@@ -31,6 +31,10 @@ NOTE_CURE = (  # of an inner optimizer that cannot be used
 VALIDATION_SHARE = 0.1  # Guess: of a node's time at most, spent on measuring the validation loss
 ASK_AGAIN_S = 1.0  # whether data may be used again
 SETTLE_TIMES = 3  # of asking, while a contribution waits for a data.toml that is being written. Guess
+NO_SCRIPT = ev.TrainerState(
+    False, "no script trains here", "the next one that opens this home with Swarm does"
+)
+FORBIDDEN_ENDS = f"looked at again each {ASK_AGAIN_S:g} s"
 
 _log = logging.getLogger("tapestry.node")
 
@@ -123,14 +127,17 @@ class TrainerDesk:
         if isinstance(event, Died):
             self._reporter.metrics.trainer_restarted()
             why = self._health.died(event)
+            state = ev.TrainerState(False, self._health.cause, self._health.ends)
         elif isinstance(event, Parted):
-            why = "no script trains here; the next one that opens this home with Swarm does"
+            state = NO_SCRIPT
+            why = f"{state.reason}; {state.ends}"
         else:
             why = self._health.failed(event)
+            state = ev.TrainerState(False, self._health.cause, self._health.ends)
         self._reporter.trainer_down(
             why, self._health.trouble, told=not isinstance(event, Died) or self._health.worth_telling
         )
-        self._loop.feed(ev.TrainerState(False, why))
+        self._loop.feed(state)
 
     async def _take(self, event: tm.Contribution, base: str) -> None:
         """Check a contribution, which stays while it is held (or is copied), and tell the core."""
@@ -166,7 +173,7 @@ class TrainerDesk:
         if why:
             self._forbidden = why
             self._reporter.trainer_down(why, why, told=why != before)
-            self._loop.feed(ev.TrainerState(False, why))
+            self._loop.feed(ev.TrainerState(False, why, FORBIDDEN_ENDS))
             if not before:
                 self._loop.spawn(self._until_allowed())
         return bool(why)

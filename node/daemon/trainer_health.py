@@ -8,6 +8,8 @@ neither the next start nor the next pause hides it. One that comes back REPEATS_
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
 
 from tapestry.node.trainer.messages import Failed
 from tapestry.node.trainer.process import Died
@@ -34,8 +36,11 @@ UNKNOWN_CURE = "the log has the trainer's last lines; if they do not help, file 
 class TrainerHealth:
     """Owned by the trainer's desk."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.trouble = ""  # what is wrong, until a contribution is made; "" if nothing is
+        self.cause = self.ends = ""  # the same in two: what is wrong, and what would end it
+        self._clock = clock
+        self._since = ""  # when it first ended for this cause
         self._kind = ""  # of the latest end: a reason of messages.Failed, or how it died
         self._ends = 0  # in a row, all for the same cause
         self._failed: Failed | None = None  # the worker's last word; its end is yet to come
@@ -43,7 +48,8 @@ class TrainerHealth:
     def failed(self, event: Failed) -> str:
         """Its last word: what is wrong."""
         self._failed = event
-        self.trouble = f"trainer failed: {event.reason}: {event.text}"
+        self.cause, self.ends = f"trainer failed: {event.reason}: {event.text}", "ends with its next start"
+        self.trouble = self.cause
         return self.trouble
 
     def died(self, event: Died) -> str:
@@ -51,12 +57,15 @@ class TrainerHealth:
         kind, cause = self._last_word(event)
         self._ends = self._ends + 1 if kind == self._kind else 1
         self._kind = kind
-        times = f", {self._ends} times in a row" if self._ends > 1 else ""
-        text = f"trainer ended{times}: {cause}; next start in {event.will_restart_in_s:g} s"
+        if self._ends == 1:
+            self._since = f"{self._clock():%Y-%m-%d %H:%M} UTC"
+        times = f", {self._ends} times in a row since {self._since}" if self._ends > 1 else ""
+        self.cause = f"trainer ended{times}: {cause}"
+        self.ends = f"next start in {event.will_restart_in_s:g} s"
         if self.lasting:
-            text += f"; it cannot mend itself: {CURES.get(kind, UNKNOWN_CURE)}"
-        self.trouble = text
-        return text
+            self.ends += f"; it cannot mend itself: {CURES.get(kind, UNKNOWN_CURE)}"
+        self.trouble = f"{self.cause}; {self.ends}"
+        return self.trouble
 
     @property
     def lasting(self) -> bool:
@@ -70,7 +79,7 @@ class TrainerHealth:
 
     def contributed(self) -> None:
         """It works."""
-        self.trouble = self._kind = ""
+        self.trouble = self.cause = self.ends = self._kind = ""
         self._ends = 0
 
     def _last_word(self, event: Died) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.settings import Settings, shown
 from tapestry.node.protocol.snapshot import Snapshot
+from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import Shows
 from tapestry.node.surface.metrics import Metrics
@@ -197,12 +198,14 @@ class TokenizingView:
         self._live = live
         self._logged_at = -math.inf
 
-    def show(self, event: tm.Tokenizing, now: float) -> None:
+    def show(self, event: tm.Tokenizing, now: float) -> str:
+        """What it shows."""
         text = form("tokenizing bytes", event.done_bytes, event.total_bytes, event.bytes_per_second)
         self._live.show(text)
         if now - self._logged_at >= PROGRESS_LOG_S:
             self._logged_at = now
             _log.info("%s", text)
+        return text
 
 
 class Coming:
@@ -284,7 +287,7 @@ class Reporter:
         self.meet(core)
         training, dropped = self.training, self._dropped
         if self.coming.text:
-            core = replace(core, reason=f"{core.reason}; {self.coming.text}")
+            core = replace(core, wait=self._with_progress(core.wait))
         return Shown(
             core,
             training.loss,
@@ -324,6 +327,12 @@ class Reporter:
             self._losses.trouble,
             versions,
         )
+
+    def _with_progress(self, wait: Wait | None) -> Wait | None:
+        """It waits for what comes: how far that is."""
+        if wait is None or wait.kind != "state":
+            return wait
+        return replace(wait, what=f"{wait.what}; {self.coming.text}", usual_s=BY_ITSELF_S)
 
     # --- of the trainer ------------------------------------------------------------------------
 

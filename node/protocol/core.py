@@ -81,6 +81,7 @@ from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
+from tapestry.node.protocol.waits import Wait
 
 DELIVERED_RECORDS = 8  # whose contributors are known to deliver, after a restart
 CHANGES_AGAIN = 5  # heartbeats after which what is pending is told again, for it may have been lost
@@ -118,7 +119,9 @@ class Core:
         self.alone_at = restored.chain.head if restored.alone else ""
         self.round: Round | None = None
         self.trainer_up = True
-        self.trainer_reason = ""
+        self.trainer_reason = self.trainer_ends = ""
+        self.trainer_down_at: float | None = None  # since when no contribution came for its sake
+        self.stood_by_at: float | None = None  # since when we are at the head and take no part
         self.stopping = False
         self.told: tuple[object, ...] = ()  # the news that was sent last
         self.shown: Moved | None = None  # what people were shown last
@@ -141,12 +144,24 @@ class Core:
             return "degraded"
         return "training" if self.round.stage == Stage.TRAINING else "averaging"
 
-    def reason(self, now: float) -> str:
+    def wait(self, now: float) -> Wait | None:
+        """What this node waits for; None where it works, or stops."""
+        if self.stopping:
+            return None
         if self.round is None:
-            return (self.sync.at_head and self._stands_by()) or self.sync.reason(now)
+            standing = self._stands_by() if self.sync.at_head else None
+            if standing is None:
+                return self.sync.wait(now)
+            return replace(standing, for_s=_since(self.stood_by_at, now))
         if not self.trainer_up:
-            return f"not contributing: {self.trainer_reason}"
-        return self.round.reason(now)
+            what = f"not contributing: {self.trainer_reason}"
+            return Wait("trainer", what, self.trainer_ends, _since(self.trainer_down_at, now))
+        return self.round.wait(now)
+
+    def reason(self, now: float) -> str:
+        """The phase, or what it waits for, in words."""
+        wait = self.wait(now)
+        return self.phase() if wait is None else wait.text
 
     def snapshot(self, now: float) -> Snapshot:
         """All that is shown of the core, as plain values."""
@@ -156,7 +171,7 @@ class Core:
             peer_id=self.ctx.me,
             run_id=self.ctx.rules.run_id,
             phase=self.phase(),
-            reason=self.reason(now),
+            wait=self.wait(now),
             at_head=sync.at_head,
             chain_epoch=chain.epoch,
             chain_head=chain.head,
@@ -237,8 +252,10 @@ class Core:
     # --- rounds --------------------------------------------------------------------------------
 
     def _begin_round(self, now: float) -> None:
-        if self._stands_by():
+        if self._stands_by() is not None:
+            self.stood_by_at = now if self.stood_by_at is None else self.stood_by_at
             return
+        self.stood_by_at = None
         chain, at, vote = self.chain, self.chain.place, self._vote_here()
         epoch, head = at.epoch, at.head
         last = chain.records[-1] if epoch else None
@@ -317,24 +334,33 @@ class Core:
         members = after[0].body.members if after else ()
         return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
 
-    def _stands_by(self) -> str:
-        """Why we may have voted in this head's round without knowing how; "" if we have not, or know.
+    def _stands_by(self) -> Wait | None:
+        """Why we may have voted in this head's round without knowing how; None if we have not, or know.
 
         The others decide that round, and our vote counts again in a later one.
         """
         if not self.ctx.roll.may_contribute(self.ctx.me):
             why = self.ctx.roll.removed.get(self.ctx.me)
-            return (
+            what = (
                 "not a member of this run"
                 if why is None
                 else f"removed from this run: {why or 'no reason given'}"
             )
+            return Wait("admission", what, f"ends when who admits runs: tapestry admit {self.ctx.me}")
         if self.vote is not None and Tip(*self.vote.standing, self.vote.head).beats(self.chain.tip):
             # We only move to a tip that beats our own, so that this one is from before the one we voted at.
-            return "our disk lost records: no vote before we have them again"
+            return Wait(
+                "vote",
+                "our disk lost records: no vote before we have them again",
+                "ends when a member that has them is heard: start one, or give its address with --peer",
+            )
         if self._forgot_votes():
-            return "our disk was lost: no vote before the next record"
-        return ""
+            return Wait(
+                "vote",
+                "our disk was lost: no vote before the next record",
+                "ends when the others have made it: start them, if `tapestry peers` shows too few",
+            )
+        return None
 
     def _ask_for_seat(self) -> None:
         """An electorate of three keeps an elector that no record names: a record that does without us may
@@ -380,7 +406,7 @@ class Core:
         place = self.chain.place
         if place.head == self.alone_at and peer in place.electorate:
             self.alone_at = ""
-            if self._stands_by():
+            if self._stands_by() is not None:
                 self._end_round(None, now)
 
     def _forget_one_down(self) -> bool:
@@ -425,12 +451,16 @@ class Core:
 
     def handle_contributed(self, inp: Contributed, now: float) -> None:
         """Of the same epoch, but made from another base, it is of a fork that was left."""
+        self.trainer_down_at = None
         round_ = self.round
         if round_ is not None and (inp.epoch, inp.base) == (round_.epoch, round_.head):
             round_.handle_contribution(inp, now)
 
     def handle_trainer_state(self, inp: TrainerState, now: float) -> None:
         was_up, self.trainer_up, self.trainer_reason = self.trainer_up, inp.up, inp.reason
+        self.trainer_ends = inp.ends or "ends when the trainer works again"
+        if not inp.up and self.trainer_down_at is None:
+            self.trainer_down_at = now
         if self.round is not None:
             self.round.handle_trainer(inp.up, now)
             if inp.up and not was_up and self.round.exchange.mine is None:
@@ -686,6 +716,11 @@ class Core:
         waiting = round_.exchange.waiting_on() if round_.stage == Stage.EXCHANGING else ()
         epoch, head, progress = round_.epoch, round_.head, round_.exchange.progress
         return Status(epoch, head, epoch, phase, round_.stage, round_.ballot, progress, waiting)
+
+
+def _since(at: float | None, now: float) -> float:
+    """Seconds."""
+    return 0.0 if at is None else now - at
 
 
 def founding_vote(run_id: str, life: str) -> Vote:

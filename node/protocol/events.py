@@ -76,6 +76,7 @@ class TrainerState:
 
     up: bool
     reason: str
+    ends: str = ""  # what would end that it is down, and what a person can do
 
 
 @dataclass(frozen=True, slots=True)

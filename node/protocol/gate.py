@@ -31,6 +31,7 @@ from tapestry.node.protocol.events import Gated, Judge
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.messages import Refuse
 from tapestry.node.protocol.round_state import RoundState
+from tapestry.node.protocol.waits import Wait, span
 
 REFUSALS_MAX = 3  # of one member in one round. Guess: 3 liars of 7, one after another
 CONTRIBUTIONS_MIN = 3  # of two that differ nobody can say which is the odd one
@@ -139,13 +140,18 @@ class Gate:
         if self.ballot == self.state.ballot and self.until is not None and now < self.until:
             self.state.exchange.progress += 1
 
-    def reason(self) -> str | None:
-        """What we wait for, in words; None if it is not the gate."""
-        if self.ballot != self.state.ballot or self.value is None:
+    def wait(self, now: float) -> Wait | None:
+        """What we wait for, if it is the gate."""
+        state, pace = self.state, self.ctx.pace
+        if self.ballot != state.ballot or self.value is None:
             return None
+        for_s = now - state.stage_at
         if self.refused is not None:
-            return f"refused the result: {self.refused:.4f} worse on held-out data; waiting for the others"
-        return "measuring the result on held-out data"
+            what = f"refused the result: {self.refused:.4f} worse on held-out data; waiting for the others"
+            ends = "ends when a majority accepts it all the same, or a ballot without one contribution begins"
+            return Wait("round", what, ends, for_s)
+        ends = f"ends when it is measured; after {span(pace.gate_max_s())} this node votes without"
+        return Wait("round", "measuring the result on held-out data", ends, for_s, pace.gate_max_s())
 
     def _say(self, outcome: str, worse: float | None, peer: str = "") -> None:
         self.ctx.emit(Gated(self.state.epoch, outcome, math.nan if worse is None else worse, peer))

@@ -7,6 +7,7 @@ round's state, what lasts for the round here: who is left out of the next roster
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tapestry.node.protocol.acceptor import Acceptor, body_of
@@ -30,6 +31,7 @@ from tapestry.node.protocol.messages import (
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.validity import roster_fault
+from tapestry.node.protocol.waits import USUAL_S, Wait, span
 
 GATE = "gate"  # why one's contribution is left out, and not its vote
 GONE = "gone"
@@ -37,6 +39,14 @@ EXCUSED = (GATE, GONE)  # left out for nothing that it failed to deliver
 STALLED = "stalled"  # why who holds a round up is left out
 SPLIT = "split"  # why the next ballot is opened: the votes of this one are for different values
 WAITING_NAMED = 3  # peers named in a reason
+FEWER = "tapestry propose set round.min_members N"
+NOBODY_TRAINS = "see `trainer_trouble` in the status of each of them"
+
+
+def named(peers: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(peers) - WAITING_NAMED} more" if len(peers) > WAITING_NAMED else ""
+    return ", ".join(peers[:WAITING_NAMED]) + more
 
 
 class Leader:
@@ -155,25 +165,45 @@ class Leader:
         self._pardon(now)
         return self._send_roster(now) if self.gather_gap(now) is None else None
 
-    def gather_gap(self, now: float) -> str | None:
+    def gather_gap(self, now: float) -> Wait | None:
         """Why the roster cannot be sent yet; None if it can."""
         state = self.state
         promises, need = self._promises(now), state.need
         if not state.forced and promises < need:
-            return f"{promises} of {len(state.voters)} ready, need {need}"
+            what = f"{promises} of {len(state.voters)} ready, need {need}"
+            late = [p for p in state.voters if p not in state.ready]
+            return state.waits(now, what, f"ends when {need - promises} more are: {named(late)}")
         contributors = self._contributors(now)
         if not contributors:
-            return "nobody ready has a contribution"
+            coming = self._not_ready(now)
+            ends = f"ends when one has: {named(coming) or NOBODY_TRAINS}"
+            return state.waits(now, "nobody ready has a contribution", ends)
         count, least = len(self._weighing(contributors)), self.ctx.contributors_min()
         if count < least:
             light = len(contributors) - count
             besides = f", {light} that weigh nothing" if light else ""
-            return f"{count} contributions{besides}, the run asks for {least}"
+            what = f"{count} contributions{besides}, the run asks for {least}"
+            return self.too_few(now, what, least - count, self._not_ready(now))
         if late := self._awaited(now):
-            return f"{len(late)} still training: {', '.join(late[:WAITING_NAMED])}"
+            return state.waits(now, f"{len(late)} still training: {named(late)}", self._patience(now))
         if late := self._may_yet_vote(now):
-            return f"{len(late)} left out, that may vote: {', '.join(late[:WAITING_NAMED])}"
+            what = f"{len(late)} left out, that may vote: {named(late)}"
+            return state.waits(now, what, f"ends within {span(self.ctx.rules.resend_s)}")
         return None
+
+    def too_few(self, now: float, what: str, missing: int, coming: Sequence[str]) -> Wait:
+        """The run asks for `missing` contributions more than there are; `coming`: who may make one yet."""
+        if len(coming) >= missing:
+            return self.state.waits(now, what, f"ends when {missing} more are ready: {named(coming)}")
+        more = "one more member contributes" if missing == 1 else f"{missing} more members contribute"
+        ends = f"ends when {more}: `tapestry invite` brings one, `{FEWER}` has the run do with fewer"
+        return self.state.waits(now, what, ends, "members", USUAL_S)
+
+    def _patience(self, now: float) -> str:
+        """What ends that we wait for who still trains."""
+        left_s = self.gather_until() - now
+        within = "" if math.isinf(left_s) else f"; in {span(left_s)} the round goes on without them"
+        return f"ends when they are ready{within}"
 
     def _may_yet_vote(self, now: float) -> list[str]:
         """Electors whose contribution is left out, and who have a moment to say that they vote in this

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 
 from tapestry.node.protocol.rules import Rules
+from tapestry.node.protocol.waits import UNMEASURED_S, USUAL_EPOCHS, USUAL_S
 
 LENGTHS_KEPT = 5  # Guess: the lower median of five is moved neither by a start-up nor by one bad night
 
@@ -117,6 +118,11 @@ class Pace:
         """The longest that this node measures a result before it votes all the same."""
         fixed = self.rules.gate_max_s
         return self._computed(GATE_MIN_S, GATE_SHARE * self.epoch_s()) if fixed is None else fixed
+
+    def training_usual_s(self) -> float:
+        """That others train on while we are ready, before people are told."""
+        epoch_s = self.epoch_s()
+        return max(USUAL_S, USUAL_EPOCHS * epoch_s) if epoch_s else UNMEASURED_S
 
     def _computed(self, low_s: float, wait_s: float) -> float:
         return min(max(low_s, wait_s), self.rules.wait_max_s)

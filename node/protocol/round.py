@@ -39,18 +39,20 @@ from tapestry.node.protocol.events import (
 )
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
-from tapestry.node.protocol.leader import EXCUSED, WAITING_NAMED, Leader
+from tapestry.node.protocol.leader import EXCUSED, Leader, named
 from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
 from tapestry.node.protocol.narrow import is_followed, leaves_accepted, note_own
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
+from tapestry.node.protocol.waits import Wait, span
 from tapestry.node.protocol.watch import Watch
 
 __all__ = ["Outcome", "Round"]
 
 NARROW = "narrow"  # why a roster is not followed: narrow.py
 UNHEEDED = "unheeded"  # why not either: its leader was told of an accepted value, and has not proposed it
+PEERS = "`tapestry peers` has who is heard"
 BALLOT_STEP_MAX = 2**16  # Guess: no honest swarm opens as many in a resend_s; a liar needs ages to BALLOT_MAX
 
 
@@ -110,37 +112,58 @@ class Round:
         """Since when a majority of the electorate is gone, once it has been for stall_s."""
         return self.state.quorum_missed_at if self.state.quorum_lost else None
 
-    def reason(self, now: float) -> str:
-        """What this node waits for, in words."""
-        state, roster = self.state, self.exchange.roster
-        if state.stage == Stage.TRAINING:
-            return "training"
+    def wait(self, now: float) -> Wait | None:
+        """What this node waits for; None while it trains."""
+        state = self.state
         if state.quorum_lost:
-            return self._quorum_reason(now)
+            return self._quorum_wait(now)
         if state.stage == Stage.READY:
-            if state.leading:
-                return self.lead.gather_gap(now) or "roster due"
-            return f"waiting for {state.leader}"
-        measuring = self.gate.reason() if state.stage == Stage.EXCHANGING else None
-        if measuring is not None:
-            return measuring
-        if state.stage == Stage.EXCHANGING and roster is not None:
-            return f"{len(self.exchange.results)} of {len(roster.reducers)} result shards"
-        return "waiting for the commit"
+            return self.lead.gather_gap(now) if state.leading else self._roster_wait(now)
+        if state.stage == Stage.EXCHANGING:
+            return self.gate.wait(now) or self._results_wait(now)
+        return None if state.stage == Stage.TRAINING else self._votes_wait(now)
 
-    def _quorum_reason(self, now: float) -> str:
-        """Who is missing, for how long, and what ends it."""
-        count, missed_at = len(self.state.voters), self.state.quorum_missed_at
-        text = f"{self.watch.alive(now)} of {count} of the electorate alive, need {self.state.need}"
+    def _quorum_wait(self, now: float) -> Wait:
+        """Who is missing, since when, and what ends it."""
+        state, count = self.state, len(self.state.voters)
+        what = f"{self.watch.alive(now)} of {count} of the electorate alive, need {state.need}"
         gone = [f"…{p[-6:]}" for p in self.watch.missing(now)]
-        if not gone or missed_at is None:
-            return text
-        more = f" and {len(gone) - WAITING_NAMED} more" if len(gone) > WAITING_NAMED else ""
-        text += f"; not there for {now - missed_at:.0f} s: {', '.join(gone[:WAITING_NAMED])}{more}; "
+        if gone:
+            what += f"; not there: {named(gone)}"
         left_s = self.watch.force_in_s(now)
-        return text + (
-            "waits until enough are back" if left_s is None else f"goes on alone in {left_s:.0f} s"
-        )
+        ends = f"ends when {max(1, state.need - self.watch.alive(now))} more are back"
+        ends += f": start them, or see what parts us from them; {PEERS}"
+        if left_s is not None:
+            ends += f"; goes on alone in {span(left_s)}"
+        missed_at = now if state.quorum_missed_at is None else state.quorum_missed_at
+        return Wait("quorum", what, ends, now - missed_at)
+
+    def _roster_wait(self, now: float) -> Wait:
+        """Of a follower that is ready."""
+        state, ctx = self.state, self.ctx
+        count, least = self.watch.ready_count(now), ctx.contributors_min()
+        if count < least:
+            live = ctx.live_at(self.epoch, self.head, now)
+            coming = [p for p in live if ctx.stage_at(p, self.epoch, self.head) < Stage.READY]
+            what = f"{count} are ready, the run asks for {least}"
+            return self.lead.too_few(now, what, least - count, coming)
+        ends = "ends when it names who is averaged; if it is silent, the next one leads"
+        return state.waits(now, f"waiting for {state.leader}", ends)
+
+    def _results_wait(self, now: float) -> Wait:
+        state, roster, waiting_on = self.state, self.exchange.roster, self.exchange.waiting_on()
+        for_s, limit_s = now - state.stage_at, self.ctx.pace.exchange_max_s()
+        if roster is None or state.proposal is not None:
+            what = "the result that others accepted"
+        else:
+            what = f"{len(self.exchange.results)} of {len(roster.reducers)} result shards"
+        whose = f" from {named(waiting_on)}" if waiting_on else ""
+        ends = f"ends when the rest comes{whose}; in {span(limit_s - for_s)} at the latest others are asked"
+        return Wait("round", what, ends, for_s, limit_s)
+
+    def _votes_wait(self, now: float) -> Wait:
+        ends = "ends when a majority has voted; if the leader is silent, the next one asks"
+        return Wait("round", "waiting for the commit", ends, now - self.state.stage_at)
 
     def snapshot(self, now: float) -> RoundSnapshot:
         """What is shown of the round."""
@@ -467,6 +490,7 @@ class Round:
             self._watch_leader(now)
         if state.leading and state.stage <= Stage.READY:  # perhaps only now
             self._try_roster(now)
+        state.note_stage(now)
         if state.decided is None and now >= state.resend_at:
             state.resend_at = now + self.ctx.rules.resend_s
             self._resend(now)
@@ -518,9 +542,9 @@ class Round:
             state.quorum_missed_at = now
         if not state.quorum_lost and now - state.quorum_missed_at >= self.ctx.rules.stall_s:
             state.quorum_lost = True
-            self.ctx.emit(Note(f"epoch={self.epoch} quorum=lost {self._quorum_reason(now)}"))
+            self.ctx.emit(Note(f"epoch={self.epoch} quorum=lost {self._quorum_wait(now).text}"))
         if self.watch.force_due(now):
-            self.ctx.emit(Note(f"epoch={self.epoch} forcing=true {self._quorum_reason(now)}"))
+            self.ctx.emit(Note(f"epoch={self.epoch} forcing=true {self._quorum_wait(now).text}"))
             self.lead.excluded.clear()
             self.lead.open(max(state.ballot + 1, state.lead_from), now, forced=True)
 

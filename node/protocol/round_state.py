@@ -14,6 +14,7 @@ from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.handover import ELECTORS, Handover
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Seat, Stage
+from tapestry.node.protocol.waits import Wait
 
 
 class Outcome(Enum):
@@ -80,9 +81,24 @@ class RoundState:
         self.progress_at = now
         self.quorum_ready_at: float | None = None
         self.leader_claims_at: float | None = None  # since when the leader says that its phase 2 is under way
+        self.ready_at: float | None = None  # since when we are, in this round, in whichever ballot
+        self.stage_at = now  # since when we are at this stage
+        self.stage_seen = Stage.TRAINING
         self.quorum_missed_at: float | None = None  # since when no quorum is heard
         self.quorum_lost = False  # and that for stall_s: nobody has just started or changed its link
         self.resend_at = now + ctx.rules.resend_s
+
+    def note_stage(self, now: float) -> None:
+        """For those who ask since when we wait."""
+        if self.stage != self.stage_seen:
+            self.stage_seen, self.stage_at = self.stage, now
+            if self.ready_at is None:
+                self.ready_at = now
+
+    def waits(self, now: float, what: str, ends: str, kind: str = "round", usual_s: float = 0.0) -> Wait:
+        """To be ready together, since we are. `usual_s` 0: as long as others may well train."""
+        usual_s = usual_s or self.ctx.pace.training_usual_s()
+        return Wait(kind, what, ends, now - (now if self.ready_at is None else self.ready_at), usual_s)
 
     def set_ballot(self, ballot: int, forced: bool = False, forced_leader: str = "") -> None:
         self.ballot = ballot

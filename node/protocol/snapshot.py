@@ -4,7 +4,7 @@ that `Core.membership()` alone, which is asked more often.
 Plain values, copied when they are asked for: whoever holds a snapshot can neither change the core nor see it
 change. What the shell must *act* on comes as an output (events.py); a snapshot is for looking.
 
-Imports nothing but the messages' stages, the records' agreement, and the roll.
+Imports nothing but the messages' stages, the records' agreement, the roll, and the form of a wait.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.members import NO_ROLL, Change, Roll
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.waits import Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Snapshot:
     peer_id: str
     run_id: str
     phase: str  # as in /status
-    reason: str  # what the node waits for, in words
+    wait: Wait | None  # what the node waits for; None if for nothing but its own work
     at_head: bool  # it holds the state of its newest record
     chain_epoch: int  # of the newest record
     chain_head: str
@@ -72,3 +73,8 @@ class Snapshot:
     agreement: Agreement | None = None  # of the contributions that the newest record names; None at epoch 0
     roll: Roll = NO_ROLL  # of our newest record; never changed
     pending: tuple[Change, ...] = ()  # changes that collect signatures, or wait for a record
+
+    @property
+    def reason(self) -> str:
+        """The phase, or what it waits for, in words."""
+        return self.phase if self.wait is None else self.wait.text

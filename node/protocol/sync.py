@@ -43,6 +43,7 @@ from tapestry.node.protocol.events import (
     SwitchChain,
 )
 from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Status
+from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 
 # Of a fork that is being looked at (G7), or twice as many as we have made since: of two sides that were apart
 # for long each has about as many.
@@ -98,6 +99,7 @@ class Sync:
         self.lacks: dict[str, int] = {}  # donor -> newest update epoch that it has not
         self.branches: dict[str, Branch] = {}
         self.stuck_since: float | None = None  # since when nobody has given what we lack
+        self.behind_since: float | None = None  # since when we are not at the head
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
         # the record of our own round that was told with false draws, by its head, and since when
         self.misdrawn: tuple[str, float] = ("", 0.0)
@@ -120,19 +122,27 @@ class Sync:
         getting_it = self.job == "apply" or goes_back or self.chain.head in self.fetches
         return getting_it and self.held_epoch == self.chain.epoch - 1
 
-    def reason(self, now: float) -> str:
+    def wait(self, now: float) -> Wait | None:
+        """Until we are at the head."""
+        if self.at_head:
+            return None
         what = f"needs a state, chain at {self.chain.epoch}"
         if not self.need_state:
             what = f"state {self.state_epoch} of {self.chain.epoch}"
         if self.stuck_since is None or now - self.stuck_since < self.ctx.rules.stall_s:
-            return what
+            since = now if self.behind_since is None else self.behind_since
+            return Wait("state", what, "ends by itself when it has caught up", now - since, BY_ITSELF_S)
         asked = self.state_donor if self.job == "state" else ""
         for fetch in self.fetches.values():
             if fetch.epoch == self.state_epoch + 1:
                 asked = fetch.donor
         if asked:
-            return f"{what}; nobody has given it yet, asking {asked[-6:]}"
-        return f"{what}; no peer that we hear can give it"
+            what += f"; nobody has given it yet, asking {asked[-6:]}"
+            ends = "ends when it or another member gives it; `tapestry peers` has who is heard"
+        else:
+            what += "; no peer that we hear can give it"
+            ends = "ends when a member that has it is heard: start one, or give its address with --peer"
+        return Wait("state", what, ends, now - self.stuck_since)
 
     # --- records -------------------------------------------------------------------------------
 
@@ -451,6 +461,10 @@ class Sync:
             self._next_job(now)
         if not self.need_state and self.rollback_to is None:
             self._fetch_updates(now)
+        if self.at_head:
+            self.behind_since = None
+        elif self.behind_since is None:
+            self.behind_since = now
         waits = not self.job and not self.at_head
         if waits and self.stuck_since is None and not self._asked_who_has_it():
             self.stuck_since = now

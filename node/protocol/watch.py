@@ -166,7 +166,7 @@ class Watch:
         ready = sum(
             p == ctx.me or ctx.stage_at(p, state.epoch, state.head) >= Stage.READY for p in state.voters
         )
-        if ready < state.need or self._ready_count(now) < ctx.contributors_min():
+        if ready < state.need or self.ready_count(now) < ctx.contributors_min():
             state.quorum_ready_at = None
             return False
         if state.quorum_ready_at is None:
@@ -189,7 +189,7 @@ class Watch:
         state.pretenders[leader] = None
         return False
 
-    def _ready_count(self, now: float) -> int:
+    def ready_count(self, now: float) -> int:
         """Those who could be averaged: we, and who of the others is ready."""
         ctx, epoch, head = self.ctx, self.state.epoch, self.state.head
         return 1 + sum(ctx.stage_at(p, epoch, head) >= Stage.READY for p in ctx.live_at(epoch, head, now))

@@ -61,7 +61,7 @@ class View(Protocol):
         """One table per live peer."""
 
     def ready(self) -> tuple[bool, str]:
-        """Whether the node has joined and is at the head, and the reason if it is not."""
+        """Whether the node has joined and is at the head; and why not, or what it waits for all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,8 @@ def _application(
 
     async def get_readyz(_: web.Request) -> web.Response:
         ready, reason = view.ready()
-        return web.Response(text="ready\n" if ready else f"{reason}\n", status=200 if ready else 503)
+        text = "; ".join(filter(None, ["ready" if ready else "", reason]))
+        return web.Response(text=f"{text}\n", status=200 if ready else 503)
 
     def now() -> object:
         ready, reason = view.ready()

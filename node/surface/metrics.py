@@ -16,6 +16,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 
 from tapestry.node.disk.use import KINDS
+from tapestry.node.protocol.waits import KINDS as WAITS
 
 ROUND_OUTCOMES = ("committed", "aborted", "missed", "forced")
 AGREEMENT_FIGURES = ("cosine", "sign", "norm_kept")  # protocol/agreement.py
@@ -99,6 +100,13 @@ class Metrics:
         self._disk_free = Gauge(
             "tapestry_disk_free_bytes", "What is free where the home is.", registry=self._registry
         )
+        waiting = Gauge(
+            "tapestry_waiting_seconds",
+            "How long the node has waited, once that is longer than is usual, by what for; else 0.",
+            labelnames=["kind"],
+            registry=self._registry,
+        )
+        self._waiting = {kind: waiting.labels(kind=kind) for kind in WAITS}
         self._loop_lag = Histogram(
             "tapestry_loop_lag_seconds",
             "How late the node's event loop ran a timer.",
@@ -123,6 +131,11 @@ class Metrics:
     def set_run(self, run_id: str, run_name: str) -> None:
         """Once the run is known."""
         self._info.info({"version": self._version, "run_id": run_id, "run_name": run_name})
+
+    def set_waiting(self, waits: Mapping[str, float]) -> None:
+        """Seconds by protocol/waits.KINDS; for what is not named it does not wait."""
+        for kind, gauge in self._waiting.items():
+            gauge.set(waits.get(kind, 0.0))
 
     # ---- rounds --------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tapestry.dht.conduct import Ban
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
+from tapestry.node.protocol.waits import Wait
 
 BANS_SHOWN_MAX = 64
 WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
@@ -87,7 +88,8 @@ class NodeView:
         download_bytes_per_second: float | None = None,
     ) -> None:
         self.stopping = False
-        self.waiting = ""  # what a node that has not joined yet waits for, and what ends it
+        self._wait: Wait | None = None  # of a node that has not joined yet
+        self._wait_began_s = 0.0
         self._caps = {
             "upload_bytes_per_second": upload_bytes_per_second,
             "download_bytes_per_second": download_bytes_per_second,
@@ -112,20 +114,37 @@ class NodeView:
         self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
         self._bans, self._admit = bans, admit
 
+    def wait_for(self, wait: Wait | None) -> None:
+        """What the start waits for from now on, or still: since when is kept while it is of one kind."""
+        if wait is None or self._wait is None or wait.kind != self._wait.kind:
+            self._wait_began_s = _up_s()
+        self._wait = wait
+
+    def wait(self) -> Wait | None:
+        """What the node waits for; None if for nothing but its own work."""
+        if self.stopping:
+            return None
+        if self._look is not None:
+            return self._look().core.wait
+        return None if self._wait is None else replace(self._wait, for_s=_up_s() - self._wait_began_s)
+
     def admit(self, peer: str, name: str) -> str:
         """What is wrong with it, or ""."""
         return self._admit(peer, name) if self._admit is not None else "the node has not joined yet"
 
     def status(self) -> dict[str, Any]:
         """The contract's keys. `epoch`, `head` and `state_digest` are of one state, the one we hold."""
+        wait = self.wait() if self._look is None else None
+        joins = wait is not None and wait.kind != "trainer"
         base: dict[str, Any] = {
             "peer_id": "",
             "name": "",
             "run_id": "",
             "run_name": self._run_name,
             "version": self._version,
-            "phase": "stopping" if self.stopping else "joining" if self.waiting else "starting",
-            "reason": self.waiting,
+            "phase": "stopping" if self.stopping else "joining" if joins else "starting",
+            "reason": "" if wait is None else wait.text,
+            "waiting": _waiting(wait),
             "epoch": 0,
             "head": "",
             "state_digest": "",
@@ -170,6 +189,7 @@ class NodeView:
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
             "reason": core.reason,
+            "waiting": None if self.stopping else _waiting(core.wait),
             "epoch": max(core.state_epoch, 0),
             "head": core.state_head,
             "state_digest": core.state_digest,
@@ -236,13 +256,32 @@ class NodeView:
         ]
 
     def ready(self) -> tuple[bool, str]:
-        """Joined, at the head, and contributing."""
+        """Whether it has joined, is at the head and contributes; and what is not as it should be, or "".
+
+        A node that waits for others, longer than is usual, is ready all the same: it did its part, and who
+        starts them one after the other must not wait for it. It is told beside."""
         if self.stopping:
             return False, "stopping"
         if self._look is None:
-            return False, self.waiting or "starting"
+            wait = self.wait()
+            return False, "starting" if wait is None else wait.text
         core = self._look().core
-        return core.phase in WORKING, f"{core.phase}: {core.reason}"
+        if core.phase not in WORKING:
+            return False, f"{core.phase}: {core.reason}"
+        return True, core.reason if core.wait is not None and core.wait.lasting else ""
+
+
+def _waiting(wait: Wait | None) -> dict[str, Any] | None:
+    if wait is None:
+        return None
+    return {
+        "kind": wait.kind,
+        "what": wait.what,
+        "since": round(time.time() - wait.for_s),
+        "for_s": round(wait.for_s, 1),
+        "ends": wait.ends,
+        "lasting": wait.lasting,
+    }
 
 
 def _roll(shown: Shown) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from tapestry.node.protocol.members import (
     first_roll,
     invite_value,
 )
+from tapestry.node.protocol.waits import Wait
 from tapestry.node.spec.invitation import ADMIT_WITHIN_EPOCHS, Invitation, read_invitation
 from tapestry.node.spec.node import NodeConfig
 
@@ -201,9 +202,10 @@ def test_a_guest_that_knows_no_record_is_admitted_to_a_run_of_any_age(
     office.applied(Change("invite", line.key, value, office.epoch + 9, "cd" * 16), FOUNDER)
     told: list[str] = []
 
-    def say(text: str) -> None:
-        if text not in told:
-            told.append(text)
+    def say(wait: Wait) -> None:
+        assert wait.kind == "admission" and wait.ends.endswith(f"tapestry admit {GUEST.peer_id}")
+        if wait.what not in told:
+            told.append(wait.what)
             office.applied(office.submitted[0])
 
     async def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.trainer_health import REPEATS_MAX, TrainerHealth
@@ -47,10 +48,11 @@ def test_a_cause_is_kept_through_the_pauses_until_a_contribution_is_made():
 
 
 def test_a_trainer_that_ends_again_and_again_is_said_not_to_mend_itself_and_what_would():
-    health = TrainerHealth()
+    clock = iter([datetime(2026, 11, 29, 14, 3), datetime(2026, 11, 29, 15, 3)])
+    health = TrainerHealth(lambda: next(clock))
     texts = [ends(health, GONE, Died(3, 60.0, ())) for _ in range(REPEATS_MAX)]
     assert "mend" not in texts[-2]
-    assert f"{REPEATS_MAX} times in a row" in texts[-1]
+    assert f"{REPEATS_MAX} times in a row since 2026-11-29 14:03 UTC" in texts[-1]
     assert "it cannot mend itself: put the data back, or start the node again with other --data" in texts[-1]
 
 

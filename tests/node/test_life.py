@@ -23,6 +23,7 @@ from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim, read_mark, write_mark
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home, NodeInfo
+from tapestry.node.protocol.waits import Wait
 from tapestry.node.spec.data import DataSettings, Located
 from tapestry.node.spec.declared import BASE, append, parse_declaration
 from tapestry.node.spec.node import ISLAND_LISTEN, NodeConfig
@@ -235,9 +236,9 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
 
     async def find_run(home: Home, mark: Any, genesis: object, chain: Any, wait_s: float, *rest: Any) -> None:
         assert chain is records
-        rest[-1](f"looks for its run, {wait_s:g} s")
+        rest[-1](Wait("run", "looks for its run", f"goes on alone in {wait_s:g} s"))
         seen.append(daemon.view.status())
-        rest[-1]("")
+        rest[-1](None)
 
     spec = SimpleNamespace(round=SimpleNamespace(quorum_loss_s=60.0))
     records = SimpleNamespace(roll=SimpleNamespace(settings={}))
@@ -253,7 +254,9 @@ def test_a_restored_home_looks_for_its_run_and_says_so_in_its_status(
     assert run(daemon, inside) == 0 and seen == []  # an ordinary home
     write_mark(daemon.home, replace(mark, restored_at="2026-11-29T10:00:00+00:00"))
     assert run(daemon, inside) == 0
-    assert [(s["phase"], s["reason"]) for s in seen] == [("joining", "looks for its run, 60 s")]
+    (said,) = seen
+    assert said["phase"] == "joining"
+    assert said["reason"] == "looks for its run, for 0 s; goes on alone in 60 s"
     assert daemon.view.ready() == (False, "starting")
 
     seen.clear()

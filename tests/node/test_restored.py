@@ -25,6 +25,7 @@ from tapestry.node.disk.home_mark import Mark, read_mark, write_mark
 from tapestry.node.disk.store import _vote_to_dict
 from tapestry.node.home import Home
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.waits import Wait
 
 THERE = parse_peer("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWCaHaT7xh4yGquL286pZyfWAMnEyMke3Rwi5DGsRxQz4W")
 OWN = "cd" * 16  # the name of the disk that it is now
@@ -67,8 +68,8 @@ def look(
     known: Sequence[PeerAddress] = (THERE,),
     silent: int = 0,
     lives: Sequence[str] = ("of before",),
-) -> list[str]:
-    said: list[str] = []
+) -> list[Wait | None]:
+    said: list[Wait | None] = []
 
     async def is_member(swarm: object, peer_id: str, run_id: str, crypto: object) -> bool:
         return run_id == theirs
@@ -86,7 +87,7 @@ def look(
             await restored.find_run(home, MARK, genesis, chain, 0.05, swarm, known, object(), said.append)  # type: ignore[arg-type]
 
     asyncio.run(find())
-    assert said[-1:] in ([], [""])
+    assert said[-1:] in ([], [None])
     return said
 
 
@@ -101,7 +102,8 @@ def test_a_restored_home_that_meets_its_run_is_an_ordinary_one(
     home = Home(tmp_path)
     said = look(home, monkeypatch, reachable=True, theirs="ours")
     assert is_ordinary(home) and len(said) == 2
-    assert "looks for its run before it trains" in said[0] and "alone" in said[0]
+    assert said[0] is not None and said[0].kind == "run"
+    assert "looks for its run before it trains" in said[0].what and "alone" in said[0].ends
 
 
 @pytest.mark.parametrize("where", ["known", "listed"])

@@ -73,7 +73,7 @@ class FakeCore:
             "12D3KooWMe",
             RUN,
             "training",
-            "",
+            None,
             at_head=True,
             chain_epoch=3,
             chain_head=head,

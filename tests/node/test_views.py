@@ -15,12 +15,13 @@ from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.members import Charter, Seat, first_roll
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
+from tapestry.node.protocol.waits import Wait
 from tapestry.node.surface.history import History
 from tapestry.node.surface.logs import LiveLine
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.trainer import messages as tm
 
-CORE = Snapshot("me", "ab" * 32, "training", "", True, 1, "cd" * 32, 1, "cd" * 32, "ef" * 32, 100, None, ())
+CORE = Snapshot("me", "ab" * 32, "training", None, True, 1, "cd" * 32, 1, "cd" * 32, "ef" * 32, 100, None, ())
 
 
 class Bench:
@@ -122,12 +123,14 @@ def test_what_a_joiner_waits_for_is_in_its_reason_and_now_and_then_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     report, where = Bench().reporter, Where((), None, (), {})
-    waits = replace(CORE, phase="joining", reason="needs a state, chain at 40")
+    wait = Wait("state", "needs a state, chain at 40", "ends by itself", 70.0)
+    waits = replace(CORE, phase="joining", wait=wait)
     report.coming.update("state of epoch 40 bytes", 0, 2_000_000)
-    shown = report.show(waits, where).core.reason
-    assert shown == "needs a state, chain at 40; state of epoch 40 0 %, 0.0 of 2.0 MB"
+    shown = report.show(waits, where).core.wait
+    assert shown.what == "needs a state, chain at 40; state of epoch 40 0 %, 0.0 of 2.0 MB"
+    assert not shown.lasting, "it says how far it is"
     report.coming.end()
-    assert report.show(waits, where).core.reason == waits.reason
+    assert report.show(waits, where).core.wait == wait and wait.lasting
     now, told = [0.0], []
     coming = Coming(told.append, lambda: now[0])
     with caplog.at_level(logging.INFO, "tapestry.node"):

@@ -577,7 +577,7 @@ def test_who_is_told_again_and_again_that_it_is_missing_goes_on_saying_so():
     voted.start()
     world.until(lambda: "can give it" in told.core.reason(world.now), 2 * STALL_S)
     reasons, until = set(), world.now + 20
-    world.until(lambda: reasons.add(told.core.reason(world.now)) or world.now > until, 30)
+    world.until(lambda: reasons.add(told.core.wait(world.now).what) or world.now > until, 30)
     assert all("can give it" in r or f"given it yet, asking {voted.name}" in r for r in reasons), reasons
     assert len(reasons) == 2
 

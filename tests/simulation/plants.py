@@ -43,6 +43,7 @@ from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.sync import Sync
+from tapestry.node.protocol.waits import Wait
 from tapestry.node.protocol.watch import Watch
 
 Patch = tuple[object, str, Any]  # (owner, attribute, what it is instead)
@@ -195,7 +196,10 @@ def restored_goes_on() -> list[Patch]:
 
 @plant("a member that lost records votes at once", 17)
 def lost_records_vote() -> list[Patch]:
-    return [(Core, "_stands_by", Core._forgot_votes)]
+    def stands_by(self: Any) -> Wait | None:
+        return Wait("vote", "our disk was lost", "") if self._forgot_votes() else None
+
+    return [(Core, "_stands_by", stands_by)]
 
 
 # --- records ----------------------------------------------------------------------------------------

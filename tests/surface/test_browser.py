@@ -289,6 +289,15 @@ def test_a_trouble_of_a_node_that_trains_is_told(pages: Pages, served: Served) -
     assert MARKUP in _text(page, "#reason") and pages.complaints == []
 
 
+def test_what_a_node_that_does_its_part_has_waited_for_too_long_is_told(pages: Pages, served: Served) -> None:
+    page = pages.open(served.server.url)
+    assert page.is_hidden("#reason")
+    served.view.reason = f"1 contributions, the run asks for 2, for 5.0 min; invite one {MARKUP}"
+    page.wait_for_selector("#reason:has-text('the run asks for 2')", timeout=5000)
+    assert MARKUP in _text(page, "#reason") and _text(page, "#phase") == "training"
+    assert pages.complaints == []
+
+
 def test_an_applicant_is_shown_and_the_token_lets_it_in(pages: Pages, served: Served) -> None:
     page = pages.open(served.server.url)
     assert page.is_hidden("#applicants-section")

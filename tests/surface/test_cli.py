@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 import tapestry.node.daemon as daemon_package
 import tapestry.node.lineage as lineage_package
+from tapestry.node.cli import said
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
@@ -463,6 +464,17 @@ def test_stop_gives_up_after_its_timeout_with_exit_code_1(
     assert f"error: the node (pid {process.pid}) has not stopped within 0 s" in result.stderr
 
 
+def test_stop_says_what_it_waits_for(
+    tmp_path: Path, node: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(said, "QUIET_S", 0.0)
+    monkeypatch.setattr(said, "DRAWN_EVERY_S", 0.01)
+    process = node("deaf")
+    result = _run("stop", "--home", str(tmp_path), "--timeout", "0.5")
+    waits = f"waiting for the node (pid {process.pid}) to finish its round and save its state, 0 s\n"
+    assert result.stderr.startswith(waits) and result.stdout == ""
+
+
 def test_stop_of_a_copied_home_signals_nobody(
     tmp_path: Path, node: Callable[[str], subprocess.Popen[str]]
 ) -> None:
@@ -771,6 +783,15 @@ def test_a_line_is_printed_once_it_is_good_or_with_what_it_waits_for(
     node = Answering(monkeypatch, waits, waits, taken)
     good = CliRunner().invoke(cli, invite)
     assert (good.exit_code, good.stderr, len(node.tables)) == (0, "", 1) and good.stdout.startswith("/ip4/")
+
+    Answering(monkeypatch, *[waits] * 40, taken)
+    monkeypatch.setattr("tapestry.node.cli.members.POLL_S", 0.01)
+    monkeypatch.setattr(said, "QUIET_S", 0.0)
+    monkeypatch.setattr(said, "DRAWN_EVERY_S", 0.01)
+    slow = CliRunner().invoke(cli, invite)
+    assert slow.stderr == "waiting for the next record, which makes it good, 0 s\n"
+    assert len(slow.stdout.splitlines()) == 1, "the line alone"
+    monkeypatch.setattr(said, "QUIET_S", 60.0)
 
     Answering(monkeypatch, waits)
     at_once = CliRunner().invoke(cli, [*invite, "--no-wait"])

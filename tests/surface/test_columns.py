@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.cells import cell_len
 
 from tapestry.node.cli import look, members
@@ -71,6 +73,15 @@ def test_status_keeps_digests_whole_and_cuts_ids_in_addresses() -> None:
         "what=signed",
     ):
         assert words in text, words
+
+
+def test_status_says_since_when_it_waits_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = {"kind": "members", "what": "1 of 2 " * 20, "since": 1_764_500_000, "for_s": 61.5, "ends": "x"}
+    monkeypatch.setattr(look, "stopped", lambda *_: None)
+    monkeypatch.setattr(look, "ask_node", lambda *_: {"phase": "averaging", "waiting": dict(waiting)})
+    said = CliRunner().invoke(look.status).stdout
+    assert re.search(r"since=2025-\d\d-\d\d \d\d:\d\d:\d\d", fits(said.splitlines())), said
+    assert json.loads(CliRunner().invoke(look.status, ["--json"]).stdout)["waiting"] == waiting
 
 
 @pytest.mark.parametrize("name", NAMES)

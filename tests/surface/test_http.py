@@ -94,6 +94,10 @@ def test_readyz_is_503_with_the_reason_until_the_node_is_ready() -> None:
         view.readiness = (True, "")
         answer = await get("/readyz")
         assert (answer.status, answer.body) == (200, "ready\n")
+        view.readiness = (True, "1 contributions, the run asks for 2, for 5 min; invite one")
+        answer = await get("/readyz")
+        assert answer.status == 200
+        assert answer.body == "ready; 1 contributions, the run asks for 2, for 5 min; invite one\n"
 
     _with_server(view, use)
 

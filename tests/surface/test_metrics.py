@@ -42,6 +42,7 @@ CONTRACT = {
     "tapestry_refused": ("counter", {"reason"}),
     "tapestry_trainer_up": ("gauge", set()),
     "tapestry_trainer_restarts": ("counter", set()),
+    "tapestry_waiting_seconds": ("gauge", {"kind"}),
     "tapestry_loop_lag_seconds": ("histogram", set()),
     "tapestry_disk_bytes": ("gauge", {"kind"}),
     "tapestry_disk_free_bytes": ("gauge", set()),

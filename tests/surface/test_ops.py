@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -123,3 +124,18 @@ def test_prometheus_accepts_the_rules_and_every_panel_shows_two_real_nodes() -> 
     command = [sys.executable, "-P", str(ROOT / "scripts" / "check_ops.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_second_node_of_the_check_comes_by_an_invitation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has members only, unless it says otherwise: by a bare address it would wait for good."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import check_ops
+
+    first, second = (MagicMock(name=name, ready=True, records=lambda: []) for name in ("first", "second"))
+    first.ended.return_value = second.ended.return_value = None
+    first.invitation.return_value = "LINE"
+    monkeypatch.setattr(check_ops, "replace_key", lambda *_: None)
+    monkeypatch.setattr(check_ops, "wait", lambda *_: None)
+    check_ops.begin([first, second])
+    first.invitation.assert_called_once_with(uses=1)
+    second.start.assert_called_once_with(["LINE"])

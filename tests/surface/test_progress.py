@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tapestry.node.cli import said as said_module
-from tapestry.node.cli.said import Said
+from tapestry.node.cli.said import Said, waited_for
 from tapestry.node.progress import Progress, counted, form
 
 
@@ -113,3 +113,14 @@ def test_what_is_short_says_nothing(screen: Callable[..., Screen]) -> None:
     with Said() as said:
         said.update("restoring", 0, 1)
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_waited_for_is_said_soon_everywhere_and_on_stderr_alone(
+    screen: Callable[..., Screen], terminal: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = screen(terminal, "waiting for the node, 0 s", said_every_s=60.0)
+    with waited_for("waiting for the node"):
+        assert shown.shown.wait(10)
+    assert terminal or shown.getvalue() == "waiting for the node, 0 s\n", "one line, not one each moment"
+    assert capsys.readouterr().out == ""

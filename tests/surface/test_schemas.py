@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +21,14 @@ from tapestry.node.disk.linked import LinkedFile
 from tapestry.node.lineage.egress import Left, Started
 from tapestry.node.lineage.log import Line
 from tapestry.node.protocol.members import Change, Seat
+from tapestry.node.protocol.waits import KINDS, Wait
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
 
+WAIT = Wait("round", "waiting for a", "ends when it speaks", 2.0)
 CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
 
 
@@ -45,7 +48,7 @@ def attached() -> NodeView:
     round_.waiting_on = ("a",)
     agreement = SimpleNamespace(shares=lambda: {"cosine": 0.5})
     core = SimpleNamespace(
-        peer_id="us", run_id="r", phase="training", reason="", state_epoch=3, state_head="ab"
+        peer_id="us", run_id="r", phase="training", reason="", wait=WAIT, state_epoch=3, state_head="ab"
     )
     core.roll = SimpleNamespace(members={"us": Seat("", 1, 0), "gone": Seat("lab-lima", 1, 7)})
     core.roll.settings = {"train.lr": 0.1, "round.exchange_max_s": "auto"}
@@ -97,6 +100,8 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
         assert faults(load("peers"), _finite(view.peers())) == []
     assert len(attached().peers()) == 2
     assert [attached().peers()[0][key] for key in ("version", "same_version")] == ["0.2.0", False]
+    waiting = load("status")["properties"]["waiting"]["anyOf"][1]
+    assert waiting["properties"]["kind"]["enum"] == list(KINDS)
     us, gone = attached().status()["roll"]
     assert (us["phase"], us["last_epoch"]) == ("training", None)
     assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)
@@ -162,6 +167,23 @@ def test_what_commands_print_of_a_home_is_as_their_schemas_say(made: MadeHome) -
         )
     broken = CliRunner().invoke(cli, ["verify", str(made.home.path / "updates"), "--json"])
     assert broken.exit_code != 0
+
+
+@pytest.mark.parametrize("words", [["log"], ["log", "--branches"], ["log", "--egress"], ["members"]])
+def test_what_is_read_of_a_stopped_home_says_so_beside_the_answer(made: MadeHome, words: list[str]) -> None:
+    stopped = "no node runs in this home: this is what its disk holds\n"
+    run = CliRunner().invoke(cli, [*words, "--home", str(made.home.path)])
+    assert (run.exit_code, run.stderr) == (0, stopped) and stopped not in run.stdout
+    with made.home.lock():
+        assert CliRunner().invoke(cli, [*words, "--home", str(made.home.path)]).stderr == ""
+    for_programs = CliRunner().invoke(cli, [*words, "--json", "--home", str(made.home.path)])
+    assert for_programs.stderr == "" and "no node runs" not in for_programs.stdout
+
+
+def test_an_export_of_a_stopped_home_says_so(made: MadeHome, tmp_path: Path) -> None:
+    run = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "--home", str(made.home.path)])
+    assert run.exit_code == 0, run.output
+    assert "no node runs in this home" in run.stderr and run.stdout == f"wrote {tmp_path / 'model'}\n"
 
 
 def test_what_top_shows_is_as_its_schema_says() -> None:

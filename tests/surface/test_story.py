@@ -47,7 +47,7 @@ class Bench:
 
 def _snapshot(phases: dict[str, str]) -> Snapshot:
     peers = tuple(PeerSnapshot(peer, phase, 1, "", True, True, 0.1) for peer, phase in phases.items())
-    return Snapshot("me", "", "training", "", True, 1, "", 1, "", "", 1, None, peers)
+    return Snapshot("me", "", "training", None, True, 1, "", 1, "", "", 1, None, peers)
 
 
 def test_who_comes_who_leaves_and_who_is_lost() -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from typing import Any
 
 import click
@@ -26,7 +27,11 @@ STATUS: dict[str, Any] = {
     "uptime_s": 7300.0,
     "epoch": 12,
     "phase": "training",
-    "reason": "2 of 3 ready",
+    "reason": "2 of 3 ready, for 90 s; ends when one more is",
+    "waiting": {"what": "2 of 3 ready", "for_s": 90.0, "ends": "ends when one more is " + "ready " * 40},
+    "data_passes": 1.4,
+    "agreement": {"cosine": 0.701, "norm_kept": 0.41},
+    "applicants": [{"peer": "12D3KooWasks01", "name": "lab-new", "since": 1.0}],
     "loss": 2.34567,
     "val_loss": None,
     "tokens_per_second": 12345.6,
@@ -53,27 +58,43 @@ PEERS = [
 HISTORY = {
     "points": [{"epoch": e, "loss": 5.0 - e / 4, "validation": {"a": 5.0 - e / 5}} for e in range(12)],
     "events": [{"at": 1.0, "text": "…otherZ left; round 11 went on"}],
+    "records": [
+        {
+            "epoch": 12,
+            "at": time.time() - 3 * 86_400 - 3600,
+            "ballot": 2,
+            "forced": False,
+            "count": 3,
+            "members": [["12D3KooWotherZ", 30], ["12D3KooWxyzABC", 70], ["12D3KooWgone00", 0]],
+        }
+    ],
 }
 
 
 @pytest.mark.parametrize("width", [72, 80, 200])
 def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> None:
     console = Console(width=width, record=True, file=open(os.devnull, "w"), legacy_windows=False)  # noqa: SIM115
-    console.print(screen({"status": STATUS, "peers": PEERS, "history": HISTORY}, width))
+    console.print(screen({"status": STATUS, "peers": PEERS, "history": HISTORY}, width, 40))
     console.file.close()
     text = console.export_text(styles=False)
     assert all(len(line) <= width for line in text.splitlines()) and "\x1b" not in text
     for words in (
         "demo?[31m",
         "up 2.0 h",
-        "epoch 12  training: 2 of 3 ready",
+        "epoch 12  training",
+        "2 of 3 ready, for 1.5 min",
+        "ends when one more is",
+        "1.40 passes",
+        "cosine 0.70, norm kept 0.41",
+        "12, 3.0 d ago, in ballot 2; 2 of 3: lab-hanoi",
+        "70 %",
+        "lab-new …asks01: tapestry admit",
         "2.3457",
         "waits for lab-hanoi",
         "lab-oslo",
         "…evil00",
         "lab-lima",
         "not heard",
-        "last in epo",
         "relayed",
         "streams",
         "round 11 went on",
@@ -83,9 +104,23 @@ def test_a_node_at_a_glance_fits_its_terminal_and_obeys_no_peer(width: int) -> N
     assert "█▇" in text  # the loss fell
 
 
+@pytest.mark.parametrize("peers", [0, 1, 40])
+def test_all_of_it_fits_80_columns_and_24_lines(peers: int) -> None:
+    console = Console(width=80, record=True, file=open(os.devnull, "w"), legacy_windows=False)  # noqa: SIM115
+    others = [{**PEERS[0], "peer_id": f"12D3KooWother{n:02}"} for n in range(peers)]
+    history = {**HISTORY, "events": HISTORY["events"] * 50}
+    console.print(screen({"status": STATUS, "peers": others, "history": history}, 80, 24))
+    console.file.close()
+    lines = console.export_text(styles=False).splitlines()
+    assert len(lines) <= 24 and all(len(line) <= 80 for line in lines), "\n".join(lines)
+    assert "lab-oslo" in "\n".join(lines) and lines[-1].endswith("round 11 went on")
+    more = re.search(r"and (\d+) more", "\n".join(lines))
+    assert (more is not None) == (peers == 40) and (not more or int(more[1]) > 30)
+
+
 def test_a_node_that_has_nothing_yet_is_shown_too() -> None:
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(screen({"status": {"phase": "starting"}, "peers": []}, 80))
+    console.print(screen({"status": {"phase": "starting"}, "peers": []}, 80, 24))
     console.file.close()
     assert "starting" in console.export_text()
 
@@ -153,7 +188,7 @@ def test_names_are_no_markup() -> None:
     peers = [{"peer_id": "12D3KooWevil01", "name": "[/] [red]x[link=http://a]", "phase": "training"}]
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     roll = [{"peer_id": "12D3KooWevil01", "name": "x", "phase": "", "last_epoch": 3}]
-    console.print(screen({"status": {**STATUS, "roll": roll}, "peers": peers}, 100))
+    console.print(screen({"status": {**STATUS, "roll": roll}, "peers": peers}, 100, 24))
     console.file.close()
     text = console.export_text()
     assert "[/] [red]x" in text and text.count("evil01") == 1

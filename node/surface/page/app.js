@@ -124,7 +124,7 @@ function showStream() {
 }
 
 function showHead() {
-  const { status, ready, reason } = page.now;
+  const { status, reason } = page.now; // of a node that is ready: what it has waited for too long
   byId("run").textContent = status.run_name || "Tapestry node";
   byId("me").textContent = [status.name, status.peer_id && shortId(status.peer_id)].filter(Boolean).join(" ");
   document.title = `${status.phase} · epoch ${status.epoch} · ${status.run_name || "Tapestry"}`;
@@ -134,7 +134,7 @@ function showHead() {
     phase.className = pill(status.phase).className;
   }
   const notice = byId("reason");
-  const told = (ready ? "" : reason) || status.trainer_trouble || status.loss_trouble || "";
+  const told = reason || status.trainer_trouble || status.loss_trouble || "";
   notice.hidden = !told;
   notice.classList.toggle("bad", status.phase === "degraded");
   if (notice.textContent !== told) notice.textContent = told;

@@ -1,0 +1,159 @@
+"""A wait is shown alike by status and /readyz, and told once in log, events and metrics when it lasts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from schemas import faults, load
+
+from tapestry.node.daemon.waits import AGAIN_S, LOOK_S, OVER_S, WaitTeller
+from tapestry.node.protocol.waits import KINDS, Wait
+from tapestry.node.surface import status
+from tapestry.node.surface.history import History
+from tapestry.node.surface.metrics import Metrics
+from tapestry.node.surface.status import NodeView
+
+MEMBERS = Wait("members", "1 contributions, the run asks for 2", "ends when one more contributes", 61.0)
+
+
+class Bench:
+    """A teller, and what it told."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "tapestry.node")
+        self.now, self.wait = 0.0, MEMBERS
+        self.metrics, self.history, self.caplog = Metrics("0.1.0"), History(), caplog
+        self.teller = WaitTeller(lambda: self.wait, self.metrics, self.history, lambda: self.now)
+
+    def go_on(self, seconds: float, wait: Wait | None) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.wait = (
+                wait if wait is None else replace(wait, for_s=wait.for_s + seconds - (until - self.now))
+            )
+            self.teller.look()
+            self.now += LOOK_S
+
+    @property
+    def said(self) -> list[str]:
+        return [line.getMessage() for line in self.caplog.records]
+
+    def metric(self, kind: str) -> float:
+        line = next(
+            line
+            for line in self.metrics.render().decode().splitlines()
+            if line.startswith(f'tapestry_waiting_seconds{{kind="{kind}"}}')
+        )
+        return float(line.split()[-1])
+
+
+def test_what_is_usual_is_told_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(caplog)
+    for wait in (None, replace(MEMBERS, for_s=0.0), replace(MEMBERS, for_s=500.0, usual_s=1e4)):
+        bench.go_on(50.0, wait)
+    assert bench.said == [] and bench.history.everything()["events"] == []
+    assert {bench.metric(kind) for kind in KINDS} == {0.0}
+
+
+def test_one_that_lasts_is_told_once_with_its_end_and_again_each_hour(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench(caplog)
+    bench.go_on(AGAIN_S, MEMBERS)
+    assert bench.said == [
+        "waiting=members for_s=61 what='1 contributions, the run asks for 2'; ends when one more contributes"
+    ]
+    (event,) = bench.history.everything()["events"]
+    assert event["text"] == f"waiting: {MEMBERS.text}" and event["level"] == "warning"
+    assert bench.metric("members") > 3600 and bench.metric("quorum") == 0
+    bench.go_on(AGAIN_S, replace(MEMBERS, for_s=61 + AGAIN_S))
+    assert len(bench.said) == 2 and "for_s=3661" in bench.said[1]
+
+
+def test_one_that_is_over_is_told_so_and_a_new_one_anew(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(caplog)
+    bench.go_on(100.0, MEMBERS)
+    bench.go_on(2 * OVER_S, None)
+    assert bench.said[1:] == ["waited=members for_s=156 it is over"] and bench.metric("members") == 0
+    assert bench.history.everything()["events"][-1]["text"] == "the wait is over, after 2.6 min"
+    bench.go_on(10.0, MEMBERS)
+    assert len(bench.said) == 3
+
+
+def test_a_round_that_begins_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench, lasting = Bench(caplog), Wait("round", "waiting for a leader", "the next one leads", 700.0)
+    for _ in range(50):
+        bench.go_on(20.0, lasting)
+        bench.go_on(20.0, replace(lasting, for_s=0.0))  # it exchanges, and fails
+        bench.go_on(10.0, None)  # it trains
+    assert len(bench.said) == 1
+
+
+def test_words_of_others_make_no_line_and_no_field(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(caplog)
+    bench.go_on(5.0, replace(MEMBERS, what="by x\nwaiting=quorum"))
+    (said,) = bench.said
+    assert "\n" not in said and r"'by x\nwaiting=quorum'" in said
+    assert "\n" not in bench.history.everything()["events"][0]["text"]
+
+
+# ---- what a view says --------------------------------------------------------------------------------
+
+
+def shows(view: NodeView, phase: str, wait: Wait | None) -> None:
+    """Attach a core."""
+    reason = phase if wait is None else wait.text
+    core = SimpleNamespace(phase=phase, reason=reason, wait=wait)
+    view._look = lambda: SimpleNamespace(core=core)  # type: ignore[assignment, return-value]
+
+
+@pytest.mark.parametrize(
+    ("phase", "wait", "ready", "says"),
+    [
+        ("training", None, True, ""),
+        ("averaging", replace(MEMBERS, for_s=5.0), True, ""),
+        ("averaging", MEMBERS, True, MEMBERS.text),
+        ("degraded", Wait("quorum", "1 of 3", "2 more", 3.0), False, "degraded: 1 of 3, for 3 s; 2 more"),
+        (
+            "joining",
+            Wait("state", "state 1 of 9", "by itself"),
+            False,
+            "joining: state 1 of 9, for 0 s; by itself",
+        ),
+    ],
+)
+def test_who_did_its_part_is_ready_and_says_what_it_waits_for_all_the_same(
+    phase: str, wait: Wait | None, ready: bool, says: str
+) -> None:
+    view = NodeView("0.1.0")
+    shows(view, phase, wait)
+    assert view.ready() == (ready, says) and view.wait() == wait
+    view.stopping = True
+    assert view.ready() == (False, "stopping") and view.wait() is None
+
+
+def test_an_applicant_says_since_when_though_what_it_hears_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(status, "_up_s", lambda: clock[0])
+    monkeypatch.setattr(time, "time", lambda: 5000.0 + clock[0])
+    view = NodeView("0.1.0")
+    said: list[dict[str, Any]] = []
+    for by in ("lab-hanoi", "lab-oslo"):
+        view.wait_for(Wait("admission", f"waiting to be admitted by {by}", "ends when it admits us"))
+        clock[0] += 30.0
+        said.append(view.status())
+    assert [one["waiting"]["for_s"] for one in said] == [30.0, 60.0]
+    assert {one["waiting"]["since"] for one in said} == {6000}
+    assert said[1]["phase"] == "joining" and said[1]["waiting"]["lasting"]
+    reason = "waiting to be admitted by lab-oslo, for 1.0 min; ends when it admits us"
+    assert said[1]["reason"] == reason and view.ready() == (False, reason)
+    assert faults(load("status"), said[1]) == []
+    view.wait_for(Wait("trainer", "starting trainer", "ends by itself"))
+    assert view.status()["phase"] == "starting" and view.status()["waiting"]["for_s"] == 0
+    view.wait_for(None)
+    assert view.status()["waiting"] is None and view.ready() == (False, "starting")

@@ -229,7 +229,7 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
         assert watcher.count > 20 and watcher.slowest_s < ANSWER_S_MAX, watcher.slowest_s
 
     with Node(
-        init(tmp_path / "a", straggler_wait_s="1.0")
+        init(tmp_path / "a", is_open=True, straggler_wait_s="1.0")
     ) as node:  # a stranger can make rounds wait so long
         node.wait_ready()
         node.wait_epoch(3)

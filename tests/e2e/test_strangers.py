@@ -10,7 +10,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from e2e.enemy import Enemy, framed, said
-from e2e.harness import Digests, Node, init, tapestry
+from e2e.harness import Digests, Node, init
 from e2e.test_hostile_peer import floods, forged_votes, refused, run
 
 from tapestry.node.net.wire import FrameLimits, read_frame
@@ -65,11 +65,10 @@ ATTACKS = (asks_for_state, trains_for_ever, forged_votes, applies_again_and_agai
 
 
 def test_strangers_move_nothing_and_hold_nobody_up(tmp_path: Path) -> None:
-    founder = Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members", inner_steps="8"))
+    founder = Node(init(tmp_path / "a", inner_steps="8"))
     with founder:
         founder.wait_ready()
-        line = tapestry("invite", "--home", founder.home).stdout.strip()
-        with Node(tmp_path / "b", "--peer", line, data="stdlib:2/3") as second:
+        with Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3") as second:
             second.wait_ready()
             founder.wait("an electorate of two", lambda: founder.electorate() == 2)
             members = {founder.json()["peer_id"], second.json()["peer_id"]}

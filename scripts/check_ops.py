@@ -114,9 +114,10 @@ def begin(nodes: Sequence[Node]) -> None:
     replace_key(first.home / "run.toml", "inner_steps", 30)
     first.start([])
     wait_ready(first)
+    line = first.invitation(uses=len(others))
     for node in others:
         node.make_home_of_joiner()
-        node.start([first.address])
+        node.start([line])
     for node in others:
         wait_ready(node)
 

@@ -116,7 +116,9 @@ class TapestryPeer:
         table["compression"]["shard_elements"] = options["shard_elements"]
         table["compression"]["codec"] = options["codec"]
         table["limits"]["checkpoint_every_epochs"] = 100_000
-        table["members"] |= {"admission": "open", "open_votes_after": 1}
+        (folder / f"id-{options['peer']}").write_text(identity.peer_id)
+        ids = [await asyncio.to_thread(_text_of, folder / f"id-{one}") for one in range(options["peers"])]
+        table["members"]["founders"] = ids[1:]  # beside who founds it: there is nobody to be invited
         table["round"].update(stall_s=30.0, exchange_max_s=ROUND_S, straggler_wait_s=60.0)
         table["round"].update(options["round"])
         table["audit"].update(options["audit"])

@@ -25,7 +25,6 @@ from _members import (
     ended_or_broken,
     founder_in,
     in_words,
-    invitation,
     member_in,
     refusals,
     rounds_s,
@@ -131,9 +130,8 @@ def _founded(
     """So many members, all in the electorate; the last is the liar `lies`, where there is one."""
     founder = founder_in(folder, PARTS, **changes)
     nodes = [stack.enter_context(founder).wait_ready(WAIT_S)]
-    line = invitation(founder, count - 1) if count > 1 else ""
     for index in range(1, count):
-        node = member_in(folder, index, PARTS, line)
+        node = member_in(folder, index, PARTS, founder.invitation())
         if lies is not None and index == count - 1:
             node.lie(lies, folder / "lie")
         nodes.append(stack.enter_context(node))

@@ -39,12 +39,6 @@ def member_in(folder: Path, index: int, count: int, line: str) -> Node:
     return Node(home, "--peer", line, data=f"stdlib:{index + 1}/{count}")
 
 
-def invitation(founder: Node, uses: int = 1) -> str:
-    done = tapestry("invite", "--home", founder.home, "--uses", uses)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def commits(node: Node) -> dict[int, float]:
     """Epoch -> when this node committed it, in seconds: what its log says."""
     found = _COMMITTED.findall(node.log.read_text(errors="replace"))

@@ -58,7 +58,6 @@ from _members import (
     ended_or_broken,
     founder_in,
     in_words,
-    invitation,
     member_in,
     refusals,
     rounds_s,
@@ -595,7 +594,7 @@ def run(names: list[str], options: argparse.Namespace, place: Path) -> list[Outc
         founder = founder_in(place, count, "open" if options.open else "members")
         members = [stack.enter_context(founder).wait_ready()]
         for index in range(1, count):
-            line = founder.address if options.open else invitation(founder)
+            line = founder.address if options.open else founder.invitation()
             node = member_in(place, index, count, line)
             members.append(stack.enter_context(node).wait_ready())
         for node in members:

@@ -239,7 +239,11 @@ def run_nodes(
             shutil.copy(key, home / "identity.key")
             (home / "node.toml").write_text(f'threads = 1\ndevice = "{options.device}"\n')
             if not i:
-                (home / "run.toml").write_text(spec.to_toml())
+                others = tuple(Identity.load(other).peer_id for other in keys[1:])
+                founded = dataclasses.replace(
+                    spec, members=dataclasses.replace(spec.members, founders=others)
+                )
+                (home / "run.toml").write_text(founded.to_toml())
             place = {} if net is None else {"prefix": net.prefix(i), "address": net.address(i)}
             peer = ("--peer", nodes[0].address) if i else ()
             cap = ("--max-upload", options.max_upload) if options.max_upload else ()

@@ -105,7 +105,13 @@ def measure_real(count: int, rounds: int) -> dict[str, Any]:
     """Start that many, let them commit, and ask each what it cost. Ends early where memory does."""
     with tempfile.TemporaryDirectory(prefix="tapestry-scale-") as text:
         folder = Path(text)
-        home = init(folder / "n0", inner_steps="20", shard_elements="4096", max_peers=str(max(64, count)))
+        home = init(
+            folder / "n0",
+            is_open=True,
+            inner_steps="20",
+            shard_elements="4096",
+            max_peers=str(max(64, count)),
+        )
         nodes = [Node(home, data="stdlib:1/3")]
         try:
             nodes[0].start()

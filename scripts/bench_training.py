@@ -326,12 +326,16 @@ def report(results: dict[str, Any]) -> None:
 
 def run_tapestry(system: str, plan: Plan, net: Any) -> Curve:
     """Real daemons, as an operator starts them. The curve comes from the founder's update log."""
+    from tapestry.dht.identity import Identity
+
     spec = plan.spec(plan.inner_steps if system == "tapestry-diloco" else 0)
     folder = Path(plan.folder) / system
     homes = [folder / f"n{i}" for i in range(plan.nodes)]
     for home in homes:
         home.mkdir(parents=True)
         (home / "node.toml").write_text("threads = 1\n")
+    others = tuple(Identity.load_or_create(home / "identity.key").peer_id for home in homes[1:])
+    spec = dataclasses.replace(spec, members=dataclasses.replace(spec.members, founders=others))
     (homes[0] / "run.toml").write_text(spec.to_toml())
     nodes: list[subprocess.Popen[bytes]] = []
     with ended(nodes):

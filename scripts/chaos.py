@@ -110,8 +110,7 @@ class Chaos:
         self.disks = disks
         self.nodes = [self._make_node(index) for index in range(count)]
         changes = {"inner_steps": "20", "shard_elements": "4096", "checkpoint_every_epochs": "10"}
-        init(self.nodes[0].home, "--preset", "nano", "--admission", "members", **changes)
-        self.invitation = ""  # the part of its line after the address
+        init(self.nodes[0].home, **changes)
         self.out: set[str] = set()  # peer ids that the founder removed
         self.watch = Watch(self.nodes)
         self.times: dict[str, list[float]] = {}
@@ -151,11 +150,8 @@ class Chaos:
     def start_all(self) -> None:
         founder, count = self.nodes[0], len(self.nodes)
         founder.start().wait_ready(START_S)
-        done = tapestry("invite", "--home", founder.home, "--uses", 1000, "--expires", 0)
-        assert done.returncode == 0, done.stderr
-        self.invitation = done.stdout.strip().partition(",")[2]
         for node in self.nodes[1:]:
-            node.start("--peer", self._line(founder))
+            node.start("--peer", founder.invitation())
         for node in self.nodes[1:]:
             node.wait_ready(START_S)
         founder.wait("an electorate of all", lambda: founder.electorate() == count, START_S)
@@ -169,7 +165,7 @@ class Chaos:
 
     def _line(self, node: Node) -> str:
         """The founder's invitation, by way of this node."""
-        return f"{node.address},{self.invitation}"
+        return self.nodes[0].invitation(node.address)
 
     def ask(self, *words: object) -> bool:
         """A command to the founder's node. False if it is not there, or says no."""

@@ -74,7 +74,7 @@ def check(net: Nats, folder: Path, epochs: int, stack: contextlib.ExitStack) -> 
     for node in nodes[1:]:
         node.home.mkdir()
         (node.home / "node.toml").write_text("threads = 1\n")
-        node.start("--peer", entry)
+        node.start("--peer", nodes[0].invitation(entry))
     digests = Digests(*nodes)
     digests.wait(f"round of all {count}", lambda: nodes[0].electorate() == count, DEADLINE_S)
     first = nodes[0].status()["epoch"]

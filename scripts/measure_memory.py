@@ -128,7 +128,7 @@ def tell(one: Measured, base: Measured) -> None:
 def measure(folder: Path, preset: str, params: int, arguments: argparse.Namespace) -> Measured:
     """Two nodes from the founding to the last round."""
     changes = STEPS | PATIENCE | {"checkpoint_every_epochs": arguments.checkpoint_every}
-    home = harness.init(folder / "a", "--preset", preset, **changes)
+    home = harness.init(folder / "a", "--preset", preset, is_open=True, **changes)
     pause_s = STEP_S + params / PARAMS_PER_S if params else 0.0
     extra = {"STANDIN_PARAMS": str(params), "STANDIN_STEP_S": str(pause_s)}
     if params:

@@ -122,7 +122,7 @@ class Power:
         for node in self.nodes[:-1]:
             node.home.mkdir()
             (node.home / "node.toml").write_text("threads = 1\n")
-            node.start("--peer", self.nodes[-1].address).wait_ready()
+            node.start("--peer", self.nodes[-1].invitation()).wait_ready()
         for node in self.nodes:
             self._wait_contribution(node, 0)
 

@@ -2,9 +2,10 @@
 
     .venv/bin/python -P scripts/recovery.py [--only kill,freeze,...] [--repeat 4] [--json FILE] [--keep DIR]
 
-Nodes run on loopback with the default timings (stall_s 5, quorum_loss_s 30), the model `nano`, and epochs of
-about a second. Times are taken where they count: at the moment in which a record is on a node's disk. What a
-round normally takes is the median of the rounds before the fault, in the same run. The scenarios:
+Nodes are the founder of a run and those whom it invited, on loopback with the default timings (stall_s 5,
+quorum_loss_s 30), the model `nano`, and epochs of about a second. Times are taken where they count: at the
+moment in which a record is on a node's disk. What a round normally takes is the median of the rounds before
+the fault, in the same run. The scenarios:
 
     kill      SIGKILL of one of 4 nodes while it exchanges shards; then its restart
     freeze    SIGSTOP of one of 4 nodes while it exchanges shards; then SIGCONT
@@ -147,7 +148,7 @@ class Swarm:
     def _start(self) -> None:
         first, count = self.nodes[0].start().wait_ready(WAIT_S), len(self.nodes)
         for node in self.nodes[1:]:
-            node.start("--peer", first.address)
+            node.start("--peer", first.invitation())
         for node in self.nodes:
             self.ids[node] = node.wait_ready(WAIT_S).json()["peer_id"]
         first.wait("contributions of all", lambda: self.contributors(first) == count, WAIT_S)

@@ -3,6 +3,9 @@
 By its home's records, that is: those who admit may have done so since, or once more after they removed it. So
 without a peer that was given it asks those whom it was linked with before.
 
+A peer that only keeps the DHT knows no run. Where no other can be asked, it leads to the members that this
+node knows of, by their presence.
+
 No peer has the last word, for it may be behind, removed itself, or on an island that gets no records. One
 that takes this node for a member is enough. That it was removed is believed if all say so that answer. While
 it is an applicant it asks the next one every few seconds.
@@ -13,12 +16,14 @@ Nothing else is begun before: no trainer is configured, nothing is downloaded, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 
-from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.addresses import AddressError, PeerAddress, parse_peer
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.swarm import Swarm
+from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member
@@ -55,7 +60,8 @@ async def be_admitted(
         raise _no_member(config, roll, me)
     applicant = _Applicant(config, me, say, is_for_one=len({peer.peer_id for peer in asked}) == 1)
     while True:
-        failures = []
+        failures: list[str] = []
+        without_run: list[PeerAddress] = []
         applicant.answers.clear()
         for peer in asked:
             if peer.peer_id in applicant.answers:
@@ -74,6 +80,8 @@ async def be_admitted(
                 continue
             except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
                 failures.append(f"{peer.peer_id[-6:]}: {error or type(error).__name__}")
+                if isinstance(error, Unreachable) and error.reason == "unsupported":
+                    without_run.append(peer)
         answers = list(applicant.answers.values())
         waiting = [answer for answer in answers if answer.standing != "removed"]
         if answers and not waiting:
@@ -81,6 +89,11 @@ async def be_admitted(
         if waiting and not config.waits:
             raise _not_yet(waiting[0], me)
         if not applicant.heard:
+            shown = await _shown(swarm, roll, without_run) if without_run else []
+            if more := [peer for peer in shown if peer not in asked]:
+                asked += more
+                applicant.is_for_one = len({peer.peer_id for peer in more}) == 1
+                continue
             if not peers or me in roll.removed:
                 raise _no_member(config, roll, me)
             raise UserError(
@@ -96,6 +109,21 @@ def _known(home: Home) -> list[PeerAddress]:
     return [parse_peer(address) for addresses in known for address in addresses][:ASKED_MAX]
 
 
+async def _shown(swarm: Swarm, roll: Roll, peers: Sequence[PeerAddress]) -> list[PeerAddress]:
+    """Where the members of `roll` are, by the DHT that these peers keep; others may write there too."""
+    try:
+        await swarm.join_dht(roll.run_id, peers)
+        found = await swarm.list_presence(time.time())
+    except SwarmError:
+        return []
+    shown = []
+    for one in found:
+        for address in one.addresses if one.peer_id in roll.members else ():
+            with contextlib.suppress(AddressError):
+                shown.append(parse_peer(address))
+    return shown[:ASKED_MAX]
+
+
 class _NextPeer(Exception):
     """This one has said what it has to say for now."""
 
@@ -105,7 +133,7 @@ class _Applicant:
 
     def __init__(self, config: NodeConfig, me: str, say: Callable[[Wait], None], is_for_one: bool) -> None:
         self._say = say
-        self._is_for_one = is_for_one  # there is no other peer to ask
+        self.is_for_one = is_for_one  # there is no other peer to ask
         self._waits = config.waits
         self._invitation = config.invitation
         self._admission: Change | None = None  # one, however often it is brought
@@ -139,7 +167,7 @@ class _Applicant:
             _log.info("%s", waits)
             self._say(Wait("admission", waits, f"ends when who admits runs: tapestry admit {self._me}"))
         self._turn += 1
-        if self._turn >= TURN_ANSWERS and not self._is_for_one:
+        if self._turn >= TURN_ANSWERS and not self.is_for_one:
             raise _NextPeer
 
 

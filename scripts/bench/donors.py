@@ -78,7 +78,7 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace, folder: Path) -> None:
     changes = {"inner_steps": options.inner_steps, "batch_size": "1", "sequence_length": "64"}
-    home = init(folder / "first", "--preset", options.preset, **changes)
+    home = init(folder / "first", "--preset", options.preset, is_open=True, **changes)
     with Node(home) as first:
         first.wait_ready(DEADLINE_S)
         others = [

@@ -74,7 +74,7 @@ def _measure(options: argparse.Namespace, net: Net, folder: Path) -> None:
         for i in range(4)
     ]
     changes = {"inner_steps": options.inner_steps, "batch_size": "1", "sequence_length": "64"}
-    init(nodes[0].home, "--preset", options.preset, **changes)
+    init(nodes[0].home, "--preset", options.preset, is_open=True, **changes)
     for node in nodes:
         subprocess.run([*node.prefix, "nft", "-f", "-"], input=COUNTERS, text=True, check=True)
     try:

@@ -52,6 +52,7 @@ def story(options: argparse.Namespace, folder: Path) -> int:
         folder / "a",
         "--base",
         options.base,
+        is_open=True,
         inner_steps=str(options.steps),
         batch_size=str(options.batch),
         sequence_length=str(options.length),

@@ -245,7 +245,7 @@ def joiner(options: argparse.Namespace, rtt_s: float, buffers: str) -> Iterator[
         )
         stack.callback(founder.end)
         stack.callback(late.end)
-        init(founder.home)
+        init(founder.home, is_open=True)
         founder.start().wait_ready()
         founder.wait_epoch(8, SOLO_S)
         late.home.mkdir()

@@ -60,7 +60,7 @@ def _measure(options: argparse.Namespace, net: Net, folder: Path) -> None:
         for i in range(3)
     ]
     first, _, away = nodes
-    init(first.home, "--preset", options.preset, inner_steps=options.inner_steps)
+    init(first.home, "--preset", options.preset, is_open=True, inner_steps=options.inner_steps)
     try:
         first.start().wait_ready(DEADLINE_S)
         for node in nodes[1:]:

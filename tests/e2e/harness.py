@@ -24,6 +24,7 @@ import psutil
 from e2e.nursery import Forked, Nursery
 
 TAPESTRY = (sys.executable, "-P", "-m", "tapestry.node.cli")
+GUESTS = 1000  # of one invitation, the most that there may be
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0", "--http", "127.0.0.1:0")
 DEADLINE_S = 90.0  # on two cores that other tests use as well
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -69,14 +70,14 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TAPESTRY_")} | {"OMP_NUM_THREADS": "1"}
 
 
-def init(folder: Path, *flags: object, **changes: str) -> Path:
+def init(folder: Path, *flags: object, is_open: bool = False, **changes: str) -> Path:
     """A home as `init` makes it (preset nano without flags); `key = value` lines of run.toml are replaced.
 
-    The run is open and makes members of who contributes, unless the flags say --admission: few tests are
-    about who may come in.
+    The run is one of members, who come by `Node.invitation`. `is_open`: whoever has an address contributes,
+    and is a member after one contribution.
     """
     flags = flags or ("--preset", "nano")
-    if "--admission" not in flags:
+    if is_open:
         flags, changes = (*flags, "--admission", "open"), {"open_votes_after": "1"} | changes
     done = tapestry("init", folder, "--name", "test", *flags)
     assert done.returncode == 0, done.stderr
@@ -119,6 +120,7 @@ class Node:
         self.program: Sequence[str] = TAPESTRY
         self.forked = forked
         self.process: subprocess.Popen[bytes] | Forked | None = None
+        self._line = ""  # of its invitation
         self.log = home.with_name(home.name + ".log")
 
     def shift_clock(self, shift_s: float) -> None:
@@ -172,6 +174,16 @@ class Node:
     def address(self) -> str:
         address: str = self.json()["addresses"][0]
         return address
+
+    def invitation(self, address: str = "") -> str:
+        """The line by which others join, by way of this node or of another's `address`. Made once, while this
+        node runs, which must be the founder's."""
+        if not self._line:
+            done = tapestry("invite", "--home", self.home, "--uses", GUESTS)
+            assert done.returncode == 0 and not done.stderr, done.stderr
+            self._line = done.stdout.strip()
+        own, _, rest = self._line.partition(",")
+        return f"{address or own},{rest}"
 
     def json(self) -> dict[str, Any]:
         table: dict[str, Any] = json.loads((self.home / "node.json").read_text())

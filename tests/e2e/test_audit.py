@@ -23,8 +23,8 @@ def test_a_lying_reducer_is_named_with_proof_and_removed_and_what_it_made_is_und
     founder = Node(home)
     with founder:
         founder.wait_ready()
-        honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        reducer = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        honest = Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3")
+        reducer = Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3")
         reducer.lie("lying-reducer")
         with honest, reducer:
             for node in (honest, reducer):
@@ -40,7 +40,7 @@ def test_a_lying_reducer_is_named_with_proof_and_removed_and_what_it_made_is_und
             assert "signed a wrong mean" in removed(honest)[name]
             reducer.wait("the reason", lambda: "signed a wrong mean" in reducer.status()["reason"])
             goes_on = founder.status()["epoch"] + 3
-            with Node(tmp_path / "d", "--peer", founder.address, data="stdlib:3/3") as joiner:
+            with Node(tmp_path / "d", "--peer", founder.invitation(), data="stdlib:3/3") as joiner:
                 for node in (founder, honest, joiner):
                     node.wait("the run to go on", lambda node=node: node.status()["epoch"] >= goes_on)
         lied = {one["epoch"] for one in founder.status()["accused"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -140,6 +141,10 @@ def test_a_stock_dht_peer_leads_to_the_run_by_its_id(tmp_path: Path) -> None:
                 with Node(
                     tmp_path / "b", "--peer", bootstrap, "--run-id", run_id, data="stdlib:2/3"
                 ) as joiner:
+                    joiner.wait("its question", lambda: "waiting to be admitted by" in joiner.log.read_text())
+                    table = json.loads(tapestry("members", "--home", founder.home, "--json").stdout)
+                    admitted = tapestry("admit", table["applicants"][0]["peer"], "--home", founder.home)
+                    assert admitted.returncode == 0, admitted.stderr
                     joiner.wait_ready()
                     joiner.wait_epoch(1)
                     assert joiner.json()["run_id"] == run_id

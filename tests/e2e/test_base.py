@@ -26,7 +26,9 @@ def test_two_members_continue_a_base_and_export_it(tmp_path: Path, family: str) 
     home = init(tmp_path / "a", "--base", base, **FEW_STEPS)
     with Node(home) as founder:
         founder.wait_ready()
-        with Node(tmp_path / "b", "--peer", founder.address, "--base", base, data="stdlib:2/3") as second:
+        with Node(
+            tmp_path / "b", "--peer", founder.invitation(), "--base", base, data="stdlib:2/3"
+        ) as second:
             second.wait_ready()
             _three_epochs_with_one_digest(founder, second)
             assert "nothing is downloaded for it" in second.log.read_text()
@@ -47,7 +49,7 @@ def test_a_joiner_needs_one_address_and_no_files(tmp_path: Path) -> None:
     home = init(tmp_path / "a", "--base", base, "--lora", 4, **FEW_STEPS)
     with Node(home) as founder:
         founder.wait_ready()
-        with Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3") as second:
+        with Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3") as second:
             second.wait_ready()
             _three_epochs_with_one_digest(founder, second)
             whole = sum(path.stat().st_size for path in base.glob("*.safetensors"))

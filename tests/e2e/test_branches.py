@@ -23,7 +23,7 @@ def test_what_lost_when_two_islands_met_is_listed_proven_and_exported(tmp_path: 
     first = Node(home)
     with first:
         first.wait_ready()
-        second = Node(tmp_path / "b", "--peer", first.address, data="stdlib:2/3")
+        second = Node(tmp_path / "b", "--peer", first.invitation(), data="stdlib:2/3")
         with second:
             second.wait_ready()
             second.wait("a record of two", lambda: members_of(chain_of(second.home)[-1]) == 2)

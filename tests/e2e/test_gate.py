@@ -15,8 +15,8 @@ def test_a_poisoned_contribution_is_refused_by_the_others_data_and_left_out(tmp_
     founder = Node(init(tmp_path / "a", inner_steps="4", rule='"mean"', margin="0.02"))
     with founder:
         founder.wait_ready()
-        honest = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        poisoner = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        honest = Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3")
+        poisoner = Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3")
         poisoner.lie("poison")
         with honest, poisoner:
             for node in (honest, poisoner):

@@ -22,7 +22,9 @@ def test_a_member_on_a_gpu_and_one_on_its_processor_hold_the_same_bits(tmp_path:
     with Node(home, "--device", "cuda") as on_gpu:
         on_gpu.wait_ready()
         assert "trainer=ready device='cuda, " in on_gpu.log.read_text()
-        with Node(tmp_path / "b", "--peer", on_gpu.address, "--device", "cpu", data="stdlib:2/3") as on_cpu:
+        with Node(
+            tmp_path / "b", "--peer", on_gpu.invitation(), "--device", "cpu", data="stdlib:2/3"
+        ) as on_cpu:
             digests = Digests(on_gpu, on_cpu)
             on_cpu.wait_ready()
             digests.wait("a record of both", lambda: members_of(chain_of(on_gpu.home)[-1]) == 2)

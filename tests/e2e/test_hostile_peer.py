@@ -23,7 +23,9 @@ from tapestry.compression.shards import shard_bounds
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol.agreement import ALIKE
+from tapestry.node.protocol.canon import WEIGHT_MAX
 from tapestry.node.protocol.chain import Body, Member, Record, accept_message, draw_message, head_of
+from tapestry.node.protocol.members import UNIT
 from tapestry.node.protocol.messages import (
     Accept,
     Commit,
@@ -45,6 +47,7 @@ pytestmark = [
 RSS_GROWTH_MAX = 50 << 20
 ANSWER_S_MAX = 1.0
 TOKEN = "cd" * 32
+FORK_RECORDS = 50
 
 
 # --- attacks ----------------------------------------------------------------------------------------
@@ -98,6 +101,14 @@ async def shards_that_cannot_be_used(enemy: Enemy) -> None:
     await enemy.open("bulk", framed(header, head + bytes(good.numpy())))
 
 
+def sealed(enemy: Enemy, body: Body, name: str) -> Record:
+    """`body` with a signature and a draw of ours, said to be `name`'s."""
+    head = head_of(body, enemy.crypto)
+    signature = enemy.crypto.sign(accept_message(head, 0))
+    draw = enemy.crypto.sign(draw_message(head))
+    return Record(body, head, 0, ((name, signature),), None, ((name, draw),))
+
+
 async def forged_votes(enemy: Enemy) -> None:
     """A wrong state, a signature of nothing, and a record that only we have signed: for the present head."""
     me = enemy.swarm.peer_id
@@ -105,11 +116,8 @@ async def forged_votes(enemy: Enemy) -> None:
         status = await enemy.status()
         epoch, head = status["epoch"], status["head"]
         body = Body(enemy.run_id, epoch + 1, head, status["state_digest"], (Member(me, 1, TOKEN),), "ab" * 32)
-        new_head = head_of(body, enemy.crypto)
-        signature = enemy.crypto.sign(accept_message(new_head, 0))
-        draw = enemy.crypto.sign(draw_message(new_head))
-        record = Record(body, new_head, 0, ((me, signature),), None, ((me, draw),))
-        stolen = Record(body, new_head, 0, ((enemy.victim, signature),), None, ((enemy.victim, draw),))
+        record, stolen = sealed(enemy, body, me), sealed(enemy, body, enemy.victim)
+        new_head, signature, draw = record.head, record.signatures[0][1], record.draws[0][1]
         await enemy.open(
             "control",
             said(
@@ -123,6 +131,34 @@ async def forged_votes(enemy: Enemy) -> None:
                 GetRecords(((0, "ab" * 32),)),
             ),
         )
+        await asyncio.sleep(0.1)
+
+
+async def forced_records(enemy: Enemy) -> None:
+    """That all are gone but us, who weigh 2^53; and that all are gone but the node itself."""
+    us = Member(enemy.swarm.peer_id, WEIGHT_MAX, TOKEN, "", WEIGHT_MAX)
+    itself = Member(enemy.victim, UNIT, TOKEN, "", WEIGHT_MAX)
+    for _ in range(5):
+        status = await enemy.status()
+        epoch, head = status["epoch"], status["head"]
+        for alone in (us, itself):
+            body = Body(enemy.run_id, epoch + 1, head, status["state_digest"], (alone,), "ab" * 32, True)
+            record = sealed(enemy, body, alone.peer)
+            await enemy.open("control", said(Commit(record), Records(epoch, (record,))))
+        await asyncio.sleep(0.1)
+
+
+async def a_long_fork_from_the_start(enemy: Enemy) -> None:
+    """FORK_RECORDS forced records of ours after the genesis, of weight 2^53 each: longer than the run."""
+    us = Member(enemy.swarm.peer_id, WEIGHT_MAX, TOKEN, "", WEIGHT_MAX)
+    records: list[Record] = []
+    for epoch in range(1, FORK_RECORDS + 1):
+        head = records[-1].head if records else enemy.run_id
+        body = Body(enemy.run_id, epoch, head, "ab" * 32, (us,), "ab" * 32, True)
+        records.append(sealed(enemy, body, us.peer))
+    end = Status(FORK_RECORDS, records[-1].head, FORK_RECORDS, "training", Stage.TRAINING, 0, 0, ())
+    for _ in range(5):
+        await enemy.open("control", said(end, Records(0, tuple(records))))
         await asyncio.sleep(0.1)
 
 
@@ -162,10 +198,18 @@ ATTACKS: tuple[Callable[[Enemy], Awaitable[None]], ...] = (
     unknown_requests,
     shards_that_cannot_be_used,
     forged_votes,
+    forced_records,
+    a_long_fork_from_the_start,
     two_hundred_streams_at_once,
     floods,
     sudden_closes,
 )
+# What its records are refused for in an open run, where it is heard.
+REASONS: dict[str, tuple[str, ...]] = {
+    "forged_votes": ("electorate",),
+    "forced_records": ("weights", "forced"),
+    "a_long_fork_from_the_start": ("weights",),
+}
 
 
 # --- the test ---------------------------------------------------------------------------------------
@@ -197,6 +241,10 @@ def refused(node: Node) -> dict[str, float]:
     return {reason: count for reason, count in counts.items() if count}
 
 
+def chain_of(node: Node) -> list[str]:
+    return (node.home / "chain.jsonl").read_text().splitlines()
+
+
 def run(main: Coroutine[Any, Any, None], timeout_s: float) -> None:
     async def within_time() -> None:
         async with asyncio.timeout(timeout_s):
@@ -218,8 +266,13 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
             async with Enemy.of(node, folder) as enemy:
                 await enemy.open("control", said(Status(0, "ab" * 32, 0, "joining", Stage.AWAY, 0, 0, ())))
                 epoch = (await enemy.status())["epoch"]
+                before, chain = await asyncio.to_thread(refused, node), chain_of(node)
                 await attack(enemy)
                 await asyncio.to_thread(node.wait_epoch, epoch + 1, 15.0)
+                after = await asyncio.to_thread(refused, node)
+                for reason in REASONS.get(attack.__name__, ()):
+                    assert after.get(reason, 0) > before.get(reason, 0), (attack.__name__, reason, after)
+                assert chain_of(node)[: len(chain)] == chain, "it goes on from the head that it had"
                 peers = json.loads(await asyncio.to_thread(node.get, "/peers"))
                 banned |= {attack.__name__ for peer in peers if peer["phase"] == "banned"}
                 enemy.close_all()
@@ -229,18 +282,25 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
         assert watcher.count > 20 and watcher.slowest_s < ANSWER_S_MAX, watcher.slowest_s
 
     with Node(
-        init(tmp_path / "a", straggler_wait_s="1.0")
-    ) as node:  # a stranger can make rounds wait so long
+        init(
+            tmp_path / "a",
+            is_open=True,  # so that it is heard
+            straggler_wait_s="1.0",  # so long it can make rounds wait
+            on_quorum_loss='"wait"',
+        )
+    ) as node:
         node.wait_ready()
         node.wait_epoch(3)
         process = psutil.Process(node.pid)
         rss = process.memory_info().rss
-        run(main(node), 90.0)
+        run(main(node), 120.0)
+        for line in chain_of(node):
+            body = json.loads(line)["value"]["body"]
+            assert [m[0] for m in body["members"]] == [node.json()["peer_id"]] and not body["forced"], body
         counts = refused(node)
         for reason in ("malformed", "oversized", "state_digest", "streams", "no_common_record"):
             assert counts.get(reason), counts
         assert counts.get("not_finite") or counts.get("scale"), counts
-        assert counts.get("unsigned") or counts.get("signature") or counts.get("electorate"), counts
         assert process.memory_info().rss - rss < RSS_GROWTH_MAX
         node.wait("good health", lambda: node.get("/readyz") == "ready\n")
         assert node.stop() == 0, node.tail()

@@ -20,8 +20,8 @@ def run(*words: object) -> str:
 def test_a_member_leaves_with_an_exit_goes_on_alone_and_brings_it_back(tmp_path: Path) -> None:
     with Node(init(tmp_path / "a", inner_steps="20")) as founder:
         founder.wait_ready()
-        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        with second, Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3") as third:
+        second = Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3")
+        with second, Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3") as third:
             for node in (second, third):
                 node.wait_ready()
             founder.wait("a record of three", lambda: members_of(chain_of(founder.home)[-1]) == 3)
@@ -38,7 +38,7 @@ def test_a_member_leaves_with_an_exit_goes_on_alone_and_brings_it_back(tmp_path:
             brought = out / "brought.safetensors"
             assert brought.exists() and chain_of(out)[-1]["epoch"] == left_at
 
-            back = Node(out, "--peer", founder.address, data="stdlib:2/3")
+            back = Node(out, "--peer", founder.invitation(), data="stdlib:2/3")
             with back:
                 back.wait_ready()
                 digests = Digests(founder, third, back)

@@ -25,7 +25,7 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
         lines = node.get("/metrics").splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(PASSED))
 
-    with Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members")) as founder:
+    with Node(init(tmp_path / "a")) as founder:
         founder.wait_ready()
         founder.wait_epoch(1)
         refused = tapestry(
@@ -90,10 +90,9 @@ def test_strangers_wait_guests_come_in_and_who_is_removed_is_told_why(tmp_path: 
 
 def test_who_was_removed_while_it_was_off_ends_with_the_reason_when_it_is_back(tmp_path: Path) -> None:
     """By its own records it is a member, and no record reaches it: of two it would go on alone for good."""
-    with Node(init(tmp_path / "a", "--preset", "nano", "--admission", "members")) as founder:
+    with Node(init(tmp_path / "a")) as founder:
         founder.wait_ready()
-        line = tapestry("invite", "--home", founder.home).stdout.strip()
-        with Node(tmp_path / "b", "--peer", line, data="stdlib:2/3") as second:
+        with Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3") as second:
             second.wait_ready()
             founder.wait("an electorate of two", lambda: founder.electorate() == 2)
             peer = second.json()["peer_id"]

@@ -35,7 +35,7 @@ def test_a_service_manager_is_told_and_a_restored_member_finds_its_run(tmp_path:
         assert heard[0].startswith("STATUS=epoch 0, starting\nWATCHDOG=1\nEXTEND_TIMEOUT_USEC=")
         founder.wait_ready()
         home = _joined(tmp_path, founder)
-        with Node(home, "--peer", founder.address, data="stdlib:2/3") as member:
+        with Node(home, "--peer", founder.invitation(), data="stdlib:2/3") as member:
             member.wait_ready()
             member.wait_epoch(2)
             done = tapestry("backup", tmp_path / "b.tar", "--home", home)
@@ -69,7 +69,7 @@ def test_the_second_node_with_one_key_is_refused_and_doctor_says_what_is_well(tm
     with Node(init(tmp_path / "a")) as founder:
         founder.wait_ready()
         home = _joined(tmp_path, founder)
-        with Node(home, "--peer", founder.address, data="stdlib:2/3") as member:
+        with Node(home, "--peer", founder.invitation(), data="stdlib:2/3") as member:
             member.wait_ready()
             member.wait_epoch(1)
             copy = tmp_path / "copy"

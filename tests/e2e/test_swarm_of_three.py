@@ -66,8 +66,8 @@ def test_three_nodes_hold_the_same_bits_lose_one_and_get_it_back(tmp_path: Path)
         caps = ("--max-upload", "20mbit", "--max-download", "50mbit")
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "data.toml").write_text(PUBLISHED)
-        second = Node(tmp_path / "b", "--peer", founder.address, *caps, data="stdlib:2/3")
-        third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        second = Node(tmp_path / "b", "--peer", founder.invitation(), *caps, data="stdlib:2/3")
+        third = Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3")
         with second, third:
             nodes = (founder, second, third)
             digests = Digests(*nodes)
@@ -149,14 +149,14 @@ def test_a_restarted_founder_resumes_where_it_stopped(tmp_path: Path) -> None:
 def test_a_dead_p2pd_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
     with Node(init(tmp_path / "a")) as node:
         node.wait_ready()
-        address = node.address
+        line = node.invitation()
         first = node.p2pd()
         assert first is not None
         first.kill()
         node.wait("a new p2pd", lambda: node.p2pd() not in (None, first), deadline_s=5.0)
         epoch = node.status()["epoch"]
         node.wait_epoch(epoch + 2)
-        with Node(tmp_path / "b", "--peer", address, data="stdlib:2/3") as second:
+        with Node(tmp_path / "b", "--peer", line, data="stdlib:2/3") as second:
             second.wait_ready()
             second.wait_epoch(epoch)
         assert node.stop() == 0
@@ -175,8 +175,8 @@ def test_a_restarted_node_finds_the_others_without_the_peer_it_joined_by(tmp_pat
     the second node may come a moment late to the founder's last round, and be no elector after it."""
     with Node(init(tmp_path / "a", overlap="true", inner_steps="100")) as founder:
         founder.wait_ready()
-        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        second = Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3")
+        third = Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3")
         with second, third:
             second.wait_ready()
             third.wait_ready()
@@ -213,11 +213,11 @@ def test_a_node_whose_clock_is_wrong_is_found_by_those_that_come_after_it(tmp_pa
     founder = Node(init(tmp_path / "a", inner_steps="20", shard_elements="4096"))
     with founder:
         founder.wait_ready()
-        wrong = Node(tmp_path / "b", "--peer", founder.address)
+        wrong = Node(tmp_path / "b", "--peer", founder.invitation())
         wrong.shift_clock(-540)
         with wrong:
             wrong.wait_ready()
-            with Node(tmp_path / "c", "--peer", founder.address) as late:
+            with Node(tmp_path / "c", "--peer", founder.invitation()) as late:
                 late.wait_ready()
 
                 def all_linked() -> bool:

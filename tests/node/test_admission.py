@@ -12,9 +12,11 @@ import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tapestry.dht.addresses import parse_peer
+from tapestry.dht import swarm as swarm_errors
+from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.presence import Presence
 from tapestry.node.daemon.admitted import TURN_ANSWERS, be_admitted
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
@@ -255,6 +257,44 @@ def test_who_was_removed_and_admitted_again_asks_before_it_believes_its_own_reco
     _start(tmp_path, stale, FakeSwarm(office), peers)
     with pytest.raises(UserError, match="was removed from the run: noise"):
         _start(tmp_path, stale, Unreachable(), peers)
+
+
+class Shown(FakeSwarm):
+    """A guest's, whose given peer keeps the DHT and knows no run; in the DHT are these."""
+
+    def __init__(self, office: Office, shown: Sequence[PeerAddress]) -> None:
+        super().__init__(office)
+        self._shown = shown
+        self.opened: list[str] = []
+
+    async def join_dht(self, *_: object) -> None: ...
+
+    async def list_presence(self, now: float) -> list[Presence]:
+        return [
+            Presence(RUN, one.peer_id, 0, RUN, "training", (one.maddr,), now, now + 60) for one in self._shown
+        ]
+
+    async def open_stream(self, peer: str, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:  # type: ignore[override]
+        self.opened.append(peer)
+        if peer == OTHER.peer_id:
+            raise swarm_errors.Unreachable("unsupported", "the peer does not serve this protocol")
+        return await super().open_stream()
+
+
+def test_a_guest_whose_peer_only_keeps_the_dht_asks_the_members_that_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the others whom it shows: what a stranger says of members would be believed."""
+    monkeypatch.setattr(protocol, "PACE_S", 0.0)
+    office, stranger = Office(), THERE.replace(FOUNDER.peer_id, key(4).peer_id)
+    swarm = Shown(office, [parse_peer(stranger), parse_peer(THERE)])
+    with pytest.raises(UserError, match=r"not admitted yet: .* admits; your id is"):
+        _start(tmp_path, Office(), swarm, [ELSEWHERE], waits=False)
+    assert swarm.opened == [OTHER.peer_id, OTHER.peer_id, FOUNDER.peer_id]
+    office.applied(Change("admit", GUEST.peer_id, "", 9, "ef" * 16), FOUNDER)
+    _start(tmp_path, Office(), swarm, [ELSEWHERE])
+    with pytest.raises(UserError, match=r"no peer could be asked for admission: .* does not serve"):
+        _start(tmp_path, Office(), Shown(office, [parse_peer(stranger)]), [ELSEWHERE])
 
 
 class Several(FakeSwarm):

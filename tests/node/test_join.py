@@ -1,18 +1,26 @@
-"""Which run a node is of, and what is said where a file at hand says otherwise."""
+"""Which run a node is of, what is said where a file at hand says otherwise, and what a person is asked."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import pty
+import select
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from homes import make_home
+import uvloop
+from homes import MadeHome, make_home
 
+from tapestry.dht.addresses import parse_peer
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net import join
-from tapestry.node.net.join import agree_on_run
+from tapestry.node.net.join import Agreed, agree_on_run
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec
@@ -64,3 +72,84 @@ def test_a_joiner_reads_a_few_lines_and_has_all_that_was_agreed_on_in_a_file(
     assert (len(shown), len(lines) > 50, len(lines) < 8) == (
         (1, True, False) if show_spec else (0, False, True)
     )
+
+
+# --- consent ----------------------------------------------------------------------------------------
+
+THERE = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWLuBRa9XUvfuQ8VeDVTnBdUXX9LHnNDAkx2gAtXBobPmd"
+QUESTION = "join this run? [y/N] "
+WAIT_S = 20.0
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Descriptor of a person's side of a terminal, whose other side is this process's input and output."""
+    ours, theirs = pty.openpty()
+    with open(os.dup(theirs)) as read, open(theirs, "w") as written, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", read)
+        patch.setattr(sys, "stdout", written)
+        yield ours
+    os.close(ours)
+
+
+def seen(person: int, last: str) -> str:
+    """What the terminal shows, up to these words."""
+    text = ""
+    while last not in text:
+        assert select.select([person], [], [], WAIT_S)[0], text
+        text += os.read(person, 4096).decode()
+    return text
+
+
+def joined(
+    made: MadeHome, home: Path, monkeypatch: pytest.MonkeyPatch, typed: str = "", **flags: object
+) -> tuple[Agreed, str]:
+    """Join the run of `made`, whose genesis a peer has given, from a terminal: what was agreed, and shown."""
+
+    async def genesis(*_: object) -> object:
+        return made.chain.genesis
+
+    async def main(person: int) -> tuple[Agreed, str]:
+        config = NodeConfig.resolve(Home(home), {"data": ("stdlib",), "peers": (THERE,), **flags}, {})
+        joins = asyncio.create_task(agree_on_run(config, None, None, (parse_peer(THERE),), None))  # type: ignore[arg-type]
+        shown = await asyncio.to_thread(seen, person, QUESTION if typed else "agreed.toml")
+        assert not (typed and joins.done()), "while a person thinks the node does other things"
+        os.write(person, typed.encode())
+        async with asyncio.timeout(WAIT_S):
+            return await joins, shown
+
+    home.mkdir()
+    monkeypatch.setattr(join, "_ask_peers", genesis)
+    with terminal(monkeypatch) as person:
+        return uvloop.run(main(person))
+
+
+@pytest.mark.parametrize("typed", ["y\n", " YES \n"])
+def test_who_is_at_a_terminal_is_shown_what_a_run_takes_and_joins_it_by_saying_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    agreed, shown = joined(made, tmp_path / "b", monkeypatch, typed)
+    assert agreed == Agreed(made.chain.genesis, made.spec, from_peer=True)
+    assert f"joining run {made.spec.name}, {made.chain.genesis.run_id}" in shown
+    assert "parameters" in shown and "memory" in shown and "each round sends" in shown
+    assert shown.endswith(QUESTION), "the sizes come before the question"
+
+
+@pytest.mark.parametrize("typed", ["\n", "n\n", "yess\n", "\x04"], ids=["enter", "n", "mistyped", "ctrl-d"])
+def test_without_a_yes_nothing_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    with pytest.raises(UserError, match="not joined") as caught:
+        joined(made, tmp_path / "b", monkeypatch, typed)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert caught.value.hint is not None and "--run-id" in caught.value.hint
+
+
+@pytest.mark.parametrize("named", ["run_id", "max_params"])
+def test_who_named_the_run_or_its_size_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    flags = {"run_id": made.chain.genesis.run_id} if named == "run_id" else {"max_params": 10**6}
+    _, shown = joined(made, tmp_path / "b", monkeypatch, **flags)
+    assert QUESTION not in shown

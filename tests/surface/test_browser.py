@@ -411,8 +411,8 @@ def test_it_follows_a_swarm_and_shows_within_10_s_that_a_node_was_killed(
     founder = Node(init(tmp_path / "a", inner_steps="30", shard_elements="4096"), *sets)
     with founder:
         founder.wait_ready()
-        second = Node(tmp_path / "b", "--peer", founder.address, data="stdlib:2/3")
-        third = Node(tmp_path / "c", "--peer", founder.address, data="stdlib:3/3")
+        second = Node(tmp_path / "b", "--peer", founder.invitation(), data="stdlib:2/3")
+        third = Node(tmp_path / "c", "--peer", founder.invitation(), data="stdlib:3/3")
         with second, third:
             second.wait_ready()
             third.wait_ready()

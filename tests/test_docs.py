@@ -100,3 +100,8 @@ def test_every_kind_of_traffic_is_in_the_table_of_lineage_md_with_its_rule() -> 
     _, _, section = (ROOT / "docs/lineage.md").read_text().partition("## What left the node\n")
     rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+)`", section.partition("\n## ")[0], re.MULTILINE)
     assert dict(rows) == RULES and tuple(RULES) == KINDS
+
+
+def test_the_readme_shows_the_way_from_the_base_to_a_model_of_ones_own_and_out() -> None:
+    shown = {words[0] for words in typed((ROOT / "README.md").read_text())}
+    assert shown >= {"derive", "evaluate", "rebase", "export", "anchor", "exit", "verify"}

@@ -53,11 +53,11 @@ class LikenessWatch:
         self, cosines: Mapping[str, float], is_member: Callable[[str], bool]
     ) -> tuple[list[str], list[str]]:
         """Of the contributors of a record; returns who is unlike the others from now on, and who no more."""
+        for peer in [p for p in self._in_a_row if p not in cosines and not is_member(p)]:
+            del self._in_a_row[peer]  # it has left
         before = self.unlike.keys()
         if len(cosines) < CONTRIBUTORS_MIN:
             return [], []
-        for peer in [p for p in self._in_a_row if p not in cosines and not is_member(p)]:
-            del self._in_a_row[peer]  # it has left
         for peer, cosine in cosines.items():
             others = statistics.median(other for name, other in cosines.items() if name != peer)
             if cosine < SHARE_MAX * others and cosine <= others - LESS_MIN:

@@ -423,7 +423,7 @@ class Reporter:
 
     def _compared(self, epoch: int, cosines: Mapping[str, float]) -> None:
         """How like the others' mean each contribution to record `epoch` was."""
-        from_now_on, no_more = self._likeness.seen(cosines, self._names.knows)
+        from_now_on, no_more = self._likeness.seen(cosines, self._names.has)
         for peer in from_now_on:
             one = self._likeness.unlike[peer]
             _log.warning(

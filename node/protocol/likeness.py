@@ -2,8 +2,9 @@
 
 A record has no figure of one member. Whoever has a round's result whole has every reducer's sums
 (agreement.py), and can say it for itself, for people: nothing is decided by it. As at the gate (gate.py), a
-reducer has one voice about each contributor, however many shards it averaged, and none about itself; the
-lower median of the voices counts.
+reducer has one voice about each contributor, however many shards it averaged, and none about itself. The
+higher median of the voices counts: what fewer than half of the others say makes nobody unlike them. Of whom
+only one reducer could speak nothing is said.
 
 Standard library only.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.exchange import Exchange
 
+VOICES_MIN = 2
 LONG = 1.5  # times the median norm: more of nobody is in the mean, by the default rule (compression/means)
 
 
@@ -30,8 +32,8 @@ def likeness_in(exchange: Exchange, result: str) -> tuple[tuple[str, float], ...
     found = []
     for index, member in enumerate(members):
         voices = [each[index] for reducer, each in said.items() if reducer != member.peer]
-        cosine = statistics.median_low(voices or [each[index] for each in said.values()])
-        found.append((member.peer, cosine))
+        if len(voices) >= VOICES_MIN:
+            found.append((member.peer, statistics.median_high(voices)))
     return tuple(found)
 
 

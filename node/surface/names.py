@@ -42,6 +42,10 @@ class Names:
         self._names |= {peer: _clean(seat.name) for peer, seat in roll.members.items()}
         self._bearers = Counter(self._names[peer] for peer in roll.members)
 
+    def has(self, peer: str) -> bool:
+        """Whether it is a member."""
+        return peer in self._members
+
     def knows(self, peer: str) -> bool:
         """Whether it is a member, or was one of late."""
         return peer in self._names

@@ -73,13 +73,13 @@ def test_it_takes_records_in_a_row_and_is_over_with_the_first_that_is_like_the_o
     assert watch.seen(alike, lambda _: True) == ([], ["c"]) and not watch.unlike
 
 
-def test_who_has_left_is_told_of_no_more() -> None:
-    watch = LikenessWatch()
-    for _ in range(LASTING):
-        watch.seen({"a": 0.9, "b": 0.9, "c": -0.1}, lambda _: True)
-    assert watch.unlike
-    watch.seen({"a": 0.9, "b": 0.9, "d": 0.9}, lambda peer: peer != "c")
-    assert not watch.unlike
+def test_who_has_left_is_told_of_no_more_and_is_not_said_to_be_like_the_others() -> None:
+    for after in ({"a": 0.9, "b": 0.9, "d": 0.9}, {"a": 0.9, "b": 0.9}):
+        watch = LikenessWatch()
+        for _ in range(LASTING):
+            watch.seen({"a": 0.9, "b": 0.9, "c": -0.1}, lambda _: True)
+        assert watch.unlike
+        assert watch.seen(after, lambda peer: peer != "c") == ([], []) and not watch.unlike
 
 
 def test_the_event_has_room_for_the_cure() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from tapestry.node.daemon.likeness_watch import LASTING
 from tapestry.node.daemon.views import PROGRESS_LOG_S, Coming, Reporter
 from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
@@ -179,3 +180,24 @@ def test_settings_are_told_when_they_change_and_when_their_fork_is_left(
         "setting=round.exchange_max_s is the run spec's again epoch=1",
     ]
     assert bench.said == ["the setting round.exchange_max_s is the run spec's again, at epoch 1"]
+
+
+def test_a_member_that_is_unlike_the_others_is_named_until_it_is_removed(caplog) -> None:
+    bench, roll = Bench(), first_roll("ab" * 32, Charter(), ["a", "b", "c"])
+    report = bench.reporter
+    report.meet(replace(CORE, roll=roll))
+    with caplog.at_level(logging.INFO, logger="tapestry.node"):
+        for epoch in range(1, LASTING + 3):
+            report.round_ended(
+                ev.EndRound(epoch, "committed", "", (("a", 0.9), ("b", 0.9), ("c", 0.01))), 1.0
+            )
+        assert caplog.text.count("unlike=c epoch=6 cosine=0.010 others=0.900;") == 1
+        assert sum("contributions are unlike all others" in text for text in bench.said) == 1
+        (one,) = report.show(replace(CORE, roll=roll), Where(())).unlike
+        assert (one["peer"], one["cosine"], one["others"]) == ("c", 0.01, 0.9)
+        without = replace(
+            CORE, roll=replace(roll, members={p: s for p, s in roll.members.items() if p != "c"})
+        )
+        report.meet(without)
+        report.round_ended(ev.EndRound(9, "committed", "", (("a", 0.9), ("b", 0.9))), 1.0)
+    assert report.show(without, Where(())).unlike == () and "alike=" not in caplog.text

@@ -95,11 +95,20 @@ def test_a_reducer_says_nothing_of_itself_and_has_one_voice_about_each_other():
     assert min(found[peer] for peer in "abc") > 0.8 and abs(found["d"]) < 0.1
 
 
+def test_one_lying_reducer_of_three_makes_nobody_unlike():
+    honest = [sums([[1.0, 0.1], [1.0, 0.0], [1.0, -0.1]])]
+    liar = [sums([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])]
+    found = dict(likeness_in(Exchanged({"a": honest, "b": honest, "c": liar}, list("abc")), "result"))
+    assert min(found.values()) > 0.9
+
+
 def test_of_another_result_or_of_a_part_nothing_is_said():
-    exchanged = Exchanged({"a": [sums([[1.0], [1.0]])]}, ["a", "b"])
+    said = {name: [sums([[1.0], [1.0], [1.0]])] for name in "abc"}
+    exchanged = Exchanged(said, ["a", "b", "c"])
     assert likeness_in(exchanged, "result") and not likeness_in(exchanged, "another")
     exchanged.complete = False
     assert not likeness_in(exchanged, "result")
+    assert not likeness_in(Exchanged({"a": said["a"]}, ["a", "b", "c"]), "result"), "one reducer's word"
 
 
 def test_every_node_that_has_the_result_says_the_same_of_all_contributors(monkeypatch):

@@ -366,6 +366,33 @@ def island_counts_as_full() -> list[Patch]:
     return [(chain_module, "_next_standing", full)]
 
 
+@plant("who is said to stand behind an island's record is believed", 0)
+def behind_unchecked() -> list[Patch]:
+    return [(chain_module, "_behind_fault", lambda behind, at, crypto: None)]
+
+
+@plant("a forced record has the voices of all whom it names, whoever signed it", 0)
+def forced_by_some() -> list[Patch]:
+    check = chain_module.check_record
+
+    def some(record: Any, *args: Any, **more: Any) -> None:
+        body, named = record.body, {m.peer for m in record.body.members}
+        if body.forced and {p for p, _ in record.signatures} < named:
+            return
+        check(record, *args, **more)
+
+    return [(m, "check_record", some) for m in (chain_module, sync_module)]
+
+
+@plant("the longer of two chains wins, whoever signed it", 0)
+def longer_chain_wins() -> list[Patch]:
+    def beats(self: Any, other: Any) -> bool:
+        mine, theirs = self.full + self.since, other.full + other.since
+        return mine > theirs or (mine == theirs and self.head < other.head)
+
+    return [(chain_module.Tip, "beats", beats)]
+
+
 @plant("whoever is named has a seat, whether it said so or not", 42)
 def seats_unchecked() -> list[Patch]:
     return [(chain_module, "_seats_fault", lambda *args: None)]

@@ -74,7 +74,8 @@ class Forgery:
         forced = fork.kind in FORCED and (first or rng.random() < AGAIN_FORCED)
         named = self._named(fork, mine, forced)
         members = self._weighed(at, named, forced, max_influence)
-        result, figures, means = hex_digits(rng, 64), ALIKE, []
+        result, figures = hex_digits(rng, 64), ALIKE
+        means: list[Mean] = []
         key = next(iter(self.keys.values()))
         if fork.gives:
             means, weights = self._means(members, shard_count)
@@ -99,6 +100,7 @@ class Forgery:
         for node in disks if fork.gives else []:
             node.disk.updates[record.head] = (body.epoch, tuple(means))
             node.disk.states[record.head] = (body.epoch, fork.state)
+            node.world.invariants.state_of[record.head] = fork.state
         return record
 
     def _named(self, fork: Fork, mine: list[str], forced: bool) -> list[str]:

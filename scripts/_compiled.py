@@ -24,11 +24,13 @@ SIMULATION = ROOT / "tests" / "simulation"
 MODULES = (
     "audits",
     "autocrats",
+    "colluders",
     "consortium",
     "draws",
     "equivocators",
     "faults",
     "forgers",
+    "forks",
     "gates",
     "invariants",
     "inventors",

@@ -56,7 +56,7 @@ class Equivocators:
             for head, signature in zip(heads, proof.signatures, strict=True)
         )
         if (
-            proof.peer != self.name
+            proof.peer not in {self.name}.union(self.world.colluders.names)
             or not signed
             or first.prev != second.prev
             or first.result == second.result

@@ -217,6 +217,8 @@ class Chaos:
         world = self.world
         if self.disk_was_lost or world.rules.on_quorum_loss == "wait":
             return False
+        if node.name in world.colluders.names:  # nobody else may have what its forks are made of
+            return False
         if node.name in self.split:  # it may have decided, alone, on a result that nobody else has
             return False
         others = [n for n in world.nodes.values() if n is not node and n.disk.state_head]

@@ -176,7 +176,9 @@ class Invariants:
         if record.head not in self.at:
             self._check_members(node, record, ground)
             self.at[record.head] = ground.after(body, record.head)
-        self.world.furthest = max(self.world.furthest, body.epoch)
+        alone = record.head in self.world.colluders.made  # how long such a fork is says nothing of the run
+        if not alone:
+            self.world.furthest = max(self.world.furthest, body.epoch)
         if self.world.inventors.is_false(record.head):
             self.fail(node, f"G2: record {body.epoch} has a result that nobody made")
         self.world.autocrats.on_record(record)
@@ -186,7 +188,7 @@ class Invariants:
             self.fail(node, "policy: a forced record in a run that waits")
         if body.state_digest != self.state_of.get(body.prev, body.state_digest):
             self.fail(node, f"G1: record {body.epoch} names another state than that of its head")
-        if not body.forced and not self.liar_leads:
+        if not body.forced and not self.liar_leads and not alone:
             known = self.next_of.setdefault(body.prev, record.head)
             if known != record.head:
                 self.fail(node, f"consensus: two decisions after {body.prev[:8]}: epoch {body.epoch}")
@@ -248,6 +250,7 @@ class Invariants:
                 self.fail(node, f"G8: record {body.epoch} bears a change that too few asked for")
             here.apply(change)
         self._check_seats(node, body, ground)
+        self._check_behind(node, record)
         for fault in ground.back_faults(body):
             self.fail(node, f"rollback: record {body.epoch} {fault}")
         named = [m for m in body.members if m.weight]
@@ -269,6 +272,17 @@ class Invariants:
             word = b"tapestry seat v1\0" + body.prev.encode() + b"\0" + m.life.encode()
             if not node.crypto.verify(m.peer, m.seat, word):
                 self.fail(node, f"G8: record {body.epoch} names {m.peer} on {m.life[:8]} without its word")
+
+    def _check_behind(self, node: Node, record: Record) -> None:
+        """G6: who is said to have signed the record before has, and of a forced one each member has."""
+        body = record.body
+        if body.behind is not None:
+            message = accept_message(body.prev, body.behind.ballot)
+            false = [p for p, s in body.behind.signatures if not node.crypto.verify(p, s, message)]
+            if false:
+                self.fail(node, f"G6: record {body.epoch} says that {false[0]} stands behind the one before")
+        if body.forced and {m.peer for m in body.members} != {p for p, _ in record.signatures}:
+            self.fail(node, f"G6: forced record {body.epoch} is not signed by all whom it names")
 
     def _contributions(self, record: Record) -> set[str]:
         body = record.body
@@ -408,6 +422,18 @@ class Invariants:
         left, taken = self.at[ours[-1].head].standing, self.at[theirs[-1].head].standing
         if taken < left or (taken == left and theirs[-1].head > ours[-1].head):
             self.fail(node, f"fork choice: left {left} since epoch {common} for {taken}")
+        # The same once more, by signatures alone: a fork of who is no majority beats no record of one.
+        ground, first = self.at[ours[0].body.prev], ours[0]
+        electors = ground.electorate
+        if ground.since or first.body.forced:
+            return
+        behind = {p for r in theirs for p, _ in r.signatures}
+        behind.update(r.handover.peer for r in theirs if r.handover is not None)
+        if sum(p in behind for p in electors) < majority(len(electors)):
+            self.fail(
+                node,
+                f"fork choice: left record {first.body.epoch}, which most of {electors} signed, for {behind}",
+            )
 
     def electorate(self, records: Sequence[Record]) -> tuple[str, ...]:
         return self.at[records[-1].head if records else self.world.genesis.run_id].electorate

@@ -83,7 +83,7 @@ def planted(name: str) -> Iterator[None]:
 # --- votes ------------------------------------------------------------------------------------------
 
 
-@plant("any one vote is a quorum", 2)
+@plant("any one vote is a quorum", 0)
 def no_quorum_check() -> list[Patch]:
     modules = (leader_module, sync_module, validity_module)
     return [(m, "quorum", lambda count: 1) for m in modules if hasattr(m, "quorum")]
@@ -205,7 +205,7 @@ def lost_records_vote() -> list[Patch]:
 # --- records ----------------------------------------------------------------------------------------
 
 
-@plant("records are taken as they come", 2)
+@plant("records are taken as they come", 0)
 def records_unchecked() -> list[Patch]:
     return [(sync_module, "check_record", lambda *args: None)]
 
@@ -292,7 +292,7 @@ def strangers_take_part() -> list[Patch]:
     ]
 
 
-@plant("a change is made whoever signed it", 2)
+@plant("a change is made whoever signed it", 0)
 def changes_by_anybody() -> list[Patch]:
     return [
         (members_module, "enough_signed", lambda before, roll, change: True),
@@ -370,6 +370,24 @@ def island_counts_as_full() -> list[Patch]:
     return [(chain_module, "_next_standing", full)]
 
 
+@plant("who is said to stand behind an island's record is believed", 41)
+def behind_unchecked() -> list[Patch]:
+    return [(chain_module, "_behind_fault", lambda behind, at, crypto: None)]
+
+
+@plant("a forced record has the voices of all whom it names, whoever signed it", 87)
+def forced_by_some() -> list[Patch]:
+    check = chain_module.check_record
+
+    def some(record: Any, *args: Any, **more: Any) -> None:
+        body, named = record.body, {m.peer for m in record.body.members}
+        if body.forced and {p for p, _ in record.signatures} < named:
+            return
+        check(record, *args, **more)
+
+    return [(m, "check_record", some) for m in (chain_module, sync_module)]
+
+
 @plant("whoever is named has a seat, whether it said so or not", 42)
 def seats_unchecked() -> list[Patch]:
     return [(chain_module, "_seats_fault", lambda *args: None)]
@@ -397,7 +415,7 @@ def stale_contribution_accepted() -> list[Patch]:
     return [(Exchange, "_reduce_if_complete", take)]
 
 
-@plant("a shard is averaged in the order in which inputs came", 0)
+@plant("a shard is averaged in the order in which inputs came", 1)
 def roster_order_not_fixed() -> list[Patch]:
     reduce = Exchange._reduce_if_complete
 
@@ -479,7 +497,7 @@ def norms_believed() -> list[Patch]:
     return [(shell_module, "clip_scales", believe)]
 
 
-@plant("a reducer clips by the mean norm, which one member can drag away", 0)
+@plant("a reducer clips by the mean norm, which one member can drag away", 1)
 def clipped_by_the_mean_norm() -> list[Patch]:
     def clip(norms: Any, weights: Any, norm_max: float) -> list[float]:
         limit = norm_max * sum(norms) / len(norms)

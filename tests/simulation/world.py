@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 from simulation.audits import Audits
 from simulation.autocrats import Autocrats
 from simulation.backups import Backups
+from simulation.colluders import Colluders
 from simulation.consortium import Consortium, council, draw_charter
 from simulation.draws import hex_digits
 from simulation.equivocators import Equivocators
@@ -178,6 +179,8 @@ class World:
         self.stops = Stops(self, faults is None)
         self.usurpers = Usurpers(self, faults is None and not is_slow, names)
         self.floods = Floods(self, faults is None and not is_slow, names)
+        able = faults is None and not is_slow and not self.mutes.names and not self.usurpers.names
+        self.colluders = Colluders(self, able, names, self.liars())
         self.rollbacks = Rollbacks(self, faults is None)
         self.desk = Audits(self, liars, names)
         self.audits: dict[bool, int] = {}  # whether a lie was found -> how often
@@ -202,6 +205,18 @@ class World:
         self.bulk_s = own.choice([0.0, 1.0]) * STRETCH
         self.fault_s, self.epochs = self.fault_s * STRETCH / 3, self.epochs // 3
         self.faults = self.faults.rarer(3 / STRETCH)
+
+    def liars(self) -> set[str]:
+        """Each that lies in its own way."""
+        kinds = (
+            self.equivocators,
+            self.inventors,
+            self.autocrats,
+            self.splitters,
+            self.forgers,
+            self.shrinkers,
+        )
+        return {self.liar, *[kind.name for kind in kinds]} - {""}
 
     def lies(self, name: str, head: str, shard: int) -> bool:
         """Whether this reducer sends another mean of the shard in the round of `head`."""
@@ -233,6 +248,7 @@ class World:
         self.rollbacks.plan()
         self.backups.plan()
         self.usurpers.plan()
+        self.colluders.plan()
         self.shrinkers.plan()
         self.stops.plan()
         self.gates.plan()
@@ -249,7 +265,8 @@ class World:
             self.step()
         self.mutes.wait_for_the_end(settle_s)
         self.usurpers.wait_for_the_end(settle_s)
-        if self.seed % EXAM_EVERY == 0 and not self.usurpers.names:  # those are needed for a majority then
+        needed = self.usurpers.names or self.colluders.names  # for a majority then
+        if self.seed % EXAM_EVERY == 0 and not needed:
             self._survive_a_death()
         if self.seed % EXAM_EVERY == PETITIONED:
             self.petitions.wait_for_one(settle_s)
@@ -415,6 +432,8 @@ class World:
     def send(self, sender: Node, to: str, message: Message, bulk: bool = False) -> None:
         receiver = self.nodes.get(to)  # None: the stranger that tells lies
         self.messages += 1
+        if self.colluders.names and self.colluders.takes(sender, to, message):
+            return
         message = self.forgers.hears(sender.name, to, self.autocrats.hears(to, message))
         if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
             return
@@ -460,6 +479,8 @@ class World:
         for peer in peers:
             receiver = self.nodes.get(peer)
             if receiver is None or receiver.core is None or self.is_cut(sender, receiver):
+                continue
+            if self.colluders.names and self.colluders.hides(sender.name, peer):
                 continue
             way_s = self.way_s(sender.name, peer)
             if not self.healed:

@@ -43,7 +43,7 @@ def test_two_members_continue_a_base_and_export_it(tmp_path: Path, family: str) 
     assert (exported / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_joiner_needs_one_address_and_no_files(tmp_path: Path) -> None:
+def test_a_joiner_needs_one_line_and_no_files(tmp_path: Path) -> None:
     """LoRA: the frozen base comes from the peer too, and an epoch sends adapters alone."""
     base = make_base(tmp_path / "base", "llama")
     home = init(tmp_path / "a", "--base", base, "--lora", 4, **FEW_STEPS)

@@ -1,4 +1,4 @@
-"""The main job with real daemons: join by one address, commit the same bits, lose one node, get it back."""
+"""The main job with real daemons: join by one line, commit the same bits, lose one node, get it back."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from simulation.usurpers import Usurpers
 from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Chain, Genesis, found
+from tapestry.node.protocol.chain import Chain, Genesis, found, quorum
 from tapestry.node.protocol.core import founding_vote
 from tapestry.node.protocol.members import Charter
 from tapestry.node.protocol.messages import Message, Stage, Status
@@ -282,7 +282,7 @@ class World:
                 if core is None or core.round is None or core.round.stage != Stage.EXCHANGING:
                     continue
                 electorate = core.round.electorate
-                if len(electorate) > 2 and node.name in electorate and core.round.exchange.reduces(node.name):
+                if self._can_do_without(node.name, electorate) and core.round.exchange.reduces(node.name):
                     dead = node
             if self.now > until or len(self.nodes) < 3:
                 return
@@ -297,6 +297,12 @@ class World:
                 text = f"G4: {dead.name} died, and epoch {goal} was not reached in time"
                 self.fail("world", f"{text}: {self.where()}")
             self.step()
+
+    def _can_do_without(self, name: str, electorate: Sequence[str]) -> bool:
+        """Whether an elector may die. Of three one of whom forges, neither of the others: it can go on to
+        ballots of its own as long as no quorum is there without it."""
+        others = set(electorate) - {name, self.forgers.name}
+        return name in electorate and len(electorate) > 2 and len(others) >= quorum(len(electorate))
 
     def _are_at(self, goal: int, nodes: list[Node]) -> bool:
         """All of them that belong to the run: to be in again one may need the signature of who is dead."""

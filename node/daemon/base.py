@@ -16,7 +16,7 @@ from pathlib import Path
 from tapestry.dht.addresses import PeerAddress
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
-from tapestry.node.disk.base import BaseError, BaseFile, BaseFolder, pinned
+from tapestry.node.disk.base import ENDS, OWN, BaseError, BaseFile, BaseFolder, pinned
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net.join import Agreed, state_protocol
@@ -80,8 +80,17 @@ def _take_own(folder: BaseFolder, own: Path, told: Told) -> list[BaseFile]:
         weights = next((file for file in missing if file.name == WEIGHTS), None)
         if weights is not None:
             copied = counted(told, "copying the base bytes", weights.size_bytes)
-            join_files(own, folder.part(weights), copied)
-            folder.finish(weights)
+            joined = folder.part(weights, OWN)
+
+            def join() -> None:
+                joined.unlink(missing_ok=True)
+                join_files(own, joined, copied)
+
+            try:
+                folder.with_room(weights, OWN, join)
+                folder.finish(weights, OWN)
+            finally:
+                joined.unlink(missing_ok=True)
     except (OSError, BaseError, ModelError) as error:
         raise UserError(
             f"--base {own}: {error}", hint="use the run's revision of the base, or leave --base out"
@@ -112,10 +121,11 @@ async def _fetch(
         seconds = time.monotonic() - began_at
         _log.info("base file=%s whole seconds=%.1f", file.name, seconds)
         return
+    kept = max(folder.part_bytes(file, end) for end in ENDS if end != OWN)
     raise UserError(
         f"no peer gave the base's {file.name}: {'; '.join(failures)}",
         exit_code=ExitCode.UNREACHABLE,
-        hint=f"start again: {folder.part_bytes(file)} of {file.size_bytes} bytes are kept; or name a "
+        hint=f"start again: {kept} of {file.size_bytes} bytes are kept; or name a "
         "directory that has it with --base DIR",
     )
 

@@ -4,8 +4,11 @@ A base is a Hugging Face directory. A run takes of it the files that `FILE_NAMES
 its spec by size and blake3 digest (`TransformersSpec.files`): so every member holds the same bytes, whoever
 it had them from. A file is written under another name and gets its own when its digest was right; what is
 here under its own name is therefore whole. A download that broke off leaves `NAME.part`, and goes on from
-there. Where it led to another file, nobody knows which piece of it was false: it is kept as it was before,
-and a second one, `NAME.anew`, begins from nothing. Whichever leads to the right file first ends both.
+there. Where it led to another file, nobody knows which piece of it was false, for a run pins digests of whole
+files: it is kept as it was before, and a second one, `NAME.anew.part`, begins from nothing. Where that one
+breaks off and leads to another file as well, it is kept too, and `NAME.own.part` takes what one donor gives
+by itself in one go; if that breaks off it is not kept. Whichever leads to the right file first ends all.
+Where the disk has no room for several, the oldest makes place.
 
 Blocking; any thread. Must not import torch, transformers or asyncio.
 """
@@ -13,10 +16,12 @@ Blocking; any thread. Must not import torch, transformers or asyncio.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -25,7 +30,7 @@ from tapestry.node.disk.files import is_damage, sync_folder, write_file
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 
 PIECE_BYTES = 1 << 20  # that a donor sends for one request
-PART, ANEW = ".part", ".anew"
+PART, ANEW, OWN = ENDS = ".part", ".anew.part", ".own.part"
 _READ_BYTES = 8 << 20
 
 
@@ -81,16 +86,41 @@ class BaseFolder:
             with contextlib.suppress(OSError):
                 if path.stat().st_size == file.size_bytes and BaseFile.of(path) == file:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    copy_file(path, self.folder / file.name)
+                    self.with_room(file, "", partial(copy_file, path, self.folder / file.name))
+                    self.drop(file)
         return self.missing()
 
     def part(self, file: BaseFile, end: str = PART) -> Path:
-        """Where a file lies while it comes; `end` is PART or ANEW."""
+        """Where a file lies while it comes; `end` is one of ENDS."""
         return self.folder / (file.name + end)
 
     def part_bytes(self, file: BaseFile, end: str = PART) -> int:
         """How much of a file an earlier download left here."""
         return min(self._size(file.name + end) or 0, file.size_bytes)
+
+    def pieces(self, file: BaseFile, end: str) -> int:
+        """How many whole pieces of it."""
+        return self.part_bytes(file, end) // PIECE_BYTES
+
+    def drop(self, file: BaseFile, ends: Sequence[str] = ENDS) -> None:
+        """What earlier downloads left here. Raises OSError."""
+        for end in ends:
+            self.part(file, end).unlink(missing_ok=True)
+
+    def with_room(self, file: BaseFile, end: str, write: Callable[[], None]) -> None:
+        """Write. Where the disk has no room for it, what else is here of the file makes place, the oldest
+        first, and it is written again. Raises OSError."""
+        while True:
+            try:
+                write()
+                return
+            except OSError as error:
+                others = [
+                    part for other in ENDS if other != end and (part := self.part(file, other)).exists()
+                ]
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not others:
+                    raise
+                others[0].unlink()
 
     def cut(self, file: BaseFile, end: str, size_bytes: int) -> None:
         """Keep so much of an earlier download. Raises OSError."""
@@ -100,8 +130,14 @@ class BaseFolder:
     def append(self, file: BaseFile, data: bytes | bytearray, end: str = PART) -> None:
         """The next bytes of a download. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.part(file, end).open("ab") as out:
-            out.write(data)
+        before = self._size(file.name + end) or 0
+
+        def write() -> None:
+            self.cut(file, end, before)
+            with self.part(file, end).open("ab") as out:
+                out.write(data)
+
+        self.with_room(file, end, write)
 
     def finish(self, file: BaseFile, end: str = PART, keep_bytes: int = 0) -> None:
         """The download is whole: give it its name. Raises BaseError if it is another file: then so much of
@@ -124,8 +160,7 @@ class BaseFolder:
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, self.folder / file.name)
-        for other in (PART, ANEW):
-            self.part(file, other).unlink(missing_ok=True)
+        self.drop(file)
         sync_folder(self.folder)
 
     def piece(self, digest: str, index: int) -> bytes | None:

@@ -179,7 +179,9 @@ class Links:
         self._listener = listener
         self._limits = limits
         self._peers: dict[str, _Peer] = {}
-        self._shares = Shares(limits.throttles, listener.is_member, self._count_there)
+        self._shares = Shares(
+            limits.throttles, listener.is_member, self._count_there, limits.control_bytes_max
+        )
         self._given: dict[str, tuple[str, ...]] = {}  # by who runs this node: never given up
         self._failures = Repeats(TELL_AGAIN_S)
         self.dials = Dials()

@@ -88,10 +88,12 @@ class Shares:
         throttles: Throttles,
         is_member: Callable[[str], bool],  # it comes before those that anybody can be
         count_there: Callable[[], int],  # how many peers there are just now
+        control_bytes_max: int,  # of one message
     ) -> None:
         self._throttles = throttles
         self._is_member = is_member
         self._count_there = count_there
+        self._control_bytes_max = control_bytes_max
         self._shares: dict[str, Share] = {}
 
     def begin(self, peer: str) -> Share:
@@ -101,7 +103,9 @@ class Shares:
             peer,
             control_pace=Pace(self.control_share, clock),
             bulk_pace=Pace(lambda: BULK_SHARE, clock),
-            control_bytes_in=Bucket(self._control_bytes_per_s(1), clock(), DEBT_S_MAX),
+            control_bytes_in=Bucket(
+                self._control_bytes_per_s(1), clock(), DEBT_S_MAX, self._control_bytes_max
+            ),
             junk=Bucket(JUNK_BYTES_PER_S, clock(), DEBT_S_MAX),
         )
         return self._shares[peer]

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.disk import signed_means
-from tapestry.node.disk.base import ANEW, PART, PIECE_BYTES, BaseError, BaseFile, BaseFolder
+from tapestry.node.disk.base import ANEW, ENDS, OWN, PART, PIECE_BYTES, BaseError, BaseFile, BaseFolder
 from tapestry.node.disk.draft import Draft
 from tapestry.node.disk.files import is_damage
 from tapestry.node.disk.store import Store, result_digest
@@ -191,28 +191,45 @@ async def fetch_file(
     """Get a file of the base, from where an earlier download ended. It has its name only if it is the one.
 
     Where it is another, what an earlier donor gave may be false, or what this one gave of the rest. So what
-    was there before is kept, and all is asked of this donor, beside it (disk/base.py, ANEW): only what a
-    donor gave by itself is held against it, and no donor destroys what one before it gave.
+    was there before is kept, and all is asked of this donor, beside it (disk/base.py): only what a donor gave
+    by itself is held against it. As far as the disk has room, a false end destroys nothing that donors before
+    it gave. But who adds a false piece and hangs up spoils what it added to. Where both earlier downloads are
+    spoilt, what donors give that break off no longer adds up: one that gives all of it in one go ends it.
     """
-    end, begin = PART, folder.part_bytes(file) // PIECE_BYTES
-    while True:
-        async with opened(open_stream, limits, on_bytes) as stream:
-            await _receive_pieces(stream, file, folder, end, begin, told)
-        keep_bytes = begin * PIECE_BYTES if end == PART else 0
-        try:
-            await asyncio.to_thread(folder.finish, file, end, keep_bytes)
-            return
-        except BaseError as error:
-            if begin == 0:
-                raise RemoteProtocolError("digest", str(error)) from error
-            why = str(error)
-        except OSError as error:
-            if begin == 0 or not is_damage(error):
-                raise
-            why = str(error)
-        begin = folder.part_bytes(file, ANEW) // PIECE_BYTES if end == PART else 0
-        end = ANEW
-        _log.info("base file=%s anew from=%d reason=%r", file.name, begin, why)
+    await asyncio.to_thread(folder.drop, file, [OWN])
+    for end in (PART, ANEW):
+        if begin := folder.pieces(file, end):
+            try:
+                await _complete(open_stream, file, folder, end, limits, on_bytes, told)
+                return
+            except BaseError as error:
+                why = str(error)
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                why = str(error)
+            _log.info("base file=%s false=%s kept=%d reason=%r", file.name, end, begin, why)
+    end = next(end for end in ENDS if not folder.pieces(file, end))
+    try:
+        await _complete(open_stream, file, folder, end, limits, on_bytes, told)
+    except BaseError as error:
+        raise RemoteProtocolError("digest", str(error)) from error
+
+
+async def _complete(
+    open_stream: OpenStream,
+    file: BaseFile,
+    folder: BaseFolder,
+    end: str,
+    limits: TransferLimits,
+    on_bytes: OnBytes,
+    told: Told,
+) -> None:
+    """What is missing at this end. If it is another file then, raises BaseError and keeps what was there."""
+    begin = folder.pieces(file, end)
+    async with opened(open_stream, limits, on_bytes) as stream:
+        await _receive_pieces(stream, file, folder, end, begin, told)
+    await asyncio.to_thread(folder.finish, file, end, begin * PIECE_BYTES)
 
 
 async def _receive_pieces(

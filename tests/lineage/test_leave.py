@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from homes import MadeHome, make_home
 
+from tapestry.node.disk.base import ENDS
 from tapestry.node.disk.held import open_run
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
@@ -48,8 +49,12 @@ def test_what_a_live_node_is_just_writing_is_left_behind(made: MadeHome, tmp_pat
     with made.home.chain.open("ab") as file:
         file.write(b'{"digest":"half a line')
     (made.home.updates / f"00000004-{'ab' * 8}.upd").write_bytes(b"of a round under way")
+    made.home.base.mkdir(exist_ok=True)
+    for end in ENDS:
+        (made.home.base / f"model.safetensors{end}").write_bytes(b"of a base that came")
     assert leave(made.home, tmp_path / "out", _quiet).epoch == 3
     assert len(list((tmp_path / "out" / "updates").iterdir())) == 3
+    assert not list((tmp_path / "out" / "base").iterdir())
 
 
 def test_a_home_that_does_not_hold_is_said_and_nothing_is_written(made: MadeHome, tmp_path: Path) -> None:

@@ -132,6 +132,15 @@ def test_a_debt_is_paid_off_in_its_time_also_at_a_rate_that_fell():
     assert bucket.wait_s(0, 30.0) == pytest.approx(60.0)
 
 
+def test_one_message_is_owed_in_full_also_at_a_rate_that_fell():
+    bucket = Bucket(64_000.0, 0.0, debt_s=60.0, message_bytes_max=2**20)
+    bucket.spend(2**20, 0.0)
+    bucket.set_rate(256.0, 0.0)
+    assert bucket.wait_s(0, 0.0) == pytest.approx((2**20 - bucket.burst_bytes) / 256.0)
+    bucket.spend(10**9, 0.0)
+    assert bucket.wait_s(0, 0.0) == pytest.approx(2**20 / 256.0), "and no more than one"
+
+
 def test_a_clock_that_goes_back_gives_nothing_away():
     bucket = Bucket(1000.0, 10.0)
     bucket.spend(int(bucket.burst_bytes), 10.0)

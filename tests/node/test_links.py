@@ -588,6 +588,34 @@ def test_messages_of_many_take_a_quarter_of_the_download_cap_together():
         runner.run(main())
 
 
+def test_long_messages_of_many_newcomers_take_no_more_than_that_quarter():
+    """At a low rate a minute of it is less than a message: one of each came each minute, seventeen times
+    the quarter."""
+    cap, senders, seconds, message_bytes = 64.0 * 1024, 16, 600.0, 2**20
+
+    async def main() -> None:
+        throttles = Throttles(download=Throttle(cap))
+        shares = shares_module.Shares(throttles, lambda _: False, lambda: senders, message_bytes)
+        read_bytes, clock = 0, asyncio.get_running_loop().time
+
+        async def read(share: shares_module.Share) -> None:
+            nonlocal read_bytes
+            while True:
+                await shares.control_is_paid(share)
+                share.control_bytes_in.spend(message_bytes, clock())
+                read_bytes += message_bytes
+
+        reading = [asyncio.create_task(read(shares.begin(f"12D3KooWPeer{i}"))) for i in range(senders)]
+        await asyncio.sleep(seconds)
+        for task in reading:
+            task.cancel()
+        first = senders * message_bytes  # nobody owed anything
+        assert first <= read_bytes <= first + seconds * cap / 4
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(main())
+
+
 def test_who_sends_just_below_its_rate_counts_as_who_sends():
     """If only those counted who are made to wait, four such peers would take the whole cap."""
     cap, senders, seconds = 100_000.0, 4, 8.0

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from state.kit import Run, Stream, stream_pair
 from state.test_transfer import LIMITS, between, no_count
 
 from tapestry.node.disk.base import (
+    ANEW,
+    OWN,
     PIECE_BYTES,
     BaseFile,
     BaseFolder,
@@ -143,9 +146,7 @@ def test_a_false_end_does_not_destroy_what_the_donor_before_gave(
     mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
     mine.append(file, LARGE[: 2 * PIECE_BYTES])
     honest = Asked(held.folder, [*held.files.values()])
-    liar = Asked(tmp_path / "liar", [*held.files.values()], gives)
-    liar.append(file, bytes(len(LARGE)))
-    os.rename(liar.part(file), liar.folder / file.name)
+    liar = _liar(tmp_path / "liar", [*held.files.values()], gives)
     with pytest.raises(RemoteProtocolError if gives == 3 else DonorFailed):
         asyncio.run(_streams(_serves(run, liar), _fetches(file, mine)))
     assert liar.asked == [2, 0, 1, 2]
@@ -170,6 +171,87 @@ def test_what_honest_donors_give_beside_a_false_beginning_adds_up(
     assert (mine.folder / file.name).read_bytes() == LARGE
 
 
+@pytest.mark.parametrize("gives", [3, 2])
+def test_a_second_false_end_does_not_destroy_what_honest_donors_gave_beside_a_false_beginning(
+    held: BaseFolder, tmp_path: Path, run: Run, gives: int
+) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, bytes(PIECE_BYTES))
+    mine.append(file, LARGE[: 2 * PIECE_BYTES], ANEW)
+    liar = _liar(tmp_path / "liar", [*held.files.values()], gives)
+    with pytest.raises(RemoteProtocolError if gives == 3 else DonorFailed):
+        asyncio.run(_streams(_serves(run, liar), _fetches(file, mine)))
+    assert liar.asked == [1, 2, 2, 0, 1, 2]
+    assert mine.part(file, ANEW).read_bytes() == LARGE[: 2 * PIECE_BYTES]
+    honest = Asked(held.folder, [*held.files.values()])
+    asyncio.run(_streams(_serves(run, honest), _fetches(file, mine)))
+    assert honest.asked == [1, 2, 2]
+    assert [path.name for path in mine.folder.iterdir()] == [file.name]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+def test_two_false_beginnings_keep_nobody_out(held: BaseFolder, tmp_path: Path, run: Run) -> None:
+    mine, file = BaseFolder(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.append(file, bytes(PIECE_BYTES))
+    mine.append(file, bytes(2 * PIECE_BYTES), ANEW)
+    mine.append(file, bytes(PIECE_BYTES), OWN)  # it was killed
+    honest = Asked(held.folder, [*held.files.values()])
+    asyncio.run(_streams(_serves(run, honest), _fetches(file, mine)))
+    assert honest.asked == [1, 2, 2, 0, 1, 2]
+    assert [path.name for path in mine.folder.iterdir()] == [file.name]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("anew", [0, PIECE_BYTES])
+def test_where_the_disk_has_no_room_for_two_a_false_beginning_makes_place(
+    held: BaseFolder, tmp_path: Path, run: Run, anew: int
+) -> None:
+    """Each start ended in the same error, for good."""
+    mine, file = Small(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.room_bytes = len(LARGE) * 3 // 2
+    mine.append(file, bytes(PIECE_BYTES) + LARGE[PIECE_BYTES : 2 * PIECE_BYTES])
+    mine.append(file, LARGE[:anew], ANEW)
+    asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+    assert [path.name for path in mine.folder.iterdir()] == [file.name]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+def test_what_was_begun_anew_is_gone_on_with_where_the_older_made_place(
+    held: BaseFolder, tmp_path: Path, run: Run
+) -> None:
+    mine, file = Small(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.room_bytes = 3 * PIECE_BYTES
+    mine.append(file, bytes(2 * PIECE_BYTES))
+    breaks_off = Asked(held.folder, [*held.files.values()], gives=2)
+    with pytest.raises(DonorFailed):
+        asyncio.run(_streams(_serves(run, breaks_off), _fetches(file, mine)))
+    assert [path.name for path in mine.folder.iterdir()] == [file.name + ANEW]
+    honest = Asked(held.folder, [*held.files.values()])
+    asyncio.run(_streams(_serves(run, honest), _fetches(file, mine)))
+    assert honest.asked == [2]
+    assert (mine.folder / file.name).read_bytes() == LARGE
+
+
+def test_a_disk_without_room_for_the_file_alone_is_an_error(
+    held: BaseFolder, tmp_path: Path, run: Run
+) -> None:
+    mine, file = Small(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.room_bytes = 2 * PIECE_BYTES
+    with pytest.raises(OSError, match="No space"):
+        asyncio.run(_streams(_serves(run, held), _fetches(file, mine)))
+
+
+def test_a_members_own_directory_ends_what_a_download_left(
+    held: BaseFolder, source: Path, tmp_path: Path
+) -> None:
+    mine, file = Small(tmp_path / "mine", [*held.files.values()]), held.files["tokenizer.json"]
+    mine.room_bytes = len(LARGE) * 3 // 2
+    mine.append(file, bytes(PIECE_BYTES))
+    mine.append(file, bytes(PIECE_BYTES // 2), ANEW)
+    assert mine.take(source) == []
+    assert sorted(path.name for path in mine.folder.iterdir()) == sorted(mine.files)
+
+
 class Asked(BaseFolder):
     """Knows what it was asked for; of the whole file it gives so many pieces."""
 
@@ -181,6 +263,29 @@ class Asked(BaseFolder):
     def piece(self, digest: str, index: int) -> bytes | None:
         self.asked.append(index)
         return super().piece(digest, index) if index < self.gives or 0 not in self.asked else None
+
+
+class Small(BaseFolder):
+    """On a disk with so much room; what does not fit is torn."""
+
+    room_bytes = 0
+
+    def with_room(self, file: BaseFile, end: str, write: Callable[[], None]) -> None:
+        def fits() -> None:
+            write()
+            if sum(path.stat().st_size for path in self.folder.iterdir()) > self.room_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        super().with_room(file, end, fits)
+
+
+def _liar(folder: Path, files: list[BaseFile], gives: int) -> Asked:
+    """Serves zeros."""
+    liar = Asked(folder, files, gives)
+    for file in files:
+        liar.append(file, bytes(file.size_bytes))
+        os.rename(liar.part(file), folder / file.name)
+    return liar
 
 
 def test_a_donor_without_the_file_says_missing(held: BaseFolder, tmp_path: Path, run: Run) -> None:

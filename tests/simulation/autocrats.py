@@ -3,7 +3,8 @@
 It takes every promise for that of a voter which has nothing to give, and so its roster is one that any leader
 might send: a quorum of the electors, one of them with a contribution, its own. The mean of one contribution
 is that contribution, whatever the rule. No record may come of it, unless another leader of the round names
-few as well. Drawn apart, so that other worlds stay as they were.
+few as well, or nobody who voted for it heard a quorum of the electors: at the rim of a star the hub leads
+whatever it says (protocol/narrow.py). Drawn apart, so that other worlds stay as they were.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from simulation.draws import choice
 
 from tapestry.node.protocol.audit import names_few
 from tapestry.node.protocol.chain import Record
-from tapestry.node.protocol.messages import Message, Ready, Roster
+from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
 
 if TYPE_CHECKING:
     from simulation.shell import Node
@@ -35,6 +36,7 @@ class Autocrats:
         self.name = choice(rng, names) if drawn else ""
         self.named: set[tuple[str, int]] = set()  # head and ballot of its own rosters that name few
         self.few: dict[str, set[str]] = {}  # head -> who led a ballot that names few
+        self.by_choice: set[tuple[str, int]] = set()  # head, ballot: a voter heard a quorum
 
     def hears(self, name: str, message: Message) -> Message:
         """What it makes of what others say."""
@@ -45,7 +47,13 @@ class Autocrats:
     def says(self, node: Node, message: Message) -> None:
         """Remember who names few."""
         round_ = node.core.round if node.core is not None else None
-        if not self.name or not isinstance(message, Roster) or round_ is None or message.forced:
+        if not self.name or round_ is None:
+            return
+        if isinstance(message, Accept) and node.name != self.name:
+            ctx, state = round_.ctx, round_.state
+            if sum(ctx.heard(p, self.world.now) for p in state.voters) >= state.need:
+                self.by_choice.add((message.head, message.ballot))
+        if not isinstance(message, Roster) or message.forced:
             return
         counted = sum(m.weight > 0 for m in message.members)
         if names_few(message.members):
@@ -55,5 +63,6 @@ class Autocrats:
 
     def on_record(self, record: Record) -> None:
         body = record.body
-        if (body.prev, record.ballot) in self.named and self.few[body.prev] == {self.name}:
+        at = (body.prev, record.ballot)
+        if at in self.named and at in self.by_choice and self.few[body.prev] == {self.name}:
             self.world.fail(self.name, f"record {body.epoch} is of its contribution alone, by its own word")

@@ -25,6 +25,7 @@ from tapestry.node.protocol.chain import (
     Member,
     Record,
     accept_message,
+    behind_of,
     draw_message,
     found,
     head_of,
@@ -141,6 +142,7 @@ class MadeHome:
             tuple(sorted(members, key=lambda member: member.peer)),
             result_digest(payloads),
             forced=forced,
+            behind=behind_of(self.chain.place, self.chain.records[-1] if epoch > 1 else None),
             changes=changes,
         )
         crypto = NodeCrypto(self.identities[0])

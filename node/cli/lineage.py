@@ -43,7 +43,7 @@ class EpochType(click.ParamType):  # type: ignore[type-arg]
     "--epoch",
     type=EpochType(),
     metavar="E|head",
-    help="Default: the newest whose state members have signed, which is the one before the head.",
+    help="Default: the newest whose state was signed, which is the one before the head.",
 )
 @click.option(
     "--dtype",
@@ -108,7 +108,7 @@ def _epoch_of(written: Written, chosen: bool) -> str:
         return f"epoch {epoch}, the head, for {why}"
     if epoch < newest - 1:
         return f"epoch {epoch}, the newest state that this home leads to; its records are at {newest}"
-    return f"epoch {epoch}, the newest whose state members have signed; the head, {newest}, is --epoch head"
+    return f"epoch {epoch}, the newest whose state was signed; the head, {newest}, is --epoch head"
 
 
 @click.command(

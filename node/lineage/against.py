@@ -24,6 +24,7 @@ from tapestry.node.lineage.export import Restored, base_folder, restore
 from tapestry.node.lineage.exported import weights_at
 from tapestry.node.lineage.huggingface import ADAPTERS, Exported, Form, sources_of
 from tapestry.node.lineage.proof import Proof
+from tapestry.node.lineage.provable import vouching
 from tapestry.node.progress import Told
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import StoredWeights, weights_of
@@ -83,6 +84,8 @@ def _of_home(
         raise NotCompared(error.line) from error
     if restored.lineage.head != proof.head:
         raise NotCompared("its chain has another record there")
+    if found.alone_from is not None and vouching(restored.chain.place, proof.epoch) >= found.alone_from:
+        raise NotCompared(f"its records from epoch {found.alone_from} on were made by fewer than a majority")
     if not _is_proven(restored, found):
         raise NotCompared(f"nothing in it leads to the state of epoch {proof.epoch} from one that was signed")
     if restored.lineage.state_digest != table["state_digest"]:

@@ -17,7 +17,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.chain_proof import Followed, ToFollow, copied, follow
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Follower
-from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, updates_of
+from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, is_gone, updates_of
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.replay import check_states
 from tapestry.node.progress import Told
@@ -80,6 +80,9 @@ def check_branches(
             continue
         check = _Check(path, about, genesis, spec, on_disk.needed | parents, on_disk.ties, part, told)
         found = check.run(list(chains.values()), replay)
+        if is_gone(path):
+            proof.notes.append(f"{name}: the node dropped it meanwhile")
+            continue
         if found is not None:
             chains[name] = found
         proof.branches += 1

@@ -35,6 +35,7 @@ class ToFollow:
     start: Follower | None = None  # where a branch left; None: the genesis
     before: Mapping[int, Signed] = field(default_factory=dict)  # of a branch: what is said up to there
     called: str = "chain.jsonl"  # in faults
+    finds_island: bool = False  # of an export: where an island begins follows from its records
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def follow(chain: ToFollow, crypto: ReaderCrypto, proof: Proof) -> Followed:
     """Every record from the start on; what it says of the epochs in `needed`. A fault ends it."""
     genesis, needed, anchor = chain.genesis, chain.needed, chain.anchor
     follower = chain.start or Follower.start(genesis, chain.spec, crypto, chain.begins)
+    follower.finds_island = chain.finds_island
     began = follower.epoch
     signed = dict(chain.before)
     if 0 in needed and not began:

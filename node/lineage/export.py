@@ -33,6 +33,7 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.card import Lineage, members_of, model_card, settings_of
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.exported import described
+from tapestry.node.lineage.follow import island_from
 from tapestry.node.lineage.huggingface import (
     DTYPES,
     ExportError,
@@ -43,7 +44,7 @@ from tapestry.node.lineage.huggingface import (
     silent,
 )
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
-from tapestry.node.lineage.provable import unprovable
+from tapestry.node.lineage.provable import alone_at, unprovable, vouched_to, vouching
 from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.chain import Chain, makers, records_from
 from tapestry.node.spec.declared import Declared, published
@@ -79,6 +80,7 @@ class Restored:
     lineage: Lineage
     source: Home  # a snapshot, as long as the export takes
     chain: Chain
+    island_from: int | None  # epoch of the record with which an island of the home's begins
 
 
 def export_home(
@@ -144,16 +146,27 @@ def _written(restored: Restored, form: Form) -> Written:
     epoch = restored.lineage.epoch
     signed = restored.chain.state_digest_at(epoch) is not None
     table = described(restored.layout, _form(restored.spec, form), form.dtype)
-    why = unprovable(table["form"], table["dtype"], epoch, signed)
+    alone = alone_at(restored.chain.place_at(_carried(restored)), epoch, restored.island_from)
+    why = unprovable(table["form"], table["dtype"], epoch, signed, alone)
     return Written(epoch, restored.chain.epoch, signed, why)
 
 
+def _carried(restored: Restored) -> int:
+    """The last record that goes along: the one that signs the state, or, where few made that alone, the first
+    that shows that a majority stood behind it later."""
+    chain, epoch = restored.chain, restored.lineage.epoch
+    last, needed = min(epoch + 1, chain.epoch), vouching(chain.place, epoch)
+    if vouched_to(chain.place) < needed:
+        return last
+    return next(one for one in range(last, chain.epoch + 1) if vouched_to(chain.place_at(one)) >= needed)
+
+
 def _carry(restored: Restored, base: Path | None, folder: Path) -> None:
-    """The genesis, the records up to the one that signs this state, and the base's config, of which that of
+    """The genesis, the records that vouch for this state, and the base's config, of which that of
     the export was made; then the manifest of it all."""
     (folder / LINEAGE).mkdir()
     shutil.copyfile(restored.source.genesis, folder / LINEAGE / "genesis.json")
-    lines = restored.lineage.epoch + 1
+    lines = _carried(restored)
     with (folder / LINEAGE / "chain.jsonl").open("wb") as out:
         if restored.source.chain.exists():
             with restored.source.chain.open("rb") as chain:
@@ -218,7 +231,8 @@ def restore(home: Home, scratch: Path, epoch: Wanted, progress: Progress) -> Res
             lineage = replace(
                 _lineage(home, spec, chain, restored), vectors=tuple(state.vector_digests().items())
             )
-            return Restored(spec, layout, state.params, lineage, Home(folder), chain)
+            source = Home(folder)
+            return Restored(spec, layout, state.params, lineage, source, chain, island_from(home))
         reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
         shutil.rmtree(folder)
     raise UserError(

@@ -30,6 +30,7 @@ from tapestry.node.protocol.chain import (
     next_place,
     record_from_dict,
     record_to_dict,
+    waits,
 )
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX
 from tapestry.node.spec.run import RunSpec
@@ -56,6 +57,7 @@ class Follower:
     crypto: Crypto
     at: Place
     island_from: int | None = None  # epoch of the record with which an island of this home's begins
+    finds_island: bool = False  # of an export, which names none: it begins where no other member goes along
     # Of the newest states, by epoch, as they are signed: a rollback goes back to one of them.
     signed: dict[int, str] = field(default_factory=dict)
 
@@ -84,6 +86,8 @@ class Follower:
         body, rules = record.body, self.spec.round
         if self.epoch == 0 and body.state_digest != self.genesis.state_digest:
             raise InvalidRecord("genesis", "record 1 follows another state than that of the genesis")
+        if self.finds_island and self.island_from is None and body.forced:
+            self.island_from = body.epoch if waits(self.at, rules.on_quorum_loss) else None
         policy = "continue" if body.epoch == self.island_from else rules.on_quorum_loss
         check_record(record, self.at, self.crypto, rules.max_influence, policy)
         self._check_state(self.epoch, body.state_digest)

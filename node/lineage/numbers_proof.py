@@ -1,10 +1,11 @@
 """Updates and checkpoints on a disk, for `tapestry verify`: names, headers and numbers, against records.
 
-Of a home, and of a branch.
+Of a home, and of a branch. A live node may prune a file after it was listed: that counts as not there.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, read_checkpoint
@@ -32,6 +33,11 @@ def updates_of(home: Home, proof: Proof) -> dict[int, Path]:
     return found
 
 
+def is_gone(path: Path) -> bool:
+    """Whether it was pruned since it was listed. A link that leads nowhere is still there."""
+    return not os.path.lexists(path)
+
+
 def _epoch_of(path: Path) -> int | None:
     head, _, _ = path.stem.partition("-")
     return int(head) if head.isdigit() else None
@@ -52,7 +58,8 @@ def check_update(path: Path, epoch: int, signed: Signed | None, proof: Proof) ->
             exact = file.read(len(header.pack())) == header.pack()
         _, payloads = read_update_file(path)
     except (ValueError, OSError) as error:
-        proof.fault(name, str(error), epoch)
+        if not is_gone(path):
+            proof.fault(name, str(error), epoch)
         return
     if not exact:
         proof.fault(name, "its header is not in the form in which a node writes it", epoch)
@@ -71,7 +78,8 @@ def checkpoints_of(home: Home, genesis: Genesis, proof: Proof) -> dict[int, Chec
         try:
             checkpoint = read_checkpoint(path, genesis.run_id)
         except (ValueError, OSError) as error:
-            proof.fault(f"checkpoints/{path.name}", str(error), _epoch_of(path))
+            if not is_gone(path):
+                proof.fault(f"checkpoints/{path.name}", str(error), _epoch_of(path))
             continue
         if path.name != f"{checkpoint.epoch:08d}-{checkpoint.head[:16]}{SUFFIX}":
             proof.fault(f"checkpoints/{path.name}", "its name is of another state", checkpoint.epoch)

@@ -33,6 +33,7 @@ class Proof:
     run_name: str = ""
     epoch: int = 0
     head: str = ""
+    alone_from: int | None = None  # epoch of the record from which on no majority stands behind the chain
     rolled: Mapping[int, int] = field(default_factory=dict)  # as protocol/path.py has it
     records: int = 0
     signatures: int = 0

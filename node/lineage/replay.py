@@ -14,6 +14,7 @@ from tapestry.node.disk.checkpoints import Checkpoint, chunk_count, read_chunk
 from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import read_update_file
+from tapestry.node.lineage.numbers_proof import is_gone
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.progress import Told
 from tapestry.node.protocol.chain import Genesis
@@ -34,25 +35,26 @@ def check_states(
     """Every checkpoint's numbers; then replay from the oldest usable one as far as the updates go."""
     with tempfile.TemporaryDirectory(prefix="tapestry-verify-") as folder:
         state = _empty_state(genesis, spec, Path(folder))
-        start: Checkpoint | None = None
+        starts: list[Checkpoint] = []
         undone: int | None = None  # a checkpoint of what was rolled back
         for epoch in sorted(checkpoints):
             if _check_checkpoint(checkpoints[epoch], state, genesis, signed.get(epoch), proof):
                 if leads(proof.rolled, epoch, proof.epoch):
-                    start = start or checkpoints[epoch]
+                    starts.append(checkpoints[epoch])
                 else:
                     undone = epoch
             proof.checkpoints += 1
             told("checkpoints", proof.checkpoints, len(checkpoints))
+        start = next((one for one in starts if _adopt(one, state)), None)
         if start is None:
             if undone is not None:
                 why = "and what replaced it is still with the others: nothing is replayed"
                 proof.notes.append(f"the state of epoch {undone} was undone, {why}")
+            elif any(is_gone(one.path) for one in checkpoints.values()):
+                proof.notes.append("the checkpoints were pruned meanwhile: nothing is replayed")
             elif proof.holds:
                 proof.fault("checkpoints", "there is none to replay from")
             return
-        _load(start, state)
-        state.adopt(start.epoch, start.head, start.state_digest)
         _replay(state, signed, updates, checkpoints, proof, told)
 
 
@@ -80,10 +82,21 @@ def _check_checkpoint(
             _load(checkpoint, state)
             state.adopt(checkpoint.epoch, checkpoint.head, checkpoint.state_digest)
         except (ValueError, DigestMismatch, OSError) as error:
-            proof.fault(name, str(error), checkpoint.epoch)
+            if not is_gone(checkpoint.path):
+                proof.fault(name, str(error), checkpoint.epoch)
         else:
             return True
     return False
+
+
+def _adopt(checkpoint: Checkpoint, state: ModelState) -> bool:
+    """One whose numbers were checked; whether it is still there."""
+    try:
+        _load(checkpoint, state)
+    except FileNotFoundError:
+        return False
+    state.adopt(checkpoint.epoch, checkpoint.head, checkpoint.state_digest)
+    return True
 
 
 def _load(checkpoint: Checkpoint, state: ModelState) -> None:
@@ -116,7 +129,7 @@ def _replay(
             proof.replayed_to = epoch
             continue
         path, said = updates.get(epoch), signed.get(epoch)
-        if path is None or said is None or said.record is None:
+        if path is None or is_gone(path) or said is None or said.record is None:
             later = any(one > epoch for one in checkpoints)
             behind = "" if later else "; the node was behind its records when it ended, and fetches the rest"
             proof.notes.append(
@@ -127,6 +140,8 @@ def _replay(
             _, payloads = read_update_file(path)
             state.apply(payloads, said.record, said.settings)
         except (ValueError, OSError) as error:
+            if is_gone(path):
+                continue  # a note says so
             proof.fault(f"updates/{path.name}", f"cannot be applied: {error}", epoch)
             return
         digest = state.digest()

@@ -41,13 +41,13 @@ from tapestry.node.lineage.claims import NAME as CLAIMS
 from tapestry.node.lineage.claims import read_claims
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.egress import Totals, counted
-from tapestry.node.lineage.follow import Broken, island_from, read_genesis, read_records
+from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, updates_of
 from tapestry.node.lineage.proof import Proof, Signed
-from tapestry.node.lineage.provable import unprovable
+from tapestry.node.lineage.provable import alone_at, made_alone, unprovable, vouched_to
 from tapestry.node.lineage.replay import check_states
 from tapestry.node.net.descriptions import pack as pack_descriptions
 from tapestry.node.net.descriptions import unpack as unpack_descriptions
@@ -77,16 +77,19 @@ def verify(
     """Of a home or an export. `jobs`: processes that check a long chain's signatures. `against`: a home or an
     export with which an export's tensors are compared, if signatures do not reach them. Raises UserError if
     `path` or `against` is neither."""
+    for one in (path,) if against is None else (path, against):
+        if not ((one / MANIFEST).is_file() or (one / "genesis.json").is_file()):
+            raise UserError(
+                f"{one} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}"
+            )
     if (path / MANIFEST).is_file():
         return verify_export(path, anchor=anchor, against=against, jobs=jobs, told=told)
-    if (path / "genesis.json").is_file():
-        if against is not None:
-            raise UserError(
-                f"--against is for exports, and {path} is a home: it is replayed by itself",
-                hint=f"tapestry verify {path}",
-            )
-        return verify_home(Home(path), anchor=anchor, replay=replay, jobs=jobs, told=told)
-    raise UserError(f"{path} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}")
+    if against is not None:
+        raise UserError(
+            f"--against is for exports, and {path} is a home: it is replayed by itself",
+            hint=f"tapestry verify {path}",
+        )
+    return verify_home(Home(path), anchor=anchor, replay=replay, jobs=jobs, told=told)
 
 
 # --- a home -------------------------------------------------------------------------------------------
@@ -118,6 +121,9 @@ def verify_home(
         proof.notes.append(
             f"chain.jsonl: from epoch {begins} on made alone, on an island; no other member has it"
         )
+    elif alone := made_alone(run.end.at):
+        proof.notes.append(f"chain.jsonl: {alone}")
+    proof.alone_from = _alone_from(run.end)
     for epoch, path in sorted(updates.items()):
         check_update(path, epoch, signed.get(epoch), proof)
         proof.updates += 1
@@ -137,6 +143,12 @@ def verify_home(
     if replay:
         check_states(genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
+
+
+def _alone_from(end: Follower) -> int | None:
+    """As in Proof."""
+    epoch = vouched_to(end.at, end.island_from)
+    return epoch + 1 if epoch < end.epoch else None
 
 
 def _check_linked(path: Path, lines: Iterator[Linked | Tail], proof: Proof) -> None:
@@ -307,13 +319,20 @@ def _parent_of(home: Home, version: _Version, genesis: Genesis, chains: Mapping[
 def verify_export(
     folder: Path, *, anchor: Anchor | None = None, against: Path | None = None, jobs: int = 1, told: Told
 ) -> Proof:
-    """Every file, the records that it carries, and its tensors."""
+    """Every file, the records that it carries, and its tensors; these by `against` too, where that helps."""
     proof = Proof("export", proven=False)
+    _check_export(folder, anchor, jobs, proof, told)
+    if against is not None:
+        _compare(folder, against, jobs, proof, told)
+    return proof
+
+
+def _check_export(folder: Path, anchor: Anchor | None, jobs: int, proof: Proof, told: Told) -> None:
     told("files", 0, 1)
     for name, what in check_manifest(folder):
         proof.fault(name, what)
     if proof.faults:
-        return proof
+        return
     from tapestry.node.lineage.rebuilt import check_files, check_table
 
     proof.files = sum(1 for path in folder.rglob("*") if path.is_file())
@@ -321,44 +340,61 @@ def verify_export(
         table = read_claims(folder)
     except (ValueError, OSError) as error:
         proof.fault(CLAIMS, str(error))
-        return proof
+        return
     _check_names(folder, "derivative" if "derivative" in table else table["form"], proof)
     if "derivative" in table:
         _check_derivative(folder, table, proof)
         if anchor is not None:
             of = f", which is of the run {anchor.run_id[:12]}" if anchor.run_id != proof.run_id else ""
             proof.fault("anchor", f"a derivative carries no records to compare with it{of}", anchor.epoch)
-        return proof
+        return
     crypto = ReaderCrypto()
     epoch = table["epoch"]
     try:
         genesis, spec = read_genesis(folder / LINEAGE / "genesis.json", crypto)
     except (Broken, UserError, OSError) as error:
         proof.fault(f"{LINEAGE}/genesis.json", str(error))
-        return proof
+        return
     proof.run_id, proof.run_name = genesis.run_id, spec.name
     if isinstance(spec.model, TransformersSpec):
         _check_copied(folder, spec.model, proof)
     name = f"{LINEAGE}/chain.jsonl"
-    chain = ToFollow(folder / name, genesis, spec, {epoch}, anchor, told, called=name)
-    signed = followed(chain, jobs, proof).signed
+    chain = ToFollow(folder / name, genesis, spec, {epoch}, anchor, told, finds_island=True, called=name)
+    run = followed(chain, jobs, proof)
     if proof.faults:
-        return proof
-    said = signed.get(epoch)
+        return
+    said = run.signed.get(epoch)
     if said is None or said.head != table["head"] or genesis.run_id != table["run_id"]:
         proof.fault(CLAIMS, "it names another head than the records that it carries", epoch)
-        return proof
+        return
     proof.epoch, proof.head = epoch, said.head
+    proof.alone_from = _alone_from(run.end)
     check_table(folder, table, spec, proof)
     if proof.faults:
-        return proof
+        return
     check_files(folder, table, spec, proof)
-    _check_tensors(folder, table, genesis, spec, said, proof, told)
-    if against is not None and proof.unproven and table["form"] != "merged":
-        from tapestry.node.lineage.against import compare
+    alone = alone_at(run.end.at, epoch, run.end.island_from)
+    _check_tensors(folder, table, genesis, spec, said, alone, proof, told)
 
-        compare(folder, table, against, verify(against, jobs=jobs, told=told), proof, told)
-    return proof
+
+def _compare(folder: Path, against: Path, jobs: int, proof: Proof, told: Told) -> None:
+    """With a home or another export, where that can tell more; else a note says why not."""
+    from tapestry.node.lineage.against import compare
+
+    why = ""
+    if proof.faults:
+        why = "the export does not hold"
+    elif proof.proven:
+        why = "what members signed proves its tensors already"
+    elif proof.kind == "derivative":
+        why = "nothing in a home or an export proves a derivative"
+    else:
+        table = read_claims(folder)
+        if table["form"] != "merged":
+            compare(folder, table, against, verify(against, jobs=jobs, told=told), proof, told)
+            return
+        why = "merged adapters are rounded as the machine does, and equal nothing"
+    proof.notes.append(f"nothing was compared with {against}: {why}")
 
 
 def _check_names(folder: Path, form: str, proof: Proof) -> None:
@@ -396,6 +432,7 @@ def _check_tensors(
     genesis: Genesis,
     spec: RunSpec,
     said: Signed,
+    alone: str,
     proof: Proof,
     told: Told,
 ) -> None:
@@ -423,7 +460,7 @@ def _check_tensors(
     if found not in (None, vectors.get("params")):
         proof.fault(weights, "its tensors are not those of the signed state", epoch)
     if proof.holds:
-        proof.unproven = unprovable(table["form"], table["dtype"], epoch, said.state is not None)
+        proof.unproven = unprovable(table["form"], table["dtype"], epoch, said.state is not None, alone)
         proof.proven = not proof.unproven
 
 

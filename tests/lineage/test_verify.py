@@ -29,6 +29,7 @@ from tapestry.node.lineage.egress import Started
 from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.follow import read_genesis
 from tapestry.node.lineage.huggingface import FILE_BYTES_MAX, Form, json_text
+from tapestry.node.lineage.island import begin
 from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.log import lines, newest, read_log
 from tapestry.node.lineage.manifest import write_manifest
@@ -507,7 +508,7 @@ def test_what_is_exported_by_default_is_proven_by_signatures(made: MadeHome, tmp
     out = tmp_path / "out"
     run = CliRunner().invoke(cli, ["export", str(out), "--home", str(made.home.path)])
     assert run.exit_code == 0 and run.stdout.splitlines() == [
-        f"wrote {out}: epoch 4, the newest whose state members have signed; the head, 5, is --epoch head",
+        f"wrote {out}: epoch 4, the newest whose state was signed; the head, 5, is --epoch head",
         "tapestry verify proves its tensors by what members signed",
     ]
     assert _says("verify", out) == (0, "it holds, tensors proven: they are what the members signed")
@@ -598,6 +599,91 @@ def test_a_head_that_no_replay_leads_to_proves_nothing(made: MadeHome, copy: Hom
     )
 
 
+@pytest.mark.parametrize("members", [2, 3], ids=["two", "an island of three"])
+def test_what_one_member_made_alone_is_not_what_the_members_signed(tmp_path: Path, members: int) -> None:
+    """Two go on alone if they lose each other; where three wait, one is on an island."""
+    home, out, half = tmp_path / "home", tmp_path / "out", tmp_path / "half"
+    made = make_home(home, PRESETS["nano"].model, members=members)
+    made.advance(3)
+    if members > 2:
+        begin(made.home)
+    made.advance(2, alone=True)
+    on = ", on an island" if members > 2 else ""
+    alone = (
+        f"from epoch 4 on made by 1 of {members} members alone{on}; members signed the states up to epoch 2"
+    )
+    for epoch in (3, 4, 5):  # record 4 is one member's, and it is what says which state that of epoch 3 is
+        run = CliRunner().invoke(cli, ["export", str(out), "--home", str(home), "--epoch", str(epoch)])
+        assert run.stdout.splitlines()[-1].endswith(f"NOT proven: {alone}")
+        assert _says("verify", out) == (1, f"no file is damaged, but tensors NOT proven: {alone}")
+        proof = _verify(out, against=home)
+        assert proof.holds and not proof.proven
+        assert proof.unproven.endswith("its records from epoch 4 on were made by fewer than a majority")
+        shutil.rmtree(out)
+    export_home(made.home, out, 2)
+    assert _verify(out).proven
+    export_home(made.home, half, 2, dtype="bf16")
+    assert _verify(half, against=home).proven
+    told = _verify(home)
+    assert told.holds and told.alone_from == 4 and "from epoch 4 on made" in told.notes[0]
+    export_home(made.home, tmp_path / "torn", 4)
+    chain = tmp_path / "torn" / "lineage" / "chain.jsonl"
+    chain.write_bytes(chain.read_bytes().replace(b'"forced":true', b'"forced":false', 1))
+    write_manifest(tmp_path / "torn")
+    assert not _verify(tmp_path / "torn").holds
+
+
+def test_what_was_made_alone_is_proven_once_a_majority_stands_behind_it(tmp_path: Path) -> None:
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(2)
+    made.advance(2, alone=True)
+    export_home(made.home, tmp_path / "alone", 3)
+    made.advance(3)  # record 6 says that both signed record 5
+    assert _verify(made.home.path).alone_from is None and _verify(made.home.path).notes == []
+    assert not _verify(tmp_path / "alone").proven
+    assert _verify(tmp_path / "alone", against=made.home.path).proven
+    written = export_home(made.home, tmp_path / "again", 3)
+    proof = _verify(tmp_path / "again")
+    assert (written.unprovable, proof.proven, proof.records) == ("", True, 6)
+
+
+def test_a_home_whose_node_prunes_while_it_is_verified_proves_no_less(made: MadeHome, copy: Home) -> None:
+    """Its oldest files go when all were listed: before their turn, after it, and while they are replayed."""
+    half, home = copy.path.parent / "half", Home(copy.path.parent / "live")
+    export_home(made.home, half, None, dtype="bf16")
+    for when, path in (
+        *((("updates", 1), (2, 5)), (("checkpoints", 3), (2, 5))),
+        (("replaying", 1), (0, 1)),
+    ):
+
+        def prune(what: str, done: int, _total: int, when: tuple[str, int] = when) -> None:
+            if (what, done) == when:
+                for one in (*home.updates.glob("0000000[12]-*"), *home.checkpoints.glob("00000000-*")):
+                    one.unlink()
+
+        for verified in (home.path, half):
+            shutil.copytree(copy.path, home.path)
+            proof = verify(verified, against=None if verified == home.path else home.path, told=prune)
+            assert len([*home.updates.iterdir()]) == 3 and proof.faults == []
+            assert proof.proven if verified == half else (proof.replayed_from, proof.replayed_to) == path
+            shutil.rmtree(home.path)
+
+
+def test_what_is_not_compared_is_said(made: MadeHome, exported: Path, tmp_path: Path) -> None:
+    """Of an export that is proven already, of one that does not hold, and where there is nothing there."""
+    with pytest.raises(UserError, match="nowhere is neither a home with a run nor an export"):
+        _verify(exported, against=tmp_path / "nowhere")
+    proof, home = _verify(exported, against=made.home.path), made.home.path
+    assert proof.proven
+    assert proof.notes == [
+        f"nothing was compared with {home}: what members signed proves its tensors already"
+    ]
+    shutil.copytree(exported, tmp_path / "torn")
+    (tmp_path / "torn" / "config.json").unlink()
+    proof = _verify(tmp_path / "torn", against=home)
+    assert proof.faults and proof.notes == [f"nothing was compared with {home}: the export does not hold"]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
 def test_rounded_weights_of_tied_and_of_mixed_models_are_compared_too(tmp_path: Path, family: str) -> None:
     made = make_home(tmp_path / "home", base_spec(tmp_path / "home", family))
@@ -639,6 +725,7 @@ def test_adapters_apart_are_checked_and_merged_ones_say_how(tmp_path: Path) -> N
     for against in (None, tmp_path / "home"):
         proof = _verify(tmp_path / "merged", against=against)
         assert proof.holds and not proof.proven and "with --adapters can be proven" in proof.unproven
+        assert against is None or "nothing was compared with" in proof.notes[0]
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:

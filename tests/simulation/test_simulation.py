@@ -11,7 +11,7 @@ import pytest
 from simulation.plants import PLANTS, planted
 from simulation.world import Faults, Violation, World
 
-SEEDS = 40  # scripts/test runs those from here to 340 beside: all that catch a planted bug, and more
+SEEDS = 40  # scripts/test runs those from here to 160 beside it
 SIMULATE = Path(__file__).resolve().parent.parent.parent / "scripts" / "simulate.py"
 
 

@@ -155,6 +155,8 @@ def _why_not(error: OSError) -> str:
         return "this machine does not have that address; a router's is for --announce"
     if error.errno == errno.EAFNOSUPPORT:
         return "this machine has no IPv6"
+    if error.errno == errno.EADDRINUSE:
+        return f"{error.strerror}; --listen with /tcp/0 takes a free port"
     return str(error.strerror)
 
 

@@ -12,8 +12,9 @@ from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.spec.data import DATA_MISSING
 from tapestry.node.spec.node import NodeConfig
-from tapestry.node.surface.findings import Finding, wrong
+from tapestry.node.surface.findings import Finding, unknown, wrong
 
 
 @click.command(
@@ -55,9 +56,12 @@ def doctor(home: str | None, as_json: bool, **flags: Any) -> int:
         try:
             config = NodeConfig.resolve(place, flags, os.environ)
         except UserError as error:
-            ok = False
-            tell(wrong("settings", error.line, error.hint or "see the comments in node.toml"))
             config = _without_data(place, flags)
+            if error.line == DATA_MISSING and place.is_held():
+                tell(unknown("settings", "the node that runs here was given its data by start"))
+            else:
+                ok = False
+                tell(wrong("settings", error.line, error.hint or "see the comments in node.toml"))
         if config is not None:
             ok = look.run(config, tell, said.update) and ok
     if as_json:

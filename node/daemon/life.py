@@ -430,7 +430,7 @@ class Daemon:
             info.pid,
         )
         if self._prints:
-            _print_banner(info, run_name, is_open)
+            _print_banner(info, run_name, is_open, self.config.island)
 
     def _tls(self) -> ServerTls | None:
         if self.config.http_tls is None:
@@ -482,7 +482,7 @@ def _waiting_for(config: NodeConfig) -> Wait:
     return Wait("trainer", what, "ends when one does")
 
 
-def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:
+def _print_banner(info: NodeInfo, run_name: str, is_open: bool, island: bool) -> None:
     """What `start` prints first."""
     addresses, run_id, url = info.addresses, info.run_id, info.http
     joins = "others join" if is_open else "others join by what `tapestry invite` prints, or ask to join"
@@ -493,10 +493,14 @@ def _print_banner(info: NodeInfo, run_name: str, is_open: bool) -> None:
         f"page     {url}/",
         f"metrics  {url}/metrics",
         f"status   {url}/status",
-        f"{joins} with:",
-        f"  tapestry start --peer {addresses[0] if addresses else '<this node>'}"
-        f" --run-id {run_id} --data <their data>",
     ]
+    if island:
+        lines.append(
+            "island   this node goes on alone: nothing of it reaches the run; back by: tapestry rejoin"
+        )
+    else:
+        there = addresses[0] if addresses else "<this node>"
+        lines += [f"{joins} with:", f"  tapestry start --peer {there} --run-id {run_id} --data <their data>"]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -69,7 +69,8 @@ def _signed(
         raise NotCompared(f"they are not proven in it either: {found.unproven}")
     said = read_claims(reference)
     if (found.head, said["form"]) != (proof.head, table["form"]):
-        raise NotCompared(f"it is an export of another state or form ({said['form']}, epoch {found.epoch})")
+        what = f"an export of another state or form ({said['form']}, epoch {found.epoch})"
+        raise NotCompared(f"it is {what}; make both with the same --epoch")
     stored = _stored(reference, table)
     yield {name: lambda name=name: stored.read(name) for name in stored.tensors}  # type: ignore[misc]
 

@@ -233,11 +233,12 @@ def restore(home: Home, scratch: Path, epoch: Wanted, progress: Progress) -> Res
             )
             source = Home(folder)
             return Restored(spec, layout, state.params, lineage, source, chain, island_from(home))
-        reached = "nothing" if restored is None else f"epoch {restored.epoch}: {restored.reason}"
+        reached = "" if restored is None else f": it leads to epoch {restored.epoch} ({restored.reason})"
         shutil.rmtree(folder)
     raise UserError(
-        f"{home.path} no longer holds what makes epoch {wanted} (reached {reached})",
+        f"{home.path} no longer holds what makes epoch {wanted}{reached}",
         exit_code=ExitCode.FAILED,
+        hint="take a later epoch; or a home or backup of a member that keeps more (updates_kept_epochs)",
     )
 
 

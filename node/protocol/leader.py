@@ -182,7 +182,7 @@ class Leader:
         if count < least:
             light = len(contributors) - count
             besides = f", {light} that weigh nothing" if light else ""
-            what = f"{count} contributions{besides}, the run asks for {least}"
+            what = f"{count} contribution{'s' * (count != 1)}{besides}, the run asks for {least}"
             return self.too_few(now, what, least - count, self._not_ready(now))
         if late := self._awaited(now):
             return state.waits(now, f"{len(late)} still training: {named(late)}", self._patience(now))

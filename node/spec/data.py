@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from tapestry.node.errors import UserError
 from tapestry.node.spec.tables import Between, Pattern
 
+DATA_MISSING = "no data to train on"
 SOURCES_MAX = 256  # Guess: each is a label of a metric and a file of tokens
 NAME = Pattern(r"[^\x00-\x1f\x7f]{0,64}", "at most 64 printable characters")
 WORD = Pattern(r"[A-Za-z0-9_-]{1,64}", "1 to 64 letters, digits, - and _")
@@ -143,7 +144,7 @@ def resolved_data(settings: DataSettings, hint: str) -> DataSettings:
     """
     sources = [*map(source_of, settings.paths), *map(_with_field, settings.source)]
     if not sources:
-        raise UserError("no data to train on", hint=hint)
+        raise UserError(DATA_MISSING, hint=hint)
     if len(sources) > SOURCES_MAX or len(settings.validation) > SOURCES_MAX:
         raise UserError(
             f"more than {SOURCES_MAX} sources of data", hint="put files of one kind into one folder"

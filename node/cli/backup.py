@@ -48,6 +48,6 @@ def restore(archive: Path, home: str | None) -> None:
     click.echo(f"restored {place.path}: epoch {proof.epoch} of {proof.run_name}")
     click.echo(
         "the node it was made of must not run any more: two nodes with one key disturb each other. If its "
-        "home lies on this machine, move it away first: mv HOME HOME.away"
+        "home lies on this machine, stop it and move it away first: mv HOME HOME.away"
     )
     click.echo(f"  tapestry start --home {place.path} --data PATH")

@@ -274,7 +274,7 @@ def _waiting_of(waiting: Mapping[str, Any] | None, width: int) -> tuple[str, ...
         return ("",)
     what, ends = (printable(ids_cut(str(waiting.get(key) or ""))) for key in ("what", "ends"))
     for_s = f", for {span(float(waiting.get('for_s') or 0.0))}"
-    lines = textwrap.wrap(ends, width - ROW_NAME, max_lines=ENDS_LINES_MAX, placeholder=" …")
+    lines = textwrap.wrap(ends, max(8, width - ROW_NAME), max_lines=ENDS_LINES_MAX, placeholder=" …")
     return cut(what, width - ROW_NAME - len(for_s)) + for_s, *lines
 
 

@@ -35,7 +35,11 @@ from tapestry.node.spec.node import NodeConfig
 
 CONNECT_S = 10.0
 AGAIN_S = 2.0  # Guess: after no peer could be asked
-ASKED_MAX = 16  # Guess: addresses of those that were known, one after the other
+ASKED_MAX = 16  # Guess: addresses that were known, or members that the DHT shows
+ADDRESSES_OF_ONE = 2  # of each member that the DHT shows, so that none keeps us busy with its own. Guess
+FOUNDERS_ALONE = (
+    "give a member's address with --peer: of those that the DHT shows a new home asks the founders alone"
+)
 TURN_ANSWERS = 5  # Guess: of one peer, one a second (net/admission.py), before the next one is asked
 
 _log = logging.getLogger("tapestry.join")
@@ -47,14 +51,15 @@ async def be_admitted(
     swarm: Swarm,
     peers: Sequence[PeerAddress],
     say: Callable[[Wait], None],
-) -> None:
-    """Return once this node may take part; `say` is told what it waits for.
+) -> Sequence[PeerAddress]:
+    """Return once this node may take part; `say` is told what it waits for. Returns whom it may ask further:
+    who was given, and members that the DHT showed.
 
     Raises UserError: 3 if no peer that was given can be asked, 4 if it may not.
     """
     me = swarm.peer_id
     if roll.may_contribute(me):
-        return
+        return peers
     asked = list(peers) or _known(config.home)
     if not asked:
         raise _no_member(config, roll, me)
@@ -75,7 +80,7 @@ async def be_admitted(
             try:
                 await ask_until_member(open_stream, applicant.name, applicant.admission, applicant.hear)
                 _log.info("admitted peer=%s", peer.peer_id[-6:])
-                return
+                return asked
             except _NextPeer:
                 continue
             except (SwarmError, RemoteProtocolError, StreamEnded, TimeoutError, OSError) as error:
@@ -99,6 +104,7 @@ async def be_admitted(
             raise UserError(
                 f"no peer could be asked for admission: {'; '.join(failures)}",
                 exit_code=ExitCode.UNREACHABLE,
+                hint=FOUNDERS_ALONE if without_run else None,
             )
         await asyncio.sleep(AGAIN_S)
 
@@ -118,10 +124,10 @@ async def _shown(swarm: Swarm, roll: Roll, peers: Sequence[PeerAddress]) -> list
         return []
     shown = []
     for one in found:
-        for address in one.addresses if one.peer_id in roll.members else ():
+        for address in one.addresses[:ADDRESSES_OF_ONE] if one.peer_id in roll.members else ():
             with contextlib.suppress(AddressError):
                 shown.append(parse_peer(address))
-    return shown[:ASKED_MAX]
+    return shown[: ADDRESSES_OF_ONE * ASKED_MAX]
 
 
 class _NextPeer(Exception):

@@ -219,13 +219,14 @@ class Daemon:
                 began = await asyncio.to_thread(begin_island, self.home)
                 _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
+            sources: Sequence[PeerAddress] = peers
             if agreed.genesis is not None:
                 chain = await asyncio.to_thread(store.chain, agreed.genesis)
-                await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
+                sources = await be_admitted(config, chain.roll, swarm, peers, self._wait_for)
                 self._wait_for(None)
             coming = Coming(self._wait_for_base).update
             count = self._on_base_bytes
-            await have_base(self.home, config.base, agreed, swarm, peers, self.throttles, count, coming)
+            await have_base(self.home, config.base, agreed, swarm, sources, self.throttles, count, coming)
             self._wait_for(_waiting_for(config))
             _log.info("%s", _waiting_for(config).what)
             stack.push_async_callback(self._stop_trainer)

@@ -95,8 +95,9 @@ def require_original(home: Home) -> Mark | None:
             f"{home.path} is a copy of {mark.path}, which is still there: two nodes with one key would "
             "disturb their run",
             exit_code=ExitCode.REFUSED,
-            hint=f"start that one; or, if this one is to take its place: mv {mark.path} {mark.path}.away; or "
-            f"make this one a member of its own: rm {home.identity_key} {home.vote} {home.mark}",
+            hint=f"start that one; or, if this one is to take its place: tapestry stop --home {mark.path}; "
+            f"mv {mark.path} {mark.path}.away, never to be started again; or make this one a member of its "
+            f"own: rm {home.identity_key} {home.vote} {home.mark}",
         )
     return mark
 

@@ -81,7 +81,7 @@ from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot
 from tapestry.node.protocol.sync import Sync
-from tapestry.node.protocol.waits import Wait
+from tapestry.node.protocol.waits import USUAL_S, Wait
 
 DELIVERED_RECORDS = 8  # whose contributors are known to deliver, after a restart
 CHANGES_AGAIN = 5  # heartbeats after which what is pending is told again, for it may have been lost
@@ -120,6 +120,7 @@ class Core:
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = self.trainer_ends = ""
+        self.trainer_up_at = 0.0
         self.trainer_down_at: float | None = None  # since when no contribution came for its sake
         self.stood_by_at: float | None = None  # since when we are at the head and take no part
         self.stopping = False
@@ -458,6 +459,10 @@ class Core:
 
     def handle_trainer_state(self, inp: TrainerState, now: float) -> None:
         was_up, self.trainer_up, self.trainer_reason = self.trainer_up, inp.up, inp.reason
+        if was_up and now - self.trainer_up_at >= USUAL_S:
+            self.trainer_down_at = None  # it worked meanwhile
+        if inp.up and not was_up:
+            self.trainer_up_at = now
         self.trainer_ends = inp.ends or "ends when the trainer works again"
         if not inp.up and self.trainer_down_at is None:
             self.trainer_down_at = now

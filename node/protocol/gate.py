@@ -145,12 +145,12 @@ class Gate:
         state, pace = self.state, self.ctx.pace
         if self.ballot != state.ballot or self.value is None:
             return None
-        for_s = now - state.stage_at
         if self.refused is not None:
             what = f"refused the result: {self.refused:.4f} worse on held-out data; waiting for the others"
             ends = "ends when a majority accepts it all the same, or a ballot without one contribution begins"
-            return Wait("round", what, ends, for_s)
+            return Wait("round", what, ends, now - state.stage_at, pace.result_max_s())
         ends = f"ends when it is measured; after {span(pace.gate_max_s())} this node votes without"
+        for_s = 0.0 if self.until is None else max(0.0, now - (self.until - pace.gate_max_s()))
         return Wait("round", "measuring the result on held-out data", ends, for_s, pace.gate_max_s())
 
     def _say(self, outcome: str, worse: float | None, peer: str = "") -> None:

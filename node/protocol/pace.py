@@ -119,6 +119,11 @@ class Pace:
         fixed = self.rules.gate_max_s
         return self._computed(GATE_MIN_S, GATE_SHARE * self.epoch_s()) if fixed is None else fixed
 
+    def result_max_s(self) -> float:
+        """Until all have a whole result, and have measured it where there is a gate."""
+        measured_s = self.gate_max_s() if self.rules.gate_margin is not None else 0.0
+        return self.exchange_max_s() + measured_s
+
     def training_usual_s(self) -> float:
         """That others train on while we are ready, before people are told."""
         epoch_s = self.epoch_s()

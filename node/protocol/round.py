@@ -163,7 +163,8 @@ class Round:
 
     def _votes_wait(self, now: float) -> Wait:
         ends = "ends when a majority has voted; if the leader is silent, the next one asks"
-        return Wait("round", "waiting for the commit", ends, now - self.state.stage_at)
+        usual_s = self.ctx.pace.result_max_s()
+        return Wait("round", "waiting for the commit", ends, now - self.state.stage_at, usual_s)
 
     def snapshot(self, now: float) -> RoundSnapshot:
         """What is shown of the round."""

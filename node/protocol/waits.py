@@ -1,6 +1,6 @@
 """What a node waits for: one form, made by the core and, before there is one, by the daemon.
 
-    1 contributions, the run asks for 2, for 5 min; ends when one more member contributes: ...
+    1 contribution, the run asks for 2, for 5 min; ends when one more member contributes: ...
     what, for how long, and what would end it
 
 Status, /readyz, page, log and metrics show this and nothing else. A wait that has lasted for longer than is

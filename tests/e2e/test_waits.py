@@ -34,9 +34,9 @@ def test_a_founder_that_waits_for_a_second_member_says_so_everywhere_and_is_read
             founder.wait("a line of the log", lambda: "waiting=members" in founder.log.read_text())
             assert waiting()["lasting"] and USUAL_S <= waiting()["for_s"] < USUAL_S + 6 * LOOK_S
             says = founder.get("/readyz")
-            assert says.startswith("ready; 1 contributions, the run asks for 2, for 1.") and "invite" in says
+            assert says.startswith("ready; 1 contribution, the run asks for 2, for 1.") and "invite" in says
             events = json.loads(founder.get("/history"))["events"]
-            assert [event for event in events if event["text"].startswith("waiting: 1 contributions")]
+            assert [event for event in events if event["text"].startswith("waiting: 1 contribution")]
             lines = founder.get("/metrics").splitlines()
             line = next(line for line in lines if line.startswith('tapestry_waiting_seconds{kind="members"}'))
             assert float(line.split()[-1]) >= USUAL_S

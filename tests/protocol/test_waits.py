@@ -36,7 +36,7 @@ def test_a_founder_that_waits_for_min_members_says_so_since_when_and_what_ends_i
     founder = world.nodes["p0"]
     first = wait_of(founder)
     assert (first.kind, first.lasting) == ("members", False)
-    assert first.what == "1 contributions, the run asks for 2"
+    assert first.what == "1 contribution, the run asks for 2"
     assert (
         "one more member contributes: `tapestry invite`" in first.ends and "round.min_members" in first.ends
     )

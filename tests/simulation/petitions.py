@@ -52,7 +52,7 @@ class Petitions:
         change = self._draw()
         world.consortium.ask(change)
         until = world.now + KNOWN_S * world.stretch
-        while not all(self._knows(node, change) for node in world.nodes.values()):
+        while not all(self._knows(node, change) for node in self._members()):
             if world.now > until:
                 world.fail("world", f"liveness: not all know of the {change.kind} of {change.peer}")
             world.step()
@@ -62,6 +62,11 @@ class Petitions:
                 text = f"known to all at {epoch}, and in no record up to {world.epoch()}: {world.where()}"
                 world.fail("world", f"liveness: the {change.kind} of {change.peer}, {text}")
             world.step()
+
+    def _members(self) -> list[Node]:
+        """Who is none hears of no change: it may wait for the next record, or for who could sign for it."""
+        members = self.world.best().roll.members
+        return [node for node in self.world.nodes.values() if node.name in members]
 
     def _draw(self) -> Change:
         world, rng = self.world, self.rng

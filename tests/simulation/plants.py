@@ -715,13 +715,3 @@ def electorate_of_few() -> list[Patch]:
         return roll.voters([m.peer for m in body.members]), ()
 
     return [(chain_module, "_next_electorate", named)]
-
-
-@plant("an elector whose disk was lost votes, if the last record does not name it", 312)
-def kept_elector_votes() -> list[Patch]:
-    def forgot(self: Any) -> bool:
-        chain = self.chain
-        members = chain.records[-1].body.members if chain.epoch else ()
-        return any(m.peer == self.ctx.me and m.life != self.life for m in members)
-
-    return [(Core, "_forgot_votes", forgot)]

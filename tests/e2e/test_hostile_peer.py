@@ -204,6 +204,7 @@ ATTACKS: tuple[Callable[[Enemy], Awaitable[None]], ...] = (
     floods,
     sudden_closes,
 )
+TRIES = 10
 # What its records are refused for in an open run, where it is heard.
 REASONS: dict[str, tuple[str, ...]] = {
     "forged_votes": ("electorate",),
@@ -267,10 +268,14 @@ def test_a_hostile_peer_is_counted_and_stops_nothing(tmp_path: Path) -> None:
                 await enemy.open("control", said(Status(0, "ab" * 32, 0, "joining", Stage.AWAY, 0, 0, ())))
                 epoch = (await enemy.status())["epoch"]
                 before, chain = await asyncio.to_thread(refused, node), chain_of(node)
-                await attack(enemy)
+                wanted, after = REASONS.get(attack.__name__, ()), before
+                for _ in range(TRIES):  # a record is judged only where it follows the newest one
+                    await attack(enemy)
+                    after = await asyncio.to_thread(refused, node)
+                    if all(after.get(reason, 0) > before.get(reason, 0) for reason in wanted):
+                        break
                 await asyncio.to_thread(node.wait_epoch, epoch + 1, 15.0)
-                after = await asyncio.to_thread(refused, node)
-                for reason in REASONS.get(attack.__name__, ()):
+                for reason in wanted:
                     assert after.get(reason, 0) > before.get(reason, 0), (attack.__name__, reason, after)
                 assert chain_of(node)[: len(chain)] == chain, "it goes on from the head that it had"
                 peers = json.loads(await asyncio.to_thread(node.get, "/peers"))

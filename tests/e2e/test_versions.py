@@ -35,7 +35,7 @@ def test_a_member_of_another_version_is_shown_and_what_it_lacks_is_warned_of(tmp
     first.environment = later_version(tmp_path / "later", links=False)
     with first.start().wait_ready():
         first.wait_epoch(1)
-        with Node(tmp_path / "second", "--peer", first.address, data="stdlib:2/3") as second:
+        with Node(tmp_path / "second", "--peer", first.invitation(), data="stdlib:2/3") as second:
             second.wait_ready()
 
             def seen(node: Node) -> list[tuple[str, bool | None]]:

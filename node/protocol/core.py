@@ -159,11 +159,6 @@ class Core:
             return Wait("trainer", what, self.trainer_ends, _since(self.trainer_down_at, now))
         return self.round.wait(now)
 
-    def reason(self, now: float) -> str:
-        """The phase, or what it waits for, in words."""
-        wait = self.wait(now)
-        return self.phase() if wait is None else wait.text
-
     def snapshot(self, now: float) -> Snapshot:
         """All that is shown of the core, as plain values."""
         chain, sync, round_ = self.chain, self.sync, self.round

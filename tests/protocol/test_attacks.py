@@ -566,7 +566,7 @@ def test_who_lost_records_votes_in_no_round_of_before():
     node.crash()
     node.start()
     assert node.core.round is None and node.core.chain.head == common.head
-    assert "lost records" in node.core.reason(world.now)
+    assert "lost records" in node.core.snapshot(world.now).reason
     world.until(lambda: node.core.round is not None and node.core.chain.epoch > lost.body.epoch, 30)
 
 
@@ -603,7 +603,7 @@ def test_who_lost_its_disk_votes_in_no_round_of_before_whatever_older_ones_it_co
     for one in others:
         one.start()
     world.until(lambda: node.core.chain.head == named_at and node.core.sync.at_head, 30)
-    assert node.core.round is None and "disk was lost" in node.core.reason(world.now)
+    assert node.core.round is None and "disk was lost" in node.core.snapshot(world.now).reason
     goes_on(world)
     world.until(lambda: node.core.round is not None and node.name in node.core.round.electorate, 30)
 
@@ -646,7 +646,9 @@ def test_a_restored_home_that_stays_alone_goes_on_as_another_disk_and_stands_by_
     assert {m.life for m in node.core.chain.records[-1].body.members if m.peer == node.name} == {"ab" * 16}
     for one in others:
         one.start()
-    world.until(lambda: "disk was lost" in node.core.reason(world.now), 30)  # theirs won: it names `before`
+    world.until(
+        lambda: "disk was lost" in node.core.snapshot(world.now).reason, 30
+    )  # theirs won: it names `before`
     assert before in {m.life for m in node.core.chain.records[-1].body.members}
     goes_on(world)
     world.until(lambda: node.core.round is not None and node.name in node.core.round.electorate, 30)
@@ -665,7 +667,7 @@ def test_a_restored_home_leaves_its_round_when_another_elector_is_there():
     world.until(lambda: node.core.round is not None and node.core.round.exchange.mine is not None, 20)
     other.start()
     world.until(lambda: node.core.round is None, 1)
-    assert "disk was lost" in node.core.reason(world.now)
+    assert "disk was lost" in node.core.snapshot(world.now).reason
 
 
 def test_a_restored_lone_elector_goes_on_beside_newcomers():

@@ -155,8 +155,8 @@ def test_newcomers_that_weigh_nothing_are_none_of_min_members(monkeypatch):
     world = World(3, peers=3, faults=Faults(), late=["p1", "p2"], admission="open", epochs=3, keep_story=True)
     world.rules = Rules(run_id=world.genesis.run_id, shard_count=2, min_members=2)
     world.start_all()
-    world.until(lambda: "weigh nothing" in world.nodes["p0"].core.reason(world.now), 30)
-    assert world.nodes["p0"].core.reason(world.now).startswith("1 contribution, ")
+    world.until(lambda: "weigh nothing" in world.nodes["p0"].core.snapshot(world.now).reason, 30)
+    assert world.nodes["p0"].core.snapshot(world.now).reason.startswith("1 contribution, ")
     world.until(lambda: world.now > 60, 60)
     assert world.epoch() == 0
     assert not [text for *_, text in world.story if "roster_impossible" in str(text)]

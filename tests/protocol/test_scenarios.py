@@ -146,7 +146,7 @@ def test_a_lone_survivor_follows_the_policy(policy):
     else:
         world.until(lambda: world.now > 60, 60)
         assert lone.core.chain.epoch <= epoch + 1 and "forced" not in world.outcomes
-        assert "alive, need" in lone.core.reason(world.now) and lone.core.phase() == "degraded"
+        assert "alive, need" in lone.core.snapshot(world.now).reason and lone.core.phase() == "degraded"
     for node in others:
         node.start()
     all_at(world, lone.core.chain.epoch + 2, 10 + 3 * EPOCH_S)
@@ -409,9 +409,9 @@ def test_a_lone_founder_that_restarts_loses_no_second(seed):
     node.crash()
     node.start()
     node.feed(ev.TrainerState(True, ""))
-    assert node.core.reason(world.now)
+    assert node.core.snapshot(world.now).reason
     while node.core.chain.epoch == epoch:
-        assert node.core.reason(world.now)  # answers at any moment
+        assert node.core.snapshot(world.now).reason  # answers at any moment
         world.step()
     assert all_at(world, epoch + 3, 30) < 3 * EPOCH_S
 
@@ -558,7 +558,7 @@ def test_who_lacks_what_nobody_can_give_says_so():
     other.start()
     world.until(lambda: other.core.chain.epoch >= 3, 20)
     elector.crash()
-    world.until(lambda: "no peer that we hear can give it" in other.core.reason(world.now), 20)
+    world.until(lambda: "no peer that we hear can give it" in other.core.snapshot(world.now).reason, 20)
     assert other.core.phase() == "joining" and world.now - began_at >= STALL_S
 
 
@@ -575,7 +575,7 @@ def test_who_is_told_again_and_again_that_it_is_missing_goes_on_saying_so():
     world, told, voted, _ = lacks_an_update(is_there=False)
     told.start()
     voted.start()
-    world.until(lambda: "can give it" in told.core.reason(world.now), 2 * STALL_S)
+    world.until(lambda: "can give it" in told.core.snapshot(world.now).reason, 2 * STALL_S)
     reasons, until = set(), world.now + 20
     world.until(lambda: reasons.add(told.core.wait(world.now).what) or world.now > until, 30)
     assert all("can give it" in r or f"given it yet, asking {voted.name}" in r for r in reasons), reasons
@@ -595,7 +595,7 @@ def test_records_come_back_from_one_that_has_nothing_else():
     knows.disk.updates.clear()
     knows.disk.states.clear()
     lost.start()
-    assert "lost records" in lost.core.reason(world.now)
+    assert "lost records" in lost.core.snapshot(world.now).reason
     knows.start()
     cores = [node.core for node in alive(world)]
     world.until(lambda: all(c.chain.head_at(3) == head and c.sync.at_head for c in cores), 20)
@@ -615,7 +615,7 @@ def test_who_stands_by_gives_its_state():
         node.disk.states.clear()
     for node in (stands_by, *others):
         node.start()
-    assert "disk was lost" in stands_by.core.reason(world.now)
+    assert "disk was lost" in stands_by.core.snapshot(world.now).reason
     epoch = world.epoch()
     world.until(lambda: world.epoch() >= epoch + 2, 30)
 

@@ -101,7 +101,7 @@ def test_a_joiner_whom_nobody_can_give_a_state_says_since_when() -> None:
     other.start()
     world.until(lambda: other.core.chain.epoch >= 3, 60)
     elector.crash()
-    world.until(lambda: "no peer that we hear can give it" in other.core.reason(world.now), 60)
+    world.until(lambda: "no peer that we hear can give it" in other.core.snapshot(world.now).reason, 60)
     first = wait_of(other)
     later(world, 60)
     second = wait_of(other)

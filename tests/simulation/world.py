@@ -358,7 +358,7 @@ class World:
         return "; ".join(
             f"{n.name}: down" if n.core is None else
             f"{n.name}: {n.core.chain.epoch}/{n.core.sync.state_epoch} {n.core.chain.head[:6]} "
-            f"{n.core.phase()} {n.core.reason(self.now + n.skew_s)}"
+            f"{n.core.phase()} {n.core.snapshot(self.now + n.skew_s).reason}"
             + (f" b{n.core.round.ballot}{'F' if n.core.round.forced else ''} {n.core.round.stage.name}"
                if n.core.round else "")
             for n in self.nodes.values()

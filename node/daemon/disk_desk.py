@@ -134,8 +134,9 @@ class DiskDesk:
     async def do_switch_chain(self, out: ev.SwitchChain) -> None:
         left = await self._on_disk(self._keeper.switch_chain, out.epoch, out.records)
         self._reporter.branches = self._keeper.branches.names
-        self._reporter.dropped(left.records, left.tokens, left.branch)
-        self._reporter.committed(out.records[-1], self._keeper.committed_tokens)
+        self._reporter.dropped(left.records, left.tokens, left.branch, hollow=not out.records)
+        if out.records:
+            self._reporter.committed(out.records[-1], self._keeper.committed_tokens)
 
     # --- the state -----------------------------------------------------------------------------
 
@@ -237,7 +238,8 @@ class DiskDesk:
                 chain = await self._on_disk(keeper.copy_of_chain)
                 count, on_fault = self._network.on_state_bytes, self._noting(others)
                 told = self._reporter.coming.update
-                fetching = keeper.fetch_state(openers, out.epoch_max, chain, count, on_fault, told)
+                epochs = out.epoch_min, out.epoch_max
+                fetching = keeper.fetch_state(openers, epochs, chain, count, on_fault, told)
                 why = await self._failure_of(first, fetching)
             finally:
                 self._fetching = None

@@ -328,14 +328,14 @@ class Keeper:
     async def fetch_state(
         self,
         donors: Mapping[str, OpenStream],
-        epoch_max: int,
+        epochs: tuple[int, int],  # from, to
         chain: Chain,
         on_bytes: Callable[[str, int], None],
         on_fault: Callable[[str, Exception], None],
         told: Told = silent,
     ) -> None:
         """Into the parameters and a checkpoint, as `chain` signed them. Raises as download.py says."""
-        wanted = Wanted(epoch_max, chain, self.state, self.checkpoints, told)
+        wanted = Wanted(epochs[1], chain, self.state, self.checkpoints, told, epochs[0])
         limits = replace(self._transfer, stall_s=self._stall_s(chain))
         self._digest = await fetch_state(donors, wanted, limits, on_bytes, on_fault)
 

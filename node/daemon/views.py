@@ -504,11 +504,12 @@ class Reporter:
             elif before.get(key) != now[key]:
                 _log.info("setting=%s value=%s epoch=%d", key, shown(now[key]), epoch)
 
-    def dropped(self, records: int, weight: int, branch: str) -> None:
-        """A fork was left for a better chain; `branch` is the name of what is kept of it, or ""."""
+    def dropped(self, records: int, weight: int, branch: str, hollow: bool) -> None:
+        """A fork was left for a better chain, or (`hollow`) because nobody gave its numbers; `branch` is the
+        name of what is kept of it, or ""."""
         self._dropped = Dropped(self._dropped.records + records, self._dropped.weight + weight)
         self.metrics.dropped(records, weight)
-        self._story.dropped(records, weight, branch)
+        self._story.dropped(records, weight, branch, hollow)
 
     def gated(self, out: ev.Gated) -> None:
         """What the gate made of a result of a round."""

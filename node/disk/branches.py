@@ -117,6 +117,8 @@ class About:
     @property
     def why(self) -> str:
         """Why it lost."""
+        if not self.won.tip.beats(self.lost.tip):
+            return "nobody gave its updates, so this node went back to the record before it"
         return why_lost(self.lost.tip, self.won.tip)
 
     def line(self) -> bytes:

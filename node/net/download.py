@@ -80,6 +80,7 @@ class Wanted:
     state: ModelState
     checkpoints: Checkpoints | None = None  # where it becomes a checkpoint; None: nowhere
     told: Told = silent  # how far it is
+    epoch_min: int = 0
 
 
 async def fetch_state(
@@ -89,7 +90,8 @@ async def fetch_state(
     on_bytes: OnBytes,
     on_fault: OnFault,
 ) -> str:
-    """A checkpoint that donors have, up to `epoch_max`, whole, in the state: gives its digest, as signed.
+    """A checkpoint that donors have, of an epoch that is wanted, whole, in the state: gives its digest, as
+    signed.
 
     `on_fault` hears of each donor that failed or lied, while others go on. After any exception the state is
     torn if a chunk had come.
@@ -370,7 +372,11 @@ class _Fetch:
 
     async def _offer_of(self, stream: Stream) -> Manifest:
         wanted, left = self._wanted, self._left.manifest if self._left is not None else None
-        if left is not None and left.epoch <= wanted.epoch_max and wanted.chain.leads(left.epoch):
+        if (
+            left is not None
+            and wanted.epoch_min <= left.epoch <= wanted.epoch_max
+            and wanted.chain.leads(left.epoch)
+        ):
             try:
                 offer = await fetch_manifest(stream, left.epoch, wanted.chain, wanted.state)
             except DonorFailed as error:
@@ -379,7 +385,10 @@ class _Fetch:
             else:
                 if offer == left:
                     return offer
-        return await fetch_manifest(stream, wanted.epoch_max, wanted.chain, wanted.state)
+        offer = await fetch_manifest(stream, wanted.epoch_max, wanted.chain, wanted.state)
+        if offer.epoch < wanted.epoch_min:
+            raise DonorFailed("missing", f"its checkpoint of epoch {offer.epoch} is older than ours")
+        return offer
 
     # --- one donor ----------------------------------------------------------------------------------
 

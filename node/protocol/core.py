@@ -233,6 +233,7 @@ class Core:
             self._decided(round_.state.decided, now)
         if self.round is None:  # in a round we are at the head
             self.sync.pump(now)
+            self.sync.leave_hollow(self._voted_at(), now)
             if self.sync.at_head and not self.stopping:
                 self._begin_round(now)
         news = self._news()
@@ -277,6 +278,10 @@ class Core:
         left = self.left if self.left.startswith(at.heads) else ""
         return Vote(at.epoch, at.head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since), left)
 
+    def _voted_at(self) -> Tip | None:
+        """The head of the last round that is over, or was under way when we stopped."""
+        return None if self.vote is None else Tip(*self.vote.standing, self.vote.head)
+
     def _train(self, round_: Round) -> None:
         before = self.chain.head_at(round_.epoch - 1)
         if round_.epoch in self.chain.rolled:
@@ -302,7 +307,7 @@ class Core:
             outcome = Outcome.COMMITTED if contributed else Outcome.MISSED
             if record.body.forced:
                 outcome = Outcome.FORCED
-        self.vote = None
+        self.vote = round_.state.vote  # the newest on the disk, or of a round in which we had none to give
         ballot = record.ballot if record is not None else None
         leader = round_.state.leader_of(ballot) if ballot is not None else ""
         self.ctx.movers.end_round(ballot, leader, self.ctx.peers)
@@ -343,7 +348,8 @@ class Core:
                 else f"removed from this run: {why or 'no reason given'}"
             )
             return Wait("admission", what, f"ends when who admits runs: tapestry admit {self.ctx.me}")
-        if self.vote is not None and Tip(*self.vote.standing, self.vote.head).beats(self.chain.tip):
+        voted_at = self._voted_at()
+        if voted_at is not None and voted_at.beats(self.chain.tip):
             # We only move to a tip that beats our own, so that this one is from before the one we voted at.
             return Wait(
                 "vote",
@@ -681,7 +687,7 @@ class Core:
         if false_draws(record, self.ctx.crypto):
             return "draw"
         if body.forced and self.sync.holds_back(
-            next_place(self.chain.place, record), now, votes=not self._stands_by()
+            (record,), next_place(self.chain.place, record), now, votes=not self._stands_by()
         ):
             return None
         self._append(record, now)

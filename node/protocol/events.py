@@ -288,7 +288,9 @@ class AppendRecord:
 @dataclass(frozen=True, slots=True)
 class SwitchChain:
     """Leave a fork: these records take the place of those after `epoch`. In one write, so that a crash
-    leaves the one chain or the other, and never a head that we have left before (docs/decisions/007)."""
+    leaves the one chain or the other, and never a head that we have left before (docs/decisions/007).
+
+    No records: those after `epoch` are left for what was before them (docs/decisions/025)."""
 
     epoch: int
     records: tuple[Record, ...]
@@ -327,14 +329,14 @@ class FetchUpdate:
 
 @dataclass(frozen=True, slots=True)
 class FetchState:
-    """Get a checkpoint of an epoch up to `epoch_max` from donors: one on the path to the head, whose digest
-    the chain has signed.
+    """Get a checkpoint from donors: one on the path to the head, whose digest the chain has signed.
 
     Answer: Applied, or FetchFailed of the first of them.
     """
 
     donors: tuple[str, ...]
     epoch_max: int
+    epoch_min: int = 0  # one before it takes us back: it is as good as none
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from tapestry.node.protocol.chain import (
     InvalidRecord,
     Place,
     Record,
+    Tip,
     check_record,
     false_draws,
     is_majority,
@@ -30,6 +31,7 @@ from tapestry.node.protocol.chain import (
     tokens_of,
 )
 from tapestry.node.protocol.context import Context
+from tapestry.node.protocol.doubts import Doubts
 from tapestry.node.protocol.equivocation import found_in
 from tapestry.node.protocol.events import (
     AppendRecord,
@@ -103,6 +105,7 @@ class Sync:
         self.ahead_since: dict[str, float] = {}  # who says that it is further, and has given nothing since
         # the record of our own round that was told with false draws, by its head, and since when
         self.misdrawn: tuple[str, float] = ("", 0.0)
+        self.doubts = Doubts()
 
     @property
     def at_head(self) -> bool:
@@ -142,6 +145,9 @@ class Sync:
         else:
             what += "; no peer that we hear can give it"
             ends = "ends when a member that has it is heard: start one, or give its address with --peer"
+        if self._on_hollow():
+            left_s = max(0.0, self.stuck_since + self.ctx.pace.quorum_loss_s() - now)
+            ends += f"; or in {left_s:.0f} s, by going back to record {self.state_epoch}"
         return Wait("state", what, ends, now - self.stuck_since)
 
     # --- records -------------------------------------------------------------------------------
@@ -167,15 +173,20 @@ class Sync:
         """Whether `record` may be appended. Raises InvalidRecord."""
         self._check((record,), self.chain.place)
 
-    def holds_back(self, place: Place, now: float, votes: bool) -> bool:
-        """Whether a side that is better only by what a smaller set made has to wait: we hear a quorum of our
-        own full electorate, at our head or on the way to it, and it is about to decide.
+    def holds_back(self, records: Sequence[Record], place: Place, now: float, votes: bool) -> bool:
+        """Whether a side that is better only by what a smaller set made has to wait: `records`, which lead to
+        `place`. Either we hear a quorum of our own full electorate, at our head or on the way to it, and it
+        is about to decide; or nobody gave what those who forced some of them had made before.
 
         We count ourselves only where our vote counts (`votes`): a quorum that needs one which lost its disk
         decides nothing, and would keep everybody here for good.
         """
         ours = self.chain.place
-        if ours.standing.since or place.standing.full > ours.standing.full:
+        if place.standing.full > ours.standing.full:
+            return False
+        if self.doubts.hold_back(records, now):
+            return True
+        if ours.standing.since:
             return False
         me = self.ctx.me
         here = [p for p in ours.electorate if (votes if p == me else self._comes_along(p, now))]
@@ -293,7 +304,7 @@ class Sync:
             return None
         if records and place is not None and place.tip.beats(self.chain.tip):
             of_round = in_round and common == self.chain.epoch
-            if self.holds_back(place, now, votes) or (of_round and self._holds_out(records[0], now)):
+            if self.holds_back(records, place, now, votes) or (of_round and self._holds_out(records[0], now)):
                 self.branches.pop(peer, None)
                 self.asked_at[peer] = now  # it is asked again after a while
                 return []
@@ -364,10 +375,42 @@ class Sync:
         Where three or more never go on without a quorum, no honest member can have signed another record: who
         shows one has the keys of an old majority, and could make as long a past as it likes.
         """
-        if self.ctx.rules.on_quorum_loss == "continue":
-            return False
+        return self.ctx.rules.on_quorum_loss != "continue" and self._has_full_ones(common)
+
+    def _has_full_ones(self, epoch: int) -> bool:
+        """Whether a full electorate decided any record after `epoch`."""
         chain = self.chain
-        return any(not chain.place_at(epoch).standing.since for epoch in range(common + 1, chain.epoch + 1))
+        return any(not chain.place_at(one).standing.since for one in range(epoch + 1, chain.epoch + 1))
+
+    def leave_hollow(self, voted: Tip | None, now: float) -> None:
+        """Go back to the record whose state we hold, when nobody has given for `quorum_loss_s` what a smaller
+        set made after it. `voted`: the head of the last round that we were in.
+
+        No round is entered a second time without its vote (docs/decisions/007): we were in none since that
+        record, or we stay where we are.
+        """
+        if self.stuck_since is None or now - self.stuck_since < self.ctx.pace.quorum_loss_s():
+            return
+        epoch = self.state_epoch
+        if not self._on_hollow() or (voted is not None and voted.beats(self.chain.place_at(epoch).tip)):
+            return
+        left = self.chain.after(epoch, self.chain.epoch - epoch)
+        self.doubts.add(left, now, self.ctx.pace.quorum_loss_s())
+        self.chain.switch(epoch, ())
+        self.ctx.emit(
+            Note(f"fork=hollow common_epoch={epoch} dropped_records={len(left)} next=go_on_without_it")
+        )
+        self.ctx.emit(SwitchChain(epoch, ()))
+        self.ctx.enrol(self.chain.roll)
+        for table in (self.lacks, self.branches, self.fetches):
+            table.clear()
+        self.stuck_since = self.behind_since = None
+
+    def _on_hollow(self) -> bool:
+        """Whether we hold the state of an older record, and only a smaller set decided those after it."""
+        if self.job or self.rollback_to is not None or not 0 <= self.held_epoch < self.chain.epoch:
+            return False
+        return not self._has_full_ones(self.state_epoch)
 
     def _switch(self, common: int, theirs: Sequence[Record]) -> list[Record]:
         if common < self.chain.epoch:
@@ -414,6 +457,8 @@ class Sync:
         self.need_state = False
         if self.rollback_to is not None and epoch <= self.rollback_to:
             self.rollback_to = None
+        if job == "apply" and epoch <= self.chain.epoch:
+            self.doubts.dispel(self.chain.after(epoch - 1, 1)[0])
         if self.rollback_to is not None or epoch > self.chain.epoch:
             return  # on the way back: pump goes on
         signed = self.chain.state_digest_at(epoch)
@@ -533,15 +578,15 @@ class Sync:
             return
         held = {peer: status.state_epoch for peer, status in self._donors(now)}
         donors = [peer for peer, epoch in held.items() if epoch == max(held.values())]
-        if donors:
+        newest = max(0, self.chain.epoch - 1)  # nobody has signed the one after, unless it is not new
+        if self.chain.epoch in self.chain.rolled:
+            newest = self.chain.epoch
+        if donors and newest > self.held_epoch:
             first = self.chain.epoch % len(donors)
             order = [*donors[first:], *donors[:first], *[p for p in held if p not in donors]]
             self.job, self.state_donor = "state", order[0]
             self.rollback_to = None
-            newest = max(0, self.chain.epoch - 1)  # nobody has signed the one after, unless it is not new
-            if self.chain.epoch in self.chain.rolled:
-                newest = self.chain.epoch
-            self.ctx.emit(FetchState(tuple(order[:STATE_DONORS_MAX]), newest))
+            self.ctx.emit(FetchState(tuple(order[:STATE_DONORS_MAX]), newest, self.held_epoch + 1))
 
     def _head_ahead(self, now: float) -> bool:
         """Whether records are still to come: somebody says so, and in every stall_s gives some."""

@@ -23,6 +23,7 @@ class Watch:
         self.progress_seen = 0  # of our own
         self.claims: dict[str, int] = {}  # peer -> what it said last of its progress
         self.quorum_until = -math.inf  # the quorum last counted will have been heard for so long
+        self.elsewhere_since: dict[str, float] = {}  # elector -> since when it is at another head than ours
 
     # --- progress ------------------------------------------------------------------------------
 
@@ -62,12 +63,16 @@ class Watch:
         return sum(self._votes(p, now) for p in self.state.voters)
 
     def _votes(self, peer: str, now: float) -> bool:
-        """Heard, and not standing by at our head: who has lost its disk takes no part in this round."""
+        """Heard, and not standing by at our head: who has lost its disk takes no part in this round. Nor does
+        who stays at another head: it is on its way to ours for as long as a quorum may be lost."""
         if not self.ctx.heard(peer, now):
             return False
         view = self.ctx.peers.get(peer)
         status = view.status if view is not None else None
-        if status is None or status.stage != Stage.AWAY or status.head != self.state.head:
+        if peer != self.ctx.me and (status is None or status.head != self.state.head):
+            return now - self.elsewhere_since.setdefault(peer, now) < self.ctx.pace.quorum_loss_s()
+        self.elsewhere_since.pop(peer, None)
+        if status is None or status.stage != Stage.AWAY:
             return True
         return status.state_epoch < status.epoch  # it still has to get the state, and then votes
 

@@ -53,11 +53,14 @@ class Story:
                 f"this node is {phase}: {reason}", "warning" if phase == "degraded" else "info"
             )
 
-    def dropped(self, records: int, tokens: int, branch: str) -> None:
-        """A fork was left for a better chain."""
+    def dropped(self, records: int, tokens: int, branch: str, hollow: bool) -> None:
+        """A fork was left for a better chain, or because nobody gave its numbers."""
         kept = f"kept as the branch {branch}" if branch else "and not kept: the limits leave no room"
         given_up = f"{records} epochs, {tokens:,} tokens given up, {kept}"
-        self._history.tell(f"this node left its chain for one with more work: {given_up}", "warning")
+        what = "this node left its chain for one with more work"
+        if hollow:
+            what = "this node went back to the record before an island's, whose updates nobody gave"
+        self._history.tell(f"{what}: {given_up}", "warning")
 
     def unset(self, key: str, epoch: int) -> None:
         """The chain that this node has moved to does not have the change."""

@@ -126,7 +126,7 @@ def test_a_silence_that_the_members_allow_by_now_ends_no_transfer(
     run.keeper.apply(run.commit(run.keeper, 0, Change("set", "", "round.stall_s 77", 9, "0" * 32)))
     chain, nothing = run.keeper.restore().chain, None
     asyncio.run(run.keeper.fetch_update(nothing, nothing, nothing))  # type: ignore[arg-type]
-    asyncio.run(run.keeper.fetch_state({}, 1, chain, nothing, nothing))  # type: ignore[arg-type]
+    asyncio.run(run.keeper.fetch_state({}, (0, 1), chain, nothing, nothing))  # type: ignore[arg-type]
     assert [donor.stall_s(), *taken] == [77.0, 77.0, 77.0]
 
 

@@ -820,14 +820,18 @@ def test_what_a_fork_cost_is_told_with_the_branch_that_is_kept() -> None:
         )
         reporter: Any = SimpleNamespace(
             branches=(),
-            dropped=lambda *cost: said.append(cost),
+            dropped=lambda *cost, hollow: said.append((*cost, hollow)),
             committed=lambda record, tokens: said.append((record, tokens)),
         )
         desk = DiskDesk(None, keeper, None, None, reporter)  # type: ignore[arg-type]
         assert reporter.branches == ("older",), "what there is at the start"
         keeper.branches.names = ("older", "newer")
         await desk.do_switch_chain(ev.SwitchChain(1, ("theirs",)))  # type: ignore[arg-type]
-        assert reporter.branches == ("older", "newer") and said == [(2, 20, "newer"), ("theirs", 7)]
+        assert reporter.branches == ("older", "newer")
+        assert said == [(2, 20, "newer", False), ("theirs", 7)]
+        said.clear()
+        await desk.do_switch_chain(ev.SwitchChain(1, ()))
+        assert said == [(2, 20, "newer", True)], "and no record is news"
 
     run(main)
 

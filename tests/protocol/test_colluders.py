@@ -105,7 +105,6 @@ def test_an_island_whose_numbers_can_be_had_is_gone_on_from():
     world.until(lambda: world.nodes["p0"].core.chain.epoch >= len(fork.base) + 4, 60)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="docs/reliability.md, Known, and not mended")
 @pytest.mark.parametrize(("peers", "policy"), [(2, "auto"), (4, "continue")])
 def test_an_island_whose_numbers_nobody_has_stops_nobody(peers, policy):
     """Who hears no quorum takes the forced record of one, and cannot come to its state."""

@@ -419,6 +419,9 @@ class Invariants:
         """Section 5: what a majority of the last full electorate signed is left for nothing less; of islands,
         voices, then length, then the lower head."""
         theirs = node.disk.records[common:]
+        if not theirs:
+            self._on_gone_back(node, ours)
+            return
         left, taken = self.at[ours[-1].head].standing, self.at[theirs[-1].head].standing
         if taken < left or (taken == left and theirs[-1].head > ours[-1].head):
             self.fail(node, f"fork choice: left {left} since epoch {common} for {taken}")
@@ -434,6 +437,13 @@ class Invariants:
                 node,
                 f"fork choice: left record {first.body.epoch}, which most of {electors} signed, for {behind}",
             )
+
+    def _on_gone_back(self, node: Node, left: list[Record]) -> None:
+        """To the record before `left`: only from what smaller sets made, and nobody gave this node."""
+        if any(not self.at[record.head].since for record in left):
+            self.fail(node, f"went back from record {left[0].body.epoch}, after which a majority decided")
+        if node.disk.state_head != left[0].body.prev:
+            self.fail(node, f"went back from record {left[0].body.epoch}, whose state it has")
 
     def electorate(self, records: Sequence[Record]) -> tuple[str, ...]:
         return self.at[records[-1].head if records else self.world.genesis.run_id].electorate

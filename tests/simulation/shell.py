@@ -435,7 +435,7 @@ class Node:
             if donor is None:
                 self.feed(ev.FetchFailed(first, "", "timeout"))
                 return
-            for epoch in range(min(out.epoch_max, len(self.disk.records)), -1, -1):
+            for epoch in range(min(out.epoch_max, len(self.disk.records)), out.epoch_min - 1, -1):
                 head = self.head_at(epoch)
                 if head in donor.disk.states and self.world.rollbacks.gives(self, epoch):
                     state = donor.disk.states[head][1]

@@ -121,6 +121,34 @@ async def _fetch_what_came_before(tmp_path: Path) -> None:
     assert (state.epoch, digest) == (0, run.digests[0]) and not faults
 
 
+def test_a_checkpoint_that_is_older_than_our_state_is_as_good_as_none(tmp_path: Path) -> None:
+    """Who says that it is ahead would take us back, and our own state would be gone."""
+    asyncio.run(_fetch_nothing_older(tmp_path))
+
+
+async def _fetch_nothing_older(tmp_path: Path) -> None:
+    run = Run(tmp_path / "home", n=700)
+    run.advance()
+    run.save()
+    run.advance()
+    state = run.fresh()
+    before = state_bytes(state)
+    async with stream_pair() as (mine, theirs):
+        serving = asyncio.create_task(_served(honest(run), theirs))
+
+        async def open_stream() -> Stream:
+            return mine
+
+        wanted = Wanted(2, run.chain, state, epoch_min=2)
+        with pytest.raises(DonorFailed, match="older than ours") as failed:
+            await fetch_state(
+                {"a": open_stream}, wanted, TransferLimits(stall_s=60.0), lambda *_: None, lambda *_: None
+            )
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    assert failed.value.reason == "missing" and state_bytes(state) == before
+
+
 async def _served(serve: Serve, stream: Stream) -> None:
     with contextlib.suppress(StreamEnded, RemoteProtocolError, ConnectionError, TimeoutError):
         await serve(*stream)

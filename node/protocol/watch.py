@@ -64,13 +64,13 @@ class Watch:
 
     def _votes(self, peer: str, now: float) -> bool:
         """Heard, and not standing by at our head: who has lost its disk takes no part in this round. Nor does
-        who stays at another head: it is on its way to ours for as long as a quorum may be lost."""
+        who stays at another head: it has as long as a result may take to be on its way to ours."""
         if not self.ctx.heard(peer, now):
             return False
         view = self.ctx.peers.get(peer)
         status = view.status if view is not None else None
         if peer != self.ctx.me and (status is None or status.head != self.state.head):
-            return now - self.elsewhere_since.setdefault(peer, now) < self.ctx.pace.quorum_loss_s()
+            return now - self.elsewhere_since.setdefault(peer, now) < self.ctx.pace.result_max_s()
         self.elsewhere_since.pop(peer, None)
         if status is None or status.stage != Stage.AWAY:
             return True

@@ -56,7 +56,8 @@ class Story:
     def dropped(self, records: int, tokens: int, branch: str, hollow: bool) -> None:
         """A fork was left for a better chain, or because nobody gave its numbers."""
         kept = f"kept as the branch {branch}" if branch else "and not kept: the limits leave no room"
-        given_up = f"{records} epochs, {tokens:,} tokens given up, {kept}"
+        epochs = "1 epoch" if records == 1 else f"{records} epochs"
+        given_up = f"{epochs}, {tokens:,} tokens given up, {kept}"
         what = "this node left its chain for one with more work"
         if hollow:
             what = "this node went back to the record before an island's, whose updates nobody gave"

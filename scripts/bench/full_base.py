@@ -2,10 +2,12 @@
 
     .venv/bin/python -P scripts/bench/full_base.py --base DIR [--batch 2] [--length 128] [--steps 4]
 
-DIR is a Hugging Face directory; the second member joins with a copy of its own. Told are the seconds from the
-start of `init` to the founder's first optimizer step, of each epoch, and of the export; then, whether each
-epoch had one state digest, and the largest difference between the logits of the export and those of the state
-in the home. Exit 1 if a digest differs or a difference is above 1e-4.
+DIR is a Hugging Face directory; the second member joins with a copy of its own. Told are the seconds from
+the start of `init` to the founder's first optimizer step, of each epoch, and of the export; whether each
+epoch had one state digest, and the largest difference between the logits of the export and those of the
+state in the home; and what `verify` of the home, `exit`, and `verify` of what that wrote take, with the
+memory of each at its peak (mapped files are counted with it). Exit 1 if a digest differs, a difference is
+above 1e-4, or a verification fails.
 
 Beside the seconds to the first step are those of a processor, of all processes together: where others have
 the cores, these say more.
@@ -14,6 +16,7 @@ the cores, these say more.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import resource
 import sys
@@ -79,7 +82,19 @@ def story(options: argparse.Namespace, folder: Path) -> int:
     say("export", began_s)
     difference = (logits_of(folder / "model") - logits_of_home(home)).abs().max().item()
     print(f"largest difference of logits, export against home: {difference:.2e}")
-    return int(not difference <= DIFFERENCE_MAX)
+    proven = [measured("verify", home), measured("exit", folder / "out", "--home", home)]
+    proven.append(measured("verify", folder / "out"))
+    return int(not difference <= DIFFERENCE_MAX or any(proven))
+
+
+def measured(command: str, *arguments: str | Path) -> int:
+    """The exit code of a `tapestry` command."""
+    began_s = time.monotonic()
+    argv = [sys.executable, "-P", "-m", "tapestry.node.cli", command, *map(str, arguments)]
+    _, status, used = os.wait4(os.posix_spawn(sys.executable, argv, os.environ), 0)
+    what = f"{command} {Path(arguments[0]).name}, exit code {os.waitstatus_to_exitcode(status)}"
+    say(f"{what}, {used.ru_maxrss / 1e3:.0f} MB", began_s, used.ru_utime + used.ru_stime)
+    return os.waitstatus_to_exitcode(status)
 
 
 def three_epochs(first: Node, second: Node) -> None:

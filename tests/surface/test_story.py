@@ -111,15 +111,15 @@ def test_other_ends_of_a_round_have_their_sentences() -> None:
     bench = Bench()
     bench.round(4, "forced", None, me=5)
     bench.story.round_ended(4, "aborted", None, 0.0)
-    bench.story.dropped(2, 20480, "00000003-ab")
-    bench.story.dropped(1, 9, "")
+    bench.story.dropped(2, 20480, "00000003-ab", hollow=False)
+    bench.story.dropped(1, 9, "", hollow=True)
     assert bench.said == [
         "round 4 was decided without a majority, as the run's rules allow",
         "round 5 was given up: this node moves to another chain",
         "this node left its chain for one with more work: 2 epochs, 20,480 tokens given up, "
         "kept as the branch 00000003-ab",
-        "this node left its chain for one with more work: 1 epochs, 9 tokens given up, "
-        "and not kept: the limits leave no room",
+        "this node went back to the record before an island's, whose updates nobody gave: "
+        "1 epoch, 9 tokens given up, and not kept: the limits leave no room",
     ]
 
 

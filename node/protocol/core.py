@@ -19,7 +19,6 @@ from tapestry.node.protocol.chain import (
     Crypto,
     InvalidRecord,
     Record,
-    Tip,
     behind_of,
     false_draws,
     next_place,
@@ -75,8 +74,8 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.own_vote import OwnVote
 from tapestry.node.protocol.proposals import Proposals
-from tapestry.node.protocol.record import seat_message
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot
@@ -110,13 +109,7 @@ class Core:
         for record in restored.chain.records[-DELIVERED_RECORDS:]:
             self.ctx.delivered.update(dict.fromkeys(m.peer for m in record.body.members if m.weight))
         self.sync = Sync(self.ctx, restored.chain, restored.state_epoch, restored.state_digest)
-        self.vote = restored.vote
-        # Any READY leaves a vote on the disk: a disk without one has never promised anything.
-        self.life = restored.vote.life if restored.vote is not None else restored.life
-        self.left = restored.vote.left if restored.vote is not None else ""
-        self.founded_here = self.vote is not None and self.vote.head == restored.chain.genesis.run_id
-        # The head that a disk which was set back goes on from, as long as no other elector of it is met.
-        self.alone_at = restored.chain.head if restored.alone else ""
+        self.own = OwnVote(self.ctx, restored.chain, restored.vote, restored.life, restored.alone)
         self.round: Round | None = None
         self.trainer_up = True
         self.trainer_reason = self.trainer_ends = ""
@@ -150,7 +143,7 @@ class Core:
         if self.stopping:
             return None
         if self.round is None:
-            standing = self._stands_by() if self.sync.at_head else None
+            standing = self.own.stands_by() if self.sync.at_head else None
             if standing is None:
                 return self.sync.wait(now)
             return replace(standing, for_s=_since(self.stood_by_at, now))
@@ -233,7 +226,7 @@ class Core:
             self._decided(round_.state.decided, now)
         if self.round is None:  # in a round we are at the head
             self.sync.pump(now)
-            self.sync.leave_hollow(self._voted_at(), now)
+            self.sync.leave_hollow(self.own.tip, now)
             if self.sync.at_head and not self.stopping:
                 self._begin_round(now)
         news = self._news()
@@ -241,7 +234,8 @@ class Core:
             self.told = news
             self.heartbeat_at = now + self.ctx.rules.heartbeat_s
             self.ctx.broadcast(self._status())
-            self._ask_for_seat()
+            if self.round is None and self.sync.at_head:
+                self.own.ask_for_seat()
             if self.ctx.proposals.pending and now >= self.changes_at:
                 self.changes_at = now + CHANGES_AGAIN * self.ctx.rules.heartbeat_s
                 self._tell_changes(list(self.ctx.proposals.pending.values()))
@@ -249,11 +243,11 @@ class Core:
     # --- rounds --------------------------------------------------------------------------------
 
     def _begin_round(self, now: float) -> None:
-        if self._stands_by() is not None:
+        if self.own.stands_by() is not None:
             self.stood_by_at = now if self.stood_by_at is None else self.stood_by_at
             return
         self.stood_by_at = None
-        chain, at, vote = self.chain, self.chain.place, self._vote_here()
+        chain, at, vote = self.chain, self.chain.place, self.own.here()
         epoch, head = at.epoch, at.head
         last = chain.records[-1] if epoch else None
         behind = behind_of(at, last)
@@ -268,19 +262,6 @@ class Core:
         for peer, view in self.ctx.peers.items():
             if view.status is not None and (view.status.epoch, view.status.head) == (epoch, head):
                 self.round.on_ballot_seen(peer, view.status.ballot, now)
-
-    def _vote_here(self) -> Vote:
-        """What we promised or accepted in the round from our head."""
-        at, vote = self.chain.place, self.round.state.vote if self.round is not None else self.vote
-        if vote is not None and vote.head == at.head:
-            return vote
-        tip = at.tip
-        left = self.left if self.left.startswith(at.heads) else ""
-        return Vote(at.epoch, at.head, -1, -1, None, self.life, (tip.full, tip.voice, tip.since), left)
-
-    def _voted_at(self) -> Tip | None:
-        """The head of the last round that is over, or was under way when we stopped."""
-        return None if self.vote is None else Tip(*self.vote.standing, self.vote.head)
 
     def _train(self, round_: Round) -> None:
         before = self.chain.head_at(round_.epoch - 1)
@@ -307,7 +288,7 @@ class Core:
             outcome = Outcome.COMMITTED if contributed else Outcome.MISSED
             if record.body.forced:
                 outcome = Outcome.FORCED
-        self.vote = round_.state.vote  # the newest on the disk, or of a round in which we had none to give
+        self.own.newest = round_.state.vote
         ballot = record.ballot if record is not None else None
         leader = round_.state.leader_of(ballot) if ballot is not None else ""
         self.ctx.movers.end_round(ballot, leader, self.ctx.peers)
@@ -335,56 +316,6 @@ class Core:
         members = after[0].body.members if after else ()
         return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
 
-    def _stands_by(self) -> Wait | None:
-        """Why we may have voted in this head's round without knowing how; None if we have not, or know.
-
-        The others decide that round, and our vote counts again in a later one.
-        """
-        if not self.ctx.roll.may_contribute(self.ctx.me):
-            why = self.ctx.roll.removed.get(self.ctx.me)
-            what = (
-                "not a member of this run"
-                if why is None
-                else f"removed from this run: {why or 'no reason given'}"
-            )
-            return Wait("admission", what, f"ends when who admits runs: tapestry admit {self.ctx.me}")
-        voted_at = self._voted_at()
-        if voted_at is not None and voted_at.beats(self.chain.tip):
-            # We only move to a tip that beats our own, so that this one is from before the one we voted at.
-            return Wait(
-                "vote",
-                "our disk lost records: no vote before we have them again",
-                "ends when a member that has them is heard: start one, or give its address with --peer",
-            )
-        if self._forgot_votes():
-            return Wait(
-                "vote",
-                "our disk was lost: no vote before the next record",
-                "ends when the others have made it: start them, if `tapestry peers` shows too few",
-            )
-        return None
-
-    def _ask_for_seat(self) -> None:
-        """An electorate of three keeps an elector that no record names: a record that does without us may
-        never come."""
-        ctx, place = self.ctx, self.chain.place
-        if self.round is None and self.sync.at_head and ctx.me in place.electorate and self._forgot_votes():
-            signature = ctx.crypto.sign(seat_message(place.head, self.life))
-            ctx.broadcast(Seat(place.epoch, place.head, self.life, signature))
-
-    def _forgot_votes(self) -> bool:
-        """Whether the electorate has us from before our disk was lost: we may have voted after its record.
-
-        A disk that was set back, alone, goes on all the same: nobody is there whom a second vote could reach,
-        and its records name it as the disk that it is now.
-        """
-        chain = self.chain
-        if chain.head == self.alone_at:
-            return False
-        if chain.epoch == 0:
-            return self.ctx.me == chain.genesis.founder and not self.founded_here
-        return any(peer == self.ctx.me and life != self.life for peer, life in chain.place.seats)
-
     # --- local causes --------------------------------------------------------------------------
 
     def handle_peer_up(self, inp: PeerUp, now: float) -> None:
@@ -395,21 +326,13 @@ class Core:
             view = self.ctx.peers[inp.peer] = PeerView()
         view.up = True
         view.heard_at = now
-        if self.alone_at:
-            self._meet(inp.peer, now)
+        if self.own.meet(inp.peer):
+            self._end_round(None, now)
         self.sync.asked_at.pop(inp.peer, None)  # what was asked over the link before is lost
         if self.told and self.ctx.roll.may_contribute(inp.peer):  # else all are about to hear
             self.ctx.send(inp.peer, self._status())
             if self.ctx.proposals.pending:
                 self.changes_at = now  # with the next heartbeat
-
-    def _meet(self, peer: str, now: float) -> None:
-        """Another elector may have had our vote in this round, from before our disk was set back."""
-        place = self.chain.place
-        if place.head == self.alone_at and peer in place.electorate:
-            self.alone_at = ""
-            if self._stands_by() is not None:
-                self._end_round(None, now)
 
     def _forget_one_down(self) -> bool:
         for peer, view in self.ctx.peers.items():
@@ -497,10 +420,11 @@ class Core:
     def _hand_over(self) -> None:
         """Of two electors, who stops leaves the round to the other: handover.py."""
         at, ctx = self.chain.place, self.ctx
-        if len(at.electorate) != ELECTORS or ctx.me not in at.electorate or self._stands_by():
+        if len(at.electorate) != ELECTORS or ctx.me not in at.electorate or self.own.stands_by():
             return
-        self.left = at.head
-        ctx.emit(PersistVote(replace(self._vote_here(), left=at.head)))
+        self.own.left = at.head
+        vote = self.own.here() if self.round is None else self.round.state.vote
+        ctx.emit(PersistVote(replace(vote, left=at.head)))
         ctx.broadcast(Leave(at.epoch, at.head, ctx.crypto.sign(leave_message(at.head))))
 
     def handle_stopping(self, inp: Stopping, now: float) -> None:
@@ -687,7 +611,7 @@ class Core:
         if false_draws(record, self.ctx.crypto):
             return "draw"
         if body.forced and self.sync.holds_back(
-            (record,), next_place(self.chain.place, record), now, votes=not self._stands_by()
+            (record,), next_place(self.chain.place, record), now, votes=not self.own.stands_by()
         ):
             return None
         self._append(record, now)
@@ -695,7 +619,7 @@ class Core:
 
     def on_records(self, peer: str, message: Records, now: float) -> str | None:
         head = self.chain.head
-        in_round, votes = self.round is not None, not self._stands_by()
+        in_round, votes = self.round is not None, not self.own.stands_by()
         added = self.sync.on_records(peer, message, now, votes, in_round)
         if self.chain.head != head and added:
             extends = added[0].body.prev == head

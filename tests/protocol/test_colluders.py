@@ -36,7 +36,7 @@ def fork_of(world: World, liars: list[str], kind: str, gives: bool, count: int =
     state = chain.state_digest_at(at) if back else node.core.sync.state_digest
     base = node.disk.records[:at]
     fork = Fork(kind, base, chain.place_at(at), state, gives, base[-1], [])
-    lives = {p: world.nodes[p].core.life for p in liars}
+    lives = {p: world.nodes[p].core.own.life for p in liars}
     forgery = Forgery(random.Random(1), {p: SimCrypto(p) for p in liars}, lives)
     for _ in range(count):
         forgery.extend(fork, rules.max_influence, rules.shard_count, [world.nodes[p] for p in liars])

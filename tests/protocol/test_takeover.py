@@ -146,7 +146,7 @@ def test_who_stays_an_elector_and_has_lost_its_disk_does_not_vote_before_a_recor
     def is_named() -> bool:
         place, named = gone.core.chain.place, ("p2", gone.disk.life) in gone.core.chain.place.seats
         if "p2" in place.electorate and not named:
-            stood_by.add(gone.core._stands_by().what)
+            stood_by.add(gone.core.own.stands_by().what)
         return named
 
     world.until(is_named, 60)

@@ -155,7 +155,7 @@ def test_who_was_removed_says_who_can_let_it_in() -> None:
     node = world.nodes["p1"]
     node.core.sync.need_state, node.core.sync.state_epoch = False, node.core.chain.epoch
     later(world, 3)
-    wait = node.core._stands_by()
+    wait = node.core.own.stands_by()
     assert wait is not None and wait.kind == "admission" and wait.ends.endswith("tapestry admit p1")
 
 

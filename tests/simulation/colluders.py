@@ -174,7 +174,7 @@ class Colluders:
             return
         world = self.world
         disks = [world.nodes[p] for p in self.names]
-        self.lives.update({n.name: n.core.life for n in disks if n.core is not None})
+        self.lives.update({n.name: n.core.own.life for n in disks if n.core is not None})
         rules = core.ctx.rules
         record = self.forgery.extend(fork, rules.max_influence, rules.shard_count, disks)
         self.made.add(record.head)

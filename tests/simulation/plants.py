@@ -32,13 +32,13 @@ from tapestry.node.protocol import validity as validity_module
 from tapestry.node.protocol import watch as watch_module
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.context import Context
-from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.deliveries import Deliveries
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.movers import Movers
+from tapestry.node.protocol.own_vote import OwnVote
 from tapestry.node.protocol.proposals import Proposals
 from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.round_state import RoundState
@@ -181,7 +181,7 @@ def forced_displaces_vote() -> list[Patch]:
 
 @plant("a member that lost its disk votes at once", 8)
 def lost_disk_votes() -> list[Patch]:
-    return [(Core, "_forgot_votes", lambda self: False)]
+    return [(OwnVote, "is_forgotten", lambda self: False)]
 
 
 @plant("a home that was restored goes on as the disk that it was", 1676)
@@ -191,15 +191,15 @@ def restored_as_it_was() -> list[Patch]:
 
 @plant("a restored home that met another elector goes on as if it were alone", 846)
 def restored_goes_on() -> list[Patch]:
-    return [(Core, "_meet", lambda self, peer, now: None)]
+    return [(OwnVote, "meet", lambda self, peer: False)]
 
 
 @plant("a member that lost records votes at once", 17)
 def lost_records_vote() -> list[Patch]:
     def stands_by(self: Any) -> Wait | None:
-        return Wait("vote", "our disk was lost", "") if self._forgot_votes() else None
+        return Wait("vote", "our disk was lost", "") if self.is_forgotten() else None
 
-    return [(Core, "_stands_by", stands_by)]
+    return [(OwnVote, "stands_by", stands_by)]
 
 
 # --- records ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from schemas import faults, load
 
+from tapestry.node.daemon import waits
 from tapestry.node.daemon.waits import AGAIN_S, LOOK_S, OVER_S, WaitTeller
 from tapestry.node.protocol.waits import KINDS, Wait
 from tapestry.node.surface import status
@@ -75,14 +77,63 @@ def test_one_that_lasts_is_told_once_with_its_end_and_again_each_hour(
     assert len(bench.said) == 2 and "for_s=3661" in bench.said[1]
 
 
-def test_one_that_is_over_is_told_so_and_a_new_one_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_is_over_is_told_so_and_a_new_one_anew_after_an_hour(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     bench = Bench(caplog)
     bench.go_on(100.0, MEMBERS)
     bench.go_on(2 * OVER_S, None)
     assert bench.said[1:] == ["waited=members for_s=156 it is over"] and bench.metric("members") == 0
     assert bench.history.everything()["events"][-1]["text"] == "the wait is over, after 2.6 min"
+    bench.go_on(AGAIN_S, None)
     bench.go_on(10.0, MEMBERS)
-    assert len(bench.said) == 3
+    assert len(bench.said) == 3 and bench.said[2].startswith("waiting=members for_s=61 ")
+
+
+def test_a_quorum_on_the_edge_is_told_again_only_where_it_lasts_longer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench, lost = Bench(caplog), Wait("quorum", "1 of 3 alive, need 2", "ends when 1 more are back", 60.0)
+    for _ in range(12):  # three minutes without one, two with
+        bench.go_on(120.0, lost)
+        bench.go_on(120.0, None)
+    assert [line.split()[0] for line in bench.said] == ["waiting=quorum", "waited=quorum"]
+    assert len(bench.history.everything()["events"]) == 2
+    assert bench.metric("quorum") == 0
+    bench.go_on(120.0, lost)
+    assert len(bench.said) == 2 and bench.metric("quorum") > 170, "the metric follows each of them"
+    bench.go_on(20.0, replace(lost, for_s=180.0))
+    assert len(bench.said) == 3 and bench.said[2].startswith("waiting=quorum for_s=180 ")
+    bench.go_on(120.0, None)
+    assert bench.said[3] == "waited=quorum for_s=195 it is over"
+
+
+def test_a_look_that_fails_is_told_once_and_is_not_the_last(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, fifth = [0], asyncio.Event()
+    bench = Bench(caplog)
+
+    def look() -> Wait:
+        looks[0] += 1
+        if looks[0] <= 3:
+            raise KeyError("a bug of ours")
+        if looks[0] == 5:
+            fifth.set()
+        return MEMBERS
+
+    bench.teller._look = look
+    monkeypatch.setattr(waits, "LOOK_S", 0.0)
+
+    async def five_looks() -> None:
+        running = asyncio.create_task(bench.teller.run())
+        async with asyncio.timeout(5.0):
+            await fifth.wait()
+        running.cancel()
+
+    asyncio.run(five_looks())
+    assert [line.split(";")[0].split(" ")[0] for line in bench.said] == ["waits=not_told", "waiting=members"]
+    assert "KeyError" in bench.caplog.text
 
 
 def test_a_round_that_begins_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tapestry.node.errors import printable
 from tapestry.node.protocol.waits import Wait, span
 from tapestry.node.surface.history import History
 from tapestry.node.surface.metrics import Metrics
@@ -85,4 +84,4 @@ class WaitTeller:
 
     def _tell(self, wait: Wait) -> None:
         _log.warning("waiting=%s for_s=%.0f what=%r; %s", wait.kind, wait.for_s, wait.what, wait.ends)
-        self._history.tell(printable(f"waiting: {wait.text}"), "warning")
+        self._history.tell(f"waiting: {wait.text}", "warning")

@@ -1,6 +1,7 @@
 """What /status, /peers and /readyz say of a node: asked for when somebody looks, nothing kept.
 
-It is given a function that says what there is to show, as plain values; it knows nothing of the daemon.
+It is given a function that says what there is to show, as plain values; it knows nothing of the daemon. What
+it says in words may quote peers: each text is one line without control characters, for terminal and page.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tapestry.dht.conduct import Ban
+from tapestry.node.errors import printable
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 
@@ -143,7 +145,7 @@ class NodeView:
             "run_name": self._run_name,
             "version": self._version,
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
-            "reason": "" if wait is None else wait.text,
+            "reason": "" if wait is None else printable(wait.text),
             "waiting": _waiting(wait),
             "epoch": 0,
             "head": "",
@@ -188,7 +190,7 @@ class NodeView:
             "name": shown.name_of(core.peer_id),
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
-            "reason": core.reason,
+            "reason": printable(core.reason),
             "waiting": None if self.stopping else _waiting(core.wait),
             "epoch": max(core.state_epoch, 0),
             "head": core.state_head,
@@ -198,7 +200,7 @@ class NodeView:
             "loss_epoch": shown.loss_epoch if shown.loss_epoch >= 0 else None,
             "val_loss": shown.val_loss,
             "val_loss_epoch": shown.val_loss_epoch if shown.val_loss_epoch >= 0 else None,
-            "trainer_trouble": shown.trainer_trouble,
+            "trainer_trouble": printable(shown.trainer_trouble),
             "loss_trouble": shown.loss_trouble,
             "val_losses": dict(shown.val_losses),
             "data_passes": shown.data_passes,
@@ -264,11 +266,11 @@ class NodeView:
             return False, "stopping"
         if self._look is None:
             wait = self.wait()
-            return False, "starting" if wait is None else wait.text
+            return False, "starting" if wait is None else printable(wait.text)
         core = self._look().core
         if core.phase not in WORKING:
-            return False, f"{core.phase}: {core.reason}"
-        return True, core.reason if core.wait is not None and core.wait.lasting else ""
+            return False, f"{core.phase}: {printable(core.reason)}"
+        return True, printable(core.reason) if core.wait is not None and core.wait.lasting else ""
 
 
 def _waiting(wait: Wait | None) -> dict[str, Any] | None:
@@ -276,10 +278,10 @@ def _waiting(wait: Wait | None) -> dict[str, Any] | None:
         return None
     return {
         "kind": wait.kind,
-        "what": wait.what,
+        "what": printable(wait.what),
         "since": round(time.time() - wait.for_s),
         "for_s": round(wait.for_s, 1),
-        "ends": wait.ends,
+        "ends": printable(wait.ends),
         "lasting": wait.lasting,
     }
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 from schemas import faults, load
 
@@ -17,6 +18,7 @@ from tapestry.node.daemon.waits import AGAIN_S, LOOK_S, OVER_S, WaitTeller
 from tapestry.node.protocol.waits import KINDS, Wait
 from tapestry.node.surface import status
 from tapestry.node.surface.history import History
+from tapestry.node.surface.http import start_http
 from tapestry.node.surface.metrics import Metrics
 from tapestry.node.surface.status import NodeView
 
@@ -186,6 +188,42 @@ def test_who_did_its_part_is_ready_and_says_what_it_waits_for_all_the_same(
     assert view.ready() == (ready, says) and view.wait() == wait
     view.stopping = True
     assert view.ready() == (False, "stopping") and view.wait() is None
+
+
+def texts(value: Any) -> list[str]:
+    """All in it that is text."""
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in texts(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+HOSTILE = "removed by x: \x1b[2J\nready\u202e"
+
+
+def test_words_of_others_move_no_terminal_whatever_shows_them() -> None:
+    view = NodeView("0.1.0")
+    view.wait_for(Wait("admission", HOSTILE, HOSTILE))
+    assert all(text.isprintable() for text in texts([view.status(), view.ready()]))
+    for phase in ("training", "degraded"):
+        shows(view, phase, Wait("admission", HOSTILE, HOSTILE, 99.0))
+        assert "removed by x" in view.ready()[1] and view.ready()[1].isprintable()
+
+
+def test_readyz_is_one_line() -> None:
+    view = NodeView("0.1.0")
+    view.wait_for(Wait("admission", HOSTILE, "ends when it lets us in"))
+
+    async def main() -> tuple[int, str]:
+        server = await start_http(view, Metrics("0.1.0"), "127.0.0.1", 0)
+        try:
+            async with aiohttp.ClientSession() as session, session.get(server.url + "/readyz") as answer:
+                return answer.status, await answer.text()
+        finally:
+            await server.close()
+
+    assert asyncio.run(main()) == (503, "removed by x: ?[2J ready?, for 0 s; ends when it lets us in\n")
 
 
 def test_an_applicant_says_since_when_though_what_it_hears_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 
 BANS_SHOWN_MAX = 64
+SAME_WAIT_S = 1.0  # two looks at one wait find its beginning this near
 WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
 
 
@@ -80,6 +81,15 @@ class Shown:
     versions: Mapping[str, str] = field(default_factory=dict)  # linked peer -> its version, where it is known
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """When a wait began, noted when it was first seen: somebody may set the clock meanwhile."""
+
+    kind: str
+    began_s: float  # as _up_s
+    at: int  # unix time, s
+
+
 class NodeView:
     """The http.View of a node, from before it has joined until it has stopped."""
 
@@ -92,6 +102,7 @@ class NodeView:
         self.stopping = False
         self._wait: Wait | None = None  # of a node that has not joined yet
         self._wait_began_s = 0.0
+        self._begun: _Begun | None = None  # of the wait that was seen last
         self._caps = {
             "upload_bytes_per_second": upload_bytes_per_second,
             "download_bytes_per_second": download_bytes_per_second,
@@ -123,12 +134,17 @@ class NodeView:
         self._wait = wait
 
     def wait(self) -> Wait | None:
-        """What the node waits for; None if for nothing but its own work."""
+        """What the node waits for; None if for nothing but its own work. Since when is noted as often as this
+        is asked: the daemon does so all the time (waits.py)."""
         if self.stopping:
             return None
         if self._look is not None:
-            return self._look().core.wait
-        return None if self._wait is None else replace(self._wait, for_s=_up_s() - self._wait_began_s)
+            wait = self._look().core.wait
+        else:
+            wait = None if self._wait is None else replace(self._wait, for_s=_up_s() - self._wait_began_s)
+        if wait is not None:
+            self._since(wait)
+        return wait
 
     def admit(self, peer: str, name: str) -> str:
         """What is wrong with it, or ""."""
@@ -146,7 +162,7 @@ class NodeView:
             "version": self._version,
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
             "reason": "" if wait is None else printable(wait.text),
-            "waiting": _waiting(wait),
+            "waiting": self._waiting(wait),
             "epoch": 0,
             "head": "",
             "state_digest": "",
@@ -191,7 +207,7 @@ class NodeView:
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
             "reason": printable(core.reason),
-            "waiting": None if self.stopping else _waiting(core.wait),
+            "waiting": None if self.stopping else self._waiting(core.wait),
             "epoch": max(core.state_epoch, 0),
             "head": core.state_head,
             "state_digest": core.state_digest,
@@ -224,6 +240,26 @@ class NodeView:
             "reachable": shown.reachable,
             "relays": list(shown.relays),
         }
+
+    def _waiting(self, wait: Wait | None) -> dict[str, Any] | None:
+        if wait is None:
+            return None
+        return {
+            "kind": wait.kind,
+            "what": printable(wait.what),
+            "since": self._since(wait),
+            "for_s": round(wait.for_s, 1),
+            "ends": printable(wait.ends),
+            "lasting": wait.lasting,
+        }
+
+    def _since(self, wait: Wait) -> int:
+        """Unix time, s."""
+        began_s = _up_s() - wait.for_s
+        begun = self._begun
+        if begun is None or begun.kind != wait.kind or abs(begun.began_s - began_s) > SAME_WAIT_S:
+            begun = self._begun = _Begun(wait.kind, began_s, round(time.time() - wait.for_s))
+        return begun.at
 
     def peers(self) -> list[dict[str, Any]]:
         """One table per peer that is up, as last heard, and one per peer that is turned away."""
@@ -271,19 +307,6 @@ class NodeView:
         if core.phase not in WORKING:
             return False, f"{core.phase}: {printable(core.reason)}"
         return True, printable(core.reason) if core.wait is not None and core.wait.lasting else ""
-
-
-def _waiting(wait: Wait | None) -> dict[str, Any] | None:
-    if wait is None:
-        return None
-    return {
-        "kind": wait.kind,
-        "what": printable(wait.what),
-        "since": round(time.time() - wait.for_s),
-        "for_s": round(wait.for_s, 1),
-        "ends": printable(wait.ends),
-        "lasting": wait.lasting,
-    }
 
 
 def _roll(shown: Shown) -> list[dict[str, Any]]:

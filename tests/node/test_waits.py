@@ -199,6 +199,32 @@ def texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_since_when_does_not_move_where_somebody_sets_the_clock(
+    runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up, wall = [1000.0], [5000.0]
+    monkeypatch.setattr(status, "_up_s", lambda: up[0])
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    view = NodeView("0.1.0")
+    view.wait_for(Wait("quorum", "1 of 3", "ends when they are back"))
+
+    def since(for_s: float) -> int:
+        up[0], wall[0] = up[0] + 30.0, wall[0] + 30.0
+        wait = Wait("quorum", "1 of 3", "ends when they are back", for_s)
+        if runs:
+            shows(view, "degraded", wait)
+            assert view.wait() == wait  # as the daemon asks each few seconds
+            return view._waiting(wait)["since"]  # type: ignore[index]
+        return int(view.status()["waiting"]["since"])
+
+    assert since(30.0) == since(60.0) == 5000
+    wall[0] += 7200.0  # NTP
+    assert since(90.0) == 5000
+    if runs:
+        assert since(30.0) == 12290, "another wait, which began after the step"
+
+
 HOSTILE = "removed by x: \x1b[2J\nready\u202e"
 
 

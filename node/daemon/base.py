@@ -108,7 +108,7 @@ async def _fetch(
     on_bytes: Callable[[str, int], None],
     told: Told,
 ) -> None:
-    """From the first peer that has it."""
+    """From the first peer that has it. Raises UserError: none gave it, or our disk does not take it."""
     failures = []
     for peer in peers:
         began_at = time.monotonic()
@@ -118,16 +118,26 @@ async def _fetch(
         except (DonorFailed, RemoteProtocolError, SwarmError) as error:
             failures.append(f"{peer.peer_id[-6:]}: {error}")
             continue
+        except OSError as error:  # no donor's, which are DonorFailed
+            raise UserError(
+                f"cannot write the base's {file.name} in {folder.folder}: {error.strerror or error}",
+                exit_code=ExitCode.FAILED,
+                hint=f"make room or mend the disk, and start again: {_kept(folder, file)}",
+            ) from error
         seconds = time.monotonic() - began_at
         _log.info("base file=%s whole seconds=%.1f", file.name, seconds)
         return
-    kept = max(folder.part_bytes(file, end) for end in ENDS if end != OWN)
     raise UserError(
         f"no peer gave the base's {file.name}: {'; '.join(failures)}",
         exit_code=ExitCode.UNREACHABLE,
-        hint=f"start again: {kept} of {file.size_bytes} bytes are kept; or name a "
-        "directory that has it with --base DIR",
+        hint=f"start again: {_kept(folder, file)}; or name a directory that has it with --base DIR",
     )
+
+
+def _kept(folder: BaseFolder, file: BaseFile) -> str:
+    """What the next start goes on from."""
+    kept = max(folder.part_bytes(file, end) for end in ENDS if end != OWN)
+    return f"{kept} of {file.size_bytes} bytes are kept"
 
 
 def _opener(swarm: Swarm, peer_id: str, run_id: str) -> OpenStream:

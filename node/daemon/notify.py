@@ -17,6 +17,8 @@ import os
 import socket
 from collections.abc import Callable, MutableMapping
 
+from tapestry.node.errors import printable
+
 STATUS_EVERY_S = 10.0
 REAP_EVERY_S = 5.0
 START_MORE_US = 60_000_000  # EXTEND_TIMEOUT_USEC: a joiner may fetch a state for long
@@ -34,6 +36,7 @@ class Notifier:
         ours = whose in ("", str(os.getpid()))
         self._watchdog_s = int(wanted_us) / 1e6 if ours and wanted_us.isdecimal() else 0.0
         self._ready = False
+        self._is_speechless = False  # what we do could not be put into words, and people know of it
 
     @property
     def every_s(self) -> float:
@@ -43,14 +46,14 @@ class Notifier:
     def ready(self, status: str) -> None:
         """What is shown from this moment on is what the node does now, not what it did while it started."""
         self._ready = True
-        self.send(f"READY=1\nSTATUS={status}")
+        self.send(f"READY=1\n{_status_line(status)}")
 
     def stopping(self) -> None:
         self.send("STOPPING=1")
 
     def beat(self, status: str) -> None:
         """We are alive, and this is what we do."""
-        lines = [f"STATUS={status}"]
+        lines = [_status_line(status)]
         if self._watchdog_s:
             lines.append("WATCHDOG=1")
         if not self._ready:
@@ -67,13 +70,27 @@ class Notifier:
             sender.sendto(text.encode(), "\0" + name[1:] if name.startswith("@") else name)
 
     async def run(self, status: Callable[[], str]) -> None:
-        """Until cancelled."""
+        """Until cancelled. A `status` that fails is our bug: told once, and the node lives on."""
         reaper = Reaper() if os.getpid() == 1 else None
         while True:
-            self.beat(status())
+            self.beat(self._words(status))
             if reaper is not None:
                 reaper.look()
             await asyncio.sleep(min(self.every_s, REAP_EVERY_S) if reaper is not None else self.every_s)
+
+    def _words(self, status: Callable[[], str]) -> str:
+        try:
+            return status()
+        except Exception:
+            if not self._is_speechless:
+                self._is_speechless = True
+                _log.exception("status=not_told; the node goes on: look at its log, and report this bug")
+            return "alive; its log says why it cannot say more"
+
+
+def _status_line(status: str) -> str:
+    """One line whatever peers said in it: each line is a field, and MAINPID= and STOPPING= are others."""
+    return f"STATUS={printable(status)}"
 
 
 class Reaper:

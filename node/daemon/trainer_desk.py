@@ -124,6 +124,7 @@ class TrainerDesk:
 
     def _down(self, event: tm.Failed | Died | Parted) -> None:
         self._inner_epoch = None  # the next one says what it has
+        self._trainer.abort()  # the core asks for it again when the next one is here: else it began it twice
         if isinstance(event, Died):
             self._reporter.metrics.trainer_restarted()
             why = self._health.died(event)

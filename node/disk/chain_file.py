@@ -35,7 +35,15 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from tapestry.node.disk.files import is_damage, pwrite_all, seal, sync_folder, unseal, write_file
+from tapestry.node.disk.files import (
+    has_another_end,
+    is_damage,
+    pwrite_all,
+    seal,
+    sync_folder,
+    unseal,
+    write_file,
+)
 from tapestry.node.home import Home
 from tapestry.node.protocol.chain import (
     Crypto,
@@ -352,7 +360,7 @@ class ChainFile:
                 if not line:
                     break
                 if not line.endswith(b"\n"):
-                    why = "unfinished" if len(line) < LINE_BYTES_MAX else "a line without an end"
+                    why = _why_no_line(line)
                     break
                 try:
                     record = self._parsed(line)
@@ -440,6 +448,13 @@ def _mark_of(line: bytes) -> Mark:
     fields = table(unseal(line.removesuffix(b"\n")), ("version", "end", "index", "place", "tokens"), "a mark")
     integer(fields["version"], MARKS_VERSION, MARKS_VERSION, "version")
     return Mark(**{name: value for name, value in fields.items() if name != "version"})
+
+
+def _why_no_line(line: bytes) -> str:
+    """Of what does not end in a newline."""
+    if len(line) == LINE_BYTES_MAX:
+        return "a line without an end"
+    return "it ends with another byte than a newline" if has_another_end(line) else "unfinished"
 
 
 def line_of(record: Record) -> bytes:

@@ -149,6 +149,18 @@ def _unsealed(line: bytes) -> Any:
     return raw["value"]
 
 
+def has_another_end(line: bytes) -> bool:
+    """Of a last line without a newline: whether it is a sealed one, whole but for its newline's byte. That is
+    damage: a write that was cut off is shorter, or has zeros where the disk had nothing yet."""
+    if line.endswith(b"\0"):
+        return False
+    try:
+        unseal(line[:-1])
+    except ValueError:
+        return False
+    return True
+
+
 def is_sealed(line: bytes, value: Any) -> bool:
     """Whether `line` is `seal(value)`, of a line that `unseal` took: its digest need not be made again."""
     start = line[: len(_SEALED)] == _SEALED and line[75:85] == _SEALED_VALUE and line[-1:] == b"}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapestry.node.disk.files import is_sealed, unseal
+from tapestry.node.disk.files import has_another_end, is_sealed, unseal
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import (
@@ -142,6 +142,8 @@ def read_records(path: Path, crypto: Crypto) -> Iterator[Record]:
         while line := file.readline(LINE_BYTES_MAX):
             epoch += 1
             if not line.endswith(b"\n"):
+                if has_another_end(line):
+                    raise Broken("it ends with another byte than a newline", epoch)
                 raise Broken("its last line is not finished", epoch, unfinished=True)
             try:
                 record = record_from_dict(unseal(line[:-1]), crypto)

@@ -22,11 +22,12 @@ import shutil
 from pathlib import Path
 
 from tapestry.node.disk.branches import folders
+from tapestry.node.disk.files import has_another_end
 from tapestry.node.disk.linked import copy_linked
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
-from tapestry.node.lineage.follow import read_records
+from tapestry.node.lineage.follow import Broken, read_records
 from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.verify import verify_home
 from tapestry.node.progress import Told, counted
@@ -86,7 +87,7 @@ def copy_run(home: Home, copy: Home, told: Told) -> None:
         _cut_unfinished(copy.chain)
     for linked in (home.data_events, home.egress):
         copy_linked(linked, copy.path)
-    epoch = sum(1 for _ in read_records(copy.chain, ReaderCrypto()))
+    epoch = _epochs(copy.chain)
     for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
         target.mkdir()
         _copy_until(source, target, epoch, told)
@@ -138,8 +139,17 @@ def _size(path: Path) -> int:
     return 0
 
 
+def _epochs(chain: Path) -> int:
+    """Up to where its lines hold; what does not is said when the copy is verified."""
+    count = 0
+    with contextlib.suppress(Broken):
+        for _ in read_records(chain, ReaderCrypto()):
+            count += 1
+    return count
+
+
 def _cut_unfinished(chain: Path) -> None:
-    """The line that a live node was just writing."""
+    """The line that a live node was just writing; not one whose newline was damaged."""
     with chain.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -147,4 +157,6 @@ def _cut_unfinished(chain: Path) -> None:
             if file.read(1) == b"\n":
                 break
             end -= 1
-        file.truncate(end)
+        file.seek(end)
+        if not has_another_end(file.read()):
+            file.truncate(end)

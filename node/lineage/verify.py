@@ -513,9 +513,9 @@ def lines(proof: Proof) -> Iterator[str]:
     if proof.replayed_to is not None:
         yield f"replayed from epoch {proof.replayed_from} to {proof.replayed_to}: the states that were signed"
     for note in proof.notes:
-        yield f"note  {note}"
+        yield f"note  {printable(note)}"
     for fault in proof.faults:
-        yield f"FAULT {fault}"
+        yield f"FAULT {printable(str(fault))}"
     yield _verdict(proof)
 
 

@@ -157,7 +157,9 @@ class Relay:
                 asyncio.create_task(self._pass(inner_reader, writer, on_heard)),
             ]
             try:  # the end of one way is the end of both: p2pd's streams have no half
-                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                ended, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                for way in ended:
+                    way.result()  # our bug goes to the stream's edge (dht/swarm.py), which tells of it
             finally:
                 for way in ways:
                     way.cancel()

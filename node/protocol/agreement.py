@@ -75,12 +75,14 @@ def agreement(shards: Sequence[ShardSums], weights: Sequence[int]) -> Agreement:
 
     `weights` are those of the contributors, each above 0. Vectors of zeros agree in nothing.
     """
-    norms = _roots([s.squares for s in shards])
+    norms = [math.sqrt(square) for square in _added([s.squares for s in shards])]
     mean_norm = math.sqrt(math.fsum(s.mean_square for s in shards))
-    sampled_norms = _roots([s.sampled_squares for s in shards])
-    sampled_mean_norm = math.sqrt(math.fsum(s.sampled_mean_square for s in shards))
-    dots = [math.fsum(column) for column in zip(*(s.sampled_dots for s in shards), strict=True)]
-    cosines = [_ratio(dot, norm * sampled_mean_norm) for dot, norm in zip(dots, sampled_norms, strict=True)]
+    sampled_mean_square, sampled_squares, dots = sampled(shards)
+    sampled_mean_norm = math.sqrt(sampled_mean_square)
+    cosines = [
+        _ratio(dot, math.sqrt(square) * sampled_mean_norm)
+        for dot, square in zip(dots, sampled_squares, strict=True)
+    ]
     same, other = sum(s.same_sign for s in shards), sum(s.other_sign for s in shards)
     return Agreement(
         _ppm(math.fsum(cosines) / len(cosines), -PPM),
@@ -99,6 +101,14 @@ def lengthening(found: Agreement, contributors: int) -> float:
     return max(found.norm_kept_ppm / PPM, 1.0 / math.sqrt(contributors))
 
 
+def sampled(shards: Sequence[ShardSums]) -> tuple[float, list[float], list[float]]:
+    """Of the sampled part of these shards together: |mean|^2; and of each contribution x_i, |x_i|^2 and
+    x_i . mean."""
+    mean_square = math.fsum(s.sampled_mean_square for s in shards)
+    squares, dots = _added([s.sampled_squares for s in shards]), _added([s.sampled_dots for s in shards])
+    return mean_square, squares, dots
+
+
 def _median(values: Sequence[float], weights: Sequence[int]) -> float:
     """The value in the middle by weight; between two, their mean."""
     pairs = sorted(zip(values, weights, strict=True))
@@ -112,8 +122,8 @@ def _median(values: Sequence[float], weights: Sequence[int]) -> float:
     return 0.0
 
 
-def _roots(shards: Sequence[Sequence[float]]) -> list[float]:
-    return [math.sqrt(math.fsum(column)) for column in zip(*shards, strict=True)]
+def _added(shards: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) for column in zip(*shards, strict=True)]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from tapestry.node.protocol.acceptor import Acceptor
-from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.agreement import ShardSums, sampled
 from tapestry.node.protocol.chain import Body, quorum
 from tapestry.node.protocol.events import Gated, Judge
 from tapestry.node.protocol.members import rollback_of
@@ -195,11 +195,9 @@ def distances(shards: Sequence[ShardSums], weights: Sequence[int]) -> list[float
     is not the plain mean, m is what the rule made, and the order is what counts.
     """
     total = sum(weights)
-    mean_square = math.fsum(s.sampled_mean_square for s in shards)
+    mean_square, squares, dots = sampled(shards)
     found = []
-    for index, weight in enumerate(weights):
-        square = math.fsum(s.sampled_squares[index] for s in shards)
-        dot = math.fsum(s.sampled_dots[index] for s in shards)
+    for weight, square, dot in zip(weights, squares, dots, strict=True):
         rest = (total - weight) / total
         found.append(max(square - 2.0 * dot + mean_square, 0.0) / (rest * rest) if rest else math.inf)
     return found

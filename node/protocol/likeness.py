@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from tapestry.node.protocol.agreement import ShardSums
+from tapestry.node.protocol.agreement import ShardSums, sampled
 from tapestry.node.protocol.exchange import Exchange
 
 VOICES_MIN = 2
@@ -45,9 +45,7 @@ def cosines(shards: Sequence[ShardSums], weights: Sequence[int]) -> list[float]:
     bound that is not exact, and who is far from the others is far all the same.
     """
     total = sum(weights)
-    mean_square = math.fsum(s.sampled_mean_square for s in shards)
-    squares = [math.fsum(column) for column in zip(*(s.sampled_squares for s in shards), strict=True)]
-    dots = [math.fsum(column) for column in zip(*(s.sampled_dots for s in shards), strict=True)]
+    mean_square, squares, dots = sampled(shards)
     norms = [math.sqrt(square) for square in squares]
     limit = LONG * statistics.median_low(norms)
     found = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from tapestry.node.errors import printable
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import peer_field
 from tapestry.node.protocol.members import NAME_CHARS_MAX
@@ -34,7 +35,7 @@ class Admit:
             fields = strict.table(json.loads(await request.text()), ("peer", "name"), "an admission")
             peer = peer_field(fields["peer"], "peer")
             name = strict.text(fields["name"], NAME_CHARS_MAX, "name")
-            fault = self.admit(peer, name)
+            fault = printable(self.admit(peer, name))
         except (ValueError, RecursionError) as error:  # Malformed is a ValueError
-            return web.Response(status=400, text=f"{error}\n")
+            return web.Response(status=400, text=f"{printable(str(error))}\n")
         return web.Response(status=409, text=f"{fault}\n") if fault else web.Response(text="asked for\n")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tapestry.node.disk.files import atomic_write, set_aside
+from tapestry.node.errors import printable
 
 POINTS_MAX = 1000  # Guess: as many as a wide screen has columns for
 RECORDS_MAX = 32
@@ -134,7 +135,8 @@ class History:
             del self._contributed[next(iter(self._contributed))]
 
     def tell(self, text: str, level: Level = "info") -> None:
-        event = EventSeen(round(time.time(), 2), level, text[:TEXT_CHARS_MAX])
+        """`text` may quote peers."""
+        event = EventSeen(round(time.time(), 2), level, printable(text)[:TEXT_CHARS_MAX])
         self._events.append(event)
         self._add(event)
 

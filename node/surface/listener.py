@@ -125,6 +125,10 @@ class Listener:
                 )
                 await asyncio.sleep(AGAIN_S)
                 continue
+            except Exception:  # our bug: nobody awaits this task, and the endpoint must not end in silence
+                _log.exception("accept=failed; tried again in %g s. Report this bug", AGAIN_S)
+                await asyncio.sleep(AGAIN_S)
+                continue
             self._turns.take(loop.time())
             task = asyncio.create_task(self._begin(guest))
             self._beginning[task] = None

@@ -31,7 +31,8 @@ class Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         head = f"{clock}.{int(record.msecs):03d} {record.levelname.lower()} {subsystem_of(record)}"
-        return f"{head} {printable(message_of(record))}" + _trace_of(record, "\n")
+        trace = "".join(f"\n  {printable(line)}" for line in _trace_of(record).split("\n") if line)
+        return f"{head} {printable(message_of(record))}{trace}"
 
 
 class Json(logging.Formatter):
@@ -48,7 +49,7 @@ class Json(logging.Formatter):
         }
         for key, value in fields_of(record).items():
             entry.setdefault(key, _json_value(value))
-        trace = _trace_of(record, "")
+        trace = _trace_of(record)
         if trace:
             entry["exception"] = trace
         return json.dumps(entry, allow_nan=False)
@@ -110,7 +111,7 @@ def _json_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _trace_of(record: logging.LogRecord, before: str) -> str:
+def _trace_of(record: logging.LogRecord) -> str:
     if not record.exc_info or record.exc_info[1] is None:
         return ""
-    return before + "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n")
+    return "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n")

@@ -301,7 +301,7 @@ class LiveLine:
     def show(self, text: str) -> None:
         """Put `text` in place of what stands there."""
         if self.enabled:
-            self._text = text[: shutil.get_terminal_size().columns - 1]
+            self._text = printable(text)[: shutil.get_terminal_size().columns - 1]
             self._write("\r\x1b[K" + self._text)
 
     def print(self, line: str) -> None:

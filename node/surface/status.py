@@ -1,6 +1,7 @@
 """What /status, /peers and /readyz say of a node: asked for when somebody looks, nothing kept.
 
-It is given a function that says what there is to show, as plain values; it knows nothing of the daemon.
+It is given a function that says what there is to show, as plain values; it knows nothing of the daemon. What
+it says in words may quote peers: each text is one line without control characters, for terminal and page.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tapestry.dht.conduct import Ban
+from tapestry.node.errors import printable
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 
 BANS_SHOWN_MAX = 64
+SAME_WAIT_S = 1.0  # two looks at one wait find its beginning this near
 WORKING = ("training", "averaging")  # phases of a node that has joined and contributes
 
 
@@ -78,6 +81,15 @@ class Shown:
     versions: Mapping[str, str] = field(default_factory=dict)  # linked peer -> its version, where it is known
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """When a wait began, noted when it was first seen: somebody may set the clock meanwhile."""
+
+    kind: str
+    began_s: float  # as _up_s
+    at: int  # unix time, s
+
+
 class NodeView:
     """The http.View of a node, from before it has joined until it has stopped."""
 
@@ -90,6 +102,7 @@ class NodeView:
         self.stopping = False
         self._wait: Wait | None = None  # of a node that has not joined yet
         self._wait_began_s = 0.0
+        self._begun: _Begun | None = None  # of the wait that was seen last
         self._caps = {
             "upload_bytes_per_second": upload_bytes_per_second,
             "download_bytes_per_second": download_bytes_per_second,
@@ -121,12 +134,17 @@ class NodeView:
         self._wait = wait
 
     def wait(self) -> Wait | None:
-        """What the node waits for; None if for nothing but its own work."""
+        """What the node waits for; None if for nothing but its own work. Since when is noted as often as this
+        is asked: the daemon does so all the time (waits.py)."""
         if self.stopping:
             return None
         if self._look is not None:
-            return self._look().core.wait
-        return None if self._wait is None else replace(self._wait, for_s=_up_s() - self._wait_began_s)
+            wait = self._look().core.wait
+        else:
+            wait = None if self._wait is None else replace(self._wait, for_s=_up_s() - self._wait_began_s)
+        if wait is not None:
+            self._since(wait)
+        return wait
 
     def admit(self, peer: str, name: str) -> str:
         """What is wrong with it, or ""."""
@@ -143,8 +161,8 @@ class NodeView:
             "run_name": self._run_name,
             "version": self._version,
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
-            "reason": "" if wait is None else wait.text,
-            "waiting": _waiting(wait),
+            "reason": "" if wait is None else printable(wait.text),
+            "waiting": self._waiting(wait),
             "epoch": 0,
             "head": "",
             "state_digest": "",
@@ -188,8 +206,8 @@ class NodeView:
             "name": shown.name_of(core.peer_id),
             "run_id": core.run_id,
             "phase": "stopping" if self.stopping else core.phase,
-            "reason": core.reason,
-            "waiting": None if self.stopping else _waiting(core.wait),
+            "reason": printable(core.reason),
+            "waiting": None if self.stopping else self._waiting(core.wait),
             "epoch": max(core.state_epoch, 0),
             "head": core.state_head,
             "state_digest": core.state_digest,
@@ -198,7 +216,7 @@ class NodeView:
             "loss_epoch": shown.loss_epoch if shown.loss_epoch >= 0 else None,
             "val_loss": shown.val_loss,
             "val_loss_epoch": shown.val_loss_epoch if shown.val_loss_epoch >= 0 else None,
-            "trainer_trouble": shown.trainer_trouble,
+            "trainer_trouble": printable(shown.trainer_trouble),
             "loss_trouble": shown.loss_trouble,
             "val_losses": dict(shown.val_losses),
             "data_passes": shown.data_passes,
@@ -222,6 +240,26 @@ class NodeView:
             "reachable": shown.reachable,
             "relays": list(shown.relays),
         }
+
+    def _waiting(self, wait: Wait | None) -> dict[str, Any] | None:
+        if wait is None:
+            return None
+        return {
+            "kind": wait.kind,
+            "what": printable(wait.what),
+            "since": self._since(wait),
+            "for_s": round(wait.for_s, 1),
+            "ends": printable(wait.ends),
+            "lasting": wait.lasting,
+        }
+
+    def _since(self, wait: Wait) -> int:
+        """Unix time, s."""
+        began_s = _up_s() - wait.for_s
+        begun = self._begun
+        if begun is None or begun.kind != wait.kind or abs(begun.began_s - began_s) > SAME_WAIT_S:
+            begun = self._begun = _Begun(wait.kind, began_s, round(time.time() - wait.for_s))
+        return begun.at
 
     def peers(self) -> list[dict[str, Any]]:
         """One table per peer that is up, as last heard, and one per peer that is turned away."""
@@ -264,24 +302,11 @@ class NodeView:
             return False, "stopping"
         if self._look is None:
             wait = self.wait()
-            return False, "starting" if wait is None else wait.text
+            return False, "starting" if wait is None else printable(wait.text)
         core = self._look().core
         if core.phase not in WORKING:
-            return False, f"{core.phase}: {core.reason}"
-        return True, core.reason if core.wait is not None and core.wait.lasting else ""
-
-
-def _waiting(wait: Wait | None) -> dict[str, Any] | None:
-    if wait is None:
-        return None
-    return {
-        "kind": wait.kind,
-        "what": wait.what,
-        "since": round(time.time() - wait.for_s),
-        "for_s": round(wait.for_s, 1),
-        "ends": wait.ends,
-        "lasting": wait.lasting,
-    }
+            return False, f"{core.phase}: {printable(core.reason)}"
+        return True, printable(core.reason) if core.wait is not None and core.wait.lasting else ""
 
 
 def _roll(shown: Shown) -> list[dict[str, Any]]:

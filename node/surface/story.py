@@ -73,7 +73,7 @@ class Story:
 
     def rolled_back(self, epoch: int, to: int, why: str) -> None:
         """By the members' decision."""
-        because = f", because {printable(why)}" if why else ""
+        because = f", because {why}" if why else ""
         text = f"epoch {epoch}: the state is that of epoch {to} again{because}"
         self._history.tell(text, "warning")
 
@@ -112,9 +112,7 @@ class Story:
         )
 
     def refused(self, peer: str, reason: str, text: str) -> None:
-        self._history.tell(
-            f"something of {self._name_of(peer)} was refused ({reason}): {printable(text)}", "warning"
-        )
+        self._history.tell(f"something of {self._name_of(peer)} was refused ({reason}): {text}", "warning")
 
     # --- rounds --------------------------------------------------------------------------------
 

@@ -57,6 +57,28 @@ def test_what_a_live_node_is_just_writing_is_left_behind(made: MadeHome, tmp_pat
     assert not list((tmp_path / "out" / "base").iterdir())
 
 
+@pytest.mark.parametrize("bit", range(8))
+def test_a_last_record_whose_newline_was_flipped_is_damage_and_not_left_out(
+    made: MadeHome, tmp_path: Path, bit: int
+) -> None:
+    """The exit was one epoch short, and held."""
+    data = made.home.chain.read_bytes()
+    made.home.chain.write_bytes(data[:-1] + bytes([data[-1] ^ 1 << bit]))
+    with pytest.raises(UserError, match="does not hold, and nothing was written") as raised:
+        leave(made.home, tmp_path / "out", _quiet)
+    assert raised.value.details[0] == "chain.jsonl, epoch 3: it ends with another byte than a newline"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chain_that_does_not_hold_is_said_in_one_line(made: MadeHome, tmp_path: Path) -> None:
+    """It was a traceback."""
+    data = made.home.chain.read_bytes()
+    made.home.chain.write_bytes(data[:40] + b"x" + data[41:])
+    with pytest.raises(UserError, match="does not hold, and nothing was written") as raised:
+        leave(made.home, tmp_path / "out", _quiet)
+    assert raised.value.details[0].startswith("chain.jsonl, epoch 1: ")
+
+
 def test_a_home_that_does_not_hold_is_said_and_nothing_is_written(made: MadeHome, tmp_path: Path) -> None:
     (path,) = made.home.updates.glob("00000002-*")
     path.write_bytes(path.read_bytes()[:-1] + b"x")

@@ -472,6 +472,17 @@ def test_with_a_manifest_that_was_made_again_it_is_found_but_in_the_card_and_in_
     assert _missed(out, files, forge=True) == []
 
 
+def test_a_name_in_what_a_stranger_gave_moves_no_terminal(kind: tuple[Kind, Path]) -> None:
+    _, out = kind
+    foreign = out / "\x1b[2J\nit holds"
+    foreign.touch()
+    try:
+        told = [*proof_lines(_verify(out))]
+    finally:
+        foreign.unlink()
+    assert any("?[2J it holds" in line for line in told) and all(line.isprintable() for line in told)
+
+
 def _last_line(proof: Proof) -> str:
     return [*proof_lines(proof)][-1]
 

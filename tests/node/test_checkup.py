@@ -140,6 +140,23 @@ def test_what_a_home_and_its_running_node_have_already_is_not_asked_of_the_machi
     assert beside.verdict is Verdict.PASSED and "beside the node that runs here" in beside.text
 
 
+def test_the_state_of_a_running_node_which_has_no_name_is_not_asked_of_its_disk_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = preset_spec("nano", "a")
+    run = Run(spec, parameters_of(spec), "the home", "ab")
+    needed = 8 * run.trained * (spec.limits.checkpoints_kept + 2) + int(2 * 1.02 * run.trained)
+    free = needed - 8 * run.trained
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(doctor, "_disk_speed", lambda folder, size_bytes: (1e8, 0.001))
+    for held, verdict in ((True, Verdict.PASSED), (False, Verdict.WRONG)):
+        (finding,) = doctor.look_at_disk(Home(tmp_path), run, held)
+        assert finding.verdict is verdict
+    free -= 1
+    (finding,) = doctor.look_at_disk(Home(tmp_path), run, held=True)
+    assert finding.verdict is Verdict.WRONG, "one state more is all that it has"
+
+
 def test_a_running_node_and_full_homes_can_be_in_their_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from bases import make_base
 
+from tapestry.dht.addresses import PeerAddress
 from tapestry.node.daemon import base as base_module
-from tapestry.node.daemon.base import _take_own
+from tapestry.node.daemon.base import _fetch, _take_own
 from tapestry.node.disk.base import ANEW, OWN, BaseFile, BaseFolder
-from tapestry.node.errors import UserError
+from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.net.transfer import TransferLimits
 from tapestry.node.progress import silent
 from tapestry.node.spec.training import WEIGHTS
 from tapestry.node.trainer.models.stored import join_files
@@ -65,3 +68,23 @@ def test_shards_that_were_half_joined_are_dropped(
     with pytest.raises(UserError, match=os.strerror(errno.EIO)):
         _take_own(mine, own, silent)
     assert not mine.part(mine.files[WEIGHTS], OWN).exists()
+
+
+def test_a_full_disk_while_a_peer_gives_is_one_line_and_what_to_do(
+    mine: BaseFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told as the home's last state, which a joiner has none of, and named no file."""
+    weights = mine.files[WEIGHTS]
+
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(base_module, "fetch_file", full)
+    peer = PeerAddress("/ip4/127.0.0.1/tcp/1", "12D3KooWFAQWzWY2n8KUGGaXykyzafrNgSCsfTmabDmNUZkDoTn5")
+    limits = TransferLimits(1.0)
+    with pytest.raises(UserError) as told:
+        asyncio.run(_fetch(mine, weights, "ab" * 32, None, [peer], limits, lambda *_: None, silent))  # type: ignore[arg-type]
+    assert told.value.exit_code == ExitCode.FAILED
+    assert told.value.line == f"cannot write the base's {WEIGHTS} in {mine.folder}: No space left on device"
+    kept = f"9 of {weights.size_bytes} bytes are kept"
+    assert told.value.hint == f"make room or mend the disk, and start again: {kept}"

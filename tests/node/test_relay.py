@@ -116,6 +116,22 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(within_time())
 
 
+def test_a_bug_while_it_carries_is_no_secret(monkeypatch):
+    async def main() -> None:
+        bench, end = Bench(), End(framed(CONNECT))
+        assert await bench.ask(GUEST, RESERVE) == 100
+        bench.inner.reader.feed_data(b"more")
+
+        def spend(size_bytes: int) -> None:
+            raise KeyError("a bug of ours")
+
+        monkeypatch.setattr(bench.relay._throttles.download, "spend", spend)
+        with pytest.raises(KeyError):
+            await bench.relay.serve(CALLER, end.reader, end)  # type: ignore[arg-type]
+
+    run(main())
+
+
 def test_only_a_linked_peer_gets_a_place_and_only_guests_are_called(monkeypatch):
     async def main() -> None:
         bench = Bench()

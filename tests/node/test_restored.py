@@ -209,6 +209,50 @@ def test_a_service_manager_hears_ready_status_and_signs_of_life(tmp_path: Path) 
     assert Notifier({"WATCHDOG_USEC": "9000000"}).every_s == 3.0
 
 
+def test_words_of_peers_are_no_field_of_the_service_managers(tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(5)
+        notifier = Notifier({"NOTIFY_SOCKET": path})
+        notifier.ready("removed by x: gone\nMAINPID=1")
+        notifier.beat("removed by x: gone\nSTOPPING=1")
+        said = [manager.recv(999) for _ in range(2)]
+    assert said == [
+        b"READY=1\nSTATUS=removed by x: gone MAINPID=1",
+        b"STATUS=removed by x: gone STOPPING=1",
+    ]
+
+
+def test_a_status_that_fails_is_told_once_and_the_sign_of_life_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The task ended, nobody looked at it, and the watchdog killed a node that was well."""
+    said: list[str] = []
+    third = asyncio.Event()
+
+    class Heard(Notifier):
+        def send(self, text: str) -> None:
+            said.append(text)
+            if len(said) == 3:
+                third.set()
+
+    def status() -> str:
+        raise KeyError("a bug of ours")
+
+    async def main() -> None:
+        notifier = Heard({"WATCHDOG_USEC": "30000", "WATCHDOG_PID": str(os.getpid())})
+        running = asyncio.create_task(notifier.run(status))
+        async with asyncio.timeout(5.0):
+            await third.wait()
+        running.cancel()
+
+    asyncio.run(main())
+    assert all(text.startswith("STATUS=alive; ") and "WATCHDOG=1" in text for text in said)
+    (record,) = caplog.records
+    assert "status=not_told" in record.getMessage() and record.exc_info is not None
+
+
 ADOPTS = """
 import ctypes, os, subprocess, sys, time
 from tapestry.node.daemon.notify import Reaper

@@ -93,6 +93,17 @@ def test_a_record_that_a_kill_left_unfinished_is_cut_off(
     assert run.home.chain.read_bytes() == b"".join(data.splitlines(keepends=True)[:3])
 
 
+def test_a_last_record_whose_newline_was_flipped_is_damage_and_no_crash_explains_it(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = run.home.chain.read_bytes()
+    last = data.splitlines(keepends=True)[-1]
+    run.home.chain.write_bytes(data[:-1] + b"\x0b")
+    assert _records(run) == tuple(run.chain.records[:3])
+    assert "another byte than a newline" in caplog.text and "Check the disk" in caplog.text
+    assert (run.folder / "chain.jsonl.corrupt").read_bytes() == last[:-1] + b"\x0b"
+
+
 def test_damage_in_the_middle_keeps_the_records_before_it_and_says_so(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

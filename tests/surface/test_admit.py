@@ -83,3 +83,4 @@ def test_what_the_node_finds_wrong_is_said() -> None:
         409,
         "it is a member already\n",
     )
+    assert asked({"peer": PEER, "name": ""}, RIGHT, "as \x1b[2J\nBea")[1] == "as ?[2J Bea\n"

@@ -167,6 +167,12 @@ def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(tmp_path: Pa
     assert [plain(entry)["epoch"] for entry in read_history(path, RUN)] == [2]
 
 
+def test_an_event_is_one_line_whatever_a_peer_said() -> None:
+    history = History()
+    history.tell("this node is joining: removed: \x1b[2J\nready")
+    assert history.everything()["events"][0]["text"] == "this node is joining: removed: ?[2J ready"
+
+
 def test_the_history_of_another_run_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "history.jsonl"
     _close(_kept(path))

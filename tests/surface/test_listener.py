@@ -80,6 +80,30 @@ def test_a_guest_that_is_gone_stops_nothing_and_a_lack_of_files_is_said(
     assert len(caplog.records) == (12 if is_ours else 0)
 
 
+def test_a_bug_of_ours_in_accepting_is_told_and_does_not_end_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody awaits that task: the endpoint was gone, and no line said so."""
+    monkeypatch.setattr(listener_module, "AGAIN_S", 0.01)
+
+    async def main() -> None:
+        loop, failures = asyncio.get_running_loop(), [RuntimeError("a bug of ours")]
+        accept = loop.sock_accept
+
+        async def sock_accept(one: socket.socket) -> tuple[socket.socket, object]:
+            if failures:
+                raise failures.pop()
+            return await accept(one)
+
+        monkeypatch.setattr(loop, "sock_accept", sock_accept)
+        async with listening() as listener:
+            assert await said_to_a_guest(listener) == b"come in"
+
+    asyncio.run(main())
+    (record,) = caplog.records
+    assert record.name == "tapestry.http" and record.exc_info is not None
+
+
 def test_a_certificate_that_breaks_something_closes_the_connection_and_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

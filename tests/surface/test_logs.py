@@ -20,7 +20,7 @@ from tapestry.node.home import Home
 from tapestry.node.surface import logs
 from tapestry.node.surface.log_levels import SUBSYSTEMS, WatchedLevels, read_levels, write_level
 from tapestry.node.surface.log_lines import Json, Text
-from tapestry.node.surface.logs import Log, LogLimits, Repeats, RotatedFile, start_logging
+from tapestry.node.surface.logs import LiveLine, Log, LogLimits, Repeats, RotatedFile, start_logging
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +68,23 @@ def test_text_has_date_level_and_subsystem_on_one_line_whatever_a_peer_said() ->
     line = Text().format(record("refused %s", said, level=logging.WARNING))
     head = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} warning links "
     assert re.fullmatch(head + r"refused a\\n2026.*\\x1b\[2J", line)
+
+
+def test_a_trace_that_quotes_a_peer_makes_no_line_of_its_own() -> None:
+    said = "a\n2026-01-01 00:00:00.000 error \x1b[2J"
+    broken = record("stream handler failed", level=logging.ERROR)
+    broken.exc_info = (ValueError, ValueError(said), None)
+    first, *rest = Text().format(broken).split("\n")
+    assert first.endswith("stream handler failed") and rest == [
+        "  ValueError: a",
+        r"  2026-01-01 00:00:00.000 error \x1b[2J",
+    ]
+
+
+def test_the_live_line_is_one_line_whatever_a_peer_said() -> None:
+    stream = io.StringIO()
+    LiveLine(stream, enabled=True).show("degraded: removed: \x1b[2J\nready")
+    assert stream.getvalue() == "\r\x1b[K" + r"degraded: removed: \x1b[2J\nready"
 
 
 def test_every_logger_is_a_subsystem_that_log_level_knows() -> None:

@@ -14,6 +14,7 @@ import os
 import uvloop
 
 from tapestry.node.daemon.descriptors import raise_limit
+from tapestry.node.daemon.early import check_early
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import ExitCode, UserError
@@ -39,6 +40,7 @@ def run(config: NodeConfig) -> int:
             config.home.stop_request.unlink(missing_ok=True)
             _keep_log(log, config)
             _claim(config)
+            check_early(config)
             code: int = uvloop.run(_run(config, log, notifier))
             _log.info("ended exit_code=%d", code)
             return code

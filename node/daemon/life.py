@@ -58,6 +58,7 @@ from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.lineage.island import begin as begin_island
 from tapestry.node.lineage.uses import Started, note_use
+from tapestry.node.net.asked import refuse_ourselves
 from tapestry.node.net.join import agree_on_run
 from tapestry.node.net.network import last_listen, remember_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
@@ -458,18 +459,6 @@ class Daemon:
     def _node_info(self, peer_id: str, run_id: str, addresses: tuple[str, ...], url: str) -> NodeInfo:
         started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
-
-
-def refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
-    """Raises UserError if one of --peer is the key of this home."""
-    for peer in peers:
-        if peer.peer_id == peer_id:
-            raise UserError(
-                f"--peer {peer.maddr} has the key of this home itself",
-                exit_code=ExitCode.REFUSED,
-                hint="name another member; if this home is a copy of that node's, give it a key of its own: "
-                "remove identity.key, vote.json and home.json from it",
-            )
 
 
 def _waiting_for(config: NodeConfig) -> Wait:

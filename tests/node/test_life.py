@@ -141,7 +141,8 @@ def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(
     monkeypatch.setattr(launch, "_run", importing)
     monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
     monkeypatch.setattr(logs, "TICK_S", 3600.0)
-    assert launch.run(daemon.config) == 0
+    daemon.home.run_toml.write_text(new_spec("run", PRESETS["nano"]).to_toml())
+    assert launch.run(replace(daemon.config, run=daemon.home.run_toml, http_port=0)) == 0
     assert not request.exists()
 
 

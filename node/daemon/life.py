@@ -111,9 +111,11 @@ class Daemon:
         self._tokenizing = TokenizingView(live)
         self._waits = WaitTeller(self.view.wait, self.metrics, self.history)
         self._node: Node | None = None  # once it runs
+        self._is_up = False  # it has been: from then on Ctrl-C is the usual end
+        self._given_up = False
 
     async def run(self) -> int:
-        """Until the node is stopped. Returns 0; raises UserError."""
+        """Until the node is stopped. Returns 0, or 1 for a Ctrl-C before it was up; raises UserError."""
         try:
             return await self._run_until_stopped()
         except (UserError, OSError, SwarmError, ExceptionGroup) as error:
@@ -147,7 +149,7 @@ class Daemon:
         main.add_done_callback(lambda _: signs.cancel())
         with contextlib.suppress(asyncio.CancelledError):
             await main
-        return int(ExitCode.DONE)
+        return int(ExitCode.FAILED if self._given_up else ExitCode.DONE)
 
     def _in_a_line(self) -> str:
         """For the service manager."""
@@ -158,14 +160,15 @@ class Daemon:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
 
-        def on_signal() -> None:
+        def on_signal(number: int) -> None:
             if self.stop.is_set():
                 os._exit(int(ExitCode.FAILED))  # the second one: at once
+            self._given_up = number == signal.SIGINT and not self._is_up
             self.stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, on_signal)
+                loop.add_signal_handler(number, on_signal, number)
 
     def _heed_stop_requests(self) -> None:
         """From `tapestry stop` in another container, whose signals do not reach us. One may be there since
@@ -293,6 +296,7 @@ class Daemon:
             try:
                 await node.network.up.wait()
                 self.home.write_node_json(info)
+                self._is_up = True
                 self.notifier.ready(self._in_a_line())
                 await node.runtime.done.wait()
                 if node.runtime.ends is not None:

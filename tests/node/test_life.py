@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -120,6 +121,38 @@ def test_a_shared_memory_that_is_full_at_the_imports_is_one_line(
         asyncio.run(launch._run_with(trainer, daemon.config, log, Heard()))
     assert caught.value.exit_code == ExitCode.FAILED and "df /dev/shm" in str(caught.value.hint)
     assert stopped == [0]
+
+
+@pytest.mark.parametrize(
+    ("number", "is_up", "code"),
+    [
+        (signal.SIGINT, False, ExitCode.FAILED),
+        (signal.SIGINT, True, ExitCode.DONE),
+        (signal.SIGTERM, False, ExitCode.DONE),
+    ],
+)
+def test_a_ctrl_c_gives_a_node_up_that_is_not_up_and_ends_one_that_is(
+    daemon: Daemon, number: signal.Signals, is_up: bool, code: ExitCode
+) -> None:
+    async def inside() -> None:
+        daemon._is_up = is_up
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == code
+
+
+def test_a_node_that_was_given_up_ends_as_an_interrupted_command(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def given_up(*_: object) -> int:
+        return ExitCode.FAILED
+
+    daemon.home.run_toml.write_text(new_spec("run", PRESETS["nano"]).to_toml())
+    monkeypatch.setattr(launch, "_run", given_up)
+    monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(replace(daemon.config, run=daemon.home.run_toml, http_port=0))
 
 
 def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(

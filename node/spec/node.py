@@ -48,6 +48,10 @@ RATE = Pattern(
 )
 _BYTES_S = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 _VARIABLES = {"http": "TAPESTRY_HTTP", "device": "TAPESTRY_DEVICE", "log_format": "TAPESTRY_LOG_FORMAT"}
+PEER_HINT = (
+    "that node's start printed its whole address, and `tapestry status` there shows `peer_id`; or take the "
+    "line that `tapestry invite` prints there, which has everything"
+)
 _FLAGS = {"peers": "peer"}  # keys whose flag has another name
 
 
@@ -375,7 +379,7 @@ def _tls(cert: str, key: str, where: Mapping[str, str]) -> tuple[Path, Path] | N
 
 
 def _peers(texts: tuple[str, ...], where: str) -> tuple[str, ...]:
-    return _addresses(texts, where, lambda text: parse_peer(text).maddr)
+    return _addresses(texts, where, lambda text: parse_peer(text).maddr, PEER_HINT)
 
 
 def _run_file(text: str, where: str, home: Home) -> Path | None:
@@ -414,11 +418,13 @@ def _of_invitations(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple([text if invitation is None else invitation.address for text, invitation in read])
 
 
-def _addresses(texts: tuple[str, ...], where: str, parse: Callable[[str], str]) -> tuple[str, ...]:
+def _addresses(
+    texts: tuple[str, ...], where: str, parse: Callable[[str], str], hint: str | None = None
+) -> tuple[str, ...]:
     try:
         return tuple(parse(text) for text in texts)
     except AddressError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}", hint=hint) from error
 
 
 def _data(settings: DataSettings, home: Home) -> DataSettings:

@@ -611,6 +611,7 @@ STATUS = {
     "tokens_per_second": 12345.6,
     "addresses": ["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1"],
     "round": {"ballot": 1, "waiting_on": []},
+    "uptime_s": 9012.3,
 }
 PEERS: list[dict[str, Any]] = [
     {"peer_id": "12D3KooWa", "phase": "training", "epoch": 12},
@@ -637,16 +638,17 @@ def test_status_is_an_aligned_table_without_control_characters(tmp_path: Path) -
     result = _ask(Home(tmp_path), "status")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        "peer_id            12D3KooW",
-        "run_name           demo?[31m",
-        "epoch              12",
-        "loss               2.3457",
-        "val_loss           -",
-        "tokens_per_second  12346",
-        "addresses          /ip4/127.0.0.1/tcp/1",
-        "                   /ip4/10.0.0.1/tcp/1",
-        "round              ballot=1",
-        "                   waiting_on=-",
+        "peer_id       12D3KooW",
+        "run_name      demo?[31m",
+        "epoch         12",
+        "loss          2.3457",
+        "val_loss      -",
+        "tokens_per_s  12346",
+        "addresses     /ip4/127.0.0.1/tcp/1",
+        "              /ip4/10.0.0.1/tcp/1",
+        "round         ballot=1",
+        "              waiting_on=-",
+        "uptime        2.5 h",
     ]
 
 

@@ -56,6 +56,7 @@ REFUSED = {
     "start --home H --run-id " + "a" * 64: "but H is of run",
     "start --home H --run R": "R differs from the run in H",
     "start --home H --peer /ip4/127.0.0.1/tcp/9/p2p/ME": "has the key of this home itself",
+    "start --home H --peer /ip4/127.0.0.1/tcp/9": "`tapestry invite` prints there, which has everything",
     "start --home H --http 127.0.0.1:PORT": "port PORT on 127.0.0.1 is in use",
     "start --home H --listen /ip4/127.0.0.1/tcp/PORT": "cannot listen on /ip4/127.0.0.1/tcp/PORT",
 }

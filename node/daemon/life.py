@@ -434,6 +434,7 @@ class Daemon:
             info.http,
             info.version,
             info.pid,
+            extra={"printed": self._prints},
         )
         if self._prints:
             _print_banner(info, run_name, is_open, self.config.island)
@@ -448,7 +449,8 @@ class Daemon:
         """Where it is; itself only once: from then on it is in its file only."""
         if token is None:
             return
-        _log.info("endpoint_token=%s path=%s", "made" if token.new else "needed", token.path)
+        made = "made" if token.new else "needed"
+        _log.info("endpoint_token=%s path=%s", made, token.path, extra={"printed": self._prints})
         if self._prints:
             text = (
                 f"{token.text}  (kept in {token.path}, not shown again)" if token.new else f"in {token.path}"

@@ -86,6 +86,7 @@ def _show_run(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
         genesis.founder,
         genesis.params,
         path,
+        extra={"printed": config.log_format == "text"},
     )
     if config.log_format != "text":
         return

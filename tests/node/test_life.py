@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -153,6 +153,21 @@ def test_a_node_that_was_given_up_ends_as_an_interrupted_command(
     monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
     with pytest.raises(KeyboardInterrupt):
         launch.run(replace(daemon.config, run=daemon.home.run_toml, http_port=0))
+
+
+@pytest.mark.parametrize(("log_format", "times"), [("text", 1), ("json", 0)])
+def test_a_start_says_its_run_on_the_screen_once(
+    daemon: Daemon,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    log_format: Literal["text", "json"],
+    times: int,
+) -> None:
+    caplog.set_level("INFO")
+    daemon.config = replace(daemon.config, log_format=log_format)
+    daemon._say_who(replace(INFO, run_id="c" * 64), "our-run", is_open=True)
+    printed = [record for record in caplog.records if getattr(record, "printed", False)]
+    assert len(printed) == times and capsys.readouterr().out.count("run      our-run") == times
 
 
 def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(

@@ -26,7 +26,8 @@ def check_early(config: NodeConfig) -> None:
     require_port(config.http_host, config.http_port)
     for address in config.listen:
         if why := port_fault(address):
-            raise UserError(why)
+            hint = f"an earlier start was given {' '.join(config.kept)}: --listen changes it"
+            raise UserError(why, hint=hint if config.kept else None)
     with contextlib.suppress(OSError):
         _check_home(config)
 

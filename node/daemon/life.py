@@ -60,10 +60,11 @@ from tapestry.node.lineage.island import begin as begin_island
 from tapestry.node.lineage.uses import Started, note_use
 from tapestry.node.net.asked import refuse_ourselves
 from tapestry.node.net.join import agree_on_run
-from tapestry.node.net.network import last_listen, remember_listen, without_peer
+from tapestry.node.net.network import last_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
+from tapestry.node.spec.listen import Listening, write_listening
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface.admit import Admit
@@ -390,8 +391,10 @@ class Daemon:
             swarm = await Swarm.start(config, on_refused=self.metrics.refused)
         except SwarmError as error:
             raise UserError(str(error)) from error
-        if not config.announce and not self.config.island:
-            remember_listen(self.home, config.listen, without_peer(await swarm.addresses()))
+        if not self.config.island:
+            bound = () if config.announce else without_peer(await swarm.addresses())
+            said = self.config.listen_said
+            write_listening(self.home, Listening(config.listen, config.announce, said, bound))
         return swarm
 
     def _on_base_bytes(self, direction: str, count: int) -> None:
@@ -436,8 +439,11 @@ class Daemon:
             info.pid,
             extra={"printed": self._prints},
         )
+        if self.config.kept:
+            kept = " ".join(self.config.kept)
+            _log.info("kept flags=%r; --listen changes it", kept, extra={"printed": self._prints})
         if self._prints:
-            _print_banner(info, run_name, is_open, self.config.island)
+            _print_banner(info, run_name, is_open, self.config)
 
     def _tls(self) -> ServerTls | None:
         if self.config.http_tls is None:
@@ -478,7 +484,7 @@ def _waiting_for(config: NodeConfig) -> Wait:
     return Wait("trainer", what, "ends when one does")
 
 
-def _print_banner(info: NodeInfo, run_name: str, is_open: bool, island: bool) -> None:
+def _print_banner(info: NodeInfo, run_name: str, is_open: bool, config: NodeConfig) -> None:
     """What `start` prints first."""
     addresses, run_id, url = info.addresses, info.run_id, info.http
     joins = "others join" if is_open else "others join by what `tapestry invite` prints, or ask to join"
@@ -490,7 +496,9 @@ def _print_banner(info: NodeInfo, run_name: str, is_open: bool, island: bool) ->
         f"metrics  {url}/metrics",
         f"status   {url}/status",
     ]
-    if island:
+    if config.kept:
+        lines.insert(2, f"kept     {' '.join(config.kept)}, of an earlier start; --listen changes it")
+    if config.island:
         lines.append(
             "island   this node goes on alone: nothing of it reaches the run; back by: tapestry rejoin"
         )

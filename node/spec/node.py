@@ -35,6 +35,7 @@ from tapestry.node.spec.data import (
     validation_of,
 )
 from tapestry.node.spec.invitation import Invitation, read_invitation
+from tapestry.node.spec.listen import Said, read_listening
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
 from tapestry.node.spec.training import AS_USUAL, DEVICE, LocalTraining
 
@@ -78,6 +79,8 @@ class NodeConfig:
     data: DataSettings  # resolved: named sources with absolute paths, never none
     listen: tuple[str, ...]
     announce: tuple[str, ...]
+    listen_said: Said  # of these two, without the flags
+    kept: tuple[str, ...]  # flags of an earlier start that hold: "--listen ADDRESS"
     relay: bool  # carry connections of members behind NAT
     http_host: str
     http_port: int  # 0: a free one
@@ -112,6 +115,8 @@ class NodeConfig:
         values, where = _merged([_file_layer(home), _environment_layer(env), _flags_layer(flags)])
         options = read_table(NodeToml, values)
         host, port = _host_and_port(options.http, where["http"])
+        said = _said_of_listening(home)
+        reached = _reached(home, options, flags, said)
         invitation = _invitation(options.peers, where["peers"])
         return cls(
             home=home,
@@ -124,10 +129,12 @@ class NodeConfig:
             data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=ISLAND_LISTEN
             if flags.get("island")
-            else _addresses(options.listen, where["listen"], parse_listen),
+            else _addresses(reached.listen, where["listen"], parse_listen),
             announce=()
             if flags.get("island")
-            else _addresses(options.announce, where["announce"], parse_announce),
+            else _addresses(reached.announce, where["announce"], parse_announce),
+            listen_said=said,
+            kept=() if flags.get("island") else reached.kept,
             relay=options.relay,
             http_host=host,
             http_port=port,
@@ -173,7 +180,8 @@ class NodeToml:
     listen: Annotated[
         tuple[str, ...],
         "Where other nodes reach this one; port 0 takes a free port. "
-        '"/ip4/127.0.0.1/tcp/0" is for trials on one machine.',
+        '"/ip4/127.0.0.1/tcp/0" is for trials on one machine. --listen goes before it, and holds for later '
+        "starts, until this key is changed.",
     ] = ("/ip4/0.0.0.0/tcp/0",)
     announce: Annotated[
         tuple[str, ...],
@@ -248,6 +256,33 @@ class NodeToml:
             "# This node's own affairs. Flags of `tapestry start` go before what is here.\n"
             "# Paths are relative to this folder.\n\n" + commented_toml(self)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """Where others reach the node."""
+
+    listen: tuple[str, ...]
+    announce: tuple[str, ...]
+    kept: tuple[str, ...]  # as in NodeConfig
+
+
+def _said_of_listening(home: Home) -> Said:
+    """By node.toml, or by default."""
+    values, _ = _merged([_file_layer(home)])
+    said = read_table(NodeToml, values)
+    return said.listen, said.announce
+
+
+def _reached(home: Home, options: NodeToml, flags: Mapping[str, Any], said: Said) -> _Reached:
+    """As `options` have it, or where a flag of an earlier start has put it: spec/listen.py."""
+    last = None if flags.get("listen") else read_listening(home)
+    if last is None or last.said != said:
+        return _Reached(options.listen, options.announce, ())
+    announce = options.announce if flags.get("announce") else last.announce
+    listens = [f"--listen {one}" for one in last.listen if last.listen != options.listen]
+    announces = [f"--announce {one}" for one in announce if announce != options.announce]
+    return _Reached(last.listen, announce, (*listens, *announces))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ is full, lines are dropped and counted. node.log is bounded: it is rotated by si
 (`start --detach`) and a script's node write to node.log alone; their stderr, which is HOME/node.out, has the
 banner and whatever a crash leaves.
 
-What was printed for people in words of its own is logged with `extra={"printed": True}`: for node.log alone, or
-the screen would say it twice.
+What was printed for people in words of its own is logged with `extra={"printed": True}`: for node.log alone,
+or the screen would say it twice.
 """
 
 from __future__ import annotations

@@ -164,10 +164,12 @@ def test_a_start_says_its_run_on_the_screen_once(
     times: int,
 ) -> None:
     caplog.set_level("INFO")
-    daemon.config = replace(daemon.config, log_format=log_format)
+    daemon.config = replace(daemon.config, log_format=log_format, kept=("--listen here",))
     daemon._say_who(replace(INFO, run_id="c" * 64), "our-run", is_open=True)
     printed = [record for record in caplog.records if getattr(record, "printed", False)]
-    assert len(printed) == times and capsys.readouterr().out.count("run      our-run") == times
+    assert len(printed) == 2 * times and "kept flags='--listen here'" in caplog.text
+    out = capsys.readouterr().out
+    assert out.count("kept     --listen here, of an earlier start") == out.count("run      our-run") == times
 
 
 def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(

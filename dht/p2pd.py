@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import glob
-import ipaddress
 import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import multiaddr
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from tapestry.dht.guard import Answer, Guard
+from tapestry.dht.ports import port_fault
 
 _log = logging.getLogger("tapestry.swarm")
 _p2pd_log = logging.getLogger("tapestry.p2pd")
@@ -129,35 +126,9 @@ def quiet_hivemind() -> None:
 
 
 def require_free(address: str) -> None:
-    """p2pd shares a port that is taken (SO_REUSEPORT), and each of the two loses peers to the other."""
-    values = {protocol.name: value for protocol, value in multiaddr.Multiaddr(address).items()}
-    ip = ipaddress.ip_address(values.get("ip4") or values["ip6"])
-    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    kind = socket.SOCK_STREAM if "tcp" in values else socket.SOCK_DGRAM
-    port = int(values.get("tcp") or values["udp"])
-    try:
-        probe = socket.socket(family, kind)
-    except OSError as error:
-        raise SwarmError(f"cannot listen on {address}: {_why_not(error)}") from error
-    with probe:
-        if kind == socket.SOCK_STREAM:  # only then connections that linger from before do not count
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((str(ip), port))
-        except OSError as error:
-            raise SwarmError(f"cannot listen on {address}: {_why_not(error)}") from error
-
-
-def _why_not(error: OSError) -> str:
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address; a router's is for --announce"
-    if error.errno == errno.EAFNOSUPPORT:
-        return "this machine has no IPv6"
-    if error.errno == errno.EADDRINUSE:
-        return f"{error.strerror}; --listen with /tcp/0 takes a free port"
-    return str(error.strerror)
+    """Raises SwarmError if p2pd would share the port with another process."""
+    if why := port_fault(address):
+        raise SwarmError(why)
 
 
 def make_socket_folder() -> str:

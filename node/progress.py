@@ -73,8 +73,8 @@ def form(what: str, done: int, total: int, rate: float) -> str:
     words = f"{what.removesuffix(BYTES)} {100 * min(done, total) // max(total, 1)} %"
     if what.endswith(BYTES):
         unit, _ = _unit(total)
-        words += f", {done / unit:.{_digits(total)}f} of {_size(total)}"
-        speed = f"{_size(rate)}/s"
+        words += f", {done / unit:.{_digits(total)}f} of {size(total)}"
+        speed = f"{size(rate)}/s"
     else:
         words += f", {done} of {total}"
         speed = f"{rate:.1f}/s" if rate >= 0.1 else f"{_span(1 / rate)} each" if rate > 0 else ""
@@ -82,7 +82,8 @@ def form(what: str, done: int, total: int, rate: float) -> str:
     return f"{words}, {speed}{left}" if rate > 0 else words
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes in words: `9.8 MB`."""
     unit, name = _unit(count)
     return f"{count / unit:.{_digits(count)}f} {name}"
 

@@ -52,7 +52,7 @@ from tapestry.node.lineage.uses import Started, events, named, note, note_use, o
 from tapestry.node.lineage.verify import _derivatives, verify_export
 from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.net.known_peers import KnownPeers
-from tapestry.node.net.network import last_listen, remember_listen
+from tapestry.node.net.network import last_listen
 from tapestry.node.progress import silent
 from tapestry.node.protocol.canon import InvalidRecord
 from tapestry.node.protocol.chain import record_from_dict
@@ -62,6 +62,7 @@ from tapestry.node.sovereign.plans import Plan, Trained, begun_plan, read_held_o
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.spec.declared import Declaration, Declared, Revoked, append
+from tapestry.node.spec.listen import Listening, write_listening
 from tapestry.node.spec.node import NodeConfig, NodeToml
 from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.spec.tables import plain
@@ -106,7 +107,7 @@ def made() -> MadeHome:
     write_mark(home, replace(new_mark(home), path="/elsewhere"))
     known = KnownPeers(home.peers)
     known.remember({one.peer_id: (f"/ip4/1.2.3.4/tcp/1/p2p/{one.peer_id}",) for one in made.identities})
-    remember_listen(home, LISTEN, ("/ip4/127.0.0.1/tcp/4001",))
+    write_listening(home, Listening(LISTEN, (), (LISTEN, ()), ("/ip4/127.0.0.1/tcp/4001",)))
     write_level(home.log_levels, "links", "debug")
     run_id = made.chain.genesis.run_id
     note_use(home, "base", [SOURCE], run_id, 1, Started(made.identities[0].peer_id))

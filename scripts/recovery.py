@@ -620,7 +620,7 @@ def _check_told(node: Node, before: float, mark: int, row: Row) -> None:
     row.check("it lost: " in kept, f"{node.home.name}: `tapestry log --branches` does not list it")
     with node.network():
         shown = tapestry("status", "--home", node.home).stdout
-    field = re.search(r"^dropped_records +(\d+)$", shown, re.MULTILINE)
+    field = re.search(r"^dropped +(\d+)$", shown, re.MULTILINE)
     row.check(
         field is not None and int(field[1]) > 0, f"{node.home.name}: `tapestry status` does not show it"
     )

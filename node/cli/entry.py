@@ -1,7 +1,7 @@
 """Where the `tapestry` command begins and ends.
 
-A Ctrl-C from here on ends it without a word, imports included. Commands that load torch, and train nothing,
-load less of it, and leave without its teardown, which takes a second and saves nothing.
+A Ctrl-C from here on is one line and exit code 1, imports included. Commands that load torch, and train
+nothing, load less of it, and leave without its teardown, which takes a second and saves nothing.
 
 Must stay light: until the handler stands, Python's own prints a traceback. So must tapestry.node and
 tapestry.node.cli, which are imported before; what Python does before those is not ours.
@@ -13,14 +13,14 @@ import atexit
 import os
 import sys
 
+from tapestry.node.cli import interrupt
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from types import FrameType
 else:
     import _signal as signal  # without its enums, which take longer than all of this
 
-INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
 LOOK_AT_MODELS = ("init", "export")
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     """The entry point."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else somebody wants it ignored
     if ours:
-        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, interrupt.end)
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in LOOK_AT_MODELS:
         from tapestry.node.trainer import imports
@@ -41,21 +41,23 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # main.py knows what to do with it
         run()
     except KeyboardInterrupt:  # before main.py has begun
-        _end()
+        interrupt.end()
     except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
         if ours:
-            signal.signal(signal.SIGINT, _end)  # Python's own end would print a traceback too
-        if _leaves_at_once(command, end.code):
-            _leave(int(end.code or 0))
+            # All is done and said. Python's own handler would print a traceback even now.
+            signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+        if _leaves_at_once(command, code):
+            _leave(code)
         raise
 
 
-def _leaves_at_once(command: str, code: object) -> bool:
+def _leaves_at_once(command: str, code: int) -> bool:
     """One that failed too, for it may be of an interrupt: Python forgets now and then that it was caught, and
     kills itself."""
-    if code == INTERRUPTED:
+    if code == interrupt.INTERRUPTED:
         return True
-    return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules and isinstance(code, int)
+    return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules
 
 
 def _leave(code: int) -> None:
@@ -64,8 +66,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _end(number: int = 0, frame: FrameType | None = None) -> None:
-    """Nothing is begun yet, or all is done."""
-    os._exit(INTERRUPTED)

@@ -98,6 +98,13 @@ def init(
 
 def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) -> tuple[RunSpec, NodeToml]:
     """A base's files into HOME/base; says what it found."""
+    from tapestry.node.trainer.models.folder import look_at
+    from tapestry.node.trainer.models.refusal import ModelError
+
+    try:
+        look_at(source, weights)
+    except ModelError as error:
+        raise UserError(str(error), hint=error.hint or None) from error
     from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
 
     home.create()

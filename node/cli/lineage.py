@@ -14,8 +14,15 @@ import click
 from tapestry.node.cli.look import say_if_stopped
 from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.cli.said import Said
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.errors import ExitCode, UserError, as_user_error
 from tapestry.node.home import Home
+from tapestry.node.lineage.asked import (
+    ExportError,
+    require_branch,
+    require_epoch,
+    require_free,
+    require_provable,
+)
 
 if TYPE_CHECKING:
     from tapestry.node.lineage.export import Written
@@ -74,6 +81,12 @@ def export(
             raise click.UsageError("--epoch, --adapters, --branch: of the base; a derivative has --version")
         _release(where, derivative, number, out, dtype)
         return
+    with as_user_error(ExportError):
+        require_free(out)
+    if branch is not None:
+        require_branch(where, branch, epoch)
+    else:
+        require_epoch(where, epoch)
     with Said() as said:
         if branch is not None:
             from tapestry.node.lineage.export_branch import export_branch
@@ -153,12 +166,14 @@ def verify(
     The last line says what came out. Exit code 0: it holds, and of an export, the tensors are proven.
     """
     from tapestry.node.lineage.anchor import Anchor
+
+    require_provable(path, against)
+    given = None if anchor is None else Anchor.parse(_text_of(anchor))
     from tapestry.node.lineage.signatures import jobs_here
     from tapestry.node.lineage.verify import lines
     from tapestry.node.lineage.verify import verify as proven
 
     with Said() as said:
-        given = None if anchor is None else Anchor.parse(_text_of(anchor))
         how_many = jobs or jobs_here()
         proof = proven(
             path, anchor=given, against=against, replay=not no_replay, jobs=how_many, told=said.update
@@ -279,6 +294,11 @@ def _text_of(given: str) -> str:
 
 
 def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -> None:
+    from tapestry.node.sovereign.derivative import Shelf
+
+    Shelf(home).require(name).released(number)
+    with as_user_error(ExportError):
+        require_free(out)
     from tapestry.node.sovereign.release import release
 
     with Said() as said:

@@ -17,8 +17,17 @@ from tapestry.node.cli.options import examples, home_option, json_option
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home, Liveness
 from tapestry.node.lineage.columns import WIDTH, column, cut, ids_cut, who, wrapped
+from tapestry.node.progress import size
 from tapestry.node.protocol.settings import shown
+from tapestry.node.protocol.waits import span
 from tapestry.node.surface.ask import ask
+
+NAME_WIDTH = WIDTH - 2 - 64  # a digest fits beside it
+SHORT_NAMES = {  # of keys of /status that are longer
+    "tokens_per_second": "tokens_per_s",
+    "trainer_trouble": "trouble",
+    "dropped_records": "dropped",
+}
 
 
 @click.command(epilog=examples("tapestry status", "tapestry status --json | jq .epoch"))
@@ -33,16 +42,8 @@ def status(home: str | None, as_json: bool) -> None:
         return
     if not isinstance(answer, dict):
         raise UserError("the node's /status is not a table", exit_code=ExitCode.FAILED)
-    answer.pop("roll", None)  # `tapestry members` shows it
-    if isinstance(answer.get("settings"), dict):
-        answer["settings"] = {key: shown(value) for key, value in answer["settings"].items()}
-    if isinstance(answer.get("waiting"), dict):
-        answer["waiting"]["since"] = _clock(answer["waiting"].get("since"))
-    width = max((len(str(key)) for key in answer), default=0)
-    for key, value in answer.items():
-        name = printable(str(key))
-        for index, line in enumerate(_lines(value)):
-            click.echo("\n".join(_beside(name if index == 0 else "", line, width)))
+    for line in _for_people(answer):
+        click.echo(line)
 
 
 @click.command(epilog=examples("tapestry peers", "tapestry peers --json | jq -r '.[].peer_id'"))
@@ -65,6 +66,36 @@ def peers(home: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
+def _for_people(answer: dict[str, Any]) -> Iterator[str]:
+    """Names in a column, values beside it: digests whole, peer ids short but for the node's own, times in
+    words."""
+    answer.pop("roll", None)  # `tapestry members` shows it
+    if isinstance(answer.get("settings"), dict):
+        answer["settings"] = {key: shown(value) for key, value in answer["settings"].items()}
+    if isinstance(answer.get("waiting"), dict):
+        answer["waiting"]["since"] = _clock(answer["waiting"].get("since"))
+    if isinstance(answer.get("bytes"), dict):
+        answer["bytes"] = {key: size(value) for key, value in answer["bytes"].items()}
+    if isinstance(answer.get("addresses"), list):
+        own = f"/p2p/{answer.get('peer_id')}"
+        answer["addresses"] = [str(one).removesuffix(own) for one in answer["addresses"]]
+    rows = [(SHORT_NAMES.get(key, key), value) for key, value in map(_in_words, answer, answer.values())]
+    width = min(NAME_WIDTH, max((cell_len(name) for name, _ in rows), default=0))
+    for name, value in rows:
+        for index, line in enumerate(_lines(value)):
+            whole = name == "peer_id"
+            yield from _beside(printable(name) if index == 0 else "", line if whole else ids_cut(line), width)
+
+
+def _in_words(key: str, value: Any) -> tuple[str, Any]:
+    """A duration as one, under its name without the unit."""
+    if isinstance(value, dict):
+        return key, dict(map(_in_words, value, value.values()))
+    if key.endswith("_s") and isinstance(value, int | float) and not isinstance(value, bool):
+        return key.removesuffix("_s"), span(value)
+    return key, value
+
+
 def _clock(at: object) -> str:
     """Unix time as it is here."""
     known = isinstance(at, int | float)
@@ -72,15 +103,12 @@ def _clock(at: object) -> str:
 
 
 def _beside(name: str, value: str, width: int) -> Iterator[str]:
-    """The value in the column beside its name. A digest that is too long for it stands right behind the name,
-    for it must stay whole; peer ids in what is too long are cut."""
+    """The value in the column beside its name, on as many lines as it takes."""
     begin = f"{name:<{width}}  "
     if cell_len(begin + value) <= WIDTH:
         yield begin + value
-    elif " " not in value and len(f"{name}  {value}") <= WIDTH:
-        yield f"{name}  {value}"
     else:
-        yield from wrapped(ids_cut(value), begin, " " * len(begin))
+        yield from wrapped(value, begin, " " * (width + 2))
 
 
 def _in_short(peer: dict[str, object], versions: bool) -> dict[str, object]:

@@ -15,6 +15,8 @@ from tapestry.node.cli.options import examples, home_option, home_to_write, json
 from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
+from tapestry.node.lineage.asked import require_epoch
+from tapestry.node.sovereign.asked import require_extra, require_new, require_suite, shares_of, to_merge
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
 from tapestry.node.sovereign.recipe import REPAIR_SHARE, load_recipe, recipe_paths
 from tapestry.node.spec.declared import BASE, READ, require, today_utc
@@ -77,6 +79,9 @@ def derive(
     """Make a model of one's own from the base. The same command goes on where it was ended."""
     where = home_to_write(home)
     recipe = load_recipe(recipe_file, flags)
+    require_extra()
+    require_new(Shelf(where), name)
+    require_epoch(where, epoch)
     declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
     from tapestry.node.sovereign import build
 
@@ -105,10 +110,16 @@ def evaluate(
     name: str, home: str | None, as_json: bool, suite_file: Path | None, number: int | None, epoch: int | None
 ) -> int:
     """Measure a derivative, or the base; the gate decides anew which version is current."""
-    from tapestry.node.sovereign import build
-    from tapestry.node.sovereign.suite import table
+    from tapestry.node.sovereign.suite import Suite, table
 
     where = home_to_write(home)
+    if name == "base":
+        require_epoch(where, epoch)
+        Suite.load(require_suite(where, suite_file))
+    else:
+        Shelf(where).require(name).version(number)
+    from tapestry.node.sovereign import build
+
     if name == "base":
         with Said() as told:
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
@@ -169,10 +180,11 @@ def rebase(
     """Bring a derivative to a newer base. Both versions stay; the new one counts if its gate holds."""
     if every_epochs is not None and epoch is not None:
         raise click.UsageError("--watch follows the newest base: leave out --onto")
+    where = home_to_write(home)
+    Shelf(where).require(name).version()
+    require_epoch(where, epoch)
     from tapestry.node.sovereign import build
     from tapestry.node.sovereign.watch import watch
-
-    where = home_to_write(home)
 
     def rebased() -> int:
         with Said() as told:
@@ -211,9 +223,7 @@ def rebase(
 def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, declaration: str | None) -> None:
     """Leave the island: what was learnt alone is kept or brought, the home is as it was before."""
     from tapestry.node.lineage import island
-    from tapestry.node.lineage.bring import bring
     from tapestry.node.lineage.uses import read_since
-    from tapestry.node.sovereign import build
 
     where = home_to_write(home)
     island.require(where)
@@ -233,6 +243,9 @@ def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, decl
             require(where, reals, READ, today_utc())
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
+        from tapestry.node.lineage.bring import bring
+        from tapestry.node.sovereign import build
+
         with Said() as told:
             built = None
             if name is not None:
@@ -277,12 +290,14 @@ def merge(
     restart: bool,
 ) -> int:
     """Join derivatives of one base into one."""
-    shares = _weights(weights)
+    where, shares = home_to_write(home), shares_of(names, _weights(weights))
+    require_new(Shelf(where), into)
+    to_merge(Shelf(where), names)
     from tapestry.node.sovereign import build
 
     with Said() as told:
         built = build.merge(
-            home_to_write(home),
+            where,
             into,
             names,
             shares,

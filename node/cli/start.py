@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
 import click
 
+from tapestry.node.cli import interrupt
 from tapestry.node.cli.data import declare_missing, declare_option
 from tapestry.node.cli.look import ask_node
 from tapestry.node.cli.options import examples, home_option, home_to_write
@@ -27,6 +29,7 @@ from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import DEVICE
 
 POLL_S = 0.05
+STOPPED_S = 10.0  # a node ends within: the contract
 STOPS = "finish its round and save its state"
 
 
@@ -99,8 +102,8 @@ def start(home: str | None, detach: bool, declaration: str | None, **flags: Any)
     """Found a run, join one with --peer, or go on with the home's. Ends with SIGTERM or Ctrl-C."""
     os.umask(0o077)  # what a node writes is its owner's: texts in caches, checkpoints, the chain, the log
     signal.signal(signal.SIGTERM, _end_early)
-    if not detach and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end_early)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt.end)
     place = home_to_write(home)
     config = NodeConfig.resolve(place, flags, os.environ)
     _check_early(config, declaration)
@@ -191,11 +194,8 @@ def _stop_elsewhere(home: Home, timeout_s: float) -> None:
 
 
 def _end_early(number: int, frame: FrameType | None) -> None:
-    """Until the daemon has handlers of its own: as process 1 of a container nothing else would end it.
-
-    At once: nothing is begun that the kernel does not end with us (lock, trainer), and an exception would be
-    told by whichever import it hits.
-    """
+    """Told to stop before the daemon has handlers of its own: as process 1 of a container nothing else would
+    end it. At once: nothing is begun that the kernel does not end with us (lock, trainer)."""
     os._exit(int(ExitCode.DONE))
 
 
@@ -230,14 +230,20 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
     """
     home.require_free()
     home.create()
-    with _opened_output(home) as log:
+    pressed: list[int] = []  # while the child begins, Ctrl-C waits: it must not be left without us
+    with _opened_output(home) as log, _ctrl_c(lambda number, _: pressed.append(number)):
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        outcome = _wait_until_ready(child, home, wait_s)
+        with _ctrl_c(signal.default_int_handler):
+            if pressed:
+                raise KeyboardInterrupt
+            outcome = _wait_until_ready(child, home, wait_s)
     except KeyboardInterrupt:
         child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(STOPPED_S)
         raise
     printed = _printed(home.output)
     if child.returncode is not None:
@@ -250,6 +256,18 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
         click.echo(outcome)
     child.returncode = 0  # it is meant to outlive us: Popen need not warn that it does
     return ExitCode.DONE
+
+
+@contextlib.contextmanager
+def _ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """What Ctrl-C does within, unless somebody wants it ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _opened_output(home: Home) -> BinaryIO:

@@ -33,7 +33,6 @@ from tapestry.dht.presence import CLOCK_SKEW_S
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
-from tapestry.node.daemon.life import refuse_ourselves
 from tapestry.node.disk.home_mark import require_original
 from tapestry.node.disk.store import read_vote
 from tapestry.node.disk.use import disk_use
@@ -41,6 +40,7 @@ from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
+from tapestry.node.net.asked import refuse_ourselves
 from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer, ask
 from tapestry.node.net.join import CONNECT_S, free_memory_bytes, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded

@@ -14,6 +14,7 @@ import os
 import uvloop
 
 from tapestry.node.daemon.descriptors import raise_limit
+from tapestry.node.daemon.early import check_early
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import ExitCode, UserError
@@ -27,7 +28,8 @@ _log = logging.getLogger("tapestry.node")
 
 
 def run(config: NodeConfig) -> int:
-    """Run a node until it is stopped. Returns 0; raises UserError."""
+    """Run a node until it is stopped. Returns 0; raises UserError, and KeyboardInterrupt of a node that was
+    not up yet."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of ours asks a hub for anything
     raise_limit()
     notifier = Notifier(os.environ)  # before there are children that would inherit what it takes
@@ -39,8 +41,11 @@ def run(config: NodeConfig) -> int:
             config.home.stop_request.unlink(missing_ok=True)
             _keep_log(log, config)
             _claim(config)
+            check_early(config)
             code: int = uvloop.run(_run(config, log, notifier))
             _log.info("ended exit_code=%d", code)
+            if code:
+                raise KeyboardInterrupt
             return code
     except UserError as error:
         is_told = config.log_format == "json" and log.is_on_screen  # as JSON, like all the rest

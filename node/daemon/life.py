@@ -58,11 +58,13 @@ from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.lineage.island import begin as begin_island
 from tapestry.node.lineage.uses import Started, note_use
+from tapestry.node.net.asked import refuse_ourselves
 from tapestry.node.net.join import agree_on_run
-from tapestry.node.net.network import last_listen, remember_listen, without_peer
+from tapestry.node.net.network import last_listen, without_peer
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 from tapestry.node.spec.declared import BASE, paths_of, sources_of
+from tapestry.node.spec.listen import Listening, write_listening
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.training import WorkerSettings
 from tapestry.node.surface.admit import Admit
@@ -110,9 +112,11 @@ class Daemon:
         self._tokenizing = TokenizingView(live)
         self._waits = WaitTeller(self.view.wait, self.metrics, self.history)
         self._node: Node | None = None  # once it runs
+        self._is_up = False  # it has been: from then on Ctrl-C is the usual end
+        self._given_up = False
 
     async def run(self) -> int:
-        """Until the node is stopped. Returns 0; raises UserError."""
+        """Until the node is stopped. Returns 0, or 1 for a Ctrl-C before it was up; raises UserError."""
         try:
             return await self._run_until_stopped()
         except (UserError, OSError, SwarmError, ExceptionGroup) as error:
@@ -146,7 +150,7 @@ class Daemon:
         main.add_done_callback(lambda _: signs.cancel())
         with contextlib.suppress(asyncio.CancelledError):
             await main
-        return int(ExitCode.DONE)
+        return int(ExitCode.FAILED if self._given_up else ExitCode.DONE)
 
     def _in_a_line(self) -> str:
         """For the service manager."""
@@ -157,14 +161,15 @@ class Daemon:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
 
-        def on_signal() -> None:
+        def on_signal(number: int) -> None:
             if self.stop.is_set():
                 os._exit(int(ExitCode.FAILED))  # the second one: at once
+            self._given_up = number == signal.SIGINT and not self._is_up
             self.stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, on_signal)
+                loop.add_signal_handler(number, on_signal, number)
 
     def _heed_stop_requests(self) -> None:
         """From `tapestry stop` in another container, whose signals do not reach us. One may be there since
@@ -292,6 +297,7 @@ class Daemon:
             try:
                 await node.network.up.wait()
                 self.home.write_node_json(info)
+                self._is_up = True
                 self.notifier.ready(self._in_a_line())
                 await node.runtime.done.wait()
                 if node.runtime.ends is not None:
@@ -385,8 +391,10 @@ class Daemon:
             swarm = await Swarm.start(config, on_refused=self.metrics.refused)
         except SwarmError as error:
             raise UserError(str(error)) from error
-        if not config.announce and not self.config.island:
-            remember_listen(self.home, config.listen, without_peer(await swarm.addresses()))
+        if not self.config.island:
+            bound = () if config.announce else without_peer(await swarm.addresses())
+            said = self.config.listen_said
+            write_listening(self.home, Listening(config.listen, config.announce, said, bound))
         return swarm
 
     def _on_base_bytes(self, direction: str, count: int) -> None:
@@ -429,9 +437,13 @@ class Daemon:
             info.http,
             info.version,
             info.pid,
+            extra={"printed": self._prints},
         )
+        if self.config.kept:
+            kept = " ".join(self.config.kept)
+            _log.info("kept flags=%r; --listen changes it", kept, extra={"printed": self._prints})
         if self._prints:
-            _print_banner(info, run_name, is_open, self.config.island)
+            _print_banner(info, run_name, is_open, self.config)
 
     def _tls(self) -> ServerTls | None:
         if self.config.http_tls is None:
@@ -443,7 +455,8 @@ class Daemon:
         """Where it is; itself only once: from then on it is in its file only."""
         if token is None:
             return
-        _log.info("endpoint_token=%s path=%s", "made" if token.new else "needed", token.path)
+        made = "made" if token.new else "needed"
+        _log.info("endpoint_token=%s path=%s", made, token.path, extra={"printed": self._prints})
         if self._prints:
             text = (
                 f"{token.text}  (kept in {token.path}, not shown again)" if token.new else f"in {token.path}"
@@ -460,18 +473,6 @@ class Daemon:
         return NodeInfo(os.getpid(), peer_id, run_id, addresses, url, VERSION, started)
 
 
-def refuse_ourselves(peers: Sequence[PeerAddress], peer_id: str) -> None:
-    """Raises UserError if one of --peer is the key of this home."""
-    for peer in peers:
-        if peer.peer_id == peer_id:
-            raise UserError(
-                f"--peer {peer.maddr} has the key of this home itself",
-                exit_code=ExitCode.REFUSED,
-                hint="name another member; if this home is a copy of that node's, give it a key of its own: "
-                "remove identity.key, vote.json and home.json from it",
-            )
-
-
 def _waiting_for(config: NodeConfig) -> Wait:
     """A trainer that can start."""
     if not config.external:
@@ -483,7 +484,7 @@ def _waiting_for(config: NodeConfig) -> Wait:
     return Wait("trainer", what, "ends when one does")
 
 
-def _print_banner(info: NodeInfo, run_name: str, is_open: bool, island: bool) -> None:
+def _print_banner(info: NodeInfo, run_name: str, is_open: bool, config: NodeConfig) -> None:
     """What `start` prints first."""
     addresses, run_id, url = info.addresses, info.run_id, info.http
     joins = "others join" if is_open else "others join by what `tapestry invite` prints, or ask to join"
@@ -495,7 +496,9 @@ def _print_banner(info: NodeInfo, run_name: str, is_open: bool, island: bool) ->
         f"metrics  {url}/metrics",
         f"status   {url}/status",
     ]
-    if island:
+    if config.kept:
+        lines.insert(2, f"kept     {' '.join(config.kept)}, of an earlier start; --listen changes it")
+    if config.island:
         lines.append(
             "island   this node goes on alone: nothing of it reaches the run; back by: tapestry rejoin"
         )

@@ -39,15 +39,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tapestry.node.disk.checkpoints import Checkpoints
 from tapestry.node.disk.files import atomic_write, is_damage, seal, sync_folder, unseal
 from tapestry.node.disk.store import Store
 from tapestry.node.disk.use import disk_free
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.chain import Chain, Place, Record, Tip, next_place, why_lost
+
+if TYPE_CHECKING:
+    from tapestry.node.disk.checkpoints import Checkpoints  # torch
 
 BRANCHES_MAX = 16  # Guess: forks are rare; a run that leaves more in its life has other troubles
 BYTES_MAX = 8 << 30  # Guess: as for the update log

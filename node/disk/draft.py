@@ -12,7 +12,8 @@ no name any more.
 A draft means nothing by itself: `finish` takes from it only the shards whose payloads are the very views that
 `put` gave, writes the others, and only then gives the file its name. One thread at a time.
 
-Must not import: asyncio; hivemind.
+Must not import: asyncio; hivemind; and torch only to map a file: a home is also read by commands that need no
+tensors, and answer before torch would be there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tapestry.node.disk.files import TEMPORARY, pwrite_all, sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SYNC_BYTES = 8 << 20  # Guess: what a disk takes in a few milliseconds, so that the last sync is short
 
@@ -37,6 +39,8 @@ def mapped(
     size_bytes: int,  # above 0
 ) -> Tensor:  # uint8 (size_bytes,), read only
     """A file's bytes where they lie; the file may lose its name meanwhile, but nothing may write to it."""
+    import torch
+
     memory = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)

@@ -16,7 +16,7 @@ forgotten vote could be cast twice, and two results be committed in one epoch, s
     update file = magic "TAPU", version u32, epoch u64, head 32, result digest 32, shard count u32, zero u32
                   + payload length u64 of each shard + the payloads                        (little-endian)
 
-Blocking; any thread. Must not import: asyncio; hivemind.
+Blocking; any thread. Must not import: asyncio; hivemind; nor torch, as draft.py says.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.draft import Draft, mapped
@@ -67,6 +65,9 @@ from tapestry.node.protocol.chain import (
 )
 from tapestry.node.protocol.events import Vote
 from tapestry.node.spec.run import LimitsSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UPDATE_SUFFIX = ".upd"
 READ_BYTES = 1 << 20  # at a time, to see that a file can be read
@@ -138,7 +139,7 @@ class Store:
     def load(self) -> LoadedStore:
         """Read everything. Raises UserError for a damaged genesis or vote, and OSError."""
         self._home.updates.mkdir(exist_ok=True)
-        genesis = self._load_genesis()
+        genesis = self.read_genesis()
         if genesis is not None:
             self._chain = ChainFile(self._home, genesis, self.crypto)
         vote = read_vote(self._home)
@@ -152,7 +153,8 @@ class Store:
         atomic_write(self._home.genesis, canonical(genesis_to_dict(genesis)) + b"\n")
         self._chain = ChainFile(self._home, genesis, self.crypto)
 
-    def _load_genesis(self) -> Genesis | None:
+    def read_genesis(self) -> Genesis | None:
+        """None of a home that belongs to no run yet. Raises UserError, OSError."""
         path = self._home.genesis
         try:
             return genesis_from_dict(json.loads(path.read_bytes()), self.crypto)
@@ -482,7 +484,8 @@ def read_update_file(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
             pass
         whole = mapped(file.fileno(), header.size_bytes)
     begin = header.size_bytes - sum(header.lengths)
-    return header, list(torch.split(whole[begin:], list(header.lengths)))
+    parts: Sequence[Tensor] = whole[begin:].split(list(header.lengths))  # type: ignore[no-untyped-call]
+    return header, list(parts)
 
 
 def read_update_header(file: BinaryIO) -> UpdateHeader:

@@ -31,7 +31,6 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.leave import copy_run
 from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.uses import note
-from tapestry.node.lineage.verify import verify_home
 from tapestry.node.progress import Told, counted
 
 EXTRAS = (
@@ -235,6 +234,8 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
 
 
 def _checked(copy: Home, source: Path, else_: str, told: Told) -> Proof:
+    from tapestry.node.lineage.verify import verify_home  # torch: seconds, and refusals come before
+
     proof = verify_home(copy, replay=False, told=told)
     if not proof.holds:
         raise UserError(

@@ -30,7 +30,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage import island
 from tapestry.node.lineage.crypto import ReaderCrypto
-from tapestry.node.lineage.export import snapshot
+from tapestry.node.lineage.snapshot import snapshot
 from tapestry.node.lineage.uses import note, note_brought, note_taken_back
 from tapestry.node.progress import Told
 from tapestry.node.protocol.chain import Chain, Record, records_from

@@ -12,14 +12,12 @@ asked for is therefore the newest state that was signed.
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -30,34 +28,26 @@ from tapestry.node.disk.held import bare_state, open_run
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.asked import HEAD, ExportError, Wanted, require_epoch, require_free
 from tapestry.node.lineage.card import Lineage, members_of, model_card, settings_of
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.exported import described
 from tapestry.node.lineage.follow import island_from
-from tapestry.node.lineage.huggingface import (
-    DTYPES,
-    ExportError,
-    Form,
-    Progress,
-    export_model,
-    require_free,
-    silent,
-)
+from tapestry.node.lineage.huggingface import DTYPES, Form, Progress, export_model, silent
 from tapestry.node.lineage.manifest import LINEAGE, write_manifest
 from tapestry.node.lineage.provable import alone_at, unprovable, vouched_to, vouching
+from tapestry.node.lineage.snapshot import snapshot
 from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.chain import Chain, makers, records_from
 from tapestry.node.spec.declared import Declared, published
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 from tapestry.node.trainer.models import registry
-from tapestry.node.trainer.models.pretrained import CONFIG, licence_of
+from tapestry.node.trainer.models.folder import CONFIG
+from tapestry.node.trainer.models.pretrained import licence_of
 from tapestry.node.trainer.models.refusal import ModelError
 
 TRIES = 3  # Guess: a live node prunes once an epoch; two in a row are bad luck
-HEAD: Literal["head"] = "head"  # in place of an epoch
-
-Wanted = int | Literal["head"] | None  # None: the newest epoch whose state was signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +89,7 @@ def export_home(
     weights. `adapters`: those of a LoRA run alone, not merged into the base.
     """
     form = Form(DTYPES[dtype], adapters)
-    if not home.genesis.exists():
-        raise UserError(f"{home.path} holds no run to export")
+    require_epoch(home, epoch)
     try:
         require_free(out)
         with beside(out) as scratch:
@@ -270,33 +259,3 @@ def _said_by_others(
     known = Descriptions(home.descriptions, chain.genesis.run_id, ReaderCrypto()).all
     said = {one.peer: one.texts for one in known if one.texts and one.peer != own}
     return tuple((peer, said[peer]) for peer in contributors if peer in said)
-
-
-def snapshot(home: Home, folder: Path) -> Home:
-    """A home of links to this one's files: nothing of this one is written, or moved when it turns out bad."""
-    folder.mkdir()
-    copy = Home(folder)
-    for source, target in (
-        (home.chain_marks, copy.chain_marks),  # what is older than the chain is what is believed of it
-        (home.chain_index, copy.chain_index),
-        (home.genesis, copy.genesis),
-        (home.chain, copy.chain),
-    ):
-        if source.exists():
-            shutil.copyfile(source, target)
-    for source, target in ((home.checkpoints, copy.checkpoints), (home.updates, copy.updates)):
-        target.mkdir()
-        for path in sorted(source.glob("*")) if source.exists() else ():
-            if path.suffix in (".safetensors", ".upd"):
-                _link(path, target / path.name)
-    return copy
-
-
-def _link(path: Path, target: Path) -> None:
-    """A hard link, which outlives a pruning node; else, on another disk, a symbolic one."""
-    try:
-        os.link(path, target)
-    except FileNotFoundError:
-        return  # pruned a moment ago
-    except OSError:
-        target.symlink_to(path)

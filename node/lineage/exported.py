@@ -29,9 +29,9 @@ from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.provable import FLOAT32
 from tapestry.node.protocol.chain import Genesis
 from tapestry.node.spec.training import ModelSpec, TransformersSpec
+from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, weight_files
 from tapestry.node.trainer.models.lora import saved_names
 from tapestry.node.trainer.models.pretrained import (
-    CONFIG,
     SHARED_FILES,
     as_stored,
     construct_seeded,
@@ -42,7 +42,7 @@ from tapestry.node.trainer.models.pretrained import (
 )
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.registry import layout_of
-from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, weight_files, weights_of
+from tapestry.node.trainer.models.stored import StoredWeights, weights_of
 from tapestry.node.trainer.models.weights import load_base
 
 PIECE = 1 << 22  # elements: 16 MiB

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from tapestry.compression.shards import Layout
+from tapestry.node.lineage.asked import ExportError, require_free
 from tapestry.node.spec.training import LlamaSpec, ModelSpec, TransformersSpec
 from tapestry.node.trainer.imports import meta_device
 from tapestry.node.trainer.models import lora, registry
+from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE
 from tapestry.node.trainer.models.llama import config_fields
 from tapestry.node.trainer.models.pretrained import (
-    CONFIG,
     SHARED_FILES,
     as_stored,
     construct_seeded,
@@ -44,7 +45,7 @@ from tapestry.node.trainer.models.pretrained import (
     same_names,
     untrained,
 )
-from tapestry.node.trainer.models.stored import INDEX, SINGLE, Source, StoredWeights, write_weights
+from tapestry.node.trainer.models.stored import Source, StoredWeights, write_weights
 from tapestry.node.trainer.models.weights import load_base
 from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, PAD_ID, encode
 
@@ -57,10 +58,6 @@ FILE_BYTES_MAX = 5 * 10**9  # what save_pretrained took for years; a hub stores 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
-
-
-class ExportError(RuntimeError):
-    """The directory could not be written; one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +126,6 @@ def export_model(
         raise ExportError(f"cannot write {out_dir}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def require_free(out_dir: Path) -> None:
-    """Raises ExportError unless `out_dir` can be made: it is not there, or an empty folder."""
-    try:
-        taken = out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
-    except OSError as error:
-        raise ExportError(f"cannot write {out_dir}: {error}") from error
-    if taken:
-        raise ExportError(f"{out_dir} is there already: name a new or an empty folder")
 
 
 def json_text(content: Mapping[str, Any]) -> bytes:

@@ -24,8 +24,8 @@ from tapestry.node.disk.files import atomic_write, sync_folder, unseal
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
-from tapestry.node.lineage.export import snapshot
 from tapestry.node.lineage.follow import read_genesis
+from tapestry.node.lineage.snapshot import snapshot
 from tapestry.node.lineage.uses import note
 from tapestry.node.protocol.chain import record_from_dict
 

@@ -29,7 +29,6 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_records
 from tapestry.node.lineage.proof import Proof
-from tapestry.node.lineage.verify import verify_home
 from tapestry.node.progress import Told, counted
 
 # Beside chain, updates and checkpoints, which are taken at one epoch.
@@ -59,6 +58,8 @@ def leave(home: Home, out: Path, told: Told) -> Proof:
     try:
         new.mkdir(mode=0o700, parents=True)
         copy_run(home, Home(new), told)
+        from tapestry.node.lineage.verify import verify_home  # torch: seconds, and refusals come before
+
         proof = verify_home(Home(new), told=told)
         if not proof.holds:
             raise UserError(

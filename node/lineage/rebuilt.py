@@ -41,15 +41,9 @@ from tapestry.node.lineage.proof import Proof
 from tapestry.node.protocol.path import stretches
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
+from tapestry.node.trainer.models.folder import INDEX
 from tapestry.node.trainer.models.refusal import ModelError
-from tapestry.node.trainer.models.stored import (
-    FLOATS,
-    INDEX,
-    StoredWeights,
-    index_of,
-    is_as_written,
-    weights_of,
-)
+from tapestry.node.trainer.models.stored import FLOATS, StoredWeights, index_of, is_as_written, weights_of
 
 SHOWN_MAX = 60  # characters of a value, in a fault
 

@@ -35,6 +35,7 @@ from tapestry.node.disk.linked import BrokenLink, Linked, Tail, read_linked
 from tapestry.node.errors import UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor
+from tapestry.node.lineage.asked import is_export, require_provable
 from tapestry.node.lineage.branch_proof import branches_of, check_branches
 from tapestry.node.lineage.chain_proof import Followed, ToFollow, followed
 from tapestry.node.lineage.claims import NAME as CLAIMS
@@ -44,7 +45,6 @@ from tapestry.node.lineage.egress import Totals, counted
 from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
 from tapestry.node.lineage.listed import faults
 from tapestry.node.lineage.manifest import LINEAGE, check_manifest
-from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, updates_of
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.provable import alone_at, made_alone, unprovable, vouched_to
@@ -77,18 +77,9 @@ def verify(
     """Of a home or an export. `jobs`: processes that check a long chain's signatures. `against`: a home or an
     export with which an export's tensors are compared, if signatures do not reach them. Raises UserError if
     `path` or `against` is neither."""
-    for one in (path,) if against is None else (path, against):
-        if not ((one / MANIFEST).is_file() or (one / "genesis.json").is_file()):
-            raise UserError(
-                f"{one} is neither a home with a run nor an export: no genesis.json, no {MANIFEST}"
-            )
-    if (path / MANIFEST).is_file():
+    require_provable(path, against)
+    if is_export(path):
         return verify_export(path, anchor=anchor, against=against, jobs=jobs, told=told)
-    if against is not None:
-        raise UserError(
-            f"--against is for exports, and {path} is a home: it is replayed by itself",
-            hint=f"tapestry verify {path}",
-        )
     return verify_home(Home(path), anchor=anchor, replay=replay, jobs=jobs, told=told)
 
 

@@ -22,17 +22,17 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm, Unreachable
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.net.asked import TAKE_IT, check_run_id, own_spec, spec_to_found
 from tapestry.node.net.transfer import DonorFailed, TransferLimits, fetch_genesis
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol.chain import Crypto, Genesis
 from tapestry.node.spec.node import NodeConfig
-from tapestry.node.spec.run import RunSpec, diff, proposals
+from tapestry.node.spec.run import RunSpec, diff
 from tapestry.node.spec.size import Machine, size_fault, size_lines
 
 GENESIS_PROTOCOL = "/tapestry/genesis/1"
 CONNECT_S = 10.0
 ASK_S = 10.0
-TAKE_IT = "remove the file, or point --run elsewhere, to take the run as it is"
 
 _log = logging.getLogger("tapestry.join")
 
@@ -60,28 +60,19 @@ async def agree_on_run(
 ) -> Agreed:
     """Raises UserError: 2 for files, 3 if no peer can be reached, 4 if run id or spec do not agree."""
     if home_genesis is not None:
-        spec = RunSpec.of_genesis(home_genesis)
-        _check_run_id(config, home_genesis.run_id, str(config.home.path))
-        _check_own_spec(config, spec)
+        spec = own_spec(config, home_genesis)
         await _compare_with_peers(home_genesis, swarm, peers, crypto)
         return Agreed(home_genesis, spec, from_peer=False)
     if peers:
         genesis = await _ask_peers(config, swarm, peers, crypto)
-        _check_run_id(config, genesis.run_id, "the peer")
+        check_run_id(config, genesis.run_id, "the peer")
         spec = RunSpec.of_genesis(genesis)
         _check_spec(config.run, spec)
         _show_run(config, spec, genesis)
         _check_size(config, spec, genesis)
         await _ask_consent(config)
         return Agreed(genesis, spec, from_peer=True)
-    if config.run is None:
-        raise UserError(
-            f"there is no run: {config.home.path} holds none, and neither --peer nor a run.toml is given",
-            hint="`tapestry init DIR` writes a run.toml to found a run with; `--peer ADDRESS` joins one",
-        )
-    if config.run_id is not None:
-        raise UserError("--run-id names a run to join, but no --peer is given to join it by")
-    return Agreed(None, RunSpec.load_to_found(config.run), from_peer=False)
+    return Agreed(None, spec_to_found(config), from_peer=False)
 
 
 def _show_run(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
@@ -95,6 +86,7 @@ def _show_run(config: NodeConfig, spec: RunSpec, genesis: Genesis) -> None:
         genesis.founder,
         genesis.params,
         path,
+        extra={"printed": config.log_format == "text"},
     )
     if config.log_format != "text":
         return
@@ -251,13 +243,6 @@ async def _fetch(swarm: Swarm, peer_id: str, crypto: Crypto) -> Genesis:
         raise _NoGenesis(f"peer {peer_id[-6:]} gave no genesis: {error}") from error
 
 
-def _check_run_id(config: NodeConfig, run_id: str, whose: str) -> None:
-    if config.run_id is not None and config.run_id != run_id:
-        raise UserError(
-            f"--run-id is {config.run_id}, but {whose} is of run {run_id}", exit_code=ExitCode.REFUSED
-        )
-
-
 def _check_spec(path: Path | None, spec: RunSpec) -> None:
     """A run.toml at hand must say what the peer's run has."""
     differences = diff(RunSpec.load(path), spec) if path is not None else []
@@ -268,25 +253,6 @@ def _check_spec(path: Path | None, spec: RunSpec) -> None:
             details=tuple(differences),
             hint=TAKE_IT,
         )
-
-
-def _check_own_spec(config: NodeConfig, spec: RunSpec) -> None:
-    """And what the run of this home was founded with: it stays so, and records change what can be changed."""
-    if config.run is None:
-        return
-    here = RunSpec.load(config.run)
-    differences = diff(here, spec, "in the run")
-    if not differences:
-        return
-    asked = proposals(here, spec)
-    commands = " and ".join(f"tapestry propose set {one}" for one in asked)
-    change = f"with the file as it was, ask all members for it: {commands}; or " if asked else ""
-    raise UserError(
-        f"{config.run} differs from the run in {config.home.path}, which goes on as it was founded:",
-        exit_code=ExitCode.REFUSED,
-        details=tuple(differences),
-        hint=change + TAKE_IT,
-    )
 
 
 def _indented(spec: RunSpec) -> str:

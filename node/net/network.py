@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import random
 import re
@@ -34,7 +33,6 @@ from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX, LIFETIME_S_MAX, Presence, PresenceError, encode
 from tapestry.dht.reachability import HOP
 from tapestry.dht.swarm import Swarm
-from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net.circuits import Kind
@@ -46,6 +44,7 @@ from tapestry.node.net.relay import Relay
 from tapestry.node.net.twins import TwinWatch, refuse_twin
 from tapestry.node.net.vocabulary import Reader
 from tapestry.node.protocol.messages import Control, Result, Shard
+from tapestry.node.spec.listen import read_listening
 
 PRESENCE_TTL_S = 60.0  # Guess: a dead node is dialled in vain for so long
 PRESENCE_REFRESH_S = 20.0  # well before it expires
@@ -447,17 +446,10 @@ async def _watch(swarm: Swarm) -> None:
 
 def last_listen(home: Home, listen: tuple[str, ...]) -> tuple[str, ...] | None:
     """These listen addresses with the ports that they had the last time; None if that is not known."""
-    try:
-        table = json.loads(home.listen.read_bytes())
-        if tuple(table["asked"]) != listen:
-            return None
-        return with_ports(listen, tuple(table["bound"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    last = read_listening(home)
+    if last is None or last.listen != listen or not last.bound:
         return None
-
-
-def remember_listen(home: Home, listen: tuple[str, ...], bound: tuple[str, ...]) -> None:
-    atomic_write(home.listen, json.dumps({"asked": listen, "bound": bound}).encode() + b"\n")
+    return with_ports(listen, last.bound)
 
 
 def with_ports(asked: tuple[str, ...], bound: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.lineage.export import HEAD, export_home
+from tapestry.node.lineage.asked import HEAD
+from tapestry.node.lineage.export import export_home
 from tapestry.node.progress import Told
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import begun_plan

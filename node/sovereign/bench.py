@@ -17,6 +17,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import suite as suites
+from tapestry.node.sovereign.asked import SUITE
 from tapestry.node.sovereign.derivative import Measure, Shelf, Version
 from tapestry.node.sovereign.gates import Gates, Verdict, judge
 from tapestry.node.sovereign.losses import measure_set
@@ -36,7 +37,6 @@ from tapestry.node.trainer.tokenizers.registry import open_tokenizer
 LENGTH_MAX = 1024  # of a sequence, where neither recipe nor base says less
 LONGEST = 1 << 20  # ids that a model takes which does not say how many
 GATES = "gates.toml"
-SUITE = "suite.toml"
 NO_PIECES: Pieces = MappingProxyType({})
 
 

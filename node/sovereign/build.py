@@ -26,9 +26,9 @@ from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.uses import note_use, read_since, sources_since
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import transplant as graft
+from tapestry.node.sovereign.asked import require_extra, require_new, require_suite, shares_of, to_merge
 from tapestry.node.sovereign.bases import bases_in_use, export_base, prune_bases, require_base
 from tapestry.node.sovereign.bench import (
-    SUITE,
     bench_of,
     judged,
     length_of,
@@ -71,7 +71,7 @@ from tapestry.node.sovereign.rows import Prepared, prepare
 from tapestry.node.sovereign.standing import Uses, asking, begun_with, behind, joined, kept, of_recipe
 from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import extend, keep_tokens, kept_tokens, learned, pieces_of, read_tokens
-from tapestry.node.sovereign.training import require_extra, steps_of, train
+from tapestry.node.sovereign.training import steps_of, train
 from tapestry.node.spec.declared import READ, require, today_utc
 from tapestry.node.spec.node import sources_for
 from tapestry.node.trainer.models.refusal import ModelError
@@ -96,11 +96,7 @@ def derive(
     require_extra()
     shelf = Shelf(home)
     with _one_line(), shelf.locked(name) as folder:
-        if (found := shelf.read(name)) and found.versions:
-            raise UserError(
-                f"there is a derivative {name} already",
-                hint=f"tapestry rebase {name} brings it to a newer base; another name makes another one",
-            )
+        require_new(shelf, name)
         plan = begun(folder / "v1", "derive", restart, epoch, recipe=recipe)
         told = asking(home, of_recipe(name, recipe), told)
         if plan is None:
@@ -179,22 +175,11 @@ def merge(
     """The current versions of several derivatives of one base as one. Made from its beginning, also where one
     was begun. Raises UserError."""
     shelf = Shelf(home)
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise UserError("a merge takes two derivatives or more, each once")
-    shares = tuple(weights) or tuple(1 / len(names) for _ in names)
-    if len(shares) != len(names):
-        raise UserError(f"{len(names)} derivatives and {len(shares)} weights: give as many")
+    shares = shares_of(names, weights)
     with _one_line(), shelf.locked(into) as folder:
-        if (found := shelf.read(into)) and found.versions:
-            raise UserError(f"there is a derivative {into} already: choose another name")
-        parts = [(name, shelf.require(name).version()) for name in names]
+        require_new(shelf, into)
+        parts = to_merge(shelf, names)
         parent = parts[0][1].parent
-        for name, version in parts[1:]:
-            if version.parent.head != parent.head:
-                raise UserError(
-                    f"{name} stands on {version.parent}, {parts[0][0]} on {parent}",
-                    hint=f"tapestry rebase {name} --onto {parent.epoch} first",
-                )
         uses: Uses = {}
         for name, version in parts:
             uses = joined(uses, behind(shelf, name, version))
@@ -234,7 +219,7 @@ def keep_island(home: Home, name: str, *, restart: bool = False, told: Told) -> 
             version = found.version()
             if version.how == "island" and version.parent.head == began.head:
                 return Built(found, version, shelf.model(name, version.number))  # a way back that goes on
-            raise UserError(f"there is a derivative {name} already: choose another name")
+        require_new(shelf, name)
         place = folder / "v1"
         begun(place, "island", restart)
         clear(place)
@@ -319,12 +304,7 @@ def evaluate_base(
     home: Home, epoch: int | None, suite_file: Path | None, *, told: Told
 ) -> tuple[Parent, tuple[Measure, ...]]:
     """The shared base itself, on a suite. Raises UserError."""
-    path = suite_file or home.path / SUITE
-    if not path.exists():
-        raise UserError(
-            f"the base is measured on a suite, and there is no {path}",
-            hint="docs/sovereign.md says how to write one; --suite FILE",
-        )
+    path = require_suite(home, suite_file)
     shelf = Shelf(home)
     with _one_line(), bases_in_use(shelf):
         parent = export_base(shelf, home, epoch, told)

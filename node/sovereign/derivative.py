@@ -170,6 +170,16 @@ class Derivative:
             raise UserError(f"{self.name} has no version {wanted}; there are {there}")
         return found
 
+    def released(self, number: int | None) -> Version:
+        """The version to export: as `version`, but one that passed its gate where no number is given. Raises
+        UserError."""
+        if number is None and not self.current:
+            raise UserError(
+                f"no version of {self.name} passed its gate: there is none that counts",
+                hint=f"--version {self.versions[-1].number} exports the newest one all the same",
+            )
+        return self.version(number)
+
     @property
     def next_number(self) -> int:
         return self.versions[-1].number + 1 if self.versions else 1

@@ -29,7 +29,7 @@ from tapestry.node.sovereign.derivative import (
 from tapestry.node.sovereign.recipe import Recipe, differences
 from tapestry.node.sovereign.rows import Example, Prepared
 from tapestry.node.spec.tables import plain, read_table
-from tapestry.node.trainer.models.stored import INDEX
+from tapestry.node.trainer.models.folder import INDEX
 
 # What reading a damaged file raises: it is no JSON, or other JSON than was written.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)

@@ -25,15 +25,8 @@ from torch import Tensor
 
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
-from tapestry.node.lineage.huggingface import (
-    DTYPES,
-    FILE_BYTES_MAX,
-    ExportError,
-    Progress,
-    json_text,
-    require_free,
-    write_shards,
-)
+from tapestry.node.lineage.asked import ExportError, require_free
+from tapestry.node.lineage.huggingface import DTYPES, FILE_BYTES_MAX, Progress, json_text, write_shards
 from tapestry.node.lineage.listed import digest_of
 from tapestry.node.lineage.manifest import digests_of, write_manifest
 from tapestry.node.sovereign.derivative import Derivative, Shelf, Version
@@ -52,12 +45,7 @@ def release(home: Home, name: str, number: int | None, out: Path, dtype: str, pr
     """Write the version (None: the current one) to `out`, wholly or not at all. Raises UserError."""
     shelf = Shelf(home)
     derivative = shelf.require(name)
-    if number is None and not derivative.current:
-        raise UserError(
-            f"no version of {name} passed its gate: there is none that counts",
-            hint=f"--version {derivative.versions[-1].number} exports the newest one all the same",
-        )
-    version = derivative.version(number)
+    version = derivative.released(number)
     model = shelf.model(name, version.number)
     temporary = out.absolute().with_name(f".{out.name}.release-{os.getpid()}")
     try:

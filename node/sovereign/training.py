@@ -11,7 +11,6 @@ Heavy, and an extra: trl is imported here, within functions.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -26,6 +25,7 @@ import torch
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.progress import Told
+from tapestry.node.sovereign.asked import require_extra
 from tapestry.node.sovereign.plans import Trained
 from tapestry.node.sovereign.recipe import Recipe
 from tapestry.node.sovereign.rows import Prepared
@@ -35,15 +35,8 @@ from tapestry.node.trainer.models.lora import lora_config
 from tapestry.node.trainer.models.pretrained import quiet
 from tapestry.node.trainer.models.weights import load_base
 
-EXTRA = "pip install 'tapestry-node[sovereign]'"
 LOG_STEPS = 10  # guess: a line of history a few times a minute
 CHECKPOINTS_KEPT = 2  # the newest may be torn
-
-
-def require_extra() -> None:
-    """Raises UserError where trl is not installed: said before anything is read."""
-    if importlib.util.find_spec("trl") is None:
-        raise UserError("derivatives are trained by trl, which is not installed", hint=EXTRA)
 
 
 def train(

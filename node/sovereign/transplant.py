@@ -28,7 +28,8 @@ from torch import Tensor
 
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.sovereign.derivative import Transplant
-from tapestry.node.trainer.models.stored import FLOATS, SINGLE, Source, StoredWeights, write_weights
+from tapestry.node.trainer.models.folder import SINGLE
+from tapestry.node.trainer.models.stored import FLOATS, Source, StoredWeights, write_weights
 
 Wrote = Callable[[int], None]
 

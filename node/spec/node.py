@@ -35,6 +35,7 @@ from tapestry.node.spec.data import (
     validation_of,
 )
 from tapestry.node.spec.invitation import Invitation, read_invitation
+from tapestry.node.spec.listen import Said, read_listening
 from tapestry.node.spec.tables import Between, Pattern, TableError, commented_toml, read_table, read_toml
 from tapestry.node.spec.training import AS_USUAL, DEVICE, LocalTraining
 
@@ -48,6 +49,10 @@ RATE = Pattern(
 )
 _BYTES_S = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 _VARIABLES = {"http": "TAPESTRY_HTTP", "device": "TAPESTRY_DEVICE", "log_format": "TAPESTRY_LOG_FORMAT"}
+PEER_HINT = (
+    "that node's start printed its whole address, and `tapestry status` there shows `peer_id`; or take the "
+    "line that `tapestry invite` prints there, which has everything"
+)
 _FLAGS = {"peers": "peer"}  # keys whose flag has another name
 
 
@@ -74,6 +79,8 @@ class NodeConfig:
     data: DataSettings  # resolved: named sources with absolute paths, never none
     listen: tuple[str, ...]
     announce: tuple[str, ...]
+    listen_said: Said  # of these two, without the flags
+    kept: tuple[str, ...]  # flags of an earlier start that hold: "--listen ADDRESS"
     relay: bool  # carry connections of members behind NAT
     http_host: str
     http_port: int  # 0: a free one
@@ -108,6 +115,8 @@ class NodeConfig:
         values, where = _merged([_file_layer(home), _environment_layer(env), _flags_layer(flags)])
         options = read_table(NodeToml, values)
         host, port = _host_and_port(options.http, where["http"])
+        said = _said_of_listening(home)
+        reached = _reached(home, options, flags, said)
         invitation = _invitation(options.peers, where["peers"])
         return cls(
             home=home,
@@ -120,10 +129,12 @@ class NodeConfig:
             data=NO_DATA if flags.get("external") else _data(options.data, home),
             listen=ISLAND_LISTEN
             if flags.get("island")
-            else _addresses(options.listen, where["listen"], parse_listen),
+            else _addresses(reached.listen, where["listen"], parse_listen),
             announce=()
             if flags.get("island")
-            else _addresses(options.announce, where["announce"], parse_announce),
+            else _addresses(reached.announce, where["announce"], parse_announce),
+            listen_said=said,
+            kept=() if flags.get("island") else reached.kept,
             relay=options.relay,
             http_host=host,
             http_port=port,
@@ -169,7 +180,8 @@ class NodeToml:
     listen: Annotated[
         tuple[str, ...],
         "Where other nodes reach this one; port 0 takes a free port. "
-        '"/ip4/127.0.0.1/tcp/0" is for trials on one machine.',
+        '"/ip4/127.0.0.1/tcp/0" is for trials on one machine. --listen goes before it, and holds for later '
+        "starts, until this key is changed.",
     ] = ("/ip4/0.0.0.0/tcp/0",)
     announce: Annotated[
         tuple[str, ...],
@@ -244,6 +256,33 @@ class NodeToml:
             "# This node's own affairs. Flags of `tapestry start` go before what is here.\n"
             "# Paths are relative to this folder.\n\n" + commented_toml(self)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """Where others reach the node."""
+
+    listen: tuple[str, ...]
+    announce: tuple[str, ...]
+    kept: tuple[str, ...]  # as in NodeConfig
+
+
+def _said_of_listening(home: Home) -> Said:
+    """By node.toml, or by default."""
+    values, _ = _merged([_file_layer(home)])
+    said = read_table(NodeToml, values)
+    return said.listen, said.announce
+
+
+def _reached(home: Home, options: NodeToml, flags: Mapping[str, Any], said: Said) -> _Reached:
+    """As `options` have it, or where a flag of an earlier start has put it: spec/listen.py."""
+    last = None if flags.get("listen") else read_listening(home)
+    if last is None or last.said != said:
+        return _Reached(options.listen, options.announce, ())
+    announce = options.announce if flags.get("announce") else last.announce
+    listens = [f"--listen {one}" for one in last.listen if last.listen != options.listen]
+    announces = [f"--announce {one}" for one in announce if announce != options.announce]
+    return _Reached(last.listen, announce, (*listens, *announces))
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +414,7 @@ def _tls(cert: str, key: str, where: Mapping[str, str]) -> tuple[Path, Path] | N
 
 
 def _peers(texts: tuple[str, ...], where: str) -> tuple[str, ...]:
-    return _addresses(texts, where, lambda text: parse_peer(text).maddr)
+    return _addresses(texts, where, lambda text: parse_peer(text).maddr, PEER_HINT)
 
 
 def _run_file(text: str, where: str, home: Home) -> Path | None:
@@ -414,11 +453,13 @@ def _of_invitations(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple([text if invitation is None else invitation.address for text, invitation in read])
 
 
-def _addresses(texts: tuple[str, ...], where: str, parse: Callable[[str], str]) -> tuple[str, ...]:
+def _addresses(
+    texts: tuple[str, ...], where: str, parse: Callable[[str], str], hint: str | None = None
+) -> tuple[str, ...]:
     try:
         return tuple(parse(text) for text in texts)
     except AddressError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}", hint=hint) from error
 
 
 def _data(settings: DataSettings, home: Home) -> DataSettings:

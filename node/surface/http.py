@@ -13,7 +13,6 @@ requests are small; /metrics is answered from a text made at most once a second.
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import json
 import logging
@@ -26,12 +25,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.surface.admit import Admit
 from tapestry.node.surface.assets import PREFIX, get_asset, get_page
 from tapestry.node.surface.door import Door, DoorLimits
 from tapestry.node.surface.history import History
-from tapestry.node.surface.listener import Listener, ListenerLimits
+from tapestry.node.surface.listener import Listener, ListenerLimits, cannot_listen
 from tapestry.node.surface.metrics import CONTENT_TYPE, Metrics
 from tapestry.node.surface.sse import EventStreams
 from tapestry.node.surface.tls import ServerTls
@@ -104,7 +102,7 @@ async def start_http(
         )
     except OSError as error:
         await runner.cleanup()
-        raise _cannot_listen(host, port, error) from error
+        raise cannot_listen(host, port, error) from error
     bound_port = int(listener.sockets[0].getsockname()[1])
     scheme = "http" if tls is None else "https"
     return HttpServer(host, bound_port, _url(scheme, host, bound_port), runner, listener)
@@ -279,20 +277,6 @@ def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    reasons = {
-        errno.EADDRINUSE: f"port {port} on {host} is in use",
-        errno.EACCES: f"port {port} on {host} needs more rights than this user has",
-        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine",
-    }
-    reason = reasons.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror or error}")
-    return UserError(
-        f"--http: {reason}",
-        exit_code=ExitCode.USAGE,
-        hint="--http HOST:PORT; port 0 takes a free one",
-    )
 
 
 def _url(scheme: str, host: str, port: int) -> str:

@@ -15,11 +15,12 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.surface.turns import Turns
 
 if TYPE_CHECKING:
@@ -63,24 +64,7 @@ class Listener:
         """On the addresses that `host` stands for, as many of them as this machine has. Raises OSError."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets: list[socket.socket] = []
-        lacking: OSError | None = None
-        try:
-            for family, _, _, _, address in dict.fromkeys(found):
-                bound = sockets[0].getsockname()[1] if sockets else port  # where port 0 took a free one
-                try:
-                    sockets.append(_listening(family, (address[0], bound, *address[2:]), limits.backlog))
-                except OSError as error:
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        raise
-                    lacking = lacking or error
-            if not sockets:
-                raise lacking or OSError(errno.EADDRNOTAVAIL, "no address")
-        except OSError:
-            for one in sockets:
-                one.close()
-            raise
-        return cls(door, tuple(sockets), limits, context)
+        return cls(door, _bound(found, port, limits.backlog), limits, context)
 
     def __init__(
         self,
@@ -157,7 +141,58 @@ class Listener:
             guest.close()
 
 
-def _listening(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:
+def require_port(host: str, port: int) -> None:
+    """Raises UserError if nobody can listen there now."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for one in _bound(found, port, None):
+            one.close()
+    except OSError as error:
+        raise cannot_listen(host, port, error) from error
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> UserError:
+    """What the operator is told."""
+    reasons = {
+        errno.EADDRINUSE: f"port {port} on {host} is in use",
+        errno.EACCES: f"port {port} on {host} needs more rights than this user has",
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine",
+    }
+    reason = reasons.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror or error}")
+    return UserError(
+        f"--http: {reason}",
+        exit_code=ExitCode.USAGE,
+        hint="--http HOST:PORT; port 0 takes a free one",
+    )
+
+
+def _bound(
+    found: Sequence[tuple[Any, ...]],  # of getaddrinfo
+    port: int,
+    backlog: int | None,  # None: nobody is listened to yet
+) -> tuple[socket.socket, ...]:
+    """On as many of the addresses as this machine has; all closed where that fails. Raises OSError."""
+    sockets: list[socket.socket] = []
+    lacking: OSError | None = None
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            bound = sockets[0].getsockname()[1] if sockets else port  # where port 0 took a free one
+            try:
+                sockets.append(_socket_at(family, (address[0], bound, *address[2:]), backlog))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                lacking = lacking or error
+        if not sockets:
+            raise lacking or OSError(errno.EADDRNOTAVAIL, "no address")
+    except OSError:
+        for one in sockets:
+            one.close()
+        raise
+    return tuple(sockets)
+
+
+def _socket_at(family: int, address: tuple[object, ...], backlog: int | None) -> socket.socket:
     """Raises OSError."""
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -166,7 +201,8 @@ def _listening(family: int, address: tuple[object, ...], backlog: int) -> socket
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.setblocking(False)
         listener.bind(address)
-        listener.listen(backlog)
+        if backlog is not None:
+            listener.listen(backlog)
     except OSError:
         listener.close()
         raise

@@ -6,6 +6,9 @@ A terminal that is held (Ctrl-S) or a disk that is slow keeps nobody waiting but
 is full, lines are dropped and counted. node.log is bounded: it is rotated by size. A start in the background
 (`start --detach`) and a script's node write to node.log alone; their stderr, which is HOME/node.out, has the
 banner and whatever a crash leaves.
+
+What was printed for people in words of its own is logged with `extra={"printed": True}`: for node.log alone,
+or the screen would say it twice.
 """
 
 from __future__ import annotations
@@ -92,8 +95,9 @@ class Log:
         if self._screen.enabled:
             self._put("live", text)
 
-    def line(self, text: str) -> None:
-        self._put("line", text)
+    def line(self, text: str, printed: bool = False) -> None:
+        """`printed`: the screen has it, in other words."""
+        self._put("printed" if printed else "line", text)
 
     def keep_in(self, path: Path, levels: Path, output: Path, limits: LogLimits) -> None:
         """From now on in a file too, which is this process's alone; `levels` says how much is said.
@@ -133,7 +137,7 @@ class Log:
         try:
             self._queue.put_nowait((kind, text))
         except queue.Full:
-            self._lost += kind == "line"
+            self._lost += kind != "live"
 
     # --- its thread ----------------------------------------------------------------------------
 
@@ -159,7 +163,7 @@ class Log:
         if kind == "live":
             self._screen.show(text)
             return
-        if self._to_screen:
+        if self._to_screen and kind == "line":
             self._screen.print(text)
         if self._file is None:
             return
@@ -200,7 +204,7 @@ class Desk(logging.Handler):
             kind = (record.name, str(record.msg))
             if not self._repeats.may_tell(kind, message_of(record), time.monotonic()):
                 return
-        self._out.line(self.format(record))
+        self._out.line(self.format(record), printed=getattr(record, "printed", False))
 
     def flush(self) -> None:
         self._out.flush()

@@ -33,8 +33,8 @@ from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS, DataSpec, ModelSpec, TrainingSpec, TransformersSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.trainer.models import lora, registry
+from tapestry.node.trainer.models.folder import INDEX, SINGLE
 from tapestry.node.trainer.models.pretrained import check_base
-from tapestry.node.trainer.models.stored import INDEX, SINGLE
 from tapestry.node.trainer.models.weights import load_base, weights_digest
 
 LENGTH = 32

@@ -8,12 +8,13 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -122,6 +123,55 @@ def test_a_shared_memory_that_is_full_at_the_imports_is_one_line(
     assert stopped == [0]
 
 
+@pytest.mark.parametrize(
+    ("number", "is_up", "code"),
+    [
+        (signal.SIGINT, False, ExitCode.FAILED),
+        (signal.SIGINT, True, ExitCode.DONE),
+        (signal.SIGTERM, False, ExitCode.DONE),
+    ],
+)
+def test_a_ctrl_c_gives_a_node_up_that_is_not_up_and_ends_one_that_is(
+    daemon: Daemon, number: signal.Signals, is_up: bool, code: ExitCode
+) -> None:
+    async def inside() -> None:
+        daemon._is_up = is_up
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(3600)
+
+    assert run(daemon, inside) == code
+
+
+def test_a_node_that_was_given_up_ends_as_an_interrupted_command(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def given_up(*_: object) -> int:
+        return ExitCode.FAILED
+
+    daemon.home.run_toml.write_text(new_spec("run", PRESETS["nano"]).to_toml())
+    monkeypatch.setattr(launch, "_run", given_up)
+    monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(replace(daemon.config, run=daemon.home.run_toml, http_port=0))
+
+
+@pytest.mark.parametrize(("log_format", "times"), [("text", 1), ("json", 0)])
+def test_a_start_says_its_run_on_the_screen_once(
+    daemon: Daemon,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    log_format: Literal["text", "json"],
+    times: int,
+) -> None:
+    caplog.set_level("INFO")
+    daemon.config = replace(daemon.config, log_format=log_format, kept=("--listen here",))
+    daemon._say_who(replace(INFO, run_id="c" * 64), "our-run", is_open=True)
+    printed = [record for record in caplog.records if getattr(record, "printed", False)]
+    assert len(printed) == 2 * times and "kept flags='--listen here'" in caplog.text
+    out = capsys.readouterr().out
+    assert out.count("kept     --listen here, of an earlier start") == out.count("run      our-run") == times
+
+
 def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +191,8 @@ def test_a_stop_from_another_container_counts_from_when_the_node_took_the_home(
     monkeypatch.setattr(launch, "_run", importing)
     monkeypatch.setattr(launch, "start_logging", lambda kind: Log(kind, io.StringIO()))
     monkeypatch.setattr(logs, "TICK_S", 3600.0)
-    assert launch.run(daemon.config) == 0
+    daemon.home.run_toml.write_text(new_spec("run", PRESETS["nano"]).to_toml())
+    assert launch.run(replace(daemon.config, run=daemon.home.run_toml, http_port=0)) == 0
     assert not request.exists()
 
 

@@ -46,7 +46,7 @@ def test_columns_are_counted_as_a_terminal_counts_them() -> None:
     assert list(wrapped("", "first")) == ["first"]
 
 
-def test_status_keeps_digests_whole_and_cuts_ids_in_addresses() -> None:
+def test_status_is_two_columns_with_digests_whole_ids_short_and_times_in_words() -> None:
     answer: dict[str, Any] = {
         "peer_id": PEERS[0],
         "run_id": DIGEST,
@@ -56,23 +56,28 @@ def test_status_keeps_digests_whole_and_cuts_ids_in_addresses() -> None:
         "addresses": [ADDRESS, RELAYED],
         "accused": [{"peer": PEERS[1], "epoch": 3, "shard": 1, "what": "signed a wrong mean"}],
         "round": {"stage": "ready", "waiting_on": PEERS},
+        "relays": [PEERS[2]],
+        "bytes": {"sent": 12_345_678, "received": 0},
+        "uptime_s": 7384.2,
+        "waiting": {"kind": "members", "for_s": 61.5},
     }
-    width = max(map(len, answer))
-    told = [
-        line
-        for key, value in answer.items()
-        for part in look._lines(value)
-        for line in look._beside(key, part, width)
-    ]
+    told = list(look._for_people(answer))
     text = fits(told)
+    assert {line[12:14] for line in told} == {"  "}, "a value stands elsewhere than below the others"
     for words in (
-        PEERS[0],
-        f"run_id  {DIGEST}",
+        f"peer_id       {PEERS[0]}",
+        f"run_id        {DIGEST}",
         f"state_digest  {DIGEST}",
         f"…{PEERS[8][-6:]}",
         "what=signed",
+        "addresses     /ip4/203.0.113.7/tcp/4001\n",
+        f"/p2p/…{PEERS[1][-6:]}/p2p-circuit\n",
+        f"relays        …{PEERS[2][-6:]}\n",
+        "sent=12.3 MB",
+        "uptime        2.1 h\n",
+        "for=1.0 min",
     ):
-        assert words in text, words
+        assert words in f"{text}\n", words
 
 
 def test_status_says_since_when_it_waits_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

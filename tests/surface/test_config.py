@@ -16,6 +16,7 @@ from tapestry.node.sovereign.recipe import load_recipe
 from tapestry.node.spec.data import DataSettings, SourceSettings, ValidationSettings
 from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.invitation import Invitation
+from tapestry.node.spec.listen import Listening, write_listening
 from tapestry.node.spec.node import ENDLESS, Ending, NodeConfig, NodeToml
 from tapestry.node.spec.run import RunSpec, preset_spec
 from tapestry.node.spec.tables import read_table
@@ -47,6 +48,49 @@ def test_flags_override_the_environment_which_overrides_node_toml_which_override
     assert _resolve(tmp_path, env).http_port == 2
     config = _resolve(tmp_path, env, http="127.0.0.1:3")
     assert (config.http_port, config.device, config.threads, config.log_format) == (3, "cpu", 3, "json")
+
+
+def _started(home: Path, **flags: Any) -> NodeConfig:
+    """As a start leaves its home."""
+    config = _resolve(home, **flags)
+    last = Listening(config.listen, config.announce, config.listen_said, ())
+    write_listening(config.home, last)
+    return config
+
+
+def test_where_a_start_was_told_to_listen_holds_for_the_next_ones_until_it_is_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    here, everywhere = ("/ip4/127.0.0.1/tcp/4001",), ("/ip4/0.0.0.0/tcp/0",)
+    outer = ("/ip4/203.0.113.7/tcp/4001",)
+    (tmp_path / "node.toml").write_text(NodeToml().to_toml())  # as `init` writes it
+    assert _started(tmp_path, listen=here).kept == ()
+    kept = _started(tmp_path)
+    assert (kept.listen, kept.announce, kept.kept) == (here, (), ("--listen /ip4/127.0.0.1/tcp/4001",))
+    assert _started(tmp_path, announce=outer).listen == here
+    again = _started(tmp_path)
+    assert (again.listen, again.announce) == (here, outer)
+    assert again.kept == ("--listen /ip4/127.0.0.1/tcp/4001", "--announce /ip4/203.0.113.7/tcp/4001")
+    assert _started(tmp_path, island=True).kept == ()
+    _started(tmp_path, listen=here)
+    assert _started(tmp_path).announce == ()  # what was announced was of the address before
+    assert _started(tmp_path, listen=everywhere).listen == everywhere
+    assert (_started(tmp_path).listen, _started(tmp_path).kept) == (everywhere, ())
+
+
+def test_an_address_that_is_written_into_node_toml_goes_before_a_flag_of_before(tmp_path: Path) -> None:
+    _started(tmp_path, listen=("/ip4/127.0.0.1/tcp/4001",))
+    (tmp_path / "node.toml").write_text('listen = ["/ip4/127.0.0.1/tcp/5001"]\n')
+    assert (_started(tmp_path).listen, _started(tmp_path).kept) == (("/ip4/127.0.0.1/tcp/5001",), ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '{"asked": ["x"], "bound": []}', '{"asked": ["/ip4/127.0.0.1/tcp/1"], "bound": []}'],
+)
+def test_a_listen_json_that_is_damaged_or_older_keeps_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "listen.json").write_text(text)
+    assert _resolve(tmp_path).listen == ("/ip4/0.0.0.0/tcp/0",)
 
 
 def test_a_byte_order_mark_before_any_of_our_files_is_no_mistake(tmp_path: Path) -> None:

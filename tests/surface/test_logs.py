@@ -164,6 +164,17 @@ def test_a_node_in_the_background_logs_to_its_file_only(tmp_path: Path) -> None:
     assert not log.is_on_screen
 
 
+def test_what_was_printed_in_other_words_is_for_the_file_alone(tmp_path: Path) -> None:
+    screen, home = io.StringIO(), Home(tmp_path)
+    log = start_logging("text", screen)
+    log.keep_in(home.log, home.log_levels, home.output, LogLimits())
+    logging.getLogger("tapestry.node").info("started run_id=%s", "ab", extra={"printed": True})
+    logging.getLogger("tapestry.node").info("committed")
+    log.close()
+    assert "started" not in screen.getvalue() and "committed" in screen.getvalue()
+    assert "started run_id=ab" in home.log.read_text()
+
+
 def test_levels_follow_their_file_and_go_back_with_it(tmp_path: Path) -> None:
     path = tmp_path / "levels.json"
     watched = WatchedLevels(path)

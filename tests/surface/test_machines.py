@@ -109,7 +109,7 @@ def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> Non
         def __init__(self) -> None:
             self.handled: list[int] = []
 
-        def add_signal_handler(self, number: int, _: object) -> None:
+        def add_signal_handler(self, number: int, *_: object) -> None:
             self.handled.append(number)
 
     def handled(hangup: object) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tapestry.node.lineage.huggingface import SPECIAL_TOKENS, ExportError, export_model, sample
+from tapestry.node.lineage.asked import ExportError
+from tapestry.node.lineage.huggingface import SPECIAL_TOKENS, export_model, sample
 from tapestry.node.spec.training import PRESETS, LlamaSpec
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
 from tapestry.node.trainer.tokenizers.byte import encode

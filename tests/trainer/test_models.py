@@ -19,9 +19,10 @@ from tapestry.node.spec.training import PRESETS, TransformersSpec
 from tapestry.node.trainer.gradients import Gradients, Windows
 from tapestry.node.trainer.memory import Footing
 from tapestry.node.trainer.models import hub, lora, registry
+from tapestry.node.trainer.models.folder import INDEX, SINGLE
 from tapestry.node.trainer.models.pretrained import check_base, require_fits
 from tapestry.node.trainer.models.refusal import ModelError
-from tapestry.node.trainer.models.stored import INDEX, SINGLE, join_files
+from tapestry.node.trainer.models.stored import join_files
 from tapestry.node.trainer.models.weights import weights_digest
 
 LENGTH = 32

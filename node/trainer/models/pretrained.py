@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ import torch
 from torch import nn
 
 from tapestry.node.trainer.imports import meta_device
-from tapestry.node.trainer.models.hub import fetch
+from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, look_at, read_config, read_json
 from tapestry.node.trainer.models.refusal import ModelError
-from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, read_json
+from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.tokenizers.panics import panics_caught
 
-CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What every member of a run holds, beside the weights: parsed, never executed. chat_template.jinja is only
@@ -40,44 +39,13 @@ SHARED_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-CONFIG_BYTES_MAX = 256 << 10  # guess: the longest, with a list entry for every layer, have 20 kB
 TOKENIZER_BYTES_MAX = 64 << 20  # Gemma 3's, of 262,144 ids, has 33 MB
 TOKENIZER_CONFIG_BYTES_MAX = 8 << 20  # Gemma 3's has 1.2 MB
 
 FLOAT_BYTES = 4
 TRAIN_BYTES_PER_PARAMETER = 16  # parameter, gradient and AdamW's two moments, f32
 
-# Bounds before anything is built: an order above the largest open models (Kimi K2: 61 layers of 384 experts;
-# Llama 3.1 405B: 126 layers of width 16,384; Gemma: 262,144 ids).
-_INT_MAX = 1 << 31
-_BOUNDS = {
-    "vocab_size": 1 << 21,
-    "hidden_size": 1 << 17,
-    "n_embd": 1 << 17,
-    "d_model": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "n_inner": 1 << 20,
-    "num_hidden_layers": 512,
-    "n_layer": 512,
-    "n_layers": 512,
-    "num_layers": 512,
-    "num_attention_heads": 2048,
-    "n_head": 2048,
-    "num_key_value_heads": 2048,
-    "num_experts": 2048,
-    "num_local_experts": 2048,
-    "n_routed_experts": 2048,
-    "head_dim": 1 << 14,
-    "state_size": 1 << 14,
-}
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_LAYER_EXPERTS_MAX = 1 << 16
-_LIST_MAX = 4096  # entries of one list: layer_types has one for each layer
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
-# They choose code: kernels of a hub among them. The node chooses for itself.
-_CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal)?|(use_)?kernels?(_config)?")
-_REMOTE_CODE = ("auto_map", "custom_pipelines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +87,7 @@ def check_base(
 
     `need_weights` false: a configuration and a tokenizer are enough (`init --config`).
     """
-    folder = fetch(source)
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is no directory")
-    if (folder / "adapter_config.json").exists() and not (folder / CONFIG).exists():
-        raise ModelError(
-            f"{folder} holds an adapter, not a model", "merge it into its base first (PEFT: merge_and_unload)"
-        )
+    folder = look_at(source, need_weights)
     stored = StoredWeights.find(folder) if need_weights else None
     frame = frame_of(folder)
     tokenizer_ids = check_tokenizer(folder, embedding_rows(frame.module))
@@ -197,7 +159,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    table = _read_config(folder)
+    table = read_config(folder)
     quiet()
     try:
         config = AutoConfig.for_model(**_without_dropout(table))
@@ -217,7 +179,7 @@ def described_config(folder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    table = _read_config(folder)
+    table = read_config(folder)
     history = ("transformers_version", "_name_or_path", "torch_dtype")
     own = {key: value for key, value in table.items() if key not in history}
     try:
@@ -297,68 +259,6 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says, checked. Raises ModelError."""
-    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
-    try:
-        _check_config(folder / CONFIG, table)
-    except RecursionError as error:
-        raise ModelError(f"{folder / CONFIG} is nested too deeply") from error
-    return table
-
-
-def _check_config(path: Path, table: Mapping[str, Any]) -> None:
-    """By arithmetic alone. Raises ModelError."""
-    model_type = table.get("model_type")
-    for key, value in _walk(table):
-        if key in _REMOTE_CODE and value:
-            raise ModelError(
-                f"{path} asks for remote code ({key}), which is never run",
-                "use a base whose architecture is part of transformers",
-            )
-        if key in ("quantization_config", "compression_config") and value:
-            raise ModelError(
-                f"{path} is of quantized weights, which cannot be trained",
-                "use the revision in bfloat16, float16 or float32",
-            )
-        if key == "transformers_weights" and value:
-            raise ModelError(f"{path} names a file of weights of its own (transformers_weights)")
-        if _CHOOSES_CODE.fullmatch(key) and value:
-            raise ModelError(f"{path} chooses an implementation ({key}); each member's machine does that")
-        _check_bounds(path, key, value)
-    layers, experts = _largest(table, _LAYERS), _largest(table, _EXPERTS)
-    if layers * experts > _LAYER_EXPERTS_MAX:
-        raise ModelError(f"{path}: {layers} layers of {experts} experts are more than can be built")
-    if not isinstance(model_type, str):
-        raise ModelError(f"{path} names no model_type")
-
-
-def _check_bounds(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, list) and len(value) > _LIST_MAX:
-        raise ModelError(f"{path}: {key} is a list of {len(value)}, at most {_LIST_MAX}")
-    if type(value) is not int:
-        return
-    limit = _BOUNDS.get(key, _INT_MAX)
-    if abs(value) > limit or (key in _BOUNDS and value < 0):
-        raise ModelError(f"{path}: {key} is {str(value)[:24]}, at most {limit} is taken")
-
-
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth; the entries of a list under the list's key."""
-    if key:
-        yield key, value
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _walk(inner, str(name) or "?")
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _walk(inner, key)
-
-
-def _largest(table: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    return max((value for key, value in _walk(table) if key in names and type(value) is int), default=1)
 
 
 _NOISE = re.compile(r".*dropout.*|.*_pdrop|router_jitter_noise|input_jitter_noise|layerdrop")

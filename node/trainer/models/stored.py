@@ -26,13 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tapestry.node.trainer.models.folder import INDEX, SINGLE, read_index, weight_files
 from tapestry.node.trainer.models.refusal import ModelError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# DeepSeek-V3, of 90,000 tensors, has an index of 9 MB.
-INDEX_BYTES_MAX = 32 << 20
 HEADER_BYTES_MAX = 100_000_000  # what the safetensors package itself accepts
 DIMENSIONS_MAX = 64  # torch's own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -102,73 +98,12 @@ class StoredWeights:
         return tensor
 
 
-def weight_files(folder: Path) -> list[str]:
-    """What transformers loads of a folder: the single file, whatever lies beside it; else the index and what
-    it names. Raises ModelError."""
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if (folder / INDEX).exists():
-        names = sorted(set(_read_index(folder).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {missing[0]}, which {INDEX} names ({len(missing)} such files)",
-                "download it again: the copy is not complete",
-            )
-        return [INDEX, *names]
-    pickled = _first(path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED)
-    if pickled:
-        raise ModelError(
-            f"{folder} holds pickled weights ({pickled}), which run code when they are read",
-            "use a revision with safetensors, or save the model again with transformers' save_pretrained",
-        )
-    raise ModelError(f"{folder} holds no {SINGLE} and no {INDEX}")
-
-
-def _first(names: Iterable[str]) -> str:
-    return next(iter(names), "")
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
-    path = folder / INDEX
-    table = read_json(path, INDEX_BYTES_MAX)
-    weight_map = table.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{path} has no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise ModelError(f"{path} names {str(name)[:60]!r}, which is no safetensors file beside it")
-    return weight_map
-
-
 def _require_indexed(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     if (folder / SINGLE).is_file():
         return
-    for name, file in _read_index(folder).items():
+    for name, file in read_index(folder).items():
         if name not in tensors or tensors[name].path.name != file:
             raise ModelError(f"{folder / file} does not hold {name}, as {INDEX} says", "download it again")
-
-
-def read_json(path: Path, bytes_max: int) -> dict[str, Any]:
-    """A JSON table from a file that may be anything. Raises ModelError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(bytes_max + 1)
-        if len(data) > bytes_max:
-            raise ModelError(f"{path} is larger than {bytes_max} bytes")
-        table = json.loads(data)
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no {path}") from error
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ModelError(f"{path} is no JSON object")
-    return table
 
 
 # --- one file's header ------------------------------------------------------------------------------

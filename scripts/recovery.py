@@ -415,7 +415,9 @@ def _not_ready(node: Node) -> str:
 
 
 def _trainer_of(node: Node) -> psutil.Process:
-    return next(c for c in node.children() if "trainer.worker" in " ".join(c.cmdline()))
+    process = node.trainer()
+    assert process is not None, f"{node.home.name} has no trainer"
+    return process
 
 
 def _kill_trainer(node: Node) -> None:

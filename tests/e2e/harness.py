@@ -246,8 +246,8 @@ class Node:
         return self._child(lambda command: "p2pd" in command)
 
     def trainer(self) -> psutil.Process | None:
-        """The live trainer of this node, if there is one. A forked one has the nursery's command line, so it is
-        known by being the node's other child."""
+        """The live trainer of this node, if there is one: the other child, since one that was forked has the
+        nursery's command line."""
         return self._child(lambda command: "p2pd" not in command)
 
     def _child(self, matches: Callable[[str], bool]) -> psutil.Process | None:

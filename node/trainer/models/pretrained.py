@@ -2,8 +2,8 @@
 
 Any architecture that the installed transformers builds as a causal language model, from a configuration
 alone: no remote code, no pickles, no quantized weights. A configuration may come from a peer, so it is
-bounded by arithmetic first, counted on torch's meta device next (which holds shapes and no numbers), and
-compared with the memory that there is, before anything real is built.
+bounded by arithmetic first (config_file.py), counted on torch's meta device next (which holds shapes and no
+numbers), and compared with the memory that there is, before anything real is built.
 
 transformers takes seconds to import: only functions do it. Used by `init`, by joining and by the worker.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ import torch
 from torch import nn
 
 from tapestry.node.trainer.imports import meta_device
+from tapestry.node.trainer.models.config_file import read_config
 from tapestry.node.trainer.models.hub import fetch
-from tapestry.node.trainer.models.refusal import ModelError
-from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights, read_json
-from tapestry.node.trainer.tokenizers.panics import panics_caught
+from tapestry.node.trainer.models.refusal import ModelError, one_line
+from tapestry.node.trainer.models.stored import INDEX, SINGLE, StoredWeights
+from tapestry.node.trainer.tokenizers.ids import TOKENIZER, TOKENIZER_CONFIG, check_tokenizer
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # What every member of a run holds, beside the weights: parsed, never executed. chat_template.jinja is only
 # copied into exports.
 SHARED_FILES = (
@@ -40,44 +39,11 @@ SHARED_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-CONFIG_BYTES_MAX = 256 << 10  # guess: the longest, with a list entry for every layer, have 20 kB
-TOKENIZER_BYTES_MAX = 64 << 20  # Gemma 3's, of 262,144 ids, has 33 MB
-TOKENIZER_CONFIG_BYTES_MAX = 8 << 20  # Gemma 3's has 1.2 MB
 
 FLOAT_BYTES = 4
 TRAIN_BYTES_PER_PARAMETER = 16  # parameter, gradient and AdamW's two moments, f32
 
-# Bounds before anything is built: an order above the largest open models (Kimi K2: 61 layers of 384 experts;
-# Llama 3.1 405B: 126 layers of width 16,384; Gemma: 262,144 ids).
-_INT_MAX = 1 << 31
-_BOUNDS = {
-    "vocab_size": 1 << 21,
-    "hidden_size": 1 << 17,
-    "n_embd": 1 << 17,
-    "d_model": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "n_inner": 1 << 20,
-    "num_hidden_layers": 512,
-    "n_layer": 512,
-    "n_layers": 512,
-    "num_layers": 512,
-    "num_attention_heads": 2048,
-    "n_head": 2048,
-    "num_key_value_heads": 2048,
-    "num_experts": 2048,
-    "num_local_experts": 2048,
-    "n_routed_experts": 2048,
-    "head_dim": 1 << 14,
-    "state_size": 1 << 14,
-}
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_LAYER_EXPERTS_MAX = 1 << 16
-_LIST_MAX = 4096  # entries of one list: layer_types has one for each layer
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
-# They choose code: kernels of a hub among them. The node chooses for itself.
-_CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal)?|(use_)?kernels?(_config)?")
-_REMOTE_CODE = ("auto_map", "custom_pipelines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +163,12 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    table = _read_config(folder)
+    table = read_config(folder / CONFIG)
     quiet()
     try:
         config = AutoConfig.for_model(**_without_dropout(table))
     except Exception as error:  # whatever a model's own configuration raises
-        raise ModelError(f"{folder / CONFIG} does not read: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not read: {one_line(error)}") from error
     _require_causal(folder, config, table)
     config.use_cache = False
     if hasattr(config, "output_router_logits"):
@@ -217,13 +183,13 @@ def described_config(folder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    table = _read_config(folder)
+    table = read_config(folder / CONFIG)
     history = ("transformers_version", "_name_or_path", "torch_dtype")
     own = {key: value for key, value in table.items() if key not in history}
     try:
         whole = json.loads(AutoConfig.for_model(**own).to_json_string())
     except Exception as error:  # whatever a model's own configuration raises
-        raise ModelError(f"{folder / CONFIG} does not read: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not read: {one_line(error)}") from error
     return {**{key: value for key, value in whole.items() if key not in history}, **own}
 
 
@@ -239,7 +205,7 @@ def construct(config: Any, folder: Path) -> nn.Module:
             )
         module.tie_weights()
     except Exception as error:  # whatever a model's own constructor raises
-        raise ModelError(f"{folder / CONFIG} does not make a model: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not make a model: {one_line(error)}") from error
     built: nn.Module = module
     return built
 
@@ -255,7 +221,7 @@ def construct_seeded(config: Any, folder: Path, seed: int) -> nn.Module:
                 config, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:  # whatever a model's own constructor raises
-            raise ModelError(f"{folder / CONFIG} does not make a model: {_one_line(error)}") from error
+            raise ModelError(f"{folder / CONFIG} does not make a model: {one_line(error)}") from error
     return module
 
 
@@ -287,78 +253,12 @@ def model_config(module: nn.Module) -> Any:
     return module.config
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def quiet() -> None:
     """Keep transformers' warnings and bars off the operator's screen."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says, checked. Raises ModelError."""
-    table = read_json(folder / CONFIG, CONFIG_BYTES_MAX)
-    try:
-        _check_config(folder / CONFIG, table)
-    except RecursionError as error:
-        raise ModelError(f"{folder / CONFIG} is nested too deeply") from error
-    return table
-
-
-def _check_config(path: Path, table: Mapping[str, Any]) -> None:
-    """By arithmetic alone. Raises ModelError."""
-    model_type = table.get("model_type")
-    for key, value in _walk(table):
-        if key in _REMOTE_CODE and value:
-            raise ModelError(
-                f"{path} asks for remote code ({key}), which is never run",
-                "use a base whose architecture is part of transformers",
-            )
-        if key in ("quantization_config", "compression_config") and value:
-            raise ModelError(
-                f"{path} is of quantized weights, which cannot be trained",
-                "use the revision in bfloat16, float16 or float32",
-            )
-        if key == "transformers_weights" and value:
-            raise ModelError(f"{path} names a file of weights of its own (transformers_weights)")
-        if _CHOOSES_CODE.fullmatch(key) and value:
-            raise ModelError(f"{path} chooses an implementation ({key}); each member's machine does that")
-        _check_bounds(path, key, value)
-    layers, experts = _largest(table, _LAYERS), _largest(table, _EXPERTS)
-    if layers * experts > _LAYER_EXPERTS_MAX:
-        raise ModelError(f"{path}: {layers} layers of {experts} experts are more than can be built")
-    if not isinstance(model_type, str):
-        raise ModelError(f"{path} names no model_type")
-
-
-def _check_bounds(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, list) and len(value) > _LIST_MAX:
-        raise ModelError(f"{path}: {key} is a list of {len(value)}, at most {_LIST_MAX}")
-    if type(value) is not int:
-        return
-    limit = _BOUNDS.get(key, _INT_MAX)
-    if abs(value) > limit or (key in _BOUNDS and value < 0):
-        raise ModelError(f"{path}: {key} is {str(value)[:24]}, at most {limit} is taken")
-
-
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth; the entries of a list under the list's key."""
-    if key:
-        yield key, value
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _walk(inner, str(name) or "?")
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _walk(inner, key)
-
-
-def _largest(table: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    return max((value for key, value in _walk(table) if key in names and type(value) is int), default=1)
 
 
 _NOISE = re.compile(r".*dropout.*|.*_pdrop|router_jitter_noise|input_jitter_noise|layerdrop")
@@ -452,50 +352,6 @@ def sequence_length_max(config: Any) -> int | None:
 def embedding_rows(module: nn.Module) -> int:
     embedding: Any = module
     return int(embedding.get_input_embeddings().weight.shape[0])
-
-
-# --- the tokenizer ----------------------------------------------------------------------------------
-
-
-def check_tokenizer(folder: Path, rows: int) -> int:
-    """The number of ids that tokenizer.json may give; at most `rows`. Raises ModelError.
-
-    More rows than ids are usual: tables are padded to a multiple of 64 or so.
-    """
-    from tokenizers import Tokenizer
-
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} holds no {TOKENIZER}",
-            "transformers makes one of an older kind: AutoTokenizer.from_pretrained(A).save_pretrained(B)",
-        )
-    read_json(path, TOKENIZER_BYTES_MAX)
-    try:
-        with panics_caught():
-            ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"{path} does not read: {_one_line(error)}") from error
-    highest = max([*ids, *_declared_ids(folder)], default=-1)
-    if highest >= rows:
-        raise ModelError(
-            f"{path} gives ids up to {highest}, the embedding has {rows} rows",
-            "resize the embedding to the tokenizer first (transformers: model.resize_token_embeddings)",
-        )
-    return highest + 1
-
-
-def _declared_ids(folder: Path) -> list[int]:
-    """Of added tokens in tokenizer_config.json."""
-    path = folder / TOKENIZER_CONFIG
-    if not path.is_file():
-        return []
-    table = read_json(path, TOKENIZER_CONFIG_BYTES_MAX)
-    if table.get("auto_map"):
-        raise ModelError(f"{path} asks for remote code (auto_map), which is never run")
-    added = table.get("added_tokens_decoder")
-    ids = [key for key in added if key.isascii() and key.isdigit()] if isinstance(added, dict) else []
-    return [int(key) for key in ids if len(key) < 12]
 
 
 # --- the weights ------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ from _members import (
     slower,
     window,
 )
-from _nodes import end_with_parent
+from _processes import end_with_parent
 from _run import exit_by_signal, work_folder
 from liars.registry import MODULES, what
 from liars.seen import Seen

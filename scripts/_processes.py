@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 from pathlib import Path
 
@@ -47,3 +49,10 @@ def stat_fields(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def group_like_process(pid: int) -> None:
+    """Gives the session of `pid` the priority of this process: where the kernel groups processes by session
+    (sched(7), autogroup), niceness counts within one only."""
+    with contextlib.suppress(OSError):  # it does not group
+        Path(f"/proc/{pid}/autogroup").write_text(f"{os.nice(0)}")

@@ -69,11 +69,12 @@ from tapestry.node.spec.tables import plain
 from tapestry.node.surface.history import look_at_history, read_history
 from tapestry.node.surface.log_levels import read_levels, write_level
 from tapestry.node.surface.stopped import stopped_peers
-from tapestry.node.trainer.models.pretrained import check_base, check_tokenizer, described_config
+from tapestry.node.trainer.models.pretrained import check_base, described_config
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.tokenizers.api import TokenizerError
 from tapestry.node.trainer.tokenizers.base import BaseTokenizer, eos_id_of
+from tapestry.node.trainer.tokenizers.ids import check_tokenizer
 
 SOURCE = "/texts"
 LISTEN = ("/ip4/0.0.0.0/tcp/0",)

@@ -69,7 +69,6 @@ START_S = 300.0  # imports, tokens, joining
 FIRST_EPOCH = 2  # from when on figures are taken
 SETTLED = 3  # reports of a trainer alone, before it is timed
 HELD_OUT_WINDOWS = 128  # for the loss
-WORKER = "tapestry.node.trainer.worker"
 
 
 def main() -> None:
@@ -291,8 +290,9 @@ class Mark:
         text = node.get("/metrics")
         clock_s = time.monotonic()
         trainer_s = node_s = 0.0
+        trainer = node.trainer()
         for process in (psutil.Process(node.pid), *node.children()):
-            if WORKER in process.cmdline():
+            if process == trainer:
                 trainer_s += cpu_s(process)
             else:
                 node_s += cpu_s(process)

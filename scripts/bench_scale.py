@@ -214,9 +214,9 @@ def memory_of(node: Node) -> dict[str, float]:
     """Bytes of the node's processes. PSS shares out what several of them map: torch's code, above all."""
     rss = {"node_rss": 0, "trainer_rss": 0, "p2pd_rss": 0}
     pss = connections = 0
+    p2pd, trainer = node.p2pd(), node.trainer()
     for process in [psutil.Process(node.pid), *node.children()]:
-        command = " ".join(process.cmdline())
-        kind = "p2pd" if "p2pd" in command else "trainer" if "trainer.worker" in command else "node"
+        kind = "p2pd" if process == p2pd else "trainer" if process == trainer else "node"
         full = process.memory_full_info()
         rss[f"{kind}_rss"] += full.rss
         pss += full.pss

@@ -369,10 +369,10 @@ class Chaos:
         return lambda: self.restart(node)
 
     def kill_trainer(self, node: Node) -> None:
-        self._kill_child(node, "trainer.worker")
+        self._kill_child(node, Node.trainer)
 
     def kill_p2pd(self, node: Node) -> None:
-        self._kill_child(node, "p2pd")
+        self._kill_child(node, Node.p2pd)
 
     def freeze(self, node: Node) -> Callable[[], None] | None:
         process = node.process
@@ -450,15 +450,12 @@ class Chaos:
 
         return back
 
-    def _kill_child(self, node: Node, name: str) -> None:
+    def _kill_child(self, node: Node, child_of: Callable[[Node], psutil.Process | None]) -> None:
         if not alive(node):
             return
-        for child in node.children():
-            try:
-                if name in " ".join(child.cmdline()):
-                    child.kill()
-            except psutil.Error:
-                continue
+        with contextlib.suppress(psutil.Error):  # it has just gone by itself
+            if child := child_of(node):
+                child.kill()
 
 
 def alive(node: Node) -> bool:

@@ -24,8 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
+from _chains import ChainRecord, chain_record  # noqa: E402
 from _netns import Nats, NetError  # noqa: E402
-from _nodes import ChainRecord, chain_record  # noqa: E402
 from _run import exit_by_signal  # noqa: E402
 from e2e.harness import Digests, Node, init  # noqa: E402
 

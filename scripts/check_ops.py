@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _nodes import INSTALLED, Failed, Node, end_with_parent, fetched, replace_key
+from _nodes import INSTALLED, Failed, Node, fetched, replace_key
+from _processes import end_with_parent
 
 OPS = Path(__file__).resolve().parent.parent / "docs" / "ops"
 DASHBOARD = OPS / "grafana.json"

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psutil
-from _nodes import ChainRecord, chain_record
+from _chains import ChainRecord, chain_record
 from _run import exit_by_signal, work_folder
 from e2e.harness import Digests, Node, init, tapestry
 

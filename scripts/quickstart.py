@@ -21,24 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import quickstart_base
-from _nodes import (
-    GONE_S,
-    INSTALLED,
-    ChainRecord,
-    Failed,
-    Node,
-    Options,
-    Show,
-    Signals,
-    Watch,
-    alive,
-    bytes_text,
-    megabytes,
-    replace_key,
-    run_command,
-    told,
-    verdict,
-)
+from _chains import ChainRecord
+from _nodes import INSTALLED, Failed, Node, replace_key, run_command
+from _processes import alive
+from _show import Show, bytes_text, megabytes
+from _story import Options, Signals, told
+from _watch import GONE_S, Watch, verdict
 
 NODES = 3
 READY_S = 90.0  # to import, start p2pd and join: 10 s on two cores; a slow machine takes longer

@@ -25,23 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _nodes import (
-    EXPORT_S,
-    Failed,
-    Node,
-    Options,
-    Show,
-    Signals,
-    Watch,
-    bytes_text,
-    chain_faults,
-    end_faults,
-    replace_key,
-    run_command,
-    told,
-    verdict,
-)
+from _chains import chain_faults
+from _nodes import EXPORT_S, Failed, Node, replace_key, run_command
+from _show import Show, bytes_text
+from _story import Options, Signals, told
 from _texts import DECLARATION, NoText, Text, copied_texts
+from _watch import Watch, end_faults, verdict
 
 EPOCHS = 6
 RANK = 16

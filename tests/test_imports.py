@@ -30,7 +30,7 @@ HIVEMIND_MODULES = (
     "tapestry.dht.guard",
     "tapestry.node.net.links",
 )
-NODE_SIDE_OF_TRAINER = "tapestry.node.trainer.process"
+NODE_SIDE_OF_TRAINER = ("tapestry.node.trainer.buffers", "tapestry.node.trainer.process")
 PURE_OF_DHT = ("tapestry.dht.presence",)
 PURE_OF_PROTOCOL = "tapestry.node.protocol.strict"  # checks of values, which the trainer's messages need too
 
@@ -185,10 +185,10 @@ def the_worker_knows_no_runtime(sources: Mapping[str, Source]) -> list[str]:
     return [
         f"{source.name}:{line}: imports {name}"
         for source in _below(sources, "tapestry.node.trainer")
-        if not _is_below(source.name, NODE_SIDE_OF_TRAINER)
+        if not _is_below(source.name, *NODE_SIDE_OF_TRAINER)
         for name, line in source.imports
         if _is_below(name, "tapestry")
-        and (not _is_below(name, *allowed) or _is_below(name, NODE_SIDE_OF_TRAINER))
+        and (not _is_below(name, *allowed) or _is_below(name, *NODE_SIDE_OF_TRAINER))
         and name not in ("tapestry.node.spec", "tapestry.node", "tapestry")
     ]
 

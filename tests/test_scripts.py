@@ -196,14 +196,14 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> ModuleType:
-    return _module_from(ROOT / "scripts" / "_nodes.py")
+def chains() -> ModuleType:
+    return _module_from(ROOT / "scripts" / "_chains.py")
 
 
-def _chain(nodes: ModuleType, count: int) -> list[Any]:
+def _chain(chains: ModuleType, count: int) -> list[Any]:
     heads = ["run", *(f"head{epoch}" for epoch in range(1, count + 1))]
     return [
-        nodes.ChainRecord(epoch, heads[epoch - 1], heads[epoch], f"s{epoch - 1}", frozenset(), False)
+        chains.ChainRecord(epoch, heads[epoch - 1], heads[epoch], f"s{epoch - 1}", frozenset(), False)
         for epoch in range(1, count + 1)
     ]
 
@@ -212,27 +212,27 @@ def _digests_of(epochs: int) -> dict[int, dict[str, list[str]]]:
     return {epoch: {f"s{epoch}": ["node 1"]} for epoch in range(epochs + 1)}
 
 
-def test_a_whole_chain_has_no_fault(nodes: ModuleType) -> None:
-    assert nodes.chain_faults("node 1", _chain(nodes, 5), "run", _digests_of(5)) == []
+def test_a_whole_chain_has_no_fault(chains: ModuleType) -> None:
+    assert chains.chain_faults("node 1", _chain(chains, 5), "run", _digests_of(5)) == []
 
 
-def test_an_epoch_that_was_shown_but_is_not_in_the_chain_is_lost(nodes: ModuleType) -> None:
-    faults = nodes.chain_faults("node 1", _chain(nodes, 4), "run", _digests_of(5))
+def test_an_epoch_that_was_shown_but_is_not_in_the_chain_is_lost(chains: ModuleType) -> None:
+    faults = chains.chain_faults("node 1", _chain(chains, 4), "run", _digests_of(5))
     assert faults == ["node 1: its chain ends at epoch 4, epoch 5 was shown"]
 
 
-def test_a_record_that_does_not_follow_is_found(nodes: ModuleType) -> None:
-    chain = _chain(nodes, 5)
+def test_a_record_that_does_not_follow_is_found(chains: ModuleType) -> None:
+    chain = _chain(chains, 5)
     chain[2] = dataclasses.replace(chain[2], prev="another")
-    assert nodes.chain_faults("node 1", chain, "run", _digests_of(5)) == [
+    assert chains.chain_faults("node 1", chain, "run", _digests_of(5)) == [
         "node 1: record 3 does not follow the one before"
     ]
 
 
-def test_a_signed_digest_that_is_not_the_shown_one_is_found(nodes: ModuleType) -> None:
-    chain = _chain(nodes, 5)
+def test_a_signed_digest_that_is_not_the_shown_one_is_found(chains: ModuleType) -> None:
+    chain = _chain(chains, 5)
     chain[2] = dataclasses.replace(chain[2], state_digest="another")
-    assert nodes.chain_faults("node 1", chain, "run", _digests_of(5)) == [
+    assert chains.chain_faults("node 1", chain, "run", _digests_of(5)) == [
         "node 1: state 2 was shown with another digest than the signed one"
     ]
 

@@ -40,13 +40,14 @@ from tapestry.node.daemon.assembly import (
     worker_settings,
 )
 from tapestry.node.daemon.base import have_base
+from tapestry.node.daemon.coming import Coming, TokenizingView
 from tapestry.node.daemon.control import Control
 from tapestry.node.daemon.disk_desk import is_large
 from tapestry.node.daemon.egress import EgressLedger
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.daemon.permit import DataPermit, led_to
 from tapestry.node.daemon.restored import RESTORED_WAIT_S, chain_of, find_run
-from tapestry.node.daemon.views import Coming, Reporter, TokenizingView
+from tapestry.node.daemon.views import Reporter
 from tapestry.node.daemon.waits import WaitTeller
 from tapestry.node.disk.branches import BranchLimits
 from tapestry.node.disk.home_mark import read_mark

@@ -22,7 +22,8 @@ from tapestry.node.daemon.trainer_health import TrainerHealth
 from tapestry.node.daemon.views import Reporter
 from tapestry.node.protocol import events as ev
 from tapestry.node.trainer import messages as tm
-from tapestry.node.trainer.process import UNKNOWN_GENERATION, Died, Event, Parted, TrainerProcess
+from tapestry.node.trainer.orders import UNKNOWN_GENERATION
+from tapestry.node.trainer.process import Died, Event, Parted, TrainerProcess
 
 NOTE_CURE = (  # of an inner optimizer that cannot be used
     "nothing is to be done after an upgrade or a change of [training]; else check the disk. Some epochs "

@@ -14,16 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from tapestry.node.daemon.coming import Coming
 from tapestry.node.daemon.egress import Egress, Unwritten
 from tapestry.node.daemon.likeness_watch import CURE, LikenessWatch
 from tapestry.node.daemon.loss_watch import LossWatch
+from tapestry.node.daemon.phase_clock import PhaseClock
+from tapestry.node.daemon.training_view import TrainingView, known
 from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
-from tapestry.node.progress import Progress, form
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import Record
-from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.settings import Settings, shown
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
@@ -37,7 +38,6 @@ from tapestry.node.surface.trackers import Trackers
 from tapestry.node.trainer import messages as tm
 from tapestry.node.trainer.process import Event
 
-PROGRESS_LOG_S = 15.0  # Guess: between two lines of progress in the log
 ACCUSED_SHOWN = 16  # in /status
 WITHHELD_MAX = 256  # peers that are counted. G7
 REFUSAL_LOG_S = 10.0  # Guess: between two log lines of one peer and reason
@@ -70,166 +70,6 @@ class Dropped:
 
     records: int
     weight: int
-
-
-def _known(loss: float | None) -> float:
-    """NaN for one that a script did not tell."""
-    return math.nan if loss is None else loss
-
-
-class TrainingView:
-    """What /status says of the training: kept from the trainer's reports."""
-
-    def __init__(self) -> None:
-        self.loss = math.nan  # mean over the steps of `loss_epoch` so far
-        self.loss_epoch = -1  # the state that the steps began from; -1: none yet
-        self.val_loss = math.nan
-        self.val_loss_epoch = -1  # the state that it was measured on
-        self.trouble = ""  # of the trainer: trainer_health.py
-        self.val_losses: dict[str, float] = {}  # by the set's name
-        self.data_passes = 0.0
-        self.tokens_per_second = 0.0
-        self.tokens_total = 0
-        self._contributed = -1, math.nan  # epoch that the latest contribution is made from, and its loss
-        self._epoch = -1  # that the trainer is at; with overlap perhaps the one after the round's
-        self._epoch_tokens = 0
-        self._epoch_steps = 0
-        self._taken = (0, 0)  # steps and tokens that the metrics have been told
-        self._validation_began = -math.inf
-        self._validation_s = 0.0
-
-    def on_event(self, event: Event, now: float) -> None:
-        if isinstance(event, tm.Progress):
-            if event.epoch != self._epoch or event.tokens < self._epoch_tokens:  # another, or this one again
-                self._taken = (0, 0)
-            self._smooth(event)
-            self._epoch, self._epoch_tokens, self._epoch_steps = event.epoch, event.tokens, event.step
-            self.tokens_per_second = event.tokens_per_second
-        elif isinstance(event, tm.Contribution):
-            self.data_passes = event.passes
-            self.loss, self.loss_epoch = _known(event.loss), event.epoch  # of all its steps
-            self._contributed = event.epoch, self.loss
-        elif isinstance(event, tm.Hello):
-            self.val_losses = {name: self.val_losses.get(name, math.nan) for name in event.sets}
-        elif isinstance(event, tm.Validation):
-            self.val_loss, self.val_loss_epoch = event.loss, event.epoch
-            self.val_losses = dict(zip(event.sets, event.losses, strict=False))
-            self._validation_s = now - self._validation_began
-
-    def loss_of(self, epoch: int) -> float:
-        """The mean of this node's steps from state `epoch`, if that is what it contributed last."""
-        contributed, loss = self._contributed
-        return loss if contributed == epoch else math.nan
-
-    def _smooth(self, event: tm.Progress) -> None:
-        """The mean over the epoch, each report for the steps since the one before: one batch's loss jumps."""
-        again = event.epoch != self._epoch or event.tokens < self._epoch_tokens
-        done = 0 if again else self._epoch_steps
-        if again or not math.isfinite(self.loss):
-            done = 0
-        if event.loss is None:
-            self.loss = math.nan
-        elif event.step > done:
-            before = self.loss * done if done else 0.0
-            self.loss = (before + event.loss * (event.step - done)) / event.step
-        self.loss_epoch = event.epoch
-
-    def take_progress(self) -> tuple[int, int]:
-        """Steps and tokens since the last call."""
-        steps, tokens = self._epoch_steps - self._taken[0], self._epoch_tokens - self._taken[1]
-        self._taken = (self._epoch_steps, self._epoch_tokens)
-        self.tokens_total += tokens
-        return steps, tokens
-
-    def validating(self, now: float) -> None:
-        self._validation_began = now
-
-    def validation_due(self, now: float, share: float) -> bool:
-        return now - self._validation_began >= self._validation_s / share
-
-
-class PhaseClock:
-    """Times the stages of a round for the metrics."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._stage = Stage.AWAY
-        self._since = 0.0
-        self._ready_at: float | None = None
-        self._gate_s = 0.0  # of the stage that goes on, spent on measuring the result
-        self._phases: dict[str, float] = {}  # seconds, since they were taken
-
-    def stage(self, stage: Stage, now: float) -> None:
-        if stage == self._stage:
-            return
-        if self._stage != Stage.AWAY:
-            phase, duration_s = self._stage.name.lower(), max(0.0, now - self._since - self._gate_s)
-            self._gate_s = 0.0
-            self._metrics.round_phase_ended(phase, duration_s)
-            self._phases[phase] = self._phases.get(phase, 0.0) + duration_s
-        if stage >= Stage.READY and self._ready_at is None:
-            self._ready_at = now
-        self._stage, self._since = stage, now
-
-    def gate(self, duration_s: float) -> None:
-        """A result was measured, in the middle of a stage."""
-        self._gate_s += duration_s
-        self._metrics.round_phase_ended("gate", duration_s)
-        self._phases["gate"] = self._phases.get("gate", 0.0) + duration_s
-
-    def train(self) -> None:
-        self._ready_at = None
-
-    def round_ended(self, now: float) -> float | None:
-        """Seconds from having a contribution to the end: what averaging cost. None if there was none."""
-        ready_at, self._ready_at = self._ready_at, None
-        return None if ready_at is None else now - ready_at
-
-    def take_phases(self) -> dict[str, float]:
-        """Seconds in each stage since the last call."""
-        phases, self._phases = self._phases, {}
-        return phases
-
-
-class TokenizingView:
-    """How far the trainer is with its data: in the live line at once, in the log now and then."""
-
-    def __init__(self, live: Shows) -> None:
-        self._live = live
-        self._logged_at = -math.inf
-
-    def show(self, event: tm.Tokenizing, now: float) -> str:
-        """What it shows."""
-        text = form("tokenizing bytes", event.done_bytes, event.total_bytes, event.bytes_per_second)
-        self._live.show(text)
-        if now - self._logged_at >= PROGRESS_LOG_S:
-            self._logged_at = now
-            _log.info("%s", text)
-        return text
-
-
-class Coming:
-    """How far a download is: told to `show` at once, and in the log now and then. `update` is a Told."""
-
-    def __init__(self, show: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._show, self._clock = show, clock
-        self._progress = Progress(clock)
-        self._logged_at = clock()  # what is short is told by its end
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self._progress.update(what, done, total)
-        self._show(self.text)
-        if self._clock() - self._logged_at >= PROGRESS_LOG_S:
-            self._logged_at = self._clock()
-            _log.info("%s", self.text)
-
-    def end(self) -> None:
-        self._progress.end()
-
-    @property
-    def text(self) -> str:
-        """ "" where nothing comes."""
-        return self._progress.text
 
 
 class Reporter:
@@ -340,7 +180,7 @@ class Reporter:
         """A report of the trainer."""
         self.training.on_event(event, now)
         if isinstance(event, tm.Contribution):
-            self._losses.trained(_known(event.loss))
+            self._losses.trained(known(event.loss))
             self.metrics.set_contribution_weight(event.weight)
             self.metrics.trainer_waited(event.waited_s)
             self.metrics.set_data_passes(event.passes)

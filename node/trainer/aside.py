@@ -1,19 +1,15 @@
 """The node's side of a step that is taken aside and measured by the worker: one at a time.
 
-The parameters after the step lie in the buffer that a founder's initial state came through (shared.py). It
-has room from the first time on, and is written only while `lock` is held, which is until the worker has
-answered or has gone: it never reads what another step writes.
+The parameters after the step lie in the buffer that a founder's initial state came through (buffers.py). It
+is written only while `lock` is held, which is until the worker has answered or has gone: it never reads what
+another step writes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from tapestry.node.trainer.messages import Judged
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Aside:
@@ -21,7 +17,6 @@ class Aside:
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        self.room: Tensor | None = None  # f32 (n,), shared with the worker; None until it is needed
         self._asked = ""  # head of the state that the step leads to
         self._answer: asyncio.Future[tuple[float, float] | None] | None = None
 

@@ -66,7 +66,6 @@ class Worker:
         writer: asyncio.StreamWriter,
     ) -> None:
         self.attached = False
-        self.deadline: asyncio.Timeout | None = None
         self._process = process
         self._reader = reader
         self._writer = writer

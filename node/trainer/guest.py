@@ -50,7 +50,6 @@ class Guest:
 
     def __init__(self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.attached = False
-        self.deadline: asyncio.Timeout | None = None
         self.pid = pid
         self._reader = reader
         self._writer = writer

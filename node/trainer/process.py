@@ -1,10 +1,8 @@
 """The node's side of the trainer: start the worker, talk to it, start it again when it dies.
 
-The node owns the shared buffers, so they outlive a worker; a new one is handed the same parameters and
-the `begin` that was going on. Every `begin` has a number of its own, its generation, and what a worker says
-of another is dropped: an epoch may begin twice, on two sides of a fork. A worker that breaks the message
-format, or is silent for too long while it has something to do, is killed and restarted like one that died,
-with back-off.
+A new worker is handed the same parameters (buffers.py) and the `begin` that was going on (orders.py); what a
+worker says of another `begin` is dropped. A worker that breaks the message format, or is silent for too long
+(silence.py), is killed and restarted like one that died, with back-off.
 
 What the caller must hold to: write `params` only between a `begin` that is over and the next, or when the
 contribution of the current `begin` is no longer wanted; take `contribution` before the next `begin`, and copy
@@ -25,7 +23,6 @@ Works under asyncio and uvloop.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,25 +32,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from tapestry.compression.refusals import RefusedLayout
-from tapestry.node.disk.scratch import create_scratch, reserve
 from tapestry.node.errors import UserError
 from tapestry.node.protocol.settings import Settings
 from tapestry.node.spec.tables import plain
-from tapestry.node.spec.training import UNCHANGED, Changed, TrainingSpec, WorkerSettings
+from tapestry.node.spec.training import Changed, TrainingSpec, WorkerSettings
 from tapestry.node.trainer.aside import Aside
+from tapestry.node.trainer.buffers import Buffers
 from tapestry.node.trainer.child import Children
 from tapestry.node.trainer.messages import (
-    Abort,
     Alive,
     Attach,
-    Begin,
-    Close,
     Command,
     Configure,
     Contribution,
-    Evaluate,
     Failed,
-    GoOn,
     Hello,
     Initialise,
     Initialised,
@@ -69,16 +61,8 @@ from tapestry.node.trainer.messages import (
     Tokenizing,
     Validation,
 )
-from tapestry.node.trainer.shared import (
-    BUFFERS,
-    SLOTS,
-    Slots,
-    create_buffer,
-    map_vector,
-    size_buffer,
-    slot_stride,
-    vector_size,
-)
+from tapestry.node.trainer.orders import Orders
+from tapestry.node.trainer.silence import Silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +71,6 @@ if TYPE_CHECKING:
 
 # -P: the folder we were started in must not be on sys.path; it may be this repository.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "tapestry.node.trainer.worker")
-UNKNOWN_GENERATION = -1  # of a contribution that is not the latest
-SCRATCH = ("params", "initial")  # the buffers that lie in files, if there is a folder for them
 FORBIDDEN_LOOK_S = 1.0  # between two looks whether the data may be read again
 GUEST_LEFT = -1000  # in place of an exit status, which a guest does not leave
 
@@ -139,7 +121,6 @@ class Hired(Protocol):
 
     guest: bool  # whether its process is somebody else's
     attached: bool  # it has said hello
-    deadline: asyncio.Timeout | None
 
     @property
     def pid(self) -> int: ...
@@ -222,7 +203,6 @@ class TrainerProcess:
     def __init__(self, hire: Hire, limits: ProcessLimits, folder: Path | None) -> None:
         """Only for `launch` and `await_guests`."""
         self.layout: Layout
-        self.params: Tensor  # f32 (n,), shared: written here, read by the worker
         self.restarts = 0
         self.protocol_errors = 0
         self.stale_reports = 0
@@ -230,24 +210,9 @@ class TrainerProcess:
         self.on_event: Callable[[Event], None] = lambda event: None  # a guest may go before `configure`
         self._hire = hire
         self._limits = limits
-        self._folder = folder
-        self._fds: dict[str, int] = {}
-        for name in BUFFERS:
-            if folder is not None and name in SCRATCH:
-                self._fds[name] = create_scratch(folder)
-            else:
-                self._fds[name] = create_buffer(f"tapestry-{name}")
-        self._slots: Slots
-        self._begun: int | None = None
-        self._generation = 0
-        self._changed = UNCHANGED  # of the latest begin
-        self._base = ""  # head of the state that was begun from
-        self._contributed: tuple[int, str] | None = None  # epoch and base; the worker may be ahead of it
-        self._counted = 0  # generation; to be told with the next begin
-        self._afresh = False  # to be told with each begin until something has come of one
-        self._closing = False
-        self._evaluating: int | None = None
-        self._saves = 0  # that the worker was told, and has not done
+        self._buffers = Buffers(folder)
+        self._orders = Orders()
+        self._silence = Silence(limits.hello_timeout_s, limits.silence_timeout_s, limits.save_timeout_s)
         self.aside = Aside()
         self._measures = False  # the worker has data held out, and takes a step aside
         self._initialising: asyncio.Future[None] | None = None
@@ -268,7 +233,7 @@ class TrainerProcess:
         self._settings, self.on_event = settings, on_event
         if self._worker is not None:
             self._worker.send(Configure(plain(settings)))
-            self._wait_on(self._worker)
+            self._silence.await_hello()
         await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
@@ -286,62 +251,41 @@ class TrainerProcess:
         overlap the steps since the last contribution are kept if that was made from `before`. `settings` are
         what records have changed of the spec.
         """
-        follows = before != "" and self._contributed == (epoch - 1, before)
-        self._begun, self._base, self._contributed, self._closing = epoch, base, None, False
-        self._generation += 1
-        self._changed = Changed.of(self.training.train, settings)
-        counted, self._counted = self._counted, 0
-        slot = self._next_slot()
-        if slot is not None:
-            self._send(self._begin_command(epoch, follows, counted, slot))
-
-    def _begin_command(self, epoch: int, follows: bool, counted: int, slot: int) -> Begin:
-        changed = self._changed
-        return Begin(
-            epoch,
-            self._generation,
-            follows,
-            counted,
-            slot,
-            changed.lr,
-            changed.batches,
-            changed.batch_size,
-            self._afresh,
-        )
+        changed = Changed.of(self.training.train, settings)
+        here = self._buffers.choose_slot()
+        command = self._orders.begin(epoch, base, before, changed, self._buffers.slot)
+        if here:
+            self._send(command)
+        elif self._worker is not None:
+            self._worker.kill()
 
     def settle(self, generation: int) -> None:
         """The contribution of this begin has been committed: its residual counts from the next begin on.
 
         UNKNOWN_GENERATION if another than the latest contribution was: then there is no residual.
         """
-        self._counted = generation
+        self._orders.settle(generation)
 
     def forget(self) -> None:
         """What was learnt is undone: the next begin is without residual, and with a new inner optimizer."""
-        self._counted, self._afresh = UNKNOWN_GENERATION, True
+        self._orders.forget()
 
     def close_round(self, epoch: int) -> None:
         """Have the worker contribute what it has, after at least one inner step."""
-        if epoch == self._begun:
-            self._closing = True
-            self._send(Close(epoch))
+        self._send(self._orders.close_round(epoch))
 
     def go_on(self, epoch: int) -> None:
         """The exchange of `epoch` has begun. With overlap, have a worker that has contributed to it go on."""
-        assert self._settings is not None
-        if self._settings.training.train.overlap and self._contributed == (epoch, self._base):
-            self._send(GoOn(epoch))
+        if self.training.train.overlap:
+            self._send(self._orders.go_on(epoch))
 
     def abort(self) -> None:
         """Drop the epoch that is going on, and what came after a contribution; nothing will come of it."""
-        self._begun = self._contributed = None
-        self._generation += 1
-        self._send(Abort())
+        self._send(self._orders.abort())
 
     def evaluate(self, epoch: int) -> None:
         """Ask for the validation loss of `params`; comes as a Validation event named `epoch`."""
-        self._evaluating = epoch
-        self._send(Evaluate(epoch))
+        self._send(self._orders.evaluate(epoch))
 
     @property
     def can_judge(self) -> bool:
@@ -350,10 +294,7 @@ class TrainerProcess:
 
     def room_aside(self) -> Tensor:  # f32 (n,)
         """Where to write the parameters of a step, for `judge`; hold `aside.lock`. Raises UserError."""
-        if self.aside.room is None:
-            self._size(self._fds["initial"], vector_size(self.layout.n))
-            self.aside.room = map_vector(self._fds["initial"], self.layout.n, writable=True)
-        return self.aside.room
+        return self._buffers.room_aside()
 
     async def judge(self, base: str, head: str) -> tuple[float, float] | None:
         """The held-out losses of `params`, state `base`, and of what lies aside, state `head`; None if the
@@ -373,7 +314,7 @@ class TrainerProcess:
     def save(self, epoch: int) -> None:
         """Write the inner optimizer as of the beginning of `epoch`; comes as a Saved event."""
         if self._worker is not None and self._worker.attached:
-            self._saves += 1
+            self._silence.saves += 1
         self._send(Save(epoch))
 
     async def initialise(self) -> None:
@@ -383,18 +324,15 @@ class TrainerProcess:
         meanwhile. Raises TrainerError.
         """
         self._initialising = asyncio.get_running_loop().create_future()
-        n = self.layout.n
         try:
-            self._size(self._fds["initial"], vector_size(n))
-            self._send(Initialise())
-            async with asyncio.timeout(self._limits.hello_timeout_s):
-                await self._initialising
-            self.params.copy_(map_vector(self._fds["initial"], n, writable=False))
+            with self._buffers.room_for_initial():
+                self._send(Initialise())
+                async with asyncio.timeout(self._limits.hello_timeout_s):
+                    await self._initialising
+                self._buffers.take_initial()
         except TimeoutError:
             raise TrainerError("timeout", "the trainer did not initialise the model in time") from None
         finally:
-            if "initial" in self._fds:  # else `stop` has closed it, and its number may be another file's
-                size_buffer(self._fds["initial"], 0)
             self._initialising = None
 
     async def closed(self) -> None:
@@ -418,22 +356,26 @@ class TrainerProcess:
         finally:
             if self._worker is not None:
                 self._worker.kill()
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+            self._buffers.close()
         await asyncio.wait({self._supervisor})
         error = self._supervisor.exception()
         if error is not None and not isinstance(error, TrainerError):  # `start` has raised that one
             raise error
 
     @property
+    def params(self) -> Tensor:  # f32 (n,)
+        """The parameters, shared: written here, read by the worker."""
+        return self._buffers.params
+
+    @property
     def contribution(self) -> Tensor:  # uint8 (size,), PayloadLayout
         """The latest one, shared with the worker that wrote it; to be read only. It stays while held."""
-        return self._slots.view()
+        return self._buffers.contribution
 
     @property
     def must_copy(self) -> bool:
         """Whether the latest contribution has to be copied and let go: the next has no other place."""
-        return self._slots.last
+        return self._buffers.must_copy
 
     @property
     def pid(self) -> int | None:
@@ -489,12 +431,12 @@ class TrainerProcess:
             return (GUEST_LEFT if worker.guest else exit_code), output
         finally:
             await worker.close()
-            self._worker, self._saves = None, 0
+            self._worker, self._silence.saves = None, 0
             self.aside.gone()
 
     async def _hired(self) -> Hired | None:
         """The next worker; None if we are told to stop before there is one. Raises OSError."""
-        hiring = asyncio.ensure_future(self._hire(self._fds))
+        hiring = asyncio.ensure_future(self._hire(self._buffers.fds))
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({hiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -508,32 +450,23 @@ class TrainerProcess:
     async def _converse(self, worker: Hired) -> None:
         """Until the worker hangs up, breaks the format, or is silent for too long."""
         try:
-            async with asyncio.timeout(None) as deadline:
-                worker.deadline = deadline
+            async with self._silence.bounded():
                 if self._settings is not None:  # else it has nothing to say, however long the node waits
-                    self._wait_on(worker)
+                    self._silence.await_hello()
                 while True:
                     self._handle(worker, await worker.receive())
-                    self._watch_silence(worker)
+                    self._watch(worker)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except TimeoutError:
-            self._failure = Failed("timeout", self._silent(worker))
+            self._failure = Failed("timeout", self._silence.why(worker.attached))
         except (MessageError, RefusedLayout) as error:
             self._end_broken(worker, str(error))
             return
         except UserError as error:  # no room for the parameters, once it is known how many they are
             self._failure = Failed("room", f"{error}; {error.hint}")
-        finally:
-            worker.deadline = None
         worker.kill()
         self.on_event(self._failure)
-
-    def _silent(self, worker: Hired) -> str:
-        if not worker.attached or self._saves:
-            return "the trainer was silent for too long"
-        limit_s = self._limits.silence_timeout_s
-        return f"the trainer was silent for {limit_s:g} s, which a micro-batch must not take"
 
     def _end_broken(self, worker: Hired, why: str) -> None:
         """It sent what it must not, and is trusted no more."""
@@ -546,7 +479,7 @@ class TrainerProcess:
         if isinstance(report, Hello):
             self._handle_hello(worker, report)
         elif isinstance(report, Tokenizing) and not worker.attached:
-            self._wait_on(worker)
+            self._silence.await_hello()
             self.on_event(report)
         elif not worker.attached and not isinstance(report, Failed):
             raise MessageError(f"{type(report).__name__} before Hello")
@@ -557,23 +490,11 @@ class TrainerProcess:
             self.aside.answered(report)
         elif isinstance(report, Alive):
             return  # that it came is all it says
-        elif isinstance(report, Progress | Contribution) and self._is_stale(report):
+        elif isinstance(report, Progress | Contribution) and self._orders.is_stale(report):
             self.stale_reports += 1
         else:
             self._settle(report)
             self.on_event(report)
-
-    def _wait_on(self, worker: Hired) -> None:
-        """For its hello, from now on: one that gets on with the data may take as long as they need."""
-        if worker.deadline is not None:
-            now_s = asyncio.get_running_loop().time()
-            worker.deadline.reschedule(now_s + self._limits.hello_timeout_s)
-
-    def _is_stale(self, report: Progress | Contribution) -> bool:
-        """Of another begin; a Progress may be of the epoch after the one that was contributed to."""
-        if report.generation != self._generation:
-            return True
-        return isinstance(report, Contribution) and report.epoch != self._begun
 
     def _handle_hello(self, worker: Hired, hello: Hello) -> None:
         """Size the buffers at the first hello; a later one must name the same model."""
@@ -592,7 +513,8 @@ class TrainerProcess:
         self._measures = self._settings.gate_windows > 0 and hello.validation_tokens > 0 and not worker.guest
         worker.send(Attach(layout.n))
         self.on_event(hello)
-        self._resume(worker)
+        for command in self._orders.again(self._buffers.slot):
+            worker.send(command)
 
     def _map_buffers(self, layout: Layout) -> None:
         from tapestry.compression.codecs import get_codec
@@ -601,84 +523,32 @@ class TrainerProcess:
         assert self._settings is not None  # the worker has said hello because of them
         codec = get_codec(self._settings.codec)
         payloads = PayloadLayout.of(codec, layout.n, self._settings.shard_elements)
-        self._size(self._fds["params"], vector_size(layout.n))
+        self._buffers.map(layout.n, payloads.size)
         self.layout = layout
-        self.params = map_vector(self._fds["params"], layout.n, writable=True)
-        self._map_slots(payloads.size)
-
-    def _map_slots(self, size: int) -> None:
-        size_buffer(self._fds["contribution"], SLOTS * slot_stride(size))
-        self._slots, self._payload_bytes = Slots(self._fds["contribution"], size), size
-
-    def _size(self, fd: int, size: int) -> None:
-        """Raises UserError."""
-        if self._folder is not None:
-            reserve(fd, size, self._folder)
-        else:
-            size_buffer(fd, size)
-
-    def _next_slot(self) -> int | None:
-        """Where the worker shall write. None: nowhere; then it is killed, and the next gets a new buffer.
-
-        That happens only if whoever was told `must_copy` still holds the original. What a peer is being sent
-        must not change.
-        """
-        slot = self._slots.next()
-        if slot is None:
-            gc.collect()
-            slot = self._slots.next()
-        if slot is None:
-            os.close(self._fds["contribution"])
-            self._fds["contribution"] = create_buffer("tapestry-contribution")
-            self._map_slots(self._payload_bytes)
-            if self._worker is not None:
-                self._worker.kill()
-        return slot
-
-    def _resume(self, worker: Hired) -> None:
-        """Tell a worker that has just come up what is still wanted."""
-        if self._evaluating is not None:
-            worker.send(Evaluate(self._evaluating))
-        if self._begun is not None:
-            # It has no residual that could be counted.
-            worker.send(self._begin_command(self._begun, False, 0, self._slots.current))
-            if self._closing:
-                worker.send(Close(self._begun))
 
     def _settle(self, report: Report) -> None:
         if isinstance(report, Contribution):
-            self._begun, self._contributed = None, (report.epoch, self._base)
-            self._afresh = False
+            self._orders.done(report)
             self._backoff_s = self._limits.backoff_initial_s
-        elif isinstance(report, Validation) and report.epoch == self._evaluating:
-            self._evaluating = None
+        elif isinstance(report, Validation):
+            self._orders.done(report)
         elif isinstance(report, Saved):
-            self._saves = max(0, self._saves - 1)
+            self._silence.saves = max(0, self._silence.saves - 1)
         elif isinstance(report, Failed):
             self._failure = report
 
-    def _send(self, command: Command) -> None:
-        """To the worker if one is up; else `_resume` will tell it, or it no longer matters."""
+    def _send(self, command: Command | None) -> None:
+        """To the worker if one is up; else the next one is told what is open (`Orders.again`)."""
         worker = self._worker
-        if worker is not None and (worker.attached or isinstance(command, Stop)):
+        if command is not None and worker is not None and (worker.attached or isinstance(command, Stop)):
             worker.send(command)
-            self._watch_silence(worker)
+            self._watch(worker)
 
-    def _watch_silence(self, worker: Hired) -> None:
+    def _watch(self, worker: Hired) -> None:
         """Only a worker that has something to do owes us a sign of life."""
-        if worker.deadline is None or not worker.attached:
-            return
-        busy = (
-            self._begun is not None
-            or self._evaluating is not None
-            or self._initialising is not None
-            or self.aside.waiting
-        )
-        silence_s = self._limits.silence_timeout_s
-        if silence_s is not None and self._saves:
-            silence_s = max(silence_s, self._limits.save_timeout_s)
-        now_s = asyncio.get_running_loop().time()
-        worker.deadline.reschedule(now_s + silence_s if busy and silence_s is not None else None)
+        if worker.attached:
+            owes = self._orders.open or self._initialising is not None or self.aside.waiting
+            self._silence.watch(owes)
 
     def _fail_initialising(self, exit_code: int) -> None:
         if self._initialising is not None and not self._initialising.done():

@@ -34,9 +34,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "tests")]
 
+from _chains import ChainRecord, chain_record  # noqa: E402
 from _line import Line  # noqa: E402
 from _netns import NetError, parse_link  # noqa: E402
-from _nodes import ChainRecord, chain_record  # noqa: E402
 from _run import exit_by_signal, work_folder  # noqa: E402
 
 TRANSPORTS = {"tcp": "tcp/0", "quic": "udp/0/quic-v1"}

@@ -28,8 +28,9 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent.parent.parent / "tests"),
 ]
 
+from _chains import ChainRecord, chain_record  # noqa: E402
 from _netns import Net, NetError, parse_link  # noqa: E402
-from _nodes import ChainRecord, chain_record, network_bytes  # noqa: E402
+from _nodes import network_bytes  # noqa: E402
 from _run import work_folder  # noqa: E402
 from e2e.harness import Node, init  # noqa: E402
 

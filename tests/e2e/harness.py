@@ -243,12 +243,18 @@ class Node:
 
     def p2pd(self) -> psutil.Process | None:
         """The live p2pd of this node, if there is one."""
-        for child in self.children():
-            try:
-                if "p2pd" in " ".join(child.cmdline()):
+        return self._child(lambda command: "p2pd" in command)
+
+    def trainer(self) -> psutil.Process | None:
+        """The live trainer of this node, if there is one: the other child, since one that was forked has the
+        nursery's command line."""
+        return self._child(lambda command: "p2pd" not in command)
+
+    def _child(self, matches: Callable[[str], bool]) -> psutil.Process | None:
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # gone, or waiting to be reaped
+                if matches(" ".join(child.cmdline())):
                     return child
-            except psutil.Error:
-                continue  # gone, or waiting to be reaped
         return None
 
     def kill(self) -> None:

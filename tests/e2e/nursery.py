@@ -3,7 +3,7 @@
 A node's imports and its trainer's take 7 s of a core, and an end-to-end test starts three nodes or more. The
 nursery imports them once per session. From there on a child goes the way of the installed command: its
 arguments, environment and standard streams, `cli.entry.main`, and the interpreter's end. Its first trainer is
-forked from it in turn, with the descriptors, environment and session that trainer/process.py asks for; one
+forked from it in turn, with the descriptors, environment and session that trainer/child.py asks for; one
 that is started again later is executed as ever. Tests of the start itself, and those that need another
 program or environment, start real commands: `Node(..., forked=False)`.
 
@@ -190,9 +190,9 @@ def _be_command(arguments: list[str], environment: dict[str, str], fds: list[int
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["tapestry", *arguments]
     from tapestry.node.cli import entry
-    from tapestry.node.trainer import process
+    from tapestry.node.trainer import child
 
-    process.asyncio = _ForkingOnce()  # type: ignore[attr-defined]
+    child.asyncio = _ForkingOnce()  # type: ignore[attr-defined]
     if "LIAR" in environment:
         _lie(environment["LIAR"])
     entry.main()
@@ -208,7 +208,7 @@ def _lie(name: str) -> None:
 
 
 class _ForkingOnce:
-    """asyncio for trainer/process.py, whose first child it forks."""
+    """asyncio for trainer/child.py, whose first child it forks."""
 
     def __init__(self) -> None:
         self._used = False
@@ -263,7 +263,7 @@ def _be_worker(command: Sequence[str], options: Mapping[str, Any], output: int) 
 
 
 class _Worker:
-    """What trainer/process.py uses of asyncio.subprocess.Process."""
+    """What trainer/child.py uses of asyncio.subprocess.Process."""
 
     @classmethod
     async def adopt(cls, pid: int, reading: int) -> _Worker:

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.trainer_health import REPEATS_MAX, TrainerHealth
-from tapestry.node.daemon.views import TrainingView
+from tapestry.node.daemon.training_view import TrainingView
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.spec.run import preset_spec
 from tapestry.node.trainer.messages import Contribution, Failed, Progress, Validation

@@ -21,7 +21,8 @@ from tapestry.node.daemon.disk_desk import DiskDesk
 from tapestry.node.daemon.goal import Goal
 from tapestry.node.daemon.keeper import Left
 from tapestry.node.daemon.runtime import Runtime
-from tapestry.node.daemon.views import Reporter, TrainingView
+from tapestry.node.daemon.training_view import TrainingView
+from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.throttle import Throttles

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from tapestry.node.daemon.coming import PROGRESS_LOG_S, Coming
 from tapestry.node.daemon.likeness_watch import LASTING
-from tapestry.node.daemon.views import PROGRESS_LOG_S, Coming, Reporter
+from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement

@@ -86,10 +86,8 @@ def on_begin(mode: str, ran_before: bool, channel: socket.socket, command: messa
     if mode == "writes":
         write(command)
     weight = 5
-    if mode == "tells":
-        weight = 10 * generation + command.follows
-    elif mode == "tells what counted":
-        weight = 10 + command.counted + 100 * command.afresh
+    if mode == "tells what it is told":
+        weight = 10 + command.counted + 100 * command.afresh + 1000 * command.follows
     channel.sendall(pack(contribution(epoch, generation, weight)))
 
 

@@ -36,8 +36,8 @@ from tapestry.node.trainer.messages import (
     Validation,
 )
 from tapestry.node.trainer.models.llama import initial_state
+from tapestry.node.trainer.orders import UNKNOWN_GENERATION
 from tapestry.node.trainer.process import (
-    UNKNOWN_GENERATION,
     Died,
     Event,
     ProcessLimits,
@@ -130,8 +130,8 @@ def test_parameters_lie_in_a_file_that_a_restarted_worker_maps_again(
             await events.until(Contribution)
             assert torch.equal(trainer.params, torch.full((6,), 3.0))
             home = f"{tmp_path / 'state'}/"
-            assert os.readlink(f"/proc/self/fd/{trainer._fds['params']}").startswith(home)
-            assert os.readlink(f"/proc/{trainer.pid}/fd/{trainer._fds['params']}").startswith(home)
+            assert os.readlink(f"/proc/self/fd/{trainer._buffers.fds['params']}").startswith(home)
+            assert os.readlink(f"/proc/{trainer.pid}/fd/{trainer._buffers.fds['params']}").startswith(home)
         finally:
             await trainer.stop(DEADLINE_S)
 
@@ -185,6 +185,8 @@ def test_when_every_place_is_held_a_new_worker_writes_to_a_new_buffer(fake: Fake
             assert trainer.restarts == 1
         finally:
             await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
 
 
 def test_progress_of_tokenizing_comes_before_the_hello(fake: Fake) -> None:
@@ -330,8 +332,7 @@ def test_a_worker_that_is_silent_with_work_to_do_is_killed_and_an_idle_one_is_no
                 "timeout", "the trainer was silent for 1 s, which a micro-batch must not take"
             )
             assert trainer.restarts >= 1  # a machine that is slow enough makes it more
-            assert trainer._worker is not None and trainer._worker.deadline is not None
-            assert trainer._worker.deadline.when() is None
+            assert trainer._worker is not None and trainer._silence.ends_s is None
         finally:
             await trainer.stop(DEADLINE_S)
 
@@ -348,7 +349,7 @@ def test_a_worker_that_writes_its_inner_optimizer_is_given_longer(fake: Fake) ->
             trainer.begin(4)
             await events.until(Contribution)
             assert not events.of(Failed) and trainer.restarts == 0
-            assert trainer._saves == 0
+            assert trainer._silence.saves == 0
         finally:
             await trainer.stop(DEADLINE_S)
 
@@ -422,7 +423,7 @@ def test_a_contribution_on_its_way_does_not_pass_for_a_second_begin_of_the_same_
             trainer.abort()
             trainer.begin(4, "head of the other")
             told = await events.until(Contribution)
-            assert told.generation == trainer._generation
+            assert told.generation == trainer._orders.generation
             assert trainer.stale_reports >= 1
         finally:
             await trainer.stop(DEADLINE_S)
@@ -430,65 +431,20 @@ def test_a_contribution_on_its_way_does_not_pass_for_a_second_begin_of_the_same_
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("case", "follows"),
-    [
-        ("the next state", True),
-        ("the next state of another fork", False),
-        ("a later state", False),
-        ("the same state again", False),
-        ("an abort between", False),
-        ("a begin between", False),
-    ],
-)
-def test_only_a_begin_from_the_next_state_follows_a_contribution(
-    fake: Fake, case: str, follows: bool
-) -> None:
+def test_a_begin_tells_the_worker_what_it_is_to_keep_and_what_has_counted(fake: Fake) -> None:
     async def scenario() -> None:
-        trainer, events = await fake.start("tells")
+        trainer, events = await fake.start("tells what it is told")
         try:
             trainer.begin(4, "four", "three")
-            assert (await events.until(Contribution)).weight == 10
-            if case == "an abort between":
-                trainer.abort()
-            if case == "a begin between":
-                trainer.begin(5, "of another fork", "also")
-                await events.until(Contribution, 2)
-            epoch, base, before = {
-                "the next state of another fork": (5, "five", "another four"),
-                "a later state": (6, "six", "five"),
-                "the same state again": (4, "four", "three"),
-            }.get(case, (5, "five", "four"))
-            trainer.begin(epoch, base, before)
-            told = await events.until(Contribution, 3 if case == "a begin between" else 2)
-            assert (told.generation, told.weight % 10) == (trainer._generation, follows)
-        finally:
-            await trainer.stop(DEADLINE_S)
-
-    asyncio.run(scenario())
-
-
-def test_a_begin_tells_once_which_contribution_has_counted_since_the_last(fake: Fake) -> None:
-    async def scenario() -> None:
-        trainer, events = await fake.start("tells what counted")
-        try:
-            trainer.begin(4)
             await events.until(Contribution)
             trainer.settle(1)
-            trainer.begin(5)
+            trainer.begin(5, "five", "four")
             await events.until(Contribution, 2)
+            trainer.forget()
             trainer.begin(6)
             await events.until(Contribution, 3)
-            trainer.settle(UNKNOWN_GENERATION)
-            trainer.begin(7)
-            await events.until(Contribution, 4)
-            trainer.forget()
-            for epoch in (8, 8, 9):  # a begin of which nothing comes must be told again
-                trainer.begin(epoch)
-            await events.until(Contribution, 5)
-            trainer.begin(10)
-            await events.until(Contribution, 6)
-            assert [told.weight - 10 for told in events.of(Contribution)] == [0, 1, 0, -1, 100, 0]
+            told = [one.weight - 10 for one in events.of(Contribution)]
+            assert told == [0, 1000 + 1, 100 + UNKNOWN_GENERATION]
         finally:
             await trainer.stop(DEADLINE_S)
 
@@ -501,7 +457,7 @@ def test_a_worker_that_dies_while_it_initialises_is_told_and_its_buffer_freed(fa
         try:
             with pytest.raises(TrainerError, match="died while initialising"):
                 await trainer.initialise()
-            assert os.fstat(trainer._fds["initial"]).st_size == 0
+            assert os.fstat(trainer._buffers.fds["initial"]).st_size == 0
         finally:
             await trainer.stop(DEADLINE_S)
 
@@ -586,7 +542,7 @@ async def _real_worker_scenario(settings: WorkerSettings) -> None:
         assert torch.equal(
             trainer.params, initial_state(settings.training.model, settings.training.data.sequence_length)
         )
-        assert os.fstat(trainer._fds["initial"]).st_size == 0
+        assert os.fstat(trainer._buffers.fds["initial"]).st_size == 0
         trainer.evaluate(0)
         trainer.begin(0)
         whole = await events.until(Contribution)

@@ -2,8 +2,8 @@
 
 Any architecture that the installed transformers builds as a causal language model, from a configuration
 alone: no remote code, no pickles, no quantized weights. A configuration may come from a peer, so it is
-bounded by arithmetic first, counted on torch's meta device next (which holds shapes and no numbers), and
-compared with the memory that there is, before anything real is built.
+bounded by arithmetic first (folder.py), counted on torch's meta device next (which holds shapes and no
+numbers), and compared with the memory that there is, before anything real is built.
 
 transformers takes seconds to import: only functions do it. Used by `init`, by joining and by the worker.
 """
@@ -22,13 +22,11 @@ import torch
 from torch import nn
 
 from tapestry.node.trainer.imports import meta_device
-from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, look_at, read_config, read_json
-from tapestry.node.trainer.models.refusal import ModelError
+from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, look_at, read_config
+from tapestry.node.trainer.models.refusal import ModelError, one_line
 from tapestry.node.trainer.models.stored import StoredWeights
-from tapestry.node.trainer.tokenizers.panics import panics_caught
+from tapestry.node.trainer.tokenizers.ids import TOKENIZER, TOKENIZER_CONFIG, check_tokenizer
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # What every member of a run holds, beside the weights: parsed, never executed. chat_template.jinja is only
 # copied into exports.
 SHARED_FILES = (
@@ -39,8 +37,6 @@ SHARED_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-TOKENIZER_BYTES_MAX = 64 << 20  # Gemma 3's, of 262,144 ids, has 33 MB
-TOKENIZER_CONFIG_BYTES_MAX = 8 << 20  # Gemma 3's has 1.2 MB
 
 FLOAT_BYTES = 4
 TRAIN_BYTES_PER_PARAMETER = 16  # parameter, gradient and AdamW's two moments, f32
@@ -164,7 +160,7 @@ def load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.for_model(**_without_dropout(table))
     except Exception as error:  # whatever a model's own configuration raises
-        raise ModelError(f"{folder / CONFIG} does not read: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not read: {one_line(error)}") from error
     _require_causal(folder, config, table)
     config.use_cache = False
     if hasattr(config, "output_router_logits"):
@@ -185,7 +181,7 @@ def described_config(folder: Path) -> dict[str, Any]:
     try:
         whole = json.loads(AutoConfig.for_model(**own).to_json_string())
     except Exception as error:  # whatever a model's own configuration raises
-        raise ModelError(f"{folder / CONFIG} does not read: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not read: {one_line(error)}") from error
     return {**{key: value for key, value in whole.items() if key not in history}, **own}
 
 
@@ -201,7 +197,7 @@ def construct(config: Any, folder: Path) -> nn.Module:
             )
         module.tie_weights()
     except Exception as error:  # whatever a model's own constructor raises
-        raise ModelError(f"{folder / CONFIG} does not make a model: {_one_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG} does not make a model: {one_line(error)}") from error
     built: nn.Module = module
     return built
 
@@ -217,7 +213,7 @@ def construct_seeded(config: Any, folder: Path, seed: int) -> nn.Module:
                 config, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:  # whatever a model's own constructor raises
-            raise ModelError(f"{folder / CONFIG} does not make a model: {_one_line(error)}") from error
+            raise ModelError(f"{folder / CONFIG} does not make a model: {one_line(error)}") from error
     return module
 
 
@@ -247,10 +243,6 @@ def require_rebuildable(folder: Path, module: nn.Module, stored: StoredWeights, 
 def model_config(module: nn.Module) -> Any:
     """The transformers configuration that a model was built with."""
     return module.config
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def quiet() -> None:
@@ -352,50 +344,6 @@ def sequence_length_max(config: Any) -> int | None:
 def embedding_rows(module: nn.Module) -> int:
     embedding: Any = module
     return int(embedding.get_input_embeddings().weight.shape[0])
-
-
-# --- the tokenizer ----------------------------------------------------------------------------------
-
-
-def check_tokenizer(folder: Path, rows: int) -> int:
-    """The number of ids that tokenizer.json may give; at most `rows`. Raises ModelError.
-
-    More rows than ids are usual: tables are padded to a multiple of 64 or so.
-    """
-    from tokenizers import Tokenizer
-
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} holds no {TOKENIZER}",
-            "transformers makes one of an older kind: AutoTokenizer.from_pretrained(A).save_pretrained(B)",
-        )
-    read_json(path, TOKENIZER_BYTES_MAX)
-    try:
-        with panics_caught():
-            ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"{path} does not read: {_one_line(error)}") from error
-    highest = max([*ids, *_declared_ids(folder)], default=-1)
-    if highest >= rows:
-        raise ModelError(
-            f"{path} gives ids up to {highest}, the embedding has {rows} rows",
-            "resize the embedding to the tokenizer first (transformers: model.resize_token_embeddings)",
-        )
-    return highest + 1
-
-
-def _declared_ids(folder: Path) -> list[int]:
-    """Of added tokens in tokenizer_config.json."""
-    path = folder / TOKENIZER_CONFIG
-    if not path.is_file():
-        return []
-    table = read_json(path, TOKENIZER_CONFIG_BYTES_MAX)
-    if table.get("auto_map"):
-        raise ModelError(f"{path} asks for remote code (auto_map), which is never run")
-    added = table.get("added_tokens_decoder")
-    ids = [key for key in added if key.isascii() and key.isdigit()] if isinstance(added, dict) else []
-    return [int(key) for key in ids if len(key) < 12]
 
 
 # --- the weights ------------------------------------------------------------------------------------

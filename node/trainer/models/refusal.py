@@ -12,3 +12,8 @@ class ModelError(ValueError):
     def __init__(self, line: str, hint: str = "") -> None:
         super().__init__(line)
         self.hint = hint
+
+
+def one_line(error: Exception) -> str:
+    """What a library raised, clipped, for the line of a ModelError."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

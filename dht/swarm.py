@@ -49,6 +49,7 @@ from tapestry.dht.p2pd import (
 from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
 from tapestry.dht.reachability import HOP
+from tapestry.dht.streams import drop_stream, end_stream, until_ended
 
 _log = logging.getLogger("tapestry.swarm")
 
@@ -63,6 +64,7 @@ _CHILD_END_S = 1.0
 # New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
 STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
 _PACES_KEPT = 1024
+STUCK_MAX = 8  # of one peer. A link of a node that was frozen leaves five
 _LACKS_KEPT = 256  # Guess: a peer lacks a few, and nobody has so many peers of another version
 # Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
 # milliseconds, so that these are few at a time. Guess
@@ -105,6 +107,7 @@ class Swarm:
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
+        self._stuck: dict[str, int] = {}  # peer -> streams of which it did not take all, the last at the end
         self._lacks: dict[tuple[str, str], float] = {}
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
@@ -287,9 +290,10 @@ class Swarm:
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a stream to a peer, connecting first if p2pd knows where it is. Raises Unreachable.
 
-        The caller closes the writer. There is no half-close: after `write_eof` p2pd ends both directions, and
-        an answer is lost. The end of the stream looks the same whether the peer closed it, died, or our p2pd
-        died: the protocol on it must say what is complete.
+        The caller closes the writer, by `end_stream` where it has written more than a question. There is no
+        half-close: after `write_eof` p2pd ends both directions, and an answer is lost. The end of the stream
+        looks the same whether the peer closed it, died, or our p2pd died: the protocol on it must say what is
+        complete.
         """
         request = _request("STREAM_OPEN")
         request.streamOpen.CopyFrom(
@@ -311,6 +315,24 @@ class Swarm:
             raise failure from None
         self._lacks.pop((peer_id, protocol), None)
         return reader, writer
+
+    def end_stream(self, peer_id: str, writer: asyncio.StreamWriter) -> None:
+        """Close a stream that we opened. What was written goes out; who does not take it is disconnected at
+        last: see _count_stuck."""
+        end_stream(writer, functools.partial(self._count_stuck, peer_id))
+
+    def _count_stuck(self, peer_id: str) -> None:
+        """A stream ended with what the peer had not taken. p2pd keeps its end of it, a descriptor and some
+        hundred kB, as long as the peer is connected: so not for longer, if they become many."""
+        count = self._stuck.pop(peer_id, 0) + 1
+        if count > STUCK_MAX:
+            _log.info("disconnected peer=%s reason=%r", short(peer_id), "it took nothing on many streams")
+            self._on_refused("streams")
+            self._disconnect(peer_id)
+            return
+        if len(self._stuck) >= _PACES_KEPT:
+            del self._stuck[next(iter(self._stuck))]
+        self._stuck[peer_id] = count
 
     def lacks(self) -> dict[tuple[str, str], float]:
         """Peer and protocol that it did not serve when a stream was last opened to it -> when that was, by
@@ -518,11 +540,13 @@ class Swarm:
             return
         try:
             await self._handlers[info.proto](peer_id, reader, writer)
+            await until_ended(writer)  # in its place: who takes nothing holds a descriptor
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             _log.debug("stream broke proto=%s peer=%s error=%r", info.proto, short(peer_id), error)
         except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
             _log.exception("stream handler failed proto=%s peer=%s", info.proto, short(peer_id))
         finally:
+            drop_stream(writer, functools.partial(self._count_stuck, peer_id))
             self._places.leave(peer_id, task)
 
     def _lets_in(self, peer_id: str) -> bool:
@@ -554,11 +578,12 @@ class Swarm:
         return True
 
     async def _end_inbound(self) -> None:
-        tasks = [*self._inbound, *self._disconnecting.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+        for some in (self._inbound, self._disconnecting.values()):  # the first may start some of the others
+            tasks = [*some]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
 
 
 async def _carry_nobody(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

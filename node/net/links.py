@@ -452,7 +452,7 @@ class Links:
         reader, writer = await self._swarm.open_stream(
             link.peer, self._protocol(name), self._limits.dial_timeout_s
         )
-        stack.callback(writer.close)
+        stack.callback(self._swarm.end_stream, link.peer, writer)
         return reader, writer
 
     async def _widen(self, link: _Peer, jobs: _Jobs, stack: contextlib.AsyncExitStack) -> str:

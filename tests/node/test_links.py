@@ -79,6 +79,9 @@ class FakeSwarm:
 
     async def connect_any(self, *_: object) -> None: ...
 
+    def end_stream(self, peer: str, writer: FakeWriter) -> None:
+        writer.close()
+
     async def open_stream(self, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:
         if not self.reachable:
             raise Unreachable("refused", "nothing listens there")

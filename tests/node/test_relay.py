@@ -81,7 +81,12 @@ class Bench:
     def __init__(self, enabled: bool = True, throttles: Throttles | None = None) -> None:
         self.linked, self.inner, self.asked = [GUEST], End(framed(STOP_OK)), ""
         self.members = {GUEST, CALLER, "another"}
-        self.relay = Relay(self.open, lambda: self.linked, self.kind_of, throttles or Throttles(), enabled)
+        self.relay = Relay(
+            self.open, self.end, lambda: self.linked, self.kind_of, throttles or Throttles(), enabled
+        )
+
+    def end(self, peer: str, end: Any) -> None:
+        end.close()
 
     def kind_of(self, peer: str) -> Kind:
         return Kind.MEMBER if peer in self.members else Kind.STRANGER
@@ -252,12 +257,9 @@ def test_two_p2pd_meet_through_the_relay_and_it_carries_more_than_p2pds_own_128_
         try:
             carrier, guest, caller = swarms
             linked: list[str] = []
-            await carrier.serve(
-                HOP,
-                Relay(
-                    carrier.open_stream, lambda: linked, lambda peer: Kind.STRANGER, Throttles(), True
-                ).serve,
-            )
+            streams = (carrier.open_stream, carrier.end_stream)
+            relay = Relay(*streams, lambda: linked, lambda peer: Kind.STRANGER, Throttles(), True)
+            await carrier.serve(HOP, relay.serve)
             await guest.serve("/tapestry/test/1", echo)
             at_relay = (await carrier.addresses())[0]
             await guest.connect(parse_peer(at_relay), 5.0)

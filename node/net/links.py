@@ -25,9 +25,10 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from tapestry.compression.refusals import Refused
+from tapestry.dht.control import Unreachable
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.net.dials import Dials
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.shares import STREAM_COST_S, Share, Shares

@@ -28,13 +28,14 @@ from hivemind.utils import MSGPackSerializer
 from tapestry.dht import streams as streams_module
 from tapestry.dht import swarm as swarm_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.directory import presence_key
 from tapestry.dht.guard import id_of
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
 from tapestry.dht.reachability import HOP
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 
 pytestmark = pytest.mark.e2e
 

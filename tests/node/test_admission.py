@@ -12,7 +12,7 @@ import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tapestry.dht import swarm as swarm_errors
+from tapestry.dht import control as control_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmError
@@ -277,7 +277,7 @@ class Shown(FakeSwarm):
     async def open_stream(self, peer: str, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:  # type: ignore[override]
         self.opened.append(peer)
         if peer == OTHER.peer_id:
-            raise swarm_errors.Unreachable("unsupported", "the peer does not serve this protocol")
+            raise control_module.Unreachable("unsupported", "the peer does not serve this protocol")
         return await super().open_stream()
 
 

@@ -15,8 +15,8 @@ import torch
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import WEIGHTED
 from tapestry.compression.refusals import RefusedPayload
+from tapestry.dht.control import Unreachable
 from tapestry.dht.presence import ADDRESSES_MAX
-from tapestry.dht.swarm import Unreachable
 from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tapestry.dht.addresses import circuit_address, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.reachability import (
@@ -31,7 +32,7 @@ from tapestry.dht.reachability import (
     stop_request,
     stop_status,
 )
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.net import circuits as circuits_module
 from tapestry.node.net import relay as relay_module
 from tapestry.node.net.circuits import KIND_CIRCUITS_MAX, PAIR_CIRCUITS_MAX, Kind

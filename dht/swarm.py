@@ -1,10 +1,8 @@
 """The swarm: libp2p streams to peers whose identity is proved, and the DHT in which they find each other.
 
-The only module of this package that knows hivemind. It uses hivemind's `P2P` (to start its libp2p daemon,
-`p2pd`, and to carry the DHT's calls) and its `DHTNode`, both inside our own event loop; it does not use
-`hivemind.DHT`, a forked process behind a pipe. Streams speak p2pd's control protocol directly: hivemind's
-client leaves a connection open after each failed request, has no deadlines, and reads through asyncio's
-default buffer.
+It uses hivemind's `P2P` (to start its libp2p daemon, `p2pd`, and to carry the DHT's calls) and its `DHTNode`,
+both inside our own event loop; it does not use `hivemind.DHT`, a forked process behind a pipe. What is asked
+of p2pd goes through control.py.
 
 What must hold: Swarm.start is called on the thread whose end may end p2pd (Linux ties a parent-death signal
 to the thread that forked), which is the main thread of a node.
@@ -16,23 +14,17 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-import base58
-import multiaddr
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
-from hivemind.utils.multiaddr import Multiaddr as HivemindMultiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from tapestry.dht.addresses import PeerAddress, full_addresses, short
 from tapestry.dht.conduct import Ban, Conduct
+from tapestry.dht.control import Control, Unreachable, opener_of
 from tapestry.dht.directory import PEERS_MAX, create_dht_node, presence_key
 from tapestry.dht.guard import Guard
 from tapestry.dht.identity import Identity, verify
@@ -49,32 +41,21 @@ from tapestry.dht.p2pd import (
 from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
 from tapestry.dht.reachability import HOP
+from tapestry.dht.streams import STREAM_BUFFER_BYTES, drop_stream, end_stream, until_ended
 
 _log = logging.getLogger("tapestry.swarm")
 
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
-# Each open stream may hold twice as much. Measured on loopback, 2 cores: 420-530 MB/s under uvloop for 64 kB,
-# 256 kB, 1 MB and 4 MB alike; asyncio's own loop loses up to a quarter at its default of 64 kB.
-STREAM_BUFFER_BYTES = 1 << 18
-# p2pd answers its own control socket in milliseconds; this is for a machine that swaps.
-_CONTROL_TIMEOUT_S = 10.0
 _CHILD_END_S = 1.0
 # New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
 STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
 _PACES_KEPT = 1024
+STUCK_MAX = 8  # of one peer. A link of a node that was frozen leaves five
 _LACKS_KEPT = 256  # Guess: a peer lacks a few, and nobody has so many peers of another version
 # Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
 # milliseconds, so that these are few at a time. Guess
 UNREAD_MAX = 32
-
-
-class Unreachable(SwarmError):
-    """A peer cannot be reached. `reason` is one word: see _DIAL_FAILURES; the text names the address."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
 
 
 class Swarm:
@@ -95,7 +76,7 @@ class Swarm:
         self._p2p = p2p
         self._config = config
         self._on_refused = on_refused
-        self._control_path = p2p.daemon_listen_maddr["unix"]
+        self._control = Control(p2p.daemon_listen_maddr["unix"])
         self._streams_path = os.path.join(folder, "streams.sock")
         self._handlers: dict[str, StreamHandler] = {}
         self._inbound: dict[asyncio.Task[Any], None] = {}
@@ -105,6 +86,7 @@ class Swarm:
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         guard.is_member = lambda peer: self.is_member(peer)
         self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
+        self._stuck: dict[str, int] = {}  # peer -> streams of which it did not take all, the last at the end
         self._lacks: dict[tuple[str, str], float] = {}
         self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
@@ -183,20 +165,15 @@ class Swarm:
 
     async def addresses(self) -> tuple[str, ...]:
         """Where this node listens (or what it announces), each with `/p2p/<peer id>`."""
-        response = await self._control(_request("IDENTIFY"))
-        return full_addresses(_texts_of(response.identify.addrs), self.peer_id)
+        return full_addresses(await self._control.addresses(), self.peer_id)
 
     async def hosts_of(self, peer_id: str) -> tuple[str, ...]:
         """The IP addresses from or to which there are connections with a peer; not those by a relay."""
-        response = await self._control(_request("LIST_PEERS"))
         hosts: dict[str, None] = {}
-        for peer in response.peers:
-            if base58.b58encode(peer.id).decode() != peer_id:
-                continue
-            for text in _texts_of(peer.addrs):
-                parts = text.split("/")
-                if len(parts) > 2 and parts[1] in ("ip4", "ip6") and "p2p-circuit" not in parts:
-                    hosts[parts[2]] = None
+        for text in (await self._control.connections()).get(peer_id, ()):
+            parts = text.split("/")
+            if len(parts) > 2 and parts[1] in ("ip4", "ip6") and "p2p-circuit" not in parts:
+                hosts[parts[2]] = None
         return tuple(hosts)
 
     def blame(self, peer_id: str, reason: str) -> None:
@@ -228,16 +205,12 @@ class Swarm:
             task.add_done_callback(lambda _: self._disconnecting.pop(peer_id, None))
 
     async def _end_connection(self, peer_id: str) -> None:
-        request = _request("DISCONNECT")
-        request.disconnect.CopyFrom(p2pd_pb2.DisconnectRequest(peer=base58.b58decode(peer_id)))
         with contextlib.suppress(SwarmError):  # p2pd is ending, or the peer was quicker
-            await self._control(request)
+            await self._control.disconnect(peer_id)
 
     async def connected_peers(self) -> tuple[str, ...]:
         """The peer ids that p2pd has a connection with, sorted."""
-        response = await self._control(_request("LIST_PEERS"))
-        peer_ids: list[str] = [base58.b58encode(peer.id).decode() for peer in response.peers]
-        return tuple(sorted(peer_ids))
+        return tuple(sorted(await self._control.connections()))
 
     async def known_addresses(self, peer_id: str) -> tuple[str, ...]:
         """The remote ends of the open connections with a peer, with `/p2p/<peer id>`; () when there is none.
@@ -248,20 +221,16 @@ class Swarm:
 
     async def connections(self) -> dict[str, tuple[str, ...]]:
         """The same of every peer that p2pd has a connection with."""
-        response = await self._control(_request("LIST_PEERS"))
-        found: dict[str, tuple[str, ...]] = {}
-        for peer in response.peers:
-            peer_id = base58.b58encode(peer.id).decode()
-            found[peer_id] = (*found.get(peer_id, ()), *full_addresses(_texts_of(peer.addrs), peer_id))
-        return found
+        connections = await self._control.connections()
+        return {peer_id: full_addresses(ends, peer_id) for peer_id, ends in connections.items()}
 
     async def connect(self, peer: PeerAddress, timeout_s: float) -> None:
         """Connect to a peer; nothing to do when there is a connection. Raises Unreachable."""
-        await self._dial(peer.peer_id, (peer.maddr,), timeout_s)
+        await self._control.connect(peer.peer_id, (peer.maddr,), timeout_s)
 
     async def connect_any(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Connect to a peer at any of `addresses`, as its presence gives them. Raises Unreachable."""
-        await self._dial(peer_id, addresses, timeout_s)
+        await self._control.connect(peer_id, addresses, timeout_s)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Call `handler(peer_id, reader, writer)` for each stream that a peer opens to `protocol`.
@@ -274,43 +243,46 @@ class Swarm:
         self._handlers[protocol] = handler
         if known is not None:  # p2pd hands these streams to us already
             return
-        # hivemind's Multiaddr: py-multiaddr 0.2 drops the leading '/' of a path, and p2pd finds no socket.
-        listener = HivemindMultiaddr(f"/unix{self._streams_path}").to_bytes()
-        request = _request("STREAM_HANDLER")
-        request.streamHandler.CopyFrom(
-            p2pd_pb2.StreamHandlerRequest(addr=listener, proto=[protocol], balanced=False)
-        )
-        await self._control(request)
+        await self._control.hand_over(protocol, self._streams_path)
 
     async def open_stream(
         self, peer_id: str, protocol: str, timeout_s: float
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a stream to a peer, connecting first if p2pd knows where it is. Raises Unreachable.
 
-        The caller closes the writer. There is no half-close: after `write_eof` p2pd ends both directions, and
-        an answer is lost. The end of the stream looks the same whether the peer closed it, died, or our p2pd
-        died: the protocol on it must say what is complete.
+        The caller closes the writer, by `end_stream` where it has written more than a question. There is no
+        half-close: after `write_eof` p2pd ends both directions, and an answer is lost. The end of the stream
+        looks the same whether the peer closed it, died, or our p2pd died: the protocol on it must say what is
+        complete.
         """
-        request = _request("STREAM_OPEN")
-        request.streamOpen.CopyFrom(
-            p2pd_pb2.StreamOpenRequest(
-                peer=base58.b58decode(peer_id), proto=[protocol], timeout=math.ceil(timeout_s)
-            )
-        )
         try:
-            async with asyncio.timeout(timeout_s):
-                _, reader, writer = await self._exchange(request)
-        except TimeoutError:
-            raise Unreachable("timeout", f"peer {short(peer_id)}: no answer in {timeout_s:g} s") from None
-        except _Refused as error:
-            failure = _unreachable(f"peer {short(peer_id)}", str(error), timeout_s)
+            reader, writer = await self._control.open_stream(peer_id, protocol, timeout_s)
+        except Unreachable as failure:
             if failure.reason == "unsupported":
                 self._lacks[peer_id, protocol] = self._now()
                 if len(self._lacks) > _LACKS_KEPT:
                     del self._lacks[next(iter(self._lacks))]
-            raise failure from None
+            raise
         self._lacks.pop((peer_id, protocol), None)
         return reader, writer
+
+    def end_stream(self, peer_id: str, writer: asyncio.StreamWriter) -> None:
+        """Close a stream that we opened. What was written goes out; who does not take it is disconnected at
+        last: see _count_stuck."""
+        end_stream(writer, functools.partial(self._count_stuck, peer_id))
+
+    def _count_stuck(self, peer_id: str) -> None:
+        """A stream ended with what the peer had not taken. p2pd keeps its end of it, a descriptor and some
+        hundred kB, as long as the peer is connected: so not for longer, if they become many."""
+        count = self._stuck.pop(peer_id, 0) + 1
+        if count > STUCK_MAX:
+            _log.info("disconnected peer=%s reason=%r", short(peer_id), "it took nothing on many streams")
+            self._on_refused("streams")
+            self._disconnect(peer_id)
+            return
+        if len(self._stuck) >= _PACES_KEPT:
+            del self._stuck[next(iter(self._stuck))]
+        self._stuck[peer_id] = count
 
     def lacks(self) -> dict[tuple[str, str], float]:
         """Peer and protocol that it did not serve when a stream was last opened to it -> when that was, by
@@ -430,61 +402,6 @@ class Swarm:
                 raise failure
         return list(reached)
 
-    async def _dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
-        where = ", ".join(addresses)
-        request = _request("CONNECT")
-        request.connect.CopyFrom(
-            p2pd_pb2.ConnectRequest(
-                peer=base58.b58decode(peer_id),
-                addrs=_transports_of(peer_id, addresses),
-                timeout=math.ceil(timeout_s),
-            )
-        )
-        if not request.connect.addrs:
-            raise Unreachable("unroutable", f"peer {short(peer_id)} gives no address that can be dialled")
-        try:
-            await self._ask(request, timeout_s)
-        except TimeoutError:
-            raise Unreachable("timeout", f"{where}: no answer in {timeout_s:g} s") from None
-        except _Refused as error:
-            raise _unreachable(where, str(error), timeout_s) from None
-
-    async def _control(self, request: p2pd_pb2.Request) -> p2pd_pb2.Response:
-        """A question about p2pd itself, which it can answer at once. Raises SwarmError."""
-        try:
-            return await self._ask(request, _CONTROL_TIMEOUT_S)
-        except TimeoutError:
-            raise SwarmError(f"p2pd does not answer in {_CONTROL_TIMEOUT_S:g} s") from None
-        except _Refused as error:
-            raise SwarmError(f"p2pd refused: {error}") from None
-
-    async def _ask(self, request: p2pd_pb2.Request, timeout_s: float) -> p2pd_pb2.Response:
-        """One question to p2pd. Raises TimeoutError, SwarmError, _Refused."""
-        async with asyncio.timeout(timeout_s):
-            response, _, writer = await self._exchange(request)
-        writer.close()
-        return response
-
-    async def _exchange(
-        self, request: p2pd_pb2.Request
-    ) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
-        """Send a request on a new control connection, which an opened stream then goes on to use."""
-        with contextlib.ExitStack() as on_failure:
-            try:
-                reader, writer = await asyncio.open_unix_connection(
-                    self._control_path, limit=STREAM_BUFFER_BYTES
-                )
-                on_failure.callback(writer.close)
-                await write_pbmsg(writer, request)
-                response = p2pd_pb2.Response()
-                await read_pbmsg_safe(reader, response)
-            except (OSError, asyncio.IncompleteReadError) as error:
-                raise SwarmError("p2pd does not answer: it has ended or is ending") from error
-            if response.type == p2pd_pb2.Response.ERROR:
-                raise _Refused(response.error.msg)
-            on_failure.pop_all()
-        return response, reader, writer
-
     async def _on_inbound(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from p2pd: a stream that a peer has opened."""
         task = asyncio.current_task()
@@ -503,13 +420,10 @@ class Swarm:
             writer.close()
 
     async def _handle_inbound(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        info = p2pd_pb2.StreamInfo()
         try:
-            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                await read_pbmsg_safe(reader, info)
+            peer_id, protocol = await opener_of(reader)
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             return
-        peer_id = base58.b58encode(info.peer).decode()
         if not self._lets_in(peer_id):
             return
         task = asyncio.current_task()
@@ -517,12 +431,14 @@ class Swarm:
         if not self._take_place(peer_id, task):
             return
         try:
-            await self._handlers[info.proto](peer_id, reader, writer)
+            await self._handlers[protocol](peer_id, reader, writer)
+            await until_ended(writer)  # in its place: who takes nothing holds a descriptor
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            _log.debug("stream broke proto=%s peer=%s error=%r", info.proto, short(peer_id), error)
+            _log.debug("stream broke proto=%s peer=%s error=%r", protocol, short(peer_id), error)
         except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
-            _log.exception("stream handler failed proto=%s peer=%s", info.proto, short(peer_id))
+            _log.exception("stream handler failed proto=%s peer=%s", protocol, short(peer_id))
         finally:
+            drop_stream(writer, functools.partial(self._count_stuck, peer_id))
             self._places.leave(peer_id, task)
 
     def _lets_in(self, peer_id: str) -> bool:
@@ -554,11 +470,12 @@ class Swarm:
         return True
 
     async def _end_inbound(self) -> None:
-        tasks = [*self._inbound, *self._disconnecting.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+        for some in (self._inbound, self._disconnecting.values()):  # the first may start some of the others
+            tasks = [*some]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
 
 
 async def _carry_nobody(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -580,61 +497,3 @@ class _Bucket:
             return False
         self._left -= 1.0
         return True
-
-
-class _Refused(Exception):
-    """p2pd answered a request with an error; the message is its own."""
-
-
-def _request(kind: str) -> p2pd_pb2.Request:
-    return p2pd_pb2.Request(type=p2pd_pb2.Request.Type.Value(kind))
-
-
-def _texts_of(packed_addresses: Iterable[bytes]) -> list[str]:
-    """The addresses in text; one that py-multiaddr does not know is left out."""
-    texts: list[str] = []
-    for packed in packed_addresses:
-        with contextlib.suppress(MultiaddrError):
-            texts.append(str(multiaddr.Multiaddr(packed)))
-    return texts
-
-
-def _transports_of(peer_id: str, addresses: Iterable[str]) -> list[bytes]:
-    """The addresses as p2pd wants them: packed, without the peer id at the end. Bad ones are left out."""
-    packed: list[bytes] = []
-    for address in addresses:
-        with contextlib.suppress(MultiaddrError):
-            packed.append(multiaddr.Multiaddr(address.removesuffix(f"/p2p/{peer_id}")).to_bytes())
-    return packed
-
-
-# What p2pd says, the word for it, and what to tell the user; the most telling first.
-_DIAL_FAILURES = (
-    ("dial to self", "self", "that is this node itself"),
-    ("peer id mismatch", "wrong_peer", "another peer answers there"),
-    ("protocols not supported", "unsupported", "the peer does not serve this protocol"),
-    ("failed to negotiate security protocol", "not_libp2p", "what answers there is no libp2p peer"),
-    ("connection refused", "refused", "refused, nothing listens there"),
-    ("network is unreachable", "unroutable", "there is no route to it"),
-    ("no route to host", "unroutable", "there is no route to it"),
-    ("no addresses", "unroutable", "no address of it is known"),
-    ("routing: not found", "unroutable", "no address of it is known"),
-    (
-        "no good addresses",
-        "unroutable",
-        "its name does not resolve, or its address cannot be dialled from here",
-    ),
-    ("dial backoff", "backoff", "failed a moment ago, p2pd waits before it tries again"),
-    ("deadline exceeded", "timeout", "no answer"),
-    ("i/o timeout", "timeout", "no answer"),
-)
-
-
-def _unreachable(where: str, message: str, timeout_s: float) -> Unreachable:
-    known = (failure[1:] for failure in _DIAL_FAILURES if failure[0] in message)
-    reason, text = next(known, ("failed", " ".join(message.split())))
-    if reason == "wrong_peer":
-        text += f" ({message.rsplit('remote key matches ', 1)[-1].split()[0]})"
-    if reason == "timeout":
-        text += f" in {timeout_s:g} s"
-    return Unreachable(reason, f"{where}: {text}")

@@ -25,6 +25,7 @@ FORBIDDEN_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load", 
 
 HIVEMIND_MODULES = (
     "tapestry.dht.p2pd",
+    "tapestry.dht.control",
     "tapestry.dht.swarm",
     "tapestry.dht.directory",
     "tapestry.dht.guard",

@@ -37,6 +37,7 @@ from typing import Protocol
 import msgpack
 
 from tapestry.dht.p2pd import SwarmError
+from tapestry.dht.streams import end_stream
 from tapestry.node.daemon.audit_streams import (
     BYTES_PER_SECOND_MIN,
     PAYLOAD_BYTES_MAX,
@@ -338,7 +339,7 @@ class AccusationDesk:
         except RemoteProtocolError as error:
             self._reporter.refused(peer, error.reason, str(error))
         finally:
-            writer.close()
+            end_stream(writer)
         return False
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:

@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from tapestry.dht.addresses import AddressError, PeerAddress, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member

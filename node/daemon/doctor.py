@@ -27,10 +27,11 @@ from importlib import metadata
 from pathlib import Path
 
 from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmConfig, SwarmError, require_free
 from tapestry.dht.presence import CLOCK_SKEW_S
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.daemon.assembly import check_roster, swarm_config
 from tapestry.node.daemon.descriptors import KEPT, STREAMS_MIN, raise_limit
 from tapestry.node.disk.home_mark import require_original

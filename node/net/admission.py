@@ -57,6 +57,7 @@ QUESTION_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 4096
 TAKEN = "the invitation is good: admitted with the next record"
 SILENCE_S = 10.0  # Guess: between two questions, and for an answer
+BYTES_PER_SECOND_MIN = 1024  # of a question or an answer that has begun; as links.py
 APPLICANTS_MAX = 64  # remembered. G7
 STREAMS_MAX = 32  # Guess: served at once
 PACE_S = 0.1  # Guess: after an answer, before the next question on that stream is read
@@ -245,7 +246,8 @@ def _answer_of(raw: dict[str, Any]) -> Answer:
 
 
 async def _receive(reader: asyncio.StreamReader, bytes_max: int) -> dict[str, Any]:
-    header, _ = await read_frame(reader, FrameLimits(bytes_max, 0), start_s=SILENCE_S, silence_s=SILENCE_S)
+    limits = FrameLimits(bytes_max, 0, BYTES_PER_SECOND_MIN)
+    header, _ = await read_frame(reader, limits, start_s=SILENCE_S, silence_s=SILENCE_S)
     fields = unpack(header)
     if type(fields) is not dict:
         raise RemoteProtocolError("malformed", "a header that is not a map")

@@ -63,16 +63,18 @@ class Checkup:
         self._version = version
         self._hosts_of = hosts_of
         self._asked = Repeats(AGAIN_S)
-        self._at_once = 0
+        self._serving: dict[str, asyncio.StreamWriter] = {}  # whose stream was opened first is the first
 
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The handler. Raises RemoteProtocolError, TimeoutError and what streams raise."""
-        now = asyncio.get_running_loop().time()
-        if self._at_once >= AT_A_TIME_MAX or not self._asked.may_tell(peer, now):
+        if peer in self._serving or not self._asked.may_tell(peer, asyncio.get_running_loop().time()):
             return
-        self._at_once += 1
+        if len(self._serving) >= AT_A_TIME_MAX:  # who asks is done in a moment, and who is silent makes room
+            self._serving.pop(next(iter(self._serving))).close()
+        self._serving[peer] = writer
         try:
-            header, _ = await read_frame(reader, FrameLimits(FRAME_BYTES_MAX, 0), ASK_S, ASK_S)
+            async with asyncio.timeout(ASK_S):
+                header, _ = await read_frame(reader, FrameLimits(FRAME_BYTES_MAX, 0), None, ASK_S)
             ports = _ports(unpack(header))
             came_at = time.time()
             hosts = await self._hosts_of(peer)
@@ -89,7 +91,8 @@ class Checkup:
             limits = WriteLimits(Throttle(None), False, ASK_S, whole_frame=True)
             await write_frame(writer, frame_parts(msgpack.packb(answer)), limits, lambda _: None)
         finally:
-            self._at_once -= 1
+            if self._serving.get(peer) is writer:
+                del self._serving[peer]
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ports: Sequence[int]) -> Answer:
@@ -98,7 +101,8 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ports:
     asked_at = time.time()
     question = msgpack.packb({"ports": list(ports[:PORTS_MAX])})
     await write_frame(writer, frame_parts(question), limits, lambda _: None)
-    header, _ = await read_frame(reader, FrameLimits(FRAME_BYTES_MAX, 0), ASK_S + DIAL_S, ASK_S)
+    async with asyncio.timeout(ASK_S + DIAL_S):
+        header, _ = await read_frame(reader, FrameLimits(FRAME_BYTES_MAX, 0), None, ASK_S)
     return _answer(unpack(header), asked_at, time.time())
 
 

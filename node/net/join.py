@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapestry.dht.addresses import PeerAddress
+from tapestry.dht.control import Unreachable
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.net.asked import TAKE_IT, check_run_id, own_spec, spec_to_found

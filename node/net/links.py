@@ -25,9 +25,10 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from tapestry.compression.refusals import Refused
+from tapestry.dht.control import Unreachable
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.net.dials import Dials
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.shares import STREAM_COST_S, Share, Shares
@@ -120,7 +121,7 @@ class _Peer:
     why_broken: str = ""
     inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk ... -> its reader
     proven: bool = False  # it was here or was reached: not only a hint
-    hinted: dict[str, None] = field(default_factory=dict)  # addresses that nobody has proven yet
+    hinted: dict[str, None] = field(default_factory=dict)  # of `addresses`, what the last hint added
     held: Records | None = None  # the answer to its next question, till that is due
     is_displaced: bool = False  # a member has its place
 
@@ -222,10 +223,9 @@ class Links:
             known = self._peers[peer] = _Peer(peer, self._shares.begin(peer))
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
         if hint and not known.up:
-            fresh = dict.fromkeys(a for a in addresses if a not in known.addresses)
-            if known.proven:
-                addresses = (*known.addresses, *fresh)[:ADDRESSES_MAX]  # what is proven stays
-            known.hinted = {a: None for a in (*known.hinted, *fresh) if a in addresses}
+            proven = [a for a in known.addresses if a not in known.hinted] if known.proven else []
+            known.hinted = dict.fromkeys(a for a in addresses if a not in proven)
+            addresses = (*known.hinted, *proven[:ADDRESSES_MAX])  # what is proven stays
         known.proven |= not hint
         known.addresses = tuple(dict.fromkeys([*(addresses or known.addresses), *self._given.get(peer, ())]))
         known.seen_at = now
@@ -452,7 +452,7 @@ class Links:
         reader, writer = await self._swarm.open_stream(
             link.peer, self._protocol(name), self._limits.dial_timeout_s
         )
-        stack.callback(writer.close)
+        stack.callback(self._swarm.end_stream, link.peer, writer)
         return reader, writer
 
     async def _widen(self, link: _Peer, jobs: _Jobs, stack: contextlib.AsyncExitStack) -> str:

@@ -221,7 +221,8 @@ class Network:
             tasks.create_task(exchange.run())
             throttles = config.limits.throttles
             kind_of = functools.partial(caller_kind, node)
-            relay = Relay(swarm.open_stream, lambda: self.linked, kind_of, throttles, config.relay)
+            streams = (swarm.open_stream, swarm.end_stream)
+            relay = Relay(*streams, lambda: self.linked, kind_of, throttles, config.relay)
             await swarm.serve(HOP, relay.serve)  # in the place of p2pd's own, also where it refuses
             announced = bool(config.swarm.announce)
             self._reach = Reach(

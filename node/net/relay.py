@@ -59,12 +59,14 @@ class Relay:
     def __init__(
         self,
         open_stream: OpenStream,
+        end_stream: Callable[[str, asyncio.StreamWriter], None],
         linked: Callable[[], Collection[str]],
         kind_of: Callable[[str], Kind],  # what a caller is here
         throttles: Throttles,
         enabled: bool,
     ) -> None:
         self._open_stream = open_stream
+        self._end_stream = end_stream
         self._linked = linked
         self._kind_of = kind_of
         self._throttles = throttles
@@ -143,7 +145,7 @@ class Relay:
             try:
                 async with asyncio.timeout(ASK_S):
                     inner_reader, inner_writer = await self._open_stream(guest, STOP, ASK_S)
-                    stack.callback(inner_writer.close)
+                    stack.callback(self._end_stream, guest, inner_writer)
                     status = stop_status(await exchange(inner_reader, inner_writer, stop_request(caller)))
             except (SwarmError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 _log.debug("relay=not_carried to=%s reason=%r", guest[-6:], error)

@@ -23,7 +23,7 @@ from tapestry.node.net.throttle import Throttle
 
 FRAME = struct.Struct(">II")
 WRITE_BYTES = 1 << 18  # Guess: written at once before the peer's pace is heeded
-READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/swarm.py); larger reads come in pieces anyway
+READ_BYTES = 1 << 18  # Guess: what a stream's buffer holds (dht/streams.py); more comes in pieces anyway
 
 
 class RemoteProtocolError(Exception):

@@ -25,15 +25,17 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
+from tapestry.dht import streams as streams_module
 from tapestry.dht import swarm as swarm_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.directory import presence_key
 from tapestry.dht.guard import id_of
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.presence import Presence, encode
 from tapestry.dht.reachability import HOP
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 
 pytestmark = pytest.mark.e2e
 
@@ -254,6 +256,80 @@ def test_p2pd_serves_neither_its_own_kademlia_nor_its_own_relay(tmp_path: Path) 
             carol = await Swarm.start(config_in(tmp_path, "carol", serve_kademlia=True))
             assert await serves_kademlia(alice.swarm, carol), "asked for, it is there"
             await carol.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_who_takes_nothing_of_what_is_written_holds_no_descriptor_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It stayed open as long as the peer was connected, and was counted nowhere: 64 more each stall_s."""
+    monkeypatch.setattr(streams_module, "LINGER_S", 0.2)
+    ended: list[bool] = []
+
+    async def flood(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(0.5):
+                while True:
+                    writer.write(bytes(1 << 16))
+                    await writer.drain()
+        except TimeoutError:
+            ended.append(writer.transport.get_write_buffer_size() > 0)
+            if fails:
+                raise
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def main() -> None:
+        async with members(tmp_path, 2) as [alice, bob]:
+            await bob.swarm.serve(PROTOCOL, flood)
+            await alice.swarm.connect(await bob.address(), 5.0)
+            before, writers = descriptors(), []
+            for _ in range(4):
+                _, writer = await alice.swarm.open_stream(bob.swarm.peer_id, PROTOCOL, 5.0)
+                writers.append(writer)
+
+            async def has_ended() -> bool:
+                return len(ended) == 4 and descriptors() <= before + len(writers)
+
+            await eventually(has_ended)
+            assert all(ended), "more was written than the buffers on the way hold"
+            for writer in writers:
+                writer.close()
+
+    run(main())
+
+
+def test_who_takes_nothing_of_many_streams_is_disconnected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """p2pd keeps its end of each, which it cannot write out, as long as there is a connection."""
+    monkeypatch.setattr(streams_module, "LINGER_S", 0.1)
+    monkeypatch.setattr(swarm_module, "STUCK_MAX", 3)
+
+    async def take_nothing(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async def main() -> None:
+        async with members(tmp_path, 2) as [alice, bob]:
+            await bob.swarm.serve(PROTOCOL, take_nothing)
+            await alice.swarm.connect(await bob.address(), 5.0)
+            for count in range(1, 5):
+                _, writer = await alice.swarm.open_stream(bob.swarm.peer_id, PROTOCOL, 5.0)
+                writer.write(bytes(8 << 20))
+                alice.swarm.end_stream(bob.swarm.peer_id, writer)
+                assert writer.transport.get_write_buffer_size() > 0
+                await writer.wait_closed()
+                if count < 4:
+                    assert await alice.swarm.connected_peers() == (bob.swarm.peer_id,)
+
+            async def is_disconnected() -> bool:
+                return not await alice.swarm.connected_peers()
+
+            await eventually(is_disconnected)
+            assert alice.refused == {"streams": 1}
 
     run(main())
 

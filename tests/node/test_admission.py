@@ -12,7 +12,7 @@ import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tapestry.dht import swarm as swarm_errors
+from tapestry.dht import control as control_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmError
@@ -277,7 +277,7 @@ class Shown(FakeSwarm):
     async def open_stream(self, peer: str, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:  # type: ignore[override]
         self.opened.append(peer)
         if peer == OTHER.peer_id:
-            raise swarm_errors.Unreachable("unsupported", "the peer does not serve this protocol")
+            raise control_module.Unreachable("unsupported", "the peer does not serve this protocol")
         return await super().open_stream()
 
 
@@ -455,6 +455,34 @@ def test_questions_that_come_without_a_pause_are_answered_at_a_pace() -> None:
         return len(flood.answers())
 
     assert asyncio.run(main()) == 1
+
+
+def test_a_member_that_drips_its_answer_is_left_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte had ten seconds of its own: eleven hours for an answer."""
+    monkeypatch.setattr(protocol, "SILENCE_S", 0.05)
+    monkeypatch.setattr(protocol, "BYTES_PER_SECOND_MIN", 1 << 20)
+
+    async def drip(reader: asyncio.StreamReader) -> None:
+        reader.feed_data(FRAME.pack(protocol.ANSWER_BYTES_MAX, 0))
+        while True:
+            reader.feed_data(b"\0")
+            await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        writer, began_at = FakeWriter(), asyncio.get_running_loop().time()
+
+        async def open_stream() -> Any:
+            return writer.reader, writer
+
+        dripping = asyncio.create_task(drip(writer.reader))
+        try:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(protocol.ask_once(open_stream, "Oma"), 3.0)
+            assert asyncio.get_running_loop().time() - began_at < 2.0
+        finally:
+            dripping.cancel()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

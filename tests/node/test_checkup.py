@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgpack
 import pytest
@@ -18,7 +20,7 @@ from tapestry.node.disk.home_mark import claim
 from tapestry.node.home import Home
 from tapestry.node.net import checkup
 from tapestry.node.net.checkup import Answer, Checkup, ask
-from tapestry.node.net.wire import RemoteProtocolError, StreamEnded, unpack
+from tapestry.node.net.wire import FRAME, RemoteProtocolError, StreamEnded, unpack
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import preset_spec
 from tapestry.node.spec.size import parameters_of
@@ -59,6 +61,92 @@ def test_a_peer_says_its_time_and_dials_only_where_the_question_came_from() -> N
 def test_who_asks_all_the_time_gets_no_answer() -> None:
     with pytest.raises(StreamEnded):
         asyncio.run(_asked(1, "", times=2))
+
+
+async def _pair(cleanup: contextlib.AsyncExitStack) -> list[Any]:
+    """Two ends, each a reader and a writer."""
+    ends = [await asyncio.open_connection(sock=one) for one in socket.socketpair()]
+
+    async def close() -> None:
+        for _, writer in ends:
+            writer.close()
+        await asyncio.sleep(0.01)  # the loop closes them in its next turns
+
+    cleanup.push_async_callback(close)
+    return ends
+
+
+async def _opened_to(answering: Checkup, peer: str, cleanup: contextlib.AsyncExitStack) -> Any:
+    """The asker's end of a stream that `peer` has opened."""
+    mine, (reader, writer) = await _pair(cleanup)
+
+    async def serve() -> None:
+        try:
+            await answering.serve(peer, reader, writer)
+        finally:
+            writer.close()
+
+    serving = asyncio.create_task(serve())
+
+    async def end() -> None:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    cleanup.push_async_callback(end)
+    return mine
+
+
+def test_silent_peers_keep_nobody_from_an_answer() -> None:
+    async def hosts_of(peer: str) -> tuple[str, ...]:
+        return ()
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as cleanup:
+            answering = Checkup("ab" * 32, "9.9", hosts_of)
+            for count in range(checkup.AT_A_TIME_MAX):
+                await _opened_to(answering, f"silent {count}", cleanup)
+            streams = await _opened_to(answering, "honest", cleanup)
+            assert (await ask(*streams, [])).version == "9.9"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_who_drips_its_bytes_is_waited_for_no_longer_than_who_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    """Each byte had seconds of its own: eight questions closed a node to all others for hours."""
+    monkeypatch.setattr(checkup, "ASK_S", 0.1)
+    monkeypatch.setattr(checkup, "DIAL_S", 0.0)
+
+    async def hosts_of(peer: str) -> tuple[str, ...]:
+        return ()
+
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        writer.write(FRAME.pack(checkup.FRAME_BYTES_MAX, 0))
+        while True:
+            writer.write(b"\0")
+            await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as cleanup:
+            if asks:
+                reader, drips = await _opened_to(Checkup("ab" * 32, "9.9", hosts_of), "peer", cleanup)
+            else:
+                (reader, writer), (_, drips) = await _pair(cleanup)
+            dripping = asyncio.create_task(drip(drips))
+            try:
+                async with asyncio.timeout(3.0):
+                    if asks:
+                        assert await reader.read(-1) == b""
+                    else:
+                        with pytest.raises(TimeoutError):
+                            await ask(reader, writer, [])
+            finally:
+                dripping.cancel()
+                await asyncio.gather(dripping, return_exceptions=True)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("ports", [None, 4001, [0], [65_536], [True], ["1"], [1, 2, 3, 4, 5], [1.0]])

@@ -15,7 +15,8 @@ import torch
 from tapestry.compression.codecs import get_codec
 from tapestry.compression.reduce import WEIGHTED
 from tapestry.compression.refusals import RefusedPayload
-from tapestry.dht.swarm import Unreachable
+from tapestry.dht.control import Unreachable
+from tapestry.dht.presence import ADDRESSES_MAX
 from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
@@ -73,11 +74,16 @@ class FakeSwarm:
         self.reachable, self.takes = reachable, takes
         self.handlers: dict[str, Callable[..., Awaitable[None]]] = {}
         self.opened: list[tuple[asyncio.StreamReader, FakeWriter]] = []
+        self.dialled: tuple[str, ...] = ()
 
     async def serve(self, protocol: str, handler: Callable[..., Awaitable[None]]) -> None:
         self.handlers[protocol.split("/")[-2]] = handler
 
-    async def connect_any(self, *_: object) -> None: ...
+    async def connect_any(self, peer: str, addresses: tuple[str, ...], timeout_s: float) -> None:
+        self.dialled = addresses
+
+    def end_stream(self, peer: str, writer: FakeWriter) -> None:
+        writer.close()
 
     async def open_stream(self, *_: object) -> tuple[asyncio.StreamReader, FakeWriter]:
         if not self.reachable:
@@ -312,6 +318,28 @@ def test_an_address_that_was_given_is_tried_whatever_the_peer_says_of_itself():
             bench.links.want(PEER)
             await until(lambda: bench.links.linked)
             assert bench.links.addresses == {PEER: ("/own", "/other", "/given")}
+
+    run(main)
+
+
+def test_a_peer_of_many_addresses_that_moved_is_dialled_where_it_is_now():
+    """A hint was dropped where as many addresses as a presence record has were known already."""
+
+    async def main() -> None:
+        async with Bench() as bench:
+            old = [f"/old/{i}" for i in range(ADDRESSES_MAX)]
+            bench.links.want(PEER, old)
+            await until(lambda: bench.links.linked)
+            bench.swarm.reachable = False
+            for reader, _ in bench.swarm.opened:
+                reader.feed_eof()
+            await until(lambda: not bench.links.linked)
+            for move in ("first", "second"):
+                new = [f"/{move}/{i}" for i in range(ADDRESSES_MAX)]
+                bench.links.want(PEER, new, hint=True)
+                await until(lambda new=new: bench.swarm.dialled == (*new, *old))
+            bench.swarm.reachable = True
+            await until(lambda: bench.links.linked)
 
     run(main)
 

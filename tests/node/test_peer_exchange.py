@@ -10,9 +10,9 @@ from typing import Any
 import msgpack
 import pytest
 
+from tapestry.dht.control import Unreachable
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESS_BYTES_MAX, ADDRESSES_MAX
-from tapestry.dht.swarm import Unreachable
 from tapestry.node.net import peer_exchange
 from tapestry.node.net.dials import Dials
 from tapestry.node.net.known_peers import KNOWN_MAX, RECENT, KnownPeers

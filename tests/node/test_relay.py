@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tapestry.dht.addresses import circuit_address, parse_peer
+from tapestry.dht.control import Unreachable
 from tapestry.dht.identity import Identity
 from tapestry.dht.p2pd import SwarmConfig, SwarmError
 from tapestry.dht.reachability import (
@@ -31,7 +32,7 @@ from tapestry.dht.reachability import (
     stop_request,
     stop_status,
 )
-from tapestry.dht.swarm import Swarm, Unreachable
+from tapestry.dht.swarm import Swarm
 from tapestry.node.net import circuits as circuits_module
 from tapestry.node.net import relay as relay_module
 from tapestry.node.net.circuits import KIND_CIRCUITS_MAX, PAIR_CIRCUITS_MAX, Kind
@@ -81,7 +82,12 @@ class Bench:
     def __init__(self, enabled: bool = True, throttles: Throttles | None = None) -> None:
         self.linked, self.inner, self.asked = [GUEST], End(framed(STOP_OK)), ""
         self.members = {GUEST, CALLER, "another"}
-        self.relay = Relay(self.open, lambda: self.linked, self.kind_of, throttles or Throttles(), enabled)
+        self.relay = Relay(
+            self.open, self.end, lambda: self.linked, self.kind_of, throttles or Throttles(), enabled
+        )
+
+    def end(self, peer: str, end: Any) -> None:
+        end.close()
 
     def kind_of(self, peer: str) -> Kind:
         return Kind.MEMBER if peer in self.members else Kind.STRANGER
@@ -268,12 +274,9 @@ def test_two_p2pd_meet_through_the_relay_and_it_carries_more_than_p2pds_own_128_
         try:
             carrier, guest, caller = swarms
             linked: list[str] = []
-            await carrier.serve(
-                HOP,
-                Relay(
-                    carrier.open_stream, lambda: linked, lambda peer: Kind.STRANGER, Throttles(), True
-                ).serve,
-            )
+            streams = (carrier.open_stream, carrier.end_stream)
+            relay = Relay(*streams, lambda: linked, lambda peer: Kind.STRANGER, Throttles(), True)
+            await carrier.serve(HOP, relay.serve)
             await guest.serve("/tapestry/test/1", echo)
             at_relay = (await carrier.addresses())[0]
             await guest.connect(parse_peer(at_relay), 5.0)

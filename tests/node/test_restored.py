@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tapestry.dht.addresses import PeerAddress, parse_peer
-from tapestry.dht.swarm import Unreachable
+from tapestry.dht.control import Unreachable
 from tapestry.node.daemon import restored
 from tapestry.node.daemon.notify import Notifier
 from tapestry.node.disk.files import seal

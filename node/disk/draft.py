@@ -67,8 +67,8 @@ class Draft:
         """Write a shard: the same bytes as a view of the file, to be read only. `finish` knows it by that.
 
         What the disk refuses is left for `finish` to find out; then it is the payload that is given back. All
-        that was put before goes to a new file then: of pages whose sync has failed the kernel thinks that they
-        are on the disk, and another sync of that file would be told so (fsync(2)).
+        that was put before goes to a new file then: the kernel takes pages whose sync has failed for written,
+        and says so to another sync of that file (fsync(2)).
         """
         if payload.numel() != self._sizes[shard]:
             return payload

@@ -1,4 +1,4 @@
-"""What is brought from an island: on the disk when it is said to be, or an error that whoever writes it knows."""
+"""What is brought from an island: on the disk when it is said to be, or an error that its writer knows."""
 
 from __future__ import annotations
 

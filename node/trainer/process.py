@@ -111,7 +111,7 @@ class ProcessLimits:
     hello_timeout_s: float = 900.0  # from `configure`: imports, and from one sign of tokenizing to the next
     silence_timeout_s: float | None = 300.0  # longer than any single micro-batch; None: it may be silent
     save_timeout_s: float = (
-        3600.0  # in place of it, until an inner optimizer is written. Guess: 56 GB at 16 MB/s
+        3600.0  # in place of either, until an inner optimizer is written or read. Guess: 56 GB at 16 MB/s
     )
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -566,8 +566,10 @@ class TrainerProcess:
     def _wait_on(self, worker: Hired) -> None:
         """For its hello, from now on: one that gets on with the data may take as long as they need."""
         if worker.deadline is not None:
-            now_s = asyncio.get_running_loop().time()
-            worker.deadline.reschedule(now_s + self._limits.hello_timeout_s)
+            limit_s = self._limits.hello_timeout_s
+            if self._settings is not None and Path(self._settings.inner_state_path).exists():
+                limit_s = max(limit_s, self._limits.save_timeout_s)  # it is read again before the hello
+            worker.deadline.reschedule(asyncio.get_running_loop().time() + limit_s)
 
     def _is_stale(self, report: Progress | Contribution) -> bool:
         """Of another begin; a Progress may be of the epoch after the one that was contributed to."""

@@ -52,6 +52,7 @@ from tapestry.node.library.daemon import Daemon
 from tapestry.node.library.errors import SwarmError
 from tapestry.node.library.member import Loop, Member
 from tapestry.node.library.module import Trained
+from tapestry.node.library.optimizer import require_no_copies
 from tapestry.node.library.wanted import Wanted
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.tables import TableError, read_table
@@ -94,6 +95,8 @@ class Swarm:
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.module = module
+        if optimizer is not None:
+            require_no_copies(optimizer)
         self._loop = Loop(Trained(module), optimizer, evaluate)
         self._wanted = Wanted.of(self._loop.trained.layout, name, inner_steps, run or {})
         self._home = Home(Path(home).expanduser().absolute())

@@ -70,7 +70,9 @@ class Draft:
     def put(self, shard: int, payload: Tensor, digest: str) -> Tensor:
         """Write a shard: the same bytes as a view of the file, to be read only. `finish` knows it by that.
 
-        What the disk refuses is left for `finish` to find out; then it is the payload that is given back.
+        What the disk refuses is left for `finish` to find out; then it is the payload that is given back. All
+        that was put before goes to a new file then: the kernel takes pages whose sync has failed for written,
+        and says so to another sync of that file (fsync(2)).
         """
         if payload.numel() != self._sizes[shard]:
             return payload
@@ -84,6 +86,7 @@ class Draft:
                 os.fdatasync(self._fd)
                 self._unsynced_bytes = 0
         except OSError:
+            self.drop()
             return payload
         self._written[shard] = (view, digest)
         return view

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tapestry.node.library.errors import SwarmError
 from tapestry.node.trainer.optimizers.state import Identity, Snapshot, write_snapshot
 
 NUMBERS: Mapping[str, tuple[type, torch.dtype]] = {
@@ -26,6 +27,23 @@ NUMBERS: Mapping[str, tuple[type, torch.dtype]] = {
 
 class StateNotKept(ValueError):
     """One line that says why."""
+
+
+# Their optimizers keep the parameters once more (masters in f32, the sequence z), and step from those: a base
+# that is loaded into the module is undone by the next step.
+KEEP_COPIES = ("deepspeed", "schedulefree")
+
+
+def require_no_copies(optimizer: torch.optim.Optimizer) -> None:
+    """Raises SwarmError for one that would not step from the base, however often that is loaded."""
+    for one in (optimizer, _inner(optimizer)):
+        library = type(one).__module__.partition(".")[0]
+        if library in KEEP_COPIES:
+            raise SwarmError(
+                f"the optimizer is {library}'s {type(one).__name__}, which steps from its own copy of the "
+                "parameters, and so leaves the run's base",
+                "an optimizer that steps the module's own parameters, such as torch.optim.AdamW",
+            )
 
 
 def save_state(path: Path, optimizer: torch.optim.Optimizer, epoch: int, schema: str) -> None:
@@ -52,9 +70,12 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, schema: str) -> int
     return epoch
 
 
+def _inner(optimizer: torch.optim.Optimizer) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
 def _name(optimizer: torch.optim.Optimizer) -> str:
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return type(inner).__name__
+    return type(_inner(optimizer)).__name__
 
 
 def _flattened(state: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:

@@ -39,6 +39,7 @@ from tapestry.node.trainer.data.files import SourceFile, decoded
 from tapestry.node.trainer.data.protected import Judge, judge_of
 from tapestry.node.trainer.data.readers.csv import fields, rows_of
 from tapestry.node.trainer.data.readers.jsonl import valid
+from tapestry.node.trainer.data.readers.parquet import plain_rows
 from tapestry.node.trainer.data.readers.registry import format_in, format_of, require
 from tapestry.node.trainer.data.sources import files_below
 from tapestry.node.trainer.data.tally import Group
@@ -494,7 +495,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512):
-            for row in batch.to_pylist():
+            for row in plain_rows(batch):
                 number += 1
                 yield f"{path}:{number}", row
     except (pyarrow.ArrowException, OSError) as error:  # OSError: of a page that it cannot unpack

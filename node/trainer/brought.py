@@ -29,10 +29,15 @@ def write_brought(
 ) -> None:
     """On disk when this returns. Raises OSError."""
     new = path.with_name(path.name + ".tmp")
-    save_file({DIFFERENCE: difference}, str(new), about)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        save_file({DIFFERENCE: difference}, str(new), about)
+        _sync(new)
+        os.replace(new, path)
+        _sync(path.parent)
+    except SafetensorError as error:  # how the library reports a failed write, a full disk included
+        raise OSError(str(error)) from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_brought(path: Path, n: int) -> Tensor | None:  # f32 (n,), CPU
@@ -56,3 +61,11 @@ def read_about(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise BroughtError(f"{path} cannot be read: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -67,15 +67,27 @@ class Encoder:
         if self._in_pieces:
             for shard, payload in zip(self._layout.shards, payloads, strict=True):
                 self._encode_pieces(write, shard, payload, rest, squares)
+                self._take_sent(shard, payload, rest)
         else:
             for turn, (first, last) in enumerate(alike(self._layout)):
-                self._encode_together(write, first, last, out, rest, squares, self._is_mine(turn))
-        if rest is not None:
-            for shard, payload in zip(self._layout.shards, payloads, strict=True):
-                self._layout.codec.accumulate(payload, shard.n, -1.0, rest[shard.start : shard.stop])
+                mine = self._is_mine(turn)
+                self._encode_together(write, first, last, out, rest, squares, mine)
+                for index in range(first, last) if mine else ():
+                    self._take_sent(self._layout.shards[index], payloads[index], rest)
         self._pending = None if rest is None else (generation, rest)
         total = math.fsum(squares)
         return math.sqrt(total if self._group is None else self._group.sum(total))
+
+    def _take_sent(
+        self,
+        shard: Shard,
+        payload: Tensor,  # uint8 (payload_size(shard.n),), of what lies in `rest`
+        rest: Tensor | None,  # f32 (n,): the shard's part is changed
+    ) -> None:
+        """Leave what rounding took. Other processes' shards are not looked at: they may be half written, and
+        the pages of theirs in `rest` take no memory as long as nobody touches them."""
+        if rest is not None:
+            self._layout.codec.accumulate(payload, shard.n, -1.0, rest[shard.start : shard.stop])
 
     def _is_mine(self, turn: int) -> bool:
         """Whether this process encodes these shards; all help to put them together."""

@@ -93,7 +93,7 @@ class ProcessLimits:
     hello_timeout_s: float = 900.0  # from `configure`: imports, and from one sign of tokenizing to the next
     silence_timeout_s: float | None = 300.0  # longer than any single micro-batch; None: it may be silent
     save_timeout_s: float = (
-        3600.0  # in place of it, until an inner optimizer is written. Guess: 56 GB at 16 MB/s
+        3600.0  # in place of either, until an inner optimizer is written or read. Guess: 56 GB at 16 MB/s
     )
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -233,7 +233,7 @@ class TrainerProcess:
         self._settings, self.on_event = settings, on_event
         if self._worker is not None:
             self._worker.send(Configure(plain(settings)))
-            self._silence.await_hello()
+            self._await_hello()
         await asyncio.wait({self._supervisor, self._ready}, return_when=asyncio.FIRST_COMPLETED)
         if self._supervisor.done():
             await self._supervisor  # raises what ended it
@@ -452,7 +452,7 @@ class TrainerProcess:
         try:
             async with self._silence.bounded():
                 if self._settings is not None:  # else it has nothing to say, however long the node waits
-                    self._silence.await_hello()
+                    self._await_hello()
                 while True:
                     self._handle(worker, await worker.receive())
                     self._watch(worker)
@@ -475,11 +475,15 @@ class TrainerProcess:
         worker.kill()
         self.on_event(self._failure)
 
+    def _await_hello(self) -> None:
+        assert self._settings is not None
+        self._silence.await_hello(reads=Path(self._settings.inner_state_path).exists())
+
     def _handle(self, worker: Hired, report: Report) -> None:
         if isinstance(report, Hello):
             self._handle_hello(worker, report)
         elif isinstance(report, Tokenizing) and not worker.attached:
-            self._silence.await_hello()
+            self._await_hello()
             self.on_event(report)
         elif not worker.attached and not isinstance(report, Failed):
             raise MessageError(f"{type(report).__name__} before Hello")

@@ -2,7 +2,8 @@
 
 The times, which process.ProcessLimits gives:
 
-    before its hello     `hello_s` from its settings, and from each sign that it gets on with its data
+    before its hello     `hello_s` from its settings, and from each sign that it gets on with its data; at least
+                         `save_s` where it has an inner optimizer to read
     with work to do      `silence_s` from each message in either direction
     while it also saves  at least `save_s`: an inner optimizer takes long to write
     idle                 as long as it likes
@@ -38,9 +39,10 @@ class Silence:
         finally:
             self._deadline = None
 
-    def await_hello(self) -> None:
-        """From now on; again when it gets on with the data, which may take as long as they need."""
-        self._end_in(self._hello_s)
+    def await_hello(self, reads: bool = False) -> None:
+        """From now on; again when it gets on with the data, which may take as long as they need. `reads`: it
+        has an inner optimizer to read before."""
+        self._end_in(max(self._hello_s, self._save_s) if reads else self._hello_s)
 
     def watch(self, busy: bool) -> None:
         """A message has gone or come, after the hello; `busy`: the worker owes an answer."""

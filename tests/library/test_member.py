@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -531,6 +531,20 @@ def test_a_spec_of_very_many_tensors_still_fits_its_genesis() -> None:
         "0" * 64, [f"a.rather.long.name.of.layer.{i}" for i in range(3000)], [(2, 2)] * 3000
     )
     assert model.tensors == () and model.parameters == 12000
+
+
+@pytest.mark.parametrize("library", ["schedulefree.adamw_schedulefree", "deepspeed.runtime.bf16_optimizer"])
+def test_an_optimizer_that_steps_from_a_copy_of_the_parameters_is_refused(
+    tmp_path: Path, library: str
+) -> None:
+    """Without any gradient schedule-free takes the module from the base back to where it was."""
+    module = make_module()
+    theirs = type("Theirs", (torch.optim.SGD,), {"__module__": library})(module.parameters(), lr=0.1)
+    wrapped = SimpleNamespace(optimizer=theirs)  # as accelerate does
+    for optimizer in (theirs, wrapped):
+        with pytest.raises(SwarmError, match=f"the optimizer is {library.partition('.')[0]}'s"):
+            Swarm(module, cast(Any, optimizer), home=tmp_path / "home")
+    Swarm(module, torch.optim.SGD(module.parameters(), lr=0.1), home=tmp_path / "home")
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.ASGD])

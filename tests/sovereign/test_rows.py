@@ -191,6 +191,13 @@ def test_a_bad_row_is_counted_and_ends_nothing(
     assert use.left_out[0].startswith(f"1 ({tmp_path}/a.csv:122) rows without what")
 
 
+def test_a_row_of_a_csv_that_a_comma_has_cut_in_two_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*(f"{i},{i}" for i in range(120)), "a, b,c"]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", *rows]) + "\n")
+    (use,) = _prepared(tokenizer, "sft", str(tmp_path / "a.csv")).uses
+    assert use.left_out[0].startswith(f"1 ({tmp_path}/a.csv:122) rows without what")
+
+
 def test_messages_that_the_template_refuses_are_malformed_and_without_one_it_is_said(
     tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -86,6 +86,25 @@ def test_a_disk_that_fails_early_fails_the_finish_and_leaves_no_file(tmp_path, m
     assert os.listdir(tmp_path) == []
 
 
+def test_what_was_put_before_a_sync_failed_is_written_again(tmp_path, monkeypatch):
+    """The kernel tells of lost pages once, and takes them for written ever after."""
+    draft, parts = make(tmp_path), payloads(1)
+    monkeypatch.setattr(draft_module, "SYNC_BYTES", SIZES[0] + 1)
+    views = [draft.put(0, parts[0], "zero")]
+    lost = os.stat(tmp_path / "draft.tmp").st_ino
+
+    def failing(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as bad:
+        bad.setattr(draft_module.os, "fdatasync", failing)
+        views.append(draft.put(1, parts[1], "one"))
+    assert views[1] is parts[1] and torch.equal(views[0], parts[0])
+    draft.finish(tmp_path / "it", HEADER, [*views, parts[2]])
+    assert (tmp_path / "it").read_bytes() == whole(parts)
+    assert os.stat(tmp_path / "it").st_ino != lost
+
+
 def test_a_dropped_draft_leaves_nothing_and_can_be_used_again(tmp_path):
     draft, parts = make(tmp_path), payloads(1)
     draft.put(0, parts[0], "zero")

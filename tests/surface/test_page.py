@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,26 @@ def test_nothing_in_the_page_is_inline_nor_made_of_markup() -> None:
     assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)|javascript:", html)
     for name, text in _own().items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text), name
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node runs the page's code without a browser")
+def test_times_are_as_people_say_them() -> None:
+    """A part that is rounded up is carried over: no minute has 60 seconds."""
+    told = {0.42: "0.42 s", 59.4: "59 s", 59.6: "1 min 0 s", 119.7: "2 min 0 s", 3599.7: "1 h 0 min"}
+    told |= {
+        185: "3 min 5 s",
+        7199: "2 h 0 min",
+        86399: "1 day 0 h",
+        172700: "2 days 0 h",
+        90000: "1 day 1 h",
+    }
+    code = (
+        f'import {{ seconds }} from "{(PAGE / "format.js").as_uri()}";'
+        f"console.log(JSON.stringify({list(told)}.map(seconds)));"
+    )
+    command = ["node", "--input-type=module", "--eval", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(said.stdout) == list(told.values())
 
 
 def test_the_files_are_package_data() -> None:

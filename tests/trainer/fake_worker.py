@@ -29,6 +29,8 @@ def main(mode: str, flag: Path, channel: socket.socket) -> int:
     if mode == "dies before hello":
         print("first line\nlast words", file=sys.stderr)  # noqa: T201
         return 5
+    if mode == "reads slowly":
+        time.sleep(2.5)
     if mode == "tokenizes":
         for done in (3, 6):
             channel.sendall(pack(messages.Tokenizing(done, 6, 1.5)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from tapestry.compression.refusals import RefusedVector
 from tapestry.compression.shards import Layout
 from tapestry.node.spec.training import TrainSpec
 from tapestry.node.trainer.encoder import Encoder, Write, alike
+from tapestry.node.trainer.group import Group
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 
 CHECKED = settings(max_examples=60, deadline=None)
@@ -254,6 +255,31 @@ def test_the_norm_is_that_of_the_vector_without_the_residual(encoder: Encoder) -
     encoder.settle(1)
     norm = encoder.encode(writer(y), torch.empty(encoder._layout.size, dtype=torch.uint8), 2)
     assert norm == pytest.approx(float(torch.linalg.vector_norm(y, dtype=torch.float64)), rel=1e-13)
+
+
+class OneOfTwo:
+    """The second of two ranks, for which nobody adds up."""
+
+    rank, size = 1, 2
+
+    def sum(self, value: float) -> float:
+        return value
+
+
+def test_of_several_processes_each_looks_at_its_own_shards_alone() -> None:
+    """The others' may be half written at that moment."""
+    layout = layout_of(3 * DEVICE_PIECE, shard_elements=DEVICE_PIECE)
+    encoder = Encoder(layout, torch.device("cpu"), residual=True, group=cast(Group, OneOfTwo()))
+    x = torch.randn(layout.n, generator=torch.Generator().manual_seed(1))
+    out = torch.full((layout.size,), 0x80, dtype=torch.uint8)  # no payload has such codes
+    encoder.encode(writer(x), out, 1)
+    encoder.settle(1)
+    (theirs, mine, also_theirs), expected = layout.views(out), layout.views(naive(layout, x))
+    assert torch.equal(mine, expected[1])
+    assert bool((theirs == 0x80).all() and (also_theirs == 0x80).all())
+    place = slice(DEVICE_PIECE, 2 * DEVICE_PIECE)
+    assert encoder._residual is not None
+    assert torch.equal(encoder._residual[place], x[place] - layout.codec.decode(mine, DEVICE_PIECE))
 
 
 def test_a_residual_that_makes_a_finite_vector_infinite_is_refused(encoder: Encoder) -> None:

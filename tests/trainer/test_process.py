@@ -86,6 +86,7 @@ class Fake:
     def __init__(self, settings: WorkerSettings, folder: Path) -> None:
         self._settings = settings
         self._folder = folder
+        self.inner_state = Path(settings.inner_state_path)
 
     async def start(
         self, mode: str, limits: ProcessLimits = QUICK, folder: Path | None = None
@@ -352,6 +353,23 @@ def test_a_worker_that_writes_its_inner_optimizer_is_given_longer(fake: Fake) ->
             assert trainer._silence.saves == 0
         finally:
             await trainer.stop(DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_has_an_inner_optimizer_to_read_is_given_longer(fake: Fake) -> None:
+    """What took an hour to write cannot be read in the time that imports may take."""
+
+    async def scenario() -> None:
+        limits = dataclasses.replace(QUICK, hello_timeout_s=1.0, save_timeout_s=30.0)
+        with pytest.raises(TrainerError) as caught:
+            await fake.start("reads slowly", limits)
+        assert caught.value.reason == "timeout"
+        fake.inner_state.parent.mkdir(parents=True, exist_ok=True)
+        fake.inner_state.touch()
+        trainer, events = await fake.start("reads slowly", limits)
+        await trainer.stop(DEADLINE_S)
+        assert not events.of(Failed)
 
     asyncio.run(scenario())
 

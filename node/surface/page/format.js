@@ -20,14 +20,15 @@ export function short(value, unit = "") {
 
 export const bytes = (value) => short(value, "B");
 
-/** Seconds -> "0.42 s", "12 s", "3 min 5 s", "2 h 10 min", "3 days" */
+/** Seconds -> "0.42 s", "12 s", "3 min 5 s", "2 h 10 min", "3 days 1 h" */
 export function seconds(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return UNKNOWN;
-  if (value < 10) return value.toFixed(value < 1 ? 2 : 1) + " s";
-  if (value < 60) return Math.round(value) + " s";
-  if (value < 3600) return Math.floor(value / 60) + " min " + Math.round(value % 60) + " s";
-  if (value < 86400) return Math.floor(value / 3600) + " h " + Math.round((value % 3600) / 60) + " min";
-  return Math.floor(value / 86400) + " days " + Math.round((value % 86400) / 3600) + " h";
+  if (value < 9.95) return value.toFixed(value < 0.995 ? 2 : 1) + " s";
+  const [whole, minutes, hours] = [Math.round(value), Math.round(value / 60), Math.round(value / 3600)];
+  if (whole < 60) return whole + " s";
+  if (whole < 3600) return Math.floor(whole / 60) + " min " + (whole % 60) + " s";
+  if (minutes < 1440) return Math.floor(minutes / 60) + " h " + (minutes % 60) + " min";
+  return Math.floor(hours / 24) + (hours < 48 ? " day " : " days ") + (hours % 24) + " h";
 }
 
 /** How long ago, in steps that do not change each second. */

@@ -14,9 +14,10 @@ from tapestry.node.trainer.data.errors import DataError
 
 WANTED = tuple(
     f"*{suffix}{packing}"
-    for suffix in (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".arrow", ".md")
+    for suffix in (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".arrow", ".md")
     for packing in ("", ".gz", ".zst")
 )
+ABOUT = frozenset({"README.md", "dataset_infos.json", "dataset_dict.json"})  # at the top; no data
 
 
 def snapshot_download(*args: Any, **more: Any) -> str:

@@ -285,7 +285,7 @@ def _folder_files(
 ) -> Iterator[SourceFile]:
     paths = list(_paths_in(root, source, tally, within))
     if one_split:
-        paths = _train_split(root, paths, tally)
+        paths = _train_split(root, _without_card(root, paths, tally), tally)
     for path in paths:
         on_file()
         real = os.path.realpath(path)
@@ -386,6 +386,14 @@ def _json_of(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _without_card(root: str, paths: Sequence[str], tally: Tally) -> list[str]:
+    """Without what a hub keeps beside the data to describe them."""
+    about = {path for path in paths if os.path.relpath(path, root) in hub.ABOUT}
+    for path in sorted(about):
+        tally.left_out.setdefault("it describes the data set", Group()).add(path)
+    return [path for path in paths if path not in about]
 
 
 def _train_split(root: str, paths: Sequence[str], tally: Tally) -> list[str]:

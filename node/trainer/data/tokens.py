@@ -105,7 +105,10 @@ def source_key(listing: Listing, tokenizer: Tokenizer) -> str:
         [one.path, one.size_bytes, one.modified_ns, one.format, one.field, one.encoding]
         for one in listing.files
     ]
-    rules = {"protected": digest_of(listing.domains)} if listing.domains else {}
+    rules: dict[str, Any] = {"protected": digest_of(listing.domains)} if listing.domains else {}
+    formats = {one.format: format_named(one.format).version for one in listing.files}
+    if any(formats.values()):
+        rules["formats"] = formats
     return _digest({"version": CACHE_VERSION, "tokenizer": tokenizer.digest, "files": files, **rules})
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
@@ -262,6 +263,44 @@ def test_more_bad_rows_than_is_allowed_are_refused_with_the_flag_that_allows_the
     assert "\n" not in str(caught.value)
     allowed = corpus_of(settings_of(f"{path}:text", allow_doubtful=True), tmp_path / "cache")
     assert documents_of(allowed) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("n,text", ["1,cut, here", "2,whole,,"]),  # a comma that was written without quotes
+        ("text,n", ["1,row names have no title,2", "whole,2"]),  # as R writes row names
+    ],
+)
+def test_a_row_of_a_csv_with_more_cells_than_its_header_is_malformed(
+    tmp_path: Path, header: str, rows: list[str]
+) -> None:
+    path = tmp_path / "a.csv"
+    good = [f'{n},"{TEXTS[0]}"' if header == "n,text" else f'"{TEXTS[0]}",{n}' for n in range(99)]
+    path.write_text("\n".join([header, *good, *rows]) + "\n")
+    corpus = corpus_of(settings_of(f"{path}:text"), tmp_path / "cache")
+    assert documents_of(corpus) == [TEXTS[0]] * 99 + ["whole"]
+    assert f"malformed rows: 1 ({path}:101)" in "\n".join(corpus.summary)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_row_of_a_table_whose_text_is_not_utf_8_is_malformed(tmp_path: Path, name: str) -> None:
+    texts = [text.encode() for text in TEXTS * 5] + [b"broken \xff\xfe", b"after"]
+    ends = numpy.cumsum([0, *map(len, texts)], dtype=numpy.int32)
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        len(texts),
+        [None, pyarrow.py_buffer(ends.tobytes()), pyarrow.py_buffer(b"".join(texts))],
+    )
+    table = pyarrow.table({"text": column})
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as stream:
+            stream.write_table(table)
+    corpus = corpus_of(settings_of(f"{tmp_path / name}:text"), tmp_path / "cache")
+    assert documents_of(corpus) == [*TEXTS * 5, "after"]
+    assert f"malformed rows: 1 ({tmp_path / name}:151)" in "\n".join(corpus.summary)
 
 
 def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:

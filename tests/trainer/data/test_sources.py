@@ -228,6 +228,9 @@ def _cached_on_this_disk(root: Path, revision: str) -> None:
     for name in ("train-00000-of-00001", "test-00000-of-00001"):
         blob = write_jsonl(repository / "blobs" / f"blob-{name}", [name])
         (snapshot / "data" / f"{name}.jsonl").symlink_to(f"../../../blobs/{blob.name}")
+    for name, text in (("README.md", "# Texts\n"), ("dataset_infos.json", '{"a": 1}\n{"b": 2}\n')):
+        (repository / "blobs" / f"blob-{name}").write_text(text * 99)
+        (snapshot / name).symlink_to(f"../../blobs/blob-{name}")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
 
@@ -243,8 +246,17 @@ def test_a_hub_data_set_is_read_from_the_cache_without_a_network(
     listing = _listing("hub:org/texts:text")
     assert _names(listing) == ["train-00000-of-00001.jsonl"]
     assert "of another split than train: 1 (" in "\n".join(listing.tally.lines())
+    assert "it describes the data set: 2 (" in "\n".join(listing.tally.lines())
     with pytest.raises(DataError, match="hub:org/none: neither the hub nor its cache on this disk gives it"):
         _listing("hub:org/none:text")
+
+
+def test_every_kind_of_table_and_text_is_fetched_from_a_hub() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    kinds = ("parquet", "jsonl", "json", "json.gz", "csv", "tsv", "txt", "txt.zst", "arrow")
+    files = [f"data/a.{kind}" for kind in kinds]
+    assert [*filter_repo_objects([*files, "a.py", "a.bin"], allow_patterns=list(hub.WANTED))] == files
 
 
 def _unknown(root: Path) -> str:

@@ -15,6 +15,7 @@ from tapestry.node.spec.data import Domain, Protection
 from tapestry.node.trainer.data import files, tokens
 from tapestry.node.trainer.data.corpus import Use, open_corpus
 from tapestry.node.trainer.data.errors import DataError
+from tapestry.node.trainer.data.readers import registry
 from tapestry.node.trainer.data.sources import list_data
 from tapestry.node.trainer.data.tokens import tokenize
 from tapestry.node.trainer.tokenizers.byte import EOS_ID, ByteTokenizer
@@ -70,6 +71,18 @@ def test_small_pieces_give_the_same_ids(tmp_path: Path, small_parts: None) -> No
     (tmp_path / "a.txt").write_text(text)
     corpus = corpus_of(settings_of(tmp_path), tmp_path / "cache")
     assert documents_of(corpus) == [text]
+
+
+def test_what_an_earlier_reader_of_the_format_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,n\n" + "".join(f"some text {number},1\n" for number in range(60)))
+    key = corpus_of(settings_of(f"{path}:text"), tmp_path / "cache").seen[0].key
+    assert corpus_of(settings_of(f"{path}:text"), tmp_path / "cache").seen[0].key == key
+    later = dataclasses.replace(registry.format_named("csv"), version=99)
+    monkeypatch.setitem(registry._BY_NAME, "csv", later)
+    assert corpus_of(settings_of(f"{path}:text"), tmp_path / "cache").seen[0].key != key
 
 
 @pytest.mark.parametrize("dies_after", range(1, 1600, 150))

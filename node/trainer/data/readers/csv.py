@@ -1,5 +1,8 @@
 """Comma-, semicolon- or tab-separated values: the first row names columns, one of which holds documents.
 
+A row with more cells than the header is malformed: a separator that was written without quotes has cut a
+cell in two, and nobody can say which. Empty cells at a row's end are none.
+
 A .tsv has no quotes as a rule: a cell that begins with one would else swallow tabs and lines up to the next.
 Its rows have as many cells as its header, or are malformed, so that one that was written with lines in its
 cells shows it. A header in quotes says that all cells may be.
@@ -50,7 +53,7 @@ def rows_of(file: SourceFile) -> Iterator[tuple[int, list[str] | None]]:
             if row and _is_tsv(file):
                 yield rows.line_num, [*map(_unquoted, row)] if len(row) == len(header) else None
             elif row:
-                yield rows.line_num, row
+                yield rows.line_num, None if any(row[len(header) :]) else row
 
 
 def fields(file: SourceFile) -> list[str]:
@@ -83,5 +86,5 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-FORMAT = Format("csv", (".csv",), is_table=True, read=read, fields=fields)
+FORMAT = Format("csv", (".csv",), is_table=True, read=read, fields=fields, version=1)
 TSV = Format("tsv", (".tsv",), is_table=True, read=read, fields=fields)

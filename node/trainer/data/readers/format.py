@@ -27,3 +27,4 @@ class Format:
     fields: Callable[[SourceFile], list[str]]  # names in its first row, for an error message
     is_packed: bool = False  # its files are packed by themselves: .gz and .zst around it are not read
     needs: str = ""  # a package that may not be there
+    version: int = 0  # of what `read` gives: a higher one has every source of the format tokenized again

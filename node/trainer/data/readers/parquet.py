@@ -34,14 +34,32 @@ def rows_of(batches: Iterator[Any], file: SourceFile, tally: Tally) -> Iterator[
     """The documents of arrow record batches."""
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in plain_rows(batch):
             number += 1
             tally.rows += 1
+            if row is None:
+                tally.malformed.add(f"{file.path}:{number}")
+                continue
             found = field_of(row, file.field)
             if not isinstance(found, str):
                 tally.no_field.add(f"{file.path}:{number}")
             elif found:
                 yield found, True
+
+
+def plain_rows(batch: Any) -> list[Any]:
+    """Of an arrow record batch; None for one whose text is not UTF-8, which arrow does not look at."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        return [_plain_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _plain_row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 def _open(file: SourceFile) -> Any:

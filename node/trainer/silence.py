@@ -2,8 +2,8 @@
 
 The times, which process.ProcessLimits gives:
 
-    before its hello     `hello_s` from its settings, and from each sign that it gets on with its data; at least
-                         `save_s` where it has an inner optimizer to read
+    before its hello     `hello_s` from its settings, and from each sign that it gets on with its data
+    while it also reads  at least `save_s`: the inner optimizer that it left takes long to read
     with work to do      `silence_s` from each message in either direction
     while it also saves  at least `save_s`: an inner optimizer takes long to write
     idle                 as long as it likes

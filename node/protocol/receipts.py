@@ -55,12 +55,9 @@ class TwoRosters:
 
 def roster_message(run_id: str, receipt: Receipt) -> bytes:
     """What a ROSTER signs. Of one run, epoch, head, ballot and disk an honest leader signs one digest."""
-    said = (run_id, receipt.head, receipt.life, receipt.digest)
-    fields = tuple([field.encode() for field in said])
-    return b"tapestry roster v1\0%s\0%d\0%s\0%d\0%s\0%s" % (
-        *(fields[0], receipt.epoch, fields[1]),
-        *(receipt.ballot, fields[2], fields[3]),
-    )
+    r = receipt
+    said = (run_id.encode(), r.epoch, r.head.encode(), r.ballot, r.life.encode(), r.digest.encode())
+    return b"tapestry roster v1\0%s\0%d\0%s\0%d\0%s\0%s" % said
 
 
 def receipt_of(leader: str, roster: Roster, crypto: Crypto) -> Receipt:

@@ -32,6 +32,7 @@ from homes import MadeHome, base_spec, make_home
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.disk.accusations import Accusation, keep
 from tapestry.node.disk.base import pinned
+from tapestry.node.disk.double_rosters import DoubleRoster
 from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.disk.files import atomic_write, seal
 from tapestry.node.disk.linked import LinkedFile
@@ -44,6 +45,8 @@ from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.audit import inputs_digest, mean_message
 from tapestry.node.protocol.chain import Member, accept_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation
+from tapestry.node.protocol.messages import Receipt
+from tapestry.node.protocol.receipts import TwoRosters, roster_message
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Transplant
 from tapestry.node.sovereign.recipe import Recipe
@@ -133,6 +136,7 @@ def _home_of_everything(folder: Path) -> Path:
         known.say(identity.peer_id, (words,), 100)
     keep(made.home.accusations, _wrong_mean(made))
     keep(made.home.accusations, _two_votes(made))
+    keep(made.home.accusations, _two_rosters(made))
     ledger = LinkedFile(made.home.egress, file_bytes_max=2000)
     for epoch in range(1, 12):
         part = Left("2026-11-29T00:00:00Z", "result", 7, {"peer": 7}, "mean", ((epoch, "ab" * 32),), 0)
@@ -175,6 +179,17 @@ def _two_votes(made: MadeHome) -> DoubleVote:
     crypto = NodeCrypto(liar)
     a, b = (crypto.sign(accept_message(head_of(body, crypto), 3)) for body in bodies)
     return DoubleVote.of(Equivocation(liar.peer_id, 3, bodies, (a, b)))
+
+
+def _two_rosters(made: MadeHome) -> DoubleRoster:
+    """Of the second member, in ballot 4 of the newest round."""
+    liar, run_id = made.identities[1], made.chain.genesis.run_id
+    crypto, head = NodeCrypto(liar), made.chain.head
+    told = []
+    for digest in ("ab" * 32, "cd" * 32):
+        one = Receipt(liar.peer_id, made.chain.epoch, head, 4, "1f" * 16, digest, "")
+        told.append(dataclasses.replace(one, signature=crypto.sign(roster_message(run_id, one))))
+    return DoubleRoster.of(TwoRosters(told[0], told[1]))
 
 
 def _turn(path: Path, place: int, bit: int) -> None:

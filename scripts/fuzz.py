@@ -39,6 +39,7 @@ from tapestry.dht import presence
 from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.reachability import hop_answer, hop_request, stop_request, stop_status
 from tapestry.node.disk import accusations, signed_means
+from tapestry.node.disk.double_rosters import DoubleRoster
 from tapestry.node.errors import UserError
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.net import checkup, wire
@@ -62,7 +63,8 @@ from tapestry.node.protocol.members import (
     changes_fault,
     first_roll,
 )
-from tapestry.node.protocol.messages import Closing, GetRecords, Ready, Roster, Shard, Stage, Status
+from tapestry.node.protocol.messages import Closing, GetRecords, Ready, Receipt, Roster, Shard, Stage, Status
+from tapestry.node.protocol.receipts import TwoRosters
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.spec.invitation import Invitation, read_invitation
 from tapestry.node.spec.run import RunSpec, preset_spec
@@ -154,10 +156,12 @@ def of_peers() -> dict[str, Target]:
     accused = accusations.Accusation(
         HEX, 3, (Member(PEER, 1, HEX, ""),), 0, HEX, OTHER, "ab", (((HEX,), b"x"),)
     )
+    receipt = Receipt(PEER, 3, HEX, 0, HEX[:32], HEX, "ab")
+    twice = DoubleRoster.of(TwoRosters(receipt, receipt))
     line = Invitation(f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}", HEX, b"s" * 32).line
     refusals = (InvalidRecord, UserError, ValueError, RecursionError)
     members = (Member(PEER, 1, HEX, "", 5), Member(OTHER, 0, "", HEX[:32], seat="ab" * 64))
-    said = Ready(3, HEX, 0, False, HEX, HEX, 5, 1.0, -1, None, HEX[:32], seat="ab" * 64)
+    said = Ready(3, HEX, 0, False, HEX, HEX, 5, 1.0, -1, None, HEX[:32], seat="ab" * 64, receipts=(receipt,))
     roster = Roster(3, HEX, 0, False, HEX, tuple(sorted(members, key=lambda m: m.peer)), (0,))
     ready = {"ask": "admission", "name": "lab", "admission": change_to_list(_changes()[0])}
     return {
@@ -189,7 +193,9 @@ def of_peers() -> dict[str, Target]:
         ),
         "invitation": Target(_invitation, (UserError,), (line.encode(),)),
         "admission": Target(_admission, (RemoteProtocolError,), (msgpack.packb(ready),), MSGPACK),
-        "accusation": Target(accusations.unpack, (accusations.FalseAccusation,), (accused.pack(),), MSGPACK),
+        "accusation": Target(
+            accusations.unpack, (accusations.FalseAccusation,), (accused.pack(), twice.pack()), MSGPACK
+        ),
         "means": Target(
             lambda data: signed_means.unpack(data, 2),
             (ValueError,),

@@ -20,7 +20,7 @@ anything is refused, counted and named, and held against who brought it; and wha
 has no part in the run, or of a round that no record of our chain tells of, is refused: anybody can make such
 proofs, as many as it likes.
 
-A lie is found by the auditor's desk (audit_desk.py), or by the core, of two votes.
+A lie is found by the auditor's desk (audit_desk.py), or by the core, of two votes or two rosters.
 """
 
 from __future__ import annotations
@@ -58,14 +58,15 @@ from tapestry.node.disk.accusations import (
     SUFFIX,
     Accusation,
     FalseAccusation,
+    Proof,
     epoch_in,
     is_against,
     keep,
     kept,
     prove,
+    signed_twice,
     unpack,
 )
-from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.net.network import Network
 from tapestry.node.net.waiting import Held, WaitingPlaces
 from tapestry.node.net.wire import (
@@ -106,7 +107,7 @@ class _Lie:
     name: str
     accused: str
     epoch: int  # of the state that the round started from
-    head: str  # that state's; "" of two votes
+    head: str  # that state's; "" of what was signed twice
     in_state: bool
     undoes: bool  # the run has it so that the members take the state back to that one
     heard: set[str] = field(default_factory=set)  # who has it
@@ -179,9 +180,9 @@ class AccusationDesk:
         streams.requests["accuse"] = self.on_accuse
 
     def do_equivocated(self, out: ev.Equivocated) -> None:
-        self._loop.spawn(self.accuse(DoubleVote.of(out.proof), self._own))
+        self._loop.spawn(self.accuse(signed_twice(out.proof), self._own))
 
-    async def accuse(self, accusation: Accusation | DoubleVote, by: str) -> None:
+    async def accuse(self, accusation: Proof, by: str) -> None:
         """It is proven: keep it, say it, pass it on."""
         a = accusation
         if self._is_told(a.name):
@@ -204,7 +205,7 @@ class AccusationDesk:
         )
         if on_lie != "mark":
             self._members.expel(a.accused, f"proven to have {a.why}", a.epoch + 1)
-        if on_lie == "rollback" and isinstance(a, Accusation):  # two votes make no wrong state
+        if on_lie == "rollback" and isinstance(a, Accusation):  # the others make no wrong state
             self._ask_to_roll_back(a, in_state)
 
     async def _rule_at(self, epoch: int) -> str:
@@ -235,7 +236,7 @@ class AccusationDesk:
         is_recent = epoch_in(file) >= self._evidence.epoch - ROLLBACK_EPOCHS_MAX
         return is_recent or is_against(file, self._members.roll.members)
 
-    async def _is_to_be_undone(self, proof: Accusation | DoubleVote) -> bool:
+    async def _is_to_be_undone(self, proof: Proof) -> bool:
         if not isinstance(proof, Accusation) or not self._members.may_be_undone(proof.epoch, proof.head):
             return False
         if await self._rule_at(proof.epoch) != "rollback":
@@ -255,12 +256,12 @@ class AccusationDesk:
         undoes = lie.undoes and self._members.may_be_undone(lie.epoch, lie.head)
         return undoes or self._is_against_a_member(lie)
 
-    def _is_against_a_member(self, lie: Accusation | DoubleVote | _Lie) -> bool:
+    def _is_against_a_member(self, lie: Proof | _Lie) -> bool:
         """And not against one again that was let in since."""
         seat = self._members.roll.members.get(lie.accused)
         return seat is not None and seat.since <= lie.epoch
 
-    def _noted(self, a: Accusation | DoubleVote, in_state: bool, undoes: bool, new: bool) -> _Lie:
+    def _noted(self, a: Proof, in_state: bool, undoes: bool, new: bool) -> _Lie:
         """What others are told of this liar's round: one in the state, if there is one, or the newest."""
         key = (a.epoch, a.accused)
         lie = self._lies.get(key)
@@ -354,7 +355,7 @@ class AccusationDesk:
             self._told.popitem(last=False)
         return known
 
-    async def _keep(self, a: Accusation | DoubleVote, in_state: bool) -> bool:
+    async def _keep(self, a: Proof, in_state: bool) -> bool:
         """Whether it is news. It may be there since an earlier start, or there is no room for it."""
         roll = self._members.roll
         ranks = {peer[-ID_CHARS:]: 1 for peer in roll.removed} | {p[-ID_CHARS:]: 2 for p in roll.members}
@@ -377,9 +378,9 @@ class AccusationDesk:
                 lie.epoch,
             )
 
-    async def _concerns_the_run(self, proof: Accusation | DoubleVote) -> bool:
-        """Whether it is of a record in our chain, for which we wait a moment; or of a member's votes."""
-        if isinstance(proof, DoubleVote):
+    async def _concerns_the_run(self, proof: Proof) -> bool:
+        """Whether it is of a record in our chain, for which we wait a moment; or a member signed twice."""
+        if not isinstance(proof, Accusation):
             roll = self._members.roll
             return proof.accused in roll.members or proof.accused in roll.removed
         for _ in range(LATE_TRIES):
@@ -491,7 +492,7 @@ class AccusationDesk:
             raise RemoteProtocolError("accusation", str(error)) from None
         await self._streams.write(peer, writer, TAKEN)
 
-    async def _prove(self, proof: Accusation | DoubleVote) -> None:
+    async def _prove(self, proof: Proof) -> None:
         """Raises FalseAccusation."""
         count, mean_digest = len(self._averaging.shards), self._averaging.mean_digest
         await self._loop.compute(prove, proof, self._run_id, count, mean_digest, self._crypto)

@@ -13,13 +13,14 @@ can make one against a reducer that averaged what it had (protocol/audit.py). It
 proves the same years later, without a network. Anybody can make one against a key of its own: whether it is
 of a mean that the run took, the chain says (daemon/keeper.py).
 
-The other kind of proof, of two votes in one ballot, is double_votes.py's. In a home they lie in
-HOME/accusations, one file each; `tapestry verify` checks them again.
+The other kinds of proof, of two things that one member signed in one ballot, are double_votes.py's and
+double_rosters.py's. In a home they lie in HOME/accusations, one file each; `tapestry verify` checks them
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +29,9 @@ from typing import Any, Literal
 import msgpack
 from blake3 import blake3
 
-from tapestry.node.disk.double_votes import KIND, DoubleVote, fault_of_double_vote, read_double_vote
+from tapestry.node.disk import double_rosters, double_votes
+from tapestry.node.disk.double_rosters import DoubleRoster, read_double_roster
+from tapestry.node.disk.double_votes import DoubleVote, read_double_vote
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.audit import inputs_digest, mean_message
@@ -42,6 +45,8 @@ from tapestry.node.protocol.canon import (
 )
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
+from tapestry.node.protocol.equivocation import Equivocation
+from tapestry.node.protocol.receipts import TwoRosters
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.state.means import MeanDigest, payload_of
 
@@ -100,12 +105,26 @@ class Accusation:
         return packed
 
 
-def unpack(data: bytes | bytearray) -> Accusation | DoubleVote:
+SignedTwice = DoubleVote | DoubleRoster  # two things that one member signed in one ballot
+Proof = Accusation | SignedTwice
+
+_READERS: Mapping[str, Callable[[Any], SignedTwice]] = {  # what its text begins with
+    double_votes.KIND: read_double_vote,
+    double_rosters.KIND: read_double_roster,
+}
+
+
+def signed_twice(proof: Equivocation | TwoRosters) -> SignedTwice:
+    """What the core has proven, as a file."""
+    return DoubleVote.of(proof) if isinstance(proof, Equivocation) else DoubleRoster.of(proof)
+
+
+def unpack(data: bytes | bytearray) -> Proof:
     """Strict. Raises FalseAccusation."""
     try:
         raw = msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=False)
-        if isinstance(raw, tuple) and raw and raw[0] == KIND:
-            return read_double_vote(raw)
+        if isinstance(raw, tuple) and raw and isinstance(raw[0], str) and raw[0] in _READERS:
+            return _READERS[raw[0]](raw)
         return _read(raw)
     except (ValueError, TypeError, InvalidRecord, msgpack.exceptions.UnpackException) as error:
         raise FalseAccusation(f"not an accusation: {error}") from None
@@ -146,14 +165,12 @@ def _input(raw: Any) -> tuple[tuple[str, ...], bytes]:
     return tuple([strict.hexadecimal(d, (64,), "path") for d in digests]), payload
 
 
-def prove(
-    proof: Accusation | DoubleVote, run_id: str, shard_count: int, mean_digest: MeanDigest, crypto: Crypto
-) -> None:
-    """Of either kind. Raises FalseAccusation unless it is proven."""
+def prove(proof: Proof, run_id: str, shard_count: int, mean_digest: MeanDigest, crypto: Crypto) -> None:
+    """Of any kind. Raises FalseAccusation unless it is proven."""
     if isinstance(proof, Accusation):
         check(proof, shard_count, mean_digest, crypto)
         return
-    fault = fault_of_double_vote(proof, run_id, crypto)
+    fault = proof.fault(run_id, crypto)
     if fault is not None:
         raise FalseAccusation(fault)
 
@@ -178,7 +195,7 @@ def check(accusation: Accusation, shard_count: int, mean_digest: MeanDigest, cry
 
 def keep(
     folder: Path,
-    accusation: Accusation | DoubleVote,
+    accusation: Proof,
     ranks: Mapping[str, int] = _NOBODY,  # last characters of a peer id -> how much a proof against it matters
     in_state: bool = False,  # the wrong mean is in the state of the run
 ) -> Kept:
@@ -213,7 +230,7 @@ def keep(
 
 
 def _accused_of(file: str) -> str:
-    """The last characters of the peer id of whom a file proves something: see `name` of both kinds."""
+    """The last characters of the peer id of whom a file proves something: see `name` of each kind."""
     parts = file.split("-")
     return parts[2] if len(parts) > 2 else ""
 
@@ -224,7 +241,7 @@ def is_against(file: str, peers: Collection[str]) -> bool:
 
 
 def epoch_in(name: str) -> int:
-    """The epoch that the name of a proof, or of its file, begins with: see `name` of both kinds. -1: none."""
+    """The epoch that the name of a proof, or of its file, begins with: see `name` of each kind. -1: none."""
     epoch = name.partition("-")[0]
     return int(epoch) if epoch.isascii() and epoch.isdecimal() and len(epoch) < 16 else -1
 

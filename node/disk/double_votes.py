@@ -55,6 +55,12 @@ class DoubleVote:
     def what(self) -> str:
         return f"{self.why}, ballot {self.proof.ballot}"
 
+    def fault(self, run_id: str, crypto: Crypto) -> str | None:
+        """Why it proves nothing in this run; None if it is proven."""
+        if self.proof.bodies[0].run_id != run_id:
+            return "it is of another run"
+        return fault_of(self.proof, crypto)
+
     def pack(self) -> bytes:
         """As it travels, and lies on disk."""
         p = self.proof
@@ -75,10 +81,3 @@ def read_double_vote(raw: Any) -> DoubleVote:
         (strict.text(a, 256, "signature", 1), strict.text(b, 256, "signature", 1)),
     )
     return DoubleVote.of(proof)
-
-
-def fault_of_double_vote(one: DoubleVote, run_id: str, crypto: Crypto) -> str | None:
-    """Why it proves nothing in this run; None if it is proven."""
-    if one.proof.bodies[0].run_id != run_id:
-        return "it is of another run"
-    return fault_of(one.proof, crypto)

@@ -46,6 +46,7 @@ from tapestry.node.net.wire import (
 from tapestry.node.protocol.messages import Control, Records, Result, Shard
 
 HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
+FORM = 2  # of what is said on these streams, in their protocols. 1 had no signed rosters
 BULK_STREAMS = ("bulk", "bulk2", "bulk3", "bulk4")  # 1 Gbit/s at 500 ms
 WIDEN_S = 0.25  # Guess: frames that wait so long are worth another stream, if the line is as fast as this:
 WIDEN_BYTES_PER_S = (
@@ -364,7 +365,7 @@ class Links:
     # --- outgoing ------------------------------------------------------------------------------
 
     def _protocol(self, name: str) -> str:
-        return f"/tapestry/{self._run_id}/{name}/1"
+        return f"/tapestry/{self._run_id}/{name}/{FORM}"
 
     def _may_have(self, peer: str) -> bool:
         return self._listener.admits(peer) and not self._swarm.is_banned(peer)

@@ -28,6 +28,7 @@ from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEI
 from tapestry.node.protocol.commitment import PATH_MAX
 from tapestry.node.protocol.gate import WORSE_MAX
 from tapestry.node.protocol.messages import (
+    RECEIPTS_MAX,
     RECORDS_MAX,
     WAITING_MAX,
     Accept,
@@ -41,6 +42,7 @@ from tapestry.node.protocol.messages import (
     Need,
     Propose,
     Ready,
+    Receipt,
     Records,
     Refuse,
     Result,
@@ -50,6 +52,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.receipts import receipt_from, receipt_to_list
 from tapestry.node.protocol.record import SIGNATURE_CHARS_MAX
 
 SHARDS_MAX = 1 << 20  # of one vector: 2**40 parameters in the smallest useful shards
@@ -194,6 +197,10 @@ def _encode_members(named: tuple[chain.Member, ...]) -> list[list[Any]]:
     return [chain.member_to_list(m) for m in named]
 
 
+def _encode_receipts(receipts: tuple[Receipt, ...]) -> list[list[Any]]:
+    return [receipt_to_list(r) for r in receipts]
+
+
 def _encode_records(records: tuple[chain.Record, ...]) -> list[dict[str, Any]]:
     return [chain.record_to_dict(r) for r in records]
 
@@ -248,6 +255,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "unheard": (_same, _PEERS),
         "refused": (_same, _hex(0, 64)),
         "seat": (_same, _text(SIGNATURE_CHARS_MAX)),
+        "receipts": (_encode_receipts, _tuple_of(receipt_from, RECEIPTS_MAX)),
     },
     Closing: {"epoch": (_same, _EPOCH), "head": (_same, _HEAD), "ballot": (_same, _BALLOT)},
     Roster: {
@@ -260,6 +268,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "reducers": (_same, _tuple_of(_integer(0, MEMBERS_MAX), SHARDS_MAX)),
         "changes": (_encode_changes, _changes),
         "behind": (chain.behind_to_list, _behind),
+        "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Propose: {
         "epoch": (_same, _EPOCH),

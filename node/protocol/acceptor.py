@@ -79,6 +79,7 @@ class Acceptor:
             self.ctx.unheard(state.electorate, now),
             state.refused,
             self.seat,
+            self.ctx.receipts.newest,
         )
         if state.leading:
             state.ready[self.ctx.me] = ready

@@ -16,6 +16,7 @@ from tapestry.node.protocol.messages import Control, Leave, Stage, Status
 from tapestry.node.protocol.movers import Movers
 from tapestry.node.protocol.pace import Pace
 from tapestry.node.protocol.proposals import Proposals
+from tapestry.node.protocol.receipts import Receipts
 from tapestry.node.protocol.rules import Rules, settled
 
 
@@ -61,6 +62,7 @@ class Context:
     # elector -> leader that left it out -> the epoch in which it did so last
     without: dict[str, dict[str, int]] = field(default_factory=dict)
     movers: Movers = field(default_factory=Movers)
+    receipts: Receipts = field(default_factory=Receipts)
     pace: Pace = field(init=False)
 
     given: Rules = field(init=False)  # the spec's, before any record changed them

@@ -11,7 +11,7 @@ and for another value, since nobody is sure that it was ever asked: but then und
 body that names it with a life that it does not have (round.py). So two bodies that name the peer with
 different lives, or not at all, prove nothing. Nor do forced ones, which are not written into the vote.
 
-What a leader tells different members in its rosters is not signed, and leaves no such proof.
+Two rosters that one leader signed for one ballot are receipts.py's.
 
 Pure; standard library only.
 """

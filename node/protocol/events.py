@@ -16,6 +16,7 @@ from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
+from tapestry.node.protocol.receipts import TwoRosters
 
 # --- inputs -----------------------------------------------------------------------------------------
 
@@ -376,9 +377,9 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Equivocated:
-    """A peer has signed two values in one ballot: proven (equivocation.py)."""
+    """A peer has signed two values in one ballot (equivocation.py), or two rosters (receipts.py): proven."""
 
-    proof: Equivocation
+    proof: Equivocation | TwoRosters
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from tapestry.node.protocol.messages import (
     Stage,
 )
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
+from tapestry.node.protocol.receipts import signed
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.validity import roster_fault
 from tapestry.node.protocol.waits import USUAL_S, Wait, span
@@ -389,6 +390,7 @@ class Leader:
                 ctx.emit(Note(f"epoch={state.epoch} roster_impossible={why!r}"))
             return None
         self.acceptor.promise()
+        roster = signed(roster, ctx.rules.run_id, ctx.me, ctx.crypto)
         for member in members:
             if member.peer != ctx.me:
                 ctx.send(member.peer, roster)

@@ -20,6 +20,7 @@ Blob = object  # opaque to the core: a key of the shell's store, or a value in t
 
 RECORDS_MAX = 64  # per RECORDS message
 WAITING_MAX = 8  # peers named in a STATUS
+RECEIPTS_MAX = 4  # in a READY. Guess: of the last ballots, should one leader have led them all
 
 
 class Stage(IntEnum):
@@ -57,6 +58,19 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """That this leader signed a roster with this digest: receipts.py."""
+
+    leader: str
+    epoch: int
+    head: str
+    ballot: int
+    life: str  # of the leader's disk, as the roster names it
+    digest: str  # of all that the roster says
+    signature: str  # as in ROSTER
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A promise to accept nothing of a lower ballot (phase 1b), and a contribution if there is one."""
 
@@ -76,6 +90,7 @@ class Ready:
     seat: str = (
         ""  # signature of seat_message(head, life): so a leader can prove who takes part, on which disk
     )
+    receipts: tuple[Receipt, ...] = ()  # of the rosters that the sender was told last; at most RECEIPTS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +115,7 @@ class Roster:
     reducers: tuple[int, ...]  # shard index -> index in members
     changes: tuple[Change, ...] = ()  # as in Body
     behind: Behind | None = None  # as in Body
+    signature: str = ""  # the leader's, of receipts.roster_message
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,22 @@ from tapestry.node.protocol.events import (
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.gate import Gate
 from tapestry.node.protocol.leader import EXCUSED, Leader, named
-from tapestry.node.protocol.messages import Accept, Call, Closing, Propose, Ready, Refuse, Roster, Stage
+from tapestry.node.protocol.messages import (
+    Accept,
+    Call,
+    Closing,
+    Propose,
+    Ready,
+    Receipt,
+    Refuse,
+    Roster,
+    Stage,
+)
 from tapestry.node.protocol.narrow import is_followed, leaves_accepted, note_own
+from tapestry.node.protocol.receipts import TwoRosters, fault_of_rosters, receipt_of
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
-from tapestry.node.protocol.validity import ready_fault, roster_fault, value_fault
+from tapestry.node.protocol.validity import ready_fault, roster_fault, signed_fault, value_fault
 from tapestry.node.protocol.waits import Wait, span
 from tapestry.node.protocol.watch import Watch
 
@@ -321,6 +332,9 @@ class Round:
         fault = ready_fault(state, peer, ready) or self.lead.seat_fault(peer, ready.life, ready.seat)
         if fault is not None:
             return fault
+        fault = self._look_at(peer, ready.receipts)
+        if fault is not None:
+            return fault
         if ready.ballot < max(state.ballot, state.lead_from):
             if state.leading:
                 self.ctx.send(peer, Call(self.epoch, self.head, state.ballot, state.forced))
@@ -368,14 +382,22 @@ class Round:
             return "not_leader"
         elif state.forced and roster.ballot == state.ballot:
             return None  # a ballot's number is of one kind for us, so what is named by it is of one roster
-        if state.stage >= Stage.EXCHANGING and roster.ballot == state.ballot:
-            same = state.proposal is None and self.exchange.roster == roster
-            return None if same else "equivocation"
-        if roster.ballot == state.ballot:
+        here = roster.ballot == state.ballot
+        has_one = here and state.stage >= Stage.EXCHANGING
+        if has_one and state.proposal is None and self.exchange.roster == roster:
+            return None
+        receipt = receipt_of(peer, roster, self.ctx.crypto)
+        if has_one:
+            if signed_fault(state, receipt) is None:
+                self._keep(receipt)
+            return "equivocation"
+        if here:
             state.roster_ballot = roster.ballot
-        fault = roster_fault(state, roster)
+        fault = roster_fault(state, roster) or signed_fault(state, receipt)
         if fault is not None:
             return fault
+        if here:
+            self._keep(receipt)
         mine = next((m for m in roster.members if m.peer == self.ctx.me), None)
         if mine is None:
             return None  # left out of this one; the commit will find us
@@ -392,6 +414,7 @@ class Round:
                 return None
             self.acceptor.enter(roster.ballot, now)
             state.roster_ballot = roster.ballot
+            self._keep(receipt)
         if not is_followed(state, peer, roster, now):
             self._next_ballot(now, NARROW)
             return "narrow"
@@ -401,6 +424,27 @@ class Round:
         self.acceptor.promise()
         self._follow(roster, now)
         return None
+
+    def _keep(self, receipt: Receipt) -> None:
+        """Of a roster of our ballot, well signed."""
+        two = self.ctx.receipts.hear(receipt)
+        if two is not None:
+            self._accuse(two)
+
+    def _look_at(self, peer: str, receipts: tuple[Receipt, ...]) -> str | None:
+        """What `peer` was told by leaders, beside what we and others were."""
+        proofs, fault = self.ctx.receipts.shown(peer, receipts, self.ctx.rules.run_id, self.ctx.crypto)
+        for two in proofs:
+            self._accuse(two)
+        return fault
+
+    def _accuse(self, two: TwoRosters) -> None:
+        """Of our own rosters we know that there is one of each ballot."""
+        ctx = self.ctx
+        if two.peer == ctx.me or two.peer not in ctx.roll.members:
+            return
+        if fault_of_rosters(two, ctx.rules.run_id, ctx.crypto) is None:
+            ctx.emit(Equivocated(two))
 
     def on_propose(self, peer: str, propose: Propose, now: float) -> str | None:
         state = self.state

@@ -9,7 +9,8 @@ from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, quorum, waits
 from tapestry.node.protocol.exchange import check_roster
-from tapestry.node.protocol.messages import Ready, Roster
+from tapestry.node.protocol.messages import Ready, Receipt, Roster
+from tapestry.node.protocol.receipts import is_signed
 from tapestry.node.protocol.round_state import RoundState
 
 NO_RESULT = "0" * 64  # of a roster: its mean is not known yet
@@ -65,3 +66,12 @@ def roster_fault(state: RoundState, roster: Roster) -> str | None:
     if roster.forced and waits(state.at, state.ctx.rules.on_quorum_loss):
         return "forced"
     return _body_fault(state, body_of(state, roster, NO_RESULT, ALIKE))
+
+
+def signed_fault(state: RoundState, receipt: Receipt) -> str | None:
+    """Why a leader does not stand by the roster of which this is the receipt: receipts.py."""
+    ctx, seats = state.ctx, state.at.seats
+    if not is_signed(receipt, ctx.rules.run_id, ctx.crypto):
+        return "roster_signature"
+    known = any(peer == receipt.leader for peer, _ in seats)
+    return "seat" if known and (receipt.leader, receipt.life) not in seats else None

@@ -46,6 +46,7 @@ REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and find
         "not_reducer",
         "not_elector",
         "roster",
+        "roster_signature",
         "weight",
         "shard",
         "state_digest",
@@ -286,7 +287,7 @@ class Metrics:
         self._audits = {outcome: audits.labels(outcome=outcome) for outcome in AUDIT_OUTCOMES}
         self._accusations = Counter(
             "tapestry_accusations",
-            "Lies that this node has seen proven: wrong means, and two votes in one ballot.",
+            "Lies that this node has seen proven: wrong means, and two votes or two rosters in one ballot.",
             registry=registry,
         )
         self._rollbacks = Counter(

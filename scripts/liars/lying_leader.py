@@ -1,9 +1,9 @@
 """leads, and tells half of the members another roster: other reducers, or a contribution less
 
-Promise: no two members take two results. The run goes on, at one head. A ballot that it leads is lost after
-a stall of 5 s; the others go on with it once for each of them, and give up on it after two stalls more: that
-is how much longer a round is. After three such rounds nobody goes on with it, and a round that it leads costs
-two stalls. Nobody is named: rosters are not signed.
+It signs both, or nobody would follow the second. Promise: every honest member has a proof that it signed two
+rosters of one ballot, and it is removed; nobody else is accused. No two members take two results, and the run
+goes on, at one head. A ballot that it leads is lost after a stall of 5 s; the others go on with it once for
+each of them, and give up on it after two stalls more: that is how much longer a round is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liars import lying
-from liars.seen import Seen, refused_fault
+from liars.seen import Seen, proof_fault
 from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Control, Ready, Roster
+from tapestry.node.protocol.receipts import signed
 
 STALL_S = 5.0
 NOTICED_S = 2.0  # what it takes to see that a stall is over, to be ready again, and to hear so
@@ -33,7 +34,8 @@ def lie() -> None:
         if isinstance(message, Roster) and lying.now():
             others = [m.peer for m in message.members if m.peer != self.me]
             if peer in others[::2]:
-                message = _another(message, peer, seats)
+                another = _another(message, peer, seats)
+                message = signed(another, self.rules.run_id, self.me, self.crypto)
         honest(self, peer, message)
 
     Context.send = send  # type: ignore[method-assign]
@@ -53,7 +55,7 @@ def _another(roster: Roster, to: str, seats: dict[str, str]) -> Roster:
 
 
 def broken(seen: Seen) -> list[str]:
-    faults = refused_fault(seen, "agreement", "not_reducer", "mean_signature", "narrow", "roster")
+    faults = proof_fault(seen, "signed two rosters")
     ballots = seen.honest + 3  # the first, one more for each of the others, and two stalls
     if seen.longest_s > seen.quiet_round_s + ballots * (STALL_S + NOTICED_S):
         faults.append(f"a round took {seen.longest_s:.0f} s, before it {seen.quiet_round_s:.0f} s")

@@ -17,6 +17,7 @@ from tapestry.dht.swarm import Swarm
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.admission import admission_protocol
 from tapestry.node.net.join import GENESIS_PROTOCOL, state_protocol
+from tapestry.node.net.links import FORM
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import frame_parts
 from tapestry.node.protocol.messages import Control
@@ -30,8 +31,8 @@ class Enemy:
         about = node.json()
         self.victim, self.run_id = about["peer_id"], about["run_id"]
         self.protocols = {
-            "control": f"/tapestry/{self.run_id}/control/1",
-            "bulk": f"/tapestry/{self.run_id}/bulk/1",
+            "control": f"/tapestry/{self.run_id}/control/{FORM}",
+            "bulk": f"/tapestry/{self.run_id}/bulk/{FORM}",
             "state": state_protocol(self.run_id),
             "admission": admission_protocol(self.run_id),
             "genesis": GENESIS_PROTOCOL,

@@ -52,5 +52,5 @@ def test_a_member_of_another_version_is_shown_and_what_it_lacks_is_warned_of(tmp
             first.environment = later_version(tmp_path / "later", links=True)
             first.start().wait_ready()
             end = first.status()["peer_id"][-6:]
-            lacks = f"version=lacks peer={end} theirs=9.9.9 ours=0.1.0 protocol=control/1"
+            lacks = f"version=lacks peer={end} theirs=9.9.9 ours=0.1.0 protocol=control/2"
             second.wait("the warning", lambda: lacks in second.log.read_text())

@@ -9,6 +9,7 @@ from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.chain import seat_message, seat_of
 from tapestry.node.protocol.messages import Call, Closing, Member, Roster, Stage, Status
 from tapestry.node.protocol.movers import FREE, OWN_MORE, REPAID, Movers
+from tapestry.node.protocol.receipts import signed
 from tapestry.node.protocol.round import NARROW, Round
 from tapestry.node.protocol.rules import Rules
 
@@ -141,9 +142,10 @@ def alone(world: World, leader: str) -> Roster:
         members.append(replace(member, seat=seat_of(round_.state.at, member, False, said)))
     state = round_.state
     reducers = tuple(i for i, m in enumerate(members) if m.peer != leader)[:1] * 3
-    return Roster(
+    roster = Roster(
         round_.epoch, round_.head, round_.ballot, False, state.state_digest, tuple(members), reducers
     )
+    return signed(roster, world.rules.run_id, leader, world.nodes[leader].crypto)
 
 
 def test_a_leader_that_names_itself_alone_is_not_followed_and_named(monkeypatch):
@@ -226,7 +228,7 @@ def test_a_leader_that_tells_half_another_roster_costs_some_stalls_and_a_change_
     """In its round they go on with it once for each other elector, and then give up on it by their clock.
     Whether it calls them to its next ballot, or sends that one's roster at once."""
     world = swarm(peers)
-    world.splitters.name = "p1"
+    world.splitters.name, world.splitters.unsigned = "p1", False
     honest = world.send
 
     def send(sender, to, message, bulk=False):
@@ -243,3 +245,4 @@ def test_a_leader_that_tells_half_another_roster_costs_some_stalls_and_a_change_
         struck_off |= {n.name for n in honest_nodes if not n.core.ctx.movers.is_heeded("p1")}
     assert stall_s < longest < ((peers - 1) + 2 + 1) * (stall_s + 1.0)
     assert struck_off == {n.name for n in honest_nodes}
+    assert world.splitters.proven, "and each leader after it had both of its rosters"

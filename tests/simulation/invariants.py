@@ -82,7 +82,7 @@ class Invariants:
         self.forgotten: set[tuple[str, str]] = (
             set()
         )  # (node, head): it promised there, and lost its disk since
-        self.proposed: dict[tuple[str, str, int, bool], tuple[object, ...]] = {}  # what was in whose ballot
+        self.proposed: dict[tuple[str, str, int], Roster] = {}  # what was in whose ballot
         # A leader that tells members different things may cause a fork, but never two states under a head.
         # So may one that says it had accepted what it signed as a reducer: the decision may be another.
         inventors = world.inventors
@@ -130,9 +130,8 @@ class Invariants:
                     self.fail(node, f"durability: the vote in ballot {message.ballot} is not on disk")
                 self._on_accept(node, body.prev, message.ballot)
         elif type(message) is Roster:
-            key = (node.name, message.head, message.ballot, message.forced)
-            value = (message.members, message.reducers)
-            if self.proposed.setdefault(key, value) != value:
+            key = (node.name, message.head, message.ballot)
+            if self.proposed.setdefault(key, message) != message:
                 self.fail(node, f"consensus: two rosters in ballot {message.ballot}")
 
     def _on_ready(self, node: Node, ready: Ready) -> None:
@@ -371,6 +370,8 @@ class Invariants:
             self.fail(node, "G7: a round's table outgrew its limit")
         if self.world.floods.names:
             self._check_held(node, core)
+        if self.world.splitters.name:
+            self.world.splitters.after_event(node, state)
         records = core.sync.chain.records
         if state.epoch != len(records) or (records and state.head != records[-1].head):
             self.fail(node, "a round that does not start from the head")

@@ -40,6 +40,7 @@ from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.movers import Movers
 from tapestry.node.protocol.own_vote import OwnVote
 from tapestry.node.protocol.proposals import Proposals
+from tapestry.node.protocol.receipts import Receipts
 from tapestry.node.protocol.round import Round
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.sync import Sync
@@ -151,6 +152,16 @@ def ballot_led_twice() -> list[Patch]:
         self.set_ballot(self.ballot)
 
     return [(RoundState, "__init__", forgetful)]
+
+
+@plant("a roster is followed whatever its signature", 24)
+def roster_signature_unchecked() -> list[Patch]:
+    return [(validity_module, "is_signed", lambda *args: True)]
+
+
+@plant("READY does not show which rosters its sender was told", 114)
+def receipts_not_shown() -> list[Patch]:
+    return [(Receipts, "newest", property(lambda self: ()))]
 
 
 @plant("a new leader makes a new value, whatever was accepted", 47)

@@ -25,6 +25,7 @@ from tapestry.node.protocol.audit import UNPROVEN, Order, SignedMean, means_faul
 from tapestry.node.protocol.chain import Body, Chain, Record
 from tapestry.node.protocol.core import NOTHING, Core, Restored
 from tapestry.node.protocol.messages import Result, Shard, Status
+from tapestry.node.protocol.receipts import TwoRosters
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -504,7 +505,10 @@ class Node:
         self.world.desk.drawn(self, out, Node.compare)
 
     def do_equivocated(self, out: ev.Equivocated) -> None:
-        self.world.equivocators.on_proof(self, out.proof)
+        if isinstance(out.proof, TwoRosters):
+            self.world.splitters.on_proof(self, out.proof)
+        else:
+            self.world.equivocators.on_proof(self, out.proof)
 
     def compare(self, record: Record, order: Order, given: dict[str, object]) -> None:
         """The auditor's inputs are those that the record names: nobody has others of these names."""

@@ -451,6 +451,7 @@ class World:
             self.splitters.begins(sender, receiver, way_s)
         received: ev.Input
         if self.healed:
+            message = self.splitters.signs(sender, message)
             self.tell(sender.name, message, to)
             received = ev.Received(sender.name, message)
             self.later(self.delay(bulk) + way_s + self.drips(sender, receiver, bulk), receiver, received)
@@ -459,6 +460,7 @@ class World:
         if faults.loss and draw() < faults.loss:
             return
         message = self.inventors.says(sender, self.chaos.falsify(sender.name, message))
+        message = self.splitters.signs(sender, message)
         received = ev.Received(sender.name, message)
         if bulk and faults.corrupt and draw() < faults.corrupt:
             received = ev.PeerRefused(sender.name, "checksum")

@@ -21,6 +21,7 @@ PROTOCOL = ROOT / "node" / "protocol"
 JUDGES = ("ready_fault", "value_fault", "roster_fault", "accept")  # there they return one, as on_<message> do
 JUDGES += ("body_fault", "_behind_fault", "changes_fault", "change_fault", "_meaning_fault", "_on_strangers")
 JUDGES += ("charter_fault", "add", "_result_fault", "handover_fault", "_seats_fault", "seat_fault")
+JUDGES += ("signed_fault",)
 
 
 def test_every_reason_that_can_be_given_is_counted_by_its_name() -> None:

@@ -22,6 +22,7 @@ else:
 
 INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
 LOOK_AT_MODELS = ("init", "export")
+NO_TEARDOWN = ("start", *LOOK_AT_MODELS, "verify", "backup", "restore", "exit", "doctor", "data")
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def _leaves_at_once(command: str, code: object) -> bool:
     kills itself."""
     if code == INTERRUPTED:
         return True
-    return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules and isinstance(code, int)
+    return command in NO_TEARDOWN and "torch" in sys.modules and isinstance(code, int)
 
 
 def _leave(code: int) -> None:

@@ -98,10 +98,10 @@ def init(
 
 def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) -> tuple[RunSpec, NodeToml]:
     """A base's files into HOME/base; says what it found."""
-    from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
-
     home.create()
     with Said() as said:
+        from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
+
         adopted = adopt(source, home.base, name, weights=weights, lora_rank=lora_rank, told=said.update)
     facts = adopted.facts
     click.echo(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections import deque
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -152,12 +153,12 @@ def verify(
 
     The last line says what came out. Exit code 0: it holds, and of an export, the tensors are proven.
     """
-    from tapestry.node.lineage.anchor import Anchor
-    from tapestry.node.lineage.signatures import jobs_here
-    from tapestry.node.lineage.verify import lines
-    from tapestry.node.lineage.verify import verify as proven
-
     with Said() as said:
+        from tapestry.node.lineage.anchor import Anchor
+        from tapestry.node.lineage.signatures import jobs_here
+        from tapestry.node.lineage.verify import lines
+        from tapestry.node.lineage.verify import verify as proven
+
         given = None if anchor is None else Anchor.parse(_text_of(anchor))
         how_many = jobs or jobs_here()
         proof = proven(
@@ -196,12 +197,11 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_b
         _log_egress(where, as_json, last)
         return
     entries = read_log(where, last, _losses(where))
-    if as_json:
-        for entry in entries:
-            click.echo(json.dumps(entry.table()))
-    else:
-        for text in lines(entries):
-            click.echo(text)
+    texts = (json.dumps(entry.table()) for entry in entries) if as_json else lines(entries)
+    with Said("reading the chain"):
+        first = list(islice(texts, 1))  # with -n, the others follow at once
+    for text in chain(first, texts):
+        click.echo(text)
 
 
 @click.command(
@@ -215,7 +215,9 @@ def anchor(home: str | None) -> None:
     """The head and its signatures as one line, to publish anywhere; `verify --anchor` checks against it."""
     from tapestry.node.lineage.log import newest
 
-    click.echo(str(newest(Home.locate(home, os.environ))))
+    with Said("reading the chain"):
+        line = str(newest(Home.locate(home, os.environ)))
+    click.echo(line)
 
 
 @click.command(
@@ -229,9 +231,9 @@ def anchor(home: str | None) -> None:
 @home_option
 def leave(out: Path, home: str | None) -> None:
     """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
-    from tapestry.node.lineage.leave import leave as taken
-
     with Said() as said:
+        from tapestry.node.lineage.leave import leave as taken
+
         proof = taken(Home.locate(home, os.environ), out, said.update)
     click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
 
@@ -245,9 +247,10 @@ def _losses(home: Home) -> dict[int, float]:
 
 
 def _log_branches(home: Home, as_json: bool) -> None:
-    from tapestry.node.lineage.branches import branches, lines
+    with Said():
+        from tapestry.node.lineage.branches import branches, lines
 
-    found = branches(home)
+        found = branches(home)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
     else:
@@ -279,8 +282,8 @@ def _text_of(given: str) -> str:
 
 
 def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -> None:
-    from tapestry.node.sovereign.release import release
-
     with Said() as said:
+        from tapestry.node.sovereign.release import release
+
         version = release(home, name, number, out, dtype, said.update)
     click.echo(f"wrote {name} {version.number} to {out}")

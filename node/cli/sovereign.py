@@ -78,9 +78,9 @@ def derive(
     where = home_to_write(home)
     recipe = load_recipe(recipe_file, flags)
     declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
-    from tapestry.node.sovereign import build
-
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built = build.derive(where, name, recipe, epoch, restart=restart, told=told.update)
     _say_built(built)
 
@@ -105,12 +105,12 @@ def evaluate(
     name: str, home: str | None, as_json: bool, suite_file: Path | None, number: int | None, epoch: int | None
 ) -> int:
     """Measure a derivative, or the base; the gate decides anew which version is current."""
-    from tapestry.node.sovereign import build
-    from tapestry.node.sovereign.suite import table
-
     where = home_to_write(home)
     if name == "base":
         with Said() as told:
+            from tapestry.node.sovereign import build
+            from tapestry.node.sovereign.suite import table
+
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
         if as_json:
             click.echo(json.dumps({"base": plain(parent), "report": plain(report)}, indent=1))
@@ -119,6 +119,8 @@ def evaluate(
             click.echo("\n".join(table(report, ())))
         return ExitCode.DONE
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built, _ = build.evaluate(where, name, number, suite_file, told=told.update)
     if as_json:
         click.echo(json.dumps(plain(built.version), indent=1))
@@ -169,13 +171,12 @@ def rebase(
     """Bring a derivative to a newer base. Both versions stay; the new one counts if its gate holds."""
     if every_epochs is not None and epoch is not None:
         raise click.UsageError("--watch follows the newest base: leave out --onto")
-    from tapestry.node.sovereign import build
-    from tapestry.node.sovereign.watch import watch
-
     where = home_to_write(home)
 
     def rebased() -> int:
         with Said() as told:
+            from tapestry.node.sovereign import build
+
             built = build.rebase(
                 where,
                 name,
@@ -190,6 +191,8 @@ def rebase(
 
     if every_epochs is None:
         return rebased()
+    from tapestry.node.sovereign.watch import watch
+
     click.echo(f"watching {where.path}: {name} follows the base every {every_epochs} epochs", err=True)
     for base_epoch in watch(where, name, every_epochs):
         click.echo(f"the base is at epoch {base_epoch}", err=True)
@@ -210,10 +213,11 @@ def rebase(
 @declare_option
 def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, declaration: str | None) -> None:
     """Leave the island: what was learnt alone is kept or brought, the home is as it was before."""
-    from tapestry.node.lineage import island
-    from tapestry.node.lineage.bring import bring
-    from tapestry.node.lineage.uses import read_since
-    from tapestry.node.sovereign import build
+    with Said():
+        from tapestry.node.lineage import island
+        from tapestry.node.lineage.bring import bring
+        from tapestry.node.lineage.uses import read_since
+        from tapestry.node.sovereign import build
 
     where = home_to_write(home)
     island.require(where)
@@ -278,9 +282,9 @@ def merge(
 ) -> int:
     """Join derivatives of one base into one."""
     shares = _weights(weights)
-    from tapestry.node.sovereign import build
-
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built = build.merge(
             home_to_write(home),
             into,

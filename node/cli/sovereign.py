@@ -76,6 +76,7 @@ def derive(
 ) -> None:
     """Make a model of one's own from the base. The same command goes on where it was ended."""
     where = home_to_write(home)
+    Shelf(where).of(name)
     recipe = load_recipe(recipe_file, flags)
     declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
     with Said() as told:

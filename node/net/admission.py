@@ -164,7 +164,7 @@ class Reception:
         if not invites and any(key in self._coming() for key, _ in change.signatures):
             return "the invitation holds from the next record on"
         if not invites:
-            return "the invitation is not known here, or was used up or taken back"
+            return "the invitation is not known here: it was used up, has expired, or was taken back"
         if all(has_expired(invite.expires_at, self._clock()) for invite in invites):
             return "the invitation has expired"
         return self._submit(change)

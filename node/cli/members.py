@@ -331,7 +331,7 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         left = "expired" if has_expired(one["expires_at"], time.time()) else f"{one['uses']} left"
         lines += _row("invite", one["name"], short(one["key"]), left)
     for one in table["pending"]:
-        value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
+        value = _invite(one["value"]) if one["kind"] == "invite" else one["value"]
         of = short(one["peer"]) if one["peer"] else ""
         what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
         signed = f"{one['signed']} of {one['needs']} signed"
@@ -341,6 +341,13 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
     for peer, why in table["removed"].items():
         lines += _row("removed", "", short(peer), ids_cut(why))
     return lines
+
+
+def _invite(value: str) -> str:
+    """What members are asked to sign: whom it is for, how often it admits, and until when."""
+    uses, expires_at, name = value.split(" ", 2)
+    until = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(int(expires_at))) if int(expires_at) else ""
+    return ", ".join(filter(None, [name and f"for {name}", numbered(int(uses), "use"), until]))
 
 
 def _row(kind: str, name: str, end: str, text: str) -> Iterator[str]:

@@ -113,6 +113,8 @@ def test_members_applicants_and_all_that_waits() -> None:
         ("rekey", PEERS[5], PEERS[6]),
         ("charter", "", "admit_by majority"),
         ("remove", PEERS[1], "w" * 99),
+        ("invite", PEERS[4], "20 1796672873 lab-lima"),
+        ("invite", PEERS[4], "1 0 "),
     ]
     table = {
         "epoch": 10**6,
@@ -146,6 +148,8 @@ def test_members_applicants_and_all_that_waits() -> None:
     assert "w" * 81 not in text and text.count("w") >= 99, "it is told whole"
     for words in (
         f"rekey …{PEERS[5][-6:]}",
+        f"invite …{PEERS[4][-6:]} for lab-lima, 20 uses, until 2026-12-07 19:47 UTC",
+        f"invite …{PEERS[4][-6:]} 1 use ",
         "cccccccc",
         "1 of 2 signed",
         "for the next record",

@@ -224,13 +224,13 @@ def anchor(home: str | None) -> None:
     "exit",
     epilog=examples(
         "tapestry exit mine-alone --home mine",
-        "tapestry start --home mine-alone --data texts",
+        "tapestry start --home mine-alone --island --data texts",
     ),
 )
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @home_option
 def leave(out: Path, home: str | None) -> None:
-    """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
+    """Take everything along: one verified directory, from which `start --home OUT --island` goes on."""
     with Said() as said:
         from tapestry.node.lineage.leave import leave as taken
 

@@ -56,6 +56,7 @@ ASK_AGAIN_S = 1.0
 QUESTION_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 4096
 TAKEN = "the invitation is good: admitted with the next record"
+COMING = "the invitation holds from the next record on"
 SILENCE_S = 10.0  # Guess: between two questions, and for an answer
 APPLICANTS_MAX = 64  # remembered. G7
 STREAMS_MAX = 32  # Guess: served at once
@@ -162,7 +163,7 @@ class Reception:
         """An admission by invitation. Returns what is wrong with it, or ""."""
         invites = [roll.invites[key] for key, _ in change.signatures if key in roll.invites]
         if not invites and any(key in self._coming() for key, _ in change.signatures):
-            return "the invitation holds from the next record on"
+            return COMING
         if not invites:
             return "the invitation is not known here: it was used up, has expired, or was taken back"
         if all(has_expired(invite.expires_at, self._clock()) for invite in invites):

@@ -22,7 +22,7 @@ else:
 
 INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that this module saves
 LOOK_AT_MODELS = ("init", "export")
-NO_TEARDOWN = ("start", *LOOK_AT_MODELS, "verify", "backup", "restore", "exit", "doctor", "data")
+NO_TEARDOWN = ("start", *LOOK_AT_MODELS, "verify", "log", "backup", "restore", "exit", "doctor", "data")
 
 
 def main() -> None:

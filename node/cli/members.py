@@ -94,8 +94,7 @@ def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
     """Let PEER in: an applicant, or whoever will come with that id. The end of an id is enough."""
     place = Home.locate(home, os.environ)
     table = control.ask(place, {"do": "members"})
-    waiting = [one["peer"] for one in table["applicants"]]
-    _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
+    _change(place, "admit", _whole(peer, _outside(table)), _named(name), f"admitted {peer}", no_wait)
 
 
 @click.command(
@@ -179,7 +178,7 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     value = " ".join(filter(None, [value, why]))
     if kind in ("admit", "remove", "rekey", "voice"):
         table = control.ask(place, {"do": "members"})
-        known = [one["peer"] for one in table["members" if kind != "admit" else "applicants"]]
+        known = _outside(table) if kind == "admit" else [one["peer"] for one in table["members"]]
         peer = _whole(peer, known + [one["key"] for one in table["invites"]])
     if kind == "set":
         setting = SETTINGS.get(words[0])
@@ -266,6 +265,11 @@ def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
     if not found and not re.fullmatch("[1-9A-HJ-NP-Za-km-z]{52}", text):
         raise UserError(f"nobody is called {text} here", hint="`tapestry members` shows the ids")
     return found[0] if found else text
+
+
+def _outside(table: Mapping[str, Any]) -> list[str]:
+    """Who can be admitted, of those whom `tapestry members` shows: who asks, and who was removed."""
+    return list(dict.fromkeys([*(one["peer"] for one in table["applicants"]), *table["removed"]]))
 
 
 def _named(name: str) -> str:

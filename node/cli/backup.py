@@ -21,10 +21,10 @@ from tapestry.node.home import Home
 @home_option
 def backup(out: Path, home: str | None) -> None:
     """Write the home into the file OUT, checked; its node may run meanwhile. It holds the node's key."""
-    from tapestry.node.lineage.backup import backup as write
-
     os.umask(0o077)
     with Said() as said:
+        from tapestry.node.lineage.backup import backup as write
+
         proof = write(Home.locate(home, os.environ), out, said.update)
     click.echo(f"wrote {out}: epoch {proof.epoch} of {proof.run_name}; it holds the key: keep it as such")
 
@@ -38,12 +38,12 @@ def backup(out: Path, home: str | None) -> None:
 @home_option
 def restore(archive: Path, home: str | None) -> None:
     """Make a home of a backup. Its node looks for its run before it trains."""
-    from tapestry.node.lineage.backup import restore as read
-
     os.umask(0o077)
     place = Home.locate(home, os.environ)
     place.require_owner()
     with Said() as said:
+        from tapestry.node.lineage.backup import restore as read
+
         proof = read(archive, place, said.update)
     click.echo(f"restored {place.path}: epoch {proof.epoch} of {proof.run_name}")
     click.echo(

@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from tapestry.node.cli.options import examples, home_option, home_to_write, json_option
+from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.spec.data import is_word, real_of, reals_of, rebased_data, split_field
@@ -111,7 +112,8 @@ def listed(home: str | None, as_json: bool) -> None:
 @click.option("--purpose", default=BASE, show_default=True, metavar="base|derive:NAME")
 def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
     """Whether SOURCEs (default: those of node.toml) may be read, and what was made from them."""
-    from tapestry.node.sovereign.withdrawal import withdrawal
+    with Said():
+        from tapestry.node.sovereign.withdrawal import withdrawal  # torch: seconds
 
     place = Home.locate(home, os.environ)
     declared = Declared.load(place)
@@ -173,7 +175,9 @@ def declare(text: str, sources: tuple[str, ...], home: str | None, purpose: str)
 def revoke(source: str, home: str | None, as_json: bool, reason: str, force: bool) -> None:
     """Stop the use of SOURCE, and say which epochs, records and derivatives it touched."""
     from tapestry.node.lineage.uses import note
-    from tapestry.node.sovereign.withdrawal import withdrawal
+
+    with Said():
+        from tapestry.node.sovereign.withdrawal import withdrawal  # torch: seconds
 
     place = home_to_write(home)
     (path,) = _absolute((source,))

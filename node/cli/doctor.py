@@ -48,7 +48,6 @@ def doctor(home: str | None, as_json: bool, **flags: Any) -> int:
             _print(finding)
 
     with Said() as said:
-        said.update("loading torch and hivemind", 0, 1)
         from tapestry.node.daemon import doctor as look  # seconds
 
         ok = True

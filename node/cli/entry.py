@@ -22,6 +22,7 @@ else:
     import _signal as signal  # without its enums, which take longer than all of this
 
 LOOK_AT_MODELS = ("init", "export")
+NO_TEARDOWN = ("start", *LOOK_AT_MODELS, "verify", "log", "backup", "restore", "exit", "doctor", "data")
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def _leaves_at_once(command: str, code: int) -> bool:
     kills itself."""
     if code == interrupt.INTERRUPTED:
         return True
-    return command in ("start", *LOOK_AT_MODELS) and "torch" in sys.modules
+    return command in NO_TEARDOWN and "torch" in sys.modules
 
 
 def _leave(code: int) -> None:

@@ -105,10 +105,10 @@ def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) ->
         look_at(source, weights)
     except ModelError as error:
         raise UserError(str(error), hint=error.hint or None) from error
-    from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
-
     home.create()
     with Said() as said:
+        from tapestry.node.lineage.adopt import adopt  # torch and transformers: seconds
+
         adopted = adopt(source, home.base, name, weights=weights, lora_rank=lora_rank, told=said.update)
     facts = adopted.facts
     click.echo(

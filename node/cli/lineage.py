@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections import deque
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,11 +170,11 @@ def verify(
 
     require_provable(path, against)
     given = None if anchor is None else Anchor.parse(_text_of(anchor))
-    from tapestry.node.lineage.signatures import jobs_here
-    from tapestry.node.lineage.verify import lines
-    from tapestry.node.lineage.verify import verify as proven
-
     with Said() as said:
+        from tapestry.node.lineage.signatures import jobs_here
+        from tapestry.node.lineage.verify import lines
+        from tapestry.node.lineage.verify import verify as proven
+
         how_many = jobs or jobs_here()
         proof = proven(
             path, anchor=given, against=against, replay=not no_replay, jobs=how_many, told=said.update
@@ -211,12 +212,11 @@ def log(home: str | None, as_json: bool, last: int | None, as_egress: bool, as_b
         _log_egress(where, as_json, last)
         return
     entries = read_log(where, last, _losses(where))
-    if as_json:
-        for entry in entries:
-            click.echo(json.dumps(entry.table()))
-    else:
-        for text in lines(entries):
-            click.echo(text)
+    texts = (json.dumps(entry.table()) for entry in entries) if as_json else lines(entries)
+    with Said("reading the chain"):
+        first = list(islice(texts, 1))  # with -n, the others follow at once
+    for text in chain(first, texts):
+        click.echo(text)
 
 
 @click.command(
@@ -230,23 +230,25 @@ def anchor(home: str | None) -> None:
     """The head and its signatures as one line, to publish anywhere; `verify --anchor` checks against it."""
     from tapestry.node.lineage.log import newest
 
-    click.echo(str(newest(Home.locate(home, os.environ))))
+    with Said("reading the chain"):
+        line = str(newest(Home.locate(home, os.environ)))
+    click.echo(line)
 
 
 @click.command(
     "exit",
     epilog=examples(
         "tapestry exit mine-alone --home mine",
-        "tapestry start --home mine-alone --data texts",
+        "tapestry start --home mine-alone --island --data texts",
     ),
 )
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @home_option
 def leave(out: Path, home: str | None) -> None:
-    """Take everything along: one verified directory, from which `start --home OUT` goes on alone."""
-    from tapestry.node.lineage.leave import leave as taken
-
+    """Take everything along: one verified directory, from which `start --home OUT --island` goes on."""
     with Said() as said:
+        from tapestry.node.lineage.leave import leave as taken
+
         proof = taken(Home.locate(home, os.environ), out, said.update)
     click.echo(f"wrote {out}: epoch {proof.epoch}, head {proof.head[:16]}, verified and replayed")
 
@@ -260,9 +262,10 @@ def _losses(home: Home) -> dict[int, float]:
 
 
 def _log_branches(home: Home, as_json: bool) -> None:
-    from tapestry.node.lineage.branches import branches, lines
+    with Said():
+        from tapestry.node.lineage.branches import branches, lines
 
-    found = branches(home)
+        found = branches(home)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
     else:
@@ -299,8 +302,8 @@ def _release(home: Home, name: str, number: int | None, out: Path, dtype: str) -
     Shelf(home).require(name).released(number)
     with as_user_error(ExportError):
         require_free(out)
-    from tapestry.node.sovereign.release import release
-
     with Said() as said:
+        from tapestry.node.sovereign.release import release
+
         version = release(home, name, number, out, dtype, said.update)
     click.echo(f"wrote {name} {version.number} to {out}")

@@ -13,8 +13,8 @@ from tapestry.node.surface.log_levels import LEVELS, SUBSYSTEMS, USUAL, read_lev
 
 
 @click.command("log-level", epilog=examples("tapestry log-level", "tapestry log-level links debug"))
-@click.argument("subsystem", required=False, type=click.Choice(list(SUBSYSTEMS)))
-@click.argument("level", required=False, type=click.Choice(LEVELS))
+@click.argument("subsystem", metavar="[SUBSYSTEM]", required=False, type=click.Choice(list(SUBSYSTEMS)))
+@click.argument("level", metavar="[LEVEL]", required=False, type=click.Choice(LEVELS))
 @home_option
 def log_level(subsystem: str | None, level: str | None, home: str | None) -> None:
     """Set how much SUBSYSTEM says, at once and for later starts; without LEVEL, show what is set."""

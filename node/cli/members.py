@@ -94,8 +94,7 @@ def admit(peer: str, name: str, home: str | None, no_wait: bool) -> None:
     """Let PEER in: an applicant, or whoever will come with that id. The end of an id is enough."""
     place = Home.locate(home, os.environ)
     table = control.ask(place, {"do": "members"})
-    waiting = [one["peer"] for one in table["applicants"]]
-    _change(place, "admit", _whole(peer, waiting), _named(name), f"admitted {peer}", no_wait)
+    _change(place, "admit", _whole(peer, _outside(table)), _named(name), f"admitted {peer}", no_wait)
 
 
 @click.command(
@@ -179,7 +178,7 @@ def propose(kind: str, words: tuple[str, ...], why: str, home: str | None, no_wa
     value = " ".join(filter(None, [value, why]))
     if kind in ("admit", "remove", "rekey", "voice"):
         table = control.ask(place, {"do": "members"})
-        known = [one["peer"] for one in table["members" if kind != "admit" else "applicants"]]
+        known = _outside(table) if kind == "admit" else [one["peer"] for one in table["members"]]
         peer = _whole(peer, known + [one["key"] for one in table["invites"]])
     if kind == "set":
         setting = SETTINGS.get(words[0])
@@ -268,6 +267,11 @@ def _whole(text: str, known: list[str], at_begin: bool = False) -> str:
     return found[0] if found else text
 
 
+def _outside(table: Mapping[str, Any]) -> list[str]:
+    """Who can be admitted, of those whom `tapestry members` shows: who asks, and who was removed."""
+    return list(dict.fromkeys([*(one["peer"] for one in table["applicants"]), *table["removed"]]))
+
+
 def _named(name: str) -> str:
     if len(name) > NAME_CHARS_MAX or printable(name) != name:
         raise UserError(f"a name has at most {NAME_CHARS_MAX} printable characters")
@@ -331,7 +335,7 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
         left = "expired" if has_expired(one["expires_at"], time.time()) else f"{one['uses']} left"
         lines += _row("invite", one["name"], short(one["key"]), left)
     for one in table["pending"]:
-        value = "" if one["kind"] == "invite" else one["value"]  # uses and a moment in Unix time
+        value = _invite(one["value"]) if one["kind"] == "invite" else one["value"]
         of = short(one["peer"]) if one["peer"] else ""
         what = " ".join(filter(None, [one["kind"], of, ids_cut(value)]))
         signed = f"{one['signed']} of {one['needs']} signed"
@@ -341,6 +345,13 @@ def _lines(table: Mapping[str, Any]) -> list[str]:
     for peer, why in table["removed"].items():
         lines += _row("removed", "", short(peer), ids_cut(why))
     return lines
+
+
+def _invite(value: str) -> str:
+    """What members are asked to sign: whom it is for, how often it admits, and until when."""
+    uses, expires_at, name = value.split(" ", 2)
+    until = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(int(expires_at))) if int(expires_at) else ""
+    return ", ".join(filter(None, [name and f"for {name}", numbered(int(uses), "use"), until]))
 
 
 def _row(kind: str, name: str, end: str, text: str) -> Iterator[str]:

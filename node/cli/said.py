@@ -21,16 +21,19 @@ from tapestry.node.progress import Progress
 
 QUIET_S = 2.0  # what takes longer says how far it is
 DRAWN_EVERY_S = 0.5
+STARTING = "starting"  # torch and its kin take seconds to load, on a busy machine ten
 SAID_EVERY_S = 30.0  # where stderr is no terminal
 
 
 class Said:
-    """A context; `update` is a progress.Told, for any thread. `soon`: off a terminal too there is a line
-    after QUIET_S, for what takes seconds and no night."""
+    """A context; `update` is a progress.Told, for any thread; `what` is said until its first word. What is
+    slow to import is imported in it. `soon`: off a terminal too there is a line after QUIET_S, for what takes
+    seconds and no night."""
 
-    def __init__(self, soon: bool = False) -> None:
+    def __init__(self, what: str = STARTING, soon: bool = False) -> None:
         self._soon = soon
         self._progress = Progress()
+        self._progress.update(what, 0, 1)
         self._terminal = sys.stderr.isatty()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -77,6 +80,5 @@ class Said:
 @contextlib.contextmanager
 def waited_for(what: str) -> Iterator[None]:
     """Say what is waited for, and for how long already."""
-    with Said(soon=True) as said:
-        said.update(what, 0, 1)
+    with Said(what, soon=True):
         yield

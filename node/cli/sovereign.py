@@ -83,9 +83,9 @@ def derive(
     require_new(Shelf(where), name)
     require_epoch(where, epoch)
     declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
-    from tapestry.node.sovereign import build
-
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built = build.derive(where, name, recipe, epoch, restart=restart, told=told.update)
     _say_built(built)
 
@@ -118,10 +118,10 @@ def evaluate(
         Suite.load(require_suite(where, suite_file))
     else:
         Shelf(where).require(name).version(number)
-    from tapestry.node.sovereign import build
-
     if name == "base":
         with Said() as told:
+            from tapestry.node.sovereign import build
+
             parent, report = build.evaluate_base(where, epoch, suite_file, told=told.update)
         if as_json:
             click.echo(json.dumps({"base": plain(parent), "report": plain(report)}, indent=1))
@@ -130,6 +130,8 @@ def evaluate(
             click.echo("\n".join(table(report, ())))
         return ExitCode.DONE
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built, _ = build.evaluate(where, name, number, suite_file, told=told.update)
     if as_json:
         click.echo(json.dumps(plain(built.version), indent=1))
@@ -183,11 +185,11 @@ def rebase(
     where = home_to_write(home)
     Shelf(where).require(name).version()
     require_epoch(where, epoch)
-    from tapestry.node.sovereign import build
-    from tapestry.node.sovereign.watch import watch
 
     def rebased() -> int:
         with Said() as told:
+            from tapestry.node.sovereign import build
+
             built = build.rebase(
                 where,
                 name,
@@ -202,6 +204,8 @@ def rebase(
 
     if every_epochs is None:
         return rebased()
+    from tapestry.node.sovereign.watch import watch
+
     click.echo(f"watching {where.path}: {name} follows the base every {every_epochs} epochs", err=True)
     for base_epoch in watch(where, name, every_epochs):
         click.echo(f"the base is at epoch {base_epoch}", err=True)
@@ -243,10 +247,10 @@ def rejoin(home: str | None, name: str | None, brings: bool, restart: bool, decl
             require(where, reals, READ, today_utc())
         if name is not None:
             declare_missing(where, paths, f"derive:{name}", declaration)
-        from tapestry.node.lineage.bring import bring
-        from tapestry.node.sovereign import build
-
         with Said() as told:
+            from tapestry.node.lineage.bring import bring
+            from tapestry.node.sovereign import build
+
             built = None
             if name is not None:
                 built = build.keep_island(where, name, restart=restart, told=told.update)
@@ -293,9 +297,9 @@ def merge(
     where, shares = home_to_write(home), shares_of(names, _weights(weights))
     require_new(Shelf(where), into)
     to_merge(Shelf(where), names)
-    from tapestry.node.sovereign import build
-
     with Said() as told:
+        from tapestry.node.sovereign import build
+
         built = build.merge(
             where,
             into,

@@ -27,7 +27,7 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.swarm import Swarm
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
-from tapestry.node.net.admission import Answer, Streams, admission_protocol, ask_until_member
+from tapestry.node.net.admission import COMING, TAKEN, Answer, Streams, admission_protocol, ask_until_member
 from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol.members import LIFETIME_EPOCHS_MAX, NAME_CHARS_MAX, Change, Roll
@@ -172,7 +172,10 @@ class _Applicant:
             self.heard[self._peer] = answer
             waits = f"waiting to be admitted by {answer.by}{_because(answer)}; your id {self._me}"
             _log.info("%s", waits)
-            self._say(Wait("admission", waits, f"ends when who admits runs: tapestry admit {self._me}"))
+            ends = f"ends when who admits runs: tapestry admit {self._me}"
+            if answer.why in (TAKEN, COMING):
+                ends = "ends by itself, with a record of theirs"
+            self._say(Wait("admission", waits, ends))
         self._turn += 1
         if self._turn >= TURN_ANSWERS and not self.is_for_one:
             raise _NextPeer

@@ -3,7 +3,7 @@
     genesis.json     who began this run, and with which state
     chain.jsonl      one sealed record per line, appended and synced: chain_file.py
     vote.json        what this node promised and accepted in the round under way; sealed
-    updates/<epoch>-<head>.upd    the encoded result of each epoch
+    updates/<epoch>-<head>.upd    the encoded result of each epoch: update_header.py
     updates/<epoch>-<head>.means  who made it, while it is no record: signed_means.py
 
 Each of them survives a `kill -9` and a full disk at any moment: a file is replaced whole, and what an
@@ -12,9 +12,6 @@ append left unfinished is cut off. A write that fails raises OSError and leaves 
 Damage is treated by what it can do. A chain may be shorter than it was, peers have the rest: the records
 before the damage are kept, the others set aside. An update can be fetched again: it is dropped. But a
 forgotten vote could be cast twice, and two results be committed in one epoch, so a damaged one is refused.
-
-    update file = magic "TAPU", version u32, epoch u64, head 32, result digest 32, shard count u32, zero u32
-                  + payload length u64 of each shard + the payloads                        (little-endian)
 
 Blocking; any thread. Must not import: asyncio; hivemind; nor torch, as draft.py says.
 """
@@ -26,7 +23,6 @@ import dataclasses
 import json
 import logging
 import os
-import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +44,13 @@ from tapestry.node.disk.files import (
     write_file,
 )
 from tapestry.node.disk.signed_means import SUFFIX as MEANS_SUFFIX
+from tapestry.node.disk.update_header import (
+    UPDATE_SUFFIX,
+    UpdateHeader,
+    header_bytes,
+    read_update_header,
+    update_name,
+)
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
@@ -69,11 +72,7 @@ from tapestry.node.spec.run import LimitsSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-UPDATE_SUFFIX = ".upd"
 READ_BYTES = 1 << 20  # at a time, to see that a file can be read
-_UPDATE = struct.Struct("<4sIQ32s32sII")
-_MAGIC = b"TAPU"
-_VERSION = 1
 _NONE_KNOWN: Mapping[int, str] = MappingProxyType({})
 
 _log = logging.getLogger("tapestry.disk")
@@ -95,26 +94,6 @@ class LoadedStore:
     epoch: int  # that its chain ends with
     vote: Vote | None
     updates: tuple[str, ...]  # heads whose update is in the update log
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateHeader:
-    """What an update file begins with."""
-
-    epoch: int  # of the state that the update makes
-    head: str
-    result: str  # digest of the payloads
-    lengths: tuple[int, ...]  # bytes of each payload
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the whole file."""
-        return _UPDATE.size + 8 * len(self.lengths) + sum(self.lengths)
-
-    def pack(self) -> bytes:
-        head, result = bytes.fromhex(self.head), bytes.fromhex(self.result)
-        fixed = _UPDATE.pack(_MAGIC, _VERSION, self.epoch, head, result, len(self.lengths), 0)
-        return fixed + struct.pack(f"<{len(self.lengths)}Q", *self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +246,7 @@ class Store:
 
     def draft(self, sizes: Sequence[int], name: str = "draft") -> Draft:
         """For an update of payloads of these sizes; one of a name at a time."""
-        return Draft(self._home.updates, _UPDATE.size + 8 * len(sizes), sizes, name)
+        return Draft(self._home.updates, header_bytes(len(sizes)), sizes, name)
 
     def has_update(self, head: str) -> bool:
         return head in self._updates
@@ -406,11 +385,6 @@ class Store:
                 set_aside(update.path, why)
 
 
-def update_name(epoch: int, head: str) -> str:
-    """Of its file in HOME/updates."""
-    return f"{epoch:08d}-{head[:16]}{UPDATE_SUFFIX}"
-
-
 def result_digest(payloads: Sequence[Tensor], known: Mapping[int, str] = _NONE_KNOWN) -> str:
     """As node/protocol/exchange.py defines it: of the shards' digests (some may be known), in order."""
     digests = [
@@ -486,22 +460,6 @@ def read_update_file(path: Path) -> tuple[UpdateHeader, list[Tensor]]:
     begin = header.size_bytes - sum(header.lengths)
     parts: Sequence[Tensor] = whole[begin:].split(list(header.lengths))  # type: ignore[no-untyped-call]
     return header, list(parts)
-
-
-def read_update_header(file: BinaryIO) -> UpdateHeader:
-    """Nothing is allocated before the file's length agreed with what it says. Raises ValueError."""
-    file_bytes = os.fstat(file.fileno()).st_size
-    fixed = file.read(_UPDATE.size)
-    if len(fixed) < _UPDATE.size:
-        raise ValueError("no header")
-    magic, version, epoch, head, result, count, _ = _UPDATE.unpack(fixed)
-    if (magic, version) != (_MAGIC, _VERSION) or file_bytes < _UPDATE.size + 8 * count:
-        raise ValueError("no update file of this version")
-    lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
-    header = UpdateHeader(epoch, head.hex(), result.hex(), lengths)
-    if header.size_bytes != file_bytes:
-        raise ValueError(f"{file_bytes} bytes, should be {header.size_bytes}")
-    return header
 
 
 def _bytes_of(

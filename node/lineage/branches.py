@@ -177,13 +177,15 @@ def as_home(home: Home, name: str, folder: Path) -> Home:
 
 def lines(chains: Sequence[Branch]) -> Iterator[str]:
     """For people."""
-    yield f"{'branch':<8}  {'epochs':<12}  {'head':<16}  {'where':<28}"
+    yield f"{'branch':<8}  {'epochs':<15}  head"
     for one in chains:
         first = 0 if one.kind == "run" else one.since + 1
         epochs = f"{first}-{one.epoch}" if first <= one.epoch else "-"  # of an island that just began
         said = {"run": "waits: rejoin", "island": "as it was left", "lost": f"left {one.left_at}"}[one.kind]
         said = "goes on" if one.goes_on else said
-        yield f"{one.kind:<8}  {epochs:<12}  {one.head[:16]:<16}  {one.folder:<28}  {said}"
+        yield f"{one.kind:<8}  {epochs:<15}  {one.head[:16]}  {said}"
+        if one.kind == "island" and one.folder != ".":
+            yield f"{'':10}in {one.folder}"
         if one.kind == "lost":
             name = one.folder.removeprefix("branches/")
             for text in (

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tapestry.node.disk.store import update_name
+from tapestry.node.disk.update_header import update_name
 from tapestry.node.errors import ExitCode, UserError, printable
 from tapestry.node.home import Home
 from tapestry.node.lineage.anchor import Anchor

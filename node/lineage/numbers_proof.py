@@ -9,13 +9,8 @@ import os
 from pathlib import Path
 
 from tapestry.node.disk.checkpoints import SUFFIX, Checkpoint, read_checkpoint
-from tapestry.node.disk.store import (
-    UPDATE_SUFFIX,
-    read_update_file,
-    read_update_header,
-    result_digest,
-    update_name,
-)
+from tapestry.node.disk.store import read_update_file, result_digest
+from tapestry.node.disk.update_header import UPDATE_SUFFIX, read_update_header, update_name
 from tapestry.node.home import Home
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.protocol.chain import Genesis

@@ -56,6 +56,7 @@ ASK_AGAIN_S = 1.0
 QUESTION_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 4096
 TAKEN = "the invitation is good: admitted with the next record"
+COMING = "the invitation holds from the next record on"
 SILENCE_S = 10.0  # Guess: between two questions, and for an answer
 BYTES_PER_SECOND_MIN = 1024  # of a question or an answer that has begun; as links.py
 APPLICANTS_MAX = 64  # remembered. G7
@@ -163,9 +164,9 @@ class Reception:
         """An admission by invitation. Returns what is wrong with it, or ""."""
         invites = [roll.invites[key] for key, _ in change.signatures if key in roll.invites]
         if not invites and any(key in self._coming() for key, _ in change.signatures):
-            return "the invitation holds from the next record on"
+            return COMING
         if not invites:
-            return "the invitation is not known here, or was used up or taken back"
+            return "the invitation is not known here: it was used up, has expired, or was taken back"
         if all(has_expired(invite.expires_at, self._clock()) for invite in invites):
             return "the invitation has expired"
         return self._submit(change)

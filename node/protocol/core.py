@@ -133,7 +133,7 @@ class Core:
         if self.stopping:
             return "stopping"
         if self.round is None:
-            return "averaging" if self.sync.taking_the_step else "joining"
+            return "averaging" if self.sync.taking_the_step and not self._is_removed else "joining"
         if self.round.quorum_lost_at is not None or not self.trainer_up:
             return "degraded"
         return "training" if self.round.stage == Stage.TRAINING else "averaging"
@@ -143,10 +143,13 @@ class Core:
         if self.stopping:
             return None
         if self.round is None:
-            standing = self.own.stands_by() if self.sync.at_head else None
+            behind = self.sync.wait(now)
+            # Nobody gives the state of the record that removed us, so that to wait for it would never end.
+            standing = self.own.stands_by() if behind is None or self._is_removed else None
             if standing is None:
-                return self.sync.wait(now)
-            return replace(standing, for_s=_since(self.stood_by_at, now))
+                return behind
+            for_s = _since(self.stood_by_at, now) if behind is None else behind.for_s
+            return replace(standing, for_s=for_s)
         if not self.trainer_up:
             what = f"not contributing: {self.trainer_reason}"
             return Wait("trainer", what, self.trainer_ends, _since(self.trainer_down_at, now))
@@ -315,6 +318,11 @@ class Core:
         after = self.chain.after(epoch, 1)
         members = after[0].body.members if after else ()
         return next((m.contribution for m in members if m.peer == self.ctx.me and m.weight), "")
+
+    @property
+    def _is_removed(self) -> bool:
+        """Whether the members removed us, by our newest record."""
+        return self.ctx.me in self.ctx.roll.removed
 
     # --- local causes --------------------------------------------------------------------------
 

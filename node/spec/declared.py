@@ -23,9 +23,10 @@ import datetime
 import os
 import re
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from tapestry.node.disk.files import atomic_write, one_at_a_time
 from tapestry.node.errors import ExitCode, UserError
@@ -113,7 +114,17 @@ class Declared:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         try:
-            read = read_table(cls, read_toml(path))
+            raw = read_toml(path)
+        except TableError as error:
+            raise UserError(f"{path}: {error}") from error
+        return cls.of(raw, home)
+
+    @classmethod
+    def of(cls, raw: dict[str, Any], home: Home) -> Declared:
+        """What the home would declare if its data.toml held this. Raises UserError."""
+        path = home.data_toml
+        try:
+            read = read_table(cls, raw)
         except TableError as error:
             raise UserError(f"{path}: {error}") from error
         read = replace(
@@ -361,10 +372,12 @@ def append(home: Home, entries: Iterable[Declaration | Revoked]) -> None:
     try:
         with one_at_a_time(path):
             text = path.read_text(encoding="utf-8") if os.path.lexists(path) else template()
+            Declared.load(home)  # else what is wrong would be called the new entry's
+            raw = tomllib.loads((text + added).removeprefix("\ufeff"))
+            Declared.of(raw, home)  # a file with a mistake lets a running node read nothing
             atomic_write(path, (text + added).encode(), 0o600)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot write {path}: {error}", exit_code=ExitCode.FAILED) from error
-    Declared.load(home)
 
 
 def template() -> str:

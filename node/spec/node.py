@@ -464,7 +464,7 @@ def _addresses(
 
 def _data(settings: DataSettings, home: Home) -> DataSettings:
     hint = (
-        f"--data PATH (a file or a folder of text), or data = [...] in {home.node_toml}; "
+        f"--data PATH (a file or a folder of text), or paths = [...] below [data] in {home.node_toml}; "
         "--data stdlib takes the sources of the Python standard library"
     )
     return resolved_data(settings, hint)

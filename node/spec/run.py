@@ -492,7 +492,7 @@ def _checked(spec: RunSpec) -> RunSpec:
         rule = shown(spec.members.admit_by)
         raise TableError(
             f"members.admit_by: {rule} with {1 + len(spec.members.founders)} founders; "
-            "a council K/N has all N of them (members.founders, and the one who founds the run)"
+            "a council K/N has all N of them (the one who founds the run, and those of members.founders)"
         )
     training_spec(spec).check()
     if spec.round.min_members > spec.limits.max_peers:

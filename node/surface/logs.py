@@ -113,7 +113,8 @@ class Log:
         self._file = file
 
     def leave_screen(self) -> None:
-        """From now on the file alone."""
+        """From now on the file alone; the live line is gone, and others write where it was."""
+        self.show("")
         self.flush()
         self._to_screen = False
 
@@ -128,7 +129,8 @@ class Log:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Write what waits, and end the thread. Lines that come later go nowhere."""
+        """Write what waits, take the live line away, and end the thread. Lines that come later go nowhere."""
+        self.show("")
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=CLOSE_S)
         self._thread.join(CLOSE_S)

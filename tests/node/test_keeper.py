@@ -14,7 +14,8 @@ from tapestry.node.daemon.averaging import ResultPayload
 from tapestry.node.daemon.keeper import Keeper, KeeperError, found_run
 from tapestry.node.daemon.restored import chain_of
 from tapestry.node.disk.accusations import Accusation
-from tapestry.node.disk.store import Store, result_digest, update_name
+from tapestry.node.disk.store import Store, result_digest
+from tapestry.node.disk.update_header import update_name
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.uses import note_use, spans

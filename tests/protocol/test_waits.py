@@ -7,6 +7,7 @@ from simulation.faults import Faults
 from simulation.world import Node, World
 
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Stage
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.waits import KINDS, UNMEASURED_S, USUAL_S, Wait, span
@@ -157,6 +158,25 @@ def test_who_was_removed_says_who_can_let_it_in() -> None:
     later(world, 3)
     wait = node.core.own.stands_by()
     assert wait is not None and wait.kind == "admission" and wait.ends.endswith("tapestry admit p1")
+
+
+def test_who_was_removed_is_told_so_though_nobody_gives_it_the_state_of_that_record() -> None:
+    world = world_of(3)
+    world.until(lambda: world.epoch() >= 3, 60)
+    change = Change("remove", "p2", "no licence", world.epoch() + 10_000, "a" * 32)
+    for node in world.nodes.values():
+        node.feed(ev.ChangeAsked(change))
+    removed = world.nodes["p2"].core
+    world.until(lambda: "p2" in removed.ctx.roll.removed, 60)
+    for name in ("p0", "p1"):
+        world.nodes[name].crash()
+    later(world, 5)
+    removed.sync.state_epoch -= 1  # as where its links ended before the update came
+    later(world, 70)
+    wait = removed.wait(world.now)
+    assert removed.phase() == "joining" and wait is not None
+    assert (wait.kind, wait.what) == ("admission", "removed from this run: no licence")
+    assert wait.ends.endswith("tapestry admit p2")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -21,7 +21,8 @@ from state.kit import CRYPTO, STALL_S, Run, Stream, flip, new_state, state_bytes
 from tapestry.dht.identity import Identity
 from tapestry.node.disk import signed_means
 from tapestry.node.disk.checkpoints import CHUNK_BYTES, restore
-from tapestry.node.disk.store import UPDATE_SUFFIX, Store
+from tapestry.node.disk.store import Store
+from tapestry.node.disk.update_header import UPDATE_SUFFIX
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.net.bucket import BURST_S

@@ -746,12 +746,14 @@ class Answering:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *tables: dict[str, object]) -> None:
         self.tables = list(tables)
         self.asked: list[str] = []  # values
+        self.about: list[str] = []  # whom
         monkeypatch.setattr("tapestry.node.surface.control.ask", self.ask)
         monkeypatch.setattr("tapestry.node.cli.members.POLL_S", 0.0)
 
     def ask(self, home: object, request: dict[str, str]) -> dict[str, object]:
         if request["do"] != "members":
             self.asked.append(request["value"])
+            self.about.append(request["peer"])
             return {"id": CHANGE, "needs": 1}
         table = self.tables.pop(0) if len(self.tables) > 1 else self.tables[0]
         return {"members": [{"peer": "a" * 52}], "invites": [], "epoch": 7, **table}
@@ -759,6 +761,17 @@ class Answering:
 
 CHANGE = "ab" * 16
 WAITS = {"id": CHANGE, "signed": 0, "needs": 1, "enough": True}
+
+
+@pytest.mark.parametrize("command", [["admit"], ["propose", "admit"]])
+def test_who_was_removed_is_admitted_again_by_the_end_of_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    peer = "12D3KooW" + "a" * 38 + "JhHe5k"
+    table = {"applicants": [], "removed": {peer: "agreed"}, "pending": [WAITS], "done": []}
+    node = Answering(monkeypatch, table)
+    result = CliRunner().invoke(cli, [*command, "JhHe5k", "--home", str(tmp_path), "--no-wait"])
+    assert (result.exit_code, node.about) == (0, [peer]), result.stderr
 
 
 def test_who_leaves_is_told_when_it_is_out_and_not_that_others_must_sign(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from rich.cells import cell_len
 from tapestry.node.cli import look, members
 from tapestry.node.errors import UserError
 from tapestry.node.lineage import egress, log
+from tapestry.node.lineage.branches import Branch
+from tapestry.node.lineage.branches import lines as branch_lines
 from tapestry.node.lineage.columns import column, cut, ids_cut, who, wrapped
 from tapestry.node.protocol.members import Change
 
@@ -118,6 +121,8 @@ def test_members_applicants_and_all_that_waits() -> None:
         ("rekey", PEERS[5], PEERS[6]),
         ("charter", "", "admit_by majority"),
         ("remove", PEERS[1], "w" * 99),
+        ("invite", PEERS[4], "20 1796672873 lab-lima"),
+        ("invite", PEERS[4], "1 0 "),
     ]
     table = {
         "epoch": 10**6,
@@ -151,6 +156,8 @@ def test_members_applicants_and_all_that_waits() -> None:
     assert "w" * 81 not in text and text.count("w") >= 99, "it is told whole"
     for words in (
         f"rekey …{PEERS[5][-6:]}",
+        f"invite …{PEERS[4][-6:]} for lab-lima, 20 uses, until 2026-12-07 19:47 UTC",
+        f"invite …{PEERS[4][-6:]} 1 use ",
         "cccccccc",
         "1 of 2 signed",
         "for the next record",
@@ -173,6 +180,18 @@ def test_an_empty_id_is_not_the_only_one_there_is(given: str) -> None:
     for at_begin in (False, True):
         with pytest.raises(UserError, match="may be anybody's"):
             members._whole(given, [PEERS[3]], at_begin)
+
+
+def test_the_branches_of_a_home() -> None:
+    head = "ab" * 32
+    run = Branch("run", "island", 0, 10**6, head, False)
+    left = Branch("island", "islands/01000009-abababababababab", 10**6, 10**6 + 9, head, False)
+    lost = replace(left, kind="lost", folder="branches/01000009-abababababababab", why="w " * 60)
+    lost = replace(lost, members=tuple(PEERS), left_at="2026-11-30T19:00:00Z")
+    text = fits(list(branch_lines([run, left, replace(left, folder=".", goes_on=True), lost])))
+    assert "waits: rejoin" in text and "goes on" in text and "left 2026-11-30" in text
+    assert text.count("in islands/01000009-abababababababab") == 1
+    assert "export --branch 01000009-abababababababab" in text
 
 
 def test_the_log_names_who_contributed_and_who_asked_for_a_change() -> None:

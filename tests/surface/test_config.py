@@ -217,7 +217,8 @@ def test_no_data_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data to train on") as caught:
         NodeConfig.resolve(Home(tmp_path), {}, {})
     assert caught.value.exit_code == ExitCode.USAGE
-    assert caught.value.hint is not None and "--data PATH" in caught.value.hint
+    hint = caught.value.hint
+    assert hint is not None and "--data PATH" in hint and "paths = [...] below [data]" in hint
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,20 @@ def test_a_run_is_written_into_a_home_where_data_are_declared_already(home: Home
     assert said.exit_code == 0 and home.run_toml.exists() and refusal(home, tmp_path) == ""
 
 
+def test_a_declaration_that_could_not_be_read_again_is_not_written(home: Home, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("{}\n")
+    home.data_toml.write_text(template())
+    before = home.data_toml.read_text()
+    home_option = ["--home", str(home.path)]
+    declares = ["data", "declare", "own", str(text), "--purpose", "derive:two words", *home_option]
+    derives = ["derive", "two words", "--data", str(text), "--declare", "own", *home_option]
+    for args, why in ((declares, "purposes"), (derives, "is no name of a derivative")):
+        result = CliRunner().invoke(cli, args)
+        assert (result.exit_code, why in result.stderr) == (2, True), result.stderr
+        assert home.data_toml.read_text() == before, "a file with a mistake lets nothing be read"
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -208,3 +208,21 @@ def test_log_level_writes_shows_and_refuses(tmp_path: Path) -> None:
     path = tmp_path / "log-levels.json"
     path.write_text("[]")
     assert run("links", "info") == (2, f"error: {path}: not a table\nhint: remove that file\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("end", [Log.leave_screen, Log.close])
+def test_the_live_line_is_gone_where_others_write_next(end: Callable[[Log], None]) -> None:
+    """An error, or the shell."""
+    terminal = Terminal()
+    log = Log("text", terminal)
+    log.show("starting trainer")
+    log.line("12:00 info node started")
+    end(log)
+    text = terminal.getvalue()
+    assert "12:00 info node started\n" in text and text.rpartition("\r\x1b[K")[2] == ""
+    log.close()

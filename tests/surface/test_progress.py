@@ -102,10 +102,16 @@ def test_on_a_terminal_it_is_one_line_that_is_gone_at_the_end(screen: Callable[.
 
 def test_elsewhere_it_is_a_line_now_and_then(screen: Callable[..., Screen]) -> None:
     log = screen(False, "restoring, 0 s")
-    with Said() as said:
-        said.update("restoring", 0, 1)
+    with Said("restoring"):
         assert log.shown.wait(10)
     assert set(log.getvalue().splitlines()) == {"restoring, 0 s"}
+
+
+def test_what_has_said_nothing_yet_is_starting(screen: Callable[..., Screen]) -> None:
+    """Commands import torch in it, which takes seconds."""
+    terminal = screen(True, "starting, 0 s")
+    with Said():
+        assert terminal.shown.wait(10)
 
 
 def test_what_is_short_says_nothing(screen: Callable[..., Screen]) -> None:

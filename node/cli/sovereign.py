@@ -78,6 +78,7 @@ def derive(
 ) -> None:
     """Make a model of one's own from the base. The same command goes on where it was ended."""
     where = home_to_write(home)
+    Shelf(where).of(name)
     recipe = load_recipe(recipe_file, flags)
     require_extra()
     require_new(Shelf(where), name)

@@ -116,13 +116,13 @@ def test_whoever_sits_at_the_terminal_is_asked_once_and_the_answer_is_the_declar
 
 @pytest.mark.parametrize(
     ("answer", "code"),
-    [("INA\n", ExitCode.USAGE), ("\x03", ExitCode.DONE), ("\x04", ExitCode.FAILED)],
+    [("INA\n", ExitCode.USAGE), ("\x03", ExitCode.FAILED), ("\x04", ExitCode.FAILED)],
     ids=["no licence", "Ctrl-C", "Ctrl-D"],
 )
 def test_without_an_answer_that_declares_them_nothing_is_read(
     home: Home, sit: Callable[[], Terminal], answer: str, code: ExitCode
 ) -> None:
-    """Ctrl-C is how a node is ended in good order, here as ever."""
+    """Ctrl-C is 1, as at every moment before a node is up."""
     terminal = sit()
     terminal.wait_for(FORM)
     terminal.type(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -20,8 +21,8 @@ from click.testing import CliRunner, Result
 
 import tapestry.node.daemon as daemon_package
 import tapestry.node.lineage as lineage_package
+from tapestry.node.cli import interrupt, said
 from tapestry.node.cli import lineage as lineage_commands
-from tapestry.node.cli import said
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
@@ -571,6 +572,22 @@ def _interrupted(home: Path, command: str, at: str) -> subprocess.CompletedProce
 def test_ctrl_c_ends_a_command_with_a_line_at_whatever_moment(tmp_path: Path, command: str, at: str) -> None:
     done = _interrupted(tmp_path / "h", command, at)
     assert (done.stdout, done.stderr, done.returncode) == ("", "\nerror: interrupted\n", 1)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no module"), UserError("the base does not read")])
+def test_an_error_that_a_library_makes_of_a_ctrl_c_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def swallowed(*_: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            key(signal.SIGINT, None)
+        raise error
+
+    key = interrupt.Key()
+    monkeypatch.setattr(interrupt, "CTRL_C", key)
+    monkeypatch.setattr(lineage_commands, "require_epoch", swallowed)
+    result = _run("export", "model", "--home", str(tmp_path))
+    assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "\nerror: interrupted\n")
 
 
 def test_ctrl_c_while_python_ends_changes_nothing_any_more(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ import tapestry.node.daemon as daemon_package
 import tapestry.node.lineage as lineage_package
 from tapestry.node.cli import interrupt, said
 from tapestry.node.cli import lineage as lineage_commands
+from tapestry.node.cli import start as start_commands
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
@@ -371,6 +373,22 @@ def test_a_detached_node_that_is_long_in_starting_goes_on_unwatched(
     assert start_detached(command, home, wait_s=0.0) == ExitCode.DONE
     assert f"goes on in the background; see {home.log}" in capfd.readouterr().out
     _end_the_new_child(before)
+
+
+def test_a_detached_start_that_is_given_up_leaves_no_node_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def pressed(child: subprocess.Popen[bytes], *_: object) -> None:
+        begun.append(child)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(start_commands, "_wait_until_ready", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        start_detached([sys.executable, "-c", "import signal; signal.pause()"], Home(tmp_path))
+    assert begun[0].returncode == -signal.SIGTERM
 
 
 def test_detach_starts_the_same_command_without_the_flag(

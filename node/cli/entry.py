@@ -39,7 +39,7 @@ def main() -> None:
 
     try:
         if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # main.py knows what to do with it
+            signal.signal(signal.SIGINT, interrupt.CTRL_C)  # main.py knows what to do with it
         run()
     except KeyboardInterrupt:  # before main.py has begun
         interrupt.end()

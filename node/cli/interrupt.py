@@ -1,6 +1,7 @@
-"""What Ctrl-C says, and gives to the shell, where nothing is begun that must be ended in order.
+"""What Ctrl-C does to a command: by `end` at once, where nothing is begun that must be ended in order; else
+by a KeyboardInterrupt, of which main.py says the same.
 
-Everywhere else main.py says the same of a KeyboardInterrupt. Must stay light: entry.py imports it first.
+Must stay light: entry.py imports it first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,20 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 1  # errors.ExitCode.FAILED; importing it would take the time that entry.py saves
 WORDS = b"\nerror: interrupted\n"
+
+
+class Key:
+    """A handler of SIGINT as Python's own, which remembers: libraries turn a KeyboardInterrupt that hits one
+    of their imports into errors of their own."""
+
+    pressed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
+CTRL_C = Key()
 
 
 def end(number: int = 0, frame: FrameType | None = None) -> None:

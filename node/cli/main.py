@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from tapestry.node.cli import interrupt
 from tapestry.node.errors import ExitCode, UserError
 
 
@@ -137,17 +138,10 @@ class _Cli(click.Group):
         try:
             code = super().main(*args, **{**extra, "prog_name": "tapestry", "standalone_mode": False})
             sys.stdout.flush()
-        except UserError as error:
-            code = _complain(error)
-        except click.ClickException as error:
-            code = _complain(_usage_error(error))
         except (KeyboardInterrupt, click.Abort):
-            code = _complain(UserError("interrupted", exit_code=ExitCode.FAILED))
-        except BrokenPipeError:
-            _forget_stdout()
-            code = ExitCode.FAILED
-        except PermissionError as error:
-            code = _complain(_not_ours(error))
+            code = _complain(_INTERRUPTED)
+        except Exception as error:
+            code = _interrupted() if interrupt.CTRL_C.pressed else _failed(error)
         sys.exit(int(code or ExitCode.DONE))
 
 
@@ -158,6 +152,29 @@ def cli() -> None:
 
 
 # ---- errors ------------------------------------------------------------------------------------------
+
+
+_INTERRUPTED = UserError("interrupted", exit_code=ExitCode.FAILED)
+
+
+def _interrupted() -> ExitCode:
+    """What came of a Ctrl-C in a library is no fault of anything."""
+    click.echo(err=True)  # as click does for a KeyboardInterrupt: the terminal has written ^C
+    return _complain(_INTERRUPTED)
+
+
+def _failed(error: Exception) -> ExitCode:
+    """Raises what is our own fault."""
+    if isinstance(error, UserError):
+        return _complain(error)
+    if isinstance(error, click.ClickException):
+        return _complain(_usage_error(error))
+    if isinstance(error, BrokenPipeError):
+        _forget_stdout()
+        return ExitCode.FAILED
+    if isinstance(error, PermissionError):
+        return _complain(_not_ours(error))
+    raise error
 
 
 def _complain(error: UserError) -> ExitCode:

@@ -236,7 +236,7 @@ def start_detached(command: Sequence[str], home: Home, wait_s: float = DETACH_WA
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        with _ctrl_c(signal.default_int_handler):
+        with _ctrl_c(interrupt.CTRL_C):
             if pressed:
                 raise KeyboardInterrupt
             outcome = _wait_until_ready(child, home, wait_s)

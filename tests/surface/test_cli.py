@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +22,9 @@ from click.testing import CliRunner, Result
 
 import tapestry.node.daemon as daemon_package
 import tapestry.node.lineage as lineage_package
+from tapestry.node.cli import interrupt, said
 from tapestry.node.cli import lineage as lineage_commands
-from tapestry.node.cli import said
+from tapestry.node.cli import start as start_commands
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
@@ -372,6 +375,22 @@ def test_a_detached_node_that_is_long_in_starting_goes_on_unwatched(
     _end_the_new_child(before)
 
 
+def test_a_detached_start_that_is_given_up_leaves_no_node_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def pressed(child: subprocess.Popen[bytes], *_: object) -> None:
+        begun.append(child)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(start_commands, "_wait_until_ready", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        start_detached([sys.executable, "-c", "import signal; signal.pause()"], Home(tmp_path))
+    assert begun[0].returncode == -signal.SIGTERM
+
+
 def test_detach_starts_the_same_command_without_the_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +590,22 @@ def _interrupted(home: Path, command: str, at: str) -> subprocess.CompletedProce
 def test_ctrl_c_ends_a_command_with_a_line_at_whatever_moment(tmp_path: Path, command: str, at: str) -> None:
     done = _interrupted(tmp_path / "h", command, at)
     assert (done.stdout, done.stderr, done.returncode) == ("", "\nerror: interrupted\n", 1)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no module"), UserError("the base does not read")])
+def test_an_error_that_a_library_makes_of_a_ctrl_c_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def swallowed(*_: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            key(signal.SIGINT, None)
+        raise error
+
+    key = interrupt.Key()
+    monkeypatch.setattr(interrupt, "CTRL_C", key)
+    monkeypatch.setattr(lineage_commands, "require_epoch", swallowed)
+    result = _run("export", "model", "--home", str(tmp_path))
+    assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "\nerror: interrupted\n")
 
 
 def test_ctrl_c_while_python_ends_changes_nothing_any_more(tmp_path: Path) -> None:

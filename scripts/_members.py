@@ -25,9 +25,12 @@ WINDOW_S = 60.0
 _COMMITTED = re.compile(r"^(\S+ \S+) info node committed epoch=(\d+) ", re.M)
 
 
-def founder_in(folder: Path, count: int, admission: str = "members", **changes: str) -> Node:
-    """The first member, not started yet; it has one of `count` parts of the text. `changes`: of run.toml."""
-    home = init(folder / "a", "--preset", "nano", "--admission", admission, **changes)
+def founder_in(folder: Path, count: int, *, is_open: bool = False, **changes: str) -> Node:
+    """The first member, not started yet; it has one of `count` parts of the text. `changes`: of run.toml.
+
+    To a run that `is_open` the others come by the address, and are members after one contribution.
+    """
+    home = init(folder / "a", "--preset", "nano", is_open=is_open, **changes)
     return Node(home, data=f"stdlib:1/{count}")
 
 

@@ -160,7 +160,7 @@ def run(names: list[str], options: argparse.Namespace, place: Path) -> list[Outc
     """Attacks by strangers, all on the same members."""
     outcomes, count = [], options.members or 2
     with contextlib.ExitStack() as stack:
-        founder = founder_in(place, count, "open" if options.open else "members")
+        founder = founder_in(place, count, is_open=options.open)
         members = [stack.enter_context(founder).wait_ready()]
         for index in range(1, count):
             line = founder.address if options.open else founder.invitation()
@@ -168,6 +168,7 @@ def run(names: list[str], options: argparse.Namespace, place: Path) -> list[Outc
             members.append(stack.enter_context(node).wait_ready())
         for node in members:
             node.wait_epoch(3, WAIT_S)
+            node.wait("a run of members", lambda node=node: node.status()["members"] == count, WAIT_S)
         for name in names:
             outcomes.append(measured(name, members, place / f"hostile-{name}", options))
             say(outcomes[-1])

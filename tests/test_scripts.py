@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -572,3 +573,15 @@ def _wait_for_nodes(tmp_path: Path, count: int) -> None:
     while len(_processes_in(tmp_path)) != count:
         assert time.monotonic() < deadline_s, f"no {count} nodes within {LIMIT_S:.0f} s"
         time.sleep(0.05)
+
+
+def test_in_an_open_run_under_attack_all_honest_nodes_become_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were newcomers for good, who have no vote and give way to members."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import _members
+
+    node = _members.founder_in(tmp_path, 2, is_open=True)
+    rules = tomllib.loads((node.home / "run.toml").read_text())["members"]
+    assert (rules["admission"], rules["open_votes_after"]) == ("open", 1)

@@ -1,27 +1,17 @@
 """The home directory: what one node keeps on disk, and the proof of who is using it.
 
-A lock (flock) on HOME/lock excludes a second node; the kernel drops it with the process, so a `kill -9`
-leaves nothing in the way. Whether a node is there is asked of the lock itself, which holds across
-containers, and which a copy of the home does not have. The lock file names its holder too: by pid and start
-time, so that no process that happens to reuse the pid is taken for it, and by boot, pid namespace and host,
-where that pid means something.
-
-A process that inherits the lock's descriptor would keep the home locked. It is close-on-exec; do not fork
-without exec while it is held.
+disk/lock.py says how a process has a home; whether the node is ready is read of the lock and HOME/node.json.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import pwd
 import shlex
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -29,13 +19,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tapestry.node.disk.files import atomic_write
+from tapestry.node.disk.lock import Held, HomeLock, holder_of, is_held, take
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol import strict
 
 GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
-LOCK_BYTES_MAX = 512
-LOCK_TRIES, LOCK_AGAIN_S = 5, 0.02  # somebody who only looks holds it for a moment
+ENDPOINT_BYTES_MAX = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,58 +326,29 @@ class Home:
     def lock(self) -> HomeLock:
         """Take the home for this process; raises UserError with exit code 2 if a live node has it."""
         try:
-            fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return take(self.lock_file)
+        except Held as error:
+            raise self._in_use() from error
         except OSError as error:
             raise UserError(f"cannot lock the home {self.path}: {error.strerror}") from error
-        try:
-            _take(fd)
-            text = Holder.of_this_process().text().encode()
-            os.pwrite(fd, text, 0)
-            os.ftruncate(fd, len(text))
-        except OSError as error:
-            os.close(fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise UserError(f"cannot lock the home {self.path}: {error.strerror}") from error
-            raise self._in_use() from error
-        return HomeLock(fd)
 
     def is_held(self) -> bool:
         """Whether a live node has this home, wherever it runs: what the lock says.
 
         Raises PermissionError: of another user's home nobody can say.
         """
-        try:
-            fd = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
-        except PermissionError:
-            raise
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
-        finally:
-            os.close(fd)
-        return False
+        return is_held(self.lock_file)
 
     def holder(self) -> int | None:
         """The pid of the live node that has this home; None if there is none, or none that we could
         signal."""
-        holder = self._holder() if self.is_held() else None
+        holder = holder_of(self.lock_file) if self.is_held() else None
         return holder.pid if holder is not None and holder.is_here() else None
 
     def holder_host(self) -> str:
         """Where the holder says that it runs; "" if it says nothing."""
-        holder = self._holder()
+        holder = holder_of(self.lock_file)
         return holder.host if holder is not None else ""
-
-    def _holder(self) -> Holder | None:
-        """Whoever wrote the lock file last."""
-        try:
-            with self.lock_file.open("rb") as file:
-                return Holder.parse(file.read(LOCK_BYTES_MAX))
-        except OSError:
-            return None
 
     def write_node_json(self, info: NodeInfo) -> None:
         """Say that the node is ready, atomically; raises OSError."""
@@ -404,7 +365,7 @@ class Home:
         """Where the process that starts here answers; None if it does not yet."""
         try:
             with self.endpoint.open(encoding="utf-8") as file:
-                words = file.read(LOCK_BYTES_MAX).split()
+                words = file.read(ENDPOINT_BYTES_MAX).split()
         except (OSError, ValueError):
             return None
         return words[1] if len(words) == 2 and words[0] == str(pid) else None
@@ -418,7 +379,7 @@ class Home:
         info = self._node_info()
         if not self.is_held():
             return NodeState(Liveness.STALE if info else Liveness.NOT_RUNNING, None, info)
-        holder = self._holder()
+        holder = holder_of(self.lock_file)
         pid = holder.pid if holder is not None else None
         if info is None or info.pid != pid:
             return NodeState(Liveness.STARTING, pid, None)
@@ -439,61 +400,6 @@ class Home:
             f"the home {self.path} is in use by {by}",
             hint=f"tapestry stop --home {self.path}, or give this node another --home",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a home, as the lock file has it: one line of five words."""
-
-    pid: int
-    start_ticks: int
-    boot_id: str
-    pid_namespace: str  # in which `pid` means something
-    host: str
-
-    @classmethod
-    def of_this_process(cls) -> Holder:
-        host = os.uname().nodename.split()
-        ticks = _start_ticks(os.getpid()) or 0
-        return cls(os.getpid(), ticks, _boot_id(), _pid_namespace(), host[0][:64] if host else "-")
-
-    @classmethod
-    def parse(cls, data: bytes) -> Holder | None:
-        words = data.decode(errors="replace").split()
-        if len(words) != 5 or not all(word.isdecimal() and len(word) < 20 for word in words[:2]):
-            return None
-        return cls(int(words[0]), int(words[1]), words[2], words[3], words[4])
-
-    def text(self) -> str:
-        return f"{self.pid} {self.start_ticks} {self.boot_id} {self.pid_namespace} {self.host}\n"
-
-    def is_here(self) -> bool:
-        """Whether `pid` is that process for us too."""
-        ours = (self.boot_id, self.pid_namespace) == (_boot_id(), _pid_namespace())
-        return ours and _start_ticks(self.pid) == self.start_ticks
-
-
-class HomeLock:
-    """A home that is ours until `release`, or until this process ends in whatever way."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd: int | None = fd
-
-    def __enter__(self) -> HomeLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let go. The file stays: to remove it would let two nodes lock two files of one name."""
-        if self._fd is None:
-            return
-        fd, self._fd = self._fd, None
-        try:
-            os.ftruncate(fd, 0)
-        finally:
-            os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,42 +441,6 @@ def _user_data_directory() -> Path:
     import platformdirs  # only here: most calls name their home
 
     return platformdirs.user_data_path("tapestry", appauthor=False)
-
-
-def _take(fd: int) -> None:
-    """Raises OSError if another has it, and not only for a look."""
-    for again in range(LOCK_TRIES, 0, -1):
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if again == 1 or error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise
-        time.sleep(LOCK_AGAIN_S)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or "-"
-    except (OSError, ValueError):
-        return "-"
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "-"
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When the process began, in clock ticks since boot; None if it is gone or a zombie. proc(5), stat."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks and parentheses
-    state, start_ticks = fields[0], int(fields[19])
-    return None if state in ("Z", "X") else start_ticks
 
 
 def _node_info_from(table: object) -> NodeInfo:

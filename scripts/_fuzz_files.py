@@ -36,9 +36,10 @@ from tapestry.node.disk.checkpoints import read_checkpoint
 from tapestry.node.disk.files import seal, unseal
 from tapestry.node.disk.home_mark import new_mark, read_mark, require_original, write_mark
 from tapestry.node.disk.linked import LinkedFile
+from tapestry.node.disk.lock import Holder
 from tapestry.node.disk.store import read_update_file, read_vote
 from tapestry.node.errors import UserError
-from tapestry.node.home import Holder, Home, NodeInfo
+from tapestry.node.home import Home, NodeInfo
 from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.backup import TOP, restore
 from tapestry.node.lineage.crypto import ReaderCrypto

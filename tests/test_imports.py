@@ -36,7 +36,7 @@ PURE_OF_DHT = ("tapestry.dht.presence",)
 PURE_OF_PROTOCOL = "tapestry.node.protocol.strict"  # checks of values, which the trainer's messages need too
 
 # From the ground up: a module imports from its own room and from those below it. The longest name counts, so
-# that disk.files, which writes a file and knows nothing, lies below home, and the rest of disk above state.
+# that disk.files and disk.lock, which know of no home, lie below home, and the rest of disk above state.
 ROOMS = (
     "tapestry.compression",
     "tapestry.dht",
@@ -44,6 +44,7 @@ ROOMS = (
     "tapestry.node.progress",
     "tapestry.node.protocol",
     "tapestry.node.disk.files",
+    "tapestry.node.disk.lock",
     "tapestry.node.home",
     "tapestry.node.spec",
     "tapestry.node.state",

@@ -14,8 +14,8 @@ import msgpack
 import pytest
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon import doctor
-from tapestry.node.daemon.doctor import Run
+from tapestry.node.daemon import doctor, visit
+from tapestry.node.daemon.visit import Run
 from tapestry.node.disk.home_mark import claim
 from tapestry.node.home import Home
 from tapestry.node.net import checkup
@@ -184,19 +184,19 @@ def answer(offset_s: float = 0.0, opened: tuple[bool, ...] = (True,), host: str 
 
 
 def test_clocks_are_judged_by_what_presence_allows_and_by_how_well_they_are_known() -> None:
-    assert doctor.judged_clock(answer(3.0)).verdict is Verdict.PASSED
-    assert "set this machine's clock" in doctor.judged_clock(answer(-30.0)).text
-    assert doctor.judged_clock(answer(-30.0)).verdict is Verdict.PASSED
-    behind = doctor.judged_clock(answer(-61.0))
+    assert visit.judged_clock(answer(3.0)).verdict is Verdict.PASSED
+    assert "set this machine's clock" in visit.judged_clock(answer(-30.0)).text
+    assert visit.judged_clock(answer(-30.0)).verdict is Verdict.PASSED
+    behind = visit.judged_clock(answer(-61.0))
     assert behind.verdict is Verdict.WRONG and "61.0 s behind" in behind.text and behind.cure
 
 
 def test_a_machine_that_cannot_be_dialled_can_train_and_is_told_which_port_to_open_where() -> None:
-    assert doctor.judged_dial(answer(), [4001], held=False).verdict is Verdict.PASSED
-    closed = doctor.judged_dial(answer(opened=(False,)), [4001], held=False)
+    assert visit.judged_dial(answer(), [4001], held=False).verdict is Verdict.PASSED
+    closed = visit.judged_dial(answer(opened=(False,)), [4001], held=False)
     assert closed.verdict is Verdict.PASSED and "will carry this node" in closed.text
     assert "--announce /ip4/203.0.113.7/tcp/PORT" in closed.text
-    assert doctor.judged_dial(answer(host=""), [4001], held=False).verdict is Verdict.UNKNOWN
+    assert visit.judged_dial(answer(host=""), [4001], held=False).verdict is Verdict.UNKNOWN
 
 
 def test_memory_and_disk_are_judged_by_the_model(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tapestry.node.cli import start as start_commands
 from tapestry.node.cli.main import cli
 from tapestry.node.cli.start import start_detached
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.home import Home, HomeLock, Liveness, NodeInfo, NodeState
+from tapestry.node.home import Home, Liveness, NodeInfo, NodeState
 from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.declared import Declared
 from tapestry.node.spec.node import Ending, NodeConfig
@@ -723,7 +723,7 @@ def test_status_tells_a_node_that_died_from_one_that_is_starting(tmp_path: Path)
     home.write_node_json(NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))
     died = _run("status", "--home", str(tmp_path))
     assert (died.exit_code, "ended without saying so" in died.stderr) == (1, True)
-    lock: HomeLock = home.lock()
+    lock = home.lock()
     starting = _run("status", "--home", str(tmp_path))
     lock.release()
     assert starting.exit_code == 1

@@ -30,6 +30,7 @@ from tapestry.dht.p2pd import SwarmError
 from tapestry.dht.presence import ADDRESSES_MAX
 from tapestry.dht.swarm import Swarm
 from tapestry.node.net.dials import Dials
+from tapestry.node.net.outbox import Bulk, Outbox, OutboxLimits
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.shares import STREAM_COST_S, Share, Shares
 from tapestry.node.net.throttle import Throttles
@@ -48,10 +49,6 @@ from tapestry.node.protocol.messages import Control, Records, Result, Shard
 HEADER_BYTES_MAX = 32 * 1024  # of a bulk frame: the sums of MEMBERS_MAX contributors fit
 FORM = 2  # of what is said on these streams, in their protocols. 1 had no signed rosters
 BULK_STREAMS = ("bulk", "bulk2", "bulk3", "bulk4")  # 1 Gbit/s at 500 ms
-WIDEN_S = 0.25  # Guess: frames that wait so long are worth another stream, if the line is as fast as this:
-WIDEN_BYTES_PER_S = (
-    25e6  # what one stream carries at 670 ms. Below it something else is the bound, as a cap is
-)
 PROGRESS_EVERY_S = 0.25  # Guess: far below stall_s
 FAREWELL_S = 1.0  # Guess: for what was sent to who is removed before its link ends, above all why
 LINK_CURE = "tried again by itself; see that this peer runs, and that its address is right"
@@ -103,21 +100,15 @@ class LinkLimits:
 
 @dataclass(slots=True)
 class _Peer:
-    """What we know of one peer, and its two queues."""
+    """What we know of one peer, and what waits to be sent to it."""
 
     peer: str
     share: Share
+    outbox: Outbox  # another one each time that it is up
     addresses: tuple[str, ...] = ()
     seen_at: float = 0.0
     up: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    control: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)  # None: it is dismissed
-    bulk: asyncio.Queue[tuple[object, str, list[Buffer]]] = field(default_factory=asyncio.Queue)
-    busy_since: float = 0.0  # since then some bulk has always waited
-    busy_bytes: int = 0  # that went out meanwhile
-    behind: asyncio.Event = field(default_factory=asyncio.Event)  # for WIDEN_S, on a fast line
-    queued: dict[object, None] = field(default_factory=dict)  # keys of what is in `bulk`
-    control_bytes: int = 0  # of what is in `control`
     broken: asyncio.Event = field(default_factory=asyncio.Event)  # the link is to end, and why
     why_broken: str = ""
     inbound: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # control, bulk ... -> its reader
@@ -180,6 +171,11 @@ class Links:
         self._unpack_payload = unpack_payload
         self._listener = listener
         self._limits = limits
+        self._outbox_limits = OutboxLimits(
+            limits.queue_frames_max,
+            max(limits.queue_bytes_max, 4 * limits.control_bytes_max),
+            limits.bulk_frames_max,
+        )
         self._peers: dict[str, _Peer] = {}
         self._shares = Shares(
             limits.throttles, listener.is_member, self._count_there, limits.control_bytes_max
@@ -221,7 +217,7 @@ class Links:
             if peer not in self._given and not self._has_room_for(peer):
                 self._listener.on_refused(peer, "peers_max", f"we have {peers_max} peers")
                 return
-            known = self._peers[peer] = _Peer(peer, self._shares.begin(peer))
+            known = self._peers[peer] = _Peer(peer, self._shares.begin(peer), Outbox(self._outbox_limits))
             self._tasks.create_task(self._maintain(known), name=f"link {peer[-6:]}")
         if hint and not known.up:
             proven = [a for a in known.addresses if a not in known.hinted] if known.proven else []
@@ -281,7 +277,7 @@ class Links:
             if not link.up:
                 self._dismiss(link)
             elif not self._listener.admits(link.peer):
-                link.control.put_nowait(None)
+                link.outbox.put_farewell()
                 asyncio.get_running_loop().call_later(FAREWELL_S, self._dismiss, link)
 
     def _dismiss(self, link: _Peer) -> None:
@@ -320,13 +316,8 @@ class Links:
             header = encode_message(message)
         if isinstance(message, Records):
             self._shares.answered(link.share, len(header))
-        bytes_max = max(self._limits.queue_bytes_max, 4 * self._limits.control_bytes_max)
-        full = link.control.qsize() >= self._limits.queue_frames_max
-        if full or link.control_bytes + len(header) > bytes_max:
+        if not link.outbox.put_control(header):
             self._break(link, "slow", "its control queue is full")
-            return
-        link.control_bytes += len(header)
-        link.control.put_nowait(header)
 
     def _hold(self, link: _Peer, answer: Records, wait_s: float) -> None:
         """Until its time has come: who catches up asks on as soon as it has a page. The newest one stays."""
@@ -345,22 +336,14 @@ class Links:
         if link is None or not link.up:
             return
         header = encode_message(message)
-        if header in link.queued:
-            return
-        if link.bulk.qsize() >= self._limits.bulk_frames_max:
+        bulk = Bulk(header, kind, frame_parts(header, payload))
+        if not link.outbox.put_bulk(bulk, asyncio.get_running_loop().time()):
             self._break(link, "slow", "its bulk queue is full")
-            return
-        link.queued[header] = None
-        if link.bulk.empty():
-            link.busy_since, link.busy_bytes = asyncio.get_running_loop().time(), 0
-        link.bulk.put_nowait((header, kind, frame_parts(header, payload)))
 
     def drop_bulk(self) -> None:
         """Forget what still waits to be sent: its round is over."""
         for link in self._peers.values():
-            while not link.bulk.empty():
-                link.bulk.get_nowait()
-            link.queued.clear()
+            link.outbox.drop_bulk()
 
     # --- outgoing ------------------------------------------------------------------------------
 
@@ -459,7 +442,7 @@ class Links:
     async def _widen(self, link: _Peer, jobs: _Jobs, stack: contextlib.AsyncExitStack) -> str:
         """Open further streams for bulk as it waits. Ends only with the link."""
         for name in BULK_STREAMS[1:]:
-            await link.behind.wait()
+            await link.outbox.behind.wait()
             try:
                 reader, writer = await self._open(link, name, stack)
             except SwarmError as error:  # its end is news by the others; of another version it may have fewer
@@ -468,19 +451,14 @@ class Links:
             _log.debug("link=widened peer=%s stream=%s", link.peer[-6:], name)
             jobs.start(self._write_bulk(link, writer))
             jobs.start(_ended(reader))
-            link.busy_since, link.busy_bytes = asyncio.get_running_loop().time(), 0
-            link.behind.clear()
+            link.outbox.widened(asyncio.get_running_loop().time())
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
     def _set_up(self, link: _Peer) -> None:
-        link.control = asyncio.Queue()
-        link.bulk = asyncio.Queue()
-        link.queued.clear()
-        link.control_bytes = 0
+        link.outbox = Outbox(self._outbox_limits)
         link.held = None
         link.broken.clear()
-        link.behind.clear()
         link.up = link.proven = True
         link.hinted.clear()
         self.dials.reached(link.peer)
@@ -503,33 +481,30 @@ class Links:
 
     async def _write_control(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         while True:
-            header = await link.control.get()
+            header = await link.outbox.next_control()
             if header is None:
                 self._dismiss(link)
                 if not link.up:
                     return link.why_broken
                 continue
-            link.control_bytes -= len(header)
-            parts = frame_parts(header)
-            why = await self._write(link.peer, writer, parts, "control")
+            why = await self._write(link.peer, writer, frame_parts(header), "control")
             if why:
                 return why
 
     async def _write_bulk(self, link: _Peer, writer: asyncio.StreamWriter) -> str:
         now = asyncio.get_running_loop().time
         while True:
-            key, kind, parts = await link.bulk.get()
-            busy_s = now() - link.busy_since
-            if not link.bulk.empty() and busy_s >= WIDEN_S and link.busy_bytes >= WIDEN_BYTES_PER_S * busy_s:
-                link.behind.set()
-            why = await self._write(link.peer, writer, parts, kind)
-            link.busy_bytes += sum(memoryview(part).nbytes for part in parts)
-            del parts  # of a contribution: where the trainer wrote it it may write again
-            link.queued.pop(key, None)
+            bulk = await link.outbox.next_bulk()
+            link.outbox.begin(now())
+            why = await self._write(link.peer, writer, bulk.parts, bulk.kind)
+            link.outbox.wrote(bulk)
+            del bulk  # of a contribution: where the trainer wrote it it may write again
             if why:
                 return why
 
-    async def _write(self, peer: str, writer: asyncio.StreamWriter, parts: list[Buffer], kind: str) -> str:
+    async def _write(
+        self, peer: str, writer: asyncio.StreamWriter, parts: Sequence[Buffer], kind: str
+    ) -> str:
         """Write a frame at the peer's pace and within our cap. Returns why that failed, or ""."""
         waits = kind != "control"
         limits = WriteLimits(self._limits.throttles.upload, waits, self._limits.silence_s)

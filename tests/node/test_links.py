@@ -20,6 +20,7 @@ from tapestry.dht.presence import ADDRESSES_MAX
 from tapestry.node.daemon.assembly import link_limits
 from tapestry.node.daemon.averaging import Averaging
 from tapestry.node.net import links as links_module
+from tapestry.node.net import outbox as outbox_module
 from tapestry.node.net import shares as shares_module
 from tapestry.node.net.links import LINK_CURE, LinkLimits, Links
 from tapestry.node.net.shares import BURST_S, MEMBER_BYTES_PER_S, Pace
@@ -748,8 +749,8 @@ def bulk_frames(bench: Bench, count: int) -> None:
 
 
 def test_bulk_that_waits_for_long_gets_more_streams_and_each_frame_goes_out_once(monkeypatch):
-    monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
-    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", 0.0)
+    monkeypatch.setattr(outbox_module, "WIDEN_S", 0.0)
+    monkeypatch.setattr(outbox_module, "WIDEN_BYTES_PER_S", 0.0)
 
     async def main() -> None:
         async with Bench() as bench:
@@ -777,8 +778,8 @@ def test_bulk_that_waits_for_long_gets_more_streams_and_each_frame_goes_out_once
 def test_bulk_that_waits_for_a_moment_or_for_a_slow_line_keeps_its_one_stream(
     monkeypatch, widen_s, bytes_per_s
 ):
-    monkeypatch.setattr(links_module, "WIDEN_S", widen_s)
-    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", bytes_per_s)
+    monkeypatch.setattr(outbox_module, "WIDEN_S", widen_s)
+    monkeypatch.setattr(outbox_module, "WIDEN_BYTES_PER_S", bytes_per_s)
 
     async def main() -> None:
         async with Bench() as bench:
@@ -791,8 +792,8 @@ def test_bulk_that_waits_for_a_moment_or_for_a_slow_line_keeps_its_one_stream(
 
 
 def test_a_peer_of_one_bulk_stream_is_sent_all_on_that_one(monkeypatch):
-    monkeypatch.setattr(links_module, "WIDEN_S", 0.0)
-    monkeypatch.setattr(links_module, "WIDEN_BYTES_PER_S", 0.0)
+    monkeypatch.setattr(outbox_module, "WIDEN_S", 0.0)
+    monkeypatch.setattr(outbox_module, "WIDEN_BYTES_PER_S", 0.0)
 
     async def main() -> None:
         async with Bench() as bench:

@@ -31,8 +31,9 @@ Nothing here knows of processes, pipes or clocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -277,15 +278,24 @@ class InnerLoop:
         base: Tensor,  # f32 (n,), CPU
         batch: Batch,
     ) -> float:
-        """Mean loss of the base on all its windows; an epoch that is going on is not disturbed.
+        """Mean loss of the base on all its windows; as `losses`."""
+        return self.losses(base, [batch])[0]
 
-        Raises OutOfMemory.
+    def losses(
+        self,
+        base: Tensor,  # f32 (n,), CPU
+        batches: Iterable[Batch],
+    ) -> list[float]:
+        """Mean loss of the base on each; an epoch that is going on is not disturbed.
+
+        The base is read once, at the beginning: the node may go on to the next while this measures, which
+        takes minutes for a large model. Raises OutOfMemory.
         """
         goes_on = self._settings.overlap and self._finished is not None
         aside = self._held.copy() if self._epoch is not None or goes_on else None
         self._held.take(base)
         try:
-            return self._fitting(lambda: self._gradients.loss(batch))[0]
+            return [self._fitting(partial(self._gradients.loss, batch))[0] for batch in batches]
         finally:
             if aside is not None:
                 self._held.put_back(aside)

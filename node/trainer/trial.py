@@ -7,7 +7,7 @@ loss of a step that was taken is that of the next base: it is not measured twice
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ LOSS_MAX = 1e6  # of what is not finite as well: worse than anything
 class Trial:
     """One at a time."""
 
-    def __init__(self, windows: Mapping[str, Batch], measure: Callable[[Tensor, Batch], float]) -> None:
+    def __init__(
+        self,
+        windows: Mapping[str, Batch],
+        measure: Callable[[Tensor, Iterable[Batch]], list[float]],  # the loss of each
+    ) -> None:
         self._windows = windows
         self._measure = measure
         self._known = "", 0.0  # head of the state that was measured last, and its loss
@@ -41,6 +45,6 @@ class Trial:
         return before, after
 
     def _loss(self, params: Tensor) -> float:
-        losses = [self._measure(params, batch) for batch in self._windows.values()]
+        losses = self._measure(params, self._windows.values())
         mean = math.fsum(losses) / len(losses)
         return min(mean, LOSS_MAX) if math.isfinite(mean) else LOSS_MAX

@@ -182,7 +182,7 @@ class Worker:
         self._validation = corpus.validation(settings.validation_windows)
         self._trial = Trial(
             corpus.validation(settings.gate_windows) if settings.gate_windows else {},
-            lambda params, batch: self._inner.evaluate(params, batch),
+            lambda params, batches: self._inner.losses(params, batches),
         )
         with model_refused():
             net = registry.build(training.model, Path(settings.base_dir), training.data.sequence_length)
@@ -379,7 +379,8 @@ class Worker:
         )
 
     def _evaluate(self, epoch: int) -> None:
-        losses = {name: self._inner.evaluate(self._base, batch) for name, batch in self._validation.items()}
+        found = self._inner.losses(self._base, self._validation.values())
+        losses = dict(zip(self._validation, found, strict=True))
         mean = sum(losses.values()) / len(losses)
         if not mean < float("inf"):
             raise WorkerFailure("diverged", f"epoch {epoch}: the validation loss is {mean}")

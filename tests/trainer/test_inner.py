@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from tapestry.compression.refusals import RefusedVector
 from tapestry.node.spec.size import llama_parameters
 from tapestry.node.spec.training import AS_USUAL, PRESETS, Changed, LocalTraining, TrainSpec
 from tapestry.node.trainer.encoder import Write
-from tapestry.node.trainer.gradients import Gradients, Windows
+from tapestry.node.trainer.gradients import Batch, Gradients, Windows
 from tapestry.node.trainer.inner import Diverged, InnerLoop
 from tapestry.node.trainer.memory import OutOfMemory
 from tapestry.node.trainer.models.llama import build_model, initial_state, model_layout
@@ -298,6 +298,19 @@ def test_a_saved_inner_state_that_does_not_fit_is_refused(base: Tensor, tmp_path
         loop = _loop(DILOCO, tie_embeddings=False)
     with pytest.raises(InnerStateError):
         loop.load(path)
+
+
+def test_all_sets_are_measured_on_the_base_of_the_beginning(base: Tensor) -> None:
+    """The node goes on to the next base while a large model is measured on the first set."""
+    loop, shared, windows = _loop(DILOCO), base.clone(), [_draw(0, 0), _draw(0, 1)]
+
+    def one_after_another() -> Iterator[Batch]:
+        for batch in windows:
+            yield batch
+            shared.mul_(3.0)
+
+    found = loop.losses(shared, one_after_another())
+    assert found == [loop.evaluate(base, batch) for batch in windows]
 
 
 def test_no_saved_inner_state_is_no_error(tmp_path: Path) -> None:

@@ -119,10 +119,16 @@ def _some(file: Any) -> bytes:
 
 @contextmanager
 def decoded(file: SourceFile) -> Iterator[io.TextIOWrapper]:
-    """The file's characters. What is not of the encoding becomes U+FFFD, which whoever tokenizes counts."""
+    """The file's characters. What is not of the encoding becomes U+FFFD, which whoever tokenizes counts.
+
+    Raises DamagedFile where the encoding cannot go on: UTF-16 and UTF-32 by name need a mark.
+    """
     with opened(file.path) as raw:
         encoding = _with_mark(file.encoding) or _mark_of(file.path)
-        yield io.TextIOWrapper(raw, encoding=encoding, errors="replace", newline="")
+        try:
+            yield io.TextIOWrapper(raw, encoding=encoding, errors="replace", newline="")
+        except UnicodeError as error:
+            raise DamagedFile(f"not {encoding}: {error}") from error
 
 
 def _with_mark(encoding: str) -> str:

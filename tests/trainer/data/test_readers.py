@@ -236,6 +236,22 @@ def test_text_in_another_encoding_is_recognised_and_read_once_that_is_said(
     assert documents_of(corpus) == [text]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_utf_16_without_its_mark_is_said_in_a_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = f'{{"text": "{FRENCH[:60]}"}}\n' * 40 if name == "a.jsonl" else f"text\n{FRENCH}"
+    path.write_bytes(text.encode("utf-16-le"))
+    field = "" if name == "a.txt" else "text"
+    for encoding, line in (("utf-16", "not utf-16: .* does not start with BOM"), ("idna", "not idna: ")):
+        source = SourceSettings(path=str(path), field=field, name="a", encoding=encoding)
+        with pytest.raises(DataError, match=line) as caught:
+            corpus_of(DataSettings(source=(source,)), tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+    source = SourceSettings(path=str(path), field=field, name="a", encoding="utf-16-le")
+    if name == "a.txt":
+        assert documents_of(corpus_of(DataSettings(source=(source,)), tmp_path / "cache")) == [text]
+
+
 def test_a_little_damage_is_replaced_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("größer ".encode() * 500 + b"\xff" + "größer".encode() * 500)
     corpus = corpus_of(settings_of(tmp_path / "a.txt"), tmp_path / "cache")

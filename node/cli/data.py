@@ -35,6 +35,7 @@ from tapestry.node.spec.declared import (
     undeclared,
 )
 from tapestry.node.spec.tables import plain
+from tapestry.node.trainer.data.tally import numbered
 
 declare_option = click.option(
     "--declare", "declaration", metavar="TEXT", help=f"Of data that are not declared yet: {FORM}."
@@ -112,11 +113,11 @@ def listed(home: str | None, as_json: bool) -> None:
 @click.option("--purpose", default=BASE, show_default=True, metavar="base|derive:NAME")
 def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
     """Whether SOURCEs (default: those of node.toml) may be read, and what was made from them."""
+    place = Home.locate(home, os.environ)
+    declared = Declared.load(place)
     with Said():
         from tapestry.node.sovereign.withdrawal import withdrawal  # torch: seconds
 
-    place = Home.locate(home, os.environ)
-    declared = Declared.load(place)
     refused = 0
     for path in _absolute(sources) or _configured(place):
         why = declared.refusal(path, purpose, today_utc())
@@ -127,7 +128,8 @@ def check(sources: tuple[str, ...], home: str | None, purpose: str) -> int:
         if place.data_events.exists():
             touched = withdrawal(place, lambda other, path=path: _touches(path, other))  # type: ignore[misc]
             lost = f", and {len(touched.branches)} branches that lost" if touched.branches else ""
-            where = f"{len(touched.records)} records and {len(touched.derivatives)} derivatives{lost}"
+            records = numbered(len(touched.records), "record")
+            where = f"{records} and {numbered(len(touched.derivatives), 'derivative')}{lost}"
             click.echo(f"  used in {where}")
     return ExitCode.REFUSED if refused else ExitCode.DONE
 
@@ -176,9 +178,6 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str, force: boo
     """Stop the use of SOURCE, and say which epochs, records and derivatives it touched."""
     from tapestry.node.lineage.uses import note
 
-    with Said():
-        from tapestry.node.sovereign.withdrawal import withdrawal  # torch: seconds
-
     place = home_to_write(home)
     (path,) = _absolute((source,))
     declared = Declared.load(place)
@@ -190,8 +189,11 @@ def revoke(source: str, home: str | None, as_json: bool, reason: str, force: boo
         at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         append(place, [Revoked(one, at, reason) for one in dict.fromkeys((real, path))])
         note(place, "revoked", path=path, real=list(reals_of((path,))), reason=reason)
-    removed = _forget_ids(place, path)
-    found = withdrawal(place, lambda other: _touches(path, other))
+    with Said():
+        from tapestry.node.sovereign.withdrawal import withdrawal  # torch: seconds; the use has ended before
+
+        removed = _forget_ids(place, path)
+        found = withdrawal(place, lambda other: _touches(path, other))
     if as_json:
         said = {"source": path, "removed_bytes": removed} | dataclasses.asdict(found)
         click.echo(json.dumps(said, indent=1))

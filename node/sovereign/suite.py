@@ -172,7 +172,7 @@ def measured_command(command: Command, model: Path) -> list[Measure]:
         raise _command_failed(command, str(error)) from error
     if done.returncode:
         said = done.stderr[-400:].decode(errors="replace").strip().rpartition("\n")[2]
-        raise _command_failed(command, f"exit {done.returncode}: {said}")
+        raise _command_failed(command, f"exit {done.returncode}: {said or 'it said nothing'}")
     try:
         table = json.loads(done.stdout[:OUTPUT_BYTES_MAX])
         figures = {str(key): float(value) for key, value in table.items()}

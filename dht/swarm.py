@@ -16,20 +16,19 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 
 from tapestry.dht.addresses import PeerAddress, full_addresses, short
 from tapestry.dht.conduct import Ban, Conduct
-from tapestry.dht.control import Control, Unreachable, opener_of
+from tapestry.dht.control import Control, Unreachable
 from tapestry.dht.directory import PEERS_MAX, create_dht_node, presence_key
+from tapestry.dht.door import Door, StreamHandler
 from tapestry.dht.guard import Guard
 from tapestry.dht.identity import Identity, verify
 from tapestry.dht.p2pd import (
-    STOP_TIMEOUT_S,
     SwarmConfig,
     SwarmError,
     hold_folder,
@@ -38,24 +37,14 @@ from tapestry.dht.p2pd import (
     quiet_hivemind,
     require_free,
 )
-from tapestry.dht.places import NoPlace, StreamPlaces
 from tapestry.dht.presence import Presence, PresenceError, decode
 from tapestry.dht.reachability import HOP
-from tapestry.dht.streams import STREAM_BUFFER_BYTES, drop_stream, end_stream, until_ended
+from tapestry.dht.streams import STREAM_BUFFER_BYTES, end_stream
 
 _log = logging.getLogger("tapestry.swarm")
 
-StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
 _CHILD_END_S = 1.0
-# New streams of one peer. Guess: one that comes and goes with the smallest back-off opens ten a second.
-STREAMS_PER_S, STREAMS_BURST = 20.0, 256.0
-_PACES_KEPT = 1024
-STUCK_MAX = 8  # of one peer. A link of a node that was frozen leaves five
 _LACKS_KEPT = 256  # Guess: a peer lacks a few, and nobody has so many peers of another version
-# Beyond streams_max: those that have no place yet, for it is not known whose they are. p2pd says it in
-# milliseconds, so that these are few at a time. Guess
-UNREAD_MAX = 32
 
 
 class Swarm:
@@ -74,21 +63,15 @@ class Swarm:
         self.conduct = conduct
         self._guard = guard
         self._p2p = p2p
-        self._config = config
         self._on_refused = on_refused
         self._control = Control(p2p.daemon_listen_maddr["unix"])
         self._streams_path = os.path.join(folder, "streams.sock")
-        self._handlers: dict[str, StreamHandler] = {}
-        self._inbound: dict[asyncio.Task[Any], None] = {}
-        self._places: StreamPlaces[asyncio.Task[Any]] = StreamPlaces(
-            config.streams_max, config.peer_streams_max
-        )
         self.is_member: Callable[[str], bool] = lambda peer: True  # until it is known who is
         guard.is_member = lambda peer: self.is_member(peer)
-        self._pace: dict[str, _Bucket] = {}  # of new streams, by peer
-        self._stuck: dict[str, int] = {}  # peer -> streams of which it did not take all, the last at the end
+        self._door = Door(
+            config, conduct, self._control.disconnect, lambda peer: self.is_member(peer), on_refused
+        )
         self._lacks: dict[tuple[str, str], float] = {}
-        self._disconnecting: dict[str, asyncio.Task[None]] = {}
         self._verify = functools.lru_cache(maxsize=2 * PEERS_MAX)(verify)  # the same records come each time
         self._run_id = ""
         self._dht: DHTNode | None = None
@@ -127,10 +110,10 @@ class Swarm:
             p2p = await launch_p2pd(config, folder, guard, cleanup)
             swarm = cls(p2p, folder, config, on_refused, conduct or Conduct(), guard)
             server = await asyncio.start_unix_server(
-                swarm._on_inbound, path=swarm._streams_path, limit=STREAM_BUFFER_BYTES
+                swarm._door.on_stream, path=swarm._streams_path, limit=STREAM_BUFFER_BYTES
             )
             cleanup.callback(server.close)
-            cleanup.push_async_callback(swarm._end_inbound)
+            cleanup.push_async_callback(swarm._door.close)
             await swarm.serve(HOP, _carry_nobody)
             swarm._cleanup = cleanup.pop_all()
         return swarm
@@ -178,35 +161,14 @@ class Swarm:
 
     def blame(self, peer_id: str, reason: str) -> None:
         """A peer did what no honest one does at the door. Who does so again and again is turned away."""
-        ban_s = self.conduct.fault(peer_id, reason, self._now())
-        if ban_s:
-            _log.warning(
-                "banned peer=%s reason=%s for_s=%g; if it is a member, ask its operator for its version "
-                "and log",
-                *(short(peer_id), reason, ban_s),
-            )
-            self._disconnect(peer_id)
+        self._door.blame(peer_id, reason)
 
     def is_banned(self, peer_id: str) -> bool:
-        return self.conduct.is_banned(peer_id, self._now())
+        return self._door.is_banned(peer_id)
 
     def bans(self) -> tuple[Ban, ...]:
         """Those who are turned away at this moment."""
-        return self.conduct.bans(self._now())
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    def _disconnect(self, peer_id: str) -> None:
-        """End p2pd's connection with a peer: what it sends then stops there, and not at our socket."""
-        if peer_id not in self._disconnecting:
-            task = asyncio.create_task(self._end_connection(peer_id))
-            self._disconnecting[peer_id] = task
-            task.add_done_callback(lambda _: self._disconnecting.pop(peer_id, None))
-
-    async def _end_connection(self, peer_id: str) -> None:
-        with contextlib.suppress(SwarmError):  # p2pd is ending, or the peer was quicker
-            await self._control.disconnect(peer_id)
+        return self._door.bans()
 
     async def connected_peers(self) -> tuple[str, ...]:
         """The peer ids that p2pd has a connection with, sorted."""
@@ -238,9 +200,9 @@ class Swarm:
         `peer_id` is what libp2p's handshake proved. The stream is closed when the handler ends; what it
         raises is logged and stays its own affair.
         """
-        known = self._handlers.get(protocol)
+        known = self._door.handlers.get(protocol)
         assert known is None or known is _carry_nobody, f"{protocol} is served already"
-        self._handlers[protocol] = handler
+        self._door.handlers[protocol] = handler
         if known is not None:  # p2pd hands these streams to us already
             return
         await self._control.hand_over(protocol, self._streams_path)
@@ -259,7 +221,7 @@ class Swarm:
             reader, writer = await self._control.open_stream(peer_id, protocol, timeout_s)
         except Unreachable as failure:
             if failure.reason == "unsupported":
-                self._lacks[peer_id, protocol] = self._now()
+                self._lacks[peer_id, protocol] = asyncio.get_running_loop().time()
                 if len(self._lacks) > _LACKS_KEPT:
                     del self._lacks[next(iter(self._lacks))]
             raise
@@ -268,21 +230,8 @@ class Swarm:
 
     def end_stream(self, peer_id: str, writer: asyncio.StreamWriter) -> None:
         """Close a stream that we opened. What was written goes out; who does not take it is disconnected at
-        last: see _count_stuck."""
-        end_stream(writer, functools.partial(self._count_stuck, peer_id))
-
-    def _count_stuck(self, peer_id: str) -> None:
-        """A stream ended with what the peer had not taken. p2pd keeps its end of it, a descriptor and some
-        hundred kB, as long as the peer is connected: so not for longer, if they become many."""
-        count = self._stuck.pop(peer_id, 0) + 1
-        if count > STUCK_MAX:
-            _log.info("disconnected peer=%s reason=%r", short(peer_id), "it took nothing on many streams")
-            self._on_refused("streams")
-            self._disconnect(peer_id)
-            return
-        if len(self._stuck) >= _PACES_KEPT:
-            del self._stuck[next(iter(self._stuck))]
-        self._stuck[peer_id] = count
+        last."""
+        end_stream(writer, functools.partial(self._door.count_stuck, peer_id))
 
     def lacks(self) -> dict[tuple[str, str], float]:
         """Peer and protocol that it did not serve when a stream was last opened to it -> when that was, by
@@ -402,98 +351,7 @@ class Swarm:
                 raise failure
         return list(reached)
 
-    async def _on_inbound(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection from p2pd: a stream that a peer has opened."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._inbound[task] = None
-        try:
-            if len(self._inbound) > self._config.streams_max + UNREAD_MAX:
-                _log.debug("stream refused reason=too_many limit=%d", self._config.streams_max)
-                self._on_refused("streams")
-                return
-            await self._handle_inbound(reader, writer)
-        except asyncio.CancelledError:
-            return  # by close(), or for another: asyncio's server would report it as a crash
-        finally:
-            del self._inbound[task]
-            writer.close()
-
-    async def _handle_inbound(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            peer_id, protocol = await opener_of(reader)
-        except (TimeoutError, OSError, asyncio.IncompleteReadError):
-            return
-        if not self._lets_in(peer_id):
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        if not self._take_place(peer_id, task):
-            return
-        try:
-            await self._handlers[protocol](peer_id, reader, writer)
-            await until_ended(writer)  # in its place: who takes nothing holds a descriptor
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            _log.debug("stream broke proto=%s peer=%s error=%r", protocol, short(peer_id), error)
-        except Exception:  # the edge: nobody awaits this task, and one stream must not end a node
-            _log.exception("stream handler failed proto=%s peer=%s", protocol, short(peer_id))
-        finally:
-            drop_stream(writer, functools.partial(self._count_stuck, peer_id))
-            self._places.leave(peer_id, task)
-
-    def _lets_in(self, peer_id: str) -> bool:
-        """Whether a peer may have one more stream here, now."""
-        if self.is_banned(peer_id):
-            self._disconnect(peer_id)
-            return False
-        if peer_id not in self._pace:
-            if len(self._pace) >= _PACES_KEPT:
-                self._pace.pop(next(iter(self._pace)))
-            self._pace[peer_id] = _Bucket(STREAMS_PER_S, STREAMS_BURST, self._now())
-        if self._pace[peer_id].take(self._now()):
-            return True
-        self._on_refused("streams")
-        self.blame(peer_id, "streams")
-        return False
-
-    def _take_place(self, peer_id: str, task: asyncio.Task[Any]) -> bool:
-        try:
-            gone = self._places.enter(peer_id, task, self.is_member(peer_id))
-        except NoPlace as full:
-            self._on_refused("streams")
-            if full.own:
-                self.blame(peer_id, "streams")
-            return False
-        if gone is not None:
-            self._on_refused("streams")
-            gone.cancel()
-        return True
-
-    async def _end_inbound(self) -> None:
-        for some in (self._inbound, self._disconnecting.values()):  # the first may start some of the others
-            tasks = [*some]
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
-
 
 async def _carry_nobody(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """In the place of p2pd's own relay, which carries all the world whatever it is told, until the node's
     relay takes it: who waits to be admitted may wait for days."""
-
-
-class _Bucket:
-    """How many may come now: a burst, and a rate."""
-
-    def __init__(self, per_s: float, burst: float, now: float) -> None:
-        self._per_s, self._burst = per_s, burst
-        self._left, self._at = burst, now
-
-    def take(self, now: float) -> bool:
-        self._left = min(self._burst, self._left + self._per_s * (now - self._at))
-        self._at = now
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True

@@ -40,7 +40,7 @@ from tapestry.node.protocol.canon import Crypto
 STREAMS_MAX = 4  # of all peers that are given inputs at a time, and that accuse; the others wait
 STREAMS_OF_ONE_MAX = 8  # open ones of a peer; it is given one input at a time, and accuses by one
 BYTES_PER_SECOND_MIN = 16 * 1024  # of who asks or accuses, or gives; Guess: as of a donor (net/transfer.py)
-OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/swarm.py), of all kinds
+OPENED_PER_S = 8.0  # streams to one peer. Guess: it takes 20 a second of one (dht/door.py), of all kinds
 OPEN_S = 10.0
 SILENCE_S = 10.0
 HEADER_BYTES_MAX = 8192  # a path of PATH_MAX digests fits

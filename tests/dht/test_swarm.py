@@ -25,6 +25,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
+from tapestry.dht import door as door_module
 from tapestry.dht import streams as streams_module
 from tapestry.dht import swarm as swarm_module
 from tapestry.dht.addresses import PeerAddress, parse_peer
@@ -307,7 +308,7 @@ def test_who_takes_nothing_of_many_streams_is_disconnected(
 ) -> None:
     """p2pd keeps its end of each, which it cannot write out, as long as there is a connection."""
     monkeypatch.setattr(streams_module, "LINGER_S", 0.1)
-    monkeypatch.setattr(swarm_module, "STUCK_MAX", 3)
+    monkeypatch.setattr(door_module, "STUCK_MAX", 3)
 
     async def take_nothing(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(30)

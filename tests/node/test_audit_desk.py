@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from audit_table import CRYPTO, EPOCH, HEAD, PEERS, SHARD, Desk, Table, run
 
+from tapestry.dht.door import STREAMS_BURST, STREAMS_PER_S
 from tapestry.dht.p2pd import SwarmError
-from tapestry.dht.swarm import STREAMS_BURST, STREAMS_PER_S
 from tapestry.node.daemon import audit_desk, audit_streams
 from tapestry.node.daemon.audit_desk import KEPT_RECORDS
 from tapestry.node.daemon.audit_streams import OPENED_PER_S

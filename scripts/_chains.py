@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from tapestry.node.disk.files import unseal
-from tapestry.node.protocol.chain import body_from_dict, body_to_dict, canonical
+from tapestry.node.protocol.canon import canonical
+from tapestry.node.protocol.record import body_from_dict, body_to_dict
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from tapestry.node.net.known_peers import KnownPeers
 from tapestry.node.net.network import last_listen
 from tapestry.node.progress import silent
 from tapestry.node.protocol.canon import InvalidRecord
-from tapestry.node.protocol.chain import record_from_dict
+from tapestry.node.protocol.record import record_from_dict
 from tapestry.node.sovereign.derivative import DataUse, Parent
 from tapestry.node.sovereign.gates import Gates
 from tapestry.node.sovereign.plans import Plan, Trained, begun_plan, read_held_out, read_trained

@@ -41,7 +41,7 @@ from simulation.world import World
 from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol import record as record_module
-from tapestry.node.protocol.chain import MEMBERS_MAX
+from tapestry.node.protocol.canon import MEMBERS_MAX
 from tapestry.node.protocol.context import PeerView
 from tapestry.node.protocol.messages import Message, Status
 from tapestry.node.protocol.rules import Rules

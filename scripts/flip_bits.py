@@ -43,10 +43,10 @@ from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.verify import verify
 from tapestry.node.net.descriptions import Descriptions
 from tapestry.node.protocol.audit import inputs_digest, mean_message
-from tapestry.node.protocol.chain import Member, accept_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.messages import Receipt
 from tapestry.node.protocol.receipts import TwoRosters, roster_message
+from tapestry.node.protocol.record import Member, accept_message, head_of
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Transplant
 from tapestry.node.sovereign.recipe import Recipe

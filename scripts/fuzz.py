@@ -47,14 +47,7 @@ from tapestry.node.net.admission import Reception
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.canon import InvalidRecord
-from tapestry.node.protocol.chain import (
-    Member,
-    canonical,
-    found,
-    genesis_from_dict,
-    genesis_to_dict,
-)
+from tapestry.node.protocol.canon import InvalidRecord, canonical
 from tapestry.node.protocol.members import (
     Change,
     Charter,
@@ -65,6 +58,7 @@ from tapestry.node.protocol.members import (
 )
 from tapestry.node.protocol.messages import Closing, GetRecords, Ready, Receipt, Roster, Shard, Stage, Status
 from tapestry.node.protocol.receipts import TwoRosters
+from tapestry.node.protocol.record import Member, found, genesis_from_dict, genesis_to_dict
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.spec.invitation import Invitation, read_invitation
 from tapestry.node.spec.run import RunSpec, preset_spec

@@ -27,7 +27,7 @@ from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input, Order, second_auditor
-from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.record import Body, Member, Record
 from tapestry.node.protocol.settings import Settings
 
 N, RUN, HEAD, EPOCH = 600, "ab" * 32, "cd" * 32, 5

@@ -26,7 +26,8 @@ from typing import Any
 from blake3 import blake3
 
 from tapestry.node.disk.files import seal, unseal
-from tapestry.node.protocol.chain import Body, Member, body_to_dict, canonical
+from tapestry.node.protocol.canon import canonical
+from tapestry.node.protocol.record import Body, Member, body_to_dict
 
 TICK_S = 0.4
 RUN_ID = blake3(b"run").hexdigest()

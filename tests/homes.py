@@ -19,20 +19,19 @@ from tapestry.node.disk.held import bare_state
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import (
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.members import Change, change_message, rollback_value
+from tapestry.node.protocol.place import behind_of, seat_of
+from tapestry.node.protocol.record import (
     Body,
-    Chain,
     Member,
     Record,
     accept_message,
-    behind_of,
     draw_message,
     found,
     head_of,
     seat_message,
-    seat_of,
 )
-from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.spec.run import MembersSpec, RunSpec, new_spec
 from tapestry.node.spec.training import (
     PRESETS,

@@ -48,8 +48,9 @@ from tapestry.node.net.links import LinkLimits
 from tapestry.node.net.network import Network, NetworkConfig
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.vocabulary import Reader
-from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, wire_bytes
+from tapestry.node.protocol.canon import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.record import Genesis, wire_bytes
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.settings import Value
 from tapestry.node.spec.declared import BASE, paths_of, require, today_utc

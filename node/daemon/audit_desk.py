@@ -48,8 +48,8 @@ from tapestry.node.net.wire import RemoteProtocolError, StreamEnded, read_frame
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.audit import Input, Order, second_auditor
-from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
+from tapestry.node.protocol.record import Member, Record
 from tapestry.node.state.means import payload_digest, payload_of
 
 KEPT_RECORDS = 4  # at least, however large: an auditor asks at once for most

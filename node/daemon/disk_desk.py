@@ -27,8 +27,8 @@ from tapestry.node.net.transfer import DonorFailed, OpenStream, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.members import read_rollback
+from tapestry.node.protocol.record import Body, Record
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.state.model import ModelState
 

@@ -30,10 +30,12 @@ from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import OpenStream, TransferLimits, WantedUpdate, fetch_update
 from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.chain import Body, Chain, Crypto, Genesis, Record, found
+from tapestry.node.protocol.canon import Crypto
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.core import Restored, founding_vote
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import rollback_of
+from tapestry.node.protocol.record import Body, Genesis, Record, found
 from tapestry.node.protocol.settings import Settings, number_of
 from tapestry.node.protocol.sync import NO_STATE
 from tapestry.node.spec.run import RunSpec

@@ -35,7 +35,10 @@ from tapestry.node.disk.store import read_vote
 from tapestry.node.home import Home
 from tapestry.node.net.join import genesis_of
 from tapestry.node.net.known_peers import KnownPeers
-from tapestry.node.protocol.chain import Chain, Crypto, Genesis, Place
+from tapestry.node.protocol.canon import Crypto
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.place import Place
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.protocol.waits import Wait
 
 LOOK_S = 5.0  # between two looks

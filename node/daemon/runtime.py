@@ -37,8 +37,8 @@ from tapestry.node.errors import UserError
 from tapestry.node.lineage.bring import Brought
 from tapestry.node.net.network import Network
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.core import NOTHING, Core
+from tapestry.node.protocol.record import Record
 from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.run import why_no_change
 from tapestry.node.surface.status import Shown

@@ -24,7 +24,7 @@ from tapestry.node.net.admission import Applicant
 from tapestry.node.net.network import Where
 from tapestry.node.net.repeats import Repeats
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.record import Record
 from tapestry.node.protocol.settings import Settings, shown
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.protocol.waits import BY_ITSELF_S, Wait

@@ -24,7 +24,7 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.net.checkup import ASK_S, CHECKUP_PROTOCOL, PORTS_MAX, Answer, ask
 from tapestry.node.net.join import CONNECT_S, genesis_of
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.surface.findings import Finding, Verdict, passed, unknown, wrong

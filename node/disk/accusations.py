@@ -43,10 +43,10 @@ from tapestry.node.protocol.canon import (
     Crypto,
     InvalidRecord,
 )
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.commitment import PATH_MAX, is_committed
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.receipts import TwoRosters
+from tapestry.node.protocol.record import Member
 from tapestry.node.protocol.strict import Malformed
 from tapestry.node.state.means import MeanDigest, payload_of
 

@@ -46,7 +46,9 @@ from tapestry.node.disk.store import Store
 from tapestry.node.disk.use import disk_free
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.chain import Chain, Place, Record, Tip, next_place, why_lost
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.place import Place, Tip, next_place, why_lost
+from tapestry.node.protocol.record import Record
 
 if TYPE_CHECKING:
     from tapestry.node.disk.checkpoints import Checkpoints  # torch

@@ -45,19 +45,11 @@ from tapestry.node.disk.files import (
     write_file,
 )
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import (
-    Crypto,
-    Genesis,
-    Point,
-    Record,
-    genesis_place,
-    next_place,
-    record_from_dict,
-    record_to_dict,
-    tokens_of,
-    walk,
-)
+from tapestry.node.protocol.canon import Crypto
+from tapestry.node.protocol.chain import Point, tokens_of, walk
+from tapestry.node.protocol.place import genesis_place, next_place
 from tapestry.node.protocol.places import place_from_dict, place_to_dict
+from tapestry.node.protocol.record import Genesis, Record, record_from_dict, record_to_dict
 from tapestry.node.protocol.strict import integer, table
 
 MARKS_VERSION = 2  # of a mark's text: marks of another are made again of the chain

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from tapestry.node.protocol.chain import canonical
+from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.strict import table
 
 TEMPORARY = ".tmp"

@@ -17,7 +17,8 @@ from tapestry.node.disk.checkpoints import Checkpoints, Restoration, restore
 from tapestry.node.disk.scratch import scratch_vectors
 from tapestry.node.disk.store import Store
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Chain, Crypto
+from tapestry.node.protocol.canon import Crypto
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 

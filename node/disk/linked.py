@@ -29,7 +29,7 @@ from typing import Any
 from blake3 import blake3
 
 from tapestry.node.disk.files import one_at_a_time
-from tapestry.node.protocol.chain import canonical
+from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.strict import table
 
 FILE_BYTES_MAX = 16 << 20  # guess: 60,000 lines, which an editor still opens

@@ -54,19 +54,18 @@ from tapestry.node.disk.update_header import (
 from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.chain import (
-    Chain,
-    Crypto,
+from tapestry.node.protocol.canon import Crypto, canonical
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.record import (
     Genesis,
     OtherVersion,
     Record,
     body_from_dict,
     body_to_dict,
-    canonical,
     genesis_from_dict,
     genesis_to_dict,
 )
-from tapestry.node.protocol.events import Vote
 from tapestry.node.spec.run import LimitsSpec
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tapestry.node.errors import UserError
-from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto, Genesis, Record, accept_message
+from tapestry.node.protocol.canon import MEMBERS_MAX, Crypto
+from tapestry.node.protocol.record import Genesis, Record, accept_message
 
 WORD = "tapestry-anchor-1"
 TEXT_BYTES_MAX = 512 * MEMBERS_MAX

@@ -21,7 +21,7 @@ from tapestry.node.lineage.numbers_proof import check_update, checkpoints_of, is
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.replay import check_states
 from tapestry.node.progress import Told
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.run import RunSpec
 
 

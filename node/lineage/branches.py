@@ -24,7 +24,7 @@ from tapestry.node.lineage.columns import short, wrapped
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, island_from, read_records
 from tapestry.node.lineage.island import tip
-from tapestry.node.protocol.chain import record_from_dict
+from tapestry.node.protocol.record import record_from_dict
 
 # Of a home, and what an export asks of it: a branch has none of its own.
 SHARED = ("base", "data.toml", "descriptions.json", "identity.key")

@@ -33,8 +33,9 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.snapshot import snapshot
 from tapestry.node.lineage.uses import note, note_brought, note_taken_back
 from tapestry.node.progress import Told
-from tapestry.node.protocol.chain import Chain, Record, records_from
+from tapestry.node.protocol.chain import Chain, records_from
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, rollback_of
+from tapestry.node.protocol.record import Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import ExternalSpec
 from tapestry.node.trainer.brought import BroughtError, read_about, write_brought

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tapestry.node.errors import printable
-from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.record import Record
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import TransformersSpec
 

@@ -16,7 +16,8 @@ from tapestry.node.lineage.follow import Broken, Follower, read_records
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.lineage.signatures import Ahead, Trusting
 from tapestry.node.progress import Told
-from tapestry.node.protocol.chain import Genesis, InvalidRecord
+from tapestry.node.protocol.canon import InvalidRecord
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.run import RunSpec
 
 

@@ -1,4 +1,4 @@
-"""The cryptography of a real node: blake3, and Ed25519 by its identity (node/protocol/chain.py, `Crypto`).
+"""The cryptography of a real node: blake3, and Ed25519 by its identity (node/protocol/canon.py, `Crypto`).
 
 Must not import torch or hivemind: `tapestry verify` and the command line read chains.
 """

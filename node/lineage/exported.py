@@ -27,7 +27,7 @@ from tapestry.node.lineage.huggingface import ADAPTER_CONFIG, ADAPTERS
 from tapestry.node.lineage.manifest import LINEAGE
 from tapestry.node.lineage.manifest import NAME as MANIFEST
 from tapestry.node.lineage.provable import FLOAT32
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.training import ModelSpec, TransformersSpec
 from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, weight_files
 from tapestry.node.trainer.models.lora import saved_names

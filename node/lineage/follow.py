@@ -16,23 +16,17 @@ from pathlib import Path
 from tapestry.node.disk.files import has_another_end, is_sealed, unseal
 from tapestry.node.home import Home
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.chain import (
-    Crypto,
+from tapestry.node.protocol.canon import Crypto, InvalidRecord, canonical
+from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX
+from tapestry.node.protocol.place import Place, check_record, genesis_place, next_place, waits
+from tapestry.node.protocol.record import (
     Genesis,
-    InvalidRecord,
-    Place,
     Record,
-    canonical,
-    check_record,
     genesis_from_dict,
-    genesis_place,
     genesis_to_dict,
-    next_place,
     record_from_dict,
     record_to_dict,
-    waits,
 )
-from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX
 from tapestry.node.spec.run import RunSpec
 
 GENESIS_BYTES_MAX = 1 << 20  # guess: a spec has at most 64 kB

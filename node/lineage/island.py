@@ -27,7 +27,7 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import read_genesis
 from tapestry.node.lineage.snapshot import snapshot
 from tapestry.node.lineage.uses import note
-from tapestry.node.protocol.chain import record_from_dict
+from tapestry.node.protocol.record import record_from_dict
 
 # The chain last: while it is the island's, the way back is not finished.
 MOVED = ("vote.json", "trainer", "updates", "checkpoints", "chain.jsonl")

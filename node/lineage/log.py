@@ -24,8 +24,10 @@ from tapestry.node.lineage.anchor import Anchor
 from tapestry.node.lineage.columns import ids_cut, who, wrapped
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, Follower, island_from, read_genesis, read_records
-from tapestry.node.protocol.chain import Genesis, InvalidRecord, Place, Record, genesis_place, next_place
+from tapestry.node.protocol.canon import InvalidRecord
 from tapestry.node.protocol.members import Change, read_rollback
+from tapestry.node.protocol.place import Place, genesis_place, next_place
+from tapestry.node.protocol.record import Genesis, Record
 
 INDENT = " " * 9  # under the first column
 _NONE_KNOWN: Mapping[int, float] = {}

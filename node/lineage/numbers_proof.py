@@ -13,7 +13,7 @@ from tapestry.node.disk.store import read_update_file, result_digest
 from tapestry.node.disk.update_header import UPDATE_SUFFIX, read_update_header, update_name
 from tapestry.node.home import Home
 from tapestry.node.lineage.proof import Proof, Signed
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 
 
 def updates_of(home: Home, proof: Proof) -> dict[int, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.record import Record
 from tapestry.node.protocol.settings import Settings
 
 FAULTS_MAX = 100  # that are kept: more say nothing new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Place
+from tapestry.node.protocol.place import Place
 
 FLOAT32 = "float32"  # as tapestry.json names it
 

@@ -17,8 +17,8 @@ from tapestry.node.disk.store import read_update_file
 from tapestry.node.lineage.numbers_proof import is_gone
 from tapestry.node.lineage.proof import Proof, Signed
 from tapestry.node.progress import Told
-from tapestry.node.protocol.chain import Genesis
 from tapestry.node.protocol.path import leads, step_from
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.state.model import DigestMismatch, ModelState
 

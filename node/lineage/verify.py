@@ -54,7 +54,7 @@ from tapestry.node.net.descriptions import unpack as unpack_descriptions
 from tapestry.node.progress import Told
 from tapestry.node.protocol import strict
 from tapestry.node.protocol.canon import canonical
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import FILE_NAMES, WEIGHTS, TransformersSpec
 from tapestry.node.state.means import mean_digest_of, mean_of

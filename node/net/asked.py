@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tapestry.dht.addresses import PeerAddress
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff, proposals
 

@@ -20,7 +20,8 @@ from tapestry.node.net.places import NoPlace, ServedPlaces
 from tapestry.node.net.transfer import REQUEST_BYTES_MAX, OnBytes, Stream, TransferLimits
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 from tapestry.node.protocol import strict
-from tapestry.node.protocol.chain import EPOCH_MAX, Genesis, canonical, genesis_to_dict
+from tapestry.node.protocol.canon import EPOCH_MAX, canonical
+from tapestry.node.protocol.record import Genesis, genesis_to_dict
 
 UPDATES_SPARE = 1  # of the streams served at once: for who needs an update while joiners fetch states
 

@@ -26,7 +26,8 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.net.asked import TAKE_IT, check_run_id, own_spec, spec_to_found
 from tapestry.node.net.transfer import DonorFailed, TransferLimits, fetch_genesis
 from tapestry.node.net.wire import RemoteProtocolError
-from tapestry.node.protocol.chain import Crypto, Genesis
+from tapestry.node.protocol.canon import Crypto
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec, diff
 from tapestry.node.spec.size import Machine, size_fault, size_lines

@@ -61,7 +61,8 @@ from tapestry.node.net.wire import (
 )
 from tapestry.node.progress import Told, silent
 from tapestry.node.protocol.audit import SignedMean, means_fault
-from tapestry.node.protocol.chain import Body, Crypto, Genesis, InvalidRecord, genesis_from_dict
+from tapestry.node.protocol.canon import Crypto, InvalidRecord
+from tapestry.node.protocol.record import Body, Genesis, genesis_from_dict
 from tapestry.node.state.model import Arithmetic
 
 CHUNKS_AHEAD = 8  # asked for before the first has come: 8 MiB hide 80 ms at 100 MB/s. Guess

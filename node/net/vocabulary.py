@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from tapestry.node.net.wire import RemoteProtocolError, unpack
-from tapestry.node.protocol import chain, members, strict
+from tapestry.node.protocol import members, strict
 from tapestry.node.protocol.agreement import (
     ShardSums,
     agreement_from,
@@ -24,7 +24,7 @@ from tapestry.node.protocol.agreement import (
     sums_from,
     sums_to_list,
 )
-from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
+from tapestry.node.protocol.canon import EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, Crypto, InvalidRecord
 from tapestry.node.protocol.commitment import PATH_MAX
 from tapestry.node.protocol.gate import WORSE_MAX
 from tapestry.node.protocol.messages import (
@@ -53,7 +53,23 @@ from tapestry.node.protocol.messages import (
     Status,
 )
 from tapestry.node.protocol.receipts import receipt_from, receipt_to_list
-from tapestry.node.protocol.record import SIGNATURE_CHARS_MAX
+from tapestry.node.protocol.record import (
+    BALLOT_MAX,
+    SIGNATURE_CHARS_MAX,
+    Behind,
+    Body,
+    Member,
+    Record,
+    behind_from,
+    behind_to_list,
+    body_from_dict,
+    body_to_dict,
+    changes_from,
+    member_from,
+    member_to_list,
+    record_from_dict,
+    record_to_dict,
+)
 
 SHARDS_MAX = 1 << 20  # of one vector: 2**40 parameters in the smallest useful shards
 LOCATOR_MAX = 128  # entries of a GetRecords: two per doubling of the epoch, with room
@@ -112,9 +128,9 @@ class Reader:
         except (ValueError, TypeError) as e:
             raise RemoteProtocolError("malformed", f"{raw[0]}: {e}") from None
 
-    def _record(self, raw: Any) -> chain.Record:
+    def _record(self, raw: Any) -> Record:
         try:
-            return chain.record_from_dict(raw, self._crypto)
+            return record_from_dict(raw, self._crypto)
         except InvalidRecord as e:
             raise RemoteProtocolError(e.reason, str(e)) from None
 
@@ -173,44 +189,44 @@ def _known(value: Any, what: str) -> tuple[int, str]:
     return _EPOCH(epoch, "epoch"), _HEAD(head, "head")
 
 
-def _body(value: Any, what: str) -> chain.Body:
-    return chain.body_from_dict(value)
+def _body(value: Any, what: str) -> Body:
+    return body_from_dict(value)
 
 
-def _member(value: Any, what: str) -> chain.Member:
-    return chain.member_from(value)
+def _member(value: Any, what: str) -> Member:
+    return member_from(value)
 
 
 def _sums(value: Any, what: str) -> ShardSums:
     return sums_from(value, MEMBERS_MAX, what)
 
 
-def _optional_body(value: Any, what: str) -> chain.Body | None:
+def _optional_body(value: Any, what: str) -> Body | None:
     return None if value is None else _body(value, what)
 
 
-def _encode_optional_body(body: chain.Body | None) -> Any:
-    return None if body is None else chain.body_to_dict(body)
+def _encode_optional_body(body: Body | None) -> Any:
+    return None if body is None else body_to_dict(body)
 
 
-def _encode_members(named: tuple[chain.Member, ...]) -> list[list[Any]]:
-    return [chain.member_to_list(m) for m in named]
+def _encode_members(named: tuple[Member, ...]) -> list[list[Any]]:
+    return [member_to_list(m) for m in named]
 
 
 def _encode_receipts(receipts: tuple[Receipt, ...]) -> list[list[Any]]:
     return [receipt_to_list(r) for r in receipts]
 
 
-def _encode_records(records: tuple[chain.Record, ...]) -> list[dict[str, Any]]:
-    return [chain.record_to_dict(r) for r in records]
+def _encode_records(records: tuple[Record, ...]) -> list[dict[str, Any]]:
+    return [record_to_dict(r) for r in records]
 
 
 def _changes(value: Any, what: str) -> tuple[members.Change, ...]:
-    return chain.changes_from(value)
+    return changes_from(value)
 
 
-def _behind(value: Any, what: str) -> chain.Behind | None:
-    return chain.behind_from(value)
+def _behind(value: Any, what: str) -> Behind | None:
+    return behind_from(value)
 
 
 def _encode_changes(changes: tuple[members.Change, ...]) -> list[list[Any]]:
@@ -267,14 +283,14 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "members": (_encode_members, _tuple_of(_member, MEMBERS_MAX)),
         "reducers": (_same, _tuple_of(_integer(0, MEMBERS_MAX), SHARDS_MAX)),
         "changes": (_encode_changes, _changes),
-        "behind": (chain.behind_to_list, _behind),
+        "behind": (behind_to_list, _behind),
         "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
     Propose: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),
         "ballot": (_same, _BALLOT),
-        "body": (chain.body_to_dict, _body),
+        "body": (body_to_dict, _body),
         "holders": (_same, _PEERS),
     },
     Accept: {
@@ -305,7 +321,7 @@ _FIELDS: dict[type, dict[str, tuple[Encode, Decode]]] = {
         "life": (_same, _hex(0, 32)),
         "signature": (_same, _text(SIGNATURE_CHARS_MAX)),
     },
-    Commit: {"record": (chain.record_to_dict, _any)},
+    Commit: {"record": (record_to_dict, _any)},
     Need: {
         "epoch": (_same, _EPOCH),
         "head": (_same, _HEAD),

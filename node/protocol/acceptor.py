@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import SignedMean
-from tapestry.node.protocol.chain import Body, accept_message, draw_message, head_of, seat_message
 from tapestry.node.protocol.events import ExchangeBegan, FetchUpdate, PersistResult, PersistVote
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Roster, Stage
+from tapestry.node.protocol.record import Body, accept_message, draw_message, head_of, seat_message
 from tapestry.node.protocol.round_state import RoundState
 
 

@@ -30,9 +30,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tapestry.node.protocol.canon import Crypto, canonical
-from tapestry.node.protocol.chain import Body, Member, Record, quorum
+from tapestry.node.protocol.canon import Crypto, canonical, quorum
 from tapestry.node.protocol.messages import Blob
+from tapestry.node.protocol.record import Body, Member, Record
 
 UNPROVEN = "unproven"  # why a fetch failed: what the donor says was accepted has not the signatures
 FEW = 3  # contributions: from so many on a mean's rule can tell the odd one

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
-from tapestry.node.protocol.chain import MEMBERS_MAX, Crypto
+from tapestry.node.protocol.canon import MEMBERS_MAX, Crypto
 from tapestry.node.protocol.deliveries import NEWCOMERS, Deliveries
 from tapestry.node.protocol.events import Broadcast, Output, Send, Verdict
 from tapestry.node.protocol.members import Roll

@@ -14,15 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tapestry.node.protocol.chain import (
-    Chain,
-    Crypto,
-    InvalidRecord,
-    Record,
-    behind_of,
-    false_draws,
-    next_place,
-)
+from tapestry.node.protocol.canon import Crypto, InvalidRecord
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.context import Context, PeerView
 from tapestry.node.protocol.drawn import audit_of
 from tapestry.node.protocol.events import (
@@ -75,7 +68,9 @@ from tapestry.node.protocol.messages import (
     Status,
 )
 from tapestry.node.protocol.own_vote import OwnVote
+from tapestry.node.protocol.place import behind_of, false_draws, next_place
 from tapestry.node.protocol.proposals import Proposals
+from tapestry.node.protocol.record import Record
 from tapestry.node.protocol.round import Outcome, Round
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.snapshot import Membership, PeerSnapshot, Snapshot

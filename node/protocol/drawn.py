@@ -11,11 +11,11 @@ Pure.
 from __future__ import annotations
 
 from tapestry.node.protocol.audit import Input, SignedMean, draw, due_shards, inputs_digest
-from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Audit
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.members import Roll
+from tapestry.node.protocol.record import Record
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.settings import number_of
 

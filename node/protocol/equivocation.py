@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapestry.node.protocol.canon import Crypto
-from tapestry.node.protocol.chain import Body, Record, accept_message, head_of
+from tapestry.node.protocol.record import Body, Record, accept_message, head_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.audit import Input as Kept
 from tapestry.node.protocol.audit import Order, SignedMean
-from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Blob, Control, Message, Stage
 from tapestry.node.protocol.receipts import TwoRosters
+from tapestry.node.protocol.record import Body, Record
 
 # --- inputs -----------------------------------------------------------------------------------------
 

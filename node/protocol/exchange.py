@@ -19,11 +19,11 @@ from itertools import chain
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums, agreement
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, result_digest
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Contributed, KeepResult, Reduce, Reduced, SendResult, SendShard
 from tapestry.node.protocol.handover import seats_needed
 from tapestry.node.protocol.messages import WAITING_MAX, Blob, Need, Result, Roster, Shard
+from tapestry.node.protocol.record import Member
 
 
 @dataclass(slots=True)

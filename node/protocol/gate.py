@@ -26,10 +26,11 @@ from collections.abc import Mapping, Sequence
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.agreement import ShardSums, sampled
-from tapestry.node.protocol.chain import Body, quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.events import Gated, Judge
 from tapestry.node.protocol.members import rollback_of
 from tapestry.node.protocol.messages import Refuse
+from tapestry.node.protocol.record import Body
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.waits import Wait, span
 

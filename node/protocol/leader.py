@@ -13,10 +13,9 @@ from dataclasses import replace
 from tapestry.node.protocol.acceptor import Acceptor, body_of
 from tapestry.node.protocol.audit import UNPROVEN
 from tapestry.node.protocol.blame import culprit, debts, silent
-from tapestry.node.protocol.chain import Body, Member, Record, head_of, quorum, seat_message, seat_of
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.events import CloseTraining, Gated, Note
 from tapestry.node.protocol.exchange import assign_reducers
-from tapestry.node.protocol.members import voice_weights
 from tapestry.node.protocol.messages import (
     WAITING_MAX,
     Accept,
@@ -28,10 +27,13 @@ from tapestry.node.protocol.messages import (
     Seat,
     Stage,
 )
+from tapestry.node.protocol.place import seat_of
 from tapestry.node.protocol.reach import at_odds, choose_reducers, seat
 from tapestry.node.protocol.receipts import signed
+from tapestry.node.protocol.record import Body, Member, Record, head_of, seat_message
 from tapestry.node.protocol.round_state import RoundState
 from tapestry.node.protocol.validity import roster_fault
+from tapestry.node.protocol.voice import voice_weights
 from tapestry.node.protocol.waits import USUAL_S, Wait, span
 
 GATE = "gate"  # why one's contribution is left out, and not its vote

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from tapestry.node.protocol.agreement import Agreement, ShardSums
-from tapestry.node.protocol.chain import Behind, Body, Member, Record
 from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.record import Behind, Body, Member, Record
 
 Blob = object  # opaque to the core: a key of the shell's store, or a value in the simulator
 

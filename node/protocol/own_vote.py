@@ -8,10 +8,11 @@ votes again when a record shows that what it may have forgotten counts no more. 
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Chain, Tip
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.messages import Seat
+from tapestry.node.protocol.place import Tip
 from tapestry.node.protocol.record import seat_message
 from tapestry.node.protocol.waits import Wait
 

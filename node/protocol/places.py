@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tapestry.node.protocol.chain import Place, Standing
 from tapestry.node.protocol.members import Charter, Invite, Roll, Seat, charter_to_dict
+from tapestry.node.protocol.place import Place, Standing
 
 
 def place_to_dict(place: Place) -> dict[str, Any]:

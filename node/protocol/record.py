@@ -14,7 +14,7 @@ A body carries the digest of state e, the state *before* its update: every membe
 compute it, so it costs nothing on the critical path, and a member whose arithmetic went astray is found
 before it contributes (docs/decisions/001-state-digest.md).
 
-What follows what is decided in chain.py. Standard library only. Text form: canon.py.
+What follows what is decided in place.py. Standard library only. Text form: canon.py.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Member:
     contribution: str  # its name, 64 hex digits: commitment.py; "" if none
     life: str = ""  # 32 hex digits, drawn with the disk that its votes are on: see Vote
     tokens: int = 0  # that it says it trained on
-    seat: str = ""  # its own signature (`seat_message`), where chain.py asks for one
+    seat: str = ""  # its own signature (`seat_message`), where place.py asks for one
 
 
 @dataclass(frozen=True, slots=True)

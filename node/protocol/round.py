@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import UNPROVEN
-from tapestry.node.protocol.chain import Behind, Place, Record, accept_message, draw_message
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.equivocation import Equivocation, fault_of
 from tapestry.node.protocol.events import (
@@ -52,7 +51,9 @@ from tapestry.node.protocol.messages import (
     Stage,
 )
 from tapestry.node.protocol.narrow import is_followed, leaves_accepted, note_own
+from tapestry.node.protocol.place import Place
 from tapestry.node.protocol.receipts import TwoRosters, fault_of_rosters, receipt_of
+from tapestry.node.protocol.record import Behind, Record, accept_message, draw_message
 from tapestry.node.protocol.round_state import Outcome, RoundState
 from tapestry.node.protocol.snapshot import RoundSnapshot
 from tapestry.node.protocol.validity import ready_fault, roster_fault, signed_fault, value_fault

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from enum import Enum
 
-from tapestry.node.protocol.chain import Behind, Body, Member, Place, Record, leader_order, quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.exchange import Exchange
 from tapestry.node.protocol.handover import ELECTORS, Handover
 from tapestry.node.protocol.messages import Accept, Propose, Ready, Seat, Stage
+from tapestry.node.protocol.place import Place, leader_order
+from tapestry.node.protocol.record import Behind, Body, Member, Record
 from tapestry.node.protocol.waits import Wait
 
 

@@ -17,19 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tapestry.node.protocol.chain import (
-    Chain,
-    InvalidRecord,
-    Place,
-    Record,
-    Tip,
-    check_record,
-    false_draws,
-    is_majority,
-    next_place,
-    record_bytes,
-    tokens_of,
-)
+from tapestry.node.protocol.canon import InvalidRecord
+from tapestry.node.protocol.chain import Chain, tokens_of
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.doubts import Doubts
 from tapestry.node.protocol.equivocation import found_in
@@ -45,6 +34,8 @@ from tapestry.node.protocol.events import (
     SwitchChain,
 )
 from tapestry.node.protocol.messages import RECORDS_MAX, GetRecords, Records, Status
+from tapestry.node.protocol.place import Place, Tip, check_record, false_draws, is_majority, next_place
+from tapestry.node.protocol.record import Record, record_bytes
 from tapestry.node.protocol.waits import BY_ITSELF_S, Wait
 
 # Of a fork that is being looked at (G7), or twice as many as we have made since: of two sides that were apart

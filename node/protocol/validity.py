@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import ALIKE
-from tapestry.node.protocol.chain import Body, InvalidRecord, body_fault, member_from, quorum, waits
+from tapestry.node.protocol.canon import InvalidRecord, quorum
 from tapestry.node.protocol.exchange import check_roster
 from tapestry.node.protocol.messages import Ready, Receipt, Roster
+from tapestry.node.protocol.place import body_fault, waits
 from tapestry.node.protocol.receipts import is_signed
+from tapestry.node.protocol.record import Body, member_from
 from tapestry.node.protocol.round_state import RoundState
 
 NO_RESULT = "0" * 64  # of a roster: its mean is not known yet

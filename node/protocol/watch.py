@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from tapestry.node.protocol.blame import debts, silent
-from tapestry.node.protocol.chain import waits
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.place import waits
 from tapestry.node.protocol.round_state import RoundState
 
 

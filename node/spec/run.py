@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tapestry.node.errors import ExitCode, UserError
-from tapestry.node.protocol.chain import MEMBERS_MAX, Genesis, wire_bytes
+from tapestry.node.protocol.canon import MEMBERS_MAX
 from tapestry.node.protocol.members import SHARE, Charter, charter_fault
+from tapestry.node.protocol.record import Genesis, wire_bytes
 from tapestry.node.protocol.settings import SETTINGS, Settings, bounds_of
 from tapestry.node.spec.tables import (
     Between,

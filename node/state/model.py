@@ -33,7 +33,8 @@ from tapestry.compression.blocks import thread_scratch
 from tapestry.compression.codecs import Codec, get_codec
 from tapestry.compression.shards import Shard, shard_bounds
 from tapestry.node.protocol.agreement import lengthening
-from tapestry.node.protocol.chain import Body, Record, canonical
+from tapestry.node.protocol.canon import canonical
+from tapestry.node.protocol.record import Body, Record
 from tapestry.node.protocol.settings import Settings, number_of
 from tapestry.node.spec.run import NesterovSpec, OuterSpec, RunSpec
 from tapestry.node.state.outer import Outer, f32, make_outer

@@ -30,7 +30,7 @@ AUDIT_OUTCOMES = ("agreed", "lie", "incomplete", "skipped")
 REFUSED_REASONS = (  # tests/surface/test_refusals.py reads the sources and finds the same
     # dht/presence.py
     *("forged", "stale", "oversized", "foreign", "malformed", "future"),
-    # protocol/chain.py and sync.py: records
+    # protocol/place.py and sync.py: records
     *("signature", "unlinked", "unsigned", "electorate", "branch", "no_common_record", "forced", "final"),
     *("handover", "seat", "draw"),
     # protocol/members.py and proposals.py: who belongs to the run, and what changes that

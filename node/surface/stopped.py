@@ -18,7 +18,8 @@ from tapestry.node.disk.files import unseal
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
-from tapestry.node.protocol.chain import InvalidRecord, Record, record_from_dict
+from tapestry.node.protocol.canon import InvalidRecord
+from tapestry.node.protocol.record import Record, record_from_dict
 
 LINE_BYTES_MAX = 16 << 20  # of a record: as lineage/follow.py
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 from tapestry.node.errors import printable
 from tapestry.node.net.repeats import Repeats
-from tapestry.node.protocol.chain import Body, Record
 from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.record import Body, Record
 from tapestry.node.protocol.snapshot import Snapshot
 from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History, Level, RecordSeen
 from tapestry.node.surface.names import short

@@ -44,20 +44,18 @@ from tapestry.node.disk.files import seal
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto, ReaderCrypto
 from tapestry.node.protocol.canon import canonical, quorum
-from tapestry.node.protocol.chain import (
+from tapestry.node.protocol.members import UNIT
+from tapestry.node.protocol.place import Place, Standing, genesis_place
+from tapestry.node.protocol.places import place_to_dict
+from tapestry.node.protocol.record import (
     VERSION,
     Genesis,
-    Place,
-    Standing,
     accept_message,
     draw_message,
     found,
-    genesis_place,
     genesis_to_dict,
     seat_message,
 )
-from tapestry.node.protocol.members import UNIT
-from tapestry.node.protocol.places import place_to_dict
 from tapestry.node.spec.run import MembersSpec, new_spec
 from tapestry.node.spec.training import PRESETS
 

@@ -42,7 +42,8 @@ from tapestry.node.net.download import Wanted, fetch_state
 from tapestry.node.net.throttle import Throttle, Throttles
 from tapestry.node.net.transfer import OpenStream, TransferLimits
 from tapestry.node.protocol.canon import canonical
-from tapestry.node.protocol.chain import Chain, Genesis, found, genesis_from_dict, genesis_to_dict
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.record import Genesis, found, genesis_from_dict, genesis_to_dict
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.state.model import ModelState

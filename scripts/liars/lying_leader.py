@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from liars import lying
 from liars.seen import Seen, proof_fault
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.context import Context
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Control, Ready, Roster
 from tapestry.node.protocol.receipts import signed
+from tapestry.node.protocol.record import Member
 
 STALL_S = 5.0
 NOTICED_S = 2.0  # what it takes to see that a stall is over, to be ready again, and to hear so

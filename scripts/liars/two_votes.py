@@ -11,7 +11,7 @@ from dataclasses import replace
 from liars import lying
 from liars.seen import Seen, proof_fault
 from tapestry.node.protocol.acceptor import Acceptor
-from tapestry.node.protocol.chain import Body, head_of
+from tapestry.node.protocol.record import Body, head_of
 
 
 def lie() -> None:

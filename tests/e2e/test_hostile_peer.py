@@ -24,7 +24,6 @@ from tapestry.node.net.vocabulary import encode_message
 from tapestry.node.net.wire import FRAME
 from tapestry.node.protocol.agreement import ALIKE
 from tapestry.node.protocol.canon import WEIGHT_MAX
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.members import UNIT
 from tapestry.node.protocol.messages import (
     Accept,
@@ -36,6 +35,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.record import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.spec.run import RunSpec
 
 pytestmark = [

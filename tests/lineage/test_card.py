@@ -14,8 +14,8 @@ from tapestry.node.lineage.card import Contributor, Lineage, members_of, model_c
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import _lineage
 from tapestry.node.net.descriptions import Descriptions
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.record import Member
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS
 

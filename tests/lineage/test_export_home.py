@@ -28,7 +28,8 @@ from tapestry.node.home import Home
 from tapestry.node.lineage import huggingface
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.export import export_home
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, found, head_of
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.record import Body, Member, Record, found, head_of
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS, DataSpec, ModelSpec, TrainingSpec, TransformersSpec
 from tapestry.node.state.model import Arithmetic, ModelState

@@ -37,7 +37,7 @@ from tapestry.node.lineage.proof import Proof
 from tapestry.node.lineage.verify import lines as proof_lines
 from tapestry.node.lineage.verify import verify
 from tapestry.node.net.descriptions import Descriptions, pack
-from tapestry.node.protocol.chain import record_to_dict
+from tapestry.node.protocol.record import record_to_dict
 from tapestry.node.spec.training import PRESETS
 from tapestry.node.state.model import state_digest_of
 from tapestry.node.trainer.models.stored import Source, write_weights

@@ -18,7 +18,7 @@ from tapestry.node.daemon import accusation_desk, audit_streams
 from tapestry.node.daemon.accusation_desk import ACCUSED_S, AWAITED_BYTES_PER_SECOND, PROOF
 from tapestry.node.disk.accusations import Accusation, keep, kept
 from tapestry.node.net.wire import FRAME, RemoteProtocolError, StreamEnded
-from tapestry.node.protocol.chain import Member, Record
+from tapestry.node.protocol.record import Member, Record
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,8 @@ from tapestry.node.disk.accusations import (
 )
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.audit import inputs_digest, mean_message
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.commitment import Commitment
+from tapestry.node.protocol.record import Member
 
 N, SHARDS, SHARD, EPOCH, HEAD = 1000, 4, 2, 5, "ab" * 32
 CODEC = get_codec("int8-block")

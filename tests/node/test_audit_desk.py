@@ -18,8 +18,8 @@ from tapestry.node.daemon.audit_desk import KEPT_RECORDS
 from tapestry.node.daemon.audit_streams import OPENED_PER_S
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Input
-from tapestry.node.protocol.chain import Member, Record
 from tapestry.node.protocol.commitment import Commitment
+from tapestry.node.protocol.record import Member, Record
 from tapestry.node.state.means import payload_digest, payload_of
 
 

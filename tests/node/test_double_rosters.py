@@ -12,9 +12,9 @@ from tapestry.dht.identity import Identity
 from tapestry.node.disk.accusations import FalseAccusation, keep, kept, prove, signed_twice, unpack
 from tapestry.node.disk.double_rosters import DoubleRoster
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.messages import Roster
 from tapestry.node.protocol.receipts import TwoRosters, receipt_of, signed
+from tapestry.node.protocol.record import Member
 
 IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry audit tests ed25519 key"))
 CRYPTO, ME = NodeCrypto(IDENTITY), IDENTITY.peer_id

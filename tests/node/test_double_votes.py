@@ -12,8 +12,8 @@ from tapestry.dht.identity import Identity
 from tapestry.node.disk.accusations import FalseAccusation, keep, kept, prove, unpack
 from tapestry.node.disk.double_votes import DoubleVote
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Body, Member, accept_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation
+from tapestry.node.protocol.record import Body, Member, accept_message, head_of
 
 IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry audit tests ed25519 key"))
 CRYPTO = NodeCrypto(IDENTITY)

@@ -21,7 +21,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.home import Home
 from tapestry.node.net import join
 from tapestry.node.net.join import Agreed, agree_on_run
-from tapestry.node.protocol.chain import Genesis
+from tapestry.node.protocol.record import Genesis
 from tapestry.node.spec.node import NodeConfig
 from tapestry.node.spec.run import RunSpec
 from tapestry.node.spec.training import PRESETS

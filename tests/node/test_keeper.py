@@ -20,20 +20,20 @@ from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.lineage.uses import note_use, spans
 from tapestry.node.net.transfer import TransferLimits
-from tapestry.node.protocol.chain import (
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.core import Core
+from tapestry.node.protocol.events import Tick
+from tapestry.node.protocol.members import Change, change_message, rollback_value
+from tapestry.node.protocol.place import seat_of
+from tapestry.node.protocol.record import (
     Body,
-    Chain,
     Member,
     Record,
     accept_message,
     draw_message,
     head_of,
     seat_message,
-    seat_of,
 )
-from tapestry.node.protocol.core import Core
-from tapestry.node.protocol.events import Tick
-from tapestry.node.protocol.members import Change, change_message, rollback_value
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.spec.declared import BASE
 from tapestry.node.spec.run import MembersSpec, RunSpec, preset_spec

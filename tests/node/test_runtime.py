@@ -28,14 +28,13 @@ from tapestry.node.net.repeats import Repeats
 from tapestry.node.net.throttle import Throttles
 from tapestry.node.net.transfer import DonorFailed, WantedUpdate
 from tapestry.node.net.wire import RemoteProtocolError
-from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
 from tapestry.node.protocol.audit import UNPROVEN, SignedMean
-from tapestry.node.protocol.chain import Body
 from tapestry.node.protocol.events import Vote
 from tapestry.node.protocol.members import NO_ROLL, Change, Invite, rollback_value
 from tapestry.node.protocol.messages import Changes, Stage
+from tapestry.node.protocol.record import Body, Member, Record
 from tapestry.node.protocol.snapshot import Membership, Snapshot
 from tapestry.node.spec.node import ENDLESS, Ending
 from tapestry.node.surface.logs import LiveLine, printable
@@ -752,11 +751,11 @@ def test_a_commit_says_how_far_contributions_agree_where_there_are_several(monke
             points.append(point)
 
     metrics = Metrics("0")
-    members = tuple(chain.Member(f"p{index}", 9, "ab" * 32, "", 5) for index in range(contributors))
+    members = tuple(Member(f"p{index}", 9, "ab" * 32, "", 5) for index in range(contributors))
     agreement = Agreement(707_107, 750_000, 500_000)
-    body = chain.Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
+    body = Body(RUN, 4, RUN, RUN, members, RUN, agreement=agreement)
     Reporter(metrics, LiveLine(None, enabled=False), FakeTrackers()).committed(
-        chain.Record(body, RUN, 0, ()), tokens=5
+        Record(body, RUN, 0, ()), tokens=5
     )
     assert told == [
         f"committed epoch=4 head={RUN[:12]} contributions={contributors} tokens={5 * contributors}{said}"

@@ -13,9 +13,9 @@ from tapestry.node.daemon.views import Reporter
 from tapestry.node.net.network import Where
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import Agreement
-from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.members import Charter, Seat, first_roll
 from tapestry.node.protocol.messages import Stage
+from tapestry.node.protocol.record import Body, Member, Record
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 from tapestry.node.surface.history import History

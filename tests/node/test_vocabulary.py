@@ -10,8 +10,19 @@ from hypothesis import strategies as st
 from tapestry.node.net.links import HEADER_BYTES_MAX
 from tapestry.node.net.vocabulary import Reader, encode_message
 from tapestry.node.net.wire import RemoteProtocolError
-from tapestry.node.protocol import chain, members, messages
+from tapestry.node.protocol import members, messages
 from tapestry.node.protocol.agreement import COUNT_MAX, SUM_MAX, Agreement, ShardSums
+from tapestry.node.protocol.canon import EPOCH_MAX, MEMBERS_MAX, WEIGHT_MAX, canonical
+from tapestry.node.protocol.record import (
+    BALLOT_MAX,
+    Behind,
+    Body,
+    Member,
+    Record,
+    head_of,
+    record_bytes,
+    wire_bytes,
+)
 
 HEAD = "ab" * 32
 TOKEN = "cd" * 32
@@ -33,13 +44,11 @@ CRYPTO = FakeCrypto()
 PEER = f"12D3KooW{7:044}"
 READER = Reader(CRYPTO)
 SUMS = ShardSums((4.0, 0.5), 1.0, (2.0, 0.25), (-1.0, 1e-9), 0.5, 7, 2)
-MEMBERS = (chain.Member("a", 5, TOKEN, "", 7), chain.Member("b", 0, "", LIFE, seat="ef" * 64))
+MEMBERS = (Member("a", 5, TOKEN, "", 7), Member("b", 0, "", LIFE, seat="ef" * 64))
 CHANGE = members.Change("admit", "c", "Carla", 70, "cd" * 16, (("a", "00"),))
-BEHIND = chain.Behind(1, (("a", "00"),))
-BODY = chain.Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD, changes=(CHANGE,), behind=BEHIND)
-RECORD = chain.Record(
-    BODY, chain.head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")), None, (("a", "22"), ("b", "33"))
-)
+BEHIND = Behind(1, (("a", "00"),))
+BODY = Body(HEAD, 7, HEAD, HEAD, MEMBERS, HEAD, changes=(CHANGE,), behind=BEHIND)
+RECORD = Record(BODY, head_of(BODY, CRYPTO), 3, (("a", "00"), ("b", "11")), None, (("a", "22"), ("b", "33")))
 RECEIPT = messages.Receipt("a", 5, HEAD, 2, LIFE, HEAD, "ef" * 64)
 
 CONTROL = [
@@ -130,13 +139,13 @@ def test_random_values_in_a_known_message_never_crash(value):
 @pytest.mark.parametrize(("count", "signers"), [(1, 1), (4, 3), (64, 64), (64, 128), (1024, 1024)])
 def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers, seat):
     peers = [f"12D3KooW{i:044}" for i in range(max(count, signers))]
-    most = chain.WEIGHT_MAX
-    named = tuple(chain.Member(p, most, TOKEN, LIFE, most, seat) for p in peers[:count])
-    body = chain.Body(HEAD, chain.EPOCH_MAX, HEAD, HEAD, named, HEAD)
+    most = WEIGHT_MAX
+    named = tuple(Member(p, most, TOKEN, LIFE, most, seat) for p in peers[:count])
+    body = Body(HEAD, EPOCH_MAX, HEAD, HEAD, named, HEAD)
     signatures = tuple((p, "ef" * 64) for p in peers[:signers])
-    record = chain.Record(body, HEAD, chain.BALLOT_MAX, signatures, None, signatures)
-    header = encode_message(messages.Records(chain.EPOCH_MAX, (record,)))
-    reckoned = chain.wire_bytes(count, 2 * signers, 0) if seat else chain.record_bytes(record)
+    record = Record(body, HEAD, BALLOT_MAX, signatures, None, signatures)
+    header = encode_message(messages.Records(EPOCH_MAX, (record,)))
+    reckoned = wire_bytes(count, 2 * signers, 0) if seat else record_bytes(record)
     assert 0.8 * reckoned < len(header) <= reckoned
 
 
@@ -144,20 +153,18 @@ def test_no_record_is_longer_on_the_wire_than_is_reckoned(count, signers, seat):
 def test_no_change_is_longer_on_the_wire_than_is_reckoned(signers):
     peers = [f"12D3KooW{i:044}" for i in range(signers)]
     pairs = tuple((p, "ef" * 64) for p in peers)
-    long = members.Change("admit", PEER, "\u4e2d" * 256, chain.EPOCH_MAX, LIFE, pairs)
+    long = members.Change("admit", PEER, "\u4e2d" * 256, EPOCH_MAX, LIFE, pairs)
     for packed in (
         msgpack.packb(members.change_to_list(long)),
-        chain.canonical(members.change_to_list(long)),
+        canonical(members.change_to_list(long)),
     ):
         assert len(packed) <= members.change_bytes(long)
 
 
 def test_the_sums_of_the_most_contributors_fit_into_a_bulk_header():
-    many = (SUM_MAX,) * chain.MEMBERS_MAX
+    many = (SUM_MAX,) * MEMBERS_MAX
     sums = ShardSums(many, SUM_MAX, many, many, SUM_MAX, COUNT_MAX, COUNT_MAX)
-    result = messages.Result(
-        chain.EPOCH_MAX, HEAD, chain.BALLOT_MAX, 2**20 - 1, "digest", "blob", sums, "ef" * 64
-    )
+    result = messages.Result(EPOCH_MAX, HEAD, BALLOT_MAX, 2**20 - 1, "digest", "blob", sums, "ef" * 64)
     assert len(encode_message(result)) <= HEADER_BYTES_MAX
 
 

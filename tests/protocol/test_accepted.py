@@ -11,9 +11,9 @@ from simulation.world import World
 
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, means_fault, result_digest
-from tapestry.node.protocol.chain import Body, Member, head_of
 from tapestry.node.protocol.events import FetchUpdate, PersistVote, Vote
 from tapestry.node.protocol.messages import Accept, Propose
+from tapestry.node.protocol.record import Body, Member, head_of
 
 RUN, HEAD = "aa" * 32, "bb" * 32
 CRYPTO = SimCrypto("p0")

@@ -10,18 +10,7 @@ from simulation.world import Faults, SimCrypto, World, digest
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ALIKE, PPM, SUM_MAX, ShardSums
-from tapestry.node.protocol.chain import (
-    BALLOT_MAX,
-    EPOCH_MAX,
-    WEIGHT_MAX,
-    Body,
-    Member,
-    Record,
-    accept_message,
-    draw_message,
-    head_of,
-    seat_message,
-)
+from tapestry.node.protocol.canon import EPOCH_MAX, WEIGHT_MAX
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
     Accept,
@@ -36,6 +25,16 @@ from tapestry.node.protocol.messages import (
     Shard,
     Stage,
     Status,
+)
+from tapestry.node.protocol.record import (
+    BALLOT_MAX,
+    Body,
+    Member,
+    Record,
+    accept_message,
+    draw_message,
+    head_of,
+    seat_message,
 )
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import Branch

@@ -7,16 +7,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation.world import SimCrypto, digest
 
-from tapestry.node.protocol import chain as c
 from tapestry.node.protocol import members as m
 from tapestry.node.protocol.agreement import PPM, Agreement
+from tapestry.node.protocol.canon import EPOCH_MAX, WEIGHT_MAX, InvalidRecord, quorum
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.place import Place, Standing, body_fault, check_record, leader_order, next_place
+from tapestry.node.protocol.record import (
+    BALLOT_MAX,
+    VERSION,
+    Behind,
+    Body,
+    Member,
+    OtherVersion,
+    Record,
+    accept_message,
+    body_from_dict,
+    body_to_dict,
+    draw_message,
+    found,
+    genesis_from_dict,
+    genesis_to_dict,
+    head_of,
+    record_from_dict,
+    record_to_dict,
+    seat_message,
+)
+from tapestry.node.protocol.voice import capped_weights
 
 CRYPTO = SimCrypto("a")
 PREV = digest(b"prev")
 PEERS = ("a", "b", "c", "d", "e")
 HEADS = st.text("0123456789abcdef", min_size=64, max_size=64)
 TOKENS = st.text("0123456789abcdef", min_size=64, max_size=64)
-WEIGHTS = st.integers(1, c.WEIGHT_MAX)
+WEIGHTS = st.integers(1, WEIGHT_MAX)
 
 
 CHANGES = st.builds(
@@ -37,98 +60,98 @@ def bodies(draw):
         st.lists(st.booleans(), min_size=len(peers), max_size=len(peers)).map(lambda v: [False, *v[1:]])
     )
     members = tuple(
-        c.Member(p, 0, "") if voter else c.Member(p, draw(WEIGHTS), draw(TOKENS), "", draw(WEIGHTS))
+        Member(p, 0, "") if voter else Member(p, draw(WEIGHTS), draw(TOKENS), "", draw(WEIGHTS))
         for p, voter in zip(peers, voters, strict=True)
     )
-    epoch = draw(st.integers(1, c.EPOCH_MAX))
+    epoch = draw(st.integers(1, EPOCH_MAX))
     shares = st.integers(0, PPM)
     agreement = Agreement(draw(st.integers(-PPM, PPM)), draw(shares), draw(shares))
     changes = tuple(draw(st.lists(CHANGES, max_size=2)))
-    behind = draw(st.none() | st.builds(c.Behind, st.integers(0, 9), st.just((("a", "00"),))))
+    behind = draw(st.none() | st.builds(Behind, st.integers(0, 9), st.just((("a", "00"),))))
     heads = [draw(HEADS) for _ in range(4)]
     forced = draw(st.booleans())
-    return c.Body(heads[0], epoch, heads[1], heads[2], members, heads[3], forced, agreement, changes, behind)
+    return Body(heads[0], epoch, heads[1], heads[2], members, heads[3], forced, agreement, changes, behind)
 
 
-def signed(body: c.Body, signers, ballot: int = 0) -> c.Record:
-    head = c.head_of(body, CRYPTO)
+def signed(body: Body, signers, ballot: int = 0) -> Record:
+    head = head_of(body, CRYPTO)
     vote, draw = (
         tuple((p, SimCrypto(p).sign(message)) for p in sorted(signers))
-        for message in (c.accept_message(head, ballot), c.draw_message(head))
+        for message in (accept_message(head, ballot), draw_message(head))
     )
-    return c.Record(body, head, ballot, vote, None, draw)
+    return Record(body, head, ballot, vote, None, draw)
 
 
 def seat_of(peer: str, head: str = PREV, life: str = "") -> str:
-    return SimCrypto(peer).sign(c.seat_message(head, life))
+    return SimCrypto(peer).sign(seat_message(head, life))
 
 
-def body_of(members, forced=False, weight=1, prev=PREV) -> c.Body:
+def body_of(members, forced=False, weight=1, prev=PREV) -> Body:
     seats = {p: "" if forced else seat_of(p, prev) for p in members}
-    named = tuple(c.Member(p, m.UNIT * weight, "ab" * 32, "", 7, seats[p]) for p in sorted(members))
-    return c.Body(digest(b"run"), 1, prev, digest(b"state"), named, digest(b"result"), forced)
+    named = tuple(Member(p, m.UNIT * weight, "ab" * 32, "", 7, seats[p]) for p in sorted(members))
+    return Body(digest(b"run"), 1, prev, digest(b"state"), named, digest(b"result"), forced)
 
 
-def place(electorate, roll="abcde", prev=PREV) -> c.Place:
+def place(electorate, roll="abcde", prev=PREV) -> Place:
     """Where a record of `electorate` is followed by the next, all of `roll` being members."""
     members = m.first_roll(digest(b"run"), m.Charter(), list(roll))
-    full = c.Standing(0, tuple(electorate), members, (), 0, 0)
-    return c.Place(0, prev, tuple(electorate), members, full)
+    full = Standing(0, tuple(electorate), members, (), 0, 0)
+    return Place(0, prev, tuple(electorate), members, full)
 
 
 # --- text -------------------------------------------------------------------------------------------
 
 
-@given(bodies(), st.integers(0, c.BALLOT_MAX))
+@given(bodies(), st.integers(0, BALLOT_MAX))
 def test_a_record_survives_its_text(body, ballot):
     record = signed(body, [m.peer for m in body.members], ballot)
-    assert c.record_from_dict(c.record_to_dict(record), CRYPTO) == record
+    assert record_from_dict(record_to_dict(record), CRYPTO) == record
 
 
 @given(bodies(), st.data())
 def test_every_field_of_a_body_is_in_its_head(body, data):
-    raw = c.body_to_dict(body)
+    raw = body_to_dict(body)
     field = data.draw(st.sampled_from(sorted(raw)))
-    other = c.body_to_dict(data.draw(bodies()))
+    other = body_to_dict(data.draw(bodies()))
     tampered = {**raw, field: other[field]}
     same = tampered == raw
-    assert (c.head_of(c.body_from_dict(tampered), CRYPTO) == c.head_of(body, CRYPTO)) == same
+    assert (head_of(body_from_dict(tampered), CRYPTO) == head_of(body, CRYPTO)) == same
 
 
 @given(bodies(), st.data())
 def test_a_body_with_a_wrong_type_or_key_is_refused(body, data):
-    raw = c.body_to_dict(body)
+    raw = body_to_dict(body)
     field = data.draw(st.sampled_from(sorted(raw)))
     for bad in (
         {**raw, field: data.draw(st.sampled_from([None, -1, 1.0, "x", {}, b"x"]))},
         {k: v for k, v in raw.items() if k != field},
         {**raw, "extra": 1},
     ):
-        with pytest.raises(c.InvalidRecord):
-            c.body_from_dict(bad)
+        with pytest.raises(InvalidRecord):
+            body_from_dict(bad)
 
 
 def test_a_tampered_genesis_is_refused():
-    genesis = c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
-    raw = c.genesis_to_dict(genesis)
-    assert c.genesis_from_dict(raw, CRYPTO) == genesis
+    genesis = found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
+    raw = genesis_to_dict(genesis)
+    assert genesis_from_dict(raw, CRYPTO) == genesis
     other = {"spec": "x", "founder": "b", "state_digest": digest(b"1"), "schema": digest(b"2"), "params": 11}
     for field, value in {**other, "nonce": "1" * 32, "signature": "00"}.items():
-        with pytest.raises(c.InvalidRecord):
-            c.genesis_from_dict({**raw, field: value}, CRYPTO)
+        with pytest.raises(InvalidRecord):
+            genesis_from_dict({**raw, field: value}, CRYPTO)
 
 
-@pytest.mark.parametrize("version", [c.VERSION - 1, c.VERSION + 1])
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
 def test_a_genesis_of_another_version_is_told_in_one_line(version):
-    genesis = c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
-    raw = {**c.genesis_to_dict(genesis), "version": version}
+    genesis = found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO)
+    raw = {**genesis_to_dict(genesis), "version": version}
     with pytest.raises(
-        c.OtherVersion, match=rf"^the run is of version {version} of the chain, and .* {c.VERSION} only$"
+        OtherVersion, match=rf"^the run is of version {version} of the chain, and .* {VERSION} only$"
     ):
-        c.genesis_from_dict(raw, CRYPTO)
+        genesis_from_dict(raw, CRYPTO)
     for version in (True, "3", None):
-        with pytest.raises(c.InvalidRecord) as caught:
-            c.genesis_from_dict({**raw, "version": version}, CRYPTO)
+        with pytest.raises(InvalidRecord) as caught:
+            genesis_from_dict({**raw, "version": version}, CRYPTO)
         assert caught.value.reason == "malformed"
 
 
@@ -156,14 +179,14 @@ def test_a_genesis_of_another_version_is_told_in_one_line(version):
 def test_what_makes_a_record_valid(members, signers, forced, reason):
     record = signed(body_of(members, forced), signers)
     if reason is None:
-        c.check_record(record, place("abcd"), CRYPTO)
+        check_record(record, place("abcd"), CRYPTO)
     else:
-        with pytest.raises(c.InvalidRecord) as refused:
-            c.check_record(record, place("abcd"), CRYPTO)
+        with pytest.raises(InvalidRecord) as refused:
+            check_record(record, place("abcd"), CRYPTO)
         assert refused.value.reason == reason
 
 
-VOTER, OWN = c.Member("b", 0, "", "11"), c.Member("c", m.UNIT, "ab" * 32, "", 7)
+VOTER, OWN = Member("b", 0, "", "11"), Member("c", m.UNIT, "ab" * 32, "", 7)
 
 
 @pytest.mark.parametrize(
@@ -188,46 +211,46 @@ def test_nobody_is_named_on_a_disk_without_its_own_word(line, seats, is_good):
     body = dataclasses.replace(body_of("abc"), members=tuple(lines[p] for p in "abc"))
     known = frozenset() if seats is None else frozenset({(line.peer, seats)})
     at = place("abc")._replace(seats=known)
-    assert c.body_fault(body, at, 1.0, CRYPTO) == (None if is_good else "seat")
+    assert body_fault(body, at, 1.0, CRYPTO) == (None if is_good else "seat")
     bare = tuple(dataclasses.replace(one, seat="") for one in body.members)
     forced = dataclasses.replace(body, members=bare, forced=True)
-    assert c.body_fault(forced, at, 1.0, CRYPTO) is None
+    assert body_fault(forced, at, 1.0, CRYPTO) is None
     if line.seat:
-        assert c.body_fault(dataclasses.replace(body, forced=True), at, 1.0, CRYPTO) == "seat"
+        assert body_fault(dataclasses.replace(body, forced=True), at, 1.0, CRYPTO) == "seat"
 
 
 def test_a_place_knows_whom_its_record_names_and_on_which_disk():
     at = place("abc")
-    members = (*body_of("ab").members, c.Member("d", 0, "", "11", seat="any"))
+    members = (*body_of("ab").members, Member("d", 0, "", "11", seat="any"))
     record = signed(dataclasses.replace(body_of("ab"), members=members), "abc")
-    assert c.next_place(at, record).seats == {("a", ""), ("b", ""), ("d", "11")}
+    assert next_place(at, record).seats == {("a", ""), ("b", ""), ("d", "11")}
 
 
 def test_signatures_of_another_ballot_or_head_are_none():
     record = signed(body_of("abc"), "abc")
     for bad in (dataclasses.replace(record, ballot=1), dataclasses.replace(record, head=digest(b"x"))):
-        with pytest.raises(c.InvalidRecord) as refused:
-            c.check_record(bad, place("abc"), CRYPTO)
+        with pytest.raises(InvalidRecord) as refused:
+            check_record(bad, place("abc"), CRYPTO)
         assert refused.value.reason == "signature"
-    with pytest.raises(c.InvalidRecord) as refused:
-        c.check_record(record, place("abc", prev=digest(b"other")), CRYPTO)
+    with pytest.raises(InvalidRecord) as refused:
+        check_record(record, place("abc", prev=digest(b"other")), CRYPTO)
     assert refused.value.reason == "unlinked"
 
 
 @given(st.integers(1, 1000))
 def test_two_quorums_always_share_a_member(count):
-    assert 2 * c.quorum(count) > count >= c.quorum(count)
+    assert 2 * quorum(count) > count >= quorum(count)
 
 
 @given(st.sets(st.sampled_from(PEERS), min_size=1), HEADS)
 def test_every_elector_leads_once_in_n_ballots(electorate, head):
-    order = c.leader_order(electorate, head, CRYPTO)
+    order = leader_order(electorate, head, CRYPTO)
     assert sorted(order) == sorted(electorate)
-    assert order == c.leader_order(sorted(electorate, reverse=True), head, CRYPTO)
+    assert order == leader_order(sorted(electorate, reverse=True), head, CRYPTO)
 
 
 def test_leadership_moves_with_the_head():
-    first = [c.leader_order(PEERS, digest(b"%d" % i), CRYPTO)[0] for i in range(200)]
+    first = [leader_order(PEERS, digest(b"%d" % i), CRYPTO)[0] for i in range(200)]
     assert all(first.count(p) >= 20 for p in PEERS)
 
 
@@ -237,7 +260,7 @@ def test_leadership_moves_with_the_head():
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.floats(0.05, 1.0))
 def test_no_weight_is_above_its_share_where_a_share_exists(weights, influence):
-    capped = m.capped_weights(weights, influence)
+    capped = capped_weights(weights, influence)
     assert all(0 <= x <= w and (x > 0) == (w > 0) for x, w in zip(capped, weights, strict=True))
     positive = [x for x in capped if x]
     if len(positive) * influence > 1 + 1e-9:
@@ -251,21 +274,21 @@ def test_no_weight_is_above_its_share_where_a_share_exists(weights, influence):
 def test_a_weight_does_not_depend_on_the_order(weights, influence, rng):
     places = list(range(len(weights)))
     rng.shuffle(places)
-    shuffled = m.capped_weights([weights[i] for i in places], influence)
-    assert shuffled == [m.capped_weights(weights, influence)[i] for i in places]
+    shuffled = capped_weights([weights[i] for i in places], influence)
+    assert shuffled == [capped_weights(weights, influence)[i] for i in places]
 
 
 # --- fork choice ------------------------------------------------------------------------------------
 
 
-def grown(at: c.Place, forced, named, behind=None) -> c.Place:
+def grown(at: Place, forced, named, behind=None) -> Place:
     """The place after one more record."""
-    members = tuple(c.Member(p, m.UNIT, "ab" * 32, "", 7) for p in sorted(named))
+    members = tuple(Member(p, m.UNIT, "ab" * 32, "", 7) for p in sorted(named))
     state = digest(b"state")
-    body = c.Body(
+    body = Body(
         digest(b"run"), at.epoch + 1, at.head, state, members, digest(b"result"), forced, behind=behind
     )
-    return c.next_place(at, signed(body, named))
+    return next_place(at, signed(body, named))
 
 
 def test_a_full_electorates_record_beats_an_island_however_long():
@@ -288,7 +311,7 @@ def test_an_island_is_full_again_once_a_majority_of_the_last_full_electorate_sig
     island = grown(grown(start, True, "ab"), False, "abc")
     assert island.standing.since == 2 and island.standing.electorate == start.electorate
     for told, full in (("ab", 0), ("abc", 2)):
-        behind = c.Behind(0, tuple((p, "00") for p in told))
+        behind = Behind(0, tuple((p, "00") for p in told))
         after = grown(island, False, "abc", behind)
         assert (after.standing.full, after.standing.since > 0) == (full, not full)
 
@@ -303,6 +326,6 @@ def test_every_record_makes_a_better_tip(records):
 
 
 def test_heads_that_we_do_not_have_equal_nobodys():
-    chain = c.Chain(c.found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO))
+    chain = Chain(found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO))
     assert chain.head_at(0) == chain.genesis.run_id
     assert [chain.head_at(e) for e in (-(2**60), -1, 1, 2**60)] == [""] * 4

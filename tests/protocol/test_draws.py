@@ -10,12 +10,12 @@ from simulation.plants import planted
 from simulation.shell import Node
 from simulation.world import Faults, World
 
-from tapestry.node.protocol import chain as c
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import due_shards, looks_at
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.leader import GATE, Leader
 from tapestry.node.protocol.messages import Accept, Commit, Records, Stage
+from tapestry.node.protocol.record import Body, Record
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import Sync
 
@@ -54,7 +54,7 @@ def led(redraws: bool, for_s: float, anew: bool = False) -> tuple[dict[str, bool
     tries: dict[str, int] = {}
     try_commit, accepted = Leader.try_commit, Leader._accepted
 
-    def is_drawn(record: c.Record) -> bool:
+    def is_drawn(record: Record) -> bool:
         core = world.nodes[LIAR].core
         roster = core.round.exchange.roster
         mine = {s for s, index in enumerate(roster.reducers) if roster.members[index].peer == LIAR}
@@ -74,7 +74,7 @@ def led(redraws: bool, for_s: float, anew: bool = False) -> tuple[dict[str, bool
             self.excluded = {f"p{tries[prev] % 3}": GATE} if anew else {}
             self.open_next(now)
 
-    def proposes(self: Leader) -> c.Body | None:
+    def proposes(self: Leader) -> Body | None:
         return None if anew and self.ctx.me == LIAR else accepted(self)
 
     with patch.object(Leader, "try_commit", again), patch.object(Leader, "_accepted", proposes):
@@ -125,7 +125,7 @@ def test_a_vote_with_a_false_draw_is_refused():
 # --- telling others other draws ---------------------------------------------------------------------
 
 
-def misdrawn(record: c.Record) -> c.Record:
+def misdrawn(record: Record) -> Record:
     """With draws of nobody, as far as others can tell, in the place of all but the liar's."""
     return replace(record, draws=tuple((p, draw if p == LIAR else draw[::-1]) for p, draw in record.draws))
 
@@ -135,7 +135,7 @@ def liar_tells(carrier: str) -> Iterator[None]:
     """Whenever it decides a record, and whenever it is asked for one."""
     decided, page = Core._decided, Sync._page
 
-    def tell(self: Core, record: c.Record, now: float) -> None:
+    def tell(self: Core, record: Record, now: float) -> None:
         if self.ctx.me != LIAR:
             return decided(self, record, now)
         false = misdrawn(record)
@@ -143,7 +143,7 @@ def liar_tells(carrier: str) -> Iterator[None]:
         self.ctx.broadcast(message)
         return self._append(record, now)
 
-    def give(self: Sync, epoch: int) -> tuple[c.Record, ...]:
+    def give(self: Sync, epoch: int) -> tuple[Record, ...]:
         records = page(self, epoch)
         return tuple(map(misdrawn, records)) if self.ctx.me == LIAR else records
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from simulation.world import SimCrypto, World
 
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation, fault_of, found_in
+from tapestry.node.protocol.record import Body, Member, Record, accept_message, head_of
 
 LIFE, RUN, PREV = "11" * 16, "ab" * 32, "cd" * 32
 CRYPTO = SimCrypto("p1")

@@ -8,9 +8,9 @@ from simulation.shell import SimCrypto, sums_of
 from simulation.world import Faults, World
 
 from tapestry.node.protocol.blame import culprit, debts, silent
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.exchange import Exchange, assign_reducers, check_roster
 from tapestry.node.protocol.messages import Result, Roster, Shard
+from tapestry.node.protocol.record import Member
 from tapestry.node.protocol.rules import Rules
 
 TOKEN = "ab" * 32

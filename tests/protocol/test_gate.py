@@ -15,10 +15,11 @@ from simulation.world import Faults, World
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import gate as gate_module
 from tapestry.node.protocol.agreement import ShardSums
-from tapestry.node.protocol.chain import Body, Member, head_of, quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.gate import REFUSALS_MAX, distances, furthest, shares
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.messages import Ready, Refuse, Stage
+from tapestry.node.protocol.record import Body, Member, head_of
 from tapestry.node.protocol.rules import Rules
 
 WORSE = 10 * MARGIN

@@ -6,15 +6,28 @@ import pytest
 from simulation.shell import SimCrypto
 from simulation.world import Faults, World
 
-from tapestry.node.protocol import chain as c
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ALIKE
+from tapestry.node.protocol.canon import InvalidRecord
 from tapestry.node.protocol.handover import Handover, leave_message
 from tapestry.node.protocol.leader import commit_gap
-from tapestry.node.protocol.members import UNIT, Charter, first_roll, voice_weights
-from tapestry.node.protocol.messages import Accept, Leave, Member, Propose, Stage
+from tapestry.node.protocol.members import UNIT, Charter, first_roll
+from tapestry.node.protocol.messages import Accept, Leave, Propose, Stage
+from tapestry.node.protocol.place import Place, Standing, check_record
+from tapestry.node.protocol.record import (
+    Body,
+    Member,
+    Record,
+    accept_message,
+    draw_message,
+    head_of,
+    record_from_dict,
+    record_to_dict,
+    seat_message,
+)
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.validity import value_fault
+from tapestry.node.protocol.voice import voice_weights
 
 LOSS_S = 30.0
 ROLL = first_roll("ef" * 32, Charter(), ("a", "b", "c"))
@@ -95,7 +108,7 @@ def test_who_has_not_left_accepts_nothing_that_leaves_it_out():
     weight = voice_weights(state.at.roll, [("p0", 5)], 1.0)[0]
     member = Member("p0", weight, "cd" * 32, world.nodes["p0"].disk.life, 5)
     run_id = world.genesis.run_id
-    lone = c.Body(run_id, state.epoch + 1, state.head, state.state_digest, (member,), "34" * 32)
+    lone = Body(run_id, state.epoch + 1, state.head, state.state_digest, (member,), "34" * 32)
     assert value_fault(state, lone) == "electorate"
     state.vote = dataclasses.replace(state.vote, left=state.head)
     assert value_fault(state, lone) is None, "it has left, and the other may have decided alone"
@@ -176,33 +189,33 @@ def test_a_leave_that_another_signed_is_refused_and_one_of_a_stranger():
 
 
 def lone_record(signers=("a",), leaver="b", head="ab" * 32, forced=False, electors=("a", "b")):
-    seat = "" if forced else SimCrypto("a").sign(c.seat_message("ab" * 32, ""))
-    members = (c.Member("a", UNIT, "cd" * 32, "", 1, seat),)
-    at = c.Place(3, "ab" * 32, electors, ROLL, c.Standing(3, electors, ROLL, (), 0, 0))
-    body = c.Body("ef" * 32, 4, "ab" * 32, "12" * 32, members, "34" * 32, forced)
+    seat = "" if forced else SimCrypto("a").sign(seat_message("ab" * 32, ""))
+    members = (Member("a", UNIT, "cd" * 32, "", 1, seat),)
+    at = Place(3, "ab" * 32, electors, ROLL, Standing(3, electors, ROLL, (), 0, 0))
+    body = Body("ef" * 32, 4, "ab" * 32, "12" * 32, members, "34" * 32, forced)
     record = signed(body, signers)
     handover = Handover(leaver, head, SimCrypto(leaver).sign(leave_message(head)))
     return dataclasses.replace(record, handover=handover), at
 
 
-def signed(body: c.Body, signers) -> c.Record:
+def signed(body: Body, signers) -> Record:
     crypto = SimCrypto("a")
-    head = c.head_of(body, crypto)
+    head = head_of(body, crypto)
     vote, draw = (
         tuple((p, SimCrypto(p).sign(message)) for p in signers)
-        for message in (c.accept_message(head, 5), c.draw_message(head))
+        for message in (accept_message(head, 5), draw_message(head))
     )
-    return c.Record(body, head, 5, vote, None, draw)
+    return Record(body, head, 5, vote, None, draw)
 
 
 def test_a_record_with_a_leave_is_decided_by_one_of_two():
     record, at = lone_record()
-    c.check_record(record, at, SimCrypto("a"))
-    text = c.record_to_dict(record)
-    assert c.record_from_dict(text, SimCrypto("a")) == record
+    check_record(record, at, SimCrypto("a"))
+    text = record_to_dict(record)
+    assert record_from_dict(text, SimCrypto("a")) == record
     del text["handover"]
-    with pytest.raises(c.InvalidRecord, match="1 signed, need 2"):
-        c.check_record(c.record_from_dict(text, SimCrypto("a")), at, SimCrypto("a"))
+    with pytest.raises(InvalidRecord, match="1 signed, need 2"):
+        check_record(record_from_dict(text, SimCrypto("a")), at, SimCrypto("a"))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +230,6 @@ def test_a_record_with_a_leave_is_decided_by_one_of_two():
 )
 def test_a_leave_that_stands_for_no_vote(given, reason):
     record, at = lone_record(**given)
-    with pytest.raises(c.InvalidRecord) as caught:
-        c.check_record(record, at, SimCrypto("a"))
+    with pytest.raises(InvalidRecord) as caught:
+        check_record(record, at, SimCrypto("a"))
     assert caught.value.reason == reason

@@ -6,10 +6,11 @@ import pytest
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import seat_message, seat_of
 from tapestry.node.protocol.messages import Call, Closing, Member, Roster, Stage, Status
 from tapestry.node.protocol.movers import FREE, OWN_MORE, REPAID, Movers
+from tapestry.node.protocol.place import seat_of
 from tapestry.node.protocol.receipts import signed
+from tapestry.node.protocol.record import seat_message
 from tapestry.node.protocol.round import NARROW, Round
 from tapestry.node.protocol.rules import Rules
 

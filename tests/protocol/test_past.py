@@ -9,24 +9,22 @@ from hypothesis import strategies as st
 from simulation.past import DiskPast
 from simulation.world import SimCrypto, digest
 
-from tapestry.node.protocol import chain as c
+from tapestry.node.protocol.chain import Chain, tokens_of
 from tapestry.node.protocol.members import UNIT, Change
+from tapestry.node.protocol.place import Place, genesis_place, next_place
 from tapestry.node.protocol.places import place_from_dict, place_to_dict
+from tapestry.node.protocol.record import Body, Member, Record, found, head_of
 
 CRYPTO = SimCrypto("a")
-GENESIS = c.found(
-    "spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO, founders=("a", "b", "c")
-)
+GENESIS = found("spec", "a", digest(b"0"), digest(b"schema"), 10, "0" * 32, CRYPTO, founders=("a", "b", "c"))
 RECENT = 3
 
 
-def record_after(
-    at: c.Place, members: str, forced: bool = False, changes: tuple[Change, ...] = ()
-) -> c.Record:
-    named = tuple(c.Member(p, UNIT, digest(p.encode()), "", 7 + at.epoch) for p in sorted(members))
+def record_after(at: Place, members: str, forced: bool = False, changes: tuple[Change, ...] = ()) -> Record:
+    named = tuple(Member(p, UNIT, digest(p.encode()), "", 7 + at.epoch) for p in sorted(members))
     state, result = digest(b"state %d" % at.epoch), digest(b"result")
-    body = c.Body(GENESIS.run_id, at.epoch + 1, at.head, state, named, result, forced, changes=changes)
-    return c.Record(body, c.head_of(body, CRYPTO), 0, ())
+    body = Body(GENESIS.run_id, at.epoch + 1, at.head, state, named, result, forced, changes=changes)
+    return Record(body, head_of(body, CRYPTO), 0, ())
 
 
 def test_of_a_past_that_has_lost_its_end_nothing_later_is_read():
@@ -35,7 +33,7 @@ def test_of_a_past_that_has_lost_its_end_nothing_later_is_read():
     for _ in range(9):
         one.append("abc", False)
     one.write(9)
-    copy = c.Chain(GENESIS, past=one.past, recent=RECENT)
+    copy = Chain(GENESIS, past=one.past, recent=RECENT)
     assert [r.body.epoch for r in copy.after(4, 4)] == [5, 6, 7, 8]
     one.switch(5, ["ab"])
     del one.disk[5:]
@@ -46,10 +44,10 @@ class Lagging:
     """A chain in memory, one over a disk, and what that disk has still to write."""
 
     def __init__(self) -> None:
-        self.disk: list[c.Record] = []
+        self.disk: list[Record] = []
         self.past = DiskPast(GENESIS, self.disk)
-        self.whole = c.Chain(GENESIS)
-        self.paged = c.Chain(GENESIS, past=self.past, recent=RECENT)
+        self.whole = Chain(GENESIS)
+        self.paged = Chain(GENESIS, past=self.past, recent=RECENT)
         self.queue: list[Callable[[], None]] = []
 
     def append(self, members: str, forced: bool) -> None:
@@ -63,7 +61,7 @@ class Lagging:
         at, records = self.whole.place_at(epoch), []
         for named in members:
             records.append(record_after(at, named))
-            at = c.next_place(at, records[-1])
+            at = next_place(at, records[-1])
         assert self.whole.switch(epoch, records) == self.paged.switch(epoch, records)
 
         def write() -> None:
@@ -81,7 +79,7 @@ class Lagging:
         whole, paged = self.whole, self.paged
         epochs = range(whole.epoch + 1)
         assert (paged.epoch, paged.head, paged.tip) == (whole.epoch, whole.head, whole.tip)
-        assert paged.tokens == whole.tokens == c.tokens_of(whole.records)
+        assert paged.tokens == whole.tokens == tokens_of(whole.records)
         assert [paged.place_at(e) for e in reversed(epochs)] == [whole.place_at(e) for e in reversed(epochs)]
         assert [paged.head_at(e) for e in (-1, *epochs, whole.epoch + 1)] == [
             "",
@@ -109,7 +107,7 @@ def test_a_chain_over_a_disk_that_lags_answers_as_one_in_memory(steps) -> None:
         getattr(run, kind)(*arguments)
         run.agree()
     run.write(len(run.queue))
-    again = c.Chain(GENESIS, past=run.past, recent=RECENT)
+    again = Chain(GENESIS, past=run.past, recent=RECENT)
     assert (again.place, again.tokens) == (run.whole.place, run.whole.tokens)
 
 
@@ -150,8 +148,8 @@ def test_a_place_survives_its_text_with_every_kind_of_change() -> None:
         Change("charter", "", "voice fixed", 99, "5" * 32),
         Change("voice", "b", "7", 99, "6" * 32),
     )
-    at = c.genesis_place(GENESIS)
+    at = genesis_place(GENESIS)
     for record_changes, forced in (((invite,), False), (changes, False), ((), True)):
-        at = c.next_place(at, record_after(at, "ab", forced, record_changes))
+        at = next_place(at, record_after(at, "ab", forced, record_changes))
         assert place_from_dict(place_to_dict(at)) == at
     assert at.standing.since == 1 and at.roll.invites and at.roll.removed and at.roll.settings

@@ -7,7 +7,6 @@ from simulation.shell import SimCrypto
 from simulation.world import Faults, World
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.messages import RECEIPTS_MAX, Receipt, Roster, Stage
 from tapestry.node.protocol.receipts import (
     OWN_MAX,
@@ -17,6 +16,7 @@ from tapestry.node.protocol.receipts import (
     receipt_of,
     signed,
 )
+from tapestry.node.protocol.record import Member
 from tapestry.node.protocol.validity import signed_fault
 
 RUN, HEAD, LIFE = "ab" * 32, "cd" * 32, "ef" * 16

@@ -10,8 +10,8 @@ from simulation.world import Faults, Node, World
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import sync as sync_module
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.messages import Ready, Records, Roster, Stage, Status
+from tapestry.node.protocol.record import Body, Member, Record, accept_message, draw_message, head_of
 from tapestry.node.protocol.rules import Rules
 from tapestry.node.protocol.sync import BRANCHES_MAX
 

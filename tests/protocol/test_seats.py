@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from simulation.world import Faults, World
 
-from tapestry.node.protocol import chain as chain_module
 from tapestry.node.protocol import events as ev
+from tapestry.node.protocol import place as place_module
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.members import Change
 from tapestry.node.protocol.messages import Ready, Status
@@ -14,7 +14,7 @@ from tapestry.node.protocol.rules import Rules
 
 ENOUGH_S = 60.0  # in which an honest swarm makes some 40 epochs
 STOPPED_S = 200.0
-UNCHECKED = [(chain_module, "_seats_fault"), (Leader, "seat_fault")]
+UNCHECKED = [(place_module, "_seats_fault"), (Leader, "seat_fault")]
 
 
 def swarm(peers: int, policy: str) -> World:

@@ -9,16 +9,16 @@ import pytest
 from simulation.shell import Disk, SimCrypto
 from simulation.world import Faults, World
 
-from tapestry.node.protocol import chain
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ALIKE
-from tapestry.node.protocol.chain import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.leader import Leader
 from tapestry.node.protocol.members import Change, Seat
 from tapestry.node.protocol.messages import Call, Commit, Result, Stage, Status
 from tapestry.node.protocol.movers import FREE, Movers
+from tapestry.node.protocol.place import UNNAMED_MAX, genesis_place, next_place
 from tapestry.node.protocol.proposals import Proposals
+from tapestry.node.protocol.record import Body, Member, Record, accept_message, head_of
 from tapestry.node.protocol.rules import Rules
 
 LIAR = "p3"
@@ -245,14 +245,14 @@ def test_sums_that_differ_for_each_member_cost_no_stall(monkeypatch):
 
 def test_who_is_gone_for_many_records_is_no_elector_any_more():
     """Else a lost disk, or a stop, of one of the two that are left would hold the run for good."""
-    at, electors = chain.genesis_place(World(7, peers=1, faults=Faults()).genesis), ("a", "b", "c")
+    at, electors = genesis_place(World(7, peers=1, faults=Faults()).genesis), ("a", "b", "c")
     seats = {peer: Seat(peer, 1, 0) for peer in electors}
     at = at._replace(electorate=electors, roll=dataclasses.replace(at.roll, members=seats))
     line = Member("a", 1, "ab" * 32), Member("b", 1, "cd" * 32)
-    for count in range(chain.UNNAMED_MAX + 1):
+    for count in range(UNNAMED_MAX + 1):
         assert at.electorate == electors and dict(at.unnamed).get("c", 0) == count
         body = Body(at.roll.run_id, at.epoch + 1, at.head, "0" * 64, line, "ee" * 32)
-        at = chain.next_place(at, Record(body, f"{count:064x}", 0, ()))
+        at = next_place(at, Record(body, f"{count:064x}", 0, ()))
     assert at.electorate == ("a", "b") and not at.unnamed
     assert {peer for peer, _ in at.seats} == {"a", "b"}
 

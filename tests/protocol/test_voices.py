@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation.voices import agree, weights_of
 
-from tapestry.node.protocol.members import SHARE, Charter, Roll, first_roll, voice_weights
+from tapestry.node.protocol.members import SHARE, Charter, Roll, first_roll
+from tapestry.node.protocol.voice import voice_weights
 
 SHARES = st.integers(1, 99).map(lambda percent: percent * SHARE // 100)
 INFLUENCE = st.integers(1, 100).map(lambda percent: percent / 100)

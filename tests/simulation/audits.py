@@ -14,7 +14,7 @@ from simulation.draws import choice
 
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.audit import Order, due_shards, second_auditor
-from tapestry.node.protocol.chain import Record
+from tapestry.node.protocol.record import Record
 
 if TYPE_CHECKING:
     import random

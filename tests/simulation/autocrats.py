@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from simulation.draws import choice
 
 from tapestry.node.protocol.audit import names_few
-from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
+from tapestry.node.protocol.record import Record
 
 if TYPE_CHECKING:
     from simulation.shell import Node

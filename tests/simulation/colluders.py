@@ -18,7 +18,7 @@ from simulation.forks import KINDS, Forgery, Fork
 from simulation.shell import SimCrypto
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Place, quorum, waits
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.messages import (
     RECORDS_MAX,
     Commit,
@@ -29,6 +29,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.place import Place, waits
 
 if TYPE_CHECKING:
     from simulation.shell import Node

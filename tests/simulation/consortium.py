@@ -18,16 +18,9 @@ from simulation.reforms import Reforms
 from simulation.shell import SimCrypto
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import (
-    Body,
-    Member,
-    Record,
-    accept_message,
-    draw_message,
-    head_of,
-)
 from tapestry.node.protocol.members import UNIT, Change, Charter, Roll, change_id, change_message
 from tapestry.node.protocol.messages import Changes, Commit, Message, Ready, Records, Stage, Status
+from tapestry.node.protocol.record import Body, Member, Record, accept_message, draw_message, head_of
 
 if TYPE_CHECKING:
     from simulation.shell import Node

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from simulation.draws import choice, hex_digits
 
-from tapestry.node.protocol.chain import accept_message, draw_message, head_of
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.messages import Accept, Message
+from tapestry.node.protocol.record import accept_message, draw_message, head_of
 
 if TYPE_CHECKING:
     from simulation.shell import Node

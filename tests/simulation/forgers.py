@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from simulation.draws import choice, hex_digits
 
-from tapestry.node.protocol.chain import Member, quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.messages import Message, Ready, Roster
+from tapestry.node.protocol.record import Member
 
 if TYPE_CHECKING:
     from simulation.shell import Node

@@ -16,20 +16,19 @@ from simulation.draws import choice, hex_digits, randint
 
 from tapestry.node.protocol.agreement import ALIKE, agreement
 from tapestry.node.protocol.audit import result_digest
-from tapestry.node.protocol.chain import (
+from tapestry.node.protocol.members import Change, change_message
+from tapestry.node.protocol.place import Place, behind_of, next_place
+from tapestry.node.protocol.record import (
     Behind,
     Body,
     Member,
-    Place,
     Record,
     accept_message,
-    behind_of,
     draw_message,
     head_of,
-    next_place,
     seat_message,
 )
-from tapestry.node.protocol.members import Change, change_message, voice_weights
+from tapestry.node.protocol.voice import voice_weights
 
 if TYPE_CHECKING:
     from simulation.shell import Mean, Node, SimCrypto

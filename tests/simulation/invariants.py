@@ -27,11 +27,11 @@ from simulation.voices import agree, weights_of
 
 from tapestry.node.protocol.agreement import agreement
 from tapestry.node.protocol.audit import Order, mean_message
-from tapestry.node.protocol.chain import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.events import PersistResult, Vote
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, UNIT, Change, Charter, change_message
 from tapestry.node.protocol.messages import Accept, Message, Ready, Roster
+from tapestry.node.protocol.record import Body, Genesis, Record, accept_message
 from tapestry.node.protocol.sync import BRANCHES_MAX
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from simulation.draws import choice, hex_digits
 from tapestry.node.protocol.acceptor import body_of
 from tapestry.node.protocol.agreement import agreement
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message, result_digest
-from tapestry.node.protocol.chain import Body, head_of
 from tapestry.node.protocol.messages import Message, Propose, Ready, Roster
+from tapestry.node.protocol.record import Body, head_of
 
 if TYPE_CHECKING:
     from simulation.shell import Mean, Node

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from simulation.draws import choice, hex_digits, randint
 
 from tapestry.node.protocol.agreement import ALIKE, COUNT_MAX, SUM_MAX, ShardSums
-from tapestry.node.protocol.chain import BALLOT_MAX, EPOCH_MAX, WEIGHT_MAX, Body, Member, Record
+from tapestry.node.protocol.canon import EPOCH_MAX, WEIGHT_MAX
 from tapestry.node.protocol.core import Core
 from tapestry.node.protocol.messages import (
     Accept,
@@ -31,6 +31,7 @@ from tapestry.node.protocol.messages import (
     Stage,
     Status,
 )
+from tapestry.node.protocol.record import BALLOT_MAX, Body, Member, Record
 
 FALSE_SUMS = ShardSums((0.0, SUM_MAX), SUM_MAX, (1.0, 0.0), (SUM_MAX, -SUM_MAX), 0.0, 0, COUNT_MAX)
 STRANGER = "stranger"  # connected, in no electorate, and takes part in nothing
@@ -97,7 +98,7 @@ class _Liar:
         """Signed by all whose key the liar has: itself."""
         from simulation.world import SimCrypto, digest
 
-        from tapestry.node.protocol.chain import accept_message, draw_message, head_of
+        from tapestry.node.protocol.record import accept_message, draw_message, head_of
 
         body, ballot = self.body(), max(self.ballot(), 0)
         crypto = SimCrypto(STRANGER)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Genesis, Past, Point, Record, genesis_place, walk
+from tapestry.node.protocol.chain import Past, Point, walk
+from tapestry.node.protocol.place import genesis_place
+from tapestry.node.protocol.record import Genesis, Record
 
 RECENT = 3  # records that stay in memory: fewer than a fork is long
 EVERY = 4  # epochs between places that are kept

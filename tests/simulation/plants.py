@@ -25,10 +25,13 @@ from tapestry.node.protocol import drawn as drawn_module
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol import leader as leader_module
 from tapestry.node.protocol import members as members_module
+from tapestry.node.protocol import place as place_module
 from tapestry.node.protocol import proposals as proposals_module
+from tapestry.node.protocol import record as record_module
 from tapestry.node.protocol import round as round_module
 from tapestry.node.protocol import sync as sync_module
 from tapestry.node.protocol import validity as validity_module
+from tapestry.node.protocol import voice as voice_module
 from tapestry.node.protocol import watch as watch_module
 from tapestry.node.protocol.acceptor import Acceptor
 from tapestry.node.protocol.context import Context
@@ -223,7 +226,7 @@ def records_unchecked() -> list[Patch]:
 
 @plant("of two chains the worse one wins", 0)
 def fork_choice_reversed() -> list[Patch]:
-    return [(chain_module.Tip, "beats", lambda self, other: not (self[:3] > other[:3]))]
+    return [(place_module.Tip, "beats", lambda self, other: not (self[:3] > other[:3]))]
 
 
 @plant("who is connected is an elector, without a record", 0)
@@ -261,21 +264,21 @@ def forces_though_told_to_wait() -> list[Patch]:
 
 @plant("nobody's weight is capped, and nobody minds", 12)
 def weight_cap_ignored() -> list[Patch]:
-    weigh = members_module.voice_weights
+    weigh = voice_module.voice_weights
 
     def uncapped(roll: Any, contributors: Any, max_influence: float) -> list[int]:
         return weigh(roll, contributors, 1.0)
 
-    return [(m, "voice_weights", uncapped) for m in (leader_module, chain_module)]
+    return [(m, "voice_weights", uncapped) for m in (leader_module, place_module)]
 
 
 @plant("newcomers are cut to their share before the members are capped, and so have more", 80)
 def newcomers_uncapped() -> list[Patch]:
     def lifted(raw: Any, old: Any, open_share: int, max_influence: float) -> list[int]:
-        shared = members_module._under_cap(raw, old, open_share, max(raw))
-        return members_module.capped_weights(shared, max_influence)
+        shared = voice_module._under_cap(raw, old, open_share, max(raw))
+        return voice_module.capped_weights(shared, max_influence)
 
-    return [(members_module, "_capped_beside", lifted)]
+    return [(voice_module, "_capped_beside", lifted)]
 
 
 # --- members ----------------------------------------------------------------------------------------
@@ -284,14 +287,14 @@ def newcomers_uncapped() -> list[Patch]:
 @plant("what its sender says it trained on is what a contribution weighs", 0)
 def weighs_what_it_says() -> list[Patch]:
     def believe(roll: Any, contributors: Any, max_influence: float) -> list[int]:
-        return members_module.capped_weights([tokens for _, tokens in contributors], max_influence)
+        return voice_module.capped_weights([tokens for _, tokens in contributors], max_influence)
 
-    return [(m, "voice_weights", believe) for m in (leader_module, chain_module)]
+    return [(m, "voice_weights", believe) for m in (leader_module, place_module)]
 
 
 @plant("who is no member takes part like one", 0)
 def strangers_take_part() -> list[Patch]:
-    fault = chain_module.body_fault
+    fault = place_module.body_fault
 
     def welcome(body: Any, at: Any, *a: Any) -> str | None:
         why = fault(body, at, *a)
@@ -299,7 +302,7 @@ def strangers_take_part() -> list[Patch]:
 
     return [
         (members_module.Roll, "may_contribute", lambda self, peer: True),
-        *((m, "body_fault", welcome) for m in (chain_module, validity_module)),
+        *((m, "body_fault", welcome) for m in (place_module, validity_module)),
     ]
 
 
@@ -371,24 +374,24 @@ def removed_votes_on() -> list[Patch]:
 
 @plant("an island's records are worth what a full electorate's are", 8)
 def island_counts_as_full() -> list[Patch]:
-    stand = chain_module._next_standing
+    stand = place_module._next_standing
 
     def full(at: Any, body: Any, electorate: Any, roll: Any) -> Any:
         standing = stand(at, body, electorate, roll)
-        better = chain_module.Standing(at.standing.full + 1, electorate, roll, (), 0, 0)
+        better = place_module.Standing(at.standing.full + 1, electorate, roll, (), 0, 0)
         return standing if body.forced else better
 
-    return [(chain_module, "_next_standing", full)]
+    return [(place_module, "_next_standing", full)]
 
 
 @plant("who is said to stand behind an island's record is believed", 41)
 def behind_unchecked() -> list[Patch]:
-    return [(chain_module, "_behind_fault", lambda behind, at, crypto: None)]
+    return [(place_module, "_behind_fault", lambda behind, at, crypto: None)]
 
 
 @plant("a forced record has the voices of all whom it names, whoever signed it", 87)
 def forced_by_some() -> list[Patch]:
-    check = chain_module.check_record
+    check = place_module.check_record
 
     def some(record: Any, *args: Any, **more: Any) -> None:
         body, named = record.body, {m.peer for m in record.body.members}
@@ -396,12 +399,12 @@ def forced_by_some() -> list[Patch]:
             return
         check(record, *args, **more)
 
-    return [(m, "check_record", some) for m in (chain_module, sync_module)]
+    return [(m, "check_record", some) for m in (place_module, sync_module)]
 
 
 @plant("whoever is named has a seat, whether it said so or not", 42)
 def seats_unchecked() -> list[Patch]:
-    return [(chain_module, "_seats_fault", lambda *args: None)]
+    return [(place_module, "_seats_fault", lambda *args: None)]
 
 
 @plant("a leader names whoever says READY, with a word that holds or without", 126)
@@ -657,7 +660,7 @@ def draws_by_ballot() -> list[Patch]:
     return [
         (Acceptor, "_vote_for", vote),
         (Round, "on_accept", heard),
-        (round_module, "draw_message", lambda head: chain_module.accept_message(head, ballots[0])),
+        (round_module, "draw_message", lambda head: record_module.accept_message(head, ballots[0])),
         (core_module, "false_draws", lambda record, crypto: ()),
         (sync_module, "false_draws", lambda record, crypto: ()),
     ]
@@ -725,4 +728,4 @@ def electorate_of_few() -> list[Patch]:
     def named(at: Any, body: Any, roll: Any) -> Any:
         return roll.voters([m.peer for m in body.members]), ()
 
-    return [(chain_module, "_next_electorate", named)]
+    return [(place_module, "_next_electorate", named)]

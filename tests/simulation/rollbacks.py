@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from simulation.draws import choice, randint
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Chain, Record
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.members import Change, read_rollback, rollback_value
+from tapestry.node.protocol.record import Record
 
 if TYPE_CHECKING:
     from simulation.shell import Node

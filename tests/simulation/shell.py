@@ -22,10 +22,11 @@ from tapestry.compression.means.shares import clip_scales
 from tapestry.node.protocol import events as ev
 from tapestry.node.protocol.agreement import ShardSums
 from tapestry.node.protocol.audit import UNPROVEN, Order, SignedMean, means_fault
-from tapestry.node.protocol.chain import Body, Chain, Record
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.core import NOTHING, Core, Restored
 from tapestry.node.protocol.messages import Result, Shard, Status
 from tapestry.node.protocol.receipts import TwoRosters
+from tapestry.node.protocol.record import Body, Record
 
 if TYPE_CHECKING:
     from simulation.world import World

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from simulation.draws import choice
 from simulation.shell import SimCrypto
 
-from tapestry.node.protocol.chain import quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.events import Output
 from tapestry.node.protocol.messages import Message, Ready
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from simulation.draws import choice
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Member
 from tapestry.node.protocol.messages import Message, Roster
 from tapestry.node.protocol.receipts import TwoRosters, is_signed, receipt_of, signed
+from tapestry.node.protocol.record import Member
 from tapestry.node.protocol.round_state import RoundState
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tapestry.node.protocol.chain import quorum
+from tapestry.node.protocol.canon import quorum
 from tapestry.node.protocol.events import Output
 from tapestry.node.protocol.messages import Message, Propose, Roster, Stage
 

@@ -38,10 +38,12 @@ from simulation.usurpers import Usurpers
 from simulation.violation import Violation
 
 from tapestry.node.protocol import events as ev
-from tapestry.node.protocol.chain import Chain, Genesis, found, quorum
+from tapestry.node.protocol.canon import quorum
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.core import founding_vote
 from tapestry.node.protocol.members import Charter
 from tapestry.node.protocol.messages import Message, Stage, Status
+from tapestry.node.protocol.record import Genesis, found
 from tapestry.node.protocol.rules import Rules
 
 __all__ = ["Faults", "Node", "SimCrypto", "Violation", "World", "digest"]

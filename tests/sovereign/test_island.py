@@ -23,8 +23,8 @@ from tapestry.node.lineage.export import export_home
 from tapestry.node.lineage.leave import leave
 from tapestry.node.lineage.uses import Started, events, note_use, sources_since
 from tapestry.node.lineage.verify import verify
-from tapestry.node.protocol.chain import Record
 from tapestry.node.protocol.members import ROLLBACK_EPOCHS_MAX, Change, rollback_value
+from tapestry.node.protocol.record import Record
 from tapestry.node.sovereign import build
 from tapestry.node.sovereign.derivative import Parent, Shelf
 from tapestry.node.sovereign.plans import Plan, write_plan

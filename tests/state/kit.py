@@ -22,9 +22,11 @@ from tapestry.node.disk.checkpoints import Checkpoints
 from tapestry.node.disk.store import Store, result_digest
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import (
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.members import UNIT, Change, change_message, rollback_value
+from tapestry.node.protocol.place import seat_of
+from tapestry.node.protocol.record import (
     Body,
-    Chain,
     Member,
     Record,
     accept_message,
@@ -32,9 +34,7 @@ from tapestry.node.protocol.chain import (
     found,
     head_of,
     seat_message,
-    seat_of,
 )
-from tapestry.node.protocol.members import UNIT, Change, change_message, rollback_value
 from tapestry.node.spec.run import NesterovSpec, OuterSpec
 from tapestry.node.state.model import Arithmetic, ModelState
 from tapestry.node.state.outer import make_outer

@@ -19,7 +19,9 @@ from tapestry.node.disk.checkpoints import Checkpoints, restore
 from tapestry.node.disk.files import seal
 from tapestry.node.disk.store import Store
 from tapestry.node.lineage.branches import as_home
-from tapestry.node.protocol.chain import Chain, Record, Tip, head_of, why_lost
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.place import Tip, why_lost
+from tapestry.node.protocol.record import Record, head_of
 from tapestry.node.spec.run import LimitsSpec
 
 

@@ -16,8 +16,9 @@ from state.kit import CRYPTO, IDENTITY, SCHEMA, flip, unreadable
 from tapestry.node.disk.chain_file import ChainFile
 from tapestry.node.disk.files import seal, unseal
 from tapestry.node.home import Home
-from tapestry.node.protocol.chain import Body, Chain, Member, Record, found, head_of
+from tapestry.node.protocol.chain import Chain
 from tapestry.node.protocol.members import UNIT
+from tapestry.node.protocol.record import Body, Member, Record, found, head_of
 
 EVERY = 4
 GENESIS = found("spec", IDENTITY.peer_id, "0d" * 32, SCHEMA, 700, "0" * 32, CRYPTO)

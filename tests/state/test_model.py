@@ -14,7 +14,7 @@ from state.kit import SCHEMA, arithmetic, new_state, state_bytes
 
 from tapestry.compression.refusals import RefusedPayload
 from tapestry.node.protocol.agreement import ALIKE, PPM, Agreement
-from tapestry.node.protocol.chain import Body, Member, Record
+from tapestry.node.protocol.record import Body, Member, Record
 from tapestry.node.spec.run import AdamWSpec, NesterovSpec, OuterSpec, preset_spec
 from tapestry.node.state.model import Arithmetic, DigestMismatch, ModelState, TornState, spans
 

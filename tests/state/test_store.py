@@ -22,8 +22,9 @@ from tapestry.node.disk.store import LoadedStore, Store, UpdateMissing, read_upd
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import NodeCrypto
-from tapestry.node.protocol.chain import Record, canonical, head_of
+from tapestry.node.protocol.canon import canonical
 from tapestry.node.protocol.events import Vote
+from tapestry.node.protocol.record import Record, head_of
 from tapestry.node.spec.run import LimitsSpec
 
 

@@ -41,7 +41,9 @@ from tapestry.node.net.transfer import (
 from tapestry.node.net.transfer import Stream as Frames
 from tapestry.node.net.wire import FrameLimits, RemoteProtocolError, StreamEnded, frame_parts, read_frame
 from tapestry.node.protocol.audit import SignedMean, inputs_digest, mean_message
-from tapestry.node.protocol.chain import Chain, canonical, genesis_to_dict, head_of
+from tapestry.node.protocol.canon import canonical
+from tapestry.node.protocol.chain import Chain
+from tapestry.node.protocol.record import genesis_to_dict, head_of
 
 LIMITS = TransferLimits(stall_s=STALL_S)
 N = 300_001  # three chunks, the last one short; the second one lies in both vectors

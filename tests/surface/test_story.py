@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tapestry.node.protocol.chain import Body, Member, Record
 from tapestry.node.protocol.members import Change
+from tapestry.node.protocol.record import Body, Member, Record
 from tapestry.node.protocol.snapshot import PeerSnapshot, Snapshot
 from tapestry.node.surface.history import MEMBERS_SHOWN_MAX, History
 from tapestry.node.surface.story import Story

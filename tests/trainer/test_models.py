@@ -3,6 +3,7 @@ reason."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -20,7 +21,7 @@ from tapestry.node.trainer.gradients import Gradients, Windows
 from tapestry.node.trainer.memory import Footing
 from tapestry.node.trainer.models import hub, lora, registry
 from tapestry.node.trainer.models.folder import INDEX, SINGLE
-from tapestry.node.trainer.models.pretrained import check_base, require_fits
+from tapestry.node.trainer.models.pretrained import check_base
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import join_files
 from tapestry.node.trainer.models.weights import weights_digest
@@ -196,11 +197,12 @@ def test_more_rows_than_ids_are_fine(tmp_path: Path) -> None:
 
 def test_files_of_a_peer_must_mean_what_its_run_claims(bases: Callable[[str], Path]) -> None:
     folder = bases("llama")
-    assert require_fits(folder, 36_000, LENGTH).parameters == 36_000
+    spec = TransformersSpec("transformers", (), "", 36_000)
+    assert sum(p.numel() for p in registry.build(spec, folder, LENGTH).parameters()) == 36_000
     with pytest.raises(ModelError, match=r"claims 1,000 parameters, its config\.json means 36,000"):
-        require_fits(folder, 1_000, LENGTH)
+        registry.build(dataclasses.replace(spec, parameters=1_000), folder, LENGTH)
     with pytest.raises(ModelError, match="sequence_length 129 is longer than the base's 128 positions"):
-        require_fits(folder, 36_000, 129)
+        registry.build(spec, folder, 129)
 
 
 def test_a_hub_id_that_is_nowhere_is_said_in_one_line(

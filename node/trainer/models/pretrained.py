@@ -112,19 +112,14 @@ def check_base(
     )
 
 
-def require_fits(
-    folder: Path, parameters: int, sequence_length: int, memory_bytes: int | None = None
-) -> BaseFacts:
-    """For files that a peer gave: config and tokenizer hold, and mean as many parameters as the spec claims.
-
-    Raises ModelError. Nothing real is built.
+def require_claimed(folder: Path, parameters: int) -> None:
+    """Files that a peer gave hold, and mean as many parameters as its run claims: by the claim alone was it
+    judged whether this machine can have them (spec/size.py). Raises ModelError. Nothing real is built.
     """
-    facts = check_base(folder, need_weights=False, lora=True, memory_bytes=1 << 62)
-    if facts.parameters != parameters:
-        raise ModelError(f"the run claims {parameters:,} parameters, its {CONFIG} means {facts.parameters:,}")
-    require_sequence_length(facts.sequence_length_max, sequence_length)
-    _require_memory(folder, parameters, FLOAT_BYTES * parameters, memory_bytes, lora=False)
-    return facts
+    frame = frame_of(folder)
+    if frame.parameters != parameters:
+        raise ModelError(f"the run claims {parameters:,} parameters, its {CONFIG} means {frame.parameters:,}")
+    check_tokenizer(folder, embedding_rows(frame.module))
 
 
 def require_sequence_length(longest: int | None, sequence_length: int) -> None:

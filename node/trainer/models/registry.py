@@ -24,6 +24,7 @@ from tapestry.node.trainer.models.pretrained import (
     construct,
     construct_seeded,
     load_config,
+    require_claimed,
     require_rebuildable,
     require_sequence_length,
     sequence_length_max,
@@ -57,6 +58,8 @@ def build(spec: ModelSpec, folder: Path | None, sequence_length: int) -> nn.Modu
     folder = _required(folder)
     config = load_config(folder)
     require_sequence_length(sequence_length_max(config), sequence_length)
+    if torch.get_default_device().type != "meta":
+        require_claimed(folder, spec.parameters)
     if not spec.lora_rank:
         module = construct(config, folder)
         return construct_seeded(config, folder, spec.seed) if untrained(module) else module

@@ -7,13 +7,13 @@ weight, same codec, same limits. The node takes the file away (lineage/bring.py)
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tapestry.node.trainer.tensor_file import write_tensors
 
 DIFFERENCE = "difference"
 
@@ -28,16 +28,7 @@ def write_brought(
     about: dict[str, str],
 ) -> None:
     """On disk when this returns. Raises OSError."""
-    new = path.with_name(path.name + ".tmp")
-    try:
-        save_file({DIFFERENCE: difference}, str(new), about)
-        _sync(new)
-        os.replace(new, path)
-        _sync(path.parent)
-    except SafetensorError as error:  # how the library reports a failed write, a full disk included
-        raise OSError(str(error)) from error
-    finally:
-        new.unlink(missing_ok=True)
+    write_tensors(path, {DIFFERENCE: difference}, about)
 
 
 def read_brought(path: Path, n: int) -> Tensor | None:  # f32 (n,), CPU
@@ -61,11 +52,3 @@ def read_about(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise BroughtError(f"{path} cannot be read: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -7,7 +7,6 @@ checked for name, shape and dtype before it is read, and for being finite after.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tapestry.node.trainer.tensor_file import write_tensors
 
 STATE_VERSION = "2"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -64,16 +64,7 @@ def write_snapshot(path: Path, snapshot: Snapshot, identity: Identity) -> None:
         "steps": str(snapshot.steps),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        save_file(dict(snapshot.tensors), temporary, metadata=metadata)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except SafetensorError as error:  # how the library reports a failed write, a full disk included
-        raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, snapshot.tensors, metadata)
 
 
 def read_snapshot(path: Path, live: Mapping[str, Tensor], identity: Identity) -> Snapshot:
@@ -108,11 +99,3 @@ def _read(file: Any, name: str, like: Tensor) -> Tensor:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise InnerStateError(f"{name} is not finite")
     return tensor
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,9 +1,11 @@
 """leads, and tells half of the members another roster: other reducers, or a contribution less
 
-It signs both, or nobody would follow the second. Promise: every honest member has a proof that it signed two
-rosters of one ballot, and it is removed; nobody else is accused. No two members take two results, and the run
-goes on, at one head. A ballot that it leads is lost after a stall of 5 s; the others go on with it once for
-each of them, and give up on it after two stalls more: that is how much longer a round is.
+It signs both, or nobody would follow the second.
+
+Promise: every honest member has a proof that it signed two rosters of one ballot, and it is removed; nobody
+else is accused. No two members take two results, and the run goes on, at one head. A ballot that it leads is
+lost after a stall of 5 s; the others go on with it once for each of them, and give up on it after two stalls
+more: that is how much longer a round is.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def test_the_log_tells_the_run_from_what_was_made_alone_before_and_after_the_way
     ]
     rejoin(made.home, "--declare", "us, CC0-1.0, open")
     said = CliRunner().invoke(cli, ["log", "--branches", "--home", str(made.home.path)]).stdout.splitlines()
-    assert said[1].split() == ["run", "0-2", heads[0][:16], ".", "goes", "on"]
-    assert said[2].split()[:4] == ["island", "3-5", heads[1][:16], f"islands/00000005-{heads[1][:16]}"]
+    assert said[1].split() == ["run", "0-2", heads[0][:16], "goes", "on"]
+    assert said[2].split()[:3] == ["island", "3-5", heads[1][:16]]
+    assert said[3].split() == ["in", f"islands/00000005-{heads[1][:16]}"]
 
 
 def test_the_way_back_keeps_a_derivative_and_the_island_and_puts_the_home_back(

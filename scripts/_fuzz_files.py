@@ -74,7 +74,7 @@ from tapestry.node.trainer.models.pretrained import check_base, described_config
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.tokenizers.api import TokenizerError
-from tapestry.node.trainer.tokenizers.base import BaseTokenizer, eos_id_of
+from tapestry.node.trainer.tokenizers.base import BaseTokenizer, adds_bos, bos_id_of, eos_id_of
 from tapestry.node.trainer.tokenizers.ids import check_tokenizer
 
 SOURCE = "/texts"
@@ -391,7 +391,8 @@ def _check(folder: Path) -> None:
 
 def _tokenize(folder: Path) -> None:
     check_tokenizer(folder, 8)
-    tokenizer = BaseTokenizer(folder / "tokenizer.json", eos_id_of(folder))
+    bos_id = bos_id_of(folder) if adds_bos(folder) else None
+    tokenizer = BaseTokenizer(folder / "tokenizer.json", eos_id_of(folder), bos_id)
     tokenizer.encode_batch(["ab <|end|>", "\ud83d"[:0]])
 
 

@@ -111,6 +111,21 @@ def make_tokenizer(folder: Path) -> dict[str, int]:
     return {content: tokenizer.token_to_id(content) for content in (BOS, EOS, PAD)}
 
 
+def begin_with(folder: Path, bos: str = BOS) -> None:
+    """Let the tokenizer in `folder` put BOS before each text, as those of Llama 3 and Gemma do."""
+    from tokenizers import Tokenizer, processors
+
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    begins = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begins])
+    tokenizer.save(path)
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Read a JSON file, let `change` change it, write it back."""
     table = json.loads(path.read_text())

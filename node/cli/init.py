@@ -113,7 +113,8 @@ def _adopt(source: str, home: Home, name: str, weights: bool, lora_rank: int) ->
     facts = adopted.facts
     click.echo(
         f"base {source}: {facts.architecture}, {facts.parameters:,} parameters, "
-        f"a tokenizer of {facts.tokenizer_ids:,} ids"
+        f"a tokenizer of {facts.tokenizer_ids:,} ids, "
+        f"{'' if adopted.spec.data.add_bos else 'no '}BOS before documents"
     )
     if facts.unused:
         click.echo(f"not used of its weights: {', '.join(facts.unused[:4])}")

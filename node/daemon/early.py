@@ -9,6 +9,7 @@ Must not import torch, hivemind or transformers.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from tapestry.dht.addresses import parse_peer
 from tapestry.dht.identity import Identity, IdentityError
@@ -18,7 +19,10 @@ from tapestry.node.errors import UserError, as_user_error
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.net.asked import own_spec, refuse_ourselves, spec_to_found
 from tapestry.node.spec.node import NodeConfig
+from tapestry.node.spec.run import RunSpec
 from tapestry.node.surface.listener import require_port
+from tapestry.node.trainer.tokenizers.api import TokenizerError
+from tapestry.node.trainer.tokenizers.base import bos_id_of
 
 
 def check_early(config: NodeConfig) -> None:
@@ -43,4 +47,11 @@ def _check_home(config: NodeConfig) -> None:
     if genesis is not None:
         own_spec(config, genesis)
     elif not config.peers:
-        spec_to_found(config)
+        _check_bos(spec_to_found(config), config.home.base)
+
+
+def _check_bos(spec: RunSpec, base: Path) -> None:
+    """Raises UserError where the run would put a BOS that the base's tokenizer lacks."""
+    if spec.data.add_bos:
+        with as_user_error(TokenizerError):
+            bos_id_of(base)

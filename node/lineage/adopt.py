@@ -21,6 +21,8 @@ from tapestry.node.trainer.models.pretrained import BaseFacts, check_base
 from tapestry.node.trainer.models.refusal import ModelError
 from tapestry.node.trainer.models.stored import join_files
 from tapestry.node.trainer.models.weights import weights_digest
+from tapestry.node.trainer.tokenizers.api import TokenizerError
+from tapestry.node.trainer.tokenizers.base import adds_bos
 
 SEQUENCE_LENGTH_MAX = 1024  # guess: what a member with little memory can train; larger where all have GPUs
 SHARDS = 512  # guess: about so many, so that their frames neither stall a link nor crowd a roster
@@ -55,8 +57,11 @@ def adopt(
             files = (*files, BaseFile.of(target / WEIGHTS))
         reading = counted(told, "reading the weights bytes", 4 * facts.parameters)
         digest = weights_digest(facts.folder, reading) if weights else ""
+        add_bos = adds_bos(facts.folder)
     except ModelError as error:
         raise UserError(str(error), hint=error.hint or None) from error
+    except TokenizerError as error:
+        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{source}: {error}") from error
     model = TransformersSpec(
@@ -67,14 +72,14 @@ def adopt(
         lora_rank=lora_rank,
         lora_alpha=2.0 * lora_rank or 32.0,
     )
-    return Adopted(_spec(name, model, facts), facts)
+    return Adopted(_spec(name, model, facts, add_bos), facts)
 
 
-def _spec(name: str, model: TransformersSpec, facts: BaseFacts) -> RunSpec:
+def _spec(name: str, model: TransformersSpec, facts: BaseFacts, add_bos: bool) -> RunSpec:
     longest = facts.sequence_length_max or SEQUENCE_LENGTH_MAX
     training = TrainingSpec(
         model,
-        DataSpec("base", min(longest, SEQUENCE_LENGTH_MAX)),
+        DataSpec("base", min(longest, SEQUENCE_LENGTH_MAX), add_bos=add_bos),
         # Guesses: continued pre-training goes on gently, adapters need a larger rate (LoRA, 2106.09685, D.4).
         TrainSpec(
             batch_size=8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from tapestry.node.disk.files import atomic_write
-from tapestry.node.errors import ExitCode, UserError
+from tapestry.node.errors import ExitCode, UserError, as_user_error
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import suite as suites
 from tapestry.node.sovereign.asked import SUITE
@@ -28,11 +30,11 @@ from tapestry.node.sovereign.suite import Suite
 from tapestry.node.sovereign.tokens import Pieces, counted, in_base_ids, kept_tokens, pieces_of
 from tapestry.node.sovereign.training import device_of
 from tapestry.node.spec.tables import plain
+from tapestry.node.spec.training import DataSpec
 from tapestry.node.trainer.models.pretrained import load_config, quiet, sequence_length_max
 from tapestry.node.trainer.models.weights import load_base
 from tapestry.node.trainer.tokenizers.api import Tokenizer
-from tapestry.node.trainer.tokenizers.base import eos_id_of
-from tapestry.node.trainer.tokenizers.registry import open_tokenizer
+from tapestry.node.trainer.tokenizers.registry import run_tokenizer
 
 LENGTH_MAX = 1024  # of a sequence, where neither recipe nor base says less
 LONGEST = 1 << 20  # ids that a model takes which does not say how many
@@ -131,7 +133,7 @@ def with_suite(
         if one.name in own:
             raise UserError(f"the suite's set {one.name} has the name of a set of one's own data: rename it")
         length = length_of(recipe or Recipe("cpt", "full", ()), model)
-        text, rows = tokenizers(model)
+        text, rows = tokenizers(shelf.home, model)
         others[one.name] = suites.set_examples(one, length, text, rows, shelf.cache, told)
     return Bench(own, others, suite, pieces)
 
@@ -161,13 +163,22 @@ def write_report(place: Path, version: Version) -> None:
     atomic_write(place / "report.json", json.dumps(report, indent=1).encode() + b"\n", 0o600)
 
 
-def tokenizers(model: Path) -> tuple[Tokenizer, Any]:
-    """As the node reads text, and as transformers loads it, with its chat template."""
+def tokenizers(home: Home, model: Path) -> tuple[Tokenizer, Any]:
+    """As the home's run reads text, with its BOS, and as transformers loads it, with its chat template.
+
+    Raises UserError, TokenizerError.
+    """
     from transformers import AutoTokenizer
 
     quiet()
-    text = open_tokenizer("base", model / "tokenizer.json", eos_id_of(model))
+    text = run_tokenizer(replace(_data_of(home), tokenizer="base"), model)  # an export of bytes has one too
     return text, AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+
+def _data_of(home: Home) -> DataSpec:
+    """How the home's run reads text. Raises UserError, OSError."""
+    with as_user_error(Broken):
+        return read_genesis(home.genesis, ReaderCrypto())[1].data
 
 
 def length_of(recipe: Recipe, model: Path) -> int:

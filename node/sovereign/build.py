@@ -388,7 +388,7 @@ def _own_tokens(shelf: Shelf, folder: Path, plan: Plan, base: Path, told: Told) 
     else:
         prepared = _prepared(shelf, folder, base, recipe, plan.parent, length_of(recipe, base), told)
         told("learning tokens", 0, 1)
-        _, reader = tokenizers(base)
+        _, reader = tokenizers(shelf.home, base)
 
         def texts() -> Iterator[str]:
             return (reader.decode(row["input_ids"]) for row in prepared.train())
@@ -464,7 +464,7 @@ def _prepared(
     paths = recipe_paths(recipe)
     protected = require(shelf.home, paths, purpose, today_utc())
     note_use(shelf.home, purpose, paths, parent.run_id, parent.epoch)
-    text, rows = tokenizers(model)
+    text, rows = tokenizers(shelf.home, model)
     settings = sources_for(shelf.home, recipe.data)
     return prepare(recipe, length, text, rows, shelf.cache, told, protected, settings)
 

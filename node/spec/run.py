@@ -52,6 +52,9 @@ from tapestry.node.spec.training import (
 # Sections that are newer than the first runs, each as nodes behaved before there was one: so a run that was
 # founded without it is read. Never changed, whatever the defaults become: all must read one spec alike.
 LATER: Mapping[str, Mapping[str, Any]] = {"gate": {"margin": 0.0, "windows": 8}}
+# Keys that are newer than their section, likewise. Where a key has this value the canonical form leaves it
+# out: a spec that does not need the key is the same text, with the same run id, before it and after.
+LATER_KEYS: Mapping[str, Mapping[str, Any]] = {"data": {"add_bos": False}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +105,16 @@ class RunSpec:
     @classmethod
     def from_canonical(cls, data: bytes) -> RunSpec:
         """Read a run's spec: exactly the bytes that `canonical` makes, but for sections that are newer than
-        the run (LATER); or UserError with exit code 4."""
+        the run (LATER, LATER_KEYS); or UserError with exit code 4."""
         try:
             table = load_json(data)
             newer: set[str] = set()
             if isinstance(table, Mapping):
                 newer = {name for name in LATER if name not in table}
                 table = {**table, **{name: LATER[name] for name in newer}}
+                for name, keys in LATER_KEYS.items():
+                    if isinstance(table.get(name), Mapping):
+                        table[name] = {**keys, **table[name]}
             spec = _checked(read_table(cls, table))
             if spec.canonical(newer) != data:
                 whole = {name: value for name, value in spec.to_dict().items() if name not in newer}
@@ -138,8 +144,13 @@ class RunSpec:
         return {key: plain(getattr(self, key)) for key, _ in keys_of(RunSpec)}
 
     def canonical(self, without: Collection[str] = ()) -> bytes:
-        """JSON with sorted keys, no white space, ASCII, floats as Python's repr: one spec, one text."""
-        table = {name: value for name, value in self.to_dict().items() if name not in without}
+        """JSON with sorted keys, no white space, ASCII, floats as Python's repr: one spec, one text.
+
+        Without the sections `without`, and without the keys of LATER_KEYS that are as nodes behaved before.
+        """
+        table = {
+            name: _without_later(name, value) for name, value in self.to_dict().items() if name not in without
+        }
         text = json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return text.encode("ascii")
 
@@ -484,6 +495,14 @@ def _not_canonical(table: object, whole: Mapping[str, Any]) -> str:
                 if key not in table[name]:
                     return f"it has no {name}.{key}"
     return "not in canonical form: a value is written differently"
+
+
+def _without_later(section: str, value: Any) -> Any:
+    """The section without the keys that say what nodes did before there were these keys."""
+    later = LATER_KEYS.get(section)
+    if later is None:
+        return value
+    return {key: one for key, one in value.items() if key not in later or one != later[key]}
 
 
 def _checked(spec: RunSpec) -> RunSpec:

@@ -161,6 +161,11 @@ class DataSpec:
         "Documents are packed into samples one after the other. Whether attention reaches from one into the "
         "one before.",
     ] = True
+    add_bos: Annotated[
+        bool,
+        "Put the tokenizer's BOS before each document, where the base was pretrained so; `tapestry init "
+        "--base` asks the base's tokenizer. A tokenizer without BOS, and byte, take false alone.",
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +313,10 @@ class TrainingSpec:
             isinstance(self.model, TransformersSpec) and self.model.file("tokenizer.json")
         ):
             raise TableError('data.tokenizer: "base", but the model names no tokenizer.json')
+        if self.data.add_bos and self.data.tokenizer == "byte":
+            raise TableError(
+                'data.add_bos: true with data.tokenizer = "byte", which has no BOS: set it to false'
+            )
         if self.train.overlap and not self.train.inner_steps:
             raise TableError(
                 "train.overlap: true with train.inner_steps = 0; a mean gradient waits for its round: "

@@ -55,8 +55,7 @@ def open_training_corpus(settings: WorkerSettings, channel: group.Channel | None
     from tapestry.node.trainer.data.corpus import Use, open_corpus
     from tapestry.node.trainer.data.errors import DataError
     from tapestry.node.trainer.tokenizers.api import TokenizerError
-    from tapestry.node.trainer.tokenizers.base import eos_id_of
-    from tapestry.node.trainer.tokenizers.registry import open_tokenizer
+    from tapestry.node.trainer.tokenizers.registry import run_tokenizer
 
     training, base = settings.training, Path(settings.base_dir)
     use = Use(
@@ -67,8 +66,7 @@ def open_training_corpus(settings: WorkerSettings, channel: group.Channel | None
         cursor_path=Path(settings.cursor_path),
     )
     try:
-        eos_id = eos_id_of(base) if training.data.tokenizer == "base" else None
-        tokenizer = open_tokenizer(training.data.tokenizer, base / "tokenizer.json", eos_id)
+        tokenizer = run_tokenizer(training.data, base)
         progress = (lambda done, total: None) if channel is None else TellTokenizing(channel)
         cache = Path(settings.cache_dir)
         return open_corpus(

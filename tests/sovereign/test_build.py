@@ -213,7 +213,7 @@ def test_a_training_that_diverges_ends_with_one_line(
     made: MadeHome, broken: Path, tmp_path: Path, steps: int, what: str
 ) -> None:
     recipe = _recipe(made, steps=steps)
-    prepared = prepare(recipe, 64, *tokenizers(broken), tmp_path / "cache", _quiet)
+    prepared = prepare(recipe, 64, *tokenizers(made.home, broken), tmp_path / "cache", _quiet)
     with pytest.raises(UserError, match=f"the training diverged: .*{what}"):
         train(broken, prepared, recipe, 64, tmp_path / "work", tmp_path, _quiet)
     assert not (tmp_path / "model").exists()

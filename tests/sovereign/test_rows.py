@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bases import BOS, make_tokenizer
+from bases import BOS, begin_with, make_tokenizer
+from homes import base_spec, make_run
 from transformers import AutoTokenizer
 
 from tapestry.node.errors import UserError
+from tapestry.node.sovereign.bench import tokenizers
 from tapestry.node.sovereign.recipe import Recipe, load_recipe
 from tapestry.node.sovereign.rows import IGNORED, Prepared, prepare
 from tapestry.node.sovereign.training import _dataset
 from tapestry.node.spec.data import Domain, Protection
+from tapestry.node.spec.run import new_spec
+from tapestry.node.spec.training import PRESETS, DataSpec, TrainingSpec
 from tapestry.node.trainer.data.readers import csv as readers_csv
 from tapestry.node.trainer.tokenizers.byte import ByteTokenizer
 
@@ -71,6 +75,25 @@ def test_a_source_that_is_a_link_is_kept_by_both_names(tmp_path: Path, tokenizer
     recipe = Recipe(stage, "full", (source,))  # type: ignore[arg-type]
     (use,) = prepare(recipe, 8, ByteTokenizer(), tokenizer, tmp_path / "cache", lambda *_: None).uses
     assert (use.source, use.real) == (f"{tmp_path}/link.jsonl", (f"{tmp_path}/v1.jsonl",))
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_text_has_the_bos_of_the_home_s_run_and_rows_that_of_the_base(tmp_path: Path, add_bos: bool) -> None:
+    data = DataSpec("base", 16, add_bos=add_bos)
+    spec = new_spec("a run", TrainingSpec(base_spec(tmp_path / "home", "llama"), data, PRESETS["nano"].train))
+    home = make_run(tmp_path / "home", spec, members=1).home
+    text, rows = tokenizers(home, home.base)
+    path = tmp_path / "a.txt"
+    path.write_text("line 1: the square of 1 is 1\n" * 99)
+    prepared = prepare(
+        Recipe("cpt", "full", (str(path),)), 8, text, rows, tmp_path / "cache", lambda *_: None
+    )
+    first = next(prepared.train())["input_ids"]
+    assert (first[0] == rows.bos_token_id) is add_bos
+    begin_with(home.base)
+    _, rows = tokenizers(home, home.base)
+    pair = next(_prepared(rows, "sft", _file(tmp_path / "a.jsonl", _pairs(40))).train())
+    assert pair["input_ids"].count(rows.bos_token_id) == 1 and pair["input_ids"][0] == rows.bos_token_id
 
 
 def test_of_messages_the_last_answer_counts(tmp_path: Path, tokenizer: Any) -> None:

@@ -10,17 +10,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from homes import make_home
+from bases import edit_json
+from homes import base_spec, make_home
 
 from tapestry.node.spec.recipe import preset_recipe
-from tapestry.node.spec.training import PRESETS
+from tapestry.node.spec.run import new_spec
+from tapestry.node.spec.training import PRESETS, DataSpec, TrainingSpec, TrainSpec
 
 HEAVY = ("torch", "hivemind", "transformers")
 DATA = ("--data", "stdlib:1/30", "--http", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0")
 
-# Command lines and what is said. `H` is a home at epoch 2, `E` an empty folder, `F` a file, `N` nothing.
+# Command lines and what is said. `H` is a home at epoch 2, `E` an empty folder, `F` a file, `N` nothing, and
+# `B` the home of a run to be, with a base whose tokenizer has no BOS.
 REFUSED = {
     "restore F --home H": "H is there already",
     "restore F --home N": "F is no backup of a home",
@@ -53,6 +57,7 @@ REFUSED = {
     "init N/a --base N": "there is no folder N",
     "init N/a --base E": "E holds no model.safetensors",
     "start --home E": "there is no run: E holds none",
+    "start --home B": "B/base: data.add_bos is true, but the tokenizer has no BOS",
     "start --home H --run-id " + "a" * 64: "but H is of run",
     "start --home H --run R": "R differs from the run in H",
     "start --home H --peer /ip4/127.0.0.1/tcp/9/p2p/ME": "has the key of this home itself",
@@ -99,8 +104,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     (folder / "empty").mkdir()
     (folder / "file").write_text("text")
     (folder / "run.toml").write_text(preset_recipe("nano", "another", 0).to_toml())
+    _without_bos(folder / "no-bos")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         yield {
+            "B": str(folder / "no-bos"),
             "H": str(folder / "home"),
             "E": str(folder / "empty"),
             "F": str(folder / "file"),
@@ -109,6 +116,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             "ME": made.identities[0].peer_id,
             "PORT": str(taken.getsockname()[1]),
         }
+
+
+def _without_bos(home: Path) -> None:
+    spec = new_spec(
+        "no bos", TrainingSpec(base_spec(home, "llama"), DataSpec("base", add_bos=True), TrainSpec())
+    )
+    edit_json(home / "base" / "tokenizer_config.json", lambda table: table.pop("bos_token"))
+    (home / "run.toml").write_text(spec.to_toml())
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +152,7 @@ def _wants_data(line: str) -> int:
 
 def _meant(text: str, world: dict[str, str]) -> str:
     """With what the letters stand for in their place: whole words, or the beginning of a path."""
-    return re.sub(r"(?<![\w./-])[HEFNR](?=[ /:]|$)|\bPORT\b|\bME\b", lambda found: world[found[0]], text)
+    return re.sub(r"(?<![\w./-])[BHEFNR](?=[ /:]|$)|\bPORT\b|\bME\b", lambda found: world[found[0]], text)
 
 
 @pytest.mark.parametrize("line", REFUSED)

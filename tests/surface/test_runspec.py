@@ -17,6 +17,7 @@ from tapestry.node.errors import ExitCode, UserError
 from tapestry.node.protocol.settings import SETTINGS
 from tapestry.node.spec.run import (
     LATER,
+    LATER_KEYS,
     AdamWSpec,
     ClippedSpec,
     CompressionSpec,
@@ -287,6 +288,8 @@ def _specs(draw: st.DrawFn) -> RunSpec:
     }
     if table["model"] is llama:
         table["data"] = data | {"tokenizer": "byte"}
+    if table["data"]["tokenizer"] == "byte":
+        table["data"] = table["data"] | {"add_bos": False}
     return RunSpec.from_dict(table)
 
 
@@ -312,7 +315,8 @@ def test_the_canonical_form_is_sorted_ascii_json_without_blanks_and_names_every_
     assert DEFAULT.canonical() == json.dumps(table, sort_keys=True, separators=(",", ":")).encode("ascii")
     for section, key in keys_of(RunSpec):
         if is_section(key.kind):
-            assert set(table[section]) == {name for name, _ in keys_of(type(getattr(DEFAULT, section)))}
+            named = {name for name, _ in keys_of(type(getattr(DEFAULT, section)))}
+            assert set(table[section]) == named - set(LATER_KEYS.get(section, ()))
 
 
 @settings(deadline=None, max_examples=100)
@@ -386,6 +390,32 @@ def test_a_run_that_is_older_than_a_section_is_read_as_nodes_behaved_before_it()
     assert (spec.gate.margin, spec.gate.windows) == (0.0, 8)
     with pytest.raises(UserError, match="a value is written differently"):
         RunSpec.from_canonical(data + b" ")
+
+
+def test_a_spec_that_does_not_need_a_later_key_has_the_text_that_it_had_before_the_key(
+    tmp_path: Path,
+) -> None:
+    """Run ids of runs that were founded before it, and a run.toml that was written before it, stay."""
+    base = _of_a_base(add_bos=False)
+    before = tmp_path / "run.toml"
+    before.write_text("".join(line for line in base.to_toml().splitlines(True) if "add_bos =" not in line))
+    data = RunSpec.load(before).canonical()
+    assert "add_bos" not in json.loads(data)["data"] and data == base.canonical()
+    assert RunSpec.from_canonical(data) == RunSpec.load(before) == base
+    begun = _of_a_base(add_bos=True)
+    assert json.loads(begun.canonical())["data"]["add_bos"] is True
+    assert RunSpec.from_canonical(begun.canonical()) == begun
+    assert diff(base, begun) == ["data.add_bos: false here, true at the peer"]
+    twice = begun.canonical().replace(b'"add_bos":true', b'"add_bos":false')
+    with pytest.raises(UserError, match="a value is written differently"):
+        RunSpec.from_canonical(twice)  # one spec, one text
+
+
+def _of_a_base(*, add_bos: bool) -> RunSpec:
+    files = [f"{name} 9 {'ab' * 32}" for name in ("config.json", "tokenizer.json")]
+    model = {"architecture": "transformers", "files": files, "weights": "", "parameters": 7}
+    data = {"tokenizer": "base", "add_bos": add_bos}
+    return RunSpec.from_dict({"name": "demo", "model": model, "data": data})
 
 
 # ---- differences -------------------------------------------------------------------------------------

@@ -89,6 +89,12 @@ def test_the_tokenizer_of_a_base_needs_a_base_with_one() -> None:
             TrainingSpec(model, DataSpec(tokenizer="base"), TrainSpec()).check()
 
 
+def test_bytes_have_no_bos() -> None:
+    training = dataclasses.replace(PRESETS["nano"], data=DataSpec(add_bos=True))
+    with pytest.raises(TableError, match=r'data.add_bos: true with data.tokenizer = "byte"'):
+        training.check()
+
+
 def test_overlap_needs_inner_steps() -> None:
     training = dataclasses.replace(PRESETS["nano"], train=TrainSpec(inner_steps=0, overlap=True))
     with pytest.raises(TableError, match=r"train.overlap: true with train.inner_steps = 0"):

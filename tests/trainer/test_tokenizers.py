@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bases import BOS, EOS, begin_with, edit_json, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tapestry.node.spec.training import DataSpec
 from tapestry.node.trainer.tokenizers.api import TokenizerError
-from tapestry.node.trainer.tokenizers.base import BaseTokenizer, eos_id_of
+from tapestry.node.trainer.tokenizers.base import BaseTokenizer, adds_bos, bos_id_of, eos_id_of
 from tapestry.node.trainer.tokenizers.byte import EOS_ID, ByteTokenizer
-from tapestry.node.trainer.tokenizers.registry import open_tokenizer
+from tapestry.node.trainer.tokenizers.registry import open_tokenizer, run_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,63 @@ def test_the_end_of_a_document_is_what_the_configuration_says(folder: Path, tmp_
         eos_id_of(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|user|>"}}')
     assert eos_id_of(tmp_path) == 1
+
+
+def test_a_base_that_puts_bos_before_a_text_was_pretrained_with_it(tmp_path: Path) -> None:
+    ids = make_tokenizer(tmp_path)
+    assert not adds_bos(tmp_path), "to have a BOS is not to use it"
+    begin_with(tmp_path)
+    assert adds_bos(tmp_path) and bos_id_of(tmp_path) == ids[BOS]
+    (tmp_path / "tokenizer_config.json").unlink()
+    edit_json(tmp_path / "tokenizer.json", lambda table: table.update(truncation=_CUT, padding=_FILLED))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": ids[EOS]}))
+    assert adds_bos(tmp_path) and bos_id_of(tmp_path) == ids[BOS], "tokenizer.json is enough"
+
+
+_CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+_FILLED = {
+    "strategy": {"Fixed": 4},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 2,
+    "pad_type_id": 0,
+    "pad_token": "<|pad|>",
+}
+
+
+@pytest.mark.parametrize(("said", "adds"), [(True, True), (False, False), (None, False)])
+def test_a_base_whose_configuration_adds_bos_was_pretrained_with_it(
+    tmp_path: Path, said: bool | None, adds: bool
+) -> None:
+    ids = make_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", lambda table: table.update(add_bos_token=said))
+    assert adds_bos(tmp_path) is adds and bos_id_of(tmp_path) == ids[BOS]
+
+
+def test_a_bos_that_is_the_end_of_a_document_is_not_put_before_the_next(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    begin_with(tmp_path, EOS)
+    assert not adds_bos(tmp_path)
+    with pytest.raises(TokenizerError, match="the tokenizer's BOS is its EOS") as caught:
+        bos_id_of(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_puts_bos_only_where_its_spec_says_so_and_its_tokenizer_has_one(tmp_path: Path) -> None:
+    ids = make_tokenizer(tmp_path)
+    begin_with(tmp_path)
+    bare, begun = (run_tokenizer(DataSpec("base", add_bos=put), tmp_path) for put in (False, True))
+    assert (bare.bos_id, begun.bos_id) == (None, ids[BOS])
+    assert bare.digest == BaseTokenizer(tmp_path / "tokenizer.json", ids[EOS]).digest != begun.digest
+    (encoded,) = begun.encode_batch(["line 1"])
+    assert ids[BOS] not in encoded.tolist(), "a document may come in several pieces"
+    make_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", lambda table: table.update(bos_token=None))
+    assert run_tokenizer(DataSpec("base"), tmp_path).bos_id is None
+    with pytest.raises(TokenizerError, match="is true, but the tokenizer has no BOS") as caught:
+        run_tokenizer(DataSpec("base", add_bos=True), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert run_tokenizer(DataSpec(), tmp_path / "nothing").bos_id is None
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """A source's text -> ids on disk, once: in bounded memory, and going on where a killed trainer stopped.
 
-Each source has one file of ids, uint16 or uint32 by the vocabulary; every document ends with eos. Its name
-is a digest of everything that the ids depend on: the tokenizer, how the source is read, and path, size and
-time of each file. The file grows under another name; every PART_TOKENS ids it is synced and its length
-noted together with the place in the text, and a start that finds such a note goes on from there. To find
-the place it reads, and judges, the text of the current file again, but does not tokenize it, which is what
-takes time.
+Each source has one file of ids, uint16 or uint32 by the vocabulary; every document ends with eos, and begins
+with bos where the run has it so. The file's name is a digest of everything that the ids depend on: the
+tokenizer with its bos and eos, how the source is read, and path, size and time of each file. The file grows
+under another name; every PART_TOKENS ids it is synced and its length noted together with the place in the
+text, and a start that finds such a note goes on from there. To find the place it reads, and judges, the text
+of the current file again, but does not tokenize it, which is what takes time.
 
 One process at a time builds in a folder: a lock, which the kernel drops with whoever held it. The files are
 this member's text in another form, so only their owner may read them.
@@ -150,6 +150,7 @@ class _Build:
         self._on_progress = on_progress
         self._check = check
         self._eos = np.array([tokenizer.eos_id], dtype=self.dtype)
+        self._bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=self.dtype)
         self._done_bytes = 0  # of whole files
         self._told_bytes = 0
         self._noted = 0  # tokens
@@ -212,16 +213,19 @@ class _Build:
 
     def _write_file(self, place: _Place, tally: Tally, out: BinaryIO, judge: Judge) -> _Place:
         """The rest of one file, from the place on; the place at its end."""
-        batch: list[Piece] = []
+        batch: list[tuple[bool, str, bool]] = []  # of each piece: whether it begins a document, text, ends it
+        begins = True
         chars = seen_chars = pieces = 0  # of the batch; of the file
         for piece in _clear_pieces(self._listing, place.file, tally, judge):
             pieces += 1
             seen_chars += len(piece[0])
             self._tell(place.file, seen_chars)
             _count(piece, tally, self._listing.files[place.file].path)
+            begun = begins and bool(piece[0])  # what was dropped is an empty piece, and no document
+            begins = piece[1] or (begins and not begun)
             if pieces <= place.pieces:
                 continue
-            batch.append(piece)
+            batch.append((begun, *piece))
             chars += len(piece[0])
             if chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
                 place = self._write_batch(replace(place, pieces=pieces), batch, out)
@@ -230,13 +234,14 @@ class _Build:
         place = self._write_batch(replace(place, pieces=pieces), batch, out)
         return replace(place, file=place.file + 1, pieces=0)
 
-    def _write_batch(self, place: _Place, batch: list[Piece], out: BinaryIO) -> _Place:
-        encoded = self._tokenizer.encode_batch([text for text, _ in batch])
-        for ids, (_, ends) in zip(encoded, batch, strict=True):
-            out.write(ids.astype(self.dtype).tobytes())
-            if ends:
-                out.write(self._eos.tobytes())
-        count = sum(map(len, encoded)) + sum(ends for _, ends in batch)
+    def _write_batch(self, place: _Place, batch: list[tuple[bool, str, bool]], out: BinaryIO) -> _Place:
+        encoded = self._tokenizer.encode_batch([text for _, text, _ in batch])
+        count = 0
+        for ids, (begins, _, ends) in zip(encoded, batch, strict=True):
+            parts = [*([self._bos] if begins else ()), ids.astype(self.dtype), *([self._eos] if ends else ())]
+            for part in parts:
+                out.write(part.tobytes())
+                count += len(part)
         place = replace(place, tokens=place.tokens + count)
         if place.tokens - self._noted >= PART_TOKENS:
             _sync(out)

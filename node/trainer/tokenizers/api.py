@@ -13,14 +13,15 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """Text to ids. Nothing is added at the beginning or end, and no text can spell a special token."""
+    """Text to ids. `encode_batch` adds nothing at the beginning or end, and no text can spell a special
+    token."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def digest(self) -> str:
-        """Equal digests mean equal ids for every text."""
+        """Equal digests mean equal ids for every document, with what begins and ends it."""
 
     @property
     def vocab_size(self) -> int:
@@ -29,6 +30,10 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """Ends every document."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begins every document; None: nothing does."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Unsigned integers (length,) for each text."""

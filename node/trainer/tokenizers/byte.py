@@ -20,6 +20,7 @@ class ByteTokenizer:
     digest = "byte-1"
     vocab_size = VOCAB_SIZE
     eos_id = EOS_ID
+    bos_id: int | None = None  # a run by bytes begins no document with BOS_ID
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from trainer.data.kit import LENGTH, corpus_of, documents_of, settings_of, write_jsonl
 
-from tapestry.node.spec.data import Domain, Protection
+from tapestry.node.spec.data import Domain, Protection, ValidationSettings
 from tapestry.node.trainer.data import files, tokens
 from tapestry.node.trainer.data.corpus import Use, open_corpus
 from tapestry.node.trainer.data.errors import DataError
 from tapestry.node.trainer.data.readers import registry
 from tapestry.node.trainer.data.sources import list_data
 from tapestry.node.trainer.data.tokens import tokenize
-from tapestry.node.trainer.tokenizers.byte import EOS_ID, ByteTokenizer
+from tapestry.node.trainer.tokenizers.byte import BOS_ID, EOS_ID, ByteTokenizer
 
 
 class Killed(Exception):
@@ -37,6 +37,13 @@ class Counting(ByteTokenizer):
             raise Killed
         self.chars += sum(map(len, texts))
         return super().encode_batch(texts)
+
+
+class Begun(Counting):
+    """Each document begins with BOS."""
+
+    digest = "begun"
+    bos_id = BOS_ID
 
 
 class Wide(ByteTokenizer):
@@ -58,6 +65,42 @@ def test_ids_are_those_of_the_text_with_eos_after_each_document(tmp_path: Path) 
     ids = corpus_of(settings_of(tmp_path), tmp_path / "cache").parts[0].tokens
     assert ids.tolist() == [*("first é" * 20).encode(), EOS_ID, *("second " * 20).encode(), EOS_ID]
     assert ids.dtype == np.uint16
+
+
+def test_where_the_run_has_it_so_every_document_begins_with_bos_and_validation_sets_too(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "b.md").write_text("second " * 20)
+    (tmp_path / "a.txt").write_text("first é" * 20)
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", ["one text", "another text"])
+    sets = (ValidationSettings(str(held_out), "measured", "text"),)
+    settings = settings_of(tmp_path / "a.txt", tmp_path / "b.md", validation=sets)
+    corpus = corpus_of(settings, tmp_path / "cache", Begun(), attend=False)
+    first, second = (part.tokens.tolist() for part in corpus.parts)
+    assert first == [BOS_ID, *("first é" * 20).encode(), EOS_ID]
+    assert second == [BOS_ID, *("second " * 20).encode(), EOS_ID]
+    (measured,) = corpus.sets
+    whole = [BOS_ID, *b"one text", EOS_ID, BOS_ID, *b"another text", EOS_ID]
+    assert measured.tokens.tolist() == whole
+    (batch,) = corpus.validation(2).values()
+    assert batch.segments is not None
+    assert [batch.ids[1].tolist(), batch.segments[1].tolist()] == [whole[8:17], [0, 0, *[1] * 6]]
+    bare = corpus_of(settings, tmp_path / "cache").sets[0].tokens.tolist()
+    assert bare == [one for one in whole if one != BOS_ID], "the ids that were there are not taken"
+
+
+def test_bos_stands_once_before_what_is_kept_of_a_document(tmp_path: Path, small_parts: None) -> None:
+    """What is dropped is no document, and a document that comes in pieces begins once."""
+    secret = Domain("health", ("secret",))
+    plain = tmp_path / "a.txt"
+    plain.write_text("a secret\n\n" * 5 + "kept text\n\n" * 9 + "a secret\n\n")
+    rows = write_jsonl(tmp_path / "b.jsonl", ["secret"] * 3 + ["kept row"] * 3 + ["secret"] * 3)
+    settings, use = settings_of(plain, f"{rows}:text"), Use(LENGTH, 1, seed=7)
+    protected = [Protection(one.path, (secret,)) for one in settings.source]
+    corpus = open_corpus(settings, Begun(), tmp_path / "cache", use, protected=protected)
+    whole, table = (part.tokens.tolist() for part in corpus.parts)
+    assert whole == [BOS_ID, *(b"kept text\n\n" * 9), EOS_ID]
+    assert table == [BOS_ID, *b"kept row", EOS_ID] * 3
 
 
 def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path: Path) -> None:
@@ -85,9 +128,10 @@ def test_what_an_earlier_reader_of_the_format_made_is_made_again(
     assert corpus_of(settings_of(f"{path}:text"), tmp_path / "cache").seen[0].key != key
 
 
+@pytest.mark.parametrize("kind", [Counting, Begun])
 @pytest.mark.parametrize("dies_after", range(1, 1600, 150))
 def test_a_killed_tokenization_goes_on_where_its_last_part_ended(
-    tmp_path: Path, small_parts: None, dies_after: int
+    tmp_path: Path, small_parts: None, dies_after: int, kind: type[Counting]
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -96,11 +140,11 @@ def test_a_killed_tokenization_goes_on_where_its_last_part_ended(
     path.write_text(path.read_text() + '{"n": 1}\n')
     (data / "b.txt").write_text("".join(f"line {number}\n" for number in range(50)))
     settings = settings_of(f"{data}:text", malformed_max=0.1)
-    whole = corpus_of(settings, tmp_path / "whole")
+    whole = corpus_of(settings, tmp_path / "whole", kind())
     total = whole.parts[0].tokens.size
     with pytest.raises(Killed):
-        corpus_of(settings, tmp_path / "cache", Counting(dies_after))
-    second = Counting()
+        corpus_of(settings, tmp_path / "cache", kind(dies_after))
+    second = kind()
     resumed = corpus_of(settings, tmp_path / "cache", second)
     assert resumed.parts[0].tokens.tolist() == whole.parts[0].tokens.tolist()
     assert resumed.summary == whole.summary  # rows are not counted twice

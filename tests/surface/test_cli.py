@@ -386,6 +386,7 @@ def test_a_detached_start_that_is_given_up_leaves_no_node_behind(
         time.sleep(60)
 
     monkeypatch.setattr(start_commands, "_wait_until_ready", pressed)
+    monkeypatch.setattr(interrupt, "CTRL_C", interrupt.Key())  # it remembers
     with pytest.raises(KeyboardInterrupt):
         start_detached([sys.executable, "-c", "import signal; signal.pause()"], Home(tmp_path))
     assert begun[0].returncode == -signal.SIGTERM

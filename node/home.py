@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.disk.lock import Held, HomeLock, holder_of, is_held, take
@@ -26,6 +26,12 @@ from tapestry.node.protocol import strict
 GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
 ENDPOINT_BYTES_MAX = 512
+WAY_BACK = "tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a derivative of it"
+
+
+def way_back(since_epoch: int | None) -> dict[str, Any] | None:
+    """What /status says of an island that began from the state of `since_epoch`; None: there is none."""
+    return None if since_epoch is None else {"since_epoch": since_epoch, "back": WAY_BACK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +320,7 @@ class Home:
         if not alone and self.island.exists():
             raise UserError(
                 f"{self.path} is on an island: epochs that it made alone would be given up",
-                hint="tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a "
-                "derivative of it; --island goes on alone",
+                hint=f"{WAY_BACK}; --island goes on alone",
             )
         if alone and not self.island.exists() and self.brought.exists():
             raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tapestry.dht.conduct import Ban
 from tapestry.node.errors import printable
+from tapestry.node.home import way_back
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 
@@ -114,6 +115,7 @@ class NodeView:
         self._addresses_of: Callable[[str], tuple[str, ...]]
         self._bans: Callable[[], tuple[Ban, ...]]
         self._run_name = ""
+        self._island_since: int | None = None
 
     def attach(
         self,
@@ -122,10 +124,12 @@ class NodeView:
         bans: Callable[[], tuple[Ban, ...]],
         run_name: str,
         admit: Callable[[str, str], str],  # peer and name -> what is wrong, or ""
+        island_since: int | None = None,  # epoch where its island began; None: it is on none
     ) -> None:
         """From now on there is something to show."""
         self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
         self._bans, self._admit = bans, admit
+        self._island_since = island_since
 
     def wait_for(self, wait: Wait | None) -> None:
         """What the start waits for from now on, or still: since when is kept while it is of one kind."""
@@ -163,6 +167,7 @@ class NodeView:
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
             "reason": "" if wait is None else printable(wait.text),
             "waiting": self._waiting(wait),
+            "island": way_back(self._island_since),
             "epoch": 0,
             "head": "",
             "state_digest": "",

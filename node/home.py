@@ -249,6 +249,11 @@ class Home:
         """What `tapestry stop` leaves for a node that no signal of ours reaches."""
         return self.path / "stop"
 
+    def require_there(self) -> None:
+        """Raises UserError where there is no such folder: a slip of the pen of who asks about it."""
+        if not self.path.is_dir():
+            raise UserError(f"there is no home {self.path}", hint="name it with --home DIR")
+
     def create(self) -> None:
         """Make the directory if it is not there, closed to others; raises UserError."""
         try:

@@ -20,8 +20,7 @@ def log_level(subsystem: str | None, level: str | None, home: str | None) -> Non
     """Set how much SUBSYSTEM says, at once and for later starts; without LEVEL, show what is set."""
     sets = subsystem is not None and level is not None
     place = home_to_write(home) if sets else Home.locate(home, os.environ)
-    if not place.path.is_dir():
-        raise UserError(f"there is no home {place.path}", hint="name it with --home DIR")
+    place.require_there()
     try:
         if subsystem is None or level is None:
             _show(read_levels(place.log_levels), subsystem)

@@ -240,6 +240,11 @@ class Home:
         return self.path / "home.json"
 
     @property
+    def exit_mark(self) -> Path:
+        """Of a home that `tapestry exit` made, until a node starts in it: lineage/leave.py"""
+        return self.path / "exit"
+
+    @property
     def restoring(self) -> Path:
         """Here while a backup is unpacked into this home: what of it is moved to its place."""
         return self.path / ".restoring"
@@ -316,9 +321,9 @@ class Home:
                 hint=f"give `tapestry restore FILE --home {self.path}` again: it begins anew",
             )
 
-    def require_way(self, alone: bool) -> None:
+    def require_way(self, alone: bool, to_others: bool = True) -> None:
         """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
-        at all yet."""
+        without a peer (`to_others`), or not at all yet."""
         self.require_restored()
         if alone and not self.genesis.exists():
             raise UserError(f"{self.path} holds no run to go on with alone")
@@ -326,6 +331,13 @@ class Home:
             raise UserError(
                 f"{self.path} is on an island: epochs that it made alone would be given up",
                 hint=f"{WAY_BACK}; --island goes on alone",
+            )
+        if not alone and not to_others and self.exit_mark.exists():
+            raise UserError(
+                f"{self.path} is an exit from its run: it has the key of the home that it was made of, and "
+                "knows no other member",
+                hint="--island goes on alone; --peer ADDRESS goes on with the others, and the home that it "
+                "was made of must not run again then",
             )
         if alone and not self.island.exists() and self.brought.exists():
             raise UserError(

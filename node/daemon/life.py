@@ -221,10 +221,9 @@ class Daemon:
             loaded = await asyncio.to_thread(store.load)
             if self._is_there(loaded.epoch):
                 return
-            island_since = None
             if config.island:
                 began = await asyncio.to_thread(begin_island, self.home)
-                island_since = began.epoch
+                self.view.island_since = began.epoch
                 _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             sources: Sequence[PeerAddress] = peers
@@ -279,7 +278,6 @@ class Daemon:
                 node.network.bans,
                 agreed.spec.name,
                 node.runtime.members.admit,
-                island_since,
             )
             addresses = ranked(await swarm.addresses())
             info = self._node_info(identity.peer_id, genesis.run_id, addresses, http.url)

@@ -101,6 +101,7 @@ class NodeView:
         download_bytes_per_second: float | None = None,
     ) -> None:
         self.stopping = False
+        self.island_since: int | None = None  # epoch where its island began; None: it is on none
         self._wait: Wait | None = None  # of a node that has not joined yet
         self._wait_began_s = 0.0
         self._begun: _Begun | None = None  # of the wait that was seen last
@@ -115,7 +116,6 @@ class NodeView:
         self._addresses_of: Callable[[str], tuple[str, ...]]
         self._bans: Callable[[], tuple[Ban, ...]]
         self._run_name = ""
-        self._island_since: int | None = None
 
     def attach(
         self,
@@ -124,12 +124,10 @@ class NodeView:
         bans: Callable[[], tuple[Ban, ...]],
         run_name: str,
         admit: Callable[[str, str], str],  # peer and name -> what is wrong, or ""
-        island_since: int | None = None,  # epoch where its island began; None: it is on none
     ) -> None:
         """From now on there is something to show."""
         self._look, self._addresses_of, self._run_name = look, addresses_of, run_name
         self._bans, self._admit = bans, admit
-        self._island_since = island_since
 
     def wait_for(self, wait: Wait | None) -> None:
         """What the start waits for from now on, or still: since when is kept while it is of one kind."""
@@ -167,7 +165,7 @@ class NodeView:
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
             "reason": "" if wait is None else printable(wait.text),
             "waiting": self._waiting(wait),
-            "island": way_back(self._island_since),
+            "island": way_back(self.island_since),
             "epoch": 0,
             "head": "",
             "state_digest": "",

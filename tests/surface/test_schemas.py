@@ -97,8 +97,8 @@ def attached(island_since: int | None = None) -> NodeView:
         lambda: (ban,),
         "run",
         lambda peer, name: "",
-        island_since,
     )
+    view.island_since = island_since
     return view
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tapestry.node.disk.files import atomic_write
 from tapestry.node.disk.lock import Held, HomeLock, holder_of, is_held, take
@@ -26,6 +26,12 @@ from tapestry.node.protocol import strict
 GITIGNORE = "# A node's home: its key, its token and its members' data are nobody else's.\n*\n"
 NODE_JSON_BYTES_MAX = 64 * 1024  # Guess: a node has a handful of addresses.
 ENDPOINT_BYTES_MAX = 512
+WAY_BACK = "tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a derivative of it"
+
+
+def way_back(since_epoch: int | None) -> dict[str, Any] | None:
+    """What /status says of an island that began from the state of `since_epoch`; None: there is none."""
+    return None if since_epoch is None else {"since_epoch": since_epoch, "back": WAY_BACK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +240,11 @@ class Home:
         return self.path / "home.json"
 
     @property
+    def exit_mark(self) -> Path:
+        """Of a home that `tapestry exit` made, until a node starts in it: lineage/leave.py"""
+        return self.path / "exit"
+
+    @property
     def restoring(self) -> Path:
         """Here while a backup is unpacked into this home: what of it is moved to its place."""
         return self.path / ".restoring"
@@ -242,6 +253,11 @@ class Home:
     def stop_request(self) -> Path:
         """What `tapestry stop` leaves for a node that no signal of ours reaches."""
         return self.path / "stop"
+
+    def require_there(self) -> None:
+        """Raises UserError where there is no such folder: a slip of the pen of who asks about it."""
+        if not self.path.is_dir():
+            raise UserError(f"there is no home {self.path}", hint="name it with --home DIR")
 
     def create(self) -> None:
         """Make the directory if it is not there, closed to others; raises UserError."""
@@ -305,17 +321,23 @@ class Home:
                 hint=f"give `tapestry restore FILE --home {self.path}` again: it begins anew",
             )
 
-    def require_way(self, alone: bool) -> None:
+    def require_way(self, alone: bool, to_others: bool = True) -> None:
         """Raises UserError where a node cannot start with `--island` (`alone`), or not without it, or not
-        at all yet."""
+        without a peer (`to_others`), or not at all yet."""
         self.require_restored()
         if alone and not self.genesis.exists():
             raise UserError(f"{self.path} holds no run to go on with alone")
         if not alone and self.island.exists():
             raise UserError(
                 f"{self.path} is on an island: epochs that it made alone would be given up",
-                hint="tapestry rejoin --bring contributes what was learnt, rejoin --keep NAME makes a "
-                "derivative of it; --island goes on alone",
+                hint=f"{WAY_BACK}; --island goes on alone",
+            )
+        if not alone and not to_others and self.exit_mark.exists():
+            raise UserError(
+                f"{self.path} is an exit from its run: it has the key of the home that it was made of, and "
+                "knows no other member",
+                hint="--island goes on alone; --peer ADDRESS goes on with the others, and the home that it "
+                "was made of must not run again then",
             )
         if alone and not self.island.exists() and self.brought.exists():
             raise UserError(

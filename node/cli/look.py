@@ -145,7 +145,8 @@ def stopped(home: Home, what: str) -> Any:
 
 
 def ask_node(home: Home, path: str) -> object:
-    """What the node of this home answers; raises UserError with exit code 1 if it does not."""
+    """What the node of this home answers; raises UserError: 1 if it does not, 2 if there is no such home."""
+    home.require_there()
     state = home.read_node_json()
     url = state.info.http if state.info is not None else home.starting_url(state.pid)
     if url is None or state.liveness not in (Liveness.RUNNING, Liveness.STARTING):

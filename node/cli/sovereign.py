@@ -16,7 +16,14 @@ from tapestry.node.cli.said import Said
 from tapestry.node.errors import ExitCode
 from tapestry.node.home import Home
 from tapestry.node.lineage.asked import require_epoch
-from tapestry.node.sovereign.asked import require_extra, require_new, require_suite, shares_of, to_merge
+from tapestry.node.sovereign.asked import (
+    require_extra,
+    require_length,
+    require_new,
+    require_suite,
+    shares_of,
+    to_merge,
+)
 from tapestry.node.sovereign.derivative import Shelf, Transplant, Version
 from tapestry.node.sovereign.recipe import REPAIR_SHARE, load_recipe, recipe_paths
 from tapestry.node.spec.declared import BASE, READ, require, today_utc
@@ -83,6 +90,7 @@ def derive(
     require_extra()
     require_new(Shelf(where), name)
     require_epoch(where, epoch)
+    require_length(where, recipe.sequence_length)
     declare_missing(where, recipe_paths(recipe), f"derive:{name}", declaration)
     with Said() as told:
         from tapestry.node.sovereign import build

@@ -206,7 +206,7 @@ def _check_early(config: NodeConfig, declaration: str | None) -> None:
     from tapestry.node.trainer.data.sources import list_data, located_in
 
     config.home.require_free()
-    config.home.require_way(alone=config.island)
+    config.home.require_way(alone=config.island, to_others=bool(config.peers))
     if config.external:
         return
     paths = paths_of(config.data)

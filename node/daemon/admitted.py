@@ -60,6 +60,7 @@ async def be_admitted(
     """
     me = swarm.peer_id
     if roll.may_contribute(me):
+        _say_if_it_finds_nobody(config, roll, me)
         return peers
     asked = list(peers) or _known(config.home)
     if not asked:
@@ -108,6 +109,17 @@ async def be_admitted(
                 hint=FOUNDERS_ALONE if without_run else None,
             )
         await asyncio.sleep(AGAIN_S)
+
+
+def _say_if_it_finds_nobody(config: NodeConfig, roll: Roll, me: str) -> None:
+    """Warn of a member's start that was given no peer, in a home that knows no address of one."""
+    others = len(roll.members.keys() - {me})
+    if others and not config.island and not config.peers and not _known(config.home):
+        _log.warning(
+            "others=unknown members=%d and this home knows no address of one of them; unless they find this "
+            "node it trains alone: start it with --peer ADDRESS",
+            others,
+        )
 
 
 def _known(home: Home) -> list[PeerAddress]:

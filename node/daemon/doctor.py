@@ -149,7 +149,7 @@ def look_at_files(config: NodeConfig, held: bool) -> Iterator[Finding]:
     """What a start reads before it looks for its run, by the start's own readers; all that is wrong of it."""
     home, faults = config.home, 0
     for read in (
-        lambda: None if held else home.require_way(alone=config.island),
+        lambda: None if held else home.require_way(config.island, to_others=bool(config.peers)),
         lambda: _identity(config),
         lambda: Token.load_or_create(home.http_token) if home.http_token.exists() else None,
         lambda: read_vote(home),

@@ -223,6 +223,7 @@ class Daemon:
                 return
             if config.island:
                 began = await asyncio.to_thread(begin_island, self.home)
+                self.view.island_since = began.epoch
                 _log.warning("island=yes since_epoch=%d; tapestry rejoin is the way back", began.epoch)
             agreed = await agree_on_run(config, loaded.genesis, swarm, peers, crypto)
             sources: Sequence[PeerAddress] = peers

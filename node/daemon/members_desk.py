@@ -34,6 +34,7 @@ from tapestry.node.protocol.members import (
     enough_signed,
     has_expired,
     needed,
+    read_invite,
     read_rollback,
     rollback_value,
     why_no_rollback,
@@ -63,6 +64,7 @@ TOO_MANY = (
     f"{OF_ONE_MAX} changes that it asked for, or {PROPOSALS_MAX} of all members, wait for a record: "
     "ask again after the next"
 )
+EXPIRED = "it has expired: `tapestry invite` makes another"
 NOT_HELD = (
     "this node's disk no longer leads to state {epoch}: checkpoints_kept, checkpoint_every_epochs and "
     "updates_kept_* of [limits] say how far back it does"
@@ -262,6 +264,8 @@ class MembersDesk:
                 return {"fault": NOT_HELD.format(epoch=epoch)}
         if found[0].kind == "set" and (why := self._why_not_set(found[0].value)):
             return {"fault": why}
+        if found[0].kind == "invite" and has_expired(read_invite(found[0].value).expires_at, self._clock()):
+            return {"fault": EXPIRED}
         return self._sign(found[0])
 
     def _sign(self, change: Change) -> dict[str, Any]:

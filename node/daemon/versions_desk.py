@@ -20,6 +20,7 @@ from tapestry.node.net.transfer import OpenStream
 from tapestry.node.net.wire import RemoteProtocolError, StreamEnded
 
 LOOK_S = 5.0  # Guess: between two looks at who is linked
+ASKED_AT_ONCE = 16  # Guess: who is silent keeps its place for ASK_S + DIAL_S
 AGAIN_S = 60.0  # Guess: a peer that gave no answer
 SURE_S = 10.0  # Guess: after its answer a node serves everything, a slow machine too
 TOLD_EVERY_S = 86_400.0  # of one peer, its version and what is wrong
@@ -76,10 +77,16 @@ class VersionsDesk:
     ) -> None:
         """Until cancelled. `lacks`: dht/swarm.py."""
         now = asyncio.get_running_loop().time
+        places = asyncio.Semaphore(ASKED_AT_ONCE)
+
+        async def ask(peer: str) -> None:
+            async with places:
+                await self.ask(peer, opener(peer, CHECKUP_PROTOCOL), now)
+
         while True:
             missing = {key: at for key, at in lacks().items() if matters(key[0])}
-            for peer in self.due([*linked(), *(peer for peer, _ in missing)], now()):
-                await self.ask(peer, opener(peer, CHECKUP_PROTOCOL), now)
+            due = self.due([*linked(), *(peer for peer, _ in missing)], now())
+            await asyncio.gather(*map(ask, due))
             self.tell(missing, now())
             await asyncio.sleep(LOOK_S)
 

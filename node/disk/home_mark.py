@@ -84,6 +84,7 @@ def claim(home: Home, machine: str | None = None) -> Mark:
         _log.info("home=moved from=%s to=%s; the node there must not run any more", mark.path, path)
         mark = replace(mark, path=path, machine=machine)
     write_mark(home, mark)
+    home.exit_mark.unlink(missing_ok=True)
     return mark
 
 

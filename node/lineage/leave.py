@@ -4,8 +4,7 @@ OUT is a home: identity, genesis, chain, updates, checkpoints, the base's files,
 settings, history, islands, what lost at forks, derivatives and proofs of lies. It is made beside a running
 node or from a stopped one, verified before it gets its name, and asks nobody's leave. What is left out is
 what can be made again or would lead back: token caches, the running node's lock and addresses, and where
-the others were. So `tapestry start --home OUT` finds nobody, and by the run's own rule (`on_quorum_loss =
-"continue"`) goes on alone: an island.
+the others were. So a first `tapestry start --home OUT` asks for `--island`, or for a peer to go on with.
 
 What `rejoin --bring` has left for the next contribution (HOME/brought.safetensors) is left out as well: it is
 owed to the run once, by the home that came back, and OUT trains on alone. What it was made of is in islands/.
@@ -58,6 +57,7 @@ def leave(home: Home, out: Path, told: Told) -> Proof:
     try:
         new.mkdir(mode=0o700, parents=True)
         copy_run(home, Home(new), told)
+        Home(new).exit_mark.touch(mode=0o600)
         from tapestry.node.lineage.verify import verify_home  # torch: seconds, and refusals come before
 
         proof = verify_home(Home(new), told=told)

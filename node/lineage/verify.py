@@ -115,10 +115,7 @@ def verify_home(
     elif alone := made_alone(run.end.at):
         proof.notes.append(f"chain.jsonl: {alone}")
     proof.alone_from = _alone_from(run.end)
-    for epoch, path in sorted(updates.items()):
-        check_update(path, epoch, signed.get(epoch), proof)
-        proof.updates += 1
-        told("updates", proof.updates, len(updates))
+    _check_updates(updates, signed, proof, told)
     _check_small_files(home, spec, proof)
     _check_linked(home.data_events, read_linked(home.data_events), proof)
     totals = Totals()
@@ -134,6 +131,25 @@ def verify_home(
     if replay:
         check_states(genesis, spec, signed, updates, checkpoints, proof, told)
     return proof
+
+
+def _check_updates(
+    updates: Mapping[int, Path], signed: Mapping[int, Signed], proof: Proof, told: Told
+) -> None:
+    """Each against its record. Where the chain is short, one fault names all that are beyond its end."""
+    beyond = sorted(epoch for epoch in updates.keys() - signed.keys() if epoch > proof.epoch + 1)
+    if len(beyond) > 1:
+        proof.fault(
+            "updates",
+            f"{len(beyond)} of epochs {beyond[0]} to {beyond[-1]}, which the chain does not have (it ends at "
+            f"{proof.epoch})",
+            beyond[0],
+        )
+    for epoch, path in sorted(updates.items()):
+        if len(beyond) == 1 or epoch not in beyond:
+            check_update(path, epoch, signed.get(epoch), proof)
+        proof.updates += 1
+        told("updates", proof.updates, len(updates))
 
 
 def _alone_from(end: Follower) -> int | None:

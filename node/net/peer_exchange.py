@@ -46,7 +46,7 @@ from tapestry.node.net.wire import (
 
 LOOK_S = 1.0  # who is newly linked is asked within so long
 ASK_EVERY_S = 5.0  # Guess: nobody is asked more often, and after the first time the linked are asked in turn
-ASK_S = 3.0  # Guess: for an answer, dialling included
+ASK_S = 5.0  # Guess: for an answer, dialling included: about 7 round trips, of 300 ms on a long line
 PEERS_MAX = 64  # told of in one answer
 DIALS_MAX = 8  # Guess: of those that one answer names, and of all that were named in one LOOK_S
 DIAL_AGAIN_S = 30.0  # Guess: after an address was tried

@@ -237,7 +237,7 @@ def _applied(roll: Roll, change: Change, epoch: int) -> Roll:
         members[peer] = replace(members[peer], voice=int(value))
         return replace(roll, members=members)
     if kind == "invite":
-        return replace(roll, invites={**roll.invites, peer: _read_invite(value)})
+        return replace(roll, invites={**roll.invites, peer: read_invite(value)})
     if kind == "set":
         key, setting = read_setting(value)
         return replace(roll, settings={**roll.settings, key: setting})
@@ -354,7 +354,7 @@ def _meaning_fault(roll: Roll, change: Change) -> str | None:
             _read_voice(value)
             return None if peer in members else "no_member"
         if kind == "invite":
-            _read_invite(value)
+            read_invite(value)
             taken = peer in members or peer in roll.invites or len(roll.invites) >= INVITES_MAX
             return "invites" if taken else None
         if kind == "set":
@@ -505,7 +505,8 @@ def invite_value(name: str, uses: int, expires_at: int) -> str:
     return f"{uses} {expires_at} {name}"
 
 
-def _read_invite(value: str) -> Invite:
+def read_invite(value: str) -> Invite:
+    """Of an invite change. Raises Malformed."""
     uses, expires_at, name = _words(value, 3)
     if len(name) > NAME_CHARS_MAX:
         raise Malformed("an invite's name must be short")

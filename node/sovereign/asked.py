@@ -12,7 +12,12 @@ from pathlib import Path
 
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
+from tapestry.node.lineage.crypto import ReaderCrypto
+from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.sovereign.derivative import Shelf, Version
+from tapestry.node.spec.training import LlamaSpec
+from tapestry.node.trainer.models.folder import positions_by, read_config
+from tapestry.node.trainer.models.refusal import ModelError
 
 EXTRA = "pip install 'tapestry-node[sovereign]'"
 SUITE = "suite.toml"
@@ -31,6 +36,29 @@ def require_new(shelf: Shelf, name: str) -> None:
             f"there is a derivative {name} already",
             hint=f"choose another name; `tapestry rebase {name}` brings that one to a newer base",
         )
+
+
+def require_length(home: Home, length: int) -> None:
+    """Raises UserError where the home's base is known to have fewer positions, and where its spec
+    is refused."""
+    try:
+        _, spec = read_genesis(home.genesis, ReaderCrypto())
+        if isinstance(spec.model, LlamaSpec):
+            longest: int | None = spec.data.sequence_length
+        else:
+            longest = positions_by(read_config(home.base).get)
+    except (Broken, ModelError, OSError):
+        return  # said where it is read for the training
+    if longest is not None and length > longest:
+        raise too_long(length, longest)
+
+
+def too_long(length: int, longest: int) -> UserError:
+    """Of a recipe's sequences."""
+    return UserError(
+        f"sequence_length {length}: the base has {longest} positions",
+        hint="give less with --sequence-length, or leave it out: as many as the base takes, to 1024",
+    )
 
 
 def require_suite(home: Home, suite_file: Path | None) -> Path:

@@ -19,7 +19,7 @@ from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.progress import Told
 from tapestry.node.sovereign import suite as suites
-from tapestry.node.sovereign.asked import SUITE
+from tapestry.node.sovereign.asked import SUITE, too_long
 from tapestry.node.sovereign.derivative import Measure, Shelf, Version
 from tapestry.node.sovereign.gates import Gates, Verdict, judge
 from tapestry.node.sovereign.losses import measure_set
@@ -185,5 +185,5 @@ def length_of(recipe: Recipe, model: Path) -> int:
     """Tokens of a sequence: no more than the base has positions for, less one that is only predicted."""
     longest = sequence_length_max(load_config(model)) or LENGTH_MAX + 1
     if recipe.sequence_length > longest:
-        raise UserError(f"sequence_length {recipe.sequence_length}: the base has {longest} positions")
+        raise too_long(recipe.sequence_length, longest)
     return min(recipe.sequence_length or LENGTH_MAX, longest - 1)

@@ -38,7 +38,15 @@ from tapestry.node.sovereign.derivative import Measure
 from tapestry.node.sovereign.recipe import Recipe, Stage
 from tapestry.node.sovereign.rows import Example, prepare
 from tapestry.node.spec.data import rebased_data
-from tapestry.node.spec.tables import Between, Pattern, TableError, read_table, read_toml
+from tapestry.node.spec.tables import (
+    FILLED_IN,
+    Between,
+    Pattern,
+    TableError,
+    read_table,
+    read_toml,
+    refuse_filled_in,
+)
 from tapestry.node.trainer.tokenizers.api import Tokenizer
 
 EXTRA = "pip install 'tapestry-node[evaluate]'"
@@ -73,7 +81,7 @@ class Command:
     run: Annotated[tuple[str, ...], "The program and its arguments; {model} is the model's folder."]
     higher_is_better: Annotated[bool, "Of all its figures."] = True
     timeout_s: Annotated[float, Between(0.1, 1e6), "After which it has failed."] = 3600.0
-    folder: Annotated[str, "Where it runs: that of the suite's file, whatever is written here."] = ""
+    folder: Annotated[str, FILLED_IN, "Where it runs: that of the suite's file."] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,9 @@ class Suite:
     def load(cls, path: Path) -> Suite:
         """Raises UserError."""
         try:
-            suite = read_table(cls, read_toml(path))
+            raw = read_toml(path)
+            suite = read_table(cls, raw)
+            refuse_filled_in(cls, raw)
         except TableError as error:
             raise UserError(f"{path}: {error}") from error
         folder = path.absolute().parent

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tapestry.node.errors import UserError
-from tapestry.node.spec.tables import Between, Pattern
+from tapestry.node.spec.tables import FILLED_IN, Between, Pattern
 
 DATA_MISSING = "no data to train on"
 SOURCES_MAX = 256  # Guess: each is a label of a metric and a file of tokens
@@ -115,7 +115,7 @@ class Domain:
         "A program and its arguments. It gets each text as a line of JSON and answers each with a line: "
         "1 drops it, 0 keeps it. Anything else ends the start. It runs in the folder of data.toml.",
     ] = ()
-    folder: Annotated[str, "Where it runs: that of data.toml, whatever is written here."] = ""
+    folder: Annotated[str, FILLED_IN, "Where it runs: that of data.toml."] = ""
 
 
 @dataclass(frozen=True, slots=True)

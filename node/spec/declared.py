@@ -49,6 +49,7 @@ from tapestry.node.spec.tables import (
     plain,
     read_table,
     read_toml,
+    refuse_filled_in,
     toml_value,
 )
 
@@ -125,6 +126,7 @@ class Declared:
         path = home.data_toml
         try:
             read = read_table(cls, raw)
+            refuse_filled_in(cls, raw)
         except TableError as error:
             raise UserError(f"{path}: {error}") from error
         read = replace(

@@ -74,6 +74,13 @@ NAME_EXTRA = " ._-'\u00b7\u2019\u200c\u200d"  # with the joiners of Persian, Hin
 Rule = Between | Pattern | Name
 
 
+class FilledIn:
+    """Of a key that the program gives its value, whoever reads the file: nobody writes it there."""
+
+
+FILLED_IN = FilledIn()
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """One declared key: its type, its rule, the comment that the template carries."""
@@ -81,6 +88,7 @@ class Key:
     kind: Any  # what typing.get_type_hints gives: int, Literal[...], tuple[float, float], a dataclass, ...
     rule: Rule | None
     comment: str
+    filled_in: bool = False
 
 
 class TableError(ValueError):
@@ -98,7 +106,7 @@ def _keys(kind: Any) -> tuple[tuple[str, Key], ...]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, *notes = get_args(hint)
         rule = next((note for note in notes if isinstance(note, Between | Pattern | Name)), None)
-        keys.append((name, Key(inner, rule, notes[-1])))
+        keys.append((name, Key(inner, rule, notes[-1], FILLED_IN in notes)))
     return tuple(keys)
 
 
@@ -135,6 +143,18 @@ def read_table(kind: type[T], table: object, prefix: str = "") -> T:
         if required.name not in values and required.default is dataclasses.MISSING:
             raise TableError(f"{prefix}{required.name}: missing")
     return kind(**values)
+
+
+def refuse_filled_in(kind: type, table: Mapping[str, Any]) -> None:
+    """Of a file's tables, read as `kind` already: raises TableError for a key that is nobody's to write, in a
+    table of an array. Empty it may stand there: templates of older versions had it so."""
+    for name, key in keys_of(kind):
+        keys = keys_of(get_args(key.kind)[0]) if _is_array(key.kind) else ()
+        ours = [inner for inner, one in keys if not one.filled_in]
+        for number, one in enumerate(table.get(name, ()) if keys else (), 1):
+            for inner, declared in keys:
+                if declared.filled_in and one.get(inner):
+                    _refuse_unknown(inner, ours, f"{name}[{number}].")
 
 
 _MISSING: Mapping[str, object] = types.MappingProxyType({})  # a section that is left out
@@ -278,7 +298,9 @@ def _commented_array(path: str, key: Key, tables: tuple[object, ...]) -> str:
         written = (f"[[{path}]]\n{commented_toml(one, f'{path}.')}" for one in tables)
         return _comment(key.comment) + "\n" + "\n".join(written)
     example = "\n".join(
-        f"#   {name} = ...  {inner.comment}" for name, inner in keys_of(get_args(key.kind)[0])
+        f"#   {name} = ...  {inner.comment}"
+        for name, inner in keys_of(get_args(key.kind)[0])
+        if not inner.filled_in
     )
     return f"{_comment(key.comment)}\n# [[{path}]]\n{example}\n"
 

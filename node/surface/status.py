@@ -13,6 +13,7 @@ from typing import Any
 
 from tapestry.dht.conduct import Ban
 from tapestry.node.errors import printable
+from tapestry.node.home import way_back
 from tapestry.node.protocol.snapshot import RoundSnapshot, Snapshot
 from tapestry.node.protocol.waits import Wait
 
@@ -100,6 +101,7 @@ class NodeView:
         download_bytes_per_second: float | None = None,
     ) -> None:
         self.stopping = False
+        self.island_since: int | None = None  # epoch where its island began; None: it is on none
         self._wait: Wait | None = None  # of a node that has not joined yet
         self._wait_began_s = 0.0
         self._begun: _Begun | None = None  # of the wait that was seen last
@@ -163,6 +165,7 @@ class NodeView:
             "phase": "stopping" if self.stopping else "joining" if joins else "starting",
             "reason": "" if wait is None else printable(wait.text),
             "waiting": self._waiting(wait),
+            "island": way_back(self.island_since),
             "epoch": 0,
             "head": "",
             "state_digest": "",

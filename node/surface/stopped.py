@@ -15,7 +15,7 @@ from typing import Any
 
 from tapestry.dht.identity import Identity, IdentityError
 from tapestry.node.disk.files import unseal
-from tapestry.node.home import Home
+from tapestry.node.home import Home, way_back
 from tapestry.node.lineage.crypto import ReaderCrypto
 from tapestry.node.lineage.follow import Broken, read_genesis
 from tapestry.node.protocol.canon import InvalidRecord
@@ -38,6 +38,7 @@ def stopped_status(home: Home) -> dict[str, Any] | None:
         "run_name": spec.name,
         "phase": "stopped",
         "reason": "no node runs in this home; this is what its disk holds, not verified",
+        "island": way_back(_island_since(home, crypto)),
         "epoch": last.body.epoch if last is not None else 0,
         "head": last.head if last is not None else genesis.run_id,
         "params": genesis.params,
@@ -65,6 +66,14 @@ def _peer_id(home: Home) -> str:
         return Identity.load(home.identity_key).peer_id
     except (IdentityError, OSError):
         return ""
+
+
+def _island_since(home: Home, crypto: ReaderCrypto) -> int | None:
+    """Epoch where its island began; None if it is on none."""
+    if not home.island.exists():
+        return None
+    before = _last_record(Home(home.island).chain, crypto)
+    return before.body.epoch if before is not None else 0
 
 
 def _last_record(path: Path, crypto: ReaderCrypto) -> Record | None:

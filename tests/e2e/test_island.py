@@ -31,6 +31,7 @@ def test_a_member_leaves_with_an_exit_goes_on_alone_and_brings_it_back(tmp_path:
             out = tmp_path / "out"
             assert f"epoch {left_at}" in run("exit", out, "--home", second.home)
             alone = Node(out, "--island", "--epochs", "2", data="stdlib:2/3").start()
+            alone.wait("its island", lambda: alone.status()["island"]["since_epoch"] == left_at)
             assert alone.process is not None and alone.process.wait(60) == 0, alone.tail()
             assert [r["forced"] for r in chain_of(out)][left_at:] == [True, False]
             assert "it holds" in run("verify", out)

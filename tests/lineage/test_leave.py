@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from homes import MadeHome, make_home
 
+from tapestry.node.cli.main import cli
 from tapestry.node.disk.base import ENDS
 from tapestry.node.disk.held import open_run
+from tapestry.node.disk.home_mark import claim
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.crypto import ReaderCrypto
@@ -43,6 +46,19 @@ def test_a_member_leaves_with_a_home_that_holds_and_leads_to_nobody(made: MadeHo
     state = run.state()
     restored = run.restore(state, 3)
     assert restored is not None and restored.state_digest == made.state.digest()
+
+
+def test_an_exit_starts_alone_on_purpose_or_with_a_peer(made: MadeHome, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    leave(made.home, out, _quiet)
+    run = CliRunner().invoke(cli, ["start", "--home", str(out), "--data", "stdlib", "--declare", "own"])
+    assert run.exit_code == 2 and f"{out} is an exit from its run" in run.stderr
+    assert "--island" in run.stderr and "--peer ADDRESS" in run.stderr
+    Home(out).require_way(alone=True, to_others=False)
+    Home(out).require_way(alone=False, to_others=True)
+    made.home.require_way(alone=False, to_others=False)  # no exit
+    claim(Home(out))
+    Home(out).require_way(alone=False, to_others=False)  # a node has started there: a home as any other
 
 
 def test_what_a_live_node_is_just_writing_is_left_behind(made: MadeHome, tmp_path: Path) -> None:

@@ -130,6 +130,21 @@ def test_a_fault_says_file_and_epoch(copy: Home) -> None:
     assert str(first).endswith("its numbers are not those that the record names")
 
 
+def test_updates_beyond_a_short_chain_are_one_fault(copy: Home) -> None:
+    lines = copy.chain.read_bytes().splitlines(keepends=True)
+    copy.chain.write_bytes(b"".join([*lines[:1], lines[1].replace(b"1", b"2"), *lines[2:]]))
+    chain, updates, *others = _verify(copy.path).faults
+    assert (chain.file, chain.epoch) == ("chain.jsonl", 2)
+    assert str(updates) == (
+        "updates, epoch 3: 3 of epochs 3 to 5, which the chain does not have (it ends at 1)"
+    )
+    assert not [one for one in others if one.file.startswith("updates")]
+    for epoch in (3, 4):
+        next(copy.updates.glob(f"0000000{epoch}-*")).unlink()
+    (one,) = [fault for fault in _verify(copy.path).faults if fault.file.startswith("updates")]
+    assert one.epoch == 5 and one.file.startswith("updates/00000005-")
+
+
 def test_a_record_whose_signatures_are_of_others_is_found(made: MadeHome, copy: Home) -> None:
     lines = copy.chain.read_bytes().splitlines(keepends=True)
     record = record_to_dict(made.chain.records[2])

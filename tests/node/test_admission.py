@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -375,6 +376,22 @@ def test_a_sole_peer_is_asked_on_one_stream(tmp_path: Path, monkeypatch: pytest.
 def test_who_is_no_member_and_knows_nobody_is_told_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no member of the run"):
         _start(tmp_path, Office(), Unreachable())
+
+
+def test_a_member_that_knows_no_address_of_another_is_told_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(members: Sequence[str] = (FOUNDER.peer_id, GUEST.peer_id), **flags: object) -> list[str]:
+        office = Office(first_roll(RUN, Charter(), members))
+        config = NodeConfig.resolve(Home(tmp_path), {"external": True, **flags}, {})
+        caplog.clear()
+        asyncio.run(be_admitted(config, office.roll, FakeSwarm(office), (), lambda wait: None))  # type: ignore[arg-type]
+        return [record.getMessage().partition(" ")[0] for record in caplog.records]
+
+    assert said() == ["others=unknown"]
+    assert said(members=[GUEST.peer_id]) == said(island=True) == said(peers=(THERE,)) == []
+    Home(tmp_path).peers.write_text(json.dumps({FOUNDER.peer_id: [THERE]}))
+    assert said() == []
 
 
 def test_an_invitation_that_no_record_has_yet_is_said_to_be_on_its_way() -> None:

@@ -12,7 +12,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from schemas import faults, load
 
 from tapestry.dht.identity import Identity
-from tapestry.node.daemon.members_desk import LAST_AUTHORITY, NOT_HELD, TAKEN_BACK_MAX, TOO_MANY, MembersDesk
+from tapestry.node.daemon.members_desk import (
+    EXPIRED,
+    LAST_AUTHORITY,
+    NOT_HELD,
+    TAKEN_BACK_MAX,
+    TOO_MANY,
+    MembersDesk,
+)
 from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.members import (
     Change,
@@ -21,6 +28,7 @@ from tapestry.node.protocol.members import (
     change_id,
     change_message,
     first_roll,
+    invite_value,
     rollback_value,
 )
 from tapestry.node.protocol.proposals import OF_ONE_MAX, Proposals
@@ -137,6 +145,20 @@ def test_an_admission_that_rests_on_an_expired_invitation_is_not_heard_of_peers(
     assert desk.in_time((by_the_founder,)) == (by_the_founder,), "who may admit needs no invitation"
     loop._pool.add(loop._roll, 6, late, NodeCrypto(FOUNDER))
     assert desk.in_time((late,)) == (late,), "it came in time"
+
+
+def test_an_invitation_that_has_expired_before_it_was_approved_is_refused() -> None:
+    loop = FakeLoop(Charter(admit_by="majority"))
+    desk = at_1000_s(loop, FOUNDER)
+    said = {}
+    for until in (999, 1001, 0):
+        line = Identity(Ed25519PrivateKey.generate())
+        invite = Change("invite", line.peer_id, invite_value("guest", 1, until), 20, "ab" * 16)
+        by_another = NodeCrypto(OTHER).sign(change_message(RUN, invite))
+        loop._pool.add(loop._roll, 6, invite.signed(OTHER.peer_id, by_another), NodeCrypto(FOUNDER))
+        said[until] = desk.do({"do": "approve", "id": change_id(RUN, invite)})
+    assert said[999] == {"fault": EXPIRED}
+    assert "id" in said[1001] and "id" in said[0] and len(loop.fed) == 2
 
 
 def test_who_may_sign_takes_expired_invitations_back_once_and_all_ask_for_the_same() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 
 import pytest
 from state.kit import Stream, stream_pair
 
 from tapestry.dht.p2pd import SwarmError
-from tapestry.node.daemon.versions_desk import AGAIN_S, SURE_S, Answered, VersionsDesk
+from tapestry.node.daemon.versions_desk import AGAIN_S, ASKED_AT_ONCE, SURE_S, Answered, VersionsDesk
 from tapestry.node.net.checkup import Checkup
 
 RUN, OTHER_RUN = "ab" * 32, "cd" * 32
@@ -69,6 +70,36 @@ def test_a_peer_that_gives_no_answer_is_asked_again_later() -> None:
     asyncio.run(one.ask(PEER, refused, lambda: 5.0))
     assert one.known == {} and one.due([PEER], 5.0 + AGAIN_S - 1) == []
     assert one.due([PEER], 5.0 + AGAIN_S) == [PEER]
+
+
+def test_silent_peers_keep_no_other_from_being_asked() -> None:
+    """In an open run the version of the one that answers was known after all that are silent."""
+
+    async def main() -> list[str]:
+        reached: list[str] = []
+        was_asked = asyncio.Event()
+
+        def opener(peer: str, protocol: str) -> Callable[[], Awaitable[Stream]]:
+            async def opened() -> Stream:
+                reached.append(peer)
+                if peer == PEER:
+                    was_asked.set()
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            return opened
+
+        silent = [f"silent {number}" for number in range(2 * ASKED_AT_ONCE)]
+        linked = [*silent[: ASKED_AT_ONCE - 1], PEER, *silent[ASKED_AT_ONCE - 1 :]]
+        asking = asyncio.create_task(desk().run(lambda: linked, dict, lambda peer: True, opener))
+        await asyncio.wait_for(was_asked.wait(), 5)
+        await asyncio.sleep(0)
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+        return reached
+
+    assert len(asyncio.run(main())) == ASKED_AT_ONCE
 
 
 def test_what_a_peer_calls_its_version_breaks_no_line_of_the_log() -> None:

@@ -719,6 +719,14 @@ def test_without_a_node_there_is_one_line_and_exit_code_1(
     assert error == f"error: no node is running in {tmp_path}" and hint.startswith("hint: tapestry start ")
 
 
+@pytest.mark.parametrize("command", ["status", "peers", "top", "log-level"])
+def test_of_a_folder_that_is_not_there_is_said_that_there_is_no_home(tmp_path: Path, command: str) -> None:
+    result = _run(command, "--home", str(tmp_path / "slip"))
+    assert (result.exit_code, result.stdout) == (ExitCode.USAGE, "")
+    error, hint = result.stderr.splitlines()
+    assert error == f"error: there is no home {tmp_path / 'slip'}" and "--home DIR" in hint
+
+
 def test_status_tells_a_node_that_died_from_one_that_is_starting(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.write_node_json(NodeInfo(1, "12D3KooW", "ab", (), "http://127.0.0.1:1", "0.1.0", "now"))

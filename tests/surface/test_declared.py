@@ -16,6 +16,7 @@ from tapestry.node.disk.files import atomic_write
 from tapestry.node.errors import UserError
 from tapestry.node.home import Home
 from tapestry.node.lineage.uses import Span, Started, note_use, spans
+from tapestry.node.sovereign.suite import Suite
 from tapestry.node.spec import declared as declared_module
 from tapestry.node.spec.data import DataSettings, Located, SourceSettings, ValidationSettings
 from tapestry.node.spec.declared import (
@@ -203,6 +204,25 @@ def test_where_a_source_itself_leads_is_none_of_the_places_that_its_links_lead_t
     located = located_in(settings)
     assert located[0].real == (str(inside), str(outside))
     assert led_to(located) == (str(outside),)
+
+
+def test_where_a_command_runs_is_no_key_of_anybodys_to_write(home: Home, tmp_path: Path) -> None:
+    """It was one that did nothing."""
+    table = '[[{0}]]\nname = "secret"\n{1} = ["sort"]\n'
+    for read, name, key in ((Declared.load, "domain", "command"), (_suite_of, "command", "run")):
+        home.data_toml.write_text(table.format(name, key))
+        (one,) = getattr(read(home), name)
+        assert one.folder == str(home.path)
+        home.data_toml.write_text(table.format(name, key) + 'folder = ""\n')  # of an older template
+        assert Declared.load(home)
+        home.data_toml.write_text(table.format(name, key) + 'folder = "/srv"\n')
+        with pytest.raises(UserError, match=rf"{name}\[1\]\.folder: unknown key"):
+            read(home)
+    assert "#   command = " in template() and "#   folder = " not in template()
+
+
+def _suite_of(home: Home) -> Suite:
+    return Suite.load(home.data_toml)
 
 
 def test_a_declaration_ends_with_its_last_day_and_any_that_goes_on_is_enough(home: Home) -> None:

@@ -16,6 +16,8 @@ import pytest
 from bases import edit_json
 from homes import base_spec, make_home
 
+from tapestry.node.errors import UserError
+from tapestry.node.sovereign.asked import require_length
 from tapestry.node.spec.recipe import preset_recipe
 from tapestry.node.spec.run import new_spec
 from tapestry.node.spec.training import PRESETS, DataSpec, TrainingSpec, TrainSpec
@@ -45,6 +47,7 @@ REFUSED = {
     "members E": "E holds no run",
     "derive d --home E --stage cpt --method full --data F --declare own": "E holds no run",
     "derive d --home H --from 9 --stage cpt --method full --data F": "there is no epoch 9 yet",
+    "derive d --home H --stage cpt --method full --data F --sequence-length 999": "the base has 32 positions",
     "derive base --home H --stage cpt --method full --data F": "base is the name of the shared base",
     "evaluate d --home H": "there is no derivative d",
     "evaluate base --home H": "there is no H/suite.toml",
@@ -167,6 +170,13 @@ def test_what_cannot_be_is_refused_before_torch_is_imported(
 @pytest.mark.parametrize("line", ANSWERED)
 def test_what_only_reads_the_records_needs_no_torch(line: str, said: dict[str, Said]) -> None:
     assert (said[line].exit_code, said[line].imported) == (0, [])
+
+
+def test_the_positions_of_a_base_from_elsewhere_are_those_of_its_config(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", base_spec(tmp_path / "home", "llama")).home
+    require_length(home, 128)
+    with pytest.raises(UserError, match="the base has 128 positions"):
+        require_length(home, 129)
 
 
 @pytest.mark.parametrize("line", ["restore F --home H", "start --home E"])

@@ -204,7 +204,9 @@ def test_log_level_writes_shows_and_refuses(tmp_path: Path) -> None:
         home.lock_file.write_text("1 1 another-boot another-namespace elsewhere\n")  # in another container
         assert run("links", "debug")[1].startswith("links says debug and above, within a second; ")
     assert re.search(r"^links +debug ", run()[1], re.MULTILINE)
-    assert run("lings", "debug")[0] == 2 and run("links", "loud")[0] == 2
+    code, said = run("lings", "debug")
+    assert code == 2 and "'lings': did you mean links?" in said and "'p2pd'" not in said
+    assert run("links", "loud")[0] == 2 and "'p2pd'" in run("xyzzy", "debug")[1]
     path = tmp_path / "log-levels.json"
     path.write_text("[]")
     assert run("links", "info") == (2, f"error: {path}: not a table\nhint: remove that file\n")

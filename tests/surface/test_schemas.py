@@ -18,7 +18,9 @@ from schemas import SCHEMAS, faults, load
 
 from tapestry.node.cli.main import FAMILIES, cli
 from tapestry.node.disk.linked import LinkedFile
+from tapestry.node.home import WAY_BACK
 from tapestry.node.lineage.egress import Left, Started
+from tapestry.node.lineage.island import begin
 from tapestry.node.lineage.log import Line
 from tapestry.node.protocol.members import Change, Seat
 from tapestry.node.protocol.waits import KINDS, Wait
@@ -27,12 +29,13 @@ from tapestry.node.surface.findings import wrong
 from tapestry.node.surface.history import History, RecordSeen
 from tapestry.node.surface.http import _finite
 from tapestry.node.surface.status import NO_TRAFFIC, NodeView
+from tapestry.node.surface.stopped import stopped_status
 
 WAIT = Wait("round", "waiting for a", "ends when it speaks", 2.0)
 CHANGES = (Change("admit", "b", "Bea", 9, "0" * 32, (("a", "ab"),)),)
 
 
-def attached() -> NodeView:
+def attached(island_since: int | None = None) -> NodeView:
     """A view of a node that is in a round, with a peer and one that is banned."""
     view = NodeView("0.1.0")
     peer = SimpleNamespace(peer_id="a", phase="training", epoch=3, head="ab", same_head=True, heard_s=0.5)
@@ -89,8 +92,13 @@ def attached() -> NodeView:
     )
     ban = SimpleNamespace(peer="b", reason="streams", left_s=3.0)
     view.attach(
-        lambda: shown, lambda peer: ("/ip4/1.2.3.4/tcp/2",), lambda: (ban,), "run", lambda peer, name: ""
-    )  # type: ignore[arg-type, return-value]
+        lambda: shown,  # type: ignore[arg-type, return-value]
+        lambda peer: ("/ip4/1.2.3.4/tcp/2",),
+        lambda: (ban,),
+        "run",
+        lambda peer, name: "",
+    )
+    view.island_since = island_since
     return view
 
 
@@ -105,6 +113,24 @@ def test_status_and_peers_are_as_their_schemas_say() -> None:
     us, gone = attached().status()["roll"]
     assert (us["phase"], us["last_epoch"]) == ("training", None)
     assert (gone["phase"], gone["last_epoch"], gone["since"]) == ("", 2, 7)
+
+
+def test_status_of_an_island_says_since_when_and_how_back(tmp_path: Path) -> None:
+    for since in (None, 7):
+        island = attached(since).status()["island"]
+        assert island == (None if since is None else {"since_epoch": 7, "back": WAY_BACK})
+    assert faults(load("status"), _finite(attached(7).status())) == []
+
+    made = make_home(tmp_path / "home", PRESETS["nano"].model)
+    made.advance(1, checkpoint=True)
+    said = stopped_status(made.home)
+    assert said is not None and said["island"] is None
+    begin(made.home)
+    made.advance(2, alone=True)
+    said = stopped_status(made.home)
+    assert said is not None and said["epoch"] == 3
+    assert said["island"] == {"since_epoch": 1, "back": WAY_BACK}
+    assert faults(load("stopped-status"), said) == []
 
 
 def test_a_clock_that_is_set_changes_no_uptime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tapestry.node.trainer.models.refusal import ModelError
 CONFIG = "config.json"
 SINGLE = WEIGHTS
 INDEX = "model.safetensors.index.json"
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 CONFIG_BYTES_MAX = 256 << 10  # guess: the longest, with a list entry for every layer, have 20 kB
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # DeepSeek-V3, of 90,000 tensors, has an index of 9 MB.
@@ -110,6 +111,11 @@ def read_index(folder: Path) -> dict[str, str]:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise ModelError(f"{path} names {str(name)[:60]!r}, which is no safetensors file beside it")
     return weight_map
+
+
+def positions_by(value_of: Callable[[str], Any]) -> int | None:
+    """How long a sequence may be, by the configuration's keys; None if it says nothing."""
+    return next((n for n in map(value_of, POSITIONS) if type(n) is int and n > 0), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

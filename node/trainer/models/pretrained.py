@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from tapestry.node.trainer.imports import meta_device
-from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, look_at, read_config
+from tapestry.node.trainer.models.folder import CONFIG, INDEX, SINGLE, look_at, positions_by, read_config
 from tapestry.node.trainer.models.refusal import ModelError, one_line
 from tapestry.node.trainer.models.stored import StoredWeights
 from tapestry.node.trainer.tokenizers.ids import TOKENIZER, TOKENIZER_CONFIG, check_tokenizer
@@ -40,8 +40,6 @@ SHARED_FILES = (
 
 FLOAT_BYTES = 4
 TRAIN_BYTES_PER_PARAMETER = 16  # parameter, gradient and AdamW's two moments, f32
-
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,8 +330,7 @@ def _require_steady_buffers(folder: Path, module: nn.Module) -> None:
 
 def sequence_length_max(config: Any) -> int | None:
     """By the positions that the configuration says; None if it says none."""
-    found = [getattr(config, name, None) for name in _POSITIONS]
-    return next((value for value in found if type(value) is int and value > 0), None)
+    return positions_by(lambda name: getattr(config, name, None))
 
 
 def embedding_rows(module: nn.Module) -> int:

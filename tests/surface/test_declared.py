@@ -214,7 +214,7 @@ def test_where_a_command_runs_is_no_key_of_anybodys_to_write(home: Home, tmp_pat
         (one,) = getattr(read(home), name)
         assert one.folder == str(home.path)
         home.data_toml.write_text(table.format(name, key) + 'folder = ""\n')  # of an older template
-        assert Declared.load(home)
+        assert getattr(read(home), name)
         home.data_toml.write_text(table.format(name, key) + 'folder = "/srv"\n')
         with pytest.raises(UserError, match=rf"{name}\[1\]\.folder: unknown key"):
             read(home)

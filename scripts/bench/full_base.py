@@ -6,8 +6,7 @@ DIR is a Hugging Face directory; the second member joins with a copy of its own.
 the start of `init` to the founder's first optimizer step, of each epoch, and of the export; whether each
 epoch had one state digest, and the largest difference between the logits of the export and those of the
 state in the home; and what `verify` of the home, `exit`, and `verify` of what that wrote take, with the
-memory of each at its peak (mapped files are counted with it). Exit 1 if a digest differs, a difference is
-above 1e-4, or a verification fails.
+memory of each at its peak. Exit 1 if a digest differs, a difference is above 1e-4, or a verification fails.
 
 Beside the seconds to the first step are those of a processor, of all processes together: where others have
 the cores, these say more.
@@ -16,7 +15,7 @@ the cores, these say more.
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import re
 import resource
 import sys
@@ -89,12 +88,19 @@ def story(options: argparse.Namespace, folder: Path) -> int:
 
 def measured(command: str, *arguments: str | Path) -> int:
     """The exit code of a `tapestry` command."""
-    began_s = time.monotonic()
+    began_s, before_s = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     argv = [sys.executable, "-P", "-m", "tapestry.node.cli", command, *map(str, arguments)]
-    _, status, used = os.wait4(os.posix_spawn(sys.executable, argv, os.environ), 0)
-    what = f"{command} {Path(arguments[0]).name}, exit code {os.waitstatus_to_exitcode(status)}"
-    say(f"{what}, {used.ru_maxrss / 1e3:.0f} MB", began_s, used.ru_utime + used.ru_stime)
-    return os.waitstatus_to_exitcode(status)
+    process = psutil.Popen(argv)
+    own = mapped = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            memory = process.memory_info()
+            own, mapped = max(own, memory.rss - memory.shared), max(mapped, memory.shared)
+        time.sleep(0.05)
+    used_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
+    what = f"{command} {Path(arguments[0]).name}, exit code {process.returncode}"
+    say(f"{what}, {own / 1e6:.0f} MB of its own, {mapped / 1e6:.0f} MB of mapped files", began_s, used_s)
+    return int(process.returncode)
 
 
 def three_epochs(first: Node, second: Node) -> None:

@@ -371,7 +371,8 @@ class Sync:
     def _has_full_ones(self, epoch: int) -> bool:
         """Whether a full electorate decided any record after `epoch`."""
         chain = self.chain
-        return any(not chain.place_at(one).standing.since for one in range(epoch + 1, chain.epoch + 1))
+        newest = chain.epoch - chain.place.standing.since  # those after it are none
+        return any(not chain.place_at(one).standing.since for one in range(newest, epoch, -1))
 
     def leave_hollow(self, voted: Tip | None, now: float) -> None:
         """Go back to the record whose state we hold, when nobody has given for `quorum_loss_s` what a smaller

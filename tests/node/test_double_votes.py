@@ -6,18 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from signed_twice import CRYPTO, IDENTITY, RUN, check_that_every_broken_text_is_refused, prove_it
 
-from tapestry.dht.identity import Identity
-from tapestry.node.disk.accusations import FalseAccusation, keep, kept, prove, unpack
+from tapestry.node.disk.accusations import FalseAccusation, keep, kept, unpack
 from tapestry.node.disk.double_votes import DoubleVote
-from tapestry.node.lineage.crypto import NodeCrypto
 from tapestry.node.protocol.equivocation import Equivocation
 from tapestry.node.protocol.record import Body, Member, accept_message, head_of
-
-IDENTITY = Identity(Ed25519PrivateKey.from_private_bytes(b"tapestry audit tests ed25519 key"))
-CRYPTO = NodeCrypto(IDENTITY)
-RUN = "ab" * 32
 
 
 def double_vote(second_ballot: int = 3) -> DoubleVote:
@@ -29,13 +23,6 @@ def double_vote(second_ballot: int = 3) -> DoubleVote:
         for body, ballot in zip(bodies, (3, second_ballot), strict=True)
     ]
     return DoubleVote.of(Equivocation(IDENTITY.peer_id, 3, bodies, (signatures[0], signatures[1])))
-
-
-def prove_it(one: DoubleVote, run_id: str = RUN) -> None:
-    def mean_digest(*args: object) -> str:
-        raise AssertionError("there is no mean in it")
-
-    prove(one, run_id, 4, mean_digest, CRYPTO)  # type: ignore[arg-type]
 
 
 def test_it_is_kept_once_whichever_vote_came_first_and_proven_from_the_file(tmp_path: Path) -> None:
@@ -57,14 +44,4 @@ def test_votes_of_two_ballots_or_of_another_run_prove_nothing(one: DoubleVote, r
 
 
 def test_every_broken_text_is_refused() -> None:
-    data = double_vote().pack()
-    for at in range(0, len(data), 7):
-        broken = bytearray(data)
-        broken[at] ^= 0x15
-        try:
-            one = unpack(broken)
-        except FalseAccusation:
-            continue
-        assert isinstance(one, DoubleVote)
-        with pytest.raises(FalseAccusation):
-            prove_it(one)
+    check_that_every_broken_text_is_refused(double_vote())
